@@ -1,0 +1,46 @@
+# Everything a developer does, each with one command; `make help` lists them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types bench golden clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+.venv/.runtime: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.runtime
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+install: .venv/.dev ## make .venv with gradrun and what its tests need
+
+demo: .venv/.runtime ## run the main job on 500 real digits and show its tables
+	$(BIN)/gradrun infer configs/digits.yaml --overwrite
+
+test: .venv/.dev ## run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev ## check style and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/.dev ## check types
+	$(BIN)/mypy
+
+bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
+	$(BIN)/python tests/bench/bench.py
+
+golden: .venv/.dev ## write the expected reports anew; look at the diff
+	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py
+
+clean: ## remove what the other commands made
+	rm -rf .venv dist build configs/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

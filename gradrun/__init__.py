@@ -1,0 +1,55 @@
+"""gradrun: run a PyTorch model over data under a gradient mode, and say truly what it cost.
+
+The public names are imported when they are first used: `import gradrun` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gradrun.api import infer
+    from gradrun.config import GradMode, RunConfig
+    from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+    from gradrun.result import Measurement, RunResult
+    from gradrun.yamlfile import load_config
+
+__all__ = [
+    "ConfigError",
+    "GradMode",
+    "GradrunError",
+    "Interrupted",
+    "Measurement",
+    "RunConfig",
+    "RunFailed",
+    "RunResult",
+    "infer",
+    "load_config",
+]
+
+_HOMES = {
+    "infer": "api",
+    "load_config": "yamlfile",
+    "GradMode": "config",
+    "RunConfig": "config",
+    "Measurement": "result",
+    "RunResult": "result",
+    "ConfigError": "errors",
+    "GradrunError": "errors",
+    "Interrupted": "errors",
+    "RunFailed": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradrun' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gradrun.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

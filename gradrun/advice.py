@@ -1,0 +1,49 @@
+"""What a reader of a run's figures must know: Warnings drawn from the result alone.
+
+Knows results; each warning has a code and says what to do.
+"""
+
+from __future__ import annotations
+
+from gradrun.config import RunConfig
+from gradrun.result import Environment, Measurement, Warning
+from gradrun.units import count_text
+
+_SPREAD = 2.0
+_P99_BATCHES = 100
+
+
+def advice(config: RunConfig, measured: Measurement, machine: Environment) -> list[Warning]:
+    """The warnings that one measurement of a run deserves."""
+    found: list[Warning] = []
+
+    def warn(code: str, text: str) -> None:
+        found.append(Warning(code=code, text=text))
+
+    batches = len(measured.batch_seconds)
+    if 0 < batches < _P99_BATCHES:
+        warn(
+            "few_batches",
+            f"{count_text(batches, 'batch')} cannot show every percentile (p99 takes "
+            f"{_P99_BATCHES}); for them lower data.batch_size or run more samples",
+        )
+    median, slow = measured.latency(0.5), measured.latency(0.9)
+    if median and slow and slow.value > _SPREAD * median.value:
+        warn(
+            "unsteady",
+            f"the slowest tenth of the batches took {slow.value / median.value:.1f} times the "
+            "median or more: something else uses this machine; close it, or lower run.threads",
+        )
+    if machine.device == "cpu" and machine.threads > machine.cpus:
+        warn(
+            "too_many_threads",
+            f"{machine.threads} threads share {count_text(machine.cpus, 'processor')}; "
+            "run.threads: auto takes as many as there are",
+        )
+    if getattr(config.model, "training", False):
+        warn(
+            "training_mode",
+            "model.training is on: dropout and batch norm work as in training, so predictions "
+            "depend on seed and batch size; leave it out to predict",
+        )
+    return found

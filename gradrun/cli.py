@@ -1,0 +1,254 @@
+"""The commands: words from the shell to the parts, and what they answer to the terminal.
+
+The only importer of Typer, and the one place that catches GradrunError. Parts are imported inside
+the commands, so that --help needs neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gradrun import __version__
+from gradrun.errors import ConfigError, GradrunError, Interrupted
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gradrun.result import RunResult
+
+app = typer.Typer(
+    name="gradrun",
+    help="Run a PyTorch model over data from one YAML file, and say truly what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the config, such as run.mode=no_grad; as often as wanted.",
+    ),
+]
+Json = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is stdout."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"gradrun {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def infer(
+    config: Annotated[Path | None, typer.Argument(help="The YAML file of the run.")] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Run a bundled example (digits) instead; writes here."),
+    ] = None,
+    sets: Sets = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Write here, not to output.path."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
+    ] = False,
+    trust_code: Annotated[
+        bool,
+        typer.Option("--trust-code", help="Let the config's python model run its code."),
+    ] = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Run all data through the model: predictions, a timing table and a peak-memory table."""
+    with _errors(debug, json_file, quiet) as console:
+        from gradrun.yamlfile import load_config
+
+        path, output_base = _chosen_config(config, example)
+        settings = load_config(path, sets or [], output_base=output_base)
+        if output:
+            section = settings.output.model_copy(update={"path": output.absolute()})
+            settings = settings.model_copy(update={"output": section})
+        try:
+            with _quick_imports():
+                from gradrun.api import infer as run
+            from gradrun.reports.progress import bar
+
+            with bar(_stderr(quiet)) as progress:
+                result = run(
+                    settings, trust_code=trust_code, overwrite=overwrite, progress=progress
+                )
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted before the first prediction") from None
+        _answer(result, console, json_file)
+
+
+@app.command()
+def validate(
+    configs: Annotated[list[Path], typer.Argument(help="YAML files to check.")],
+    sets: Sets = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check configs without running them: every error, with its line."""
+    with _errors(debug, json_file, quiet) as console:
+        from gradrun.yamlfile import load_config
+
+        resolved, problems = {}, []
+        for path in configs:
+            try:
+                resolved[str(path)] = load_config(path, sets or []).model_dump(mode="json")
+                console.print(f"{path}: valid", markup=False, highlight=False)
+            except ConfigError as error:
+                problems.append(str(error))
+        if json_file:
+            _write_json(json.dumps(resolved, indent=1), json_file)
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The config to write.")] = Path("gradrun.yaml"),
+    target: Annotated[
+        str | None,
+        typer.Option("--from", metavar="FILE.PY:NAME", help="A model of yours to fill in."),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented starter config; asks nothing."""
+    with _errors(debug, None, quiet) as console:
+        from gradrun.starter import starter
+
+        if target:
+            place, colon, name = target.rpartition(":")
+            if not colon or not name.isidentifier():
+                raise ConfigError(f"--from {target}: is written FILE.PY:NAME, as nets/mine.py:Net")
+            if place.endswith(".py"):
+                target = f"{os.path.relpath(place, file.absolute().parent)}:{name}"
+        try:
+            with file.open("x", encoding="utf-8") as new:
+                new.write(starter(target))
+        except FileExistsError as error:
+            raise ConfigError(f"{file} exists already; name another file") from error
+        except OSError as error:
+            raise GradrunError(f"{file} cannot be written: {error.strerror}") from error
+        trust = " --trust-code" if target else ""
+        console.print(f"wrote {file}; next: gradrun infer {file}{trust}", markup=False)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    from gradrun.config import RunConfig
+
+    described = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    typer.echo(json.dumps(described | RunConfig.model_json_schema(), indent=1))
+
+
+# --- what the commands share -------------------------------------------------------------------
+
+
+def _chosen_config(config: Path | None, example: str | None) -> tuple[Path, Path | None]:
+    """The config's path, and where a relative output.path starts if not beside the config."""
+    from gradrun.bundled import bundled, examples
+    from gradrun.complaints import choices
+
+    if config and example:
+        raise ConfigError("name a config or --example, not both")
+    if config:
+        return config, None
+    if not example:
+        raise ConfigError("no config; name a YAML file, or try --example digits")
+    if example not in examples():
+        raise ConfigError(f"there is no example {example!r}; {choices(example, examples())}")
+    return bundled("configs") / f"{example}.yaml", Path.cwd()
+
+
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    """Import torch without collecting garbage, then never look at its modules again.
+
+    torch makes some 500,000 objects that live to the end. Walking them during the import, in full
+    collections of the run and at exit costs a fifth of a short run's whole time.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
+def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console]:
+    """Give the console for people; turn a GradrunError into its sentence and exit code."""
+    from rich.console import Console
+
+    console = Console(stderr=json_file == "-", quiet=quiet)
+    try:
+        yield console
+    except GradrunError as error:
+        if debug:
+            raise
+        if error.result is not None:
+            _answer(error.result, console, json_file)
+        from gradrun.reports.terminal import printable
+
+        stderr = Console(stderr=True, highlight=False)
+        lines = "\n".join(("error: " if i == 0 else "") + line for i, line in enumerate(
+            printable(str(error)).splitlines()))
+        stderr.print(lines, markup=False, soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _stderr(quiet: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet)
+
+
+def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
+    from gradrun.reports import terminal
+
+    terminal.show(result, console)
+    if json_file:
+        _write_json(result.to_json(), json_file)
+
+
+def _write_json(text: str, file: str) -> None:
+    if file == "-":
+        sys.stdout.write(text + "\n")
+        return
+    try:
+        Path(file).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise GradrunError(f"--json {file} cannot be written: {error.strerror}") from error
+
+
+def main() -> None:
+    """The console script."""
+    app()

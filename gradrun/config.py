@@ -1,0 +1,283 @@
+"""What can be asked for: RunConfig and its sections, with their names, defaults and meaning.
+
+Does no I/O and probes no device: paths are resolved and files looked for by the context that
+yamlfile.py hands to the validators.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationInfo,
+)
+from pydantic_core import PydanticCustomError
+
+
+class GradMode(StrEnum):
+    """How torch treats gradients while the model runs; modes.py gives them life."""
+
+    GRAD = "grad"
+    NO_GRAD = "no_grad"
+    INFERENCE_MODE = "inference_mode"
+
+
+class Paths(Protocol):
+    """How a config's paths are read; given to validation as its context."""
+
+    def input_file(self, path: Path) -> Path:
+        """The absolute path of a file that exists; ValueError says what is wrong otherwise."""
+
+    def output_folder(self, path: Path) -> Path:
+        """The absolute path of the folder to write; ValueError says what is wrong otherwise."""
+
+
+def _input_file(path: Path, info: ValidationInfo) -> Path:
+    return info.context.input_file(path) if info.context else path
+
+
+def _output_folder(path: Path, info: ValidationInfo) -> Path:
+    return info.context.output_folder(path) if info.context else path
+
+
+InputFile = Annotated[Path, AfterValidator(_input_file)]
+OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
+Size = Annotated[int, Field(gt=0, le=2**40)]
+Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
+FloatType = Literal["float32", "float64", "float16", "bfloat16"]
+DType = Literal[FloatType, "int8", "int16", "int32", "int64", "uint8", "bool"]
+
+
+class Section(BaseModel):
+    """Frozen, strict (a text is no number) and closed (an unknown key is an error)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+# --- model -------------------------------------------------------------------------------------
+
+
+class _Model(Section):
+    compile: bool = Field(False, description="run the model through torch.compile")
+
+
+class EagerModel(_Model):
+    """A model whose type, memory format and training flag can still be chosen."""
+
+    dtype: FloatType | None = Field(None, description="cast weights and float inputs to this type")
+    channels_last: bool = Field(False, description="use the channels_last memory format (images)")
+    training: bool = Field(False, description="leave dropout and batch norm in training mode")
+
+
+class WeightedModel(EagerModel):
+    """A model that is built first and given its weights from a file."""
+
+    weights: InputFile | None = Field(
+        None, description="a .safetensors file, or a checkpoint that weights_only can load"
+    )
+    weights_key: str | None = Field(
+        None, description="where the state dict lies in the checkpoint, if not where it usually is"
+    )
+
+
+class ZooModel(WeightedModel):
+    """A network that ships with gradrun; trained weights come with it where they exist."""
+
+    source: Literal["zoo"]
+    name: Literal["digits_cnn", "mlp", "resnet18", "transformer_encoder"]
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the network's build()")
+
+
+def _layer(spec: JsonValue) -> JsonValue:
+    if isinstance(spec, str) or (isinstance(spec, dict) and len(spec) == 1):
+        return spec
+    raise PydanticCustomError(
+        "layer", "a layer is a name (ReLU) or one name with its arguments ({{Linear: [10, 5]}})"
+    )
+
+
+class LayersModel(WeightedModel):
+    """A chain of torch.nn layers by name; needs no code."""
+
+    source: Literal["layers"]
+    layers: tuple[Annotated[JsonValue, AfterValidator(_layer)], ...] = Field(
+        min_length=1, description="torch.nn names in order: {Linear: [10, 5]}, ReLU, ..."
+    )
+
+
+def _target(target: str, info: ValidationInfo) -> str:
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        raise PydanticCustomError(
+            "target", "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
+        )
+    return f"{_input_file(Path(place), info)}:{name}" if place.endswith(".py") else target
+
+
+class PythonModel(WeightedModel):
+    """A class, function or module of the user's own; runs code, so it needs --trust-code."""
+
+    source: Literal["python"]
+    target: Annotated[str, AfterValidator(_target)] = Field(
+        description="nets/mine.py:Net or package.module:build"
+    )
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
+
+
+class TorchScriptModel(EagerModel):
+    """A file from torch.jit.save."""
+
+    source: Literal["torchscript"]
+    path: InputFile
+
+
+class ExportedModel(_Model):
+    """A file from torch.export.save; its dtype and mode were fixed when it was exported."""
+
+    source: Literal["exported"]
+    path: InputFile
+
+
+ModelConfig = Annotated[
+    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel,
+    Field(discriminator="source"),
+]
+
+
+# --- data --------------------------------------------------------------------------------------
+
+
+class _Data(Section):
+    batch_size: Size = Field(64, description="samples a batch; the last batch may be shorter")
+    call: Literal["auto", "positional", "keyword"] = Field(
+        "auto", description="how the model gets its inputs; auto: one by position, several by name"
+    )
+
+
+class _Input(Section):
+    dtype: DType | None = Field(None, description="convert to this type; default: as stored")
+    scale: float | None = Field(None, description="multiply by this after the conversion")
+    shape: Shape | None = Field(None, description="the shape of one sample; default: as stored")
+
+
+class SyntheticInput(Section):
+    shape: Shape = Field(description="the shape of one sample, without the batch dimension")
+    dtype: DType = "float32"
+    distribution: Literal["normal", "uniform", "randint", "zeros", "ones"] = "normal"
+    low: float = Field(0, description="lowest value of uniform and randint")
+    high: float = Field(1, description="uniform and randint stay below this value")
+
+
+class SyntheticData(_Data):
+    """Seeded random inputs; sample i is the same whatever the batch size."""
+
+    source: Literal["synthetic"]
+    inputs: dict[str, SyntheticInput] = Field(min_length=1)
+    samples: Size
+
+
+class ArrayInput(_Input):
+    path: InputFile | None = Field(None, description="a file of its own; default: data.path")
+    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
+class ArraysData(_Data):
+    """Arrays whose first dimension counts the samples: .npy, .npz or .safetensors."""
+
+    source: Literal["arrays"]
+    path: InputFile | None = None
+    inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
+
+
+class RecordInput(_Input):
+    columns: tuple[str, ...] = Field(
+        min_length=1, description="numeric columns (or .jsonl fields that hold lists), in order"
+    )
+    dtype: DType = "float32"
+
+
+class RecordsData(_Data):
+    """Rows of a .csv or .jsonl file with numeric columns."""
+
+    source: Literal["records"]
+    path: InputFile
+    inputs: dict[str, RecordInput] = Field(min_length=1)
+    id: str | None = Field(None, description="the column that names each sample in .jsonl outputs")
+
+
+DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
+
+
+# --- run, measure, output ----------------------------------------------------------------------
+
+
+class RunSection(Section):
+    mode: GradMode = Field(GradMode.INFERENCE_MODE, description="the gradient mode of the run")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$", description="where the model runs"
+    )
+    threads: Literal["auto"] | Annotated[int, Field(gt=0, le=4096)] = Field(
+        "auto", description="processor threads; auto: what affinity and cgroup quota allow"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="of random weights, data and dropout")
+    autocast: Literal["float16", "bfloat16"] | None = Field(
+        None, description="run the forward under torch.autocast with this type"
+    )
+    warmup: Literal["auto"] | Annotated[int, Field(ge=0, le=100_000)] = Field(
+        "auto", description="untimed batches before the run; auto: until the time is steady"
+    )
+    deterministic: bool = Field(False, description="use torch's deterministic algorithms")
+
+
+class MeasureSection(Section):
+    memory: bool = Field(True, description="count tensor memory in one extra, untimed batch")
+
+
+def _selected(name: str) -> str:
+    if name != PurePosixPath(name).name or name in {"", ".", ".."} or "\\" in name:
+        raise PydanticCustomError(
+            "output_name",
+            "an output is selected by its name or position, which is no path: "
+            "what gradrun writes stays below output.path",
+        )
+    return name
+
+
+def _listed(names: object) -> object:
+    return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
+
+
+OutputName = Annotated[str, AfterValidator(_selected)]
+
+
+class OutputSection(Section):
+    path: OutputFolder = Field(description="the run's folder; must not exist yet")
+    format: Literal["npy", "safetensors", "jsonl"] = "npy"
+    select: Annotated[tuple[OutputName, ...], BeforeValidator(_listed)] = Field(
+        (), description="names (or positions) of the outputs to keep; default: all"
+    )
+    transform: Literal["none", "softmax", "argmax", "topk"] = "none"
+    dim: int = Field(-1, description="the dimension that holds the classes; default: the last")
+    k: Size = Field(5, description="how many classes topk keeps")
+
+
+class RunConfig(Section):
+    """One run: a model, its data, how to run it, what to measure and where the output goes."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunSection = RunSection()
+    measure: MeasureSection = MeasureSection()
+    output: OutputSection
+
+    _origin: Any = PrivateAttr(None)
+    """The yamlfile.Origin that knows where each key was written; None for a config made in code."""

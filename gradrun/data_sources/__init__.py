@@ -1,0 +1,44 @@
+"""config.data to a lazy sequence of Batch: the contract of the shelf and its table.
+
+Knows no model; a source holds no more than a window of its data in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from gradrun.config import DataConfig
+from gradrun.data_sources import arrays, records, synthetic
+from gradrun.data_sources.batches import Data
+from gradrun.errors import ConfigError
+from gradrun.units import bytes_text
+
+SOURCES: dict[str, Callable[[Any, int], Data]] = {
+    "arrays": arrays.open_data,
+    "synthetic": synthetic.open_data,
+    "records": records.open_data,
+}
+"""source -> opener: (config section, seed) to Data."""
+
+
+def open_data(config: DataConfig, seed: int) -> Data:
+    """Open what a config names; reads headers and counts samples, not the data.
+
+    Raises:
+        ConfigError: a file is missing, broken or empty, or a batch would not fit in memory.
+    """
+    data = SOURCES[config.source](config, seed)
+    if data.samples == 0:
+        raise ConfigError("there are no samples in the data", "data.path")
+    batch = min(config.batch_size, data.samples) * data.sample_bytes
+    free = psutil.virtual_memory().available
+    if batch > free:
+        raise ConfigError(
+            f"one batch is {bytes_text(batch)}, and {bytes_text(free)} of memory are free; "
+            f"a sample is {bytes_text(data.sample_bytes)}, so choose a smaller batch",
+            "data.batch_size",
+        )
+    return data

@@ -1,0 +1,231 @@
+"""Arrays in .npy, .npz and .safetensors files, read a window at a time.
+
+Knows the three formats; the first dimension counts the samples. Never unpickles.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import safetensors
+import torch
+
+from gradrun.complaints import choices
+from gradrun.config import ArrayInput, ArraysData
+from gradrun.data_sources.batches import Data, Rows, WindowedData, converter
+from gradrun.errors import ConfigError
+
+
+def open_data(config: ArraysData, seed: int) -> Data:
+    """The arrays that a config names, as inputs of the model."""
+    inputs = config.inputs or {"input": ArrayInput()}
+    rows = {
+        name: _open_input(spec, spec.path or config.path, f"data.inputs.{name}")
+        for name, spec in inputs.items()
+    }
+    return WindowedData(rows, config.batch_size, config.call)
+
+
+def _open_input(spec: ArrayInput, path: Path | None, key: str) -> Rows:
+    if path is None:
+        raise ConfigError("no file: set data.path, or a path for each input", "data")
+    if path.suffix not in _OPENERS:
+        raise ConfigError(
+            f"{path.name} is no .npy, .npz or .safetensors file; "
+            "text files are read with source: records",
+            "data.path",
+        )
+    stored = _OPENERS[path.suffix](path, spec.key, key)
+    return _ConvertedRows(stored, spec, key)
+
+
+class _Stored:
+    """Rows as a file holds them, before conversion."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if not shape:
+            raise ConfigError(f"{path} holds a single number, not a row a sample", "data.path")
+        self.path, self.samples, self.shape, self.dtype = path, shape[0], shape[1:], dtype
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _ConvertedRows:
+    """Stored rows in the type, scale and shape that the config asks for."""
+
+    def __init__(self, stored: _Stored, spec: ArrayInput, key: str) -> None:
+        self.stored, self.samples = stored, stored.samples
+        self.convert = converter(spec, stored.shape, key)
+        dtype = getattr(torch, spec.dtype) if spec.dtype else stored.dtype
+        self.sample_bytes = math.prod(stored.shape) * dtype.itemsize
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        return self.convert(self.stored.window(start, stop))
+
+
+class _NpyRows(_Stored):
+    """A .npy file, mapped anew for each window so that pages already read are given back."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self.header = _Header(file, path)
+            self.offset = file.tell()
+        super().__init__(path, self.header.shape, self.header.torch_dtype)
+        held, needed = path.stat().st_size - self.offset, self.header.nbytes
+        if held < needed:
+            raise ConfigError(
+                f"{path} is cut off: its header promises {needed:,} bytes and {held:,} are there",
+                "data.path",
+            )
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        # Copy-on-write: torch wants memory that it may write, and the file stays as it is.
+        mapped = np.memmap(
+            self.path,
+            self.header.dtype,
+            mode="c",
+            offset=self.offset + start * self.header.row_bytes,
+            shape=(stop - start, *self.shape),
+        )
+        return torch.from_numpy(np.asarray(mapped))
+
+
+class _NpzRows(_Stored):
+    """A member of an .npz archive, streamed, so that a packed one is never unpacked whole."""
+
+    def __init__(self, path: Path, member: str) -> None:
+        self.member = member
+        self.file, self.header = self._open(path)
+        self.at = 0
+        super().__init__(path, self.header.shape, self.header.torch_dtype)
+
+    def _open(self, path: Path) -> tuple[IO[bytes], _Header]:
+        file = zipfile.ZipFile(path).open(self.member)
+        return file, _Header(file, path)
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        if start < self.at:
+            self.file.close()
+            (self.file, _), self.at = self._open(self.path), 0
+        self._skip((start - self.at) * self.header.row_bytes)
+        rows = np.empty((stop - start, *self.shape), self.header.dtype)
+        try:
+            read = self.file.readinto(memoryview(rows).cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            raise ConfigError(f"{self.path}: {self.member} is damaged: {error}", "data.path") from error
+        if read != rows.nbytes:
+            raise ConfigError(f"{self.path}: {self.member} is cut off", "data.path")
+        self.at = stop
+        return torch.from_numpy(rows)
+
+    def _skip(self, count: int) -> None:
+        while count > 0:
+            skipped = len(self.file.read(min(count, 1024 * 1024)))
+            if not skipped:
+                return
+            count -= skipped
+
+
+class _SafetensorsRows(_Stored):
+    """A tensor of a .safetensors file, which is opened anew for each window, as an .npy is."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        with safetensors.safe_open(path, framework="pt") as file:
+            rows = file.get_slice(name)
+            shape = tuple(rows.get_shape())
+            dtype = rows[:0].dtype if shape else torch.float32
+        super().__init__(path, shape, dtype)
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        with safetensors.safe_open(self.path, framework="pt") as file:
+            rows: torch.Tensor = file.get_slice(self.name)[start:stop]
+        return rows
+
+
+class _Header:
+    """The header of an .npy stream, which is left standing at the first row."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            self.shape, fortran, dtype = read(file)
+        except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise ConfigError(f"{path} is no array of numpy's: {error}", "data.path") from error
+        if dtype.hasobject:
+            raise ConfigError(
+                f"{path} holds pickled Python objects, and unpickling them could run code; "
+                "save an array of numbers",
+                "data.path",
+            )
+        if fortran and len(self.shape) > 1:
+            raise ConfigError(
+                f"{path} is stored column by column (Fortran order), which cannot be read sample "
+                "by sample; save numpy.ascontiguousarray(array)",
+                "data.path",
+            )
+        self.dtype = dtype.newbyteorder("=")
+        if not dtype.isnative:
+            raise ConfigError(
+                f"{path} has the byte order of another machine; save array.astype({self.dtype})",
+                "data.path",
+            )
+        try:
+            self.torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        except TypeError as error:
+            raise ConfigError(f"{path} holds {dtype}, which torch has no type for", "data.path") from error
+        self.row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
+        self.nbytes = self.row_bytes * (self.shape[0] if self.shape else 1)
+
+
+def _open_npy(path: Path, name: str | None, key: str) -> _Stored:
+    if name is not None:
+        raise ConfigError("a .npy file holds one array, which has no key", f"{key}.key")
+    return _NpyRows(path)
+
+
+def _open_npz(path: Path, name: str | None, key: str) -> _Stored:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise ConfigError(f"{path} is no .npz archive: {error}", "data.path") from error
+    return _NpzRows(path, f"{_chosen(name, names, path, key)}.npy")
+
+
+def _open_safetensors(path: Path, name: str | None, key: str) -> _Stored:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no safetensors file: {error}", "data.path") from error
+    return _SafetensorsRows(path, _chosen(name, names, path, key))
+
+
+def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
+    """The array that an input means: by its key, or the only one there is."""
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None:
+        raise ConfigError(
+            f"{path.name} holds {len(names)} arrays ({', '.join(names)}); say which with "
+            "data.inputs: {NAME: {key: ...}}",
+            "data.inputs" if key == "data.inputs.input" else f"{key}.key",
+        )
+    if name not in names:
+        raise ConfigError(f"{path.name} has no array {name!r}; {choices(name, names)}", f"{key}.key")
+    return name
+
+
+_OPENERS = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors}

@@ -1,0 +1,144 @@
+"""The nouns of the data shelf: a Batch, Data that yields them, and how rows become batches.
+
+Knows tensors and sizes; not where they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from gradrun.config import ArrayInput, RecordInput
+from gradrun.errors import ConfigError
+
+WINDOW_BYTES = 4 * 1024 * 1024
+"""How much of a file is held (and converted) at once; the resident set grows by no more."""
+
+
+class Batch(NamedTuple):
+    """What the model is called with: `args` and `kwargs` hold tensors of shape [size, ...]."""
+
+    args: tuple[torch.Tensor, ...]
+    kwargs: dict[str, torch.Tensor]
+    size: int
+    ids: Sequence[int | str]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every input, in order."""
+        return [*self.args, *self.kwargs.values()]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """The same batch with every input changed."""
+        return self._replace(
+            args=tuple(map(change, self.args)),
+            kwargs={name: change(value) for name, value in self.kwargs.items()},
+        )
+
+
+class Data(Protocol):
+    """A lazy sequence of batches that can be walked again, from any sample on."""
+
+    samples: int
+    batch_size: int
+    sample_bytes: int
+    """Of one sample as the model gets it, all inputs together."""
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """The batches from sample `start` on, in order; the last may be shorter."""
+
+
+class Rows(Protocol):
+    """One input: `samples` rows, each a tensor of the same shape and type."""
+
+    samples: int
+    sample_bytes: int
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop as one tensor [stop - start, ...]."""
+
+
+class WindowedData:
+    """Data over Rows: a window of a few MiB is read at once and split into batches.
+
+    One call of split costs a hundredth of slicing each batch out of a memory map, and dropping a
+    window gives its pages back, so the resident set stays flat however long the file is.
+    """
+
+    def __init__(self, rows: Mapping[str, Rows], batch_size: int, call: str) -> None:
+        counts = {name: row.samples for name, row in rows.items()}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ConfigError(f"the inputs differ in their number of samples: {listed}", "data")
+        self.rows, self.batch_size = rows, batch_size
+        self.samples = next(iter(counts.values()))
+        self.sample_bytes = sum(row.sample_bytes for row in rows.values())
+        self.by_position = by_position(call, len(rows))
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        batch_bytes = max(1, self.batch_size * self.sample_bytes)
+        step = max(1, WINDOW_BYTES // batch_bytes) * self.batch_size
+        names = list(self.rows)
+        for begin in range(start, self.samples, step):
+            stop = min(begin + step, self.samples)
+            windows = [row.window(begin, stop).split(self.batch_size) for row in self.rows.values()]
+            for i, tensors in enumerate(zip(*windows, strict=True)):
+                first = begin + i * self.batch_size
+                size = min(self.batch_size, stop - first)
+                ids = range(first, first + size)
+                if self.by_position:
+                    yield Batch(tensors, {}, size, ids)
+                else:
+                    yield Batch((), dict(zip(names, tensors, strict=True)), size, ids)
+
+
+def by_position(call: str, inputs: int) -> bool:
+    """Whether inputs are passed by position: one is, several are passed by name."""
+    return call == "positional" or (call == "auto" and inputs == 1)
+
+
+def converter(
+    spec: ArrayInput | RecordInput, stored: tuple[int, ...], key: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What turns stored rows [n, *stored] into the input a config describes [n, *shape].
+
+    Raises:
+        ConfigError: the shape asked for has another number of values.
+    """
+    dtype = getattr(torch, spec.dtype) if spec.dtype else None
+    shape = spec.shape
+    if shape is not None and _count(shape) != _count(stored):
+        raise ConfigError(
+            f"{_count(stored)} values a sample (shape {list(stored)}) do not make the shape "
+            f"{list(shape)}, which takes {_count(shape)}",
+            f"{key}.shape",
+        )
+
+    def convert(rows: torch.Tensor) -> torch.Tensor:
+        if dtype is not None:
+            rows = rows.to(dtype)
+        if spec.scale is not None:
+            rows = rows * spec.scale
+        return rows if shape is None else rows.reshape(len(rows), *shape)
+
+    return convert
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def mover(device: torch.device, dtype: str | None) -> Callable[[Batch], Batch] | None:
+    """What brings a batch to the model's device and float type; None where it is there already."""
+    if device.type == "cpu" and dtype is None:
+        return None
+    target: Any = getattr(torch, dtype) if dtype else None
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, target if tensor.is_floating_point() else None)
+
+    return lambda batch: batch.map(move)

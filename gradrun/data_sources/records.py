@@ -1,0 +1,139 @@
+"""Rows of .csv and .jsonl files whose columns are numbers.
+
+Knows the two formats; reads one batch of rows at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradrun.complaints import choices
+from gradrun.config import RecordInput, RecordsData
+from gradrun.data_sources.batches import Batch, Data, by_position, converter
+from gradrun.errors import ConfigError
+
+Record = tuple[int, dict[str, Any]]
+"""A line number and the fields of that line."""
+
+
+def open_data(config: RecordsData, seed: int) -> Data:
+    """The file's rows, counted once."""
+    return _Records(config)
+
+
+class _Records:
+    def __init__(self, config: RecordsData) -> None:
+        if config.path.suffix not in _READERS:
+            raise ConfigError(
+                f"{config.path.name} is no .csv or .jsonl file; arrays are read with "
+                "source: arrays",
+                "data.path",
+            )
+        self.path, self.id, self.inputs = config.path, config.id, config.inputs
+        self.read = _READERS[config.path.suffix]
+        self.batch_size = config.batch_size
+        self.by_position = by_position(config.call, len(config.inputs))
+        self.samples, self.sample_bytes = 0, 0
+        self.widths: dict[str, int] = {}
+        with closing(self._records()) as records:
+            for first in records:
+                self._check_columns(first[1])
+                self.widths = {n: len(self._row(spec, first)) for n, spec in self.inputs.items()}
+                sample = self._batch([first], range(1))
+                self.sample_bytes = sum(tensor.nbytes for tensor in sample.tensors())
+                self.samples = 1 + sum(1 for _ in records)
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        with closing(self._records()) as records:
+            rows = itertools.islice(records, start, None)
+            for first in range(start, self.samples, self.batch_size):
+                taken = list(itertools.islice(rows, self.batch_size))
+                yield self._batch(taken, range(first, first + len(taken)))
+
+    def _records(self) -> Iterator[Record]:
+        try:
+            yield from self.read(self.path)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{self.path} cannot be read: {error}", "data.path") from error
+
+    def _check_columns(self, fields: dict[str, Any]) -> None:
+        wanted = [
+            (f"data.inputs.{name}.columns", column)
+            for name, spec in self.inputs.items()
+            for column in spec.columns
+        ]
+        for key, column in [*wanted, *([("data.id", self.id)] if self.id else [])]:
+            if column not in fields:
+                hint = choices(column, fields)
+                raise ConfigError(f"{self.path.name} has no column {column!r}; {hint}", key)
+
+    def _batch(self, records: list[Record], rows: range) -> Batch:
+        tensors = {name: self._tensor(name, spec, records) for name, spec in self.inputs.items()}
+        ids: Sequence[int | str] = rows
+        if self.id:
+            ids = [str(fields.get(self.id, "")) for _, fields in records]
+        if self.by_position:
+            return Batch(tuple(tensors.values()), {}, len(records), ids)
+        return Batch((), tensors, len(records), ids)
+
+    def _tensor(self, name: str, spec: RecordInput, records: list[Record]) -> torch.Tensor:
+        rows, width = [], self.widths[name]
+        for record in records:
+            row = self._row(spec, record)
+            if len(row) != width:
+                raise ConfigError(
+                    f"{self.path}:{record[0]}  {len(row)} values, where the first row has {width}"
+                )
+            rows.append(row)
+        kind = np.int64 if "int" in spec.dtype else np.float64
+        return converter(spec, (width,), f"data.inputs.{name}")(torch.from_numpy(np.array(rows, kind)))
+
+    def _row(self, spec: RecordInput, record: Record) -> list[float]:
+        """The columns of one record, lists laid flat, as one row of numbers."""
+        line, fields = record
+        number = int if "int" in spec.dtype else float
+        row: list[float] = []
+        for column in spec.columns:
+            value = fields.get(column)
+            try:
+                flat = [value] if isinstance(value, str) else np.ravel(value).tolist()
+                row += [number(item) for item in flat]
+            except (ValueError, TypeError, OverflowError):
+                raise ConfigError(
+                    f"{self.path}:{line}  column {column!r} is {value!r:.60}, which is no "
+                    f"{spec.dtype} number"
+                ) from None
+        return row
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restkey="")
+        for fields in reader:
+            yield reader.line_num, fields
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ConfigError(f"{path}:{number}  not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise ConfigError(f"{path}:{number}  a line is one object, {{...}}")
+            yield number, fields
+
+
+_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -1,0 +1,71 @@
+"""Seeded random inputs, for measuring a model without data of its own.
+
+Knows shapes and distributions; a sample is the same whatever the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gradrun.config import SyntheticData, SyntheticInput
+from gradrun.data_sources.batches import Data, WindowedData
+from gradrun.errors import ConfigError
+
+_BLOCK_BYTES = 256 * 1024
+
+
+def open_data(config: SyntheticData, seed: int) -> Data:
+    """One block of random rows at a time, made when it is asked for."""
+    rows = {
+        name: _SyntheticRows(spec, config.samples, f"data.inputs.{name}", (seed, i))
+        for i, (name, spec) in enumerate(config.inputs.items())
+    }
+    return WindowedData(rows, config.batch_size, config.call)
+
+
+class _SyntheticRows:
+    """Rows drawn in blocks of a fixed size, each from a seed of its own.
+
+    The block, not the batch, is what a seed belongs to: so batch size and starting point leave
+    every sample as it is.
+    """
+
+    def __init__(self, spec: SyntheticInput, samples: int, key: str, seed: tuple[int, int]) -> None:
+        self.spec, self.samples, self.seed = spec, samples, seed
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        self.sample_bytes = math.prod(spec.shape) * self.dtype.itemsize
+        self.block = max(1, _BLOCK_BYTES // max(1, self.sample_bytes))
+        if spec.distribution in {"normal", "uniform"} and not self.dtype.is_floating_point:
+            raise ConfigError(
+                f"{spec.distribution} numbers are no {spec.dtype}; use distribution: randint",
+                f"{key}.distribution",
+            )
+        if spec.distribution in {"uniform", "randint"} and spec.low >= spec.high:
+            raise ConfigError(f"low {spec.low:g} must be below high {spec.high:g}", f"{key}.low")
+
+    def window(self, start: int, stop: int) -> torch.Tensor:
+        first, last = start // self.block, (stop - 1) // self.block
+        blocks = torch.cat([self._draw(i) for i in range(first, last + 1)])
+        offset = first * self.block
+        return blocks[start - offset : stop - offset]
+
+    def _draw(self, index: int) -> torch.Tensor:
+        spec, shape = self.spec, (self.block, *self.spec.shape)
+        # Golden-ratio steps keep the seeds of neighbouring blocks and inputs far apart.
+        seed = (self.seed[0] + 0x9E3779B97F4A7C15 * (index * 64 + self.seed[1] + 1)) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        match spec.distribution:
+            case "normal":
+                drawn = torch.randn(shape, generator=generator)
+            case "uniform":
+                drawn = torch.rand(shape, generator=generator) * (spec.high - spec.low) + spec.low
+            case "randint":
+                low, high = math.ceil(spec.low), math.ceil(spec.high)
+                drawn = torch.randint(low, max(high, low + 1), shape, generator=generator)
+            case "zeros":
+                drawn = torch.zeros(shape)
+            case "ones":
+                drawn = torch.ones(shape)
+        return drawn.to(self.dtype)

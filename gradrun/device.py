@@ -1,0 +1,129 @@
+"""The machine a run is given: device, threads, seed, and what is worth knowing about it.
+
+Knows no model and no data.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import psutil
+import torch
+
+from gradrun.config import RunSection
+from gradrun.errors import ConfigError
+from gradrun.result import Environment
+
+
+def available_cpus() -> int:
+    """The processors this process may use: the smaller of its affinity and its cgroup's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = _cgroup_quota()
+    return max(1, min(cpus, int(quota))) if quota else cpus
+
+
+def _cgroup_quota() -> float | None:
+    """Processors that the cgroup's quota allows (cgroup v2, then v1), or None without one."""
+    for quota_file, period_file in (
+        ("cpu.max", None),
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
+    ):
+        try:
+            words = Path("/sys/fs/cgroup", quota_file).read_text().split()
+            if period_file:
+                words += Path("/sys/fs/cgroup", period_file).read_text().split()
+            if words[0] not in {"max", "-1"}:
+                return float(words[0]) / float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
+def resolve(name: str) -> torch.device:
+    """The torch device for a config's `run.device`; auto takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(_has_mps())}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    device = torch.device(name)
+    if (device.index or 0) >= there[device.type]:
+        present = [kind for kind, count in there.items() if count]
+        raise ConfigError(
+            f"there is no {name} here; torch {torch.__version__} sees {', '.join(present)} "
+            "(auto takes the best of them)",
+            key="run.device",
+        )
+    return device
+
+
+def _has_mps() -> bool:
+    return torch.backends.mps.is_available()
+
+
+@contextmanager
+def prepared(run: RunSection) -> Iterator[torch.device]:
+    """Threads, determinism and seed as the config asks, given back afterwards; yields the device.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    device = resolve(run.device)
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    seeded = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=seeded):
+        try:
+            torch.set_num_threads(available_cpus() if run.threads == "auto" else run.threads)
+            if run.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+            torch.manual_seed(run.seed)
+            yield device
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
+
+
+def environment(device: torch.device) -> Environment:
+    """What a reader of the result must know to compare it with another."""
+    return Environment(
+        gradrun=_gradrun_version(),
+        torch=torch.__version__,
+        numpy=numpy.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(terse=True),
+        cpu=_cpu_model(),
+        cores=psutil.cpu_count(logical=False) or available_cpus(),
+        cpus=available_cpus(),
+        threads=torch.get_num_threads(),
+        memory=psutil.virtual_memory().total,
+        device=str(device),
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
+
+
+def _gradrun_version() -> str:
+    from gradrun import __version__
+
+    return __version__
+
+
+def _cpu_model() -> str:
+    if sys.platform == "linux":
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        except OSError:
+            pass
+    return platform.processor() or platform.machine()

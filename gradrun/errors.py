@@ -1,0 +1,42 @@
+"""The errors that gradrun raises on purpose, each with its exit code.
+
+Knows no config, no tensor and no terminal; cli.py is the one place that catches them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class GradrunError(Exception):
+    """A sentence for a person: where, what, what is allowed, what to do."""
+
+    exit_code = 1
+    result: Any = None
+    """The RunResult of what had run when the error came, where anything had."""
+
+
+class ConfigError(GradrunError):
+    """What was asked for cannot be done, and nothing was written.
+
+    `key` is the dotted config key at fault ("data.path"); yamlfile.located turns it into
+    file:line:col. Empty where the text already says where, or where no key is at fault.
+    """
+
+    exit_code = 2
+
+    def __init__(self, text: str, key: str = "") -> None:
+        super().__init__(text)
+        self.key = key
+
+
+class RunFailed(GradrunError):
+    """The run began and could not end; what was written before stays valid."""
+
+    exit_code = 1
+
+
+class Interrupted(GradrunError):
+    """The user stopped the run; what was written before stays valid."""
+
+    exit_code = 130

@@ -1,0 +1,27 @@
+"""Peak memory of the device, as its own allocator counts it.
+
+Knows CUDA's and MPS's counters; the CPU has none here (meters/tensors.py counts its tensors).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def reset(device: torch.device) -> None:
+    """Begin to count the peak anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peaks(device: torch.device) -> tuple[int | None, int | None]:
+    """(allocated, reserved) in bytes since reset(); None where the device does not say.
+
+    MPS has no peak of allocated memory. What its driver reserved does not shrink during a run, so
+    that figure stands for the peak.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    if device.type == "mps":
+        return None, torch.mps.driver_allocated_memory()
+    return None, None

@@ -1,0 +1,75 @@
+"""Bytes of tensors, exact: of a module's weights, a batch, and a forward pass on the CPU.
+
+Knows torch's allocation events; it slows what it measures, so it never runs in a timed pass.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler import profile
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a module, shared storage counted once."""
+    return storage_bytes([*module.parameters(), *module.buffers()])
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the memory behind some tensors, each piece counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
+    """Run `call` once and count what it allocates on the CPU.
+
+    Returns:
+        (peak, retained) in bytes: the most that was live at once, and what is still live when the
+        call has returned and its result is held; both above what was live before. The sizes are
+        those of torch's allocator events, which are the tensors' own.
+    """
+    profiler = profile(use_cpu=True, profile_memory=True, acc_events=False)
+    with _quiet_stderr():
+        profiler.__enter__()
+    try:
+        returned = call()
+    finally:
+        with _quiet_stderr():
+            profiler.__exit__(None, None, None)
+    live = peak = 0
+    for event in profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
+            live += event.nbytes()
+            peak = max(peak, live)
+    del returned
+    return peak, live
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Keep kineto's C++ log lines from the user's terminal.
+
+    KINETO_LOG_LEVEL would do, but is read when torch is imported, which may be long ago.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without stderr has nothing to keep clean
+        yield
+        return
+    if sys.stderr:
+        sys.stderr.flush()
+    void = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(void, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(void)

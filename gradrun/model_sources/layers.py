@@ -1,0 +1,57 @@
+"""A chain of torch.nn layers that a config names, so that a model needs no code.
+
+Knows torch.nn's class names; the sizes are the user's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from gradrun.complaints import choices
+from gradrun.config import LayersModel
+from gradrun.errors import ConfigError
+from gradrun.units import bytes_text
+
+_LAYERS = {
+    name: kind
+    for name, kind in vars(nn).items()
+    if isinstance(kind, type) and issubclass(kind, nn.Module)
+}
+
+
+def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
+    """An nn.Sequential of the layers, in order."""
+    with torch.device("meta"):
+        planned = _chain(config)
+    size = sum(p.numel() * p.element_size() for p in planned.parameters())
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise ConfigError(
+            f"the layers hold {bytes_text(size)} of weights, and {bytes_text(free)} of memory are "
+            "free; make them smaller",
+            "model.layers",
+        )
+    return _chain(config)
+
+
+def _chain(config: LayersModel) -> nn.Sequential:
+    return nn.Sequential(*(_layer(spec, i) for i, spec in enumerate(config.layers)))
+
+
+def _layer(spec: Any, index: int) -> nn.Module:
+    name, arguments = next(iter(spec.items())) if isinstance(spec, dict) else (spec, [])
+    key = f"model.layers.{index}"
+    if name not in _LAYERS:
+        close = choices(name, _LAYERS).split("?")[0]
+        hint = f"; {close}?" if close.startswith("did") else ""
+        raise ConfigError(f"torch.nn has no layer {name!r}{hint}", key)
+    try:
+        if isinstance(arguments, dict):
+            return _LAYERS[name](**arguments)
+        return _LAYERS[name](*(arguments if isinstance(arguments, list) else [arguments]))
+    except Exception as error:  # whatever torch raises on arguments that make no sense
+        raise ConfigError(f"nn.{name} cannot be made with {arguments}: {error}", key) from error

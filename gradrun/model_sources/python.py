@@ -1,0 +1,90 @@
+"""A model of the user's own: a class, function or module in a Python file or package.
+
+The one source that runs code which the config names, so it asks for trust before it imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from gradrun.complaints import choices
+from gradrun.config import PythonModel
+from gradrun.errors import ConfigError
+
+_KEY = "model.target"
+
+
+def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
+    """The module that the target is, or builds when it is called with model.args."""
+    if not trust_code:
+        raise ConfigError(
+            f"{config.target} is code, which would run with your rights, and nothing was "
+            "imported; if you trust it, run with --trust-code or GRADRUN_TRUST_CODE=1",
+            _KEY,
+        )
+    place, _, name = config.target.rpartition(":")
+    try:
+        module = import_file(Path(place)) if place.endswith(".py") else _import_package(place)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(f"importing {place} failed: {_user_error(error)}", _KEY) from error
+    public = [known for known in vars(module) if not known.startswith("_")]
+    if not hasattr(module, name):
+        raise ConfigError(f"{place} has no {name!r}; {choices(name, public)}", _KEY)
+    return build(getattr(module, name), config.args, config.target)
+
+
+def build(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:
+    """`target` itself where it is a module, else what it returns when called with `args`."""
+    if isinstance(target, nn.Module):
+        return target
+    if not isinstance(target, Callable):  # type: ignore[arg-type]
+        raise ConfigError(f"{name} is {_a(target)}, where a torch.nn.Module is wanted", _KEY)
+    try:
+        module = target(**args)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(f"building {name} failed: {_user_error(error)}", "model") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"{name} gives {_a(module)}, where a torch.nn.Module is wanted", _KEY)
+    return module
+
+
+def import_file(path: Path) -> ModuleType:
+    """Import a Python file under its own name, with its neighbours importable."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Pickles and torch.compile look a class's module up by its name.
+    sys.modules.setdefault(path.stem, module)
+    with_neighbours = str(path.parent.resolve())
+    if with_neighbours not in sys.path:
+        sys.path.append(with_neighbours)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_package(name: str) -> ModuleType:
+    if "" not in sys.path:
+        sys.path.append("")
+    return importlib.import_module(name)
+
+
+def _user_error(error: BaseException) -> str:
+    """The error with the last line of the user's code that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and frame.lineno]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if len(own) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _a(value: Any) -> str:
+    return f"the {type(value).__name__} {value!r:.60}"

@@ -1,0 +1,24 @@
+"""The networks that ship with gradrun, built from the files in models/.
+
+Knows which file a name means and whether trained weights lie beside it; not what the network is.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gradrun.bundled import bundled
+from gradrun.config import ZooModel
+from gradrun.model_sources.python import build, import_file
+from gradrun.model_sources.weights import load_weights
+
+
+def open_model(config: ZooModel, *, trust_code: bool) -> nn.Module:
+    """The network, with its trained weights where it has them and the config names no others."""
+    folder = bundled("models")
+    network = import_file(folder / f"{config.name}.py").build
+    module = build(network, config.args, f"models/{config.name}.py")
+    trained = folder / f"{config.name}.safetensors"
+    if trained.exists() and not config.weights:
+        load_weights(module, trained, None)
+    return module

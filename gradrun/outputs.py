@@ -1,0 +1,150 @@
+"""What a model returned to named tensors: output.select and output.transform.
+
+Knows the shapes that models return (a tensor, tuples, dicts, dataclasses); not where they go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from gradrun.complaints import choices
+from gradrun.config import OutputSection
+from gradrun.errors import ConfigError
+
+UNNAMED = "prediction"
+"""The name of a model's only output."""
+
+Named = dict[str, torch.Tensor]
+"""Output name to a tensor [size, ...] on the CPU that needs no gradient."""
+
+_SAFE_NAME = re.compile(r"\w[\w.-]*")
+
+
+def reader(config: OutputSection) -> Callable[[Any, int], Named]:
+    """A function (what the model returned, batch size) to the outputs that are kept.
+
+    It raises ConfigError where there are no such outputs or they are not one row a sample.
+    """
+    transform = _TRANSFORMS[config.transform]
+
+    def read(returned: Any, size: int) -> Named:
+        kept: Named = {}
+        for name, tensor in _select(returned, config.select):
+            _check_rows(name, tensor, size)
+            for kept_name, value in transform(name, tensor, config):
+                if value.requires_grad:
+                    value = value.detach()
+                kept[kept_name] = value if value.is_cpu else value.cpu()
+        return kept
+
+    return read
+
+
+def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
+    if isinstance(returned, torch.Tensor) and not wanted:
+        return [(UNNAMED, returned)]
+    found = dict(_tensors(returned, ""))
+    if not found:
+        raise ConfigError(
+            f"the model returned {type(returned).__name__}, where a tensor, or a tuple, dict or "
+            "dataclass of tensors, is wanted",
+            "model",
+        )
+    if unknown := [name for name in wanted if name not in found]:
+        raise ConfigError(
+            f"the model has no output {unknown[0]!r}; {choices(unknown[0], found)}", "output.select"
+        )
+    selected = [(name, found[name]) for name in wanted or found]
+    if unsafe := [name for name, _ in selected if not _SAFE_NAME.fullmatch(name)]:
+        raise ConfigError(
+            f"the model names an output {unsafe[0]!r}, which is no file name, and what gradrun "
+            "writes stays below output.path; select other outputs",
+            "output.select",
+        )
+    return selected if len(selected) > 1 else [(UNNAMED, selected[0][1])]
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in a nest, named by its path: "0", "logits", "states.1"."""
+    if isinstance(value, torch.Tensor):
+        yield name or "0", value
+        return
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif dataclasses.is_dataclass(value):
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, tuple | list):
+        items = list(enumerate(value))
+    else:
+        return
+    for key, item in items:
+        yield from _tensors(item, f"{name}.{key}" if name else str(key))
+
+
+def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+    if tensor.ndim == 0 or len(tensor) != size:
+        raise ConfigError(
+            f"output {name!r} has shape {list(tensor.shape)} for a batch of {size}: its first "
+            "dimension must be the batch's, one row a sample; keep other outputs with output.select",
+            "output.select",
+        )
+
+
+# --- transforms --------------------------------------------------------------------------------
+
+_Transform = Callable[[str, torch.Tensor, OutputSection], list[tuple[str, torch.Tensor]]]
+
+
+def _none(name: str, tensor: torch.Tensor, config: OutputSection) -> list[tuple[str, torch.Tensor]]:
+    return [(name, tensor)]
+
+
+def _softmax(
+    name: str, tensor: torch.Tensor, config: OutputSection
+) -> list[tuple[str, torch.Tensor]]:
+    return [(name, torch.softmax(tensor, _class_dim(name, tensor, config)))]
+
+
+def _argmax(
+    name: str, tensor: torch.Tensor, config: OutputSection
+) -> list[tuple[str, torch.Tensor]]:
+    return [(name, torch.argmax(tensor, _class_dim(name, tensor, config)))]
+
+
+def _topk(name: str, tensor: torch.Tensor, config: OutputSection) -> list[tuple[str, torch.Tensor]]:
+    dim = _class_dim(name, tensor, config)
+    if config.k > tensor.shape[dim]:
+        raise ConfigError(
+            f"top {config.k} of {tensor.shape[dim]} classes (output {name!r} has shape "
+            f"{list(tensor.shape)})",
+            "output.k",
+        )
+    values, indices = torch.topk(tensor, config.k, dim)
+    prefix = "" if name == UNNAMED else f"{name}."
+    return [(f"{prefix}values", values), (f"{prefix}indices", indices)]
+
+
+def _class_dim(name: str, tensor: torch.Tensor, config: OutputSection) -> int:
+    dim = config.dim if config.dim >= 0 else tensor.ndim + config.dim
+    if not 0 < dim < tensor.ndim:
+        raise ConfigError(
+            f"{config.transform} over dimension {config.dim} of output {name!r}, which has shape "
+            f"{list(tensor.shape)}; dimension 0 is the batch's, and classes lie in one behind it",
+            "output.dim" if tensor.ndim > 1 else "output.transform",
+        )
+    return dim
+
+
+_TRANSFORMS: dict[str, _Transform] = {
+    "none": _none,
+    "softmax": _softmax,
+    "argmax": _argmax,
+    "topk": _topk,
+}

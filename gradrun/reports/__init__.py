@@ -1,0 +1,1 @@
+"""Results to text, for people or programs. Knows results and units; never what made them."""

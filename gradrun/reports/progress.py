@@ -1,0 +1,55 @@
+"""A progress bar with rate and time left, on a terminal only.
+
+Knows Rich and counts of samples. It draws when it is told to, in the caller's thread: a thread of
+its own would take time from what is being measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.progress import TaskProgressColumn
+from rich.text import Text
+
+from gradrun.units import number_text
+
+
+class _Rate(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: RichTask) -> Text:
+        return Text(f"{number_text(task.speed)} samples/s" if task.speed else "")
+
+
+class Bar:
+    """Called with (samples done, samples in all)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("predicting", total=None)
+
+    def __call__(self, done: int, samples: int) -> None:
+        self._progress.update(self._task, completed=done, total=samples)
+        self._progress.refresh()
+
+
+@contextmanager
+def bar(console: Console) -> Iterator[Bar | None]:
+    """A bar that is gone when the block ends; None where the console is no terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        yield Bar(progress)

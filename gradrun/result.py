@@ -1,0 +1,168 @@
+"""What was measured: RunResult and its parts, which save and load themselves.
+
+Raw figures only; every statistic is computed from them. Knows no torch and no table.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gradrun import stats
+from gradrun.config import GradMode
+from gradrun.errors import GradrunError
+
+FORMAT = 1
+
+
+class _Noun(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Warning(_Noun):
+    """Something a reader of the figures must know; the text says what to do about it."""
+
+    code: str
+    text: str
+
+
+class Environment(_Noun):
+    """The machine and the versions; `memory` in bytes, `cpus` is what the process may use."""
+
+    gradrun: str
+    torch: str
+    numpy: str
+    python: str
+    platform: str
+    cpu: str
+    cores: int
+    cpus: int
+    threads: int
+    memory: int
+    device: str
+    device_name: str | None = None
+
+
+class Phases(_Noun):
+    """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
+
+    load_model: float
+    open_data: float
+    first_batch: float
+    warm_up: float
+    data: float
+    forward: float
+    output: float
+
+
+class Memory(_Noun):
+    """Bytes; None where no meter could tell.
+
+    `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
+    the outputs and, with gradients on, what their graph keeps.
+    """
+
+    weights: int
+    inputs: int
+    forward_peak: int | None = None
+    retained: int | None = None
+    process_peak: int | None = None
+    process_method: str = "unavailable"
+    device_allocated: int | None = None
+    device_reserved: int | None = None
+
+
+class Measurement(_Noun):
+    """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
+
+    mode: GradMode
+    process: int = 0
+    batch_seconds: tuple[float, ...]
+    batch_sizes: tuple[int, ...]
+    phases: Phases
+    memory: Memory
+
+    @property
+    def samples(self) -> int:
+        """How many samples were predicted."""
+        return sum(self.batch_sizes)
+
+    @property
+    def seconds(self) -> float:
+        """The timed pass from its first byte read to its last byte written."""
+        return self.phases.data + self.phases.forward + self.phases.output
+
+    @property
+    def cold_start(self) -> float:
+        """Seconds before the first prediction could be had, imports apart."""
+        return self.phases.load_model + self.phases.open_data + self.phases.first_batch
+
+    @property
+    def throughput(self) -> float:
+        """Samples a second over the whole timed pass."""
+        return self.samples / self.seconds if self.seconds else 0.0
+
+    def latency(self, quantile: float) -> stats.Estimate | None:
+        """A quantile of the forward's time a batch, where there are batches enough to tell."""
+        return stats.quantile(self.batch_seconds, quantile)
+
+    @property
+    def bound_by(self) -> tuple[str, dict[str, float]]:
+        """The phase that took most of the timed pass, and the share of each (0 to 1)."""
+        phases = {name: getattr(self.phases, name) for name in ("data", "forward", "output")}
+        shares = {name: value / (self.seconds or 1.0) for name, value in phases.items()}
+        return max(shares, key=lambda name: shares[name]), shares
+
+
+class RunResult(_Noun):
+    """Everything that a run leaves for its readers."""
+
+    format: Literal[1] = FORMAT
+    kind: Literal["infer"]
+    gradrun: str
+    started_at: str
+    config: dict[str, Any]
+    environment: Environment
+    measurements: tuple[Measurement, ...]
+    files: tuple[str, ...] = ()
+    """The predictions, by name in the run's folder."""
+    warnings: tuple[Warning, ...] = ()
+
+    def to_json(self) -> str:
+        """As result.json holds it."""
+        return self.model_dump_json(indent=1)
+
+    def save(self, path: Path) -> None:
+        """Write to `path`, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        draft = path.with_name(f"{path.name}.tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(self.to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResult:
+        """Read a result.json, or the one in a run's folder.
+
+        Raises:
+            GradrunError: there is none, or it is no result that this version reads.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path /= "result.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error

@@ -1,0 +1,264 @@
+"""The one loop: first batch, warm-up, the timed pass that writes predictions, the memory pass.
+
+Knows how to run a model over data and what that took; prints nothing and opens nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrun import stats
+from gradrun.config import RunConfig
+from gradrun.data_sources.batches import Batch, Data, mover
+from gradrun.data_sources.readahead import pays_off, read_ahead
+from gradrun.errors import GradrunError, Interrupted, RunFailed
+from gradrun.meters import accelerator, clock, process, tensors
+from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.modes import grad_mode
+from gradrun.outputs import Named, reader
+from gradrun.result import Measurement, Memory, Phases, Warning
+from gradrun.sinks import Sink
+
+WARM_UP_SECONDS = 0.3
+"""Warm-up goes on until the time is steady, and no longer than this."""
+
+_BEAT_NS = 200_000_000
+
+Beat = Callable[[int], None]
+"""Told how many samples are done, a few times a second."""
+
+
+@dataclass
+class Pass:
+    """What the timed pass gathered, complete or not."""
+
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    data_ns: int = 0
+    total_ns: int = 0
+    stopped: GradrunError | None = None
+
+
+class Runner:
+    """A model, its data and a mode, taken through the passes in order: prepare, run, finish."""
+
+    def __init__(
+        self, model: nn.Module, data: Data, config: RunConfig, device: torch.device
+    ) -> None:
+        self.model, self.data, self.config, self.device = model, data, config, device
+        self.read = reader(config.output)
+        dtype = getattr(config.model, "dtype", None)
+        self.move = mover(device, dtype)
+        self.clock: clock.Clock = clock.clock_for(device)
+        self.warnings: list[Warning] = []
+        self.first_seconds = self.warm_seconds = 0.0
+        self.ahead = False
+
+    def prepare(self) -> Named:
+        """Run the first batch, then warm up; nothing of it is kept.
+
+        Returns:
+            The first batch's outputs, [size, ...] each, for a sink to make room.
+
+        Raises:
+            ConfigError: the model refuses the data, or its outputs cannot be kept.
+        """
+        began = time.perf_counter()
+        with self._mode(), _buffers_kept(self.model):
+            self.first = self._first_batch()
+            try:
+                returned = self._call(self.first)
+            except GradrunError:
+                raise
+            except Exception as error:  # whatever a model may raise
+                raise refusal(self.model, self.first.args, self.first.kwargs, error) from error
+            outputs = self.read(returned, self.first.size)
+            del returned
+            self.first_seconds = time.perf_counter() - began
+            self._warm_up()
+        self.warm_seconds = time.perf_counter() - began - self.first_seconds
+        return outputs
+
+    def run(self, sink: Sink, beat: Beat | None = None) -> Pass:
+        """The timed pass: every batch through the model and into the sink.
+
+        A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
+        """
+        accelerator.reset(self.device)
+        torch.manual_seed(self.config.run.seed)  # dropout in training mode repeats
+        gathered = Pass()
+        batches = self._batches()
+        try:
+            with self._mode():
+                self._loop(batches, sink, gathered, beat)
+        except KeyboardInterrupt:
+            gathered.stopped = Interrupted("interrupted")
+        except GradrunError as error:
+            gathered.stopped = RunFailed(str(error))
+        except OSError as error:
+            gathered.stopped = RunFailed(f"writing failed: {error.strerror or error}")
+        except Exception as error:  # whatever a model may raise
+            gathered.stopped = RunFailed(
+                f"batch {len(gathered.sizes)}, which begins at sample {sum(gathered.sizes):,}, "
+                f"failed: {type(error).__name__}: {first_line(error)}"
+            )
+        finally:
+            batches.close()
+            self.clock.finish()
+        return gathered
+
+    def _loop(
+        self, batches: Iterator[Batch], sink: Sink, gathered: Pass, beat: Beat | None
+    ) -> None:
+        # Every name is local and nothing is made per batch that a hand-written loop would not
+        # make: this is what keeps gradrun within a few per cent of one.
+        model, read, write, sizes = self.model, self.read, sink.write, gathered.sizes
+        start, stop, now = self.clock.start, self.clock.stop, time.perf_counter_ns
+        began = mark = now()
+        next_beat = began + _BEAT_NS
+        done = 0
+        try:
+            for args, kwargs, size, ids in batches:
+                gathered.data_ns += now() - mark
+                start()
+                returned = model(*args, **kwargs)
+                stop()
+                write(read(returned, size), ids)
+                # The graph that grad mode keeps must not live into the next forward.
+                del returned
+                sizes.append(size)
+                done += size
+                mark = now()
+                if beat and mark > next_beat:
+                    beat(done)
+                    next_beat = mark + _BEAT_NS
+        finally:
+            gathered.total_ns = mark - began
+
+    def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
+        """Read the meters, then count tensor memory in a pass of its own."""
+        resident, method = process.peak_resident()
+        allocated, reserved = accelerator.peaks(self.device)
+        if resident is None:
+            self._warn("no_process_peak", "this system does not say a process's peak memory")
+        peak, retained = self._memory_pass(gathered)
+        seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
+        data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
+        forward = sum(seconds)
+        return Measurement(
+            mode=self.config.run.mode,
+            batch_seconds=seconds,
+            batch_sizes=tuple(gathered.sizes),
+            phases=Phases(
+                load_model=load_seconds,
+                open_data=open_seconds,
+                first_batch=self.first_seconds,
+                warm_up=self.warm_seconds,
+                data=data,
+                forward=forward,
+                output=max(0.0, total - data - forward),
+            ),
+            memory=Memory(
+                weights=tensors.weight_bytes(self.model),
+                inputs=tensors.storage_bytes(self.first.tensors()),
+                forward_peak=peak,
+                retained=retained,
+                process_peak=resident,
+                process_method=method,
+                device_allocated=allocated,
+                device_reserved=reserved,
+            ),
+        )
+
+    # --- the steps -----------------------------------------------------------------------------
+
+    def _first_batch(self) -> Batch:
+        batch = next(iter(self.data.batches()))
+        if self.move:
+            batch = self.move(batch)
+        # A copy: a model that changes its input in place must not change the data's first window.
+        return batch.map(torch.clone)
+
+    def _batches(self) -> Any:
+        batches: Iterator[Batch] = self.data.batches()
+        if self.ahead:
+            return read_ahead(batches, self.move)
+        return (self.move(batch) for batch in batches) if self.move else batches
+
+    def _call(self, batch: Batch) -> Any:
+        self.clock.start()
+        returned = self.model(*batch.args, **batch.kwargs)
+        self.clock.stop()
+        return returned
+
+    def _warm_up(self) -> None:
+        """Repeat the first batch until its time is steady, or as often as the config says.
+
+        A forward of a second or more is left alone: what is cold in it is small beside the rest.
+        """
+        asked = self.config.run.warmup
+        rounds = range(asked) if isinstance(asked, int) else itertools.count()
+        deadline = time.perf_counter() + WARM_UP_SECONDS
+        for _ in rounds:
+            self.clock.finish()
+            late = time.perf_counter() > deadline or self.clock.seconds[-1] > 1.0
+            if asked == "auto" and (late or stats.is_steady(self.clock.seconds[1:])):
+                break
+            self._call(self.first)
+        self.clock.finish()
+        self.ahead = pays_off(self.data, forward_seconds=self.clock.seconds[-1])
+        self.clock = clock.clock_for(self.device)
+
+    def _memory_pass(self, gathered: Pass) -> tuple[int | None, int | None]:
+        """(peak, retained) of the first batch; None after a stop, off the CPU, or on a fault."""
+        if gathered.stopped or not self.config.measure.memory or self.device.type != "cpu":
+            return None, None
+        batch = self.first
+        try:
+            with self._mode(), _buffers_kept(self.model):
+                return tensors.forward_memory(lambda: self.model(*batch.args, **batch.kwargs))
+        except KeyboardInterrupt:
+            gathered.stopped = Interrupted("interrupted while memory was counted")
+        except Exception as error:  # the predictions are safe already
+            self._warn(
+                "no_tensor_memory",
+                f"tensor memory could not be counted ({type(error).__name__}: "
+                f"{first_line(error)}); measure.memory: false does without",
+            )
+        return None, None
+
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        run = self.config.run
+        with ExitStack() as stack:
+            stack.enter_context(grad_mode(run.mode))
+            if run.autocast:
+                kind = getattr(torch, run.autocast)
+                stack.enter_context(torch.autocast(self.device.type, dtype=kind))
+            yield
+
+    def _warn(self, code: str, text: str) -> None:
+        self.warnings.append(Warning(code=code, text=text))
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give buffers (batch norm's running figures, counters) back the values they had before."""
+    with torch.no_grad():
+        buffers = (buffer for buffer in model.buffers() if not nn.parameter.is_lazy(buffer))
+        kept = [(buffer, buffer.clone()) for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)

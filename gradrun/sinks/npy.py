@@ -1,0 +1,129 @@
+"""One .npy file an output, its whole size set aside at the start and filled through a memory map.
+
+Knows numpy's file format.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gradrun.outputs import UNNAMED
+from gradrun.units import bytes_text
+
+WINDOW_BYTES = 4 * 1024 * 1024
+"""How much of a file is mapped at once; the resident set grows by no more."""
+
+
+class NpySink:
+    """Rows of every output, each in a file of its own."""
+
+    def __init__(self, folder: Path, samples: int) -> None:
+        self.folder, self.samples, self.written = folder, samples, 0
+        self._arrays: dict[str, _NpyFile] = {}
+
+    def open(self, outputs: dict[str, torch.Tensor]) -> None:
+        for name, tensor in outputs.items():
+            file = f"predictions{'' if name == UNNAMED else f'.{name}'}.npy"
+            self._arrays[name] = _NpyFile(self.folder / file, self.samples, tensor)
+
+    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+        for name, tensor in outputs.items():
+            self._arrays[name].write(self.written, tensor)
+        self.written += len(ids)
+
+    def close(self) -> None:
+        for array in self._arrays.values():
+            array.close(self.written)
+
+    def files(self) -> list[str]:
+        return [array.path.name for array in self._arrays.values()]
+
+
+class _NpyFile:
+    def __init__(self, path: Path, samples: int, first: torch.Tensor) -> None:
+        self.path, self.samples = path, samples
+        # numpy has no bfloat16; float32 holds each of its values exactly.
+        self.cast = torch.float32 if first.dtype == torch.bfloat16 else None
+        like = first[:0].to(self.cast or first.dtype).numpy()
+        self.row_shape, self.dtype = like.shape[1:], like.dtype
+        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.step = max(1, WINDOW_BYTES // max(1, self.row_bytes))
+        self.header = self._header(samples)
+        self.begin = self.end = 0
+        self.window: np.ndarray[Any, Any] | None = None
+        with path.open("xb") as file:
+            _reserve(file.fileno(), len(self.header) + samples * self.row_bytes, path)
+            file.write(self.header)
+
+    def _header(self, samples: int) -> bytes:
+        """The file's header; numpy leaves room in it, so that its length does not depend on samples."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header,
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": (samples, *self.row_shape),
+            },
+        )
+        return header.getvalue()
+
+    def write(self, at: int, tensor: torch.Tensor) -> None:
+        rows = (tensor if self.cast is None else tensor.to(self.cast)).numpy()
+        stop = at + len(rows)
+        if stop > self.end:
+            self._map(at, max(self.step, len(rows)))
+        if rows.shape[1:] != self.row_shape:
+            raise ValueError(
+                f"{self.path.name} has rows of shape {list(self.row_shape)} and now gets "
+                f"{list(rows.shape[1:])}; an .npy file holds one shape, format: jsonl any"
+            )
+        self.window[at - self.begin : stop - self.begin] = rows  # type: ignore[index]
+
+    def _map(self, begin: int, rows: int) -> None:
+        """Let the last window's pages go and map the next rows."""
+        self.begin, self.end = begin, min(begin + rows, self.samples)
+        shape = (self.end - begin, *self.row_shape)
+        if self.row_bytes == 0:
+            self.window = np.empty(shape, self.dtype)
+            return
+        offset = len(self.header) + begin * self.row_bytes
+        mapped = np.memmap(self.path, self.dtype, mode="r+", offset=offset, shape=shape)
+        # The plain array: a memmap's own indexing costs more than the copy of a small row.
+        self.window = np.asarray(mapped)
+
+    def close(self, written: int) -> None:
+        self.window = None
+        if written < self.samples:
+            with self.path.open("r+b") as file:
+                file.write(self._header(written))
+                file.truncate(len(self.header) + written * self.row_bytes)
+
+
+def _reserve(descriptor: int, size: int, path: Path) -> None:
+    """Set `size` bytes of disk aside: a full disk under a memory map would kill the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            if shutil.disk_usage(path.parent).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.truncate(descriptor, size)
+    except OSError as error:
+        path.unlink()
+        if error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
+            free = bytes_text(shutil.disk_usage(path.parent).free)
+            raise OSError(
+                error.errno, f"{path.name} needs {bytes_text(size)}, and {free} of disk are free"
+            ) from error
+        raise

@@ -1,0 +1,46 @@
+"""The commented config that `gradrun init` writes. Knows text only."""
+
+from __future__ import annotations
+
+_MODEL = """\
+  source: layers           # torch.nn layers by name; or zoo, python, torchscript, exported
+  layers: [{Linear: [64, 32]}, ReLU, {Linear: [32, 10]}]
+  # weights: weights.safetensors       # or a checkpoint of torch.save
+"""
+
+_TARGET = """\
+  source: python           # runs code of yours: gradrun asks for --trust-code
+  target: %s
+  # args: {width: 64}                  # what the target is called with
+  # weights: weights.safetensors       # or a checkpoint of torch.save
+"""
+
+_TEMPLATE = """\
+# A run of gradrun: what to run, over which data, how, and where the predictions go.
+# Check it with `gradrun validate`, run it with `gradrun infer`. Paths start at this file.
+
+model:
+%s
+data:
+  source: synthetic        # random numbers; or arrays (.npy, .npz, .safetensors), records (.csv)
+  inputs: {x: {shape: [64]}}           # the shape of one sample%s
+  samples: 10000
+  batch_size: 64
+  # source: arrays
+  # path: inputs.npy
+
+run:
+  mode: inference_mode     # or no_grad, grad
+  device: auto             # or cpu, cuda, cuda:1, mps
+
+output:
+  path: runs/first         # a new folder for predictions.npy and result.json
+  transform: none          # or softmax, argmax, topk
+"""
+
+
+def starter(target: str | None = None) -> str:
+    """The text of a config that runs as it is, or one for `target` (file.py:Name) to be filled in."""
+    if target is None:
+        return _TEMPLATE % (_MODEL, "")
+    return _TEMPLATE % (_TARGET % target, ": yours may differ")

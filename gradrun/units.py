@@ -1,0 +1,50 @@
+"""Seconds and bytes to text, with no more digits than an interval supports.
+
+Knows no result and no table.
+"""
+
+from __future__ import annotations
+
+import math
+
+MiB = 1024 * 1024
+
+_SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+
+
+def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
+    """`0.0001034` as "103 µs": three digits, or fewer where `uncertainty` (seconds) blurs them."""
+    if seconds == 0:
+        return "0 s"
+    scale, unit = next(
+        ((scale, unit) for scale, unit in _SECOND_UNITS if abs(seconds) >= scale),
+        _SECOND_UNITS[-1],
+    )
+    value = seconds / scale
+    return f"{number_text(value, None if uncertainty is None else uncertainty / scale)} {unit}"
+
+
+def number_text(value: float, uncertainty: float | None = None) -> str:
+    """Three significant digits, cut where `uncertainty` (same unit as `value`) makes them noise."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = 2 - math.floor(math.log10(abs(value)))
+    if uncertainty:
+        decimals = min(decimals, -math.floor(math.log10(uncertainty)))
+    rounded = round(value, decimals)
+    return f"{rounded:,.{max(decimals, 0)}f}"
+
+
+def bytes_text(count: int) -> str:
+    """`9437184` as "9.00 MiB"; below 1 KiB the count itself, which is exact."""
+    for scale, unit in _BYTE_UNITS:
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count} B"
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1, "batch"` as "1 batch" and `1250, "batch"` as "1,250 batches"."""
+    ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
