@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,10 +119,11 @@ def _ended_early(
 ) -> GradrunError:
     """The error with its result, which is saved too, and with the place of what was kept."""
     note = Warning(code="ended_early", text=f"{error}, after {written:,} of {samples:,} samples")
-    ended = type(error)(f"{error}; {written:,} of {samples:,} predictions are kept in {folder.path}")
+    ended = type(error)(
+        f"{error}; {written:,} of {samples:,} predictions are kept in {folder.path}"
+    )
     ended.result = result.model_copy(update={"warnings": (*result.warnings, note)})
-    try:
+    # The disk that failed the run may fail its report too; the first error is the one to tell.
+    with suppress(RunFailed):
         folder.save(ended.result)
-    except RunFailed:
-        pass  # the disk that failed the run may fail its report; the first error is the one to tell
     return ended

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="gradrun",
-    help="Run a PyTorch model over data from one YAML file, and say truly what it cost.",
+    help="Run a PyTorch model over data from one YAML file, and say what it truly cost.",
     no_args_is_help=True,
+    # Plain help: Rich panels import Markdown and tracebacks, which doubles the time of --help.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -53,6 +55,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
+    """Options of gradrun itself."""
     if version:
         typer.echo(f"gradrun {__version__}")
         raise typer.Exit
@@ -81,7 +84,7 @@ def infer(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Run all data through the model: predictions, a timing table and a peak-memory table."""
+    """Run all data through the model; keep and measure everything."""
     with _errors(debug, json_file, quiet) as console:
         from gradrun.yamlfile import load_config
 
@@ -216,12 +219,12 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
             raise
         if error.result is not None:
             _answer(error.result, console, json_file)
+        from rich.text import Text
+
         from gradrun.reports.terminal import printable
 
         stderr = Console(stderr=True, highlight=False)
-        lines = "\n".join(("error: " if i == 0 else "") + line for i, line in enumerate(
-            printable(str(error)).splitlines()))
-        stderr.print(lines, markup=False, soft_wrap=True)
+        stderr.print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -69,9 +69,10 @@ def complaint(problem: Any, data: Any) -> Complaint:
 def choices(given: str, allowed: Iterable[str]) -> str:
     """`"nograd"` against the modes as "did you mean no_grad? (allowed: grad, ...)"."""
     names = list(allowed)
-    close = get_close_matches(given.lower(), names, n=1, cutoff=0.6)
+    spelled = {name.lower(): name for name in names}
+    close = get_close_matches(given.lower(), spelled, n=1, cutoff=0.6)
     listed = "allowed: " + ", ".join(names)
-    return f"did you mean {close[0]}? ({listed})" if close else listed
+    return f"did you mean {spelled[close[0]]}? ({listed})" if close else listed
 
 
 def _value_text(problem: Any, name: str) -> str:
@@ -81,7 +82,9 @@ def _value_text(problem: Any, name: str) -> str:
     if kind in _KINDS:
         return f"{_shown(given)} is not {_KINDS[kind]}"
     if kind in {"enum", "literal_error"}:
-        allowed = [word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")]
+        allowed = [
+            word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")
+        ]
         return f"unknown value {_shown(given)}; {choices(str(given), allowed)}"
     if kind == "value_error":
         return str(context["error"])
@@ -89,7 +92,12 @@ def _value_text(problem: Any, name: str) -> str:
         if bound in context:
             return f"{_shown(given)} must be {words} {context[bound]}"
     if kind in {"too_short", "too_long"}:
-        return f"has {context['actual_length']} entries; {problem['msg'].partition(' after')[0]}"
+        limit = next(
+            f"{words} {context[name]}"
+            for name, words in (("min_length", "at least"), ("max_length", "at most"))
+            if name in context
+        )
+        return f"has {context['actual_length']} entries, and {limit} are wanted"
     return str(problem["msg"])
 
 
@@ -157,7 +165,7 @@ def _walk(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
             continue
         holder = here[0] if here else None
         here = _members(field) if field else []
-        named = len(here) == 1 and "dict" in str(field.annotation if field else "")
+        named = field is not None and get_origin(field.annotation) is dict
     return key, holder
 
 

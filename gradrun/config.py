@@ -170,6 +170,8 @@ class _Input(Section):
 
 
 class SyntheticInput(Section):
+    """One random input."""
+
     shape: Shape = Field(description="the shape of one sample, without the batch dimension")
     dtype: DType = "float32"
     distribution: Literal["normal", "uniform", "randint", "zeros", "ones"] = "normal"
@@ -186,6 +188,8 @@ class SyntheticData(_Data):
 
 
 class ArrayInput(_Input):
+    """One input from an array."""
+
     path: InputFile | None = Field(None, description="a file of its own; default: data.path")
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
 
@@ -199,6 +203,8 @@ class ArraysData(_Data):
 
 
 class RecordInput(_Input):
+    """One input from columns, side by side."""
+
     columns: tuple[str, ...] = Field(
         min_length=1, description="numeric columns (or .jsonl fields that hold lists), in order"
     )
@@ -221,6 +227,8 @@ DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discrimin
 
 
 class RunSection(Section):
+    """How the model is run."""
+
     mode: GradMode = Field(GradMode.INFERENCE_MODE, description="the gradient mode of the run")
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$", description="where the model runs"
@@ -239,6 +247,8 @@ class RunSection(Section):
 
 
 class MeasureSection(Section):
+    """What is measured besides time."""
+
     memory: bool = Field(True, description="count tensor memory in one extra, untimed batch")
 
 
@@ -253,13 +263,17 @@ def _selected(name: str) -> str:
 
 
 def _listed(names: object) -> object:
-    return (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
+    return (
+        (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
+    )
 
 
 OutputName = Annotated[str, AfterValidator(_selected)]
 
 
 class OutputSection(Section):
+    """Which outputs are kept, how, and where."""
+
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
     format: Literal["npy", "safetensors", "jsonl"] = "npy"
     select: Annotated[tuple[OutputName, ...], BeforeValidator(_listed)] = Field(

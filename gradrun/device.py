@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy
@@ -79,19 +79,32 @@ def prepared(run: RunSection) -> Iterator[torch.device]:
     """
     device = resolve(run.device)
     threads = torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    seeded = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=seeded):
+    cuda = device.type == "cuda"
+    # Events and new tensors go to the current device, which is the first one unless told.
+    current = torch.cuda.device(device) if cuda else nullcontext()
+    seeded = torch.random.fork_rng(devices=[device] if cuda else [])
+    with current, seeded, _deterministic(run.deterministic):
         try:
             torch.set_num_threads(available_cpus() if run.threads == "auto" else run.threads)
-            if run.deterministic:
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-                torch.use_deterministic_algorithms(True)
             torch.manual_seed(run.seed)
             yield device
         finally:
             torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def _deterministic(asked: bool) -> Iterator[None]:
+    # Touched only when asked for: torch's setter imports the compiler stack, which takes a second.
+    before = torch.are_deterministic_algorithms_enabled()
+    if not asked or before:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def environment(device: torch.device) -> Environment:

@@ -92,7 +92,7 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
     if tensor.ndim == 0 or len(tensor) != size:
         raise ConfigError(
             f"output {name!r} has shape {list(tensor.shape)} for a batch of {size}: its first "
-            "dimension must be the batch's, one row a sample; keep other outputs with output.select",
+            "dimension must be the batch's, one row a sample; output.select keeps other outputs",
             "output.select",
         )
 

@@ -15,8 +15,6 @@ from gradrun import stats
 from gradrun.config import GradMode
 from gradrun.errors import GradrunError
 
-FORMAT = 1
-
 
 class _Noun(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -120,7 +118,7 @@ class Measurement(_Noun):
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     kind: Literal["infer"]
     gradrun: str
     started_at: str
@@ -146,7 +144,7 @@ class RunResult(_Noun):
             file.write(self.to_json() + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        draft.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:

@@ -40,7 +40,7 @@ output:
 
 
 def starter(target: str | None = None) -> str:
-    """The text of a config that runs as it is, or one for `target` (file.py:Name) to be filled in."""
+    """A config that runs as it is, or one for a `target` (file.py:Name) to be filled in."""
     if target is None:
         return _TEMPLATE % (_MODEL, "")
     return _TEMPLATE % (_TARGET % target, ": yours may differ")

@@ -11,6 +11,8 @@ MiB = 1024 * 1024
 
 _SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+_ROUNDED_UP = 0.9995
+"""The share of a unit that three digits show as the whole unit: 999.6 µs are 1.00 ms."""
 
 
 def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
@@ -18,7 +20,7 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
     if seconds == 0:
         return "0 s"
     scale, unit = next(
-        ((scale, unit) for scale, unit in _SECOND_UNITS if abs(seconds) >= scale),
+        ((scale, unit) for scale, unit in _SECOND_UNITS if abs(seconds) >= scale * _ROUNDED_UP),
         _SECOND_UNITS[-1],
     )
     value = seconds / scale
@@ -29,17 +31,22 @@ def number_text(value: float, uncertainty: float | None = None) -> str:
     """Three significant digits, cut where `uncertainty` (same unit as `value`) makes them noise."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = 2 - math.floor(math.log10(abs(value)))
+    decimals = _decimals(round(value, _decimals(value)))  # 9.996 has one, as 10.0
     if uncertainty:
-        decimals = min(decimals, -math.floor(math.log10(uncertainty)))
+        # One digit stays however wide the interval: 0 would be a figure that nothing measured.
+        decimals = min(decimals, max(decimals - 2, -math.floor(math.log10(uncertainty))))
     rounded = round(value, decimals)
     return f"{rounded:,.{max(decimals, 0)}f}"
+
+
+def _decimals(value: float) -> int:
+    return 2 - math.floor(math.log10(abs(value)))
 
 
 def bytes_text(count: int) -> str:
     """`9437184` as "9.00 MiB"; below 1 KiB the count itself, which is exact."""
     for scale, unit in _BYTE_UNITS:
-        if count >= scale:
+        if abs(count) >= scale - scale * 0.005 / 1024:  # two decimals would show 1,024.00
             return f"{count / scale:,.2f} {unit}"
     return f"{count} B"
 

@@ -6,6 +6,7 @@ it can run code. Knows no torch; what the keys mean stands in config.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -37,6 +38,14 @@ _WORDS: dict[str, Any] = {
     **dict.fromkeys(("-.inf", "-.Inf"), -math.inf),
     **dict.fromkeys((".nan", ".NaN"), math.nan),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_YAML = "tag:yaml.org,2002:"
+_PLAIN_TAGS = {
+    _YAML + kind
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+}
+_SNIPPET = 120
+"""Characters of a line that are shown; of a longer one, those around the caret."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,9 @@ class Origin:
         if place is None:
             self.problems.append(((0, 0), f"{self.name}  {text}"))
             return
-        caret = f"    {place.text}\n    {' ' * (place.column - 1)}^"
+        begin = max(0, place.column - _SNIPPET // 2) if len(place.text) > _SNIPPET else 0
+        shown = place.text[begin : begin + _SNIPPET]
+        caret = f"    {shown}\n    {' ' * (place.column - 1 - begin)}^"
         self.problems.append(((place.line, place.column), f"{place}  {text}\n{caret}"))
 
     def place(self, key: Key, *, of_key: bool = False) -> Place | None:
@@ -141,6 +152,7 @@ def located(config: RunConfig) -> Iterator[None]:
 
 
 def dotted(key: Key) -> str:
+    """`("data", "path")` as "data.path"."""
     return ".".join(map(str, key))
 
 
@@ -151,7 +163,7 @@ class _Paths:
         self.base, self.output_base = base, output_base
 
     def input_file(self, path: Path) -> Path:
-        resolved = self.base / path.expanduser()
+        resolved = _joined(self.base, path)
         if not resolved.exists():
             raise ValueError(f"there is no file {resolved}")
         if not resolved.is_file():
@@ -164,7 +176,22 @@ class _Paths:
                 f"{str(path)!r} climbs out by '..'; a config writes below its own folder or to an "
                 "absolute path, and --output FOLDER on the command line goes anywhere"
             )
-        return self.output_base / path.expanduser()
+        return _joined(self.output_base, path)
+
+
+def _joined(base: Path, path: Path) -> Path:
+    """`path` from `base` on, with ~ resolved; ValueError where no file could have that name."""
+    try:
+        joined = base / path.expanduser()
+        joined.lstat()
+    except FileNotFoundError:
+        return joined
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return joined
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)!r:.60} is no usable path: {reason}") from error
+    return joined
 
 
 # --- text -> data and places -------------------------------------------------------------------
@@ -189,7 +216,7 @@ def _read(path: Path) -> Origin:
     if not origin.problems and not isinstance(origin.data, dict):
         origin.report(
             "a config is a mapping with the sections model, data, run and output"
-            if text.strip()
+            if origin.data is not None
             else "the file is empty; `gradrun init` writes a starter",
             origin.values.get(()),
         )
@@ -197,8 +224,10 @@ def _read(path: Path) -> Origin:
     return origin
 
 
-def _parse(text: str, origin: Origin) -> None:
-    """Fill `origin` from YAML text; problems are noted there."""
+def _parse(text: str, origin: Origin, shown: str = "") -> None:
+    """Fill `origin` from YAML text; problems are noted there, under lines of `shown` if given."""
+    lines = (shown or text).splitlines() or [""]
+    origin.data = None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -206,18 +235,22 @@ def _parse(text: str, origin: Origin) -> None:
         reason = error.problem or error.context or "cannot be read"
         if "'\\t'" in reason:
             reason = "a tab; YAML is indented with spaces"
-        origin.report(f"not YAML: {reason}", mark and _place(mark, text, origin.name))
+        origin.report(f"not YAML: {reason}", _place(mark, lines, origin.name) if mark else None)
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position].splitlines(keepends=True)
+        mark = yaml.Mark("", 0, max(0, len(before) - 1), len(before[-1]) if before else 0, None, 0)
+        reason = f"the character {chr(error.character)!r} does not belong in a text file"
+        origin.report(f"not YAML: {reason}", _place(mark, lines, origin.name))
     except yaml.YAMLError as error:
         origin.report(f"not YAML: {str(error).splitlines()[0]}", None)
     except RecursionError:
         origin.report("not a config: nested too deeply", None)
     else:
         if node is not None:
-            _Walk(text, origin).start(node)
+            _Walk(lines, origin).start(node)
 
 
-def _place(mark: yaml.Mark, text: str, name: str) -> Place:
-    lines = text.splitlines() or [""]
+def _place(mark: yaml.Mark, lines: list[str], name: str) -> Place:
     line = min(mark.line, len(lines) - 1)
     return Place(name, line + 1, mark.column + 1, lines[line].expandtabs(1))
 
@@ -225,44 +258,60 @@ def _place(mark: yaml.Mark, text: str, name: str) -> Place:
 class _Walk:
     """One walk over a YAML document, from nodes to plain data and the places of its keys."""
 
-    def __init__(self, text: str, origin: Origin) -> None:
-        self.text, self.origin = text, origin
+    def __init__(self, lines: list[str], origin: Origin) -> None:
+        self.lines, self.origin = lines, origin
         self.nodes = 0
+        self.at: Place | None = None
 
     def start(self, node: yaml.Node) -> None:
         try:
             self.origin.data = self.value(node, (), ())
         except RecursionError:
-            self.origin.report("not a config: nested too deeply", None)
+            self.origin.report("not a config: nested too deeply", self.at)
         except OverflowError:
-            self.origin.report("not a config: its aliases (*name) expand without end", None)
+            self.origin.report("not a config: too long, or aliases (*name) without end", self.at)
 
     def value(self, node: yaml.Node, key: Key, above: tuple[int, ...]) -> Any:
         self.nodes += 1
+        self.at = self.place(node)
         # Sections within sections of aliases grow as a power: the bomb is cut, not expanded.
         if self.nodes > MAX_NODES or id(node) in above:
             raise OverflowError
-        place = _place(node.start_mark, self.text, self.origin.name)
-        self.origin.values[key] = place
-        if not node.tag.startswith("tag:yaml.org,2002:") or "python/" in node.tag:
-            self.origin.report(
-                f"the tag {node.tag}: a config is data and takes no tags; write plain values", place
-            )
+        place = self.origin.values[key] = self.at
+        if not self.plain(node, place):
             return None
         above = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, above)
         if isinstance(node, yaml.SequenceNode):
             return [self.value(item, (*key, i), above) for i, item in enumerate(node.value)]
-        return self.scalar(node, key, place)
+        assert isinstance(node, yaml.ScalarNode)
+        return self.scalar(node)
+
+    def place(self, node: yaml.Node) -> Place:
+        return _place(node.start_mark, self.lines, self.origin.name)
+
+    def plain(self, node: yaml.Node, place: Place) -> bool:
+        """Whether the node is plain data; if not, it is reported."""
+        if node.tag not in _PLAIN_TAGS:
+            tag = node.tag.replace(_YAML, "!!", 1)
+            text = f"the tag {tag}: a config is data and takes no tags; write plain values"
+        elif isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
+            text = f"{node.value!r:.60} holds half a character, which is no text"
+        else:
+            return True
+        self.origin.report(text, place)
+        return False
 
     def mapping(self, node: yaml.MappingNode, key: Key, above: tuple[int, ...]) -> dict[str, Any]:
         data: dict[str, Any] = {}
         for name_node, value_node in node.value:
-            place = _place(name_node.start_mark, self.text, self.origin.name)
+            place = self.place(name_node)
             name = name_node.value
             if not isinstance(name_node, yaml.ScalarNode):
                 self.origin.report("a key is one word", place)
+            elif not self.plain(name_node, place):
+                continue
             elif name in data:
                 first = self.origin.keys[(*key, name)].line
                 self.origin.report(
@@ -274,7 +323,7 @@ class _Walk:
                 data[name] = self.value(value_node, (*key, name), above)
         return data
 
-    def scalar(self, node: yaml.Node, key: Key, place: Place) -> Any:
+    def scalar(self, node: yaml.ScalarNode) -> Any:
         """A plain scalar by YAML 1.2's rules: 1e-5 is a number, and yes, no, on, off are words."""
         text: str = node.value
         if node.style is not None:
@@ -299,23 +348,25 @@ def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any]) -> N
     for text in overrides:
         name, equals, value_text = text.partition("=")
         key = tuple(name.strip().split("."))
-        where = Origin(f"--set {text}")
+        where, column = Origin("--set"), len(name) + 2
         if not equals or not all(key):
-            where.report("is written key.path=value, such as run.mode=no_grad", None)
+            where.report(
+                "is written key.path=value, such as run.mode=no_grad", Place("--set", 1, 1, text)
+            )
         else:
-            _parse(value_text, where)
+            _parse(" " * (column - 1) + value_text, where, text)
         if where.problems:
             origin.problems += where.problems
         else:
-            data = None if value_text.strip() == "" else where.data
-            column = len(name) + 2
-            _put(origin, key, data, Place("--set", 1, column, text))
+            _put(origin, key, where.data, Place("--set", 1, column, text))
 
 
 def _put(origin: Origin, key: tuple[str, ...], value: Any, place: Place | None) -> None:
     """Set one dotted key; a mapping given from code is merged into the section."""
     section = origin.data
     for depth, part in enumerate(key[:-1]):
+        if place and part not in section:
+            origin.keys[key[: depth + 1]] = place
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
             origin.report(

@@ -18,6 +18,7 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def build() -> nn.Module:
+    """The network, with random weights."""
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             stage1=_stage(1, 32),

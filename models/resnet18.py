@@ -41,6 +41,7 @@ def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def build(classes: int = 1000) -> nn.Module:
+    """The network, with random weights; its state dict has the usual key names."""
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             conv1=_conv(3, 64, 7, 2),

@@ -10,6 +10,7 @@ from torch import nn
 def build(
     d_model: int = 256, heads: int = 8, layers: int = 4, feedforward: int = 1024
 ) -> nn.Module:
+    """The encoder, with random weights."""
     # Nothing here is trained, so dropout would only make train and eval mode disagree.
     layer = nn.TransformerEncoderLayer(d_model, heads, feedforward, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, layers)

@@ -106,7 +106,8 @@ class _NpzRows(_Stored):
         super().__init__(path, self.header.shape, self.header.torch_dtype)
 
     def _open(self, path: Path) -> tuple[IO[bytes], _Header]:
-        file = zipfile.ZipFile(path).open(self.member)
+        # Left open from window to window: a stream cannot be entered in its middle.
+        file = zipfile.ZipFile(path).open(self.member)  # noqa: SIM115
         return file, _Header(file, path)
 
     def window(self, start: int, stop: int) -> torch.Tensor:
@@ -116,9 +117,11 @@ class _NpzRows(_Stored):
         self._skip((start - self.at) * self.header.row_bytes)
         rows = np.empty((stop - start, *self.shape), self.header.dtype)
         try:
-            read = self.file.readinto(memoryview(rows).cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+            read = self.file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-            raise ConfigError(f"{self.path}: {self.member} is damaged: {error}", "data.path") from error
+            raise ConfigError(
+                f"{self.path}: {self.member} is damaged: {error}", "data.path"
+            ) from error
         if read != rows.nbytes:
             raise ConfigError(f"{self.path}: {self.member} is cut off", "data.path")
         self.at = stop
@@ -184,7 +187,9 @@ class _Header:
         try:
             self.torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         except TypeError as error:
-            raise ConfigError(f"{path} holds {dtype}, which torch has no type for", "data.path") from error
+            raise ConfigError(
+                f"{path} holds {dtype}, which torch has no type for", "data.path"
+            ) from error
         self.row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         self.nbytes = self.row_bytes * (self.shape[0] if self.shape else 1)
 
@@ -224,7 +229,9 @@ def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
             "data.inputs" if key == "data.inputs.input" else f"{key}.key",
         )
     if name not in names:
-        raise ConfigError(f"{path.name} has no array {name!r}; {choices(name, names)}", f"{key}.key")
+        raise ConfigError(
+            f"{path.name} has no array {name!r}; {choices(name, names)}", f"{key}.key"
+        )
     return name
 
 

@@ -82,7 +82,9 @@ class WindowedData:
         names = list(self.rows)
         for begin in range(start, self.samples, step):
             stop = min(begin + step, self.samples)
-            windows = [row.window(begin, stop).split(self.batch_size) for row in self.rows.values()]
+            windows = [
+                torch.split(row.window(begin, stop), self.batch_size) for row in self.rows.values()
+            ]
             for i, tensors in enumerate(zip(*windows, strict=True)):
                 first = begin + i * self.batch_size
                 size = min(self.batch_size, stop - first)

@@ -34,9 +34,7 @@ def pays_off(data: Data, forward_seconds: float) -> bool:
     return read > 0 and (time.perf_counter() - began) / read >= WORTH_SECONDS
 
 
-def read_ahead(
-    batches: Iterator[Batch], move: Callable[[Batch], Batch] | None
-) -> Iterator[Batch]:
+def read_ahead(batches: Iterator[Batch], move: Callable[[Batch], Batch] | None) -> Iterator[Batch]:
     """The same batches, in order, read (and moved) by a thread that keeps two of them ready.
 
     What reading raises is raised here, after the batches before it; closing ends the thread.
@@ -47,7 +45,8 @@ def read_ahead(
     def hand_over(item: Any) -> None:
         while not closed.is_set():
             try:
-                return ready.put(item, timeout=_PATIENCE)
+                ready.put(item, timeout=_PATIENCE)
+                return
             except Full:
                 continue
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class _Records:
                 taken = list(itertools.islice(rows, self.batch_size))
                 yield self._batch(taken, range(first, first + len(taken)))
 
-    def _records(self) -> Iterator[Record]:
+    def _records(self) -> Generator[Record]:
         try:
             yield from self.read(self.path)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -95,7 +95,9 @@ class _Records:
                 )
             rows.append(row)
         kind = np.int64 if "int" in spec.dtype else np.float64
-        return converter(spec, (width,), f"data.inputs.{name}")(torch.from_numpy(np.array(rows, kind)))
+        return converter(spec, (width,), f"data.inputs.{name}")(
+            torch.from_numpy(np.array(rows, kind))
+        )
 
     def _row(self, spec: RecordInput, record: Record) -> list[float]:
         """The columns of one record, lists laid flat, as one row of numbers."""
@@ -105,7 +107,7 @@ class _Records:
         for column in spec.columns:
             value = fields.get(column)
             try:
-                flat = [value] if isinstance(value, str) else np.ravel(value).tolist()
+                flat = [value] if isinstance(value, str) else np.ravel(np.array(value)).tolist()
                 row += [number(item) for item in flat]
             except (ValueError, TypeError, OverflowError):
                 raise ConfigError(

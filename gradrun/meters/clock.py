@@ -61,9 +61,10 @@ class CudaClock:
         self._pairs: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        begin = torch.cuda.Event(enable_timing=True)
+        timed_event: Any = torch.cuda.Event  # torch leaves it without types
+        begin, end = timed_event(enable_timing=True), timed_event(enable_timing=True)
         begin.record()
-        self._pairs.append((begin, torch.cuda.Event(enable_timing=True)))
+        self._pairs.append((begin, end))
 
     def stop(self) -> None:
         self._pairs[-1][1].record()
@@ -79,4 +80,5 @@ class CudaClock:
 
 def clock_for(device: torch.device) -> Clock:
     """The clock that tells the truth about forwards on `device`."""
-    return {"cuda": CudaClock, "mps": MpsClock}.get(device.type, HostClock)()
+    clocks: dict[str, type[Clock]] = {"cuda": CudaClock, "mps": MpsClock}
+    return clocks.get(device.type, HostClock)()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.profiler import profile
+from torch.autograd import profiler as torch_profiler
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -35,7 +35,8 @@ def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
         call has returned and its result is held; both above what was live before. The sizes are
         those of torch's allocator events, which are the tensors' own.
     """
-    profiler = profile(use_cpu=True, profile_memory=True, acc_events=False)
+    # torch leaves its profiler without types.
+    profiler: Any = torch_profiler.profile(use_cpu=True, profile_memory=True, acc_events=False)
     with _quiet_stderr():
         profiler.__enter__()
     try:
@@ -44,7 +45,7 @@ def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
         with _quiet_stderr():
             profiler.__exit__(None, None, None)
     live = peak = 0
-    for event in profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
             live += event.nbytes()
             peak = max(peak, live)

@@ -28,9 +28,7 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
 """source -> opener: (config section, *, trust_code: bool) to the module, on the CPU."""
 
 
-def load_model(
-    config: ModelConfig, device: torch.device, *, trust_code: bool = False
-) -> nn.Module:
+def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = False) -> nn.Module:
     """The module that a config names, with its weights, on `device`, ready to be called.
 
     Weights that no file gives are drawn from torch's default generator, which the caller seeds.
@@ -57,4 +55,3 @@ def load_model(
 def _compiled(module: nn.Module) -> nn.Module:
     compiled: Any = torch.compile(module)
     return compiled  # type: ignore[no-any-return]
-

@@ -5,6 +5,7 @@ Knows modules and their call order; not where the input came from.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         register_module_forward_hook(lambda *_: _drop_last(entered)),
     ]
     try:
-        model(*args, **kwargs)
-    except Exception:  # the same error again; what it left entered is what we want
-        pass
+        # The same error comes again; the modules that it leaves entered are what we want.
+        with suppress(Exception):
+            model(*args, **kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -76,4 +77,3 @@ def _shape(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-

@@ -79,9 +79,7 @@ def _checkpoint(path: Path) -> Any:
         raise ConfigError(f"{path} is no checkpoint of torch.save: {error!s:.200}", _KEY) from error
 
 
-def _state_dict(
-    checkpoint: Any, path: Path, nested_key: str | None
-) -> Mapping[str, torch.Tensor]:
+def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
     if nested_key is not None:
         state = checkpoint
         for part in [nested_key] if nested_key in checkpoint else nested_key.split("."):

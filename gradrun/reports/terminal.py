@@ -18,6 +18,11 @@ from gradrun.stats import Estimate
 from gradrun.units import bytes_text, count_text, number_text, seconds_text
 
 DASH = "–"
+_QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+_SHOWN_FILES = 3
+
+Row = tuple[str, str, str]
+"""A figure's name, its value, and what to know about it."""
 
 
 def show(result: RunResult, console: Console) -> None:
@@ -27,11 +32,11 @@ def show(result: RunResult, console: Console) -> None:
     console.print(_headline(result, measured))
     console.print()
     console.print(timing_table(measured))
+    console.print()
     console.print(memory_table(measured.memory))
+    console.print()
     for warning in result.warnings:
-        console.print(
-            Text.assemble(("! ", "bold yellow"), (warning.text, "")), soft_wrap=False
-        )
+        console.print(_hanging("!", warning.text))
     if result.warnings:
         console.print()
     console.print(_closing(result, measured))
@@ -39,71 +44,68 @@ def show(result: RunResult, console: Console) -> None:
 
 def timing_table(measured: Measurement) -> Table:
     """Cold start, latency, throughput and what the run is bound by."""
-    table = _table("Time")
     phases = measured.phases
-    table.add_row(
-        "cold start",
-        seconds_text(measured.cold_start),
-        f"load model {seconds_text(phases.load_model)}, open data "
-        f"{seconds_text(phases.open_data)}, first batch {seconds_text(phases.first_batch)}",
-    )
-    for name, q in (("median", 0.5), ("p90", 0.9), ("p95", 0.95), ("p99", 0.99)):
-        estimate = measured.latency(q)
-        batches = count_text(len(measured.batch_seconds), "batch")
-        note = f"forward, {batches} of {max(measured.batch_sizes, default=0)}"
-        table.add_row(
-            f"batch {name}",
-            seconds_text(estimate.value, estimate.uncertainty) if estimate else DASH,
-            _interval(estimate, note if q == 0.5 else "", q),
-        )
-    table.add_row(
-        "throughput",
-        f"{number_text(measured.throughput)} /s" if measured.samples else DASH,
-        f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}, "
-        "read to written",
-    )
+    cold = (phases.load_model, phases.open_data, phases.first_batch)
+    load, opened, first = map(seconds_text, cold)
     bound, shares = measured.bound_by
-    split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    table.add_row("bound by", bound if measured.samples else DASH, split)
-    return table
+    rows: list[Row] = [
+        (
+            "cold start",
+            seconds_text(measured.cold_start),
+            f"model {load}, data {opened}, first batch {first}",
+        ),
+        *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
+    ]
+    if measured.samples:
+        whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
+        split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        rows += [
+            ("throughput", f"{number_text(measured.throughput)} /s", f"{whole}, read to written"),
+            ("bound by", bound, split),
+        ]
+    return _table("Time", rows)
 
 
-def _interval(estimate: Estimate | None, note: str, q: float) -> str:
+def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
     if estimate is None:
-        return f"takes {round(1 / (1 - q))} batches to tell"
-    low, high = (seconds_text(v, estimate.uncertainty) for v in (estimate.low, estimate.high))
-    interval = f"{low} to {high}" if low != high else ""
-    return ", ".join(part for part in (interval, note) if part)
+        return f"batch {name}", DASH, f"takes {round(1 / (1 - q))} batches to tell"
+    value, low, high = (
+        seconds_text(seconds, estimate.uncertainty)
+        for seconds in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"batch {name}", value, f"{low} to {high} (95 %)"
 
 
 def memory_table(memory: Memory) -> Table:
     """What is held, and the peaks; exact bytes beside the readable figure."""
-    table = _table("Peak memory")
-    exact = "{:,} bytes{}".format
-
-    def add(name: str, count: int | None, note: str) -> None:
-        known = count is not None
-        table.add_row(name, bytes_text(count) if count is not None else DASH, note if known else "")
-
-    add("weights", memory.weights, exact(memory.weights, ""))
-    add("inputs", memory.inputs, exact(memory.inputs, ", one batch"))
-    peak, kept = memory.forward_peak, memory.retained
-    add("forward peak", peak, exact(peak or 0, " above what was live before"))
-    add("retained", kept, exact(kept or 0, ": outputs, and their graph in grad"))
-    add("process peak", memory.process_peak, f"{memory.process_method}, the whole process")
-    if memory.device_allocated is not None or memory.device_reserved is not None:
-        add("device peak", memory.device_allocated, "allocated by tensors")
-        add("", memory.device_reserved, "reserved from the device")
+    rows = [
+        _bytes("weights", memory.weights),
+        _bytes("inputs", memory.inputs, "one batch"),
+        _bytes("forward peak", memory.forward_peak, "above what was live before"),
+        _bytes("retained", memory.retained, "outputs, and in grad their graph"),
+        _bytes("process peak", memory.process_peak, f"whole process ({memory.process_method})"),
+    ]
+    if memory.device_allocated is None and memory.device_reserved is None:
+        rows.append(("device peak", DASH, "no accelerator in use"))
     else:
-        table.add_row("device", DASH, "no accelerator in use")
-    return table
+        rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
+        rows.append(_bytes("device pool", memory.device_reserved, "reserved, at its peak"))
+    return _table("Peak memory", rows)
 
 
-def _table(title: str) -> Table:
+def _bytes(name: str, count: int | None, note: str = "") -> Row:
+    if count is None:
+        return name, DASH, "not measured"
+    return name, bytes_text(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
+
+
+def _table(title: str, rows: list[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
-    table.add_column(title, style="", no_wrap=True, min_width=14)
-    table.add_column("", justify="right", style="bold cyan", no_wrap=True, min_width=10)
-    table.add_column("", style="dim")
+    table.add_column(title, no_wrap=True, min_width=12)
+    table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
+    table.add_column(style="dim", min_width=46)
+    for row in rows:
+        table.add_row(*map(Text, row))
     return table
 
 
@@ -111,20 +113,39 @@ def _headline(result: RunResult, measured: Measurement) -> Text:
     model = result.config["model"]
     name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
     machine = result.environment
-    where = f"{machine.device_name or machine.device}, {count_text(machine.threads, 'thread')}"
+    batches = count_text(len(measured.batch_seconds), "batch")
+    facts = (
+        machine.device_name or machine.device,
+        count_text(machine.threads, "thread"),
+        f"{batches} of {max(measured.batch_sizes, default=0)}",
+    )
     return Text.assemble(
-        (Path(name).name, "bold"), f"  {measured.mode.value}", (f"  {where}", "dim")
+        (printable(Path(name).name), "bold"),
+        f"  {measured.mode.value}",
+        ("  " + ", ".join(facts), "dim"),
     )
 
 
-def _closing(result: RunResult, measured: Measurement) -> Text:
-    folder = nearest(result.config["output"]["path"])
-    files = ", ".join(result.files[:3]) + (" ..." if len(result.files) > 3 else "")
-    return Text.assemble(
-        (f"{measured.samples:,} predictions", "bold green"),
-        f" in {os.path.join(folder, files)}",
-        ("   figures in result.json", "dim"),
+def _hanging(mark: str, text: str) -> Table:
+    """A marked paragraph whose further lines stand under its first word."""
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(Text(mark, "bold yellow"), Text(printable(text)))
+    return grid
+
+
+def _closing(result: RunResult, measured: Measurement) -> Table:
+    folder = Path(nearest(result.config["output"]["path"]))
+    files = [str(folder / file) for file in result.files[:_SHOWN_FILES]]
+    more = len(result.files) - len(files)
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(overflow="fold")
+    grid.add_column(overflow="fold")
+    grid.add_row(
+        Text(count_text(measured.samples, "prediction"), "bold green"),
+        Text(printable("\n".join(files) + (f"\nand {more} more" if more else ""))),
     )
+    grid.add_row("every figure", Text(printable(str(folder / "result.json"))))
+    return grid
 
 
 def nearest(path: str | Path) -> str:
@@ -134,8 +155,6 @@ def nearest(path: str | Path) -> str:
     except ValueError:  # another drive
         return str(path)
     return min(relative, str(path), key=len)
-
-
 
 
 def printable(text: str) -> str:

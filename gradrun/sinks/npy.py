@@ -66,7 +66,7 @@ class _NpyFile:
             file.write(self.header)
 
     def _header(self, samples: int) -> bytes:
-        """The file's header; numpy leaves room in it, so that its length does not depend on samples."""
+        """The file's header, as long for few samples as for many: numpy leaves room in it."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,

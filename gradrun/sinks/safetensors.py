@@ -5,7 +5,6 @@ Knows the part's size and names; a part's metadata says which samples it holds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class SafetensorsSink:
         tensors = {key: buffer[: self._filled] for key, buffer in self._buffers.items()}
         try:
             save_file(tensors, draft, {"start": str(self.written), "stop": str(last)})
-            os.replace(draft, self.folder / name)
+            draft.replace(self.folder / name)
         except Exception as error:  # safetensors raises its own error for a full disk
             draft.unlink(missing_ok=True)
             if isinstance(error, OSError):

@@ -1,0 +1,188 @@
+"""`make bench`: gradrun against what a person writes by hand, as ratios.
+
+Each ratio comes from runs that took turns, in one process or pair by pair, and is printed with the
+bar it must stay under. Exits 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import compileall
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import loop_by_hand
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from gradrun import device as machine
+from gradrun.config import RunConfig
+from gradrun.data_sources import open_data
+from gradrun.model_sources import load_model
+from gradrun.runner import Runner
+from gradrun.sinks import open_sink
+from gradrun.yamlfile import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = 15
+
+
+def main() -> None:
+    # The commands below start from compiled files, as installed ones do.
+    compileall.compile_dir(ROOT / "gradrun", quiet=1)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for title, bar, measure in (
+            ("loop: time per batch against a hand-written loop", 1.05, loop),
+            ("start: gradrun --help against import typer", 2.0, start),
+            ("whole command: digits against a plain script", 1.15, whole_command),
+            ("memory: process peak with 10 x the samples", 1.05, memory_growth),
+        ):
+            ratios = measure(folder)
+            rows.append((title, bar, ratios))
+    table = Table("benchmark", "median", "range", "at most", "")
+    failed = False
+    for title, bar, ratios in rows:
+        value = median(ratios)
+        failed |= value > bar
+        table.add_row(
+            title,
+            f"{value:.3f}",
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
+            f"{bar:.2f}",
+            "ok" if value <= bar else "[red]over[/]",
+        )
+    Console().print(table)
+    sys.exit(failed)
+
+
+def loop(folder: Path) -> list[float]:
+    """16,000 samples of 64 floats, batch 8, 8 x (Linear 64, ReLU), .npy to .npy."""
+    source = folder / "inputs.npy"
+    np.save(source, np.random.default_rng(0).standard_normal((16_000, 64), dtype=np.float32))
+    config = _loop_config(source, folder / "loop")
+    ratios = []
+    with machine.prepared(config.run) as device:
+        model = load_model(config.model, device)
+        data = open_data(config.data, 0)
+
+        def by_hand() -> float:
+            began = time.perf_counter()
+            loop_by_hand.run(model, source, folder / "by_hand.npy", 8)
+            return time.perf_counter() - began
+
+        def by_gradrun() -> float:
+            for old in config.output.path.glob("*"):
+                old.unlink()
+            config.output.path.mkdir(exist_ok=True)
+            runner = Runner(model, data, config, device)
+            outputs = runner.prepare()
+            began = time.perf_counter()
+            sink = open_sink(config.output, data.samples)
+            sink.open(outputs)
+            gathered = runner.run(sink)
+            sink.close()
+            if gathered.stopped:
+                raise gathered.stopped
+            return time.perf_counter() - began
+
+        ratios = _in_turn(by_gradrun, by_hand, ROUNDS)
+    ours, theirs = np.load(folder / "loop" / "predictions.npy"), np.load(folder / "by_hand.npy")
+    assert np.array_equal(ours, theirs), "the two loops disagree"
+    return ratios
+
+
+def start(folder: Path) -> list[float]:
+    """Both as whole processes, in turn."""
+    return _in_turn(
+        _command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS
+    )
+
+
+def whole_command(folder: Path) -> list[float]:
+    """Both as whole processes, in turn; both end with the same predictions."""
+    target = folder / "digits"
+    ratios = _in_turn(
+        _command(
+            "-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"),
+            "--output", str(target), "--overwrite",
+        ),
+        _command(str(ROOT / "tests" / "bench" / "digits_by_hand.py"), str(folder / "digits.npy")),
+        ROUNDS,
+    )  # fmt: skip
+    ours = np.load(target / "predictions.npy")
+    assert np.array_equal(ours, np.load(folder / "digits.npy")), "the two disagree"
+    return ratios
+
+
+def memory_growth(folder: Path) -> list[float]:
+    """The process peak of a run over ten times the samples, against that over 16,000."""
+    sources = {count: folder / f"{count}.npy" for count in (16_000, 160_000)}
+    for count, path in sources.items():
+        np.save(path, np.random.default_rng(0).standard_normal((count, 64), dtype=np.float32))
+
+    def peak(count: int) -> float:
+        out = folder / f"peak{count}"
+        config = _loop_config(sources[count], out).model_dump(mode="json")
+        code = (
+            "import sys, json, gradrun\n"
+            "result = gradrun.infer(json.loads(sys.argv[1]), overwrite=True)\n"
+            "print(result.measurements[0].memory.process_peak)"
+        )
+        import json
+
+        return float(_output("-c", code, json.dumps(config)))
+
+    return [peak(160_000) / peak(16_000) for _ in range(5)]
+
+
+def _loop_config(source: Path, target: Path) -> RunConfig:
+    return load_config(
+        {
+            "model": {"source": "zoo", "name": "mlp"},
+            "data": {"source": "arrays", "path": str(source), "batch_size": 8},
+            "output": {"path": str(target)},
+        }
+    )
+
+
+def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> list[float]:
+    """Ratios of pairs that ran one after the other, the order changing, after one warm-up pair."""
+    ours(), theirs()
+    ratios = []
+    for i in range(rounds):
+        if i % 2:
+            own, other = ours(), theirs()
+        else:
+            other, own = theirs(), ours()
+        ratios.append(own / other)
+    return ratios
+
+
+def _command(*words: str) -> Callable[[], float]:
+    def run() -> float:
+        began = time.perf_counter()
+        _output(*words)
+        return time.perf_counter() - began
+
+    return run
+
+
+def _output(*words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""The loop that a careful person writes: memory-mapped input and output, two clock reads a batch."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def run(model: nn.Module, source: Path, target: Path, batch_size: int) -> list[float]:
+    """Predict every row of `source` into `target`; the seconds of each forward."""
+    inputs = np.load(source, mmap_mode="c")
+    outputs = np.lib.format.open_memmap(target, "w+", inputs.dtype, inputs.shape)
+    seconds = []
+    with torch.inference_mode():
+        for begin in range(0, len(inputs), batch_size):
+            batch = torch.from_numpy(inputs[begin : begin + batch_size])
+            started = time.perf_counter()
+            predicted = model(batch)
+            seconds.append(time.perf_counter() - started)
+            outputs[begin : begin + batch_size] = predicted.numpy()
+    return seconds

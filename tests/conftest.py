@@ -1,0 +1,75 @@
+"""What the tests share: a way to run commands, in this process and in one of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gradrun.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Answer:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.err
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def cli() -> Command:
+    """Run a command in this process: quick, and as strict about tracebacks as the real one."""
+
+    def run(*words: object) -> Answer:
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return Answer(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Command:
+    """Run a command in a process of its own, in an empty folder, as a user would."""
+
+    def run(*words: object, timeout: float = 120, **settings: object) -> Answer:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        done = subprocess.run(
+            [sys.executable, "-m", "gradrun", *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **{"cwd": tmp_path, "env": environment, **settings},  # type: ignore[call-overload]
+        )
+        return Answer(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

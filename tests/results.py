@@ -1,0 +1,79 @@
+"""A RunResult made by hand, for every test that reads results instead of measuring them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gradrun.config import RunConfig
+from gradrun.result import Environment, Measurement, Memory, Phases, RunResult
+
+CONFIG = RunConfig.model_validate_json(
+    """{"model": {"source": "zoo", "name": "digits_cnn"},
+        "data": {"source": "synthetic", "inputs": {"image": {"shape": [1, 8, 8]}}, "samples": 498,
+                 "batch_size": 4},
+        "output": {"path": "runs/digits", "transform": "argmax"}}"""
+)
+MACHINE = Environment(
+    gradrun="0.1.0",
+    torch="2.13.0+cpu",
+    numpy="2.4.6",
+    python="3.11.9",
+    platform="Linux-6.1",
+    cpu="AMD EPYC",
+    cores=2,
+    cpus=2,
+    threads=2,
+    memory=8 * 1024**3,
+    device="cpu",
+)
+PHASES = Phases(
+    load_model=0.0123,
+    open_data=0.00045,
+    first_batch=0.0042,
+    warm_up=0.031,
+    data=0.006,
+    forward=0.09,
+    output=0.0042,
+)
+MEMORY = Memory(
+    weights=263_464,
+    inputs=1_024,
+    forward_peak=66_048,
+    retained=160,
+    process_peak=412_000_256,
+    process_method="VmHWM",
+)
+
+
+def skewed(batches: int) -> tuple[float, ...]:
+    """Seconds a batch as machines give them: most near 700 µs, a few far above."""
+    return tuple(
+        7e-4 + 2e-5 * (i * 37 % 11) ** 2 / 121 + 1e-3 * (i % 25 == 7) for i in range(batches)
+    )
+
+
+def measurement(batches: int = 125, last: int = 2, **changes: Any) -> Measurement:
+    """`batches` batches of four samples, the last of `last`."""
+    sizes = (*(4,) * (batches - 1), last)[:batches]
+    given = {
+        "mode": "inference_mode",
+        "batch_seconds": skewed(batches),
+        "batch_sizes": sizes,
+        "phases": PHASES,
+        "memory": MEMORY,
+    }
+    return Measurement(**(given | changes))
+
+
+def run_result(measured: Measurement | None = None, **changes: Any) -> RunResult:
+    """A whole result of an infer run; `changes` replace its fields."""
+    given: dict[str, Any] = {
+        "kind": "infer",
+        "gradrun": "0.1.0",
+        "started_at": "2026-11-20T12:00:00+00:00",
+        "config": CONFIG.model_dump(mode="json"),
+        "environment": MACHINE,
+        "measurements": (measured or measurement(),),
+        "files": ("predictions.npy",),
+    }
+    return RunResult(**(given | changes))

@@ -1,0 +1,81 @@
+"""Which warnings a measurement deserves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gradrun.advice import advice
+from gradrun.config import RunConfig
+from gradrun.result import Measurement
+from tests.results import CONFIG, MACHINE, measurement
+
+TRAINING = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"training": True})})
+EXPORTED = RunConfig.model_validate_json(
+    '{"model": {"source": "exported", "path": "m.pt2"},'
+    ' "data": {"source": "arrays", "path": "x.npy"}, "output": {"path": "out"}}'
+)
+
+
+def found(measured: Measurement, config: RunConfig = CONFIG, **machine: Any) -> dict[str, str]:
+    """The warnings by their code."""
+    warnings = advice(config, measured, MACHINE.model_copy(update=machine))
+    assert len({warning.code for warning in warnings}) == len(warnings)
+    return {warning.code: warning.text for warning in warnings}
+
+
+def times(slow: float, batches: int = 200) -> Measurement:
+    """Every fifth batch `slow` times as long as the others."""
+    seconds = tuple(1e-3 * (slow if i % 5 == 0 else 1) for i in range(batches))
+    return measurement(batches, batch_seconds=seconds)
+
+
+def test_a_good_run_has_no_warnings() -> None:
+    assert found(measurement()) == {}
+
+
+@pytest.mark.parametrize(("batches", "warned"), [(0, False), (1, True), (99, True), (100, False)])
+def test_too_few_batches_for_every_percentile_are_told(batches: int, warned: bool) -> None:
+    assert ("few_batches" in found(measurement(batches))) is warned
+
+
+def test_the_advice_for_few_batches_counts_them_and_says_what_to_do() -> None:
+    text = found(measurement(1))["few_batches"]
+    assert text.startswith("1 batch ")
+    assert "data.batch_size" in text
+
+
+@pytest.mark.parametrize(("slow", "warned"), [(1.0, False), (1.9, False), (2.1, True), (9.0, True)])
+def test_an_unsteady_machine_is_told(slow: float, warned: bool) -> None:
+    warnings = found(times(slow))
+    assert ("unsteady" in warnings) is warned
+    assert not warned or f"{slow:.1f} times" in warnings["unsteady"]
+
+
+def test_too_few_batches_to_see_a_slow_tenth_are_not_called_unsteady() -> None:
+    assert found(times(9.0, batches=9)).keys() == {"few_batches"}
+
+
+@pytest.mark.parametrize(
+    ("threads", "cpus", "device", "warned"),
+    [(3, 2, "cpu", True), (2, 2, "cpu", False), (1, 2, "cpu", False), (3, 2, "cuda", False)],
+)
+def test_more_threads_than_processors_are_told_on_the_cpu(
+    threads: int, cpus: int, device: str, warned: bool
+) -> None:
+    warnings = found(measurement(), threads=threads, cpus=cpus, device=device)
+    assert ("too_many_threads" in warnings) is warned
+    assert not warned or "run.threads: auto" in warnings["too_many_threads"]
+
+
+@pytest.mark.parametrize(
+    ("config", "warned"), [(TRAINING, True), (CONFIG, False), (EXPORTED, False)]
+)
+def test_training_mode_is_told(config: RunConfig, warned: bool) -> None:
+    assert ("training_mode" in found(measurement(), config)) is warned
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    warnings = found(times(9.0, batches=50), TRAINING, threads=4)
+    assert list(warnings) == ["few_batches", "unsteady", "too_many_threads", "training_mode"]

@@ -1,0 +1,404 @@
+"""Meters, against figures computed by hand: every byte of a forward pass is accounted for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import gradrun
+from gradrun.bundled import bundled
+from gradrun.meters import accelerator, clock, process, tensors
+from gradrun.model_sources.python import import_file
+from gradrun.modes import grad_mode
+from gradrun.result import RunResult
+
+CPU = torch.device("cpu")
+MODES = ["grad", "no_grad", "inference_mode"]
+WITHOUT_GRADIENTS = MODES[1:]
+
+
+def zoo(name: str, **args: Any) -> nn.Module:
+    model: nn.Module = import_file(bundled("models") / f"{name}.py").build(**args)
+    return model.eval()
+
+
+def floats(*shape: int) -> int:
+    """Bytes of a float32 tensor."""
+    return 4 * prod(shape)
+
+
+# --- tensor memory: the perceptron -------------------------------------------------------------
+
+ACTIVATION = floats(256, 1024)
+MLP = {
+    # Each ReLU keeps its result, which is the next Linear's input too: 8 activations. The peak
+    # is in the last ReLU, which makes its result beside the Linear's, gone a moment later.
+    "grad": (9 * ACTIVATION, 8 * ACTIVATION),
+    # Input, Linear and ReLU of one layer are alive at once, and only the last result stays.
+    "no_grad": (3 * ACTIVATION, ACTIVATION),
+    "inference_mode": (3 * ACTIVATION, ACTIVATION),
+}
+"""mode -> (peak, retained) of 8 x (Linear 1024, ReLU) and a batch of 256."""
+
+
+def test_the_figures_of_the_perceptron_are_those_of_the_measurements() -> None:
+    assert MLP["grad"] == (9_437_184, 8_388_608)
+    assert MLP["no_grad"] == MLP["inference_mode"] == (3_145_728, 1_048_576)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_perceptrons_memory_is_exact(mode: str) -> None:
+    model, batch = zoo("mlp", width=1024), torch.randn(256, 1024)
+    with grad_mode(mode):
+        assert tensors.forward_memory(lambda: model(batch)) == MLP[mode]
+        assert tensors.forward_memory(lambda: model(batch)) == MLP[mode], "and so is the second"
+
+
+@pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
+def test_a_sequential_drops_its_input_between_two_layers(mode: str) -> None:
+    layers = [layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    model, batch = nn.Sequential(*layers), torch.randn(256, 1024)
+    with grad_mode(mode):
+        found = tensors.forward_memory(lambda: model(batch))
+    assert found == (2_097_152, 1_048_576) == (2 * ACTIVATION, ACTIVATION)
+
+
+def infer_mlp(output: Path, samples: int, **run: Any) -> RunResult:
+    return gradrun.infer(
+        {
+            "model": {"source": "zoo", "name": "mlp", "args": {"width": 1024}},
+            "data": {
+                "source": "synthetic",
+                "inputs": {"x": {"shape": [1024]}},
+                "samples": samples,
+                "batch_size": 256,
+            },
+            "run": {"warmup": 2, **run},
+            "output": {"path": str(output)},
+        }
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_infer_reports_the_same_bytes(mode: str, tmp_path: Path) -> None:
+    result = infer_mlp(tmp_path / "out", 300, mode=mode, device="cpu")
+    memory = result.measurements[0].memory
+    assert (memory.forward_peak, memory.retained) == MLP[mode]
+    assert memory.inputs == ACTIVATION
+    assert memory.weights == 8 * (floats(1024, 1024) + floats(1024))
+
+
+# --- tensor memory: ResNet-18, batch 8, 224 x 224 ----------------------------------------------
+
+BATCH = 8
+STEM = floats(BATCH, 64, 112, 112)
+POOLED = floats(BATCH, 64, 56, 56)
+STAGES = [floats(BATCH, 64 * 2**i, 56 // 2**i, 56 // 2**i) for i in range(4)]
+FEATURES, LOGITS = floats(BATCH, 512), floats(BATCH, 1000)
+
+# What a graph keeps in eval mode: a convolution its input, a batch norm its input, a ReLU its
+# result, a pool its input and indices (int64), a Linear its input; an addition keeps nothing.
+RESNET_RETAINED = (
+    2 * STEM  # conv1's and the first ReLU's result; bn1's is given up
+    + POOLED
+    + 2 * POOLED  # the pool's indices, 8 bytes each
+    + 8 * STAGES[0]  # two blocks, of each: two convolutions' results and two ReLUs'
+    + sum(9 * stage for stage in STAGES[1:])  # one more convolution resizes the first's input
+    + FEATURES
+    + LOGITS
+)
+
+
+def resnet_peak_in_grad(model: nn.Module) -> int:
+    """The last convolution's peak, on top of what the graph keeps by then.
+
+    What comes after it: its result and the last ReLU's, the features and the logits. On x86 a
+    convolution's peak is its result and oneDNN's copies of its weights and its input; another
+    processor may do without copies, so the convolution alone is measured here.
+    """
+    last = model.get_submodule("layer4.1.conv2")
+    image = torch.randn(BATCH, 512, 7, 7)
+    peak, _ = tensors.forward_memory(lambda: last(image))
+    assert peak in (STAGES[3], 2 * STAGES[3] + floats(512, 512, 3, 3))
+    return RESNET_RETAINED - 2 * STAGES[3] - FEATURES - LOGITS + peak
+
+
+def test_resnets_memory_is_exact_in_grad() -> None:
+    model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
+    with grad_mode("grad"):
+        peak, retained = tensors.forward_memory(lambda: model(images))
+        assert retained == RESNET_RETAINED == 172_653_824
+        assert peak == resnet_peak_in_grad(model) == 182_042_624
+
+
+@pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
+def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
+    model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
+    with grad_mode(mode):
+        found = tensors.forward_memory(lambda: model(images))
+    # The peak is in bn1: its input, its result, and a scale and a shift for each channel.
+    assert found == (2 * STEM + 2 * floats(64), LOGITS) == (51_380_736, 32_000)
+
+
+# --- tensor memory: the meter itself -----------------------------------------------------------
+
+
+def test_what_was_live_before_the_call_is_not_counted() -> None:
+    batch = torch.randn(1000)
+    assert tensors.forward_memory(lambda: batch) == (0, 0)
+    assert tensors.forward_memory(lambda: batch.neg()) == (4000, 4000)
+    assert tensors.forward_memory(lambda: batch.neg().abs().sum()) == (8000, 4)
+
+
+def test_an_error_in_the_call_is_passed_on_and_the_meter_works_again() -> None:
+    with pytest.raises(ZeroDivisionError):
+        tensors.forward_memory(lambda: 1 / 0)
+    assert tensors.forward_memory(lambda: torch.empty(10)) == (40, 40)
+
+
+def test_kinetos_log_lines_stay_away_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    def speaks() -> torch.Tensor:
+        print("the model's own words", file=sys.stderr)
+        return torch.empty(1)
+
+    tensors.forward_memory(speaks)
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "the model's own words\n")
+
+
+def test_infer_leaves_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    gradrun.infer(
+        {
+            "model": {"source": "layers", "layers": ["ReLU"]},
+            "data": {"source": "synthetic", "inputs": {"x": {"shape": [2]}}, "samples": 3},
+            "run": {"device": "cpu"},
+            "output": {"path": str(tmp_path / "out")},
+        }
+    )
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_process_without_stderr_is_measured_too() -> None:
+    script = (
+        "import os, torch; from gradrun.meters import tensors; os.close(2); "
+        "print(tensors.forward_memory(lambda: torch.empty(10)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"(40, 40)\n"
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def linear(width: int = 10) -> nn.Linear:
+    return nn.Linear(width, width)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(linear(), linear())
+    model[1].weight = model[0].weight
+    return model
+
+
+def halves() -> nn.Module:
+    whole, model = torch.zeros(20, 10), nn.Module()
+    model.upper, model.lower = nn.Parameter(whole[:10]), nn.Parameter(whole[10:])
+    return model
+
+
+def one_row() -> nn.Module:
+    model = nn.Module()
+    model.register_buffer("row", torch.zeros(20, 10)[3])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        (linear, 4 * (100 + 10)),
+        (tied, 4 * (100 + 10 + 10)),
+        (halves, 4 * 200),
+        (one_row, 4 * 200),
+        (lambda: linear().half(), 2 * (100 + 10)),
+        (lambda: nn.BatchNorm2d(8), 4 * 8 * 4 + 8),
+        (nn.ReLU, 0),
+    ],
+    ids=["plain", "tied", "views of one", "a view holds the whole", "half", "buffers", "none"],
+)
+def test_weights_are_the_bytes_behind_parameters_and_buffers(
+    model: Callable[[], nn.Module], count: int
+) -> None:
+    assert tensors.weight_bytes(model()) == count
+
+
+def test_a_batch_of_views_counts_their_storage_once() -> None:
+    window = torch.zeros(100, 10)
+    assert tensors.storage_bytes(window.split(10)) == 4000
+    assert tensors.storage_bytes([]) == 0
+
+
+# --- the process -------------------------------------------------------------------------------
+
+SLACK = 2**20
+"""The kernel keeps its count of pages a little out of date."""
+
+
+def test_the_process_peak_is_in_bytes_and_says_how_it_was_read() -> None:
+    peak, method = process.peak_resident()
+    assert peak and 50 * 2**20 < peak < 2**40
+    assert method in {"VmHWM", "ru_maxrss", "peak working set"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_process_peak_stays_when_the_process_shrinks() -> None:
+    block = torch.ones(2**24)
+    resident = psutil.Process().memory_info().rss
+    peak, method = process.peak_resident()
+    assert method == "VmHWM"
+    assert peak and peak >= resident - SLACK
+    del block
+    assert process.peak_resident()[0] == pytest.approx(peak, abs=SLACK)
+
+
+def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, _ = process.peak_resident()
+
+    def absent(_: Path) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    peak, method = process.peak_resident()
+    assert method == "ru_maxrss"
+    assert there and peak == pytest.approx(there, rel=0.1)
+
+
+# --- clocks ------------------------------------------------------------------------------------
+
+
+def test_the_hosts_clock_has_one_time_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = iter([0, 250_000_000, 1_000_000_000, 1_000_000_001])
+    monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(reads))
+    host = clock.clock_for(CPU)
+    for _ in range(2):
+        host.start()
+        host.stop()
+    host.finish()
+    assert list(host.seconds) == pytest.approx([0.25, 1e-9])
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [("cpu", clock.HostClock), ("cuda", clock.CudaClock), ("mps", clock.MpsClock)],
+)
+def test_each_device_has_its_clock(device: str, kind: type) -> None:
+    assert type(clock.clock_for(torch.device(device))) is kind
+
+
+def test_the_cpu_has_no_device_memory() -> None:
+    accelerator.reset(CPU)
+    assert accelerator.peaks(CPU) == (None, None)
+
+
+# --- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    return torch.device("cuda")
+
+
+@pytest.mark.cuda
+def test_the_cuda_clock_times_the_device_and_not_the_launch(gpu: torch.device) -> None:
+    matrix = torch.randn(4096, 4096, device=gpu)
+    timer = clock.clock_for(gpu)
+    assert isinstance(timer, clock.CudaClock)
+    for products in (1, 1, 20):  # the first warms up
+        timer.start()
+        for _ in range(products):
+            matrix @ matrix
+        timer.stop()
+    timer.finish()
+    _, one, twenty = timer.seconds
+    assert 0 < one < 1
+    assert 5 * one < twenty < 50 * one
+
+
+@pytest.mark.cuda
+def test_the_cuda_clock_holds_few_events_and_loses_none(gpu: torch.device) -> None:
+    timer = clock.CudaClock()
+    vector = torch.ones(1, device=gpu)
+    for _ in range(600):
+        timer.start()
+        vector + 1
+        timer.stop()
+        assert len(timer._pairs) < 256
+    timer.finish()
+    timer.finish()
+    assert len(timer.seconds) == 600
+    assert all(0 <= seconds < 1 for seconds in timer.seconds)
+
+
+@pytest.mark.cuda
+def test_device_memory_is_the_peak_since_the_reset(gpu: torch.device) -> None:
+    big = torch.empty(64 * 2**20, dtype=torch.uint8, device=gpu)
+    del big
+    accelerator.reset(gpu)
+    floor, _ = accelerator.peaks(gpu)
+    assert floor is not None
+    block = torch.empty(8 * 2**20, dtype=torch.uint8, device=gpu)
+    del block
+    allocated, reserved = accelerator.peaks(gpu)
+    assert allocated == floor + 8 * 2**20
+    assert reserved and reserved >= allocated
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_infer_measures_the_device_it_runs_on(mode: str, tmp_path: Path) -> None:
+    result = infer_mlp(tmp_path / "out", 2048, mode=mode, device="cuda")
+    (measured,) = result.measurements
+    memory = measured.memory
+    assert result.environment.device.startswith("cuda")
+    assert result.environment.device_name
+    assert (measured.samples, len(measured.batch_seconds)) == (2048, 8)
+    assert all(0 < seconds < 1 for seconds in measured.batch_seconds)
+    assert (memory.forward_peak, memory.retained) == (None, None), "counted on the CPU alone"
+    # Weights, two batches and the forward's own peak; cuBLAS adds a workspace of its own.
+    least = memory.weights + ACTIVATION + MLP[mode][1]
+    assert memory.device_allocated
+    assert least <= memory.device_allocated <= least + 4 * ACTIVATION + 128 * 2**20
+    assert memory.device_reserved and memory.device_reserved >= memory.device_allocated
+    predictions = np.load(tmp_path / "out" / "predictions.npy")
+    assert predictions.shape == (2048, 1024)
+    assert np.isfinite(predictions).all()
+
+
+@pytest.mark.cuda
+def test_the_modes_differ_on_the_device_by_what_the_graph_keeps(tmp_path: Path) -> None:
+    grad, no_grad, inference = (
+        infer_mlp(tmp_path / mode, 512, mode=mode, device="cuda").measurements[0].memory
+        for mode in MODES
+    )
+    assert no_grad.device_allocated == inference.device_allocated
+    assert grad.device_allocated and no_grad.device_allocated
+    more = grad.device_allocated - no_grad.device_allocated
+    assert more == MLP["grad"][0] - MLP["no_grad"][0]
+
+
+@pytest.mark.cuda
+def test_a_run_on_the_second_gpu_is_timed_there(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    result = infer_mlp(tmp_path / "out", 2048, device="cuda:1")
+    assert all(1e-5 < seconds < 1 for seconds in result.measurements[0].batch_seconds)
+    assert torch.cuda.current_device() == 0

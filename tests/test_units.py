@@ -1,0 +1,106 @@
+"""Seconds, bytes and counts as people read them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gradrun.units import bytes_text, count_text, number_text, seconds_text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (1.034e-4, "103 µs"),
+        (1.25e-9, "1.25 ns"),
+        (4e-13, "0.000400 ns"),
+        (0.052, "52.0 ms"),
+        (1.0, "1.00 s"),
+        (59.96, "60.0 s"),
+        (86_400, "86,400 s"),
+        (-0.5, "-500 ms"),
+        (999.4e-6, "999 µs"),
+        (999.6e-6, "1.00 ms"),
+        (0.9996, "1.00 s"),
+        (999.96e-9, "1.00 µs"),
+        (9.996e-3, "10.0 ms"),
+        (99.96e-3, "100 ms"),
+        (-999.6e-6, "-1.00 ms"),
+    ],
+)
+def test_seconds_have_three_digits_and_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert seconds_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "uncertainty", "text"),
+    [
+        (1.2345e-3, 1e-7, "1.23 ms"),
+        (1.2345e-3, 0.04e-3, "1.23 ms"),
+        (1.2345e-3, 0.2e-3, "1.2 ms"),
+        (1.2345e-3, 2e-3, "1 ms"),
+        (1.2345e-3, 0.0, "1.23 ms"),
+        (123e-6, 50e-6, "120 µs"),
+        (123e-6, 500e-6, "100 µs"),
+        (4.7e-3, 0.45, "5 ms"),
+    ],
+)
+def test_uncertainty_cuts_digits_but_never_the_last(
+    seconds: float, uncertainty: float, text: str
+) -> None:
+    assert seconds_text(seconds, uncertainty) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "uncertainty", "text"),
+    [
+        (0, None, "0"),
+        (0.0, 1.0, "0"),
+        (1_234_567, None, "1,230,000"),
+        (1234.5, None, "1,230"),
+        (9.996, None, "10.0"),
+        (0.00123456, None, "0.00123"),
+        (-12.345, None, "-12.3"),
+        (1e20, None, "100,000,000,000,000,000,000"),
+        (56.789, 3, "57"),
+        (math.inf, None, "inf"),
+    ],
+)
+def test_numbers_have_three_digits(value: float, uncertainty: float | None, text: str) -> None:
+    assert number_text(value, uncertainty) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (9_437_184, "9.00 MiB"),
+        (182_042_624, "173.61 MiB"),
+        (1024**2 - 1, "1.00 MiB"),
+        (1024**2 - 6, "1,023.99 KiB"),
+        (1024**3 - 1, "1.00 GiB"),
+        (1024**4, "1.00 TiB"),
+        (5000 * 1024**4, "5,000.00 TiB"),
+        (-2048, "-2.00 KiB"),
+    ],
+)
+def test_bytes_are_in_binary_units_with_two_decimals(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (1, "batch", "1 batch"),
+        (1250, "batch", "1,250 batches"),
+        (0, "sample", "0 samples"),
+        (2, "process", "2 processes"),
+    ],
+)
+def test_counts_have_a_noun_that_agrees(count: int, noun: str, text: str) -> None:
+    assert count_text(count, noun) == text
