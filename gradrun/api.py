@@ -100,17 +100,18 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
 def _predict(
     runner: Runner, sink: Sink, outputs: dict[str, Any], beat: Callable[[int], None] | None
 ) -> Pass:
-    """Fill the sink, and leave its files whole whatever happens."""
+    """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
     try:
         sink.open(outputs)
-        gathered = runner.run(sink, beat)
     except OSError as error:
         raise RunFailed(f"the predictions cannot be written: {error.strerror or error}") from error
-    finally:
-        try:
-            sink.close()
-        except OSError as error:
-            raise RunFailed(f"the predictions cannot be written: {error.strerror}") from error
+    gathered = runner.run(sink, beat)
+    try:
+        sink.close()
+    except OSError as error:
+        fault = RunFailed(f"the predictions cannot be written: {error.strerror or error}")
+        gathered.stopped = gathered.stopped or fault
+    gathered.trim(sink.written)
     return gathered
 
 
@@ -122,6 +123,7 @@ def _ended_early(
     ended = type(error)(
         f"{error}; {written:,} of {samples:,} predictions are kept in {folder.path}"
     )
+    ended.__cause__ = error.__cause__  # what --debug shows
     ended.result = result.model_copy(update={"warnings": (*result.warnings, note)})
     # The disk that failed the run may fail its report too; the first error is the one to tell.
     with suppress(RunFailed):

@@ -89,21 +89,14 @@ def infer(
         from gradrun.yamlfile import load_config
 
         path, output_base = _chosen_config(config, example)
-        settings = load_config(path, sets or [], output_base=output_base)
-        if output:
-            section = settings.output.model_copy(update={"path": output.absolute()})
-            settings = settings.model_copy(update={"output": section})
-        try:
-            with _quick_imports():
-                from gradrun.api import infer as run
-            from gradrun.reports.progress import bar
+        changes = [*(sets or []), *([f"output.path={_quoted(output)}"] if output else [])]
+        settings = load_config(path, changes, output_base=output_base)
+        with _quick_imports():
+            from gradrun.api import infer as run
+        from gradrun.reports.progress import bar
 
-            with bar(_stderr(quiet)) as progress:
-                result = run(
-                    settings, trust_code=trust_code, overwrite=overwrite, progress=progress
-                )
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted before the first prediction") from None
+        with bar(_stderr(quiet)) as progress:
+            result = run(settings, trust_code=trust_code, overwrite=overwrite, progress=progress)
         _answer(result, console, json_file)
 
 
@@ -123,7 +116,7 @@ def validate(
         for path in configs:
             try:
                 resolved[str(path)] = load_config(path, sets or []).model_dump(mode="json")
-                console.print(f"{path}: valid", markup=False, highlight=False)
+                _say(console, f"{path}: valid")
             except ConfigError as error:
                 problems.append(str(error))
         if json_file:
@@ -160,7 +153,7 @@ def init(
         except OSError as error:
             raise GradrunError(f"{file} cannot be written: {error.strerror}") from error
         trust = " --trust-code" if target else ""
-        console.print(f"wrote {file}; next: gradrun infer {file}{trust}", markup=False)
+        _say(console, f"wrote {file}; next: gradrun infer {file}{trust}")
 
 
 @app.command()
@@ -191,6 +184,11 @@ def _chosen_config(config: Path | None, example: str | None) -> tuple[Path, Path
     return bundled("configs") / f"{example}.yaml", Path.cwd()
 
 
+def _quoted(folder: Path) -> str:
+    """A folder typed on the command line as YAML text, from here and not from the config."""
+    return json.dumps(os.path.abspath(folder))  # noqa: PTH100 - a link stays a link
+
+
 @contextmanager
 def _quick_imports() -> Iterator[None]:
     """Import torch without collecting garbage, then never look at its modules again.
@@ -213,25 +211,46 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
 
     console = Console(stderr=json_file == "-", quiet=quiet)
     try:
+        _check_json(json_file)
         yield console
+    except KeyboardInterrupt:
+        _tell(Interrupted("interrupted"))
     except GradrunError as error:
         if debug:
             raise
         if error.result is not None:
             _answer(error.result, console, json_file)
-        from rich.text import Text
+        _tell(error)
 
-        from gradrun.reports.terminal import printable
 
-        stderr = Console(stderr=True, highlight=False)
-        stderr.print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
+def _tell(error: GradrunError) -> None:
+    """Print an error's sentence, and end with its exit code."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from gradrun.reports.terminal import printable
+
+    stderr = Console(stderr=True, highlight=False)
+    stderr.print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _check_json(file: str | None) -> None:
+    """Find out that the JSON cannot be written before a long run, not after it."""
+    if file not in {None, "-"} and not Path(str(file)).absolute().parent.is_dir():
+        raise ConfigError(f"--json {file}: there is no folder {Path(str(file)).parent}")
 
 
 def _stderr(quiet: bool) -> Console:
     from rich.console import Console
 
     return Console(stderr=True, quiet=quiet)
+
+
+def _say(console: Console, text: str) -> None:
+    from gradrun.reports.terminal import printable
+
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:

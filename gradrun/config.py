@@ -276,9 +276,10 @@ class OutputSection(Section):
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
     format: Literal["npy", "safetensors", "jsonl"] = "npy"
-    select: Annotated[tuple[OutputName, ...], BeforeValidator(_listed)] = Field(
-        (), description="names (or positions) of the outputs to keep; default: all"
-    )
+    select: Annotated[
+        tuple[OutputName, ...],
+        BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+    ] = Field((), description="names (or positions) of the outputs to keep; default: all")
     transform: Literal["none", "softmax", "argmax", "topk"] = "none"
     dim: int = Field(-1, description="the dimension that holds the classes; default: the last")
     k: Size = Field(5, description="how many classes topk keeps")

@@ -70,6 +70,13 @@ def _has_mps() -> bool:
     return torch.backends.mps.is_available()
 
 
+def seed(value: int, device: torch.device) -> None:
+    """Seed the generators that a run on `device` draws from, and no other device's."""
+    torch.default_generator.manual_seed(value)
+    if device.type != "cpu":
+        torch.manual_seed(value)
+
+
 @contextmanager
 def prepared(run: RunSection) -> Iterator[torch.device]:
     """Threads, determinism and seed as the config asks, given back afterwards; yields the device.
@@ -86,7 +93,7 @@ def prepared(run: RunSection) -> Iterator[torch.device]:
     with current, seeded, _deterministic(run.deterministic):
         try:
             torch.set_num_threads(available_cpus() if run.threads == "auto" else run.threads)
-            torch.manual_seed(run.seed)
+            seed(run.seed, device)
             yield device
         finally:
             torch.set_num_threads(threads)

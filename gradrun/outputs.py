@@ -89,6 +89,12 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+    if tensor.layout != torch.strided:
+        raise ConfigError(
+            f"output {name!r} is a {str(tensor.layout).removeprefix('torch.')} tensor, which has "
+            "no plain rows; let the model return it.to_dense()",
+            "output.select",
+        )
     if tensor.ndim == 0 or len(tensor) != size:
         raise ConfigError(
             f"output {name!r} has shape {list(tensor.shape)} for a batch of {size}: its first "

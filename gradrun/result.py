@@ -140,11 +140,15 @@ class RunResult(_Noun):
             OSError: the folder cannot be written.
         """
         draft = path.with_name(f"{path.name}.tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(self.to_json() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:

@@ -5,6 +5,7 @@ Knows how to run a model over data and what that took; prints nothing and opens 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from array import array
@@ -20,18 +21,21 @@ from gradrun import stats
 from gradrun.config import RunConfig
 from gradrun.data_sources.batches import Batch, Data, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
+from gradrun.device import seed
 from gradrun.errors import GradrunError, Interrupted, RunFailed
-from gradrun.meters import accelerator, clock, process, tensors
+from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.refusals import first_line, refusal
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader
 from gradrun.result import Measurement, Memory, Phases, Warning
 from gradrun.sinks import Sink
+from gradrun.units import count_text
 
 WARM_UP_SECONDS = 0.3
 """Warm-up goes on until the time is steady, and no longer than this."""
 
 _BEAT_NS = 200_000_000
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 Beat = Callable[[int], None]
 """Told how many samples are done, a few times a second."""
@@ -45,6 +49,11 @@ class Pass:
     data_ns: int = 0
     total_ns: int = 0
     stopped: GradrunError | None = None
+
+    def trim(self, written: int) -> None:
+        """Forget batches that did not come to be whole in the files."""
+        while sum(self.sizes) > written:
+            self.sizes.pop()
 
 
 class Runner:
@@ -93,7 +102,7 @@ class Runner:
         A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
         """
         accelerator.reset(self.device)
-        torch.manual_seed(self.config.run.seed)  # dropout in training mode repeats
+        seed(self.config.run.seed, self.device)  # dropout in training mode repeats
         gathered = Pass()
         batches = self._batches()
         try:
@@ -101,15 +110,8 @@ class Runner:
                 self._loop(batches, sink, gathered, beat)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
-        except GradrunError as error:
-            gathered.stopped = RunFailed(str(error))
-        except OSError as error:
-            gathered.stopped = RunFailed(f"writing failed: {error.strerror or error}")
         except Exception as error:  # whatever a model may raise
-            gathered.stopped = RunFailed(
-                f"batch {len(gathered.sizes)}, which begins at sample {sum(gathered.sizes):,}, "
-                f"failed: {type(error).__name__}: {first_line(error)}"
-            )
+            gathered.stopped = _stop(error, len(self.clock.seconds))
         finally:
             batches.close()
             self.clock.finish()
@@ -127,14 +129,17 @@ class Runner:
         done = 0
         try:
             for args, kwargs, size, ids in batches:
-                gathered.data_ns += now() - mark
+                read_ns = now() - mark
                 start()
                 returned = model(*args, **kwargs)
                 stop()
+                # Counted before it is written: Ctrl-C between the two must not lose a batch that
+                # is in the file. One that is not is forgotten by trim().
+                sizes.append(size)
                 write(read(returned, size), ids)
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
-                sizes.append(size)
+                gathered.data_ns += read_ns
                 done += size
                 mark = now()
                 if beat and mark > next_beat:
@@ -218,13 +223,16 @@ class Runner:
         self.clock = clock.clock_for(self.device)
 
     def _memory_pass(self, gathered: Pass) -> tuple[int | None, int | None]:
-        """(peak, retained) of the first batch; None after a stop, off the CPU, or on a fault."""
-        if gathered.stopped or not self.config.measure.memory or self.device.type != "cpu":
+        """(peak, retained) of the first batch; None after a stop, without a meter, on a fault."""
+        if gathered.stopped or not self.config.measure.memory:
             return None, None
-        batch = self.first
+        meter, batch = FORWARD_MEMORY.get(self.device.type), self.first
+        if meter is None:
+            self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
+            return None, None
         try:
             with self._mode(), _buffers_kept(self.model):
-                return tensors.forward_memory(lambda: self.model(*batch.args, **batch.kwargs))
+                return meter(lambda: self.model(*batch.args, **batch.kwargs))
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
         except Exception as error:  # the predictions are safe already
@@ -253,12 +261,31 @@ class Runner:
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Give buffers (batch norm's running figures, counters) back the values they had before."""
     with torch.no_grad():
-        buffers = (buffer for buffer in model.buffers() if not nn.parameter.is_lazy(buffer))
-        kept = [(buffer, buffer.clone()) for buffer in buffers]
+        kept = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if not nn.parameter.is_lazy(buffer)
+        ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in kept:
+            for module, name, buffer, value in kept:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+                if getattr(module, name) is not buffer:
+                    setattr(module, name, buffer)
+
+
+def _stop(error: Exception, batches: int) -> GradrunError:
+    """What ended the pass, as the error to raise once everything is saved."""
+    if isinstance(error, GradrunError):
+        text = str(error)
+    elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        text = f"the predictions cannot be written: {error.strerror}"
+    else:
+        text = f"after {count_text(batches, 'batch')}: {type(error).__name__}: {first_line(error)}"
+    stopped = RunFailed(text)
+    stopped.__cause__ = error
+    return stopped

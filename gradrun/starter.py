@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+_PLAIN = re.compile(r"[\w./][\w./:-]*")
+
 _MODEL = """\
   source: layers           # torch.nn layers by name; or zoo, python, torchscript, exported
   layers: [{Linear: [64, 32]}, ReLU, {Linear: [32, 10]}]
@@ -43,4 +48,6 @@ def starter(target: str | None = None) -> str:
     """A config that runs as it is, or one for a `target` (file.py:Name) to be filled in."""
     if target is None:
         return _TEMPLATE % (_MODEL, "")
-    return _TEMPLATE % (_TARGET % target, ": yours may differ")
+    # JSON's quotes are YAML's too, and hold whatever a file name may hold.
+    quoted = target if _PLAIN.fullmatch(target) else json.dumps(target)
+    return _TEMPLATE % (_TARGET % quoted, ": yours may differ")

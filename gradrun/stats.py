@@ -16,7 +16,10 @@ _STEADY_BATCHES = 5
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, in the unit of the samples."""
+    """A value with its 95 % interval, in the unit of the samples.
+
+    `high` is infinite where nothing bounds the value from above.
+    """
 
     value: float
     low: float
@@ -24,7 +27,9 @@ class Estimate:
 
     @property
     def uncertainty(self) -> float:
-        """Half the interval's width."""
+        """Half the interval's width; with an open end, the distance to the other."""
+        if math.isinf(self.high):
+            return self.value - self.low
         return (self.high - self.low) / 2
 
 
@@ -43,12 +48,14 @@ def quantile(samples: Sequence[float], q: float) -> Estimate | None:
     ordered = sorted(samples)
     spread = NormalDist().inv_cdf(0.975) * math.sqrt(count * q * (1 - q))
     low = max(0, math.floor(count * q - spread))
-    high = min(count - 1, math.ceil(count * q + spread))
+    high = math.ceil(count * q + spread)
+    # Where even the slowest sample may lie below the quantile, nothing bounds it from above.
+    open_end = high >= count and q**count > 0.025
     position = q * (count - 1)
     below = math.floor(position)
     above = min(below + 1, count - 1)
     value = ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-    return Estimate(value, ordered[low], ordered[high])
+    return Estimate(value, ordered[low], math.inf if open_end else ordered[min(high, count - 1)])
 
 
 def is_steady(samples: Sequence[float]) -> bool:

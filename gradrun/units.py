@@ -17,8 +17,8 @@ _ROUNDED_UP = 0.9995
 
 def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
     """`0.0001034` as "103 µs": three digits, or fewer where `uncertainty` (seconds) blurs them."""
-    if seconds == 0:
-        return "0 s"
+    if seconds == 0 or not math.isfinite(seconds):
+        return f"{seconds:g} s"
     scale, unit = next(
         ((scale, unit) for scale, unit in _SECOND_UNITS if abs(seconds) >= scale * _ROUNDED_UP),
         _SECOND_UNITS[-1],

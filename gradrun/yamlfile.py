@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -118,7 +119,8 @@ def load_config(
         origin, base = Origin("config"), Path.cwd()
         origin.data = json.loads(json.dumps(source, default=str))
     else:
-        origin, base = _read(Path(source)), Path(source).absolute().parent
+        origin = _read(Path(source))
+        base = Path(os.path.abspath(source)).parent  # noqa: PTH100 - a link stays a link
     _override(origin, overrides)
     origin.raise_problems()
     try:
@@ -204,8 +206,9 @@ def _read(path: Path) -> Origin:
             raise ConfigError(f"{path}: a folder, where a YAML file is wanted")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a ValueError: no file may have this name
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read: {reason}") from error
     if len(raw) > MAX_BYTES:
         raise ConfigError(f"{path}: over 1 MiB, which is no config; data files go under data.path")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from gradrun.config import RunConfig
@@ -28,7 +29,7 @@ MACHINE = Environment(
 )
 PHASES = Phases(
     load_model=0.0123,
-    open_data=0.00045,
+    open_data=0.0004,
     first_batch=0.0042,
     warm_up=0.031,
     data=0.006,
@@ -46,10 +47,8 @@ MEMORY = Memory(
 
 
 def skewed(batches: int) -> tuple[float, ...]:
-    """Seconds a batch as machines give them: most near 700 µs, a few far above."""
-    return tuple(
-        7e-4 + 2e-5 * (i * 37 % 11) ** 2 / 121 + 1e-3 * (i % 25 == 7) for i in range(batches)
-    )
+    """Seconds a batch as machines give them: at least 650 µs, most near it, a few far above."""
+    return tuple(6.5e-4 - 5e-5 * math.log1p(-(i * 0.618034 % 1)) for i in range(batches))
 
 
 def measurement(batches: int = 125, last: int = 2, **changes: Any) -> Measurement:

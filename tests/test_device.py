@@ -197,7 +197,6 @@ def test_a_run_on_cuda_gives_back_its_random_numbers_too() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.xfail(reason="torch.manual_seed seeds the GPUs as well", strict=True)
 def test_a_run_on_the_cpu_leaves_the_gpus_random_numbers() -> None:
     torch.rand(1, device="cuda")
     before = torch.cuda.get_rng_state().tolist()

@@ -63,6 +63,12 @@ class InPlace(nn.Module):
         return x.mul_(2).add_(1).sum(1)
 
 
+class Flags(nn.Module):
+    def forward(self, x):
+        flags = [torch.is_grad_enabled(), torch.is_inference_mode_enabled()]
+        return torch.tensor([flags]).expand(len(x), 2)
+
+
 class Many(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -71,7 +77,8 @@ class Many(nn.Module):
     def forward(self, x):
         low, high = x.amin(1), x * 2
         return {"tuple": (low, high), "list": [low, high], "dict": {"low": low, "high": high},
-                "dataclass": Pair(low, high), "named": Named(low, high), "nested": ({"low": low}, (high,))}[self.kind]
+                "dataclass": Pair(low, high), "named": Named(low, high),
+                "nested": ({"low": low}, (high,))}[self.kind]
 
 
 @dataclasses.dataclass
@@ -322,6 +329,17 @@ def test_a_model_that_changes_its_input_leaves_the_data_as_it_is(
     ]
     assert_same_bits(ours, torch.cat(theirs))
     assert (tmp_path / "floats.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [("grad", [True, False]), ("no_grad", [False, False]), ("inference_mode", [False, True])],
+)
+def test_every_batch_runs_in_the_mode_asked_for(
+    files: Files, predict: Callable[..., torch.Tensor], mode: str, flags: list[bool]
+) -> None:
+    model = {"source": "python", "target": files.target("Flags")}
+    assert predict(model, run={"mode": mode}).tolist() == [flags] * SAMPLES
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -46,27 +46,18 @@ OUTPUTS: list[Any] = [
     {"path": "out", "format": "npy", "select": ["0"]},
 ]
 
-WORDS = """source layers name args weights weights_key dtype channels_last training path inputs shape
-    distribution low high samples batch_size call key columns id mode device threads seed autocast
-    warmup deterministic memory format select transform dim k model data run measure output zoo grad
-    digits_cnn positional randint zeros float16 bool auto cuda mps argmax none x.npy x.npz x.csv a b
-    Linear LazyLinear RNN Flatten Identity Embedding Dropout BatchNorm1d Sequential Module""".split()
+WORDS = """
+    source layers name args weights weights_key dtype channels_last training path inputs
+    shape distribution low high samples batch_size call key columns id mode device threads
+    seed autocast warmup deterministic memory format select transform dim k model data run
+    measure output zoo grad digits_cnn positional randint zeros float16 bool auto cuda mps
+    argmax none x.npy x.npz x.csv a b Linear LazyLinear RNN Flatten Identity Embedding
+    Dropout Sigmoid Sequential Module
+""".split()
 # Numbers are small or beyond every limit: what lies between would be run, and take hours.
 NUMBERS = st.integers(-3, 9) | st.sampled_from([2**41, 2**63, -(2**63), 10**30, -(10**400)])
 FLOATS = st.floats(-4, 4) | st.sampled_from([float("inf"), float("nan"), -0.0, 1e308, 5e-324])
-NASTY = [
-    "",
-    "~",
-    "~nobody-here/x",
-    "..",
-    "a/../../b",
-    "[/]",
-    "[bold]",
-    "\x1b]0;x\x07",
-    "\0",
-    "é",
-    "名",
-]
+NASTY = ["", "~", "~nobody-here/x", "..", "a/../../b", "[/]", "[bold]", "\x1b]0;x\x07", "\0", "名"]
 TEXTS = st.sampled_from([*WORDS, *NASTY, "x" * 300]) | st.text(max_size=6).filter(
     lambda text: not text.startswith("/")  # an absolute output.path is a user's right
 )
@@ -76,14 +67,16 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=4,
 )
-DAMAGE = list(" \n\t:,-#[]{}&*!|>'\"%@`?~.0e") + [
+CHANGES = [*["tweak"] * 6, "drop", "rename", "replace", "wrap", "swap", "add"]
+DAMAGE = [
+    *" \n\t:,-#[]{}&*!|>'\"%@`?~.0e",
     "\n  ",
     "&a ",
     "*a",
     "!!set ",
     "<<: ",
     "\ufeff",
-    "\x85",
+    "\\ud800",
 ]
 
 
@@ -105,7 +98,7 @@ def mutate(config: dict[str, Any], draw: Any) -> None:
         return
     holder, key = draw(st.sampled_from(spots))
     old = holder[key]
-    match draw(st.sampled_from(["tweak"] * 6 + ["drop", "rename", "replace", "wrap", "swap", "add"])):
+    match draw(st.sampled_from(CHANGES)):
         case "tweak" if isinstance(old, bool):
             holder[key] = not old
         case "tweak" if isinstance(old, int | float):
@@ -154,6 +147,19 @@ def data_files(tmp_path_factory):
     np.savez(folder / "x.npz", a=rows, b=rows[:0])
     (folder / "x.csv").write_text("a,b\n1,2\n3,4\n")
     return folder
+
+
+@pytest.mark.parametrize("output", range(len(OUTPUTS)))
+@pytest.mark.parametrize("data", range(len(DATA)))
+@pytest.mark.parametrize("model", range(3))
+def test_the_configs_that_the_mutations_start_from_run(
+    cli, data_files, tmp_path, model, data, output
+):
+    sections = {"model": MODELS[model], "data": DATA[data], "output": OUTPUTS[output]}
+    for file in data_files.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(sections | REST))
+    assert cli("infer", tmp_path / "c.yaml").code == 0
 
 
 @settings(

@@ -20,7 +20,7 @@ def test_quantiles_are_those_of_numpy(q: float, count: int) -> None:
     found = stats.quantile(samples, q)
     assert found
     assert found.value == pytest.approx(np.quantile(samples, q), rel=1e-12)
-    assert min(samples) <= found.low <= found.value <= found.high <= max(samples)
+    assert min(samples) <= found.low <= found.value <= found.high
 
 
 def coverage(draw: str, q: float, count: int) -> float:
@@ -42,7 +42,6 @@ def test_the_interval_holds_the_true_quantile_in_95_of_100_runs(
     assert 0.93 <= coverage(draw, q, count) <= 0.98
 
 
-@pytest.mark.xfail(reason="the upper end stops at the slowest sample", strict=True)
 @pytest.mark.parametrize(("q", "count"), [(0.9, 10), (0.9, 20), (0.95, 20), (0.99, 125)])
 def test_the_interval_is_honest_where_few_samples_lie_beyond_the_quantile(
     q: float, count: int
@@ -65,7 +64,8 @@ def test_the_order_of_the_samples_does_not_matter_and_stays_as_it_was() -> None:
     samples = [3.0, 1.0, 2.0] * 10
     found = stats.quantile(samples, 0.5)
     assert found == stats.quantile(sorted(samples), 0.5)
-    assert found and found.value == 2.0
+    assert found
+    assert found.value == 2.0
     assert samples == [3.0, 1.0, 2.0] * 10
 
 

@@ -77,12 +77,7 @@ class _NpyRows(_Stored):
             self.header = _Header(file, path)
             self.offset = file.tell()
         super().__init__(path, self.header.shape, self.header.torch_dtype)
-        held, needed = path.stat().st_size - self.offset, self.header.nbytes
-        if held < needed:
-            raise ConfigError(
-                f"{path} is cut off: its header promises {needed:,} bytes and {held:,} are there",
-                "data.path",
-            )
+        self.header.check(path.stat().st_size - self.offset, path)
 
     def window(self, start: int, stop: int) -> torch.Tensor:
         # Copy-on-write: torch wants memory that it may write, and the file stays as it is.
@@ -104,19 +99,27 @@ class _NpzRows(_Stored):
         self.file, self.header = self._open(path)
         self.at = 0
         super().__init__(path, self.header.shape, self.header.torch_dtype)
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo(member).file_size
+        self.header.check(size - self.file.tell(), path)
 
     def _open(self, path: Path) -> tuple[IO[bytes], _Header]:
         # Left open from window to window: a stream cannot be entered in its middle.
-        file = zipfile.ZipFile(path).open(self.member)  # noqa: SIM115
+        try:
+            file = zipfile.ZipFile(path).open(self.member)  # noqa: SIM115
+        except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # encrypted, odd compression
+            raise ConfigError(
+                f"{path}: {self.member} cannot be read: {error}", "data.path"
+            ) from error
         return file, _Header(file, path)
 
     def window(self, start: int, stop: int) -> torch.Tensor:
         if start < self.at:
             self.file.close()
             (self.file, _), self.at = self._open(self.path), 0
-        self._skip((start - self.at) * self.header.row_bytes)
         rows = np.empty((stop - start, *self.shape), self.header.dtype)
         try:
+            self._skip((start - self.at) * self.header.row_bytes)
             read = self.file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ConfigError(
@@ -164,6 +167,8 @@ class _Header:
                 else np.lib.format.read_array_header_2_0
             )
             self.shape, fortran, dtype = read(file)
+            if any(size < 0 for size in self.shape):
+                raise ValueError(f"its shape is {self.shape}")
         except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ConfigError(f"{path} is no array of numpy's: {error}", "data.path") from error
         if dtype.hasobject:
@@ -192,6 +197,15 @@ class _Header:
             ) from error
         self.row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
         self.nbytes = self.row_bytes * (self.shape[0] if self.shape else 1)
+
+    def check(self, held: int, path: Path) -> None:
+        """Raise ConfigError where fewer bytes follow than the header promises."""
+        if held < self.nbytes:
+            raise ConfigError(
+                f"{path} is cut off: its header promises {self.nbytes:,} bytes and {held:,} are "
+                "there",
+                "data.path",
+            )
 
 
 def _open_npy(path: Path, name: str | None, key: str) -> _Stored:

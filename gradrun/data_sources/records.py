@@ -6,9 +6,10 @@ Knows the two formats; reads one batch of rows at a time.
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class _Records:
     def _row(self, spec: RecordInput, record: Record) -> list[float]:
         """The columns of one record, lists laid flat, as one row of numbers."""
         line, fields = record
-        number = int if "int" in spec.dtype else float
+        number = _number(spec.dtype)
         row: list[float] = []
         for column in spec.columns:
             value = fields.get(column)
@@ -110,17 +111,41 @@ class _Records:
                 flat = [value] if isinstance(value, str) else np.ravel(np.array(value)).tolist()
                 row += [number(item) for item in flat]
             except (ValueError, TypeError, OverflowError):
+                what = f"{value!r:.60}, which is no {spec.dtype} number"
                 raise ConfigError(
-                    f"{self.path}:{line}  column {column!r} is {value!r:.60}, which is no "
-                    f"{spec.dtype} number"
+                    f"{self.path}:{line}  column {column!r} is "
+                    f"{'missing' if value is None else what}"
                 ) from None
         return row
 
 
+@functools.cache
+def _number(dtype: str) -> Callable[[Any], float]:
+    """What reads one number of a type; it raises ValueError where the type cannot hold it."""
+    if "int" not in dtype:
+        return float
+    limits = torch.iinfo(getattr(torch, dtype))
+
+    def whole(item: Any) -> int:
+        value = int(item)
+        if not limits.min <= value <= limits.max or (isinstance(item, float) and value != item):
+            raise ValueError(item)
+        return value
+
+    return whole
+
+
 def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restkey="")
+        reader = csv.DictReader(file)
+        names = reader.fieldnames or []
         for fields in reader:
+            # DictReader keeps the values beyond the last column under None.
+            if surplus := fields.pop(None, None):
+                raise ConfigError(
+                    f"{path}:{reader.line_num}  {len(names) + len(surplus)} values, where the "
+                    f"header names {len(names)}"
+                )
             yield reader.line_num, fields
 
 

@@ -42,8 +42,17 @@ class _SyntheticRows:
                 f"{spec.distribution} numbers are no {spec.dtype}; use distribution: randint",
                 f"{key}.distribution",
             )
-        if spec.distribution in {"uniform", "randint"} and spec.low >= spec.high:
-            raise ConfigError(f"low {spec.low:g} must be below high {spec.high:g}", f"{key}.low")
+        if spec.distribution in {"uniform", "randint"}:
+            if spec.low >= spec.high:
+                raise ConfigError(
+                    f"low {spec.low:g} must be below high {spec.high:g}", f"{key}.low"
+                )
+            least, most = _limits(spec.distribution, self.dtype)
+            if spec.low < least or spec.high > most:
+                raise ConfigError(
+                    f"{spec.distribution} numbers of {spec.dtype} lie from {least:g} to {most:g}",
+                    f"{key}.low" if spec.low < least else f"{key}.high",
+                )
 
     def window(self, start: int, stop: int) -> torch.Tensor:
         first, last = start // self.block, (stop - 1) // self.block
@@ -69,3 +78,18 @@ class _SyntheticRows:
             case "ones":
                 drawn = torch.ones(shape)
         return drawn.to(self.dtype)
+
+
+def _limits(distribution: str, dtype: torch.dtype) -> tuple[float, float]:
+    """The lowest value that can be drawn and converted, and what lies above the highest."""
+    if distribution != "randint":
+        # Drawn as float32, from the difference of both.
+        limit = min(torch.finfo(torch.float32).max / 2, torch.finfo(dtype).max)
+        return -limit, limit
+    if dtype == torch.bool:
+        return 0, 2
+    drawn = torch.iinfo(torch.int64)
+    if dtype.is_floating_point:
+        limit = min(torch.finfo(dtype).max, drawn.max)
+        return -limit, limit
+    return torch.iinfo(dtype).min, min(torch.iinfo(dtype).max + 1, drawn.max)

@@ -5,7 +5,27 @@ Knows CUDA's and MPS's counters; the CPU has none here (meters/tensors.py counts
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+
+
+def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
+    """Run `call` once and read CUDA's allocator around it.
+
+    Returns:
+        (peak, retained) in bytes above what was live before; the allocator counts in blocks of
+        512 bytes (PyTorch documentation, "CUDA semantics", memory management).
+    """
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    returned = call()
+    torch.cuda.synchronize()
+    peak, live = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del returned
+    return peak - before, live - before
 
 
 def reset(device: torch.device) -> None:

@@ -39,16 +39,17 @@ def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = 
     module = SOURCES[config.source](config, trust_code=trust_code)
     if isinstance(config, WeightedModel) and config.weights:
         load_weights(module, config.weights, config.weights_key)
-    if isinstance(config, EagerModel):
-        module.train(config.training)
-        if config.dtype:
-            module.to(getattr(torch, config.dtype))
-        if config.channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
+        if isinstance(config, EagerModel):
+            module.train(config.training)
+            if config.dtype:
+                module.to(getattr(torch, config.dtype))
+            if config.channels_last:
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.to(device)
-    except RuntimeError as error:
-        raise ConfigError(f"does not fit on {device}: {first_line(error)}", "model") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = f"cannot be brought to {device} as the config asks: {first_line(error)}"
+        raise ConfigError(text, "model") from error
     return _compiled(module) if config.compile else module
 
 

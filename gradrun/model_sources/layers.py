@@ -14,6 +14,7 @@ from torch import nn
 from gradrun.complaints import choices
 from gradrun.config import LayersModel
 from gradrun.errors import ConfigError
+from gradrun.model_sources.refusals import first_line
 from gradrun.units import bytes_text
 
 _LAYERS = {
@@ -27,7 +28,8 @@ def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
     """An nn.Sequential of the layers, in order."""
     with torch.device("meta"):
         planned = _chain(config)
-    size = sum(p.numel() * p.element_size() for p in planned.parameters())
+    sized = (p for p in planned.parameters() if not nn.parameter.is_lazy(p))
+    size = sum(p.numel() * p.element_size() for p in sized)
     free = psutil.virtual_memory().available
     if size > free:
         raise ConfigError(
@@ -54,4 +56,6 @@ def _layer(spec: Any, index: int) -> nn.Module:
             return _LAYERS[name](**arguments)
         return _LAYERS[name](*(arguments if isinstance(arguments, list) else [arguments]))
     except Exception as error:  # whatever torch raises on arguments that make no sense
-        raise ConfigError(f"nn.{name} cannot be made with {arguments}: {error}", key) from error
+        raise ConfigError(
+            f"nn.{name} cannot be made with {arguments}: {first_line(error)}", key
+        ) from error

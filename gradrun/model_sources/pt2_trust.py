@@ -28,7 +28,9 @@ def _each(prefix: str, names: str) -> set[str]:
 _MOST_MEMBERS, _MOST_BYTES = 100_000, 256 * 2**20
 
 # The members of an archive, of today's layout and of the one that torch wrote until 2.7.
-_JSON = re.compile(r"models/.*|serialized_exported_program\.json|data/\w+/.*_config\.json")
+_JSON = re.compile(
+    r"models/.*|serialized_exported_program\.json|data/(weights|constants)/.*_config\.json"
+)
 _SAMPLES = re.compile(r"data/sample_inputs/[^/]+\.pt|serialized_example_inputs\.pt")
 _DATA = re.compile(
     r"data/weights/weight_\d+|data/constants/tensor_\d+|data/(weights|constants)/[^/]+\.pt"
@@ -39,15 +41,18 @@ _DATA = re.compile(
 # Strings, by the key they lie under. Most become names in the Python source that torch generates,
 # so a key not listed may hold no more than a name.
 _NAME, _DOTTED = re.compile(r"\w*"), re.compile(r"[\w.@+-]*")
-_KEY = re.compile(r"[\w .:/@+-]*")  # a dict's key: pasted into source between single quotes
-_TEXT = re.compile(r'[^"\\\x00-\x1f\x7f]*')  # an operator's: torch.compile pastes it into C++
-_COMMENT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f]*")  # kept beside a node, never run
+# Pasted into Python between single quotes (a dict's key, an input's text), into torch.compile's
+# C++ between double quotes (an operator's text), and kept beside a node but never called.
+_KEY, _TEXT = re.compile(r"[\w .:/@+-]*"), re.compile(r'[^"\\\x00-\x1f\x7f]*')
+_COMMENT = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f]*")
 _STRINGS = {
-    **dict.fromkeys(_each("", "stack_trace nn_module_stack source_fn_stack"), _COMMENT),
-    **dict.fromkeys(_each("", "torch_fn from_node"), _COMMENT),
-    **dict.fromkeys(_each("", "parameter_name buffer_name tensor_constant_name"), _DOTTED),
-    **dict.fromkeys(_each("", "fqn torch_version"), _DOTTED),
-    **dict.fromkeys(_each("", "as_float as_floats real imag"), re.compile("-?Infinity|NaN")),
+    **dict.fromkeys(
+        "stack_trace nn_module_stack source_fn_stack torch_fn from_node".split(), _COMMENT
+    ),
+    **dict.fromkeys("parameter_name buffer_name tensor_constant_name".split(), _DOTTED),
+    **dict.fromkeys("fqn torch_version".split(), _DOTTED),
+    **dict.fromkeys("as_float as_floats real imag".split(), re.compile("-?Infinity|NaN")),
+    "as_string": _KEY,
     "path_name": re.compile(r"(weight|tensor)_\d+"),  # the other kinds are pickles
     "class_fqn": re.compile(r"(?!)"),  # an object of a class is no tensor: nothing is allowed
 }
@@ -55,49 +60,45 @@ _STRINGS = {
 _OPERATOR = re.compile(r"torch\.ops\.(aten|prims|quantized_decomposed|torchvision)\.(\w+)\.(\w+)")
 _WRITERS = {"from_file", "_print"}  # the two that write where the file says; the others compute
 _FUNCTIONS = {
-    *_each("_operator.", "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge"),
-    *_each("_operator.", "and_ or_ not_ lshift rshift"),
+    *_each("_operator.", "add sub mul truediv floordiv mod pow neg pos abs eq ne lt le gt ge and_"),
+    *_each("_operator.", "or_ not_ lshift rshift"),
     *_each("math.", "trunc ceil floor"),
-    *_each("torch.", "sym_not sym_int sym_float sym_ite sym_max sym_min sym_sqrt sym_sum"),
-    *_each("torch.", "_sym_sqrt"),
+    *_each("torch.sym_", "not int float ite max min sqrt sum"),
     *_each("torch.ops.higher_order.", "cond while_loop scan associative_scan map_impl out_dtype"),
     *_each("torch.ops.higher_order.", "wrap_with_set_grad_enabled wrap_with_autocast strict_mode"),
     *_each("torch.ops.higher_order.", "invoke_subgraph hints_wrapper tag_activation_checkpoint"),
-    *_each("torch.ops.higher_order.", "flex_attention"),
-    *_each("torch._functorch.predispatch.", "lazy_load_decompositions _add_batch_dim"),
-    *_each("torch._functorch.predispatch.", "_remove_batch_dim _vmap_increment_nesting"),
-    *_each("torch._functorch.predispatch.", "_vmap_decrement_nesting"),
+    *_each("torch._functorch.predispatch._", "add_batch_dim remove_batch_dim"),
+    *_each("torch._functorch.predispatch._vmap_", "increment_nesting decrement_nesting"),
+    *_each("torch.", "_sym_sqrt _functorch.predispatch.lazy_load_decompositions"),
 }
 
 # A formula or guard made of these words, numbers and signs alone reaches nothing else, however
-# they are put together: that is easier to be sure of than any parse of it.
+# they are put together: that is easier to be sure of than any parse of it. (e: of 1.5e-8)
 _SYMBOL = re.compile(r"(s|u|z|zf|zuf|ps|tmp)\d+|e\d*")
 _MATH = "sqrt cos cosh sin sinh tan tanh asin asinh acos atan exp log log2 floor ceil"
 _FORMULA = re.compile(r"[\w ().,'=+*/%<>&|~-]*", re.ASCII)
-_FORMULA_WORDS = {
-    *_each("", "Symbol positive nonnegative nonzero integer real finite precision True False"),
-    *_each("", "true false oo int_oo Integer Float Rational Add Mul Pow Max Min Mod Abs ceiling"),
-    *_each("", "Eq Ne Lt Le Gt Ge Equality Unequality LessThan StrictLessThan GreaterThan"),
-    *_each("", "StrictGreaterThan And Or Not Piecewise ExprCondPair Tuple FloorDiv CeilDiv Where"),
-    *_each("", "ModularIndexing PythonMod CleanDiv CeilToInt FloorToInt TruncToInt RoundToInt"),
-    *_each("", "TruncToFloat ToFloat RoundDecimal LShift RShift PowByNatural FloatPow Identity"),
-    *_each("", "FloatTrueDiv IntTrueDiv IsNonOverlappingAndDenseIndicator"),
-    *_each("BitwiseFn_bitwise_", "and or xor"),
-    *_each("OpaqueUnaryFn_", _MATH),
-    *_each("", _MATH),
-}
+_FORMULA_WORDS = _each("OpaqueUnaryFn_", _MATH) | _each(
+    "",
+    f"{_MATH} Symbol positive nonnegative nonzero integer real finite precision True False true "
+    "false oo int_oo Integer Float Rational Add Mul Pow Max Min Mod Abs ceiling Eq Ne Lt Le Gt Ge "
+    "Equality Unequality LessThan StrictLessThan GreaterThan StrictGreaterThan And Or Not Where "
+    "Piecewise ExprCondPair Tuple FloorDiv CeilDiv CleanDiv PythonMod ModularIndexing CeilToInt "
+    "FloorToInt TruncToInt RoundToInt TruncToFloat ToFloat RoundDecimal LShift RShift FloatPow "
+    "PowByNatural FloatTrueDiv IntTrueDiv Identity IsNonOverlappingAndDenseIndicator "
+    "BitwiseFn_bitwise_and BitwiseFn_bitwise_or BitwiseFn_bitwise_xor",
+)
 _GUARD = re.compile(r"[\w ().,[\]=!+*/%<>&|~-]*", re.ASCII)
-_GUARD_WORDS = _FORMULA_WORDS | {
-    *_each("", "L size stride storage_offset torch math trunc isnan inf max min abs int float round"),
-    *_each("", "and or not if else None sym_not sym_int sym_float sym_ite sym_max sym_min"),
-    *_each("", "sym_sqrt sym_sum _sym_sqrt cast_symbool_to_symint_guardless"),
-}
+_GUARD_WORDS = _FORMULA_WORDS | _each(
+    "",
+    "L size stride storage_offset torch math trunc isnan inf max min abs int float round and or "
+    "not if else None sym_not sym_int sym_float sym_ite sym_max sym_min sym_sqrt sym_sum _sym_sqrt "
+    "cast_symbool_to_symint_guardless",
+)
 _CONTAINERS = {
     *_each("builtins.", "tuple list dict"),
     *_each("collections.", "OrderedDict deque"),
-    *_each("torch.", "Size fx.immutable_collections.immutable_list"),
-    *_each("torch.", "fx.immutable_collections.immutable_dict"),
-    None,
+    *_each("torch.fx.immutable_collections.", "immutable_list immutable_dict"),
+    *("torch.Size", None),
 }
 
 
@@ -194,8 +195,8 @@ def _check_json(value: Any, key: str = "", parent: str = "") -> None:
     """Hold every string in `value` against the rule for the key that it lies under."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if not _DOTTED.fullmatch(name):
-                raise _DangerError(f"holds {name!r:.80} in place of a name")
+            if not _TEXT.fullmatch(name):
+                raise _DangerError(f"holds the key {name!r:.80}, which could run code")
             _check_json(item, name, key)
     elif isinstance(value, list):
         for item in value:
@@ -222,7 +223,7 @@ def _check_operator(target: str) -> None:
         except RuntimeError:
             pass
     if target not in _FUNCTIONS:
-        raise _DangerError(f"calls {target!r:.80}, which is no operator that only computes")
+        raise _DangerError(f"calls {target!r:.80}, which is not known to only compute")
 
 
 def _check_formula(text: str) -> None:

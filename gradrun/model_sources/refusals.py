@@ -76,4 +76,6 @@ def _drop_last(entered: list[Any]) -> None:
 def _shape(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
+    if nn.parameter.is_lazy(value):
+        return "(not yet sized)"
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -43,7 +43,9 @@ def load_weights(module: nn.Module, path: Path, nested_key: str | None) -> None:
             [
                 f"{key} {list(state[key].shape)} (the model has {list(own[key].shape)})"
                 for key in own
-                if key in state and state[key].shape != own[key].shape
+                if key in state
+                and not nn.parameter.is_lazy(own[key])  # it takes the shape of what it is given
+                and state[key].shape != own[key].shape
             ],
         ),
     ]
@@ -82,7 +84,8 @@ def _checkpoint(path: Path) -> Any:
 def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
     if nested_key is not None:
         state = checkpoint
-        for part in [nested_key] if nested_key in checkpoint else nested_key.split("."):
+        whole = isinstance(checkpoint, Mapping) and nested_key in checkpoint
+        for part in [nested_key] if whole else nested_key.split("."):
             state = state.get(part) if isinstance(state, Mapping) else None
         if not _is_state_dict(state):
             raise ConfigError(

@@ -5,6 +5,7 @@ Knows Rich and the result; imports no torch and measures nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -73,7 +74,8 @@ def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
         seconds_text(seconds, estimate.uncertainty)
         for seconds in (estimate.value, estimate.low, estimate.high)
     )
-    return f"batch {name}", value, f"{low} to {high} (95 %)"
+    bounds = f"{low} to {high}" if math.isfinite(estimate.high) else f"{low} or more"
+    return f"batch {name}", value, f"{bounds} (95 %)"
 
 
 def memory_table(memory: Memory) -> Table:
@@ -105,7 +107,7 @@ def _table(title: str, rows: list[Row]) -> Table:
     table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
     table.add_column(style="dim", min_width=46)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -122,7 +124,7 @@ def _headline(result: RunResult, measured: Measurement) -> Text:
     return Text.assemble(
         (printable(Path(name).name), "bold"),
         f"  {measured.mode.value}",
-        ("  " + ", ".join(facts), "dim"),
+        (printable("  " + ", ".join(facts)), "dim"),
     )
 
 

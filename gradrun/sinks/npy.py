@@ -24,6 +24,9 @@ WINDOW_BYTES = 4 * 1024 * 1024
 """How much of a file is mapped at once; the resident set grows by no more."""
 
 
+_NUMPY_FLOATS = {torch.float16, torch.float32, torch.float64}
+
+
 class NpySink:
     """Rows of every output, each in a file of its own."""
 
@@ -52,8 +55,9 @@ class NpySink:
 class _NpyFile:
     def __init__(self, path: Path, samples: int, first: torch.Tensor) -> None:
         self.path, self.samples = path, samples
-        # numpy has no bfloat16; float32 holds each of its values exactly.
-        self.cast = torch.float32 if first.dtype == torch.bfloat16 else None
+        # numpy has no bfloat16 and no float8; float32 holds each of their values exactly.
+        unknown = first.dtype.is_floating_point and first.dtype not in _NUMPY_FLOATS
+        self.cast = torch.float32 if unknown else None
         like = first[:0].to(self.cast or first.dtype).numpy()
         self.row_shape, self.dtype = like.shape[1:], like.dtype
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize

@@ -5,6 +5,7 @@ Knows the part's size and names; a part's metadata says which samples it holds.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,9 +62,10 @@ class SafetensorsSink:
             draft.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 raise
-            raise OSError(0, f"{name} could not be written: {error}") from error
-        self._parts.append(name)
+            raise OSError(errno.EIO, f"{name}: {error}") from error
+        # In this order, Ctrl-C in between loses nothing and writes nothing twice.
         self.written, self._filled = last, 0
+        self._parts.append(name)
 
     def close(self) -> None:
         self._write_part()

@@ -18,7 +18,6 @@ from statistics import median
 
 import loop_by_hand
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -102,9 +101,7 @@ def loop(folder: Path) -> list[float]:
 
 def start(folder: Path) -> list[float]:
     """Both as whole processes, in turn."""
-    return _in_turn(
-        _command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS
-    )
+    return _in_turn(_command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS)
 
 
 def whole_command(folder: Path) -> list[float]:
@@ -177,7 +174,10 @@ def _command(*words: str) -> Callable[[], float]:
 
 
 def _output(*words: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, check=True, env=environment
     )

@@ -17,5 +17,5 @@ model.load_state_dict(load_file(ROOT / "models" / "digits_cnn.safetensors"))
 images = np.load(ROOT / "configs" / "digits.npz")["images"]
 pixels = torch.from_numpy(images).float().mul(0.0625).reshape(-1, 1, 8, 8)
 with torch.inference_mode():
-    predicted = [model(batch).argmax(1) for batch in pixels.split(4)]
+    predicted = [model(batch).argmax(1) for batch in pixels.split(1)]
 np.save(sys.argv[1], torch.cat(predicted).numpy())

@@ -1,4 +1,4 @@
-"""The loop that a careful person writes: memory-mapped input and output, two clock reads a batch."""
+"""The loop that a careful person writes: memory-mapped files, two clock reads a batch."""
 
 from __future__ import annotations
 

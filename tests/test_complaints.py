@@ -1,0 +1,129 @@
+"""pydantic's errors as sentences: which key, what is wrong, what is allowed, did you mean."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from gradrun.complaints import choices, complaint
+from gradrun.config import RunConfig
+
+GOOD: dict[str, Any] = {
+    "model": {"source": "layers", "layers": ["ReLU"]},
+    "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 7},
+    "output": {"path": "out"},
+}
+ARRAYS = {"source": "arrays", "path": "x.npy", "inputs": {"image": {"sclae": 1}}}
+RECORDS = {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": []}}}
+
+
+def complaints(**sections: Any) -> set[tuple[str, str, bool]]:
+    """(dotted key, sentence, about the key itself) of each error in GOOD with other sections."""
+    data = GOOD | sections
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate_json(json.dumps(data))
+    found = [complaint(problem, data) for problem in caught.value.errors()]
+    return {(".".join(map(str, one.key)), one.text, one.about_key) for one in found}
+
+
+def only(**sections: Any) -> tuple[str, str, bool]:
+    (one,) = complaints(**sections)
+    return one
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "key", "text", "about_key"),
+    [
+        ("run", {"md": 1}, "run.md", "unknown key; did you mean mode?", True),
+        ("rum", {}, "rum", "unknown key; did you mean run?", True),
+        (
+            "run",
+            {"mode": "nograd"},
+            "run.mode",
+            "unknown value 'nograd'; did you mean no_grad?",
+            False,
+        ),
+        ("run", {"mode": 1}, "run.mode", "unknown value 1; allowed: grad, no_grad, infe", False),
+        ("run", {"device": "gpu"}, "run.device", "allowed: auto, cpu, cuda, cuda:N or mps", False),
+        ("run", {"device": 0}, "run.device", "unknown value 0; allowed: auto, cpu", False),
+        ("run", {"seed": -1}, "run.seed", "-1 must be at least 0", False),
+        ("run", {"seed": 2**63}, "run.seed", f"{2**63} must be less than {2**63}", False),
+        ("run", {"deterministic": "yes"}, "run.deterministic", "'yes' is not true or false", False),
+        ("run", [], "run", "a list is not a section with keys of its own", False),
+        ("run", None, "run", "nothing is not a section with keys of its own", False),
+        ("output", {}, "output.path", "is missing: the run's folder", True),
+        ("output", {"path": 3}, "output.path", "3 is not text", False),
+        ("output", {"path": "o", "format": "npz"}, "output.format", "did you mean npy?", False),
+        ("output", {"path": "o", "select": ["../x"]}, "output.select.0", "which is no path", False),
+        ("model", {}, "model.source", "is missing; one of zoo, layers, python, torchs", True),
+        (
+            "model",
+            {"source": "zo"},
+            "model.source",
+            "unknown source 'zo'; did you mean zoo?",
+            False,
+        ),
+        ("model", {"source": "zoo", "name": "x"}, "model.name", "allowed: digits_cnn, mlp", False),
+        ("model", {"source": "python", "target": "x"}, "model.target", "file.py:Name or", False),
+        (
+            "model",
+            {"source": "layers", "layers": "ReLU"},
+            "model.layers",
+            "not a list, such",
+            False,
+        ),
+        ("data", ARRAYS, "data.inputs.image.sclae", "unknown key; did you mean scale?", True),
+        ("data", RECORDS, "data.inputs.x.columns", "has 0 entries, and at least 1 are", False),
+        ("data", RECORDS | {"inputs": 3}, "data.inputs", "3 is not a section with keys", False),
+        ("data", RECORDS | {"inputs": {"x": 3}}, "data.inputs.x", "3 is not a section", False),
+    ],
+)
+def test_a_complaint_names_the_key_the_fault_and_what_is_allowed(
+    section, value, key, text, about_key
+):
+    found_key, found_text, found_about = only(**{section: value})
+    assert (found_key, found_about) == (key, about_key)
+    assert text in found_text
+
+
+@pytest.mark.parametrize("name", ["threads", "warmup"])
+@pytest.mark.parametrize("value", [-1, "many", 10**6, [1], None])
+def test_a_number_or_auto_is_one_complaint_that_names_both(name, value):
+    key, text, _ = only(run={name: value})
+    assert key == f"run.{name}"
+    assert "allowed: auto or a whole number from" in text
+
+
+def test_a_missing_section_is_a_missing_key():
+    data = {key: value for key, value in GOOD.items() if key != "output"}
+    with pytest.raises(ValidationError) as caught:
+        RunConfig.model_validate_json(json.dumps(data))
+    found = complaint(caught.value.errors()[0], data)
+    assert (found.key, found.text) == (("output",), "is missing")
+
+
+def test_an_input_may_be_named_like_a_key():
+    data = {"source": "synthetic", "samples": 7, "inputs": {"shape": {"shape": [-1]}}}
+    assert only(data=data)[:2] == ("data.inputs.shape.shape.0", "-1 must be more than 0")
+
+
+def test_a_long_value_is_cut():
+    _, text, _ = only(run={"mode": "x" * 500})
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("nograd", "did you mean no_grad? (allowed: no_grad, Linear)"),
+        ("NO_GRAD", "did you mean no_grad? (allowed: no_grad, Linear)"),
+        ("liner", "did you mean Linear? (allowed: no_grad, Linear)"),
+        ("xyz", "allowed: no_grad, Linear"),
+        ("", "allowed: no_grad, Linear"),
+    ],
+)
+def test_choices_proposes_the_nearest_name_whatever_its_case(given, hint):
+    assert choices(given, ["no_grad", "Linear"]) == hint

@@ -1,0 +1,165 @@
+"""What a model returns becomes named rows: selected, checked and transformed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from gradrun.config import OutputSection
+from gradrun.errors import ConfigError
+from gradrun.outputs import UNNAMED, Named, reader
+
+SIZE = 4
+LOGITS = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
+OTHER = LOGITS[:, :2] * 2
+
+
+@dataclasses.dataclass
+class Data:
+    logits: torch.Tensor
+    other: Any = None
+
+
+class Pair(NamedTuple):
+    logits: torch.Tensor
+    other: torch.Tensor
+
+
+def kept(returned: Any, size: int = SIZE, **keys: Any) -> Named:
+    return reader(OutputSection(path=Path("x"), **keys))(returned, size)
+
+
+def refused(returned: Any, size: int = SIZE, **keys: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        kept(returned, size, **keys)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("returned", "names"),
+    [
+        (LOGITS, [UNNAMED]),
+        ((LOGITS,), [UNNAMED]),
+        ({"logits": LOGITS}, [UNNAMED]),
+        ({"logits": LOGITS, "cache": None, "flag": True}, [UNNAMED]),
+        (Data(LOGITS), [UNNAMED]),
+        ((LOGITS, OTHER), ["0", "1"]),
+        ([LOGITS, OTHER], ["0", "1"]),
+        ({"logits": LOGITS, "other": OTHER}, ["logits", "other"]),
+        ({7: LOGITS, 8: OTHER}, ["7", "8"]),
+        (Data(LOGITS, OTHER), ["logits", "other"]),
+        (Pair(LOGITS, OTHER), ["logits", "other"]),
+        (Data(LOGITS, (OTHER, {"deep": OTHER})), ["logits", "other.0", "other.1.deep"]),
+    ],
+)
+def test_every_tensor_in_a_nest_is_kept_under_its_path(returned: Any, names: list[str]) -> None:
+    found = kept(returned)
+    assert list(found) == names
+    assert torch.equal(found[names[0]], LOGITS)
+    assert all(torch.equal(found[name], OTHER) for name in names[1:])
+
+
+@pytest.mark.parametrize(
+    ("select", "names"),
+    [(("other",), [UNNAMED]), (("states.1",), [UNNAMED]), (("states.0", "other"),) * 2],
+)
+def test_select_keeps_the_outputs_it_names_in_its_order(
+    select: tuple[str, ...], names: tuple[str, ...]
+) -> None:
+    returned = {"logits": LOGITS, "other": OTHER, "states": [OTHER + 1, OTHER + 2]}
+    found = kept(returned, select=select)
+    values = {"other": OTHER, "states.0": OTHER + 1, "states.1": OTHER + 2}
+    assert list(found) == list(names)
+    assert all(torch.equal(found[n], values[s]) for n, s in zip(names, select, strict=True))
+
+
+def test_select_leaves_out_what_has_no_row_a_sample() -> None:
+    returned = {"logits": LOGITS, "loss": torch.tensor(1.0), "weights": torch.ones(9, 2)}
+    assert "shape [] for a batch of 4" in str(refused(returned))
+    assert torch.equal(kept(returned, select=("logits",))[UNNAMED], LOGITS)
+
+
+def test_select_finds_a_single_tensor_by_its_position() -> None:
+    assert torch.equal(kept(LOGITS, select=("0",))[UNNAMED], LOGITS)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    error = refused({"logits": LOGITS, "other": OTHER}, select=("logit",))
+    assert "did you mean" in str(error)
+    assert "logits" in str(error)
+    assert error.key == "output.select"
+
+
+@pytest.mark.parametrize("returned", [None, 3, "text", [], {}, (None, 1.5), object()])
+def test_a_model_that_returns_no_tensor_is_refused(returned: Any) -> None:
+    assert f"the model returned {type(returned).__name__}" in str(refused(returned))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 4), (5,), (0, 4)])
+def test_outputs_without_a_row_a_sample_are_refused(shape: tuple[int, ...]) -> None:
+    error = refused(torch.zeros(shape))
+    assert f"{list(shape)} for a batch of 4" in str(error)
+    assert error.key == "output.select"
+
+
+def test_a_sparse_output_is_refused() -> None:
+    assert "to_dense()" in str(refused(LOGITS.to_sparse()))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "..", ".hidden", "a b", "x\0y"])
+def test_a_model_cannot_name_a_file_outside_the_folder(name: str) -> None:
+    assert "no file name" in str(refused({name: LOGITS, "fine": OTHER}))
+    assert list(kept({name: LOGITS, "fine": OTHER}, select=("fine",))) == [UNNAMED]
+
+
+@pytest.mark.parametrize("dim", [-1, 1, 2, -2])
+def test_transforms_are_those_of_torch_over_the_dimension_named(dim: int) -> None:
+    values = torch.randn(SIZE, 5, 7)
+    assert torch.equal(
+        kept(values, transform="softmax", dim=dim)[UNNAMED], torch.softmax(values, dim)
+    )
+    assert torch.equal(
+        kept(values, transform="argmax", dim=dim)[UNNAMED], torch.argmax(values, dim)
+    )
+    best = torch.topk(values, 3, dim)
+    found = kept(values, transform="topk", dim=dim, k=3)
+    assert list(found) == ["values", "indices"]
+    assert torch.equal(found["values"], best.values)
+    assert torch.equal(found["indices"], best.indices)
+
+
+def test_transforms_apply_to_every_output() -> None:
+    found = kept({"a": LOGITS, "b": OTHER}, transform="topk", k=2)
+    assert list(found) == ["a.values", "a.indices", "b.values", "b.indices"]
+    assert torch.equal(found["b.values"], OTHER.sort(descending=True).values)
+    found = kept({"a": LOGITS, "b": OTHER}, transform="argmax")
+    assert torch.equal(found["b"], OTHER.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("returned", "keys", "words", "key"),
+    [
+        (LOGITS, {"transform": "softmax", "dim": 2}, "over dimension 2", "output.dim"),
+        (LOGITS, {"transform": "softmax", "dim": 0}, "dimension 0 is the batch's", "output.dim"),
+        (LOGITS, {"transform": "argmax", "dim": -2}, "dimension 0 is the batch's", "output.dim"),
+        (LOGITS, {"transform": "topk", "k": 7}, "top 7 of 6 classes", "output.k"),
+        (LOGITS[:, 0], {"transform": "argmax"}, "which has shape [4]", "output.transform"),
+    ],
+)
+def test_a_transform_that_makes_no_sense_is_refused(
+    returned: torch.Tensor, keys: dict[str, Any], words: str, key: str
+) -> None:
+    error = refused(returned, **keys)
+    assert words in str(error)
+    assert error.key == key
+
+
+def test_outputs_lose_their_graph() -> None:
+    leaf = LOGITS.clone().requires_grad_()
+    for transform in ("none", "softmax", "topk"):
+        found = kept(leaf * 2, transform=transform, k=2)
+        assert not any(tensor.requires_grad for tensor in found.values())

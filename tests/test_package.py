@@ -1,0 +1,135 @@
+"""The package as a user gets it: the wheel, in an environment and a folder of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradrun
+from gradrun.result import RunResult
+from tests.conftest import ROOT, Command
+
+
+def run(*words: object, **settings: Any) -> str:
+    done = subprocess.run(
+        [*map(str, words)], capture_output=True, text=True, check=False, **settings
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+FOLDERS = ("gradrun", "configs", "models")
+
+
+# --- the wheel ---------------------------------------------------------------------------------
+
+
+LEFTOVERS = (
+    "configs/runs/digits/result.json",
+    "models/__pycache__/mlp.pyc",
+    "gradrun/meters/__pycache__/clock.pyc",
+)
+"""What a run or a tool leaves in a checkout."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the sources that holds leftovers as well."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for folder in FOLDERS:
+        clean = shutil.ignore_patterns("runs", "__pycache__")
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=clean)
+    for file in (".gitignore", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, checkout)
+    for leftover in LEFTOVERS:
+        (checkout / leftover).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / leftover).touch()
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", cwd=checkout)
+    (built,) = checkout.glob("dist/gradrun-*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_sources_and_nothing_that_a_run_left(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    sources = {
+        str(file.relative_to(ROOT))
+        for folder in FOLDERS
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file() and not {"runs", "__pycache__"} & set(file.parts)
+    }
+    assert {"gradrun/py.typed", "configs/digits.yaml", "models/digits_cnn.py"} <= sources
+    assert names == {
+        name if name.startswith("gradrun/") else f"gradrun/_bundled/{name}" for name in sources
+    }
+    assert wheel.stat().st_size < 2 * 2**20
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The commands of a clean environment that has the wheel and what it asks for."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, with_pip=True)
+    commands = folder / ("Scripts" if os.name == "nt" else "bin")
+    run(
+        commands / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt",
+        wheel,
+    )  # fmt: skip
+    return commands
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_installed_wheel_reads_digits_in_an_empty_folder(
+    installed: Path, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    shown = run(
+        installed / "gradrun", "infer", "--example", "digits", cwd=tmp_path, env=environment
+    )
+    assert "500 predictions" in shown
+    assert [file.name for file in tmp_path.iterdir()] == ["runs"]
+    folder = tmp_path / "runs" / "digits"
+    answers = np.load(folder / "predictions.npy")
+    labels = np.load(ROOT / "configs" / "digits.npz")["labels"]
+    assert answers.shape == labels.shape == (500,)
+    assert (answers == labels).mean() >= 0.97
+    assert RunResult.load(folder).measurements[0].samples == 500
+
+
+# --- the public names --------------------------------------------------------------------------
+
+
+def test_importing_gradrun_imports_neither_torch_nor_pydantic() -> None:
+    heavy = ("torch", "pydantic", "numpy", "rich", "typer", "yaml")
+    script = f"import sys, gradrun; print([name for name in {heavy} if name in sys.modules])"
+    assert run(sys.executable, "-c", script, cwd=ROOT) == "[]\n"
+
+
+@pytest.mark.parametrize("name", gradrun.__all__)
+def test_a_public_name_is_there_and_known_to_dir(name: str) -> None:
+    assert getattr(gradrun, name).__name__ == name
+    assert name in dir(gradrun)
+
+
+def test_the_public_names_are_those_that_have_a_home() -> None:
+    assert set(gradrun._HOMES) == set(gradrun.__all__)
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'infr'"):
+        _ = gradrun.infr  # type: ignore[attr-defined]
+
+
+def test_python_m_gradrun_is_the_command(process: Command) -> None:
+    answer = process("--version")
+    assert (answer.code, answer.out, answer.err) == (0, f"gradrun {gradrun.__version__}\n", "")

@@ -1,0 +1,74 @@
+"""The progress bar: on a terminal only, in the caller's thread, and gone at the end."""
+
+from __future__ import annotations
+
+import io
+import threading
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gradrun.reports.progress import bar
+
+
+def console(*, terminal: bool, **settings: Any) -> Console:
+    return Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        width=100,
+        _environ={},
+        **settings,
+    )
+
+
+def test_there_is_no_bar_where_there_is_no_terminal() -> None:
+    pipe = console(terminal=False)
+    with bar(pipe) as progress:
+        assert progress is None
+    assert pipe.file.getvalue() == ""
+
+
+def test_the_bar_shows_share_rate_and_time_left() -> None:
+    done = 0
+    screen = console(terminal=True, get_time=lambda: done / 4)
+    with bar(screen) as progress:
+        assert progress
+        for done in (0, 100, 200, 300):
+            progress(done, 1000)
+        last = screen.file.getvalue().rpartition("predicting")[2]
+    assert all(word in last for word in ("30%", "4.00 samples/s", "0:02:55"))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_bar_is_gone_when_the_run_ends_however_it_ends(fails: bool) -> None:
+    screen = console(terminal=True)
+    try:
+        with bar(screen) as progress:
+            assert progress
+            progress(1, 2)
+            drawn = len(screen.file.getvalue())
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    rest = screen.file.getvalue()[drawn:]
+    assert "\x1b[2K" in rest, "the line is erased"
+    assert "\x1b[?25h" in rest, "the cursor is back"
+    assert "%" not in rest.rpartition("\x1b[2K")[2]
+
+
+def test_the_bar_draws_in_the_callers_thread() -> None:
+    before = threading.active_count()
+    with bar(console(terminal=True)) as progress:
+        assert progress
+        progress(1, 2)
+        assert threading.active_count() == before
+
+
+def test_quiet_draws_nothing() -> None:
+    screen = console(terminal=True, quiet=True)
+    with bar(screen) as progress:
+        if progress:
+            progress(1, 2)
+    assert screen.file.getvalue() == ""

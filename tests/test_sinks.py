@@ -1,0 +1,264 @@
+"""Every sink keeps each row, in order, whole, and leaves a readable file whenever it is closed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from gradrun.config import OutputSection
+from gradrun.outputs import UNNAMED, Named
+from gradrun.sinks import SINKS, Sink, npy, open_sink, safetensors
+
+SAMPLES, BATCH = 23, 5
+
+
+def sink(folder: Path, form: str, samples: int = SAMPLES) -> Sink:
+    folder.mkdir(exist_ok=True)
+    return open_sink(OutputSection(path=folder, format=form), samples)
+
+
+def fill(sink: Sink, rows: Named, samples: int = SAMPLES, opened: int = BATCH) -> None:
+    """Write the first `samples` rows of every output in batches, and close."""
+    sink.open({name: tensor[:opened] for name, tensor in rows.items()})
+    for start in range(0, samples, BATCH):
+        ids = range(start, min(start + BATCH, samples))
+        sink.write({name: tensor[start : ids.stop] for name, tensor in rows.items()}, ids)
+    sink.close()
+
+
+def kept(folder: Path, form: str, name: str = UNNAMED) -> torch.Tensor:
+    if form == "npy":
+        return torch.from_numpy(np.load(folder / file_name(name)))
+    if form == "safetensors":
+        parts = sorted(folder.glob("predictions-*.safetensors"))
+        return torch.cat([load_file(part)[name] for part in parts])
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)[name] for line in lines])
+
+
+def file_name(name: str) -> str:
+    return "predictions.npy" if name == UNNAMED else f"predictions.{name}.npy"
+
+
+def numbered(*shape: int, rows: int = SAMPLES) -> torch.Tensor:
+    return torch.arange(rows * int(np.prod(shape)), dtype=torch.float32).reshape(rows, *shape)
+
+
+@pytest.fixture(params=["whole", "in windows"])
+def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sink once with room for all, and once with room for seven rows at a time."""
+    if request.param == "in windows":
+        monkeypatch.setattr(npy, "WINDOW_BYTES", 7 * 16)
+        monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 16)
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("written", [23, 20, 13, 5, 1])
+@pytest.mark.parametrize("form", SINKS)
+def test_what_was_written_is_read_back_in_order_however_early_it_ended(
+    tmp_path: Path, form: str, written: int
+) -> None:
+    rows = numbered(2, 2)
+    target = sink(tmp_path, form)
+    fill(target, {UNNAMED: rows}, written)
+    assert target.written == written
+    assert torch.equal(kept(tmp_path, form), rows[:written])
+    on_disk = {path.name for path in tmp_path.iterdir()}
+    assert on_disk == set(target.files()), "it names its files, and leaves no draft"
+    if form == "npy":
+        assert (tmp_path / "predictions.npy").stat().st_size == 128 + written * 16
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_a_sink_closed_before_the_first_batch_holds_nothing(tmp_path: Path, form: str) -> None:
+    target = sink(tmp_path, form)
+    fill(target, {UNNAMED: numbered(3)}, samples=0)
+    target.close()  # closing twice is closing once
+    assert target.written == 0
+    if form == "npy":
+        assert np.load(tmp_path / "predictions.npy").shape == (0, 3)
+    else:
+        assert target.files() == []
+        assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_a_sink_that_was_never_opened_closes_and_leaves_nothing(tmp_path: Path, form: str) -> None:
+    target = sink(tmp_path, form)
+    target.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", SINKS)
+def test_a_single_short_batch_is_all_there_is(tmp_path: Path, form: str) -> None:
+    rows = numbered(2, rows=3)
+    fill(sink(tmp_path, form, samples=3), {UNNAMED: rows}, samples=3, opened=3)
+    assert torch.equal(kept(tmp_path, form), rows)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        "float64",
+        "float16",
+        "bfloat16",
+        "float8_e4m3fn",
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+    ],
+)
+@pytest.mark.parametrize("form", SINKS)
+def test_a_type_is_kept_and_one_that_numpy_lacks_is_widened(
+    tmp_path: Path, form: str, dtype: str
+) -> None:
+    kind = getattr(torch, dtype)
+    rows = (numbered(3) / (3 if kind.is_floating_point else 1)).to(kind)
+    fill(sink(tmp_path, form), {UNNAMED: rows})
+    found = kept(tmp_path, form)
+    if form == "jsonl":  # json has one kind of number; each must be the very same
+        assert torch.equal(found.to(kind).double(), rows.double())
+    else:
+        widened = form == "npy" and dtype in {"bfloat16", "float8_e4m3fn"}
+        assert found.dtype == (torch.float32 if widened else kind)
+        assert torch.equal(found.double(), rows.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_float_in_jsonl_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = (torch.randn(SAMPLES, 4, dtype=torch.float64) * 10.0 ** torch.arange(-30, 10, 10)).to(
+        dtype
+    )
+    info = torch.finfo(dtype)
+    rows[0] = torch.tensor([info.tiny, info.max, -0.0, 1 / 3], dtype=dtype)
+    rows[1] = torch.tensor([torch.inf, -torch.inf, torch.nan, 5e-324], dtype=dtype)
+    fill(sink(tmp_path, "jsonl"), {UNNAMED: rows})
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    found = torch.tensor([json.loads(line)[UNNAMED] for line in lines], dtype=torch.float64)
+    found = found.to(dtype)
+    assert torch.equal(found.isnan(), rows.isnan())
+    plain = ~rows.isnan()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(found[plain].view(bits), rows[plain].view(bits))
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", SINKS)
+def test_several_outputs_lie_apart_under_their_names(tmp_path: Path, form: str) -> None:
+    rows = {"logits": numbered(4), "states.0": numbered(2, 1).to(torch.int64), "best": numbered()}
+    target = sink(tmp_path, form)
+    fill(target, rows)
+    for name, tensor in rows.items():
+        assert torch.equal(kept(tmp_path, form, name), tensor.to(kept(tmp_path, form, name).dtype))
+    if form == "npy":
+        assert target.files() == [file_name(name) for name in rows]
+
+
+@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
+def test_rows_that_change_their_shape_are_refused_or_kept_as_they_are(
+    tmp_path: Path, form: str, shape: tuple[int, ...]
+) -> None:
+    target = sink(tmp_path, form)
+    first, other = numbered(2)[:BATCH], numbered(*shape)[:BATCH]
+    target.open({UNNAMED: first})
+    target.write({UNNAMED: first}, range(BATCH))
+    if form == "jsonl":
+        target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
+    else:
+        with pytest.raises(ValueError, match=r"rows of shape \[2\].*jsonl"):
+            target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
+    target.close()
+    if form == "jsonl":
+        lines = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+        assert [x[UNNAMED] for x in lines] == first.tolist() + other.tolist()
+    else:
+        assert torch.equal(kept(tmp_path, form), first), "what was written before stays"
+
+
+@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0)])
+def test_rows_of_one_number_or_none_are_rows(
+    tmp_path: Path, form: str, shape: tuple[int, ...]
+) -> None:
+    rows = torch.ones(SAMPLES, *shape)
+    fill(sink(tmp_path, form), {UNNAMED: rows}, 13)
+    assert kept(tmp_path, form).shape == (13, *shape)
+
+
+def test_rows_that_are_a_strided_view_are_written_as_they_look(tmp_path: Path) -> None:
+    rows = numbered(3, 4).transpose(1, 2)
+    for form in SINKS:
+        fill(sink(tmp_path / form, form), {UNNAMED: rows})
+        assert torch.equal(kept(tmp_path / form, form), rows)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form: str) -> None:
+    reused = torch.zeros(BATCH, 2)
+    target = sink(tmp_path, form, samples=2 * BATCH)
+    target.open({UNNAMED: reused})
+    for i in (1, 2):
+        reused.fill_(i)
+        target.write({UNNAMED: reused}, range((i - 1) * BATCH, i * BATCH))
+    reused.fill_(9)
+    target.close()
+    assert kept(tmp_path, form)[:, 0].tolist() == [1] * BATCH + [2] * BATCH
+
+
+def test_safetensors_parts_say_which_samples_they_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "PART_BYTES", 12 * 8)
+    rows = numbered(2)
+    target = sink(tmp_path, "safetensors")
+    fill(target, {UNNAMED: rows})
+    assert target.files() == [f"predictions-{i:05}.safetensors" for i in range(3)]
+    ends = []
+    for name in target.files():
+        with safe_open(tmp_path / name, framework="pt") as part:
+            held = {key: int(value) for key, value in part.metadata().items()}
+            ends.append((held["start"], held["stop"]))
+            assert torch.equal(part.get_tensor(UNNAMED), rows[held["start"] : held["stop"]])
+    assert ends == [(0, 10), (10, 20), (20, 23)]
+
+
+def test_jsonl_lines_carry_the_ids_of_their_samples(tmp_path: Path) -> None:
+    target = sink(tmp_path, "jsonl", samples=2)
+    target.open({UNNAMED: numbered(1)[:2]})
+    target.write({UNNAMED: numbered(1)[:2]}, ["a", 'ü"\n'])
+    target.close()
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"id": "a", "prediction": [0.0]},
+        {"id": 'ü"\n', "prediction": [1.0]},
+    ]
+
+
+def test_an_npy_sets_its_whole_room_aside_at_once(tmp_path: Path) -> None:
+    target = sink(tmp_path, "npy", samples=100_000)
+    target.open({UNNAMED: numbered(2)[:BATCH]})
+    status = (tmp_path / "predictions.npy").stat()
+    target.close()
+    assert status.st_size >= 800_000
+    assert status.st_blocks * 512 >= 800_000, "set aside, not only named: a full disk shows now"
+
+
+@pytest.mark.parametrize("form", ["npy", "jsonl"])
+def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path, form: str) -> None:
+    fill(sink(tmp_path, form), {UNNAMED: numbered(2)})
+    with pytest.raises(FileExistsError):
+        sink(tmp_path, form).open({UNNAMED: numbered(2)[:BATCH]})
+    assert torch.equal(kept(tmp_path, form), numbered(2))
