@@ -103,8 +103,9 @@ def _predict(
     """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
     try:
         sink.open(outputs)
-    except OSError as error:
-        raise RunFailed(f"the predictions cannot be written: {error.strerror or error}") from error
+    except (OSError, TypeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunFailed(f"the predictions cannot be written: {reason}") from error
     gathered = runner.run(sink, beat)
     try:
         sink.close()

@@ -176,7 +176,9 @@ class SyntheticInput(Section):
     dtype: DType = "float32"
     distribution: Literal["normal", "uniform", "randint", "zeros", "ones"] = "normal"
     low: float = Field(0, description="lowest value of uniform and randint")
-    high: float = Field(1, description="uniform and randint stay below this value")
+    high: float = Field(
+        1, description="uniform and randint stay below this value, before rounding to dtype"
+    )
 
 
 class SyntheticData(_Data):

@@ -37,6 +37,8 @@ def reader(config: OutputSection) -> Callable[[Any, int], Named]:
         for name, tensor in _select(returned, config.select):
             _check_rows(name, tensor, size)
             for kept_name, value in transform(name, tensor, config):
+                if value.is_conj():
+                    value = value.resolve_conj()
                 if value.requires_grad:
                     value = value.detach()
                 kept[kept_name] = value if value.is_cpu else value.cpu()
@@ -48,13 +50,18 @@ def reader(config: OutputSection) -> Callable[[Any, int], Named]:
 def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
     if isinstance(returned, torch.Tensor) and not wanted:
         return [(UNNAMED, returned)]
-    found = dict(_tensors(returned, ""))
+    named = list(_tensors(returned, ""))
+    found = dict(named)
     if not found:
         raise ConfigError(
             f"the model returned {type(returned).__name__}, where a tensor, or a tuple, dict or "
             "dataclass of tensors, is wanted",
             "model",
         )
+    if len(found) < len(named):
+        names = [name for name, _ in named]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"the model returns two outputs that are called {twice!r}", "model")
     if unknown := [name for name in wanted if name not in found]:
         raise ConfigError(
             f"the model has no output {unknown[0]!r}; {choices(unknown[0], found)}", "output.select"

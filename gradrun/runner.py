@@ -29,7 +29,6 @@ from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader
 from gradrun.result import Measurement, Memory, Phases, Warning
 from gradrun.sinks import Sink
-from gradrun.units import count_text
 
 WARM_UP_SECONDS = 0.3
 """Warm-up goes on until the time is steady, and no longer than this."""
@@ -46,6 +45,8 @@ class Pass:
     """What the timed pass gathered, complete or not."""
 
     sizes: array[int] = field(default_factory=lambda: array("q"))
+    done: int = 0
+    """Samples through model and sink."""
     data_ns: int = 0
     total_ns: int = 0
     stopped: GradrunError | None = None
@@ -111,7 +112,7 @@ class Runner:
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
         except Exception as error:  # whatever a model may raise
-            gathered.stopped = _stop(error, len(self.clock.seconds))
+            gathered.stopped = _stop(error, gathered)
         finally:
             batches.close()
             self.clock.finish()
@@ -126,7 +127,6 @@ class Runner:
         start, stop, now = self.clock.start, self.clock.stop, time.perf_counter_ns
         began = mark = now()
         next_beat = began + _BEAT_NS
-        done = 0
         try:
             for args, kwargs, size, ids in batches:
                 read_ns = now() - mark
@@ -140,10 +140,10 @@ class Runner:
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
                 gathered.data_ns += read_ns
-                done += size
+                gathered.done += size
                 mark = now()
                 if beat and mark > next_beat:
-                    beat(done)
+                    beat(gathered.done)
                     next_beat = mark + _BEAT_NS
         finally:
             gathered.total_ns = mark - began
@@ -278,14 +278,18 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
                     setattr(module, name, buffer)
 
 
-def _stop(error: Exception, batches: int) -> GradrunError:
+def _stop(error: Exception, gathered: Pass) -> GradrunError:
     """What ended the pass, as the error to raise once everything is saved."""
     if isinstance(error, GradrunError):
         text = str(error)
     elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
         text = f"the predictions cannot be written: {error.strerror}"
     else:
-        text = f"after {count_text(batches, 'batch')}: {type(error).__name__}: {first_line(error)}"
+        batch = len(gathered.sizes) - (sum(gathered.sizes) > gathered.done)
+        text = (
+            f"batch {batch}, which begins at sample {gathered.done:,}, failed: "
+            f"{type(error).__name__}: {first_line(error)}"
+        )
     stopped = RunFailed(text)
     stopped.__cause__ = error
     return stopped

@@ -499,5 +499,5 @@ def test_ctrl_c_while_starting_is_exit_130_and_writes_nothing(at):
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     if at != "yaml":
-        assert done.stderr == "error: interrupted before the first prediction\n"
+        assert done.stderr == "error: interrupted\n"
     assert not Path("out").exists()

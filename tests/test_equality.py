@@ -294,7 +294,7 @@ def test_autocast_gives_the_bits_of_a_loop_under_autocast(
 def test_training_mode_draws_dropout_and_moves_batch_norm_as_a_seeded_loop_does(
     files: Files, predict: Callable[..., torch.Tensor], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "equality_nets", raising=False)
+    monkeypatch.delitem(sys.modules, "gradrun_file_equality_nets", raising=False)
     theirs = runpy.run_path(str(files.folder / "equality_nets.py"))["trained"]
     ours = predict(
         {"source": "python", "target": files.target("trained"), "training": True},
@@ -306,7 +306,7 @@ def test_training_mode_draws_dropout_and_moves_batch_norm_as_a_seeded_loop_does(
     assert (expected == 0).any(), "dropout drops"
     assert_same_bits(ours, expected)
     # The warm-up and the memory pass ran batches of their own: batch norm must not have seen them.
-    seen = sys.modules["equality_nets"].trained[2]
+    seen = sys.modules["gradrun_file_equality_nets"].trained[2]
     assert int(seen.num_batches_tracked) == len(list(files.batches()))
     assert_same_bits(seen.running_mean, theirs[2].running_mean)
     assert_same_bits(seen.running_var, theirs[2].running_var)

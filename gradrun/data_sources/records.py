@@ -139,6 +139,9 @@ def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ConfigError(f"{path}:1  two columns are called {twice!r}", "data.path")
         for fields in reader:
             # DictReader keeps the values beyond the last column under None.
             if surplus := fields.pop(None, None):

@@ -58,17 +58,22 @@ def build(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Import a Python file under its own name, with its neighbours importable."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """Import a Python file anew, with its neighbours importable."""
+    name = f"gradrun_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    # Pickles and torch.compile look a class's module up by its name.
-    sys.modules.setdefault(path.stem, module)
-    with_neighbours = str(path.parent.resolve())
-    if with_neighbours not in sys.path:
-        sys.path.append(with_neighbours)
-    spec.loader.exec_module(module)
+    neighbours = str(path.parent.resolve())
+    if neighbours not in sys.path:
+        sys.path.append(neighbours)
+    # Dataclasses, pickles and torch.compile look a class's module up by its name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -22,6 +22,10 @@ class JsonlSink:
         self._size = 0
 
     def open(self, outputs: dict[str, torch.Tensor]) -> None:
+        if "id" in outputs:
+            raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
+        if any(tensor.is_complex() for tensor in outputs.values()):
+            raise ValueError("JSON has no complex numbers; format: npy has")
         # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
         self._file = self.path.open("xb", buffering=0)
 

@@ -40,6 +40,8 @@ class NpySink:
             self._arrays[name] = _NpyFile(self.folder / file, self.samples, tensor)
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+        if outputs.keys() != self._arrays.keys():
+            raise ValueError(f"the outputs were {[*self._arrays]} and now are {[*outputs]}")
         for name, tensor in outputs.items():
             self._arrays[name].write(self.written, tensor)
         self.written += len(ids)
@@ -84,14 +86,14 @@ class _NpyFile:
 
     def write(self, at: int, tensor: torch.Tensor) -> None:
         rows = (tensor if self.cast is None else tensor.to(self.cast)).numpy()
+        if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
+            raise ValueError(
+                f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)} and now "
+                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any"
+            )
         stop = at + len(rows)
         if stop > self.end:
             self._map(at, max(self.step, len(rows)))
-        if rows.shape[1:] != self.row_shape:
-            raise ValueError(
-                f"{self.path.name} has rows of shape {list(self.row_shape)} and now gets "
-                f"{list(rows.shape[1:])}; an .npy file holds one shape, format: jsonl any"
-            )
         self.window[at - self.begin : stop - self.begin] = rows  # type: ignore[index]
 
     def _map(self, begin: int, rows: int) -> None:

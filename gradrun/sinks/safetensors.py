@@ -35,15 +35,18 @@ class SafetensorsSink:
         }
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+        if outputs.keys() != self._buffers.keys():
+            raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
         size = len(ids)
         if self._filled + size > self._rows:
             self._write_part()
         for name, tensor in outputs.items():
             buffer = self._buffers[name]
-            if tensor.shape[1:] != buffer.shape[1:]:
+            if tensor.shape[1:] != buffer.shape[1:] or tensor.dtype != buffer.dtype:
                 raise ValueError(
-                    f"output {name!r} has rows of shape {list(buffer.shape[1:])} and now gives "
-                    f"{list(tensor.shape[1:])}; format: jsonl holds any shape"
+                    f"output {name!r} has {buffer.dtype} rows of shape {list(buffer.shape[1:])} "
+                    f"and now gives {tensor.dtype} of {list(tensor.shape[1:])}; format: jsonl "
+                    "takes any"
                 )
             buffer[self._filled : self._filled + size] = tensor
         self._filled += size
