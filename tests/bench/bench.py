@@ -7,6 +7,7 @@ bar it must stay under. Exits 1 when one does not.
 from __future__ import annotations
 
 import compileall
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import gradrun
 from gradrun import device as machine
 from gradrun.config import RunConfig
 from gradrun.data_sources import open_data
@@ -43,6 +45,7 @@ def main() -> None:
             ("loop: time per batch against a hand-written loop", 1.05, loop),
             ("start: gradrun --help against import typer", 2.0, start),
             ("whole command: digits against a plain script", 1.15, whole_command),
+            ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
         ):
             ratios = measure(folder)
@@ -120,6 +123,22 @@ def whole_command(folder: Path) -> list[float]:
     return ratios
 
 
+def tensor_bytes(folder: Path) -> list[float]:
+    """The forward's peak of 8 x (Linear 1024, ReLU), batch 256: whole activations of 1 MiB."""
+    activation = 256 * 1024 * 4
+    model = {"source": "zoo", "name": "mlp", "args": {"width": 1024}}
+    inputs = {"x": {"shape": [1024]}}
+    data = {"source": "synthetic", "inputs": inputs, "samples": 256, "batch_size": 256}
+    ratios = []
+    for mode, activations in (("grad", 9), ("no_grad", 3), ("inference_mode", 3)):
+        result = gradrun.infer(
+            {"model": model, "data": data, "output": {"path": str(folder / mode)}},
+            run={"mode": mode},
+        )
+        ratios.append((result.measurements[0].memory.forward_peak or 0) / activation / activations)
+    return ratios
+
+
 def memory_growth(folder: Path) -> list[float]:
     """The process peak of a run over ten times the samples, against that over 16,000."""
     sources = {count: folder / f"{count}.npy" for count in (16_000, 160_000)}
@@ -134,8 +153,6 @@ def memory_growth(folder: Path) -> list[float]:
             "result = gradrun.infer(json.loads(sys.argv[1]), overwrite=True)\n"
             "print(result.measurements[0].memory.process_peak)"
         )
-        import json
-
         return float(_output("-c", code, json.dumps(config)))
 
     return [peak(160_000) / peak(16_000) for _ in range(5)]
