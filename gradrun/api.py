@@ -103,17 +103,24 @@ def _predict(
     """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
     try:
         sink.open(outputs)
-    except (OSError, TypeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunFailed(f"the predictions cannot be written: {reason}") from error
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        with suppress(OSError):
+            sink.close()
+        raise _unwritten(error) from error
     gathered = runner.run(sink, beat)
+    began = time.perf_counter_ns()
     try:
         sink.close()
     except OSError as error:
-        fault = RunFailed(f"the predictions cannot be written: {error.strerror or error}")
-        gathered.stopped = gathered.stopped or fault
+        gathered.stopped = gathered.stopped or _unwritten(error)
+    gathered.total_ns += time.perf_counter_ns() - began
     gathered.trim(sink.written)
     return gathered
+
+
+def _unwritten(error: Exception) -> RunFailed:
+    reason = getattr(error, "strerror", None) or error
+    return RunFailed(f"the predictions cannot be written: {reason}")
 
 
 def _ended_early(

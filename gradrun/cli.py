@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -219,7 +219,8 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
         if debug:
             raise
         if error.result is not None:
-            _answer(error.result, console, json_file)
+            with suppress(GradrunError):  # the first error is the one to tell
+                _answer(error.result, console, json_file)
         _tell(error)
 
 
@@ -237,8 +238,12 @@ def _tell(error: GradrunError) -> None:
 
 def _check_json(file: str | None) -> None:
     """Find out that the JSON cannot be written before a long run, not after it."""
-    if file not in {None, "-"} and not Path(str(file)).absolute().parent.is_dir():
-        raise ConfigError(f"--json {file}: there is no folder {Path(str(file)).parent}")
+    if file is None or file == "-":
+        return
+    if Path(file).is_dir():
+        raise ConfigError(f"--json {file}: a folder, where a file is wanted")
+    if not Path(file).absolute().parent.is_dir():
+        raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
 
 
 def _stderr(quiet: bool) -> Console:

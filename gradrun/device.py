@@ -30,20 +30,34 @@ def available_cpus() -> int:
 
 
 def _cgroup_quota() -> float | None:
-    """Processors that the cgroup's quota allows (cgroup v2, then v1), or None without one."""
-    for quota_file, period_file in (
-        ("cpu.max", None),
-        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            words = Path("/sys/fs/cgroup", quota_file).read_text().split()
-            if period_file:
-                words += Path("/sys/fs/cgroup", period_file).read_text().split()
-            if words[0] not in {"max", "-1"}:
-                return float(words[0]) / float(words[1])
-        except (OSError, ValueError, IndexError):
-            continue
-    return None
+    """Processors that this process's cgroup and those around it allow (v2, then v1)."""
+    quotas = [
+        _quota(folder / "cpu.max", None) for folder in _cgroup_folders(Path("/sys/fs/cgroup"))
+    ]
+    v1 = Path("/sys/fs/cgroup/cpu")
+    quotas.append(_quota(v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"))
+    return min((quota for quota in quotas if quota), default=None)
+
+
+def _cgroup_folders(root: Path) -> list[Path]:
+    """The folder of this process's own cgroup and those above it, up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    own = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = root / own.lstrip("/")
+    return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
+
+
+def _quota(quota_file: Path, period_file: Path | None) -> float | None:
+    try:
+        words = quota_file.read_text().split()
+        if period_file:
+            words += period_file.read_text().split()
+        return None if words[0] in {"max", "-1"} else float(words[0]) / float(words[1])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def resolve(name: str) -> torch.device:
@@ -73,8 +87,11 @@ def _has_mps() -> bool:
 def seed(value: int, device: torch.device) -> None:
     """Seed the generators that a run on `device` draws from, and no other device's."""
     torch.default_generator.manual_seed(value)
-    if device.type != "cpu":
-        torch.manual_seed(value)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(value)
+    elif device.type == "mps":
+        torch.mps.manual_seed(value)
 
 
 @contextmanager

@@ -37,8 +37,8 @@ def reader(config: OutputSection) -> Callable[[Any, int], Named]:
         for name, tensor in _select(returned, config.select):
             _check_rows(name, tensor, size)
             for kept_name, value in transform(name, tensor, config):
-                if value.is_conj():
-                    value = value.resolve_conj()
+                if value.is_conj() or value.is_neg():
+                    value = value.resolve_conj().resolve_neg()
                 if value.requires_grad:
                     value = value.detach()
                 kept[kept_name] = value if value.is_cpu else value.cpu()

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from gradrun import stats
-from gradrun.config import RunConfig
+from gradrun.config import EagerModel, RunConfig
 from gradrun.data_sources.batches import Batch, Data, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
-from gradrun.errors import GradrunError, Interrupted, RunFailed
+from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.refusals import first_line, refusal
 from gradrun.modes import grad_mode
@@ -53,8 +53,9 @@ class Pass:
 
     def trim(self, written: int) -> None:
         """Forget batches that did not come to be whole in the files."""
-        while sum(self.sizes) > written:
-            self.sizes.pop()
+        kept = sum(self.sizes)
+        while kept > written:
+            kept -= self.sizes.pop()
 
 
 class Runner:
@@ -65,8 +66,8 @@ class Runner:
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.read = reader(config.output)
-        dtype = getattr(config.model, "dtype", None)
-        self.move = mover(device, dtype)
+        model_type = config.model.dtype if isinstance(config.model, EagerModel) else None
+        self.move = mover(device, model_type)
         self.clock: clock.Clock = clock.clock_for(device)
         self.warnings: list[Warning] = []
         self.first_seconds = self.warm_seconds = 0.0
@@ -82,18 +83,17 @@ class Runner:
             ConfigError: the model refuses the data, or its outputs cannot be kept.
         """
         began = time.perf_counter()
+        self.first = self._first_batch()
         with self._mode(), _buffers_kept(self.model):
-            self.first = self._first_batch()
-            try:
-                returned = self._call(self.first)
-            except GradrunError:
-                raise
-            except Exception as error:  # whatever a model may raise
-                raise refusal(self.model, self.first.args, self.first.kwargs, error) from error
-            outputs = self.read(returned, self.first.size)
-            del returned
+            outputs = self._first_outputs()
             self.first_seconds = time.perf_counter() - began
-            self._warm_up()
+            try:
+                self._warm_up()
+            except Exception as error:  # whatever a model may raise
+                raise RunFailed(
+                    f"the model ran its first batch, and failed when it ran it again: "
+                    f"{type(error).__name__}: {first_line(error)}"
+                ) from error
         self.warm_seconds = time.perf_counter() - began - self.first_seconds
         return outputs
 
@@ -115,7 +115,10 @@ class Runner:
             gathered.stopped = _stop(error, gathered)
         finally:
             batches.close()
+        try:
             self.clock.finish()
+        except Exception as error:  # a fault on the device shows at the first wait after it
+            gathered.stopped = gathered.stopped or _stop(error, gathered)
         return gathered
 
     def _loop(
@@ -144,7 +147,9 @@ class Runner:
                 mark = now()
                 if beat and mark > next_beat:
                     beat(gathered.done)
-                    next_beat = mark + _BEAT_NS
+                    drawn = now()
+                    began += drawn - mark  # drawing is not the run's time
+                    mark, next_beat = drawn, drawn + _BEAT_NS
         finally:
             gathered.total_ns = mark - began
 
@@ -156,12 +161,13 @@ class Runner:
             self._warn("no_process_peak", "this system does not say a process's peak memory")
         peak, retained = self._memory_pass(gathered)
         seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
+        sizes = tuple(gathered.sizes[: len(seconds)])
         data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
         forward = sum(seconds)
         return Measurement(
             mode=self.config.run.mode,
             batch_seconds=seconds,
-            batch_sizes=tuple(gathered.sizes),
+            batch_sizes=sizes,
             phases=Phases(
                 load_model=load_seconds,
                 open_data=open_seconds,
@@ -187,15 +193,36 @@ class Runner:
 
     def _first_batch(self) -> Batch:
         batch = next(iter(self.data.batches()))
-        if self.move:
-            batch = self.move(batch)
-        # A copy: a model that changes its input in place must not change the data's first window.
-        return batch.map(torch.clone)
+        try:
+            if self.move:
+                batch = self.move(batch)
+            # A copy: the warm-up repeats it, and a model may change its input in place.
+            return batch.map(torch.clone)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"the first batch cannot be brought to {self.device}: {first_line(error)}",
+                "data.batch_size",
+            ) from error
+
+    def _first_outputs(self) -> Named:
+        try:
+            returned = self._call(self.first)
+        except GradrunError:
+            raise
+        except Exception as error:  # whatever a model may raise
+            raise refusal(self.model, self.first.args, self.first.kwargs, error) from error
+        try:
+            return self.read(returned, self.first.size)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{self.config.output.transform} cannot take this output: {first_line(error)}",
+                "output.transform",
+            ) from error
 
     def _batches(self) -> Any:
         batches: Iterator[Batch] = self.data.batches()
         if self.ahead:
-            return read_ahead(batches, self.move)
+            batches = read_ahead(batches)
         return (self.move(batch) for batch in batches) if self.move else batches
 
     def _call(self, batch: Batch) -> Any:

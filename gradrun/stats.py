@@ -12,13 +12,16 @@ from statistics import NormalDist, median
 
 STEADY_WITHIN = 0.05
 _STEADY_BATCHES = 5
+_TAIL = 0.025
+_EXACT_COUNT = 2000
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A value with its 95 % interval, in the unit of the samples.
 
-    `high` is infinite where nothing bounds the value from above.
+    `high` is infinite where nothing bounds the value from above, `low` 0 where nothing does from
+    below.
     """
 
     value: float
@@ -30,6 +33,8 @@ class Estimate:
         """Half the interval's width; with an open end, the distance to the other."""
         if math.isinf(self.high):
             return self.value - self.low
+        if self.low == 0:
+            return self.high - self.value
         return (self.high - self.low) / 2
 
 
@@ -38,24 +43,44 @@ def quantile(samples: Sequence[float], q: float) -> Estimate | None:
 
     Interpolates linearly between order statistics (definition 7 of Hyndman and Fan, "Sample
     quantiles in statistical packages", 1996). The interval is from order statistics too: the
-    number of samples below the true quantile is binomial, here by its normal approximation
-    (Conover, "Practical Nonparametric Statistics", section 3.2), so it assumes no distribution.
+    number of samples below the true quantile is binomial whatever the distribution (Conover,
+    "Practical Nonparametric Statistics", section 3.2).
     One sample in 1 / (1 - q) lies beyond the quantile: fewer samples than that cannot show it.
     """
     count = len(samples)
     if count == 0 or count * (1 - q) < 1 - 1e-9:
         return None
     ordered = sorted(samples)
-    spread = NormalDist().inv_cdf(0.975) * math.sqrt(count * q * (1 - q))
-    low = max(0, math.floor(count * q - spread))
-    high = math.ceil(count * q + spread)
-    # Where even the slowest sample may lie below the quantile, nothing bounds it from above.
-    open_end = high >= count and q**count > 0.025
+    low, high = _ranks(count, q)
     position = q * (count - 1)
     below = math.floor(position)
     above = min(below + 1, count - 1)
     value = ordered[below] + (ordered[above] - ordered[below]) * (position - below)
-    return Estimate(value, ordered[low], math.inf if open_end else ordered[min(high, count - 1)])
+    return Estimate(
+        value,
+        ordered[low] if low >= 0 else 0.0,
+        ordered[high] if high < count else math.inf,
+    )
+
+
+def _ranks(count: int, q: float) -> tuple[int, int]:
+    """The order statistics (from 0) that bound the q-quantile in 95 of 100 cases.
+
+    -1 and `count` where there is none that does.
+    """
+    if count > _EXACT_COUNT:
+        spread = NormalDist().inv_cdf(1 - _TAIL) * math.sqrt(count * q * (1 - q))
+        # One rank further out makes up for the approximation.
+        return math.floor(count * q - spread) - 1, math.ceil(count * q + spread)
+    low, below = -1, 0.0
+    for k in range(count):
+        ways = math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1)
+        below += math.exp(ways + k * math.log(q) + (count - k) * math.log1p(-q))
+        if below <= _TAIL:
+            low = k
+        elif below >= 1 - _TAIL:
+            return low, k
+    return low, count
 
 
 def is_steady(samples: Sequence[float]) -> bool:

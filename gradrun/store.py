@@ -14,7 +14,11 @@ RESULT = "result.json"
 JOURNAL = "journal.jsonl"
 """The name kept for the journal of committed ranges, which a later resume reads."""
 
-_OURS = (RESULT, f"{RESULT}.tmp", JOURNAL, "quarantine.jsonl", "predictions.*", "predictions-*")
+_PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_OURS = (
+    *(RESULT, f"{RESULT}.tmp", JOURNAL, "quarantine.jsonl"),
+    *("predictions.npy", "predictions.*.npy", "predictions.jsonl", _PART, f"{_PART}.tmp"),
+)
 
 
 class RunFolder:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-MiB = 1024 * 1024
-
 _SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
 _ROUNDED_UP = 0.9995

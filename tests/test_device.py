@@ -20,10 +20,12 @@ CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.
 
 @pytest.fixture
 def cgroup(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The files below /sys/fs/cgroup, by name; there are 8 processors."""
+    """The files below /sys/fs/cgroup, by name; there are 8 processors. We are in slice/job."""
     files: dict[str, str] = {}
 
     def read(path: Path) -> str:
+        if path == Path("/proc/self/cgroup"):
+            return "0::/slice/job\n"
         try:
             return files[str(path.relative_to("/sys/fs/cgroup"))]
         except KeyError:
@@ -44,6 +46,8 @@ V1_QUOTA, V1_PERIOD = "cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"
         ({"cpu.max": "max 100000\n"}, 8),
         ({"cpu.max": "200000 100000\n"}, 2),
         ({"cpu.max": "150000 100000\n"}, 1),
+        ({"slice/job/cpu.max": "400000 100000\n", "cpu.max": "max 100000\n"}, 4),
+        ({"slice/job/cpu.max": "400000 100000\n", "slice/cpu.max": "300000 100000\n"}, 3),
         ({"cpu.max": "50000 100000\n"}, 1),
         ({"cpu.max": "1600000 100000\n"}, 8),
         ({"cpu.max": "garbage\n"}, 8),

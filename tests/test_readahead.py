@@ -48,25 +48,20 @@ def values(found: Iterator[Batch]) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
 def test_batches_come_in_order_from_a_thread_that_ends(count: int) -> None:
     source = Source(count)
-    assert values(read_ahead(source.batches(), None)) == list(range(count))
+    assert values(read_ahead(source.batches())) == list(range(count))
     assert source.readers <= {"gradrun-read-ahead"}
     assert not running()
 
 
-def test_batches_are_moved_in_the_thread() -> None:
-    moved_by = []
-
-    def move(given: Batch) -> Batch:
-        moved_by.append(threading.current_thread().name)
-        return given.map(lambda tensor: tensor + 1)
-
-    assert values(read_ahead(Source(3).batches(), move)) == [1, 2, 3]
-    assert moved_by == ["gradrun-read-ahead"] * 3
+def test_batches_are_read_in_the_thread() -> None:
+    source = Source(3)
+    assert values(read_ahead(source.batches())) == [0, 1, 2]
+    assert source.readers == {"gradrun-read-ahead"}
 
 
 def test_only_a_few_batches_are_held() -> None:
     source = Source(100)
-    ahead = read_ahead(source.batches(), None)
+    ahead = read_ahead(source.batches())
     next(ahead)
     time.sleep(0.2)
     assert 2 <= source.read <= 4, "two ready, and one in each hand"
@@ -75,25 +70,17 @@ def test_only_a_few_batches_are_held() -> None:
 
 @pytest.mark.parametrize("fails_at", [0, 1, 5])
 def test_an_error_of_reading_comes_after_the_batches_before_it(fails_at: int) -> None:
-    ahead = read_ahead(Source(fails_at=fails_at).batches(), None)
+    ahead = read_ahead(Source(fails_at=fails_at).batches())
     assert [next(ahead).args[0][0] for _ in range(fails_at)] == list(range(fails_at))
     with pytest.raises(ConfigError, match=f"row {fails_at} is bad"):
         next(ahead)
     assert not running()
 
 
-def test_an_error_of_moving_is_raised_to_the_reader() -> None:
-    def move(_: Batch) -> Batch:
-        raise RuntimeError("no room on the device")
-
-    with pytest.raises(RuntimeError, match="no room"):
-        list(read_ahead(Source().batches(), move))
-
-
 @pytest.mark.parametrize("taken", [1, 3])
 def test_closing_early_ends_the_thread_at_once(taken: int) -> None:
     source = Source(10_000)
-    ahead = read_ahead(source.batches(), None)
+    ahead = read_ahead(source.batches())
     for _ in range(taken):
         next(ahead)
     began = time.perf_counter()
@@ -104,7 +91,7 @@ def test_closing_early_ends_the_thread_at_once(taken: int) -> None:
 
 
 def test_an_error_of_the_model_ends_the_thread() -> None:
-    ahead = read_ahead(Source(10_000).batches(), None)
+    ahead = read_ahead(Source(10_000).batches())
 
     def consume() -> None:
         for _ in ahead:
@@ -124,7 +111,7 @@ def test_reading_and_working_overlap() -> None:
         return time.perf_counter() - began
 
     after_each_other = seconds(Source(10, 0.03).batches())
-    assert seconds(read_ahead(Source(10, 0.03).batches(), None)) < 0.8 * after_each_other
+    assert seconds(read_ahead(Source(10, 0.03).batches())) < 0.8 * after_each_other
 
 
 @pytest.mark.parametrize(
@@ -146,3 +133,8 @@ def test_it_pays_off_where_reading_and_forward_both_take_a_while(
 
 def test_it_does_not_pay_off_without_data() -> None:
     assert pays_off(Source(0), 1.0) is False
+
+
+def test_data_that_is_broken_further_on_is_left_for_the_run_to_find() -> None:
+    assert not pays_off(Source(fails_at=2), forward_seconds=1.0)
+    assert pays_off(Source(4, seconds=0.005, fails_at=2), forward_seconds=1.0)

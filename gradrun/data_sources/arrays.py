@@ -80,15 +80,16 @@ class _NpyRows(_Stored):
         self.header.check(path.stat().st_size - self.offset, path)
 
     def window(self, start: int, stop: int) -> torch.Tensor:
-        # Copy-on-write: torch wants memory that it may write, and the file stays as it is.
         mapped = np.memmap(
             self.path,
             self.header.dtype,
-            mode="c",
+            mode="r",
             offset=self.offset + start * self.header.row_bytes,
             shape=(stop - start, *self.shape),
         )
-        return torch.from_numpy(np.asarray(mapped))
+        # A copy, so that the disk is waited for here and not in the model's first touch of a page,
+        # and so that a model may write to its input.
+        return torch.from_numpy(np.array(mapped))
 
 
 class _NpzRows(_Stored):

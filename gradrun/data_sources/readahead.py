@@ -6,12 +6,14 @@ Knows iterators of batches and times; not what is read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
 
 from gradrun.data_sources.batches import Batch, Data
+from gradrun.errors import GradrunError
 
 WORTH_SECONDS = 0.001
 """Handing a batch from thread to thread costs about a tenth of this; less is not worth it."""
@@ -28,14 +30,15 @@ def pays_off(data: Data, forward_seconds: float) -> bool:
         return False
     began = time.perf_counter()
     read = 0
-    for read, _ in enumerate(data.batches(), 1):
-        if read >= _TRIAL_BATCHES or time.perf_counter() - began > _TRIAL_SECONDS:
-            break
+    with suppress(GradrunError):  # data that is broken further on is found by the run itself
+        for read, _ in enumerate(data.batches(), 1):
+            if read >= _TRIAL_BATCHES or time.perf_counter() - began > _TRIAL_SECONDS:
+                break
     return read > 0 and (time.perf_counter() - began) / read >= WORTH_SECONDS
 
 
-def read_ahead(batches: Iterator[Batch], move: Callable[[Batch], Batch] | None) -> Iterator[Batch]:
-    """The same batches, in order, read (and moved) by a thread that keeps two of them ready.
+def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, in order, read by a thread that keeps two of them ready.
 
     What reading raises is raised here, after the batches before it; closing ends the thread.
     """
@@ -53,7 +56,7 @@ def read_ahead(batches: Iterator[Batch], move: Callable[[Batch], Batch] | None) 
     def read() -> None:
         try:
             for batch in batches:
-                hand_over(move(batch) if move else batch)
+                hand_over(batch)
                 if closed.is_set():
                     return
             hand_over(None)

@@ -81,10 +81,16 @@ class _Records:
         tensors = {name: self._tensor(name, spec, records) for name, spec in self.inputs.items()}
         ids: Sequence[int | str] = rows
         if self.id:
-            ids = [str(fields.get(self.id, "")) for _, fields in records]
+            ids = [self._id(record) for record in records]
         if self.by_position:
             return Batch(tuple(tensors.values()), {}, len(records), ids)
         return Batch((), tensors, len(records), ids)
+
+    def _id(self, record: Record) -> str:
+        line, fields = record
+        if fields.get(str(self.id)) is None:
+            raise ConfigError(f"{self.path}:{line}  the id {self.id!r} is missing")
+        return str(fields[str(self.id)])
 
     def _tensor(self, name: str, spec: RecordInput, records: list[Record]) -> torch.Tensor:
         rows, width = [], self.widths[name]

@@ -37,8 +37,8 @@ def reset(device: torch.device) -> None:
 def peaks(device: torch.device) -> tuple[int | None, int | None]:
     """(allocated, reserved) in bytes since reset(); None where the device does not say.
 
-    MPS has no peak of allocated memory. What its driver reserved does not shrink during a run, so
-    that figure stands for the peak.
+    What is reserved counts from the pool's size at reset(): warming up may have filled it. MPS
+    keeps no peaks; what its driver holds at the end stands for the pool's.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

@@ -66,9 +66,6 @@ class PaddedBatch(nn.Module):
         super().__init__()
         self.module, self.smallest, self.largest = module, smallest, largest
 
-    def train(self, mode: bool = True) -> PaddedBatch:
-        return self  # an exported program kept the mode that it was exported in
-
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """Inputs of shape [n, ...] to what the program gives for them, n samples of it.
 

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,7 +46,7 @@ def build(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:
     """`target` itself where it is a module, else what it returns when called with `args`."""
     if isinstance(target, nn.Module):
         return target
-    if not isinstance(target, Callable):  # type: ignore[arg-type]
+    if not callable(target):
         raise ConfigError(f"{name} is {_a(target)}, where a torch.nn.Module is wanted", _KEY)
     try:
         module = target(**args)

@@ -1,11 +1,13 @@
 """A model from torch.jit.save, run as it was scripted or traced.
 
-Knows only the file.
+Knows the file and which of TorchScript's operators reach beyond the model.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,10 +15,20 @@ from torch import nn
 from gradrun.config import TorchScriptModel
 from gradrun.errors import ConfigError
 
+# TorchScript is no Python: what it can do to the world outside, it does through these operators
+# and those that extensions register.
+_REACHES_OUT = re.compile(
+    r"\.\s*(?P<file>save|from_file)\b"
+    r"|\bops\s*\.\s*(?!(?:aten|prim|quantized|torchvision)\b)(?P<extension>\w+)"
+)
+_COMMENT = re.compile(r"#.*|\\\n")
+
 
 def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
     """The scripted module, on the CPU."""
     try:
+        if not trust_code:
+            _inspect(config.path)
         with warnings.catch_warnings():
             # torch.jit announces its own retirement at every load; the user did not ask.
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -28,3 +40,22 @@ def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
             "model.path",
         ) from error
     return module
+
+
+def _inspect(path: Path) -> None:
+    """Refuse a program that could write files: loading alone may run some of it.
+
+    Read as torch's own reader sees the archive, before torch.jit sees it.
+    """
+    reader = torch._C.PyTorchFileReader(str(path))
+    for name in reader.get_all_records():
+        if not name.endswith(".py"):
+            continue
+        code = _COMMENT.sub("", reader.get_record(name).decode("utf-8", errors="replace"))
+        if found := _REACHES_OUT.search(code):
+            what = found["file"] or f"an operator of {found['extension']}"
+            raise ConfigError(
+                f"{path} uses {what}, which reaches beyond the model (to files, say), and nothing "
+                "was run; if you trust the file, run with --trust-code",
+                "model.path",
+            )

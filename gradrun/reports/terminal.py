@@ -74,8 +74,12 @@ def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
         seconds_text(seconds, estimate.uncertainty)
         for seconds in (estimate.value, estimate.low, estimate.high)
     )
-    bounds = f"{low} to {high}" if math.isfinite(estimate.high) else f"{low} or more"
-    return f"batch {name}", value, f"{bounds} (95 %)"
+    above, below = estimate.low > 0, math.isfinite(estimate.high)
+    if above and below:
+        bounds = f"{low} to {high} (95 %)"
+    else:
+        bounds = f"{low} or more (95 %)" if above else f"{high} or less (95 %)" if below else ""
+    return f"batch {name}", value, bounds
 
 
 def memory_table(memory: Memory) -> Table:
