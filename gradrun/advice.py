@@ -32,7 +32,8 @@ def advice(config: RunConfig, measured: Measurement, machine: Environment) -> li
         warn(
             "unsteady",
             f"the slowest tenth of the batches took {slow.value / median.value:.1f} times the "
-            "median or more: something else uses this machine; close it, or lower run.threads",
+            "median or more: perhaps something else uses this machine; close it, or lower "
+            "run.threads",
         )
     if machine.device == "cpu" and machine.threads > machine.cpus:
         warn(

@@ -84,7 +84,11 @@ def infer(
         environment=environment,
         measurements=(measured,),
         files=tuple(sink.files()),
-        warnings=(*runner.warnings, *advice(config, measured, environment)),
+        warnings=(
+            *runner.warnings,
+            # What to do about figures is no help with a run that did not come to its end.
+            *(() if gathered.stopped else advice(config, measured, environment)),
+        ),
     )
     if gathered.stopped:
         raise _ended_early(gathered.stopped, result, folder, sink.written, data.samples)

@@ -10,10 +10,11 @@ import gc
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,7 +96,7 @@ def infer(
             from gradrun.api import infer as run
         from gradrun.reports.progress import bar
 
-        with bar(_stderr(quiet)) as progress:
+        with bar(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, overwrite=overwrite, progress=progress)
         _answer(result, console, json_file)
 
@@ -112,15 +113,18 @@ def validate(
     with _errors(debug, json_file, quiet) as console:
         from gradrun.yamlfile import load_config
 
-        resolved, problems = {}, []
+        checked: dict[str, Any] = {}
+        problems: list[str] = []
         for path in configs:
             try:
-                resolved[str(path)] = load_config(path, sets or []).model_dump(mode="json")
-                _say(console, f"{path}: valid")
+                resolved = load_config(path, sets or []).model_dump(mode="json")
+                checked[str(path)] = {"valid": True, "config": resolved}
+                _say(console, f"{path}: valid (weights and shapes are checked by infer)")
             except ConfigError as error:
+                checked[str(path)] = {"valid": False, "error": str(error)}
                 problems.append(str(error))
         if json_file:
-            _write_json(json.dumps(resolved, indent=1), json_file)
+            _write_json(json.dumps(checked, indent=1), json_file)
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -142,8 +146,10 @@ def init(
         if target:
             place, colon, name = target.rpartition(":")
             if not colon or not name.isidentifier():
-                raise ConfigError(f"--from {target}: is written FILE.PY:NAME, as nets/mine.py:Net")
+                raise ConfigError(f"--from {target!r} is written FILE.PY:NAME, as nets/mine.py:Net")
             if place.endswith(".py"):
+                if not Path(place).is_file():
+                    raise ConfigError(f"--from {target!r}: there is no file {place}")
                 target = f"{os.path.relpath(place, file.absolute().parent)}:{name}"
         try:
             with file.open("x", encoding="utf-8") as new:
@@ -207,9 +213,9 @@ def _quick_imports() -> Iterator[None]:
 @contextmanager
 def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console]:
     """Give the console for people; turn a GradrunError into its sentence and exit code."""
-    from rich.console import Console
-
-    console = Console(stderr=json_file == "-", quiet=quiet)
+    console = _console(stderr=json_file == "-", quiet=quiet)
+    if quiet:
+        warnings.simplefilter("ignore")
     try:
         _check_json(json_file)
         yield console
@@ -226,13 +232,13 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
 
 def _tell(error: GradrunError) -> None:
     """Print an error's sentence, and end with its exit code."""
-    from rich.console import Console
     from rich.text import Text
 
     from gradrun.reports.terminal import printable
 
-    stderr = Console(stderr=True, highlight=False)
-    stderr.print(Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True)
+    _console(stderr=True).print(
+        Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
+    )
     raise typer.Exit(error.exit_code) from None
 
 
@@ -246,10 +252,12 @@ def _check_json(file: str | None) -> None:
         raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
 
 
-def _stderr(quiet: bool) -> Console:
+def _console(*, stderr: bool, quiet: bool = False) -> Console:
+    """A console that NO_COLOR makes plain: no bold either (https://no-color.org)."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=quiet)
+    colors: Any = None if os.environ.get("NO_COLOR") else "auto"
+    return Console(stderr=stderr, quiet=quiet, color_system=colors, highlight=False)
 
 
 def _say(console: Console, text: str) -> None:

@@ -265,9 +265,10 @@ def _selected(name: str) -> str:
 
 
 def _listed(names: object) -> object:
-    return (
-        (names,) if isinstance(names, str) else tuple(names) if isinstance(names, list) else names
-    )
+    """One name or position for a list of one; positions are names too ("0")."""
+    if isinstance(names, list):
+        return tuple(str(name) if type(name) is int else name for name in names)
+    return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
 OutputName = Annotated[str, AfterValidator(_selected)]
@@ -280,7 +281,7 @@ class OutputSection(Section):
     format: Literal["npy", "safetensors", "jsonl"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
-        BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+        BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),
     ] = Field((), description="names (or positions) of the outputs to keep; default: all")
     transform: Literal["none", "softmax", "argmax", "topk"] = "none"
     dim: int = Field(-1, description="the dimension that holds the classes; default: the last")

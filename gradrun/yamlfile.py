@@ -122,7 +122,7 @@ def load_config(
         origin = _read(Path(source))
         base = Path(os.path.abspath(source)).parent  # noqa: PTH100 - a link stays a link
     _override(origin, overrides)
-    origin.raise_problems()
+    reported = {where for where, _ in origin.problems}
     try:
         config = RunConfig.model_validate_json(
             json.dumps(origin.data), context=_Paths(base, output_base or base)
@@ -130,11 +130,11 @@ def load_config(
     except ValidationError as error:
         complaints = (complaint(problem, origin.data) for problem in error.errors())
         for found in dict.fromkeys(complaints):
-            origin.report(
-                f"{dotted(found.key)}: {found.text}" if found.key else found.text,
-                origin.place(found.key, of_key=found.about_key),
-            )
-        origin.raise_problems()
+            place = origin.place(found.key, of_key=found.about_key)
+            if place is None or (place.line, place.column) not in reported:
+                text = f"{dotted(found.key)}: {found.text}" if found.key else found.text
+                origin.report(text, place)
+    origin.raise_problems()
     config._origin = origin
     return config
 
@@ -169,7 +169,8 @@ class _Paths:
         if not resolved.exists():
             raise ValueError(f"there is no file {resolved}")
         if not resolved.is_file():
-            raise ValueError(f"{resolved} is no file")
+            what = "a folder" if resolved.is_dir() else "no plain file"
+            raise ValueError(f"{resolved} is {what}")
         return resolved
 
     def output_folder(self, path: Path) -> Path:
@@ -216,7 +217,9 @@ def _read(path: Path) -> Origin:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8 text") from error
     _parse(text, origin)
-    if not origin.problems and not isinstance(origin.data, dict):
+    if isinstance(origin.data, dict):
+        return origin
+    if not origin.problems:
         origin.report(
             "a config is a mapping with the sections model, data, run and output"
             if origin.data is not None
@@ -346,7 +349,9 @@ class _Walk:
 def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any]) -> None:
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
-            _put(origin, tuple(name.split(".")), json.loads(json.dumps(value, default=str)), None)
+            data = json.loads(json.dumps(value, default=str))
+            place = Place("override", 1, 1, f"{name}={value!r:.100}")
+            _put(origin, tuple(name.split(".")), data, place, merge=True)
         return
     for text in overrides:
         name, equals, value_text = text.partition("=")
@@ -364,11 +369,13 @@ def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any]) -> N
             _put(origin, key, where.data, Place("--set", 1, column, text))
 
 
-def _put(origin: Origin, key: tuple[str, ...], value: Any, place: Place | None) -> None:
-    """Set one dotted key; a mapping given from code is merged into the section."""
+def _put(
+    origin: Origin, key: tuple[str, ...], value: Any, place: Place, *, merge: bool = False
+) -> None:
+    """Set one dotted key; `merge`: a mapping is merged into the section that is there."""
     section = origin.data
     for depth, part in enumerate(key[:-1]):
-        if place and part not in section:
+        if part not in section:
             origin.keys[key[: depth + 1]] = place
         section = section.setdefault(part, {})
         if not isinstance(section, dict):
@@ -379,13 +386,12 @@ def _put(origin: Origin, key: tuple[str, ...], value: Any, place: Place | None) 
             )
             return
     old = section.get(key[-1])
-    if place is None and isinstance(value, dict) and isinstance(old, dict):
+    if merge and isinstance(value, dict) and isinstance(old, dict):
         for name, item in value.items():
-            _put(origin, (*key, name), item, None)
+            _put(origin, (*key, name), item, place, merge=True)
         return
     section[key[-1]] = value
     for table in (origin.keys, origin.values):
         for stale in [known for known in table if known[: len(key)] == key]:
             del table[stale]
-        if place:
-            table[key] = place
+        table[key] = place

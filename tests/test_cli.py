@@ -330,10 +330,20 @@ def test_validate_tells_the_errors_of_all_files_and_writes_nothing(cli):
 
 def test_validate_gives_the_resolved_config_as_json(cli, tmp_path):
     answer = cli("validate", "c.yaml", "--json", "-", "--set", "run.seed=3")
-    resolved = json.loads(answer.out)["c.yaml"]
+    checked = json.loads(answer.out)["c.yaml"]
+    resolved = checked["config"]
+    assert checked["valid"] is True
     assert resolved["run"]["seed"] == 3
     assert resolved["output"] == resolved["output"] | {"path": f"{tmp_path}/out", "format": "npy"}
-    assert answer.err == "c.yaml: valid\n"
+    assert answer.err == "c.yaml: valid (weights and shapes are checked by infer)\n"
+
+
+def test_validate_gives_errors_as_json_too(cli):
+    answer = cli("validate", "c.yaml", "--json", "-", "--set", "run.mod=3")
+    assert answer.code == 2
+    checked = json.loads(answer.out)["c.yaml"]
+    assert checked["valid"] is False
+    assert "run.mod: unknown key" in checked["error"]
 
 
 # --- schema ------------------------------------------------------------------------------------

@@ -461,3 +461,39 @@ def test_a_refusal_for_want_of_memory_asks_for_a_smaller_batch() -> None:
 def test_the_first_line_of_an_error_is_never_empty() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(ValueError()) == "ValueError"
+
+
+class Scaled(nn.Module):
+    def forward(self, ids: torch.Tensor, feats: torch.Tensor) -> torch.Tensor:
+        return feats * 2 + ids[:, None]
+
+
+def test_a_program_exported_by_position_takes_inputs_by_name(tmp_path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    example = (torch.arange(6), torch.randn(6, 3))
+    program = torch.export.export(Scaled(), example, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, tmp_path / "m.pt2")
+    module = model("exported", path=str(tmp_path / "m.pt2"))
+    ids, feats = torch.arange(4), torch.randn(4, 3)
+    assert torch.equal(module(feats=feats, ids=ids), feats * 2 + ids[:, None])
+
+
+class Writing(nn.Module):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.save(x, self.path)
+        return x
+
+
+def test_torchscript_that_writes_files_needs_trust(tmp_path: Path) -> None:
+    marker = tmp_path / "written.pt"
+    torch.jit.script(Writing(str(marker))).save(str(tmp_path / "m.pt"))
+    with pytest.raises(ConfigError, match="uses save, which reaches beyond the model"):
+        model("torchscript", path=str(tmp_path / "m.pt"))
+    assert not marker.exists()
+    trusted = model("torchscript", path=str(tmp_path / "m.pt"), trust_code=True)
+    trusted(torch.ones(1))
+    assert marker.exists(), "the attack is real"

@@ -37,7 +37,7 @@ def test_the_bar_shows_share_rate_and_time_left() -> None:
         for done in (0, 100, 200, 300):
             progress(done, 1000)
         last = screen.file.getvalue().rpartition("predicting")[2]
-    assert all(word in last for word in ("30%", "4.00 samples/s", "0:02:55"))
+    assert all(word in last for word in ("30%", "300 of 1,000", "4.00 /s", "0:02:55 left"))
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -377,7 +377,9 @@ def test_overrides_are_texts_or_a_mapping(overrides):
 
 
 def test_a_mapping_with_a_wrong_key_names_the_key():
-    with pytest.raises(ConfigError, match=r"^config  run\.md: unknown key; did you mean mode"):
+    with pytest.raises(
+        ConfigError, match=r"^override:1:1  run\.md: unknown key; did you mean mode"
+    ):
         load_config(MAPPING, {"run": {"md": 1}})
 
 

@@ -238,9 +238,10 @@ def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
+        example = ", ".join(f"{one}: {{key: {one}}}" for one in names[:2])
         raise ConfigError(
-            f"{path.name} holds {len(names)} arrays ({', '.join(names)}); say which with "
-            "data.inputs: {NAME: {key: ...}}",
+            f"{path.name} holds {len(names)} arrays ({', '.join(names)}); say which, as in "
+            f"data.inputs: {{{example}}}",
             "data.inputs" if key == "data.inputs.input" else f"{key}.key",
         )
     if name not in names:

@@ -17,11 +17,18 @@ from gradrun.model_sources.pt2_trust import inspect, weights_only_loads
 
 
 def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:
-    """The program as a module; one whose batch size was fixed is wrapped to take smaller ones."""
+    """The program as a module that takes inputs as it was exported to, in batches as it can."""
     program = _load(config.path, trust_code=trust_code)
     smallest, largest = _batch_sizes(program)
-    module: nn.Module = program.module()
-    return module if smallest <= 1 and largest is None else PaddedBatch(module, smallest, largest)
+    return Program(program.module(), _positional_names(program), smallest, largest)
+
+
+def _positional_names(program: torch.export.ExportedProgram) -> tuple[str, ...] | None:
+    """The names of inputs that the program takes by position alone; None where it takes names."""
+    if program.call_spec.in_spec is None or program.call_spec.in_spec.children()[1].num_children:
+        return None
+    signature = program.module_call_graph[0].signature
+    return tuple(signature.forward_arg_names or ()) if signature else ()
 
 
 def _load(path: Path, *, trust_code: bool) -> torch.export.ExportedProgram:
@@ -59,12 +66,23 @@ def _batch_sizes(program: torch.export.ExportedProgram) -> tuple[int, int | None
     return smallest, largest
 
 
-class PaddedBatch(nn.Module):
-    """Calls a module that takes no batch below `smallest`: pads by repeating the last sample."""
+class Program(nn.Module):
+    """Calls an exported program with what it takes.
 
-    def __init__(self, module: nn.Module, smallest: int, largest: int | None) -> None:
+    A batch below `smallest` is padded by repeating its last sample, and the outputs are cut. Inputs
+    that come by name are put in the program's order where it knows positions only.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        positional: tuple[str, ...] | None,
+        smallest: int,
+        largest: int | None,
+    ) -> None:
         super().__init__()
-        self.module, self.smallest, self.largest = module, smallest, largest
+        self.module, self.positional = module, positional
+        self.smallest, self.largest = smallest, largest
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         """Inputs of shape [n, ...] to what the program gives for them, n samples of it.
@@ -72,6 +90,10 @@ class PaddedBatch(nn.Module):
         Raises:
             ConfigError: n is more than the program takes.
         """
+        if kwargs and self.positional is not None:
+            known = set(self.positional) == set(kwargs)
+            args = (*args, *(kwargs[name] for name in (self.positional if known else kwargs)))
+            kwargs = {}
         size = len(next(iter((*args, *kwargs.values()))))
         if self.largest is not None and size > self.largest:
             raise ConfigError(

@@ -34,15 +34,18 @@ def refusal(
     named = [f"{name} {_shape(value)}" for name, value in kwargs.items()]
     shapes = ", ".join([*map(_shape, args), *named])
     where = _innermost(model, args, kwargs)
+    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in reason else ""
     return ConfigError(
-        f"the model refuses the input {shapes}{where}: {type(error).__name__}: {reason}",
+        f"the model refuses the input {shapes}{where}: {type(error).__name__}: {reason}{hint}",
         "data.inputs",
     )
 
 
 def first_line(error: BaseException) -> str:
     """The first line of what torch says; the rest is a C++ or Python traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # The interpreter of TorchScript puts its traceback first and the reason last.
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
 
 
 def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -66,7 +69,9 @@ def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     kind = str(module).splitlines()[0].rstrip("(")
     has = f" with weight {_shape(weight)}" if isinstance(weight, torch.Tensor) else ""
     got = ", ".join(_shape(value) for value in given if isinstance(value, torch.Tensor))
-    return f"; module {path or '(the model)'} is {kind}{has} and got {got or 'no tensor'}"
+    if not got:  # it was called by keyword, which a global hook is not told
+        return ""
+    return f"; module {path or '(the model)'} is {kind}{has} and got {got}"
 
 
 def _drop_last(entered: list[Any]) -> None:

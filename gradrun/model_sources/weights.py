@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradrun.errors import ConfigError
+from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
 _USUAL_KEYS = ("state_dict", "model", "model_state_dict")
@@ -72,13 +73,19 @@ def _checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins != b"PK" and not begins.startswith(b"\x80"):  # torch.save's zip, or a pickle
+            raise ConfigError(f"{path} is no checkpoint of torch.save", _KEY) from error
         raise ConfigError(
             f"{path} holds Python objects besides tensors, and unpickling them could run code; "
             "save torch.save(model.state_dict(), ...) or a .safetensors file and name that",
             _KEY,
         ) from error
     except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ConfigError(f"{path} is no checkpoint of torch.save: {error!s:.200}", _KEY) from error
+        raise ConfigError(
+            f"{path} is no checkpoint of torch.save: {first_line(error):.200}", _KEY
+        ) from error
 
 
 def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:

@@ -22,7 +22,7 @@ class _Rate(TextColumn):
         super().__init__("")
 
     def render(self, task: RichTask) -> Text:
-        return Text(f"{number_text(task.speed)} samples/s" if task.speed else "")
+        return Text(f"{number_text(task.speed)} /s" if task.speed else "")
 
 
 class Bar:
@@ -30,7 +30,7 @@ class Bar:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._task = progress.add_task("predicting", total=None)
+        self._task = progress.add_task("predicting", total=0)
 
     def __call__(self, done: int, samples: int) -> None:
         self._progress.update(self._task, completed=done, total=samples)
@@ -47,8 +47,10 @@ def bar(console: Console) -> Iterator[Bar | None]:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
         _Rate(),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         yield Bar(progress)

@@ -19,6 +19,7 @@ from gradrun.stats import Estimate
 from gradrun.units import bytes_text, count_text, number_text, seconds_text
 
 DASH = "–"
+TABLE_WIDTH = 79
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _SHOWN_FILES = 3
 
@@ -32,9 +33,10 @@ def show(result: RunResult, console: Console) -> None:
     console.print()
     console.print(_headline(result, measured))
     console.print()
-    console.print(timing_table(measured))
+    width = min(console.width, TABLE_WIDTH)
+    console.print(timing_table(measured, width))
     console.print()
-    console.print(memory_table(measured.memory))
+    console.print(memory_table(measured.memory, width))
     console.print()
     for warning in result.warnings:
         console.print(_hanging("!", warning.text))
@@ -43,7 +45,7 @@ def show(result: RunResult, console: Console) -> None:
     console.print(_closing(result, measured))
 
 
-def timing_table(measured: Measurement) -> Table:
+def timing_table(measured: Measurement, width: int = TABLE_WIDTH) -> Table:
     """Cold start, latency, throughput and what the run is bound by."""
     phases = measured.phases
     cold = (phases.load_model, phases.open_data, phases.first_batch)
@@ -64,7 +66,7 @@ def timing_table(measured: Measurement) -> Table:
             ("throughput", f"{number_text(measured.throughput)} /s", f"{whole}, read to written"),
             ("bound by", bound, split),
         ]
-    return _table("Time", rows)
+    return _table("Time", rows, width)
 
 
 def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
@@ -82,7 +84,7 @@ def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
     return f"batch {name}", value, bounds
 
 
-def memory_table(memory: Memory) -> Table:
+def memory_table(memory: Memory, width: int = TABLE_WIDTH) -> Table:
     """What is held, and the peaks; exact bytes beside the readable figure."""
     rows = [
         _bytes("weights", memory.weights),
@@ -96,7 +98,7 @@ def memory_table(memory: Memory) -> Table:
     else:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
         rows.append(_bytes("device pool", memory.device_reserved, "reserved, at its peak"))
-    return _table("Peak memory", rows)
+    return _table("Peak memory", rows, width)
 
 
 def _bytes(name: str, count: int | None, note: str = "") -> Row:
@@ -105,11 +107,13 @@ def _bytes(name: str, count: int | None, note: str = "") -> Row:
     return name, bytes_text(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+def _table(title: str, rows: list[Row], width: int) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=width
+    )
     table.add_column(title, no_wrap=True, min_width=12)
     table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
-    table.add_column(style="dim", min_width=46)
+    table.add_column(style="dim", ratio=1)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
