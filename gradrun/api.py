@@ -6,9 +6,11 @@ Knows the order of the steps; what each does stands in its own module.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,7 +66,7 @@ def infer(
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     with located(config), machine.prepared(config.run) as device:
-        folder = RunFolder(config.output.path, overwrite=overwrite)
+        folder = RunFolder(config.output.path, overwrite=overwrite, inputs=config.input_files())
         model, load_seconds = _timed(lambda: load_model(config.model, device, trust_code=trusted))
         data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
         runner = Runner(model, data, config, device)
@@ -92,7 +94,8 @@ def infer(
     )
     if gathered.stopped:
         raise _ended_early(gathered.stopped, result, folder, sink.written, data.samples)
-    folder.save(result)
+    with _undisturbed():
+        folder.save(result)
     return result
 
 
@@ -107,19 +110,38 @@ def _predict(
     """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
     try:
         sink.open(outputs)
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        with suppress(OSError):
+        gathered = runner.run(sink, beat)
+    except BaseException as error:
+        with _undisturbed(), suppress(OSError):
             sink.close()
-        raise _unwritten(error) from error
-    gathered = runner.run(sink, beat)
+        if isinstance(error, Exception):
+            raise _unwritten(error) from error
+        raise
     began = time.perf_counter_ns()
     try:
-        sink.close()
+        with _undisturbed():
+            sink.close()
     except OSError as error:
         gathered.stopped = gathered.stopped or _unwritten(error)
     gathered.total_ns += time.perf_counter_ns() - began
     gathered.trim(sink.written)
     return gathered
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let Ctrl-C wait for what takes milliseconds and must be whole: ending files, saving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def _unwritten(error: Exception) -> RunFailed:
@@ -138,6 +160,6 @@ def _ended_early(
     ended.__cause__ = error.__cause__  # what --debug shows
     ended.result = result.model_copy(update={"warnings": (*result.warnings, note)})
     # The disk that failed the run may fail its report too; the first error is the one to tell.
-    with suppress(RunFailed):
+    with suppress(RunFailed, KeyboardInterrupt), _undisturbed():
         folder.save(ended.result)
     return ended

@@ -7,12 +7,19 @@ the commands, so that --help needs neither torch nor pydantic.
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stdout,
+    suppress,
+)
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +103,7 @@ def infer(
             from gradrun.api import infer as run
         from gradrun.reports.progress import bar
 
-        with bar(_console(stderr=True, quiet=quiet)) as progress:
+        with _stdout_kept(json_file), bar(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, overwrite=overwrite, progress=progress)
         _answer(result, console, json_file)
 
@@ -221,6 +228,10 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
         yield console
     except KeyboardInterrupt:
         _tell(Interrupted("interrupted"))
+    except OSError as error:
+        if debug or isinstance(error, BrokenPipeError):
+            raise
+        _tell(GradrunError(f"the report cannot be printed: {error.strerror or error}"))
     except GradrunError as error:
         if debug:
             raise
@@ -250,6 +261,11 @@ def _check_json(file: str | None) -> None:
         raise ConfigError(f"--json {file}: a folder, where a file is wanted")
     if not Path(file).absolute().parent.is_dir():
         raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
+
+
+def _stdout_kept(json_file: str | None) -> AbstractContextManager[Any]:
+    """With --json - what a model prints goes to stderr, so that stdout is JSON alone."""
+    return redirect_stdout(sys.stderr) if json_file == "-" else nullcontext()
 
 
 def _console(*, stderr: bool, quiet: bool = False) -> Console:
@@ -286,4 +302,7 @@ def _write_json(text: str, file: str) -> None:
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a µ on an ASCII terminal
     app()

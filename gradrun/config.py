@@ -297,5 +297,17 @@ class RunConfig(Section):
     measure: MeasureSection = MeasureSection()
     output: OutputSection
 
+    def input_files(self) -> list[Path]:
+        """Every file that the run reads."""
+        found: list[Path] = []
+        pending: list[Any] = [self.model.model_dump(), self.data.model_dump()]
+        while pending:
+            value = pending.pop()
+            if isinstance(value, dict):
+                pending += value.values()
+            elif isinstance(value, Path):
+                found.append(value)
+        return found
+
     _origin: Any = PrivateAttr(None)
     """The yamlfile.Origin that knows where each key was written; None for a config made in code."""

@@ -5,11 +5,13 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from gradrun import stats
 from gradrun.config import GradMode
@@ -131,7 +133,10 @@ class RunResult(_Noun):
 
     def to_json(self) -> str:
         """As result.json holds it."""
-        return self.model_dump_json(indent=1)
+        try:
+            return self.model_dump_json(indent=1)
+        except PydanticSerializationError:  # a file name that is no UTF-8, say: JSON can escape it
+            return json.dumps(self.model_dump(), indent=1, default=str)
 
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all.
@@ -146,7 +151,7 @@ class RunResult(_Noun):
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
-        except OSError:
+        except BaseException:
             draft.unlink(missing_ok=True)
             raise
 

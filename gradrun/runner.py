@@ -25,6 +25,7 @@ from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader
 from gradrun.result import Measurement, Memory, Phases, Warning
@@ -84,12 +85,12 @@ class Runner:
         """
         began = time.perf_counter()
         self.first = self._first_batch()
-        with self._mode(), _buffers_kept(self.model):
+        with self._mode(), state_kept(self.model):
             outputs = self._first_outputs()
             self.first_seconds = time.perf_counter() - began
             try:
                 self._warm_up()
-            except Exception as error:  # whatever a model may raise
+            except (Exception, SystemExit) as error:  # whatever a model may raise
                 raise RunFailed(
                     f"the model ran its first batch, and failed when it ran it again: "
                     f"{type(error).__name__}: {first_line(error)}"
@@ -111,7 +112,7 @@ class Runner:
                 self._loop(batches, sink, gathered, beat)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
-        except Exception as error:  # whatever a model may raise
+        except BaseException as error:  # whatever a model may raise, sys.exit() included
             gathered.stopped = _stop(error, gathered)
         finally:
             batches.close()
@@ -194,10 +195,8 @@ class Runner:
     def _first_batch(self) -> Batch:
         batch = next(iter(self.data.batches()))
         try:
-            if self.move:
-                batch = self.move(batch)
-            # A copy: the warm-up repeats it, and a model may change its input in place.
-            return batch.map(torch.clone)
+            # A copy: the window that it lies in is given back when the run moves on.
+            return (self.move(batch) if self.move else batch).map(torch.clone)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"the first batch cannot be brought to {self.device}: {first_line(error)}",
@@ -209,11 +208,13 @@ class Runner:
             returned = self._call(self.first)
         except GradrunError:
             raise
-        except Exception as error:  # whatever a model may raise
+        except (Exception, SystemExit) as error:  # whatever a model may raise
             raise refusal(self.model, self.first.args, self.first.kwargs, error) from error
         try:
             return self.read(returned, self.first.size)
-        except RuntimeError as error:
+        except GradrunError:
+            raise
+        except Exception as error:  # torch has many ways to say that it cannot
             raise ConfigError(
                 f"{self.config.output.transform} cannot take this output: {first_line(error)}",
                 "output.transform",
@@ -226,6 +227,8 @@ class Runner:
         return (self.move(batch) for batch in batches) if self.move else batches
 
     def _call(self, batch: Batch) -> Any:
+        """Run a copy of the batch, since a model may change its input in place."""
+        batch = batch.map(torch.clone)
         self.clock.start()
         returned = self.model(*batch.args, **batch.kwargs)
         self.clock.stop()
@@ -253,12 +256,12 @@ class Runner:
         """(peak, retained) of the first batch; None after a stop, without a meter, on a fault."""
         if gathered.stopped or not self.config.measure.memory:
             return None, None
-        meter, batch = FORWARD_MEMORY.get(self.device.type), self.first
+        meter, batch = FORWARD_MEMORY.get(self.device.type), self.first.map(torch.clone)
         if meter is None:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
             return None, None
         try:
-            with self._mode(), _buffers_kept(self.model):
+            with self._mode(), state_kept(self.model):
                 return meter(lambda: self.model(*batch.args, **batch.kwargs))
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
@@ -284,28 +287,7 @@ class Runner:
         self.warnings.append(Warning(code=code, text=text))
 
 
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give buffers (batch norm's running figures, counters) back the values they had before."""
-    with torch.no_grad():
-        kept = [
-            (module, name, buffer, buffer.clone())
-            for module in model.modules()
-            for name, buffer in module.named_buffers(recurse=False)
-            if not nn.parameter.is_lazy(buffer)
-        ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, value in kept:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-                if getattr(module, name) is not buffer:
-                    setattr(module, name, buffer)
-
-
-def _stop(error: Exception, gathered: Pass) -> GradrunError:
+def _stop(error: BaseException, gathered: Pass) -> GradrunError:
     """What ended the pass, as the error to raise once everything is saved."""
     if isinstance(error, GradrunError):
         text = str(error)

@@ -5,6 +5,7 @@ Knows files and names; not what the figures in them mean.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from gradrun.errors import ConfigError, RunFailed
@@ -24,9 +25,14 @@ _OURS = (
 class RunFolder:
     """The folder of one run; looked at when it is made, written from begin() on."""
 
-    def __init__(self, path: Path, *, overwrite: bool) -> None:
-        """Raises ConfigError where something lies there that the user did not give up."""
-        self.path = path
+    def __init__(self, path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
+        """Look at the folder.
+
+        Raises:
+            ConfigError: something lies there that the user did not give up, or a file of `inputs`
+                would be overwritten.
+        """
+        self.path, self.overwrite = path, overwrite
         try:
             taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         except OSError as error:
@@ -39,6 +45,16 @@ class RunFolder:
                 "output.path keeps both",
                 "output.path",
             )
+        doomed = {file.resolve() for file in self._ours()}
+        if eaten := [file for file in inputs if file.resolve() in doomed]:
+            raise ConfigError(
+                f"--overwrite would remove {eaten[0]}, which this run reads; choose another "
+                "output.path",
+                "output.path",
+            )
+
+    def _ours(self) -> list[Path]:
+        return [file for pattern in _OURS for file in self.path.glob(pattern)]
 
     def begin(self) -> None:
         """Make the folder, without the files of an earlier run; what is not ours stays.
@@ -48,8 +64,8 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for pattern in _OURS:
-                for file in self.path.glob(pattern):
+            if self.overwrite:
+                for file in self._ours():
                     file.unlink()
         except OSError as error:
             raise RunFailed(f"{self.path} cannot be written: {error.strerror}") from error

@@ -146,7 +146,10 @@ def located(config: RunConfig) -> Iterator[None]:
         yield
     except ConfigError as error:
         if error.key and config._origin:
-            key: Key = tuple(int(k) if k.isdigit() else k for k in error.key.split("."))
+            key: Key = tuple(
+                int(k) if k.isdecimal() and k.isascii() and len(k) < 10 else k
+                for k in error.key.split(".")
+            )
             config._origin.problems.clear()
             config._origin.report(f"{error.key}: {error}", config._origin.place(key))
             config._origin.raise_problems()

@@ -176,7 +176,7 @@ from torch import nn
 class Net(nn.Module):
     calls = 0
     def forward(self, x):
-        self.calls += 1
+        type(self).calls += 1
         if self.calls == 4:  # the first batch, one to warm up, one of the timed pass
             raise {error}
         return x * 2

@@ -58,6 +58,8 @@ class _Records:
             rows = itertools.islice(records, start, None)
             for first in range(start, self.samples, self.batch_size):
                 taken = list(itertools.islice(rows, self.batch_size))
+                if len(taken) < min(self.batch_size, self.samples - first):
+                    raise ConfigError(f"{self.path} lost rows while it was read", "data.path")
                 yield self._batch(taken, range(first, first + len(taken)))
 
     def _records(self) -> Generator[Record]:
@@ -114,7 +116,11 @@ class _Records:
         for column in spec.columns:
             value = fields.get(column)
             try:
-                flat = [value] if isinstance(value, str) else np.ravel(np.array(value)).tolist()
+                flat = (
+                    [value]
+                    if isinstance(value, str)
+                    else np.ravel(np.array(value, object)).tolist()
+                )
                 row += [number(item) for item in flat]
             except (ValueError, TypeError, OverflowError):
                 what = f"{value!r:.60}, which is no {spec.dtype} number"
@@ -165,7 +171,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 continue
             try:
                 fields = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{path}:{number}  not JSON: {error}") from error
             if not isinstance(fields, dict):
                 raise ConfigError(f"{path}:{number}  a line is one object, {{...}}")

@@ -67,16 +67,20 @@ class _SyntheticRows:
         generator = torch.Generator().manual_seed(seed)
         match spec.distribution:
             case "normal":
-                drawn = torch.randn(shape, generator=generator)
+                drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
             case "uniform":
-                drawn = torch.rand(shape, generator=generator) * (spec.high - spec.low) + spec.low
+                drawn = (
+                    torch.rand(shape, generator=generator, dtype=torch.float32)
+                    * (spec.high - spec.low)
+                    + spec.low
+                )
             case "randint":
                 low, high = math.ceil(spec.low), math.ceil(spec.high)
                 drawn = torch.randint(low, max(high, low + 1), shape, generator=generator)
             case "zeros":
-                drawn = torch.zeros(shape)
+                drawn = torch.zeros(shape, dtype=torch.float32)
             case "ones":
-                drawn = torch.ones(shape)
+                drawn = torch.ones(shape, dtype=torch.float32)
         return drawn.to(self.dtype)
 
 

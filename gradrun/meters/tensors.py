@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -37,13 +37,9 @@ def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
     """
     # torch leaves its profiler without types.
     profiler: Any = torch_profiler.profile(use_cpu=True, profile_memory=True, acc_events=False)
-    with _quiet_stderr():
-        profiler.__enter__()
-    try:
+    # Quiet for the call as well: torch's allocator reports each older block that it frees.
+    with _quiet_stderr(), profiler:
         returned = call()
-    finally:
-        with _quiet_stderr():
-            profiler.__exit__(None, None, None)
     live = peak = 0
     for event in profiler.kineto_results.events():
         if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
@@ -69,8 +65,23 @@ def _quiet_stderr() -> Iterator[None]:
     void = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(void, 2)
-        yield
+        with _python_keeps(kept):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(void)
+
+
+@contextmanager
+def _python_keeps(descriptor: int) -> Iterator[None]:
+    """Let Python's own stderr write to a descriptor: what a model says is not torch's to drop."""
+    try:
+        ours = sys.stderr is not None and sys.stderr.fileno() == 2
+    except (OSError, ValueError):  # a notebook's or a test's, which has no descriptor
+        ours = False
+    if not ours:
+        yield
+        return
+    with open(descriptor, "w", closefd=False) as stream, redirect_stderr(stream):
+        yield

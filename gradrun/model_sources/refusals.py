@@ -19,7 +19,7 @@ from gradrun.errors import ConfigError
 
 
 def refusal(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> ConfigError:
     """The error to raise when `model(*args, **kwargs)` raised `error` on the first batch.
 
@@ -43,7 +43,10 @@ def refusal(
 
 def first_line(error: BaseException) -> str:
     """The first line of what torch says; the rest is a C++ or Python traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    try:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception:  # an exception of the user's may fail to say what it is
+        return type(error).__name__
     # The interpreter of TorchScript puts its traceback first and the reason last.
     return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
 
@@ -56,7 +59,7 @@ def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     ]
     try:
         # The same error comes again; the modules that it leaves entered are what we want.
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             model(*args, **kwargs)
     finally:
         for hook in hooks:

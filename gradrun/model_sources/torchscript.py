@@ -33,7 +33,9 @@ def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
             # torch.jit announces its own retirement at every load; the user did not ask.
             warnings.simplefilter("ignore", DeprecationWarning)
             module: nn.Module = torch.jit.load(str(config.path), map_location="cpu")  # type: ignore[no-untyped-call]
-    except (RuntimeError, ValueError, OSError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged archive fails in any of a dozen ways
         raise ConfigError(
             f"{config.path} is no TorchScript archive that torch {torch.__version__} reads; "
             "it is written by torch.jit.save (source: exported reads torch.export's .pt2)",

@@ -52,12 +52,15 @@ def load_weights(module: nn.Module, path: Path, nested_key: str | None) -> None:
     ]
     if problems:
         raise ConfigError(f"{path} does not fit the model: {'; '.join(problems)}", _KEY)
-    module.load_state_dict(dict(state))
+    try:
+        module.load_state_dict(dict(state))
+    except Exception as error:  # sparse or quantized tensors, say, where plain ones are wanted
+        raise ConfigError(f"{path} does not fit the model: {first_line(error)}", _KEY) from error
 
 
 def _listed(what: str, keys: list[str]) -> list[str]:
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
-    return [f"{what}: {', '.join(keys[:_LISTED])}{more}"] if keys else []
+    return [f"{what}: {', '.join(map(str, keys[:_LISTED]))}{more}"] if keys else []
 
 
 def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:

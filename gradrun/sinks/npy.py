@@ -68,8 +68,10 @@ class _NpyFile:
         self.begin = self.end = 0
         self.window: np.ndarray[Any, Any] | None = None
         with path.open("xb") as file:
+            # Of no samples yet: a run that is killed must not leave zeros that look like results.
+            file.write(self._header(0))
+            file.flush()
             _reserve(file.fileno(), len(self.header) + samples * self.row_bytes, path)
-            file.write(self.header)
 
     def _header(self, samples: int) -> bytes:
         """The file's header, as long for few samples as for many: numpy leaves room in it."""
@@ -97,7 +99,9 @@ class _NpyFile:
         self.window[at - self.begin : stop - self.begin] = rows  # type: ignore[index]
 
     def _map(self, begin: int, rows: int) -> None:
-        """Let the last window's pages go and map the next rows."""
+        """Let the last window's pages go, count its rows in the header, and map the next rows."""
+        if begin:
+            self._count(begin)
         self.begin, self.end = begin, min(begin + rows, self.samples)
         shape = (self.end - begin, *self.row_shape)
         if self.row_bytes == 0:
@@ -108,12 +112,16 @@ class _NpyFile:
         # The plain array: a memmap's own indexing costs more than the copy of a small row.
         self.window = np.asarray(mapped)
 
+    def _count(self, written: int) -> None:
+        """Say in the header how many rows are there."""
+        with self.path.open("r+b") as file:
+            file.write(self._header(written))
+
     def close(self, written: int) -> None:
         self.window = None
+        self._count(written)
         if written < self.samples:
-            with self.path.open("r+b") as file:
-                file.write(self._header(written))
-                file.truncate(len(self.header) + written * self.row_bytes)
+            os.truncate(self.path, len(self.header) + written * self.row_bytes)
 
 
 def _reserve(descriptor: int, size: int, path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 PART_BYTES = 64 * 1024 * 1024
 
@@ -26,6 +26,12 @@ class SafetensorsSink:
         self._parts: list[str] = []
 
     def open(self, outputs: dict[str, torch.Tensor]) -> None:
+        if "__metadata__" in outputs:
+            raise ValueError(
+                "an output is called '__metadata__', which the format keeps for itself"
+            )
+        # A type that the format cannot hold is refused now, and not with the first part.
+        save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         size = max(len(tensor) for tensor in outputs.values())
         self._rows = max(size, min(self.samples, PART_BYTES // max(1, row_bytes)))
