@@ -1,6 +1,7 @@
 """One JSON object a sample and line: its id and its outputs as numbers or lists.
 
-Knows JSON; a float is written so that reading it gives the same bits.
+Knows JSON; a float is written so that reading it gives the same bits. NaN and infinities are
+written as Python reads them (NaN, Infinity), for which JSON proper has no word.
 """
 
 from __future__ import annotations
