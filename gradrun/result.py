@@ -166,10 +166,12 @@ class RunResult(_Noun):
         if path.is_dir():
             path /= "result.json"
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(json.loads(path.read_bytes()))
         except OSError as error:
             raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error
+        except ValueError as error:
+            raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error

@@ -65,7 +65,7 @@ def _put_back(table: Any, kept: dict[str, tuple[Any, Any]], leave: set[str] = fr
         if isinstance(value, torch.Tensor) and copy is not None:
             if not torch.equal(value, copy):
                 value.copy_(copy)
-        elif copy is not None and value != copy:
+        elif copy is not None:
             value.clear()
             value.extend(copy) if isinstance(value, list) else value.update(copy)
         if table.get(name, _ABSENT) is not value:

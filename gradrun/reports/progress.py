@@ -39,8 +39,8 @@ class Bar:
 
 @contextmanager
 def bar(console: Console) -> Iterator[Bar | None]:
-    """A bar that is gone when the block ends; None where the console is no terminal."""
-    if not console.is_terminal:
+    """A bar that is gone when the block ends; None where the console shows plain text only."""
+    if not console.is_terminal or console.no_color:
         yield None
         return
     columns = (
