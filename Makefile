@@ -37,9 +37,10 @@ types: .venv/.dev ## check types
 
 bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
 	$(BIN)/python tests/bench/bench.py
+	$(BIN)/python tests/bench/compare_bench.py
 
 golden: .venv/.dev ## write the expected reports anew; look at the diff
-	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py
+	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_comparison_report.py
 
 clean: ## remove what the other commands made
 	rm -rf .venv dist build configs/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gradrun.api import infer
     from gradrun.config import GradMode, RunConfig
     from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
-    from gradrun.result import Measurement, RunResult
+    from gradrun.jobs.compare import compare
+    from gradrun.jobs.infer import infer
+    from gradrun.result import Comparison, Measurement, RunResult
     from gradrun.yamlfile import load_config
 
 __all__ = [
+    "Comparison",
     "ConfigError",
     "GradMode",
     "GradrunError",
@@ -26,12 +28,15 @@ __all__ = [
     "RunConfig",
     "RunFailed",
     "RunResult",
+    "compare",
     "infer",
     "load_config",
 ]
 
 _HOMES = {
-    "infer": "api",
+    "infer": "jobs.infer",
+    "compare": "jobs.compare",
+    "Comparison": "result",
     "load_config": "yamlfile",
     "GradMode": "config",
     "RunConfig": "config",

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from gradrun import __version__
 from gradrun.errors import ConfigError, GradrunError, Interrupted
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from gradrun.result import RunResult
+
+_ALL_MODES = "grad,no_grad,inference_mode"
 
 app = typer.Typer(
     name="gradrun",
@@ -50,6 +53,9 @@ Sets = Annotated[
         metavar="KEY=VALUE",
         help="Change a key of the config, such as run.mode=no_grad; as often as wanted.",
     ),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Let the config's python model run its code.")
 ]
 Json = Annotated[
     str | None,
@@ -84,10 +90,7 @@ def infer(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
     ] = False,
-    trust_code: Annotated[
-        bool,
-        typer.Option("--trust-code", help="Let the config's python model run its code."),
-    ] = False,
+    trust_code: Trust = False,
     json_file: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -100,12 +103,66 @@ def infer(
         changes = [*(sets or []), *([f"output.path={_quoted(output)}"] if output else [])]
         settings = load_config(path, changes, output_base=output_base)
         with _quick_imports():
-            from gradrun.api import infer as run
+            from gradrun.jobs.infer import infer as run
         from gradrun.reports.progress import bar
 
         with _stdout_kept(json_file), bar(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, overwrite=overwrite, progress=progress)
         _answer(result, console, json_file)
+
+
+class _ModesMayBeBare(typer.core.TyperCommand):
+    """Lets --modes stand alone, or before the config, and then mean all of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the list of all modes behind a --modes that has none."""
+        words: list[str] = []
+        for word, after in zip(args, [*args[1:], "--"], strict=False):
+            words.append(word)
+            if word == "--modes" and (after.startswith("-") or _is_config(after)):
+                words.append(_ALL_MODES)
+        return super().parse_args(ctx, words)
+
+
+@app.command(cls=_ModesMayBeBare)
+def compare(
+    config: Annotated[
+        Path | None, typer.Argument(help="The YAML file of the run; default: a bundled example.")
+    ] = None,
+    modes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--modes", metavar="[LIST]", help="Which modes: grad,no_grad,inference_mode or fewer."
+        ),
+    ] = None,
+    over: Annotated[
+        str | None,
+        typer.Option(metavar="KEY=A,B", help="Compare along another key: run.threads=1,2."),
+    ] = None,
+    sets: Sets = None,
+    trust_code: Trust = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Put the gradient modes side by side: time, memory, outputs, advice."""
+    with _errors(debug, json_file, quiet) as console:
+        from gradrun.bundled import bundled
+        from gradrun.yamlfile import load_config
+
+        if over and modes:
+            raise ConfigError("--over compares along one key, --modes along run.mode: name one")
+        path = config or bundled("configs") / "digits.yaml"
+        settings = load_config(path, sets or [], output_base=None if config else Path.cwd())
+        listed = [mode for words in modes or [_ALL_MODES] for mode in words.split(",") if mode]
+        from gradrun.jobs.compare import compare as run
+        from gradrun.reports.progress import status
+
+        with status(_console(stderr=True, quiet=quiet)) as progress:
+            compared = run(
+                settings, listed, over=_axis(over), trust_code=trust_code, progress=progress
+            )
+        _answer(compared.result, console, json_file)
 
 
 @app.command()
@@ -197,6 +254,20 @@ def _chosen_config(config: Path | None, example: str | None) -> tuple[Path, Path
     return bundled("configs") / f"{example}.yaml", Path.cwd()
 
 
+def _is_config(word: str) -> bool:
+    return word.endswith((".yaml", ".yml")) or Path(word).is_file()
+
+
+def _axis(over: str | None) -> tuple[str, list[str]] | None:
+    """`"run.threads=1,2"` as the key and its values."""
+    if over is None:
+        return None
+    key, equals, values = over.partition("=")
+    if not equals or "," not in values:
+        raise ConfigError(f"--over {over}: is written KEY=A,B, such as run.threads=1,2")
+    return key, values.split(",")
+
+
 def _quoted(folder: Path) -> str:
     """A folder typed on the command line as YAML text, from here and not from the config."""
     return json.dumps(os.path.abspath(folder))  # noqa: PTH100 - a link stays a link
@@ -283,9 +354,10 @@ def _say(console: Console, text: str) -> None:
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
-    from gradrun.reports import terminal
+    from gradrun.reports import comparison, terminal
 
-    terminal.show(result, console)
+    show = {"infer": terminal.show, "compare": comparison.show}[result.kind]
+    show(result, console)
     if json_file:
         _write_json(result.to_json(), json_file)
 

@@ -249,9 +249,27 @@ class RunSection(Section):
 
 
 class MeasureSection(Section):
-    """What is measured besides time."""
+    """What is measured, and how well."""
 
     memory: bool = Field(True, description="count tensor memory in one extra, untimed batch")
+    processes: Annotated[int, Field(ge=2, le=1000)] = Field(
+        5, description="compare: fresh processes, at least"
+    )
+    precision: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="compare: measure until intervals are this narrow (0.01: +-1 %)"
+    )
+    budget: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0, description="compare: seconds to spend on that, about"
+    )
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        300.0, description="compare: seconds after which a process that says nothing is ended"
+    )
+    rtol: Annotated[float, Field(ge=0)] = Field(
+        1.3e-6, description="compare: relative difference that outputs may have"
+    )
+    atol: Annotated[float, Field(ge=0)] = Field(
+        1e-5, description="compare: absolute difference that outputs may have"
+    )
 
 
 def _selected(name: str) -> str:

@@ -17,47 +17,9 @@ import psutil
 import torch
 
 from gradrun.config import RunSection
+from gradrun.cpus import available_cpus
 from gradrun.errors import ConfigError
 from gradrun.result import Environment
-
-
-def available_cpus() -> int:
-    """The processors this process may use: the smaller of its affinity and its cgroup's quota."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quota = _cgroup_quota()
-    return max(1, min(cpus, int(quota))) if quota else cpus
-
-
-def _cgroup_quota() -> float | None:
-    """Processors that this process's cgroup and those around it allow (v2, then v1)."""
-    quotas = [
-        _quota(folder / "cpu.max", None) for folder in _cgroup_folders(Path("/sys/fs/cgroup"))
-    ]
-    v1 = Path("/sys/fs/cgroup/cpu")
-    quotas.append(_quota(v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us"))
-    return min((quota for quota in quotas if quota), default=None)
-
-
-def _cgroup_folders(root: Path) -> list[Path]:
-    """The folder of this process's own cgroup and those above it, up to the root."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    own = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = root / own.lstrip("/")
-    return [folder, *(above for above in folder.parents if above.is_relative_to(root))]
-
-
-def _quota(quota_file: Path, period_file: Path | None) -> float | None:
-    try:
-        words = quota_file.read_text().split()
-        if period_file:
-            words += period_file.read_text().split()
-        return None if words[0] in {"max", "-1"} else float(words[0]) / float(words[1])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def resolve(name: str) -> torch.device:

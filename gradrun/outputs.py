@@ -50,7 +50,7 @@ def reader(config: OutputSection) -> Callable[[Any, int], Named]:
 def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
     if isinstance(returned, torch.Tensor) and not wanted:
         return [(UNNAMED, returned)]
-    named = list(_tensors(returned, ""))
+    named = list(tensors_in(returned))
     found = dict(named)
     if not found:
         raise ConfigError(
@@ -76,7 +76,7 @@ def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Ten
     return selected if len(selected) > 1 else [(UNNAMED, selected[0][1])]
 
 
-def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in a nest, named by its path: "0", "logits", "states.1"."""
     if isinstance(value, torch.Tensor):
         yield name or "0", value
@@ -92,7 +92,7 @@ def _tensors(value: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         return
     for key, item in items:
-        yield from _tensors(item, f"{name}.{key}" if name else str(key))
+        yield from tensors_in(item, f"{name}.{key}" if name else str(key))
 
 
 def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:

@@ -19,7 +19,8 @@ from gradrun.errors import GradrunError
 
 
 class _Noun(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    # "Infinity" (outputs of other shapes; an interval with an open end) is read back as it was.
+    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
 
 
 class Warning(_Noun):
@@ -79,6 +80,8 @@ class Measurement(_Noun):
     """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
 
     mode: GradMode
+    variant: str = ""
+    """What tells it from others in a comparison; empty in a run of its own."""
     process: int = 0
     batch_seconds: tuple[float, ...]
     batch_sizes: tuple[int, ...]
@@ -89,6 +92,11 @@ class Measurement(_Noun):
     def samples(self) -> int:
         """How many samples were predicted."""
         return sum(self.batch_sizes)
+
+    @property
+    def seconds_per_sample(self) -> list[float]:
+        """One entry a batch (in a comparison: a round)."""
+        return [s / n for s, n in zip(self.batch_seconds, self.batch_sizes, strict=True)]
 
     @property
     def seconds(self) -> float:
@@ -117,16 +125,52 @@ class Measurement(_Noun):
         return max(shares, key=lambda name: shares[name]), shares
 
 
+class Comparison(_Noun):
+    """One variant against the baseline: baseline time / candidate time, above 1 is faster.
+
+    `low` and `high` bound the ratio's 95 % interval over processes.
+    """
+
+    baseline: str
+    candidate: str
+    ratio: float
+    low: float
+    high: float
+    verdict: stats.Verdict
+
+    @property
+    def relative_width(self) -> float:
+        """Half the interval's width as a share of the ratio."""
+        return (self.high - self.low) / 2 / self.ratio
+
+
+class Equivalence(_Noun):
+    """A variant's outputs against the baseline's, on the same batches."""
+
+    baseline: str
+    candidate: str
+    bitwise: bool
+    max_abs_diff: float
+    equal: bool
+    """Bitwise, or within measure.rtol and measure.atol."""
+    first_module: str | None = None
+    """The first module whose output differs, as "path (Type)"."""
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
-    kind: Literal["infer"]
+    kind: Literal["infer", "compare"]
     gradrun: str
     started_at: str
     config: dict[str, Any]
     environment: Environment
     measurements: tuple[Measurement, ...]
+    comparisons: tuple[Comparison, ...] = ()
+    equivalence: tuple[Equivalence, ...] = ()
+    failures: tuple[str, ...] = ()
+    """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
     warnings: tuple[Warning, ...] = ()

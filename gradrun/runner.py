@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gradrun import stats
-from gradrun.config import EagerModel, RunConfig
+from gradrun.config import EagerModel, RunConfig, RunSection
 from gradrun.data_sources.batches import Batch, Data, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
@@ -85,7 +85,7 @@ class Runner:
         """
         began = time.perf_counter()
         self.first = self._first_batch()
-        with self._mode(), state_kept(self.model):
+        with active(self.config.run, self.device), state_kept(self.model):
             outputs = self._first_outputs()
             self.first_seconds = time.perf_counter() - began
             try:
@@ -108,7 +108,7 @@ class Runner:
         gathered = Pass()
         batches = self._batches()
         try:
-            with self._mode():
+            with active(self.config.run, self.device):
                 self._loop(batches, sink, gathered, beat)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
@@ -261,7 +261,7 @@ class Runner:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
             return None, None
         try:
-            with self._mode(), state_kept(self.model):
+            with active(self.config.run, self.device), state_kept(self.model):
                 return meter(lambda: self.model(*batch.args, **batch.kwargs))
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
@@ -273,18 +273,19 @@ class Runner:
             )
         return None, None
 
-    @contextmanager
-    def _mode(self) -> Iterator[None]:
-        run = self.config.run
-        with ExitStack() as stack:
-            stack.enter_context(grad_mode(run.mode))
-            if run.autocast:
-                kind = getattr(torch, run.autocast)
-                stack.enter_context(torch.autocast(self.device.type, dtype=kind))
-            yield
-
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
+
+
+@contextmanager
+def active(run: RunSection, device: torch.device) -> Iterator[None]:
+    """The gradient mode and autocast that a config asks for."""
+    with ExitStack() as stack:
+        stack.enter_context(grad_mode(run.mode))
+        if run.autocast:
+            kind = getattr(torch, run.autocast)
+            stack.enter_context(torch.autocast(device.type, dtype=kind))
+        yield
 
 
 def _stop(error: BaseException, gathered: Pass) -> GradrunError:

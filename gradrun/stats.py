@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, median
+from typing import Literal
 
 STEADY_WITHIN = 0.05
 _STEADY_BATCHES = 5
@@ -36,6 +37,11 @@ class Estimate:
         if self.low == 0:
             return self.high - self.value
         return (self.high - self.low) / 2
+
+    @property
+    def relative(self) -> float:
+        """The uncertainty as a share of the value."""
+        return self.uncertainty / self.value if self.value else math.inf
 
 
 def quantile(samples: Sequence[float], q: float) -> Estimate | None:
@@ -93,3 +99,54 @@ def is_steady(samples: Sequence[float]) -> bool:
     before = median(samples[-2 * _STEADY_BATCHES : -_STEADY_BATCHES])
     last = median(samples[-_STEADY_BATCHES:])
     return abs(last - before) <= STEADY_WITHIN * before
+
+
+# --- ratios ------------------------------------------------------------------------------------
+
+Verdict = Literal["faster", "slower", "no_difference", "inconclusive"]
+
+# The 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
+    """The median of base / other over rounds that ran side by side.
+
+    Pairs share what the machine did at that moment; the median forgets rounds it spoiled.
+    """
+    return median(one / two for one, two in zip(base, other, strict=False))
+
+
+def over_processes(values: Sequence[float]) -> Estimate:
+    """The geometric mean with its 95 % interval, from one positive value a process.
+
+    Student's t on the logs: rounds of one process share its memory layout, so only processes are
+    independent samples. One process alone supports no interval.
+    """
+    logs = [math.log(value) for value in values]
+    count = len(logs)
+    middle = math.fsum(logs) / count
+    if count < 2:
+        return Estimate(math.exp(middle), 0.0, math.inf)
+    variance = math.fsum((value - middle) ** 2 for value in logs) / (count - 1)
+    width = _T[min(count - 1, len(_T)) - 1] * math.sqrt(variance / count)
+    return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
+
+
+def verdict(ratio: Estimate, precision: float) -> Verdict:
+    """What a ratio (base time / other time) says of the other.
+
+    Within the precision asked for there is no difference, even where the interval is so narrow
+    that it leaves 1 out; beyond it a difference counts when the interval leaves 1 out.
+    """
+    if 1 - precision <= ratio.low and ratio.high <= 1 + precision:
+        return "no_difference"
+    if ratio.low > 1:
+        return "faster"
+    if ratio.high < 1:
+        return "slower"
+    return "inconclusive"

@@ -25,6 +25,14 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
     return f"{number_text(value, None if uncertainty is None else uncertainty / scale)} {unit}"
 
 
+def seconds_within(seconds: float, uncertainty: float) -> str:
+    """`0.000375, 0.000002` as "375 ± 2 µs", both in the same unit and to the same digit."""
+    text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)
+    scale = next(scale for scale, name in _SECOND_UNITS if name == unit)
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {uncertainty / scale:,.{decimals}f} {unit}"
+
+
 def number_text(value: float, uncertainty: float | None = None) -> str:
     """Three significant digits, cut where `uncertainty` (same unit as `value`) makes them noise."""
     if value == 0 or not math.isfinite(value):

@@ -6,7 +6,7 @@ its own would take time from what is being measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -54,3 +54,21 @@ def bar(console: Console) -> Iterator[Bar | None]:
     )
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
         yield Bar(progress)
+
+
+@contextmanager
+def status(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
+    """One line that says what a comparison is doing; None where the console is no terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"))
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task("", of="")
+
+        def tell(doing: str, done: int, wanted: int) -> None:
+            of = f"process {done + 1} of {wanted}" if doing == "timing" else ""
+            progress.update(task, description=doing, completed=done, total=wanted, of=of)
+            progress.refresh()
+
+        yield tell

@@ -39,7 +39,7 @@ def show(result: RunResult, console: Console) -> None:
     console.print(memory_table(measured.memory, width))
     console.print()
     for warning in result.warnings:
-        console.print(_hanging("!", warning.text))
+        console.print(hanging("!", warning.text))
     if result.warnings:
         console.print()
     console.print(_closing(result, measured))
@@ -120,8 +120,6 @@ def _table(title: str, rows: list[Row], width: int) -> Table:
 
 
 def _headline(result: RunResult, measured: Measurement) -> Text:
-    model = result.config["model"]
-    name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
     machine = result.environment
     batches = count_text(len(measured.batch_seconds), "batch")
     facts = (
@@ -130,13 +128,20 @@ def _headline(result: RunResult, measured: Measurement) -> Text:
         f"{batches} of {max(measured.batch_sizes, default=0)}",
     )
     return Text.assemble(
-        (printable(Path(name).name), "bold"),
+        (model_name(result), "bold"),
         f"  {measured.mode.value}",
         (printable("  " + ", ".join(facts)), "dim"),
     )
 
 
-def _hanging(mark: str, text: str) -> Table:
+def model_name(result: RunResult) -> str:
+    """What the model is called: by its config, without folders."""
+    model = result.config["model"]
+    name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
+    return printable(Path(name).name)
+
+
+def hanging(mark: str, text: str) -> Table:
     """A marked paragraph whose further lines stand under its first word."""
     grid = Table.grid(padding=(0, 1))
     grid.add_row(Text(mark, "bold yellow"), Text(printable(text)))

@@ -1,11 +1,10 @@
-"""The public functions, where the parts meet: config -> model and data -> runner -> result.
+"""`gradrun.infer`, where the parts meet: config -> model and data -> runner -> result.
 
 Knows the order of the steps; what each does stands in its own module.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -20,12 +19,13 @@ from gradrun.advice import advice
 from gradrun.config import RunConfig
 from gradrun.data_sources import open_data
 from gradrun.errors import GradrunError, RunFailed
+from gradrun.jobs import resolved, trusted
 from gradrun.model_sources import load_model
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
 from gradrun.store import RunFolder
-from gradrun.yamlfile import load_config, located
+from gradrun.yamlfile import located
 
 Progress = Callable[[int, int], None]
 """Told (samples done, samples in all), a few times a second."""
@@ -58,16 +58,14 @@ def infer(
         RunFailed, Interrupted: the run ended early; the predictions written stay, and the
             error's `result` holds what was measured.
     """
-    if not isinstance(config, RunConfig):
-        config = load_config(config, overrides)
-    elif overrides:
-        config = load_config(config.model_dump(mode="json"), overrides)
-    trusted = trust_code or os.environ.get("GRADRUN_TRUST_CODE") == "1"
+    config = resolved(config, overrides)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     with located(config), machine.prepared(config.run) as device:
         folder = RunFolder(config.output.path, overwrite=overwrite, inputs=config.input_files())
-        model, load_seconds = _timed(lambda: load_model(config.model, device, trust_code=trusted))
+        model, load_seconds = _timed(
+            lambda: load_model(config.model, device, trust_code=trusted(trust_code))
+        )
         data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()

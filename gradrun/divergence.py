@@ -1,0 +1,139 @@
+"""Whether two variants give the same outputs, and where they first part.
+
+Knows outputs and modules; not what the variants are for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from gradrun.config import RunConfig
+from gradrun.data_sources.batches import Batch
+from gradrun.model_sources.state import state_kept
+from gradrun.outputs import tensors_in
+from gradrun.result import Equivalence
+
+
+class Side(Protocol):
+    """What is compared: a variant that can run any of its batches."""
+
+    name: str
+    config: RunConfig
+    model: nn.Module
+    batches: list[Batch]
+
+    def active(self) -> Any:
+        """The variant's mode, threads and autocast."""
+
+    def call(self, number: int) -> Any:
+        """What the model returns for one batch."""
+
+
+def equivalence(base: Side, candidate: Side) -> Equivalence:
+    """The candidate's outputs beside the baseline's, on the batches that both have."""
+    measure = candidate.config.measure
+    greatest, bitwise, equal = 0.0, True, True
+    for number in range(min(len(base.batches), len(candidate.batches))):
+        ours, theirs = _outputs(base, number), _outputs(candidate, number)
+        if [(name, t.shape) for name, t in ours] != [(name, t.shape) for name, t in theirs]:
+            greatest, bitwise, equal = math.inf, False, False
+            break
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            bitwise &= one.dtype == other.dtype and _same_bits(one, other)
+            wide = _wide(one), _wide(other)
+            greatest = max(greatest, _greatest_difference(*wide))
+            equal &= torch.allclose(*wide, rtol=measure.rtol, atol=measure.atol, equal_nan=True)
+    return Equivalence(
+        baseline=base.name,
+        candidate=candidate.name,
+        bitwise=bitwise,
+        max_abs_diff=greatest,
+        equal=bitwise or equal,
+        first_module=None if bitwise else first_difference(base, candidate),
+    )
+
+
+def first_difference(base: Side, candidate: Side) -> str | None:
+    """The path and type of the first module whose output differs between the two, if one does.
+
+    Modules are compared in the order in which they return. One that a variant does not call (a
+    fused path skips the modules inside) is passed over.
+    """
+    with _recorded(base) as ours:
+        _outputs(base, 0)
+    with _recorded(candidate) as theirs:
+        _outputs(candidate, 0)
+    seen = {name: outputs for name, _, outputs in ours}
+    for name, kind, outputs in theirs:
+        others = seen.get(name)
+        if others is None or len(others) != len(outputs):
+            continue
+        if not all(map(_same_bits, others, outputs)):
+            return f"{name or '(the model)'} ({kind})"
+    return None
+
+
+def _outputs(side: Side, number: int) -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(side.config.run.seed)  # dropout in training mode falls alike
+    with state_kept(side.model), _inputs_kept(side.batches[number]), side.active():
+        # Copied inside: an output may be the input, which is about to be as it was.
+        return [(name, t.detach().clone().cpu()) for name, t in tensors_in(side.call(number))]
+
+
+@contextmanager
+def _inputs_kept(batch: Batch) -> Iterator[None]:
+    """Give a batch that a model writes into its values back, so that both sides get the same."""
+    kept = [tensor.clone() for tensor in batch.tensors()]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(batch.tensors(), kept, strict=True):
+            tensor.copy_(value)
+
+
+@contextmanager
+def _recorded(side: Side) -> Iterator[list[tuple[str, str, list[torch.Tensor]]]]:
+    """Every module's outputs while the block runs, as (path, type, tensors)."""
+    names = {module: name for name, module in side.model.named_modules()}
+    calls: list[tuple[str, str, list[torch.Tensor]]] = []
+
+    def note(module: nn.Module, _: Any, returned: Any) -> None:
+        if module in names:
+            kept = [tensor.detach().clone().cpu() for _, tensor in tensors_in(returned)]
+            calls.append((names[module], type(module).__name__, kept))
+
+    # A hook of the process, not of a module: nn.TransformerEncoderLayer leaves its fused path
+    # when a module of its own has hooks, and then nothing would differ.
+    hook = register_module_forward_hook(note)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and (torch.equal(one, other) or bool(_same(one, other).all()))
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where both hold the same value; a NaN is the same as a NaN, and as nothing else."""
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _greatest_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    if not one.numel():
+        return 0.0
+    # Where both are the same infinity there is no difference, though inf - inf is NaN.
+    difference = (one - other).abs().masked_fill(_same(one, other), 0.0)
+    return float(difference.nan_to_num(nan=math.inf, posinf=math.inf).max())

@@ -1,0 +1,28 @@
+"""The public functions, one a file, where the parts meet: each is a job from config to result.
+
+Here stands what they share. Knows no parts itself, so that a job imports only what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradrun.config import RunConfig
+from gradrun.yamlfile import load_config
+
+
+def resolved(
+    config: RunConfig | str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
+) -> RunConfig:
+    """A config from whatever a caller gave, with the overrides in it."""
+    if not isinstance(config, RunConfig):
+        return load_config(config, overrides)
+    return load_config(config.model_dump(mode="json"), overrides) if overrides else config
+
+
+def trusted(trust_code: bool) -> bool:
+    """Whether the user lets a config's code run, by argument or environment."""
+    return trust_code or os.environ.get("GRADRUN_TRUST_CODE") == "1"

@@ -1,0 +1,106 @@
+"""`gradrun.compare`: variants of one config measured side by side and saved.
+
+Knows the order of the steps; needs no torch in its own process, since workers have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gradrun import comparison
+from gradrun.config import GradMode, RunConfig
+from gradrun.errors import ConfigError, RunFailed
+from gradrun.jobs import resolved, trusted
+from gradrun.messages import Variant
+from gradrun.result import Comparison, RunResult
+from gradrun.store import RunFolder
+from gradrun.yamlfile import load_config, located
+
+
+class Comparisons(list[Comparison]):
+    """The comparisons, each variant against the first; `result` holds everything measured."""
+
+    result: RunResult
+
+
+def compare(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    modes: Sequence[GradMode | str] = tuple(GradMode),
+    *,
+    over: tuple[str, Sequence[Any]] | None = None,
+    trust_code: bool = False,
+    progress: comparison.Progress | None = None,
+    **overrides: Any,
+) -> Comparisons:
+    """Measure gradient modes, or the values of another key, side by side.
+
+    Args:
+        config: a RunConfig, a YAML file, or the same as a mapping.
+        modes: the modes to compare; the first is the baseline, and one named twice shows the noise.
+        over: compare along another key instead: `("run.threads", [1, 2])`.
+        trust_code: let a `python` model run the code that the config names.
+        progress: told what is being done, and how many processes are done of those wanted.
+        overrides: as for `infer`.
+
+    Returns:
+        One Comparison for each variant but the first; above 1 is faster. The whole result is in
+        `.result`, and in result.json in the folder beside output.path that ends in -compare.
+
+    Raises:
+        ConfigError: the config, model or data are wrong.
+        RunFailed: a variant could not be run; the error's `result` holds the others.
+    """
+    whole = resolved(config, overrides)
+    target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
+    variants = _variants(whole, over or ("run.mode", modes), target)
+    folder = RunFolder(target, overwrite=True)  # what is wrong with it is told before, not after
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    with located(whole):
+        found = comparison.Session(variants, whole, trust_code=trusted(trust_code)).run(progress)
+    failures = tuple(comparison.sentence(failure) for failure in found.failures)
+    if found.environment is None:
+        raise RunFailed("\n".join(failures) or "no process could measure")
+    result = RunResult(
+        kind="compare",
+        gradrun=found.environment.gradrun,
+        started_at=started_at,
+        config=variants[0].config,
+        environment=found.environment,
+        measurements=tuple(found.measurements),
+        comparisons=tuple(found.comparisons),
+        equivalence=tuple(found.equivalence),
+        failures=failures,
+        warnings=tuple(found.warnings),
+    )
+    folder.begin()
+    folder.save(result)
+    if failures:
+        ended = RunFailed("\n".join(failures))
+        ended.result = result
+        raise ended
+    answer = Comparisons(result.comparisons)
+    answer.result = result
+    return answer
+
+
+def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) -> list[Variant]:
+    """The config once for each value of a key, under names that tell them apart."""
+    key, values = axis
+    if len(values) < 2:
+        raise ConfigError(f"a comparison takes two values of {key} or more")
+    base = config.model_dump(mode="json") | {
+        "output": config.output.model_dump(mode="json") | {"path": str(target)}
+    }
+    variants: list[Variant] = []
+    for value in values:
+        # A text is read as YAML, as on the command line: "1" is a number.
+        change = [f"{key}={value}"] if isinstance(value, str) else {key: value}
+        name = str(value) if key == "run.mode" else f"{key}={value}"
+        while any(known.name == name for known in variants):
+            name += " again"
+        changed = load_config(base, change).model_dump(mode="json")
+        variants.append(Variant(name=name, config=changed))
+    return variants

@@ -1,0 +1,111 @@
+"""What gradrun and its workers say to each other, and the marker that outlives a worker.
+
+Knows plain data only; nothing of processes or torch.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gradrun.result import Environment, Equivalence, Memory, Phases
+
+
+class _Message(BaseModel):
+    # An infinite difference is a figure too, and JSON has no word for it but null.
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
+
+
+class Variant(_Message):
+    """One side of a comparison: its name and its whole config."""
+
+    name: str
+    config: dict[str, Any]
+
+
+class Job(_Message):
+    """What a worker is asked: time variants against each other, or run one and be weighed."""
+
+    kind: Literal["time", "weigh"]
+    variants: tuple[Variant, ...]
+    """The first is the baseline."""
+    seed: int
+    seconds: float = 1.0
+    """How long to measure, all variants together."""
+    trust_code: bool = False
+    marker: str = ""
+    """The file of a Marker."""
+
+
+class Failure(_Message):
+    """A variant that could not be run: what was raised, or how its process ended."""
+
+    variant: str
+    batch: int
+    error: str
+    details: str = ""
+    """The traceback, or the last lines that the process printed."""
+    config_key: str | None = None
+    """Set where the config is at fault: the key, or empty."""
+
+
+class Trial(_Message):
+    """What one process found of one variant; `batch_seconds` has one entry a round."""
+
+    variant: str
+    batch_seconds: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    phases: Phases
+    memory: Memory
+
+
+class Disturbance(_Message):
+    """How much of the machine others took while the worker measured."""
+
+    steal: float = 0.0
+    """Share of the time that a hypervisor gave away."""
+    others: float = 0.0
+    """Processors that other processes kept busy."""
+    preemptions: float = 0.0
+    """Involuntary context switches a second."""
+
+
+class Report(_Message):
+    """What one process sends back."""
+
+    trials: tuple[Trial, ...] = ()
+    equivalence: tuple[Equivalence, ...] = ()
+    failures: tuple[Failure, ...] = ()
+    disturbance: Disturbance = Disturbance()
+    environment: Environment | None = None
+
+
+class Marker:
+    """Which variant and batch a worker is at, kept in a file so that it outlives the worker.
+
+    Writing costs a store into mapped memory, so that it can stand next to a measurement.
+    """
+
+    _LAYOUT = struct.Struct("qq")
+    SIZE = _LAYOUT.size
+
+    def __init__(self, path: Path) -> None:
+        with path.open("r+b") as file:
+            self._page = mmap.mmap(file.fileno(), self.SIZE)
+        self.batch = 0
+        self.at(-1, 0)
+
+    def at(self, variant: int, batch: int) -> None:
+        """Note what comes next."""
+        self.batch = batch
+        self._LAYOUT.pack_into(self._page, 0, variant, batch)
+
+    @classmethod
+    def read(cls, path: Path) -> tuple[int, int]:
+        """(variant, batch) last noted; (-1, 0) before any."""
+        variant, batch = cls._LAYOUT.unpack(path.read_bytes())
+        return variant, batch

@@ -1,0 +1,280 @@
+"""What a worker does: variants of one run timed in turns, weighed, and their outputs compared.
+
+All variants live in one process and take turns in short blocks, so that layout, clocks and noise
+are the same for each. Knows no other process; workers.py brings the job and takes the report.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrun import device as machine
+from gradrun import stats
+from gradrun.config import GradMode, RunConfig
+from gradrun.cpus import available_cpus
+from gradrun.data_sources import open_data
+from gradrun.data_sources.batches import Batch, mover
+from gradrun.divergence import equivalence
+from gradrun.errors import ConfigError, GradrunError
+from gradrun.messages import Failure, Job, Marker, Report, Trial
+from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
+from gradrun.model_sources import load_model
+from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.model_sources.state import state_kept
+from gradrun.result import Memory, Phases
+from gradrun.runner import active
+
+BLOCK_SECONDS = 0.01
+"""A block is as many batches as take at least this long: clock reads and jitter vanish in it."""
+
+_WARM_SECONDS = 0.2
+_FEWEST_ROUNDS = 5
+_MOST_BATCHES = 8
+_MOST_BYTES = 64 * 1024 * 1024
+_PATIENCE = 3
+"""Times the seconds asked for that slow variants may take to make their fewest rounds."""
+
+_WARM_ORDER = list(GradMode)
+"""What a model makes lazily is made in grad first, and so is an ordinary tensor."""
+
+
+class Runnable:
+    """A variant with its model and batches, ready to be run in blocks."""
+
+    def __init__(self, index: int, name: str, config: RunConfig, marker: Marker) -> None:
+        self.index, self.name, self.config, self.marker = index, name, config, marker
+        self.device = machine.resolve(config.run.device)
+        run = config.run
+        self.threads = available_cpus() if run.threads == "auto" else run.threads
+        self.model: nn.Module
+        self.batches: list[Batch]
+        self.load_seconds = self.open_seconds = self.first_seconds = self.warm_seconds = 0.0
+        self.batch_seconds = 0.0
+        self.rounds: list[float] = []
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The variant's threads, mode and autocast."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        with active(self.config.run, self.device):
+            yield
+
+    def call(self, number: int) -> Any:
+        """Run one batch; `number` counts on, the batches come round."""
+        batch = self.batches[number % len(self.batches)]
+        self.marker.at(self.index, number % len(self.batches))
+        return self.model(*batch.args, **batch.kwargs)
+
+    def block(self, count: int, first: int) -> float:
+        """Seconds a batch over `count` batches from number `first` on."""
+        model, batches = self.model, self.batches
+        chosen = [batches[(first + i) % len(batches)] for i in range(count)]
+        self.marker.at(self.index, first % len(batches))
+        with self.active():
+            self._settle()
+            began = time.perf_counter_ns()
+            for args, kwargs, _, _ in chosen:
+                model(*args, **kwargs)
+            self._settle()
+            return (time.perf_counter_ns() - began) * 1e-9 / count
+
+    def _settle(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+
+def carry_out(job: Job) -> Report:
+    """Do a job; what a variant raises becomes a Failure, and the others go on."""
+    marker = Marker(Path(job.marker))
+    failures: list[Failure] = []
+    ready: list[Runnable] = []
+    for runnable in _in_warm_order(job, marker):
+        with _noted(failures, runnable, marker):
+            marker.at(runnable.index, 0)  # a model's code may fail before its first batch
+            _load(runnable, ready, job.trust_code)
+            _warm_up(runnable)
+            ready.append(runnable)
+    ready.sort(key=lambda runnable: runnable.index)
+    gc.freeze()  # the collector need not walk torch's modules between blocks
+    gc.enable()
+    with load.watched() as watch:
+        if job.kind == "time":
+            _time_in_turns(ready, job, failures, marker)
+    trials, agreed = [], []
+    for runnable in ready:
+        with _noted(failures, runnable, marker):
+            trials.append(_trial(runnable, weigh=job.kind == "weigh"))
+    if job.kind == "time" and ready:
+        base = ready[0]
+        for runnable in ready[1:]:
+            with _noted(failures, runnable, marker):
+                agreed.append(equivalence(base, runnable))
+    return Report(
+        trials=tuple(trials),
+        equivalence=tuple(agreed),
+        failures=tuple(failures),
+        disturbance=watch.found(),
+        environment=machine.environment(ready[0].device) if ready else None,
+    )
+
+
+def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:
+    """In grad first: what a model makes lazily there is an ordinary tensor, fit for every mode."""
+    runnables = [
+        Runnable(
+            index, variant.name, RunConfig.model_validate(variant.config, strict=False), marker
+        )
+        for index, variant in enumerate(job.variants)
+    ]
+    return sorted(runnables, key=lambda runnable: _WARM_ORDER.index(runnable.config.run.mode))
+
+
+@contextmanager
+def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Iterator[None]:
+    """Turn what the block raises into a Failure of the variant."""
+    try:
+        yield
+    except Exception as error:  # the user's model may raise anything
+        failures.append(
+            Failure(
+                variant=runnable.name,
+                batch=marker.batch,
+                error=str(error) if isinstance(error, GradrunError) else _named(error),
+                details=traceback.format_exc(),
+                config_key=error.key if isinstance(error, ConfigError) else None,
+            )
+        )
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
+    """Give the variant its model and batches: another's, where they are the same."""
+    config, device = runnable.config, runnable.device
+    twin = next((r for r in loaded if r.config.model == config.model and r.device == device), None)
+    if twin:
+        runnable.model, runnable.load_seconds = twin.model, twin.load_seconds
+    else:
+        began = time.perf_counter()
+        torch.manual_seed(config.run.seed)
+        runnable.model = load_model(config.model, device, trust_code=trust_code)
+        runnable.load_seconds = time.perf_counter() - began
+    if twin and twin.config.data == config.data:
+        runnable.batches, runnable.open_seconds = twin.batches, twin.open_seconds
+    else:
+        began = time.perf_counter()
+        runnable.batches = _first_batches(config, device)
+        runnable.open_seconds = time.perf_counter() - began
+
+
+def _first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
+    """The first few whole batches, copied out of their file and moved to the device."""
+    data = open_data(config.data, config.run.seed)
+    move = mover(device, getattr(config.model, "dtype", None))
+    batches: list[Batch] = []
+    held = 0
+    for batch in data.batches():
+        if batches and batch.size < batches[0].size:
+            break
+        batches.append((move(batch) if move else batch).map(torch.clone))
+        held += tensors.storage_bytes(batches[-1].tensors())
+        if len(batches) == _MOST_BATCHES or held > _MOST_BYTES:
+            break
+    return batches
+
+
+def _warm_up(runnable: Runnable) -> None:
+    began = time.perf_counter()
+    with runnable.active(), state_kept(runnable.model):
+        first = runnable.batches[0]
+        try:
+            runnable.call(0)
+        except GradrunError:
+            raise
+        except Exception as error:  # whatever a model may raise
+            raise refusal(runnable.model, first.args, first.kwargs, error) from error
+        runnable.first_seconds = time.perf_counter() - began
+        seconds: list[float] = []
+        while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_SECONDS:
+            seconds.append(runnable.block(1, len(seconds)))
+    runnable.warm_seconds = time.perf_counter() - began - runnable.first_seconds
+    runnable.batch_seconds = min(seconds, default=runnable.first_seconds)
+
+
+def _time_in_turns(
+    ready: list[Runnable], job: Job, failures: list[Failure], marker: Marker
+) -> None:
+    """Rounds of one block a variant, in random order, until the time is spent."""
+    if not ready:
+        return
+    order, shuffled = list(ready), random.Random(job.seed)  # noqa: S311
+    count = math.ceil(BLOCK_SECONDS / min(runnable.batch_seconds for runnable in ready))
+    began, done = time.perf_counter(), 0
+    while done < _FEWEST_ROUNDS or time.perf_counter() - began < job.seconds:
+        if done and time.perf_counter() - began > _PATIENCE * job.seconds:
+            break
+        shuffled.shuffle(order)
+        for runnable in order:
+            with _noted(failures, runnable, marker), state_kept(runnable.model):
+                runnable.rounds.append(runnable.block(count, done * count))
+        done += 1
+        for failed in [r for r in order if len(r.rounds) < done]:
+            order.remove(failed)
+            ready.remove(failed)
+
+
+def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
+    """The variant's figures; what is weighed has its process to itself, so its peak counts."""
+    first, peak, retained, resident = runnable.batches[0], None, None, None
+    accelerator.reset(runnable.device)
+    method = "unavailable"
+    if weigh:
+        with runnable.active():
+            for number in range(len(runnable.batches)):
+                runnable.call(number)
+        resident, method = process.peak_resident()
+    allocated, reserved = accelerator.peaks(runnable.device)
+    meter = FORWARD_MEMORY.get(runnable.device.type)
+    if meter and not weigh and runnable.config.measure.memory:
+        with runnable.active(), state_kept(runnable.model):
+            peak, retained = meter(lambda: runnable.call(0))
+    return Trial(
+        variant=runnable.name,
+        batch_seconds=tuple(runnable.rounds),
+        batch_sizes=(first.size,) * len(runnable.rounds),
+        phases=Phases(
+            load_model=runnable.load_seconds,
+            open_data=runnable.open_seconds,
+            first_batch=runnable.first_seconds,
+            warm_up=runnable.warm_seconds,
+            data=0.0,
+            forward=sum(runnable.rounds),
+            output=0.0,
+        ),
+        memory=Memory(
+            weights=tensors.weight_bytes(runnable.model),
+            inputs=tensors.storage_bytes(first.tensors()),
+            forward_peak=peak,
+            retained=retained,
+            process_peak=resident,
+            process_method=method,
+            device_allocated=allocated if weigh else None,
+            device_reserved=reserved if weigh else None,
+        ),
+    )

@@ -1,0 +1,230 @@
+"""Whether two variants agree, and where they first part: on models made for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from gradrun.config import RunConfig
+from gradrun.data_sources.batches import Batch
+from gradrun.divergence import equivalence, first_difference
+from gradrun.modes import grad_mode
+
+
+def config(mode: str, **measure: float) -> RunConfig:
+    written = {
+        "model": {"source": "zoo", "name": "mlp"},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
+        "run": {"mode": mode},
+        "measure": measure,
+        "output": {"path": "out"},
+    }
+    return RunConfig.model_validate(written, strict=False)
+
+
+@dataclass
+class Side:
+    """A variant as divergence.py sees it."""
+
+    name: str
+    model: nn.Module
+    config: RunConfig
+    batches: list[Batch]
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        with grad_mode(self.config.run.mode):
+            yield
+
+    def call(self, number: int) -> Any:
+        return self.model(*self.batches[number].args)
+
+
+def sides(
+    model: nn.Module, *modes: str, shape: tuple[int, ...] = (4, 4), **measure: float
+) -> tuple[Side, Side]:
+    torch.manual_seed(7)
+    batches = [Batch((torch.randn(shape),), {}, shape[0], range(shape[0])) for _ in range(2)]
+    one, other = modes or ("grad", "inference_mode")
+    return (
+        Side(one, model.eval(), config(one, **measure), batches),
+        Side(other, model.eval(), config(other, **measure), batches),
+    )
+
+
+class InGrad(nn.Module):
+    """Returns something else while gradients are on."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.change(x) if torch.is_grad_enabled() else x
+
+
+class Complex(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.complex(x, x)
+
+
+def off_by(difference: float) -> InGrad:
+    return InGrad(lambda x: x + difference)
+
+
+def test_the_same_outputs_are_the_same_to_the_bit() -> None:
+    found = equivalence(*sides(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Softmax(-1))))
+    assert (found.baseline, found.candidate) == ("grad", "inference_mode")
+    assert (found.bitwise, found.equal, found.max_abs_diff) == (True, True, 0.0)
+    assert found.first_module is None
+
+
+def test_a_difference_is_told_with_its_size_and_its_first_module() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), off_by(0.5)), nn.Linear(4, 4))
+    found = equivalence(*sides(nn.Sequential(nn.Linear(4, 4), off_by(0.5))))
+    assert not found.bitwise
+    assert not found.equal
+    assert found.max_abs_diff == pytest.approx(0.5, rel=1e-6)
+    assert first_difference(*sides(model)) == "1.1 (InGrad)"
+
+
+@pytest.mark.parametrize(("tolerance", "equal"), [(1e-2, True), (1e-4, False)])
+def test_a_small_difference_counts_by_the_tolerance_asked_for(
+    tolerance: float, equal: bool
+) -> None:
+    found = equivalence(*sides(off_by(1e-3), rtol=0.0, atol=tolerance))
+    assert (found.bitwise, found.equal) == (False, equal)
+    assert found.max_abs_diff == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_difference_in_a_later_batch_counts_too() -> None:
+    base, other = sides(nn.Identity())
+    base.model = InGrad(lambda x: x + float(x is base.batches[1].args[0]))
+    other.model = base.model
+    assert equivalence(base, other).max_abs_diff == pytest.approx(1.0)
+
+
+def test_a_difference_in_any_output_counts() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"same": x, "other": x + (2.0 if torch.is_grad_enabled() else 0.0)}
+
+    assert equivalence(*sides(Two())).max_abs_diff == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+def test_the_same_nan_or_infinity_is_no_difference(odd: float) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.masked_fill(x > 0, odd)
+
+    found = equivalence(*sides(Odd()))
+    assert (found.bitwise, found.max_abs_diff) == (True, 0.0)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_nan_or_infinity_on_one_side_alone_is_no_small_difference(odd: float) -> None:
+    found = equivalence(*sides(InGrad(lambda x: x.masked_fill(x > 0, odd))))
+    assert (found.bitwise, found.equal, found.max_abs_diff) == (False, False, math.inf)
+
+
+def test_a_nan_is_not_taken_for_the_zero_on_the_other_side() -> None:
+    model = nn.Sequential(nn.ReLU(), InGrad(lambda x: x.masked_fill(x == 0, math.nan)))
+    found = equivalence(*sides(model))
+    assert (found.bitwise, found.equal) == (False, False)
+    assert found.first_module == "1 (InGrad)"
+
+
+def test_complex_outputs_are_compared_whole() -> None:
+    model = nn.Sequential(Complex(), InGrad(lambda x: x + 0.25j))
+    found = equivalence(*sides(model))
+    assert (found.equal, found.max_abs_diff) == (False, pytest.approx(0.25))
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :2], lambda x: (x, x), lambda x: {"y": x}])
+def test_outputs_of_another_shape_or_name_are_infinitely_far(change: Any) -> None:
+    found = equivalence(*sides(InGrad(change)))
+    assert (found.bitwise, found.equal, found.max_abs_diff) == (False, False, math.inf)
+
+
+def test_another_type_with_the_same_values_is_not_the_same_to_the_bit() -> None:
+    found = equivalence(*sides(InGrad(lambda x: x.double())))
+    assert (found.bitwise, found.equal, found.max_abs_diff) == (False, True, 0.0)
+
+
+def test_dropout_falls_alike_on_both_sides() -> None:
+    base, other = sides(nn.Sequential(nn.Dropout(0.5)))
+    base.model.train()
+    assert equivalence(base, other).bitwise
+
+
+def test_what_a_model_counts_in_a_buffer_is_no_difference_between_modes() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return x * self.calls
+
+    model = Counting()
+    assert equivalence(*sides(model)).bitwise
+    assert model.calls == 0
+
+
+def test_the_fused_path_of_transformer_layers_is_found() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    found = equivalence(*sides(nn.TransformerEncoder(layer, 2), shape=(4, 8, 16)))
+    assert not found.bitwise
+    assert found.equal
+    assert found.first_module == "layers.0 (TransformerEncoderLayer)"
+
+
+def test_no_hook_is_left_behind() -> None:
+    def hooks() -> int:
+        return len(torch_module._global_forward_hooks)
+
+    before = hooks()
+    assert first_difference(*sides(off_by(1.0)))
+    broken = sides(nn.Linear(4, 4), shape=(4, 3))
+    with pytest.raises(RuntimeError):
+        first_difference(*broken)
+    assert hooks() == before
+
+
+def test_a_module_that_one_side_does_not_call_is_passed_over() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.careful, self.last = nn.Identity(), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if torch.is_grad_enabled():
+                return self.last(self.careful(x + 1.0))
+            return self.last(x)
+
+    assert first_difference(*sides(Skips())) == "last (Identity)"
+
+
+def test_a_model_that_is_itself_the_difference_is_called_the_model() -> None:
+    assert first_difference(*sides(off_by(1.0))) == "(the model) (InGrad)"
+
+
+def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.mul_(2.0)
+
+    base, other = sides(InPlace())
+    value = base.batches[0].args[0].clone()
+    assert equivalence(base, other).bitwise
+    assert torch.equal(base.batches[0].args[0], value)

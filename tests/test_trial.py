@@ -1,0 +1,452 @@
+"""What a worker does: turns in one process, exact memory, and variants that fail.
+
+Most tests run the trial in their own process with a clock that moves only when the model says so.
+"""
+
+from __future__ import annotations
+
+import random
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradrun import trial
+from gradrun.messages import Job, Marker, Report, Variant
+from gradrun.workers import Worker
+from gradrun.yamlfile import load_config
+
+MODES = ("grad", "no_grad", "inference_mode")
+
+
+@pytest.fixture(autouse=True)
+def gc_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker freezes what it imported; these tests are no worker."""
+    nothing = types.SimpleNamespace(freeze=lambda: None, enable=lambda: None)
+    monkeypatch.setattr(trial, "gc", nothing)
+
+
+def variants(folder: Path, *modes: str, **changes: Any) -> tuple[Variant, ...]:
+    written = {
+        "model": {"source": "zoo", "name": "mlp", "args": {"width": 4, "depth": 1}},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [4]}},
+            "samples": 40,
+            "batch_size": 8,
+        },
+        "run": {"threads": 1},
+        "output": {"path": str(folder / "out")},
+    }
+    made = []
+    for number, mode in enumerate(modes or MODES):
+        config = load_config(written | changes, {"run.mode": mode}).model_dump(mode="json")
+        again = " again" * (modes or MODES)[:number].count(mode)
+        made.append(Variant(name=mode + again, config=config))
+    return tuple(made)
+
+
+def job(folder: Path, *modes: str, **changes: Any) -> Job:
+    marker = folder / "marker"
+    marker.write_bytes(bytes(Marker.SIZE))
+    settings = {
+        "kind": "time",
+        "variants": variants(folder, *modes, **changes.pop("config", {})),
+        "seed": 1,
+        "seconds": 0.05,
+        "marker": str(marker),
+    }
+    return Job(**(settings | changes))
+
+
+# --- turns, by a clock of our own --------------------------------------------------------------
+
+
+@dataclass
+class FakeTime:
+    """Stands in for the time module."""
+
+    now: int = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now
+
+    def perf_counter(self) -> float:
+        return self.now * 1e-9
+
+
+def mode_now() -> str:
+    if torch.is_inference_mode_enabled():
+        return "inference_mode"
+    return "grad" if torch.is_grad_enabled() else "no_grad"
+
+
+@dataclass
+class Call:
+    """What the model saw of one call."""
+
+    mode: str
+    batch: int
+    model: int
+
+
+@dataclass
+class Bench:
+    """A model that takes as long as it is told in each mode, and notes its calls."""
+
+    time: FakeTime
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.004))
+    calls: list[Call] = field(default_factory=list)
+    before: Callable[[Call], None] = lambda call: None
+    models: list[nn.Module] = field(default_factory=list)
+
+    def load(self, *_: Any, **__: Any) -> nn.Module:
+        bench = self
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("calls", torch.zeros(()))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                call = Call(mode_now(), x.data_ptr(), id(self))
+                bench.before(call)
+                bench.calls.append(call)
+                bench.time.now += round(bench.seconds[call.mode] * 1e9)
+                self.calls += 1
+                return x + 1.0
+
+        self.models.append(Model())
+        return self.models[-1]
+
+    def blocks(self, count: int, rounds: int, sides: int = 3) -> list[list[Call]]:
+        """The calls of the timed pass, block by block; what follows it runs batch 0 first."""
+        timed = count * rounds * sides
+        for start in range(len(self.calls) - timed):
+            found = [self.calls[start + i : start + i + count] for i in range(0, timed, count)]
+            turns = [found[i : i + sides] for i in range(0, len(found), sides)]
+            if all(len({c.mode for c in block}) == 1 for block in found) and all(
+                len({block[0].mode for block in turn}) == sides for turn in turns
+            ):
+                return found
+        raise AssertionError("no turns to be seen")
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    made = Bench(FakeTime())
+    monkeypatch.setattr(trial, "time", made.time)
+    monkeypatch.setattr(trial, "load_model", made.load)
+    return made
+
+
+def rounds_of(report: Report) -> dict[str, tuple[float, ...]]:
+    assert not report.failures
+    return {found.variant: found.batch_seconds for found in report.trials}
+
+
+def test_every_variant_is_told_its_own_seconds_a_batch(bench: Bench, tmp_path: Path) -> None:
+    bench.seconds = {"grad": 0.006, "no_grad": 0.005, "inference_mode": 0.004}
+    found = rounds_of(trial.carry_out(job(tmp_path)))
+    for mode, seconds in bench.seconds.items():
+        assert found[mode] == pytest.approx([seconds] * len(found[mode]))
+    assert len({len(rounds) for rounds in found.values()}) == 1, "a round has a block of each"
+
+
+@pytest.mark.parametrize(
+    ("fastest", "count"), [(0.004, 3), (0.005, 2), (0.0101, 1), (0.5, 1), (0.0007, 15)]
+)
+def test_every_block_takes_ten_milliseconds_or_more(
+    bench: Bench, tmp_path: Path, fastest: float, count: int
+) -> None:
+    bench.seconds = {"grad": 2 * fastest, "no_grad": 1.5 * fastest, "inference_mode": fastest}
+    found = rounds_of(trial.carry_out(job(tmp_path)))
+    rounds = len(found["grad"])
+    for block in bench.blocks(count, rounds):
+        assert sum(bench.seconds[call.mode] for call in block) >= trial.BLOCK_SECONDS
+
+
+def test_all_variants_run_the_same_model_over_the_same_batches(
+    bench: Bench, tmp_path: Path
+) -> None:
+    found = rounds_of(trial.carry_out(job(tmp_path, seconds=0.5)))
+    blocks = bench.blocks(3, len(found["grad"]))
+    assert len({call.model for call in bench.calls}) == 1
+    assert len(bench.models) == 1
+    batches = {
+        mode: [call.batch for block in blocks for call in block if call.mode == mode]
+        for mode in MODES
+    }
+    assert batches["grad"] == batches["no_grad"] == batches["inference_mode"]
+    assert len(set(batches["grad"])) == 5, "they come round, all of them"
+
+
+def test_variants_of_two_models_each_have_their_own(bench: Bench, tmp_path: Path) -> None:
+    one, other = variants(tmp_path, "grad", "no_grad")
+    other.config["model"]["args"]["depth"] = 2
+    trial.carry_out(job(tmp_path, variants=(one, other)))
+    assert len(bench.models) == 2
+    assert {(c.mode, c.model) for c in bench.calls} == {
+        ("grad", id(bench.models[0])),
+        ("no_grad", id(bench.models[1])),
+    }
+
+
+def order_of(bench: Bench, report: Report) -> list[list[str]]:
+    blocks = bench.blocks(3, len(rounds_of(report)["grad"]))
+    names = [block[0].mode for block in blocks]
+    return [names[i : i + 3] for i in range(0, len(names), 3)]
+
+
+def test_turns_are_taken_in_random_order_that_the_seed_decides(
+    bench: Bench, tmp_path: Path
+) -> None:
+    orders = []
+    for seed in (1, 1, 2):
+        bench.calls.clear()
+        orders.append(order_of(bench, trial.carry_out(job(tmp_path, seed=seed, seconds=1.0))))
+    assert orders[0] == orders[1] != orders[2]
+    assert len({tuple(turn) for turn in orders[0]}) == 6, "every order comes up"
+
+
+def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path) -> None:
+    report = trial.carry_out(job(tmp_path, "inference_mode", "no_grad", "grad"))
+    firsts = list(dict.fromkeys(call.mode for call in bench.calls))
+    assert firsts == ["grad", "no_grad", "inference_mode"]
+    assert [t.variant for t in report.trials] == ["inference_mode", "no_grad", "grad"]
+    assert [(e.baseline, e.candidate) for e in report.equivalence] == [
+        ("inference_mode", "no_grad"),
+        ("inference_mode", "grad"),
+    ]
+
+
+def test_it_goes_on_for_the_seconds_asked_for(bench: Bench, tmp_path: Path) -> None:
+    found = rounds_of(trial.carry_out(job(tmp_path, seconds=1.0)))
+    assert len(found["grad"]) == 28  # of 3 blocks of 12 ms each; 27 take less than a second
+
+
+def test_a_slow_model_makes_few_rounds_but_at_least_one(bench: Bench, tmp_path: Path) -> None:
+    bench.seconds = dict.fromkeys(MODES, 0.02)
+    assert len(rounds_of(trial.carry_out(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
+    bench.seconds = dict.fromkeys(MODES, 20.0)
+    assert len(rounds_of(trial.carry_out(job(tmp_path)))["grad"]) == 1
+
+
+def test_a_mode_named_twice_is_measured_twice(bench: Bench, tmp_path: Path) -> None:
+    found = rounds_of(trial.carry_out(job(tmp_path, "grad", "grad")))
+    assert list(found) == ["grad", "grad again"]
+    assert len(found["grad"]) == len(found["grad again"]) >= 3
+
+
+def test_buffers_are_as_they_were_after_all_that(bench: Bench, tmp_path: Path) -> None:
+    trial.carry_out(job(tmp_path))
+    assert len(bench.calls) > 30
+    assert bench.models[0].calls == 0
+
+
+def test_only_whole_batches_are_timed(bench: Bench, tmp_path: Path) -> None:
+    data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 43, "batch_size": 8}
+    report = trial.carry_out(job(tmp_path, config={"data": data}))
+    assert {size for found in report.trials for size in found.batch_sizes} == {8}
+    assert len({call.batch for call in bench.calls}) == 5
+
+
+def test_a_short_batch_is_timed_where_there_is_no_other(bench: Bench, tmp_path: Path) -> None:
+    data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 3, "batch_size": 8}
+    report = trial.carry_out(job(tmp_path, config={"data": data}))
+    assert set(report.trials[0].batch_sizes) == {3}
+
+
+def test_of_much_data_only_some_batches_are_held(bench: Bench, tmp_path: Path) -> None:
+    data = {
+        "source": "synthetic",
+        "inputs": {"x": {"shape": [4]}},
+        "samples": 8_000_000,
+        "batch_size": 8,
+    }
+    trial.carry_out(job(tmp_path, config={"data": data}))
+    assert len({call.batch for call in bench.calls}) == 8
+
+
+def test_each_variants_threads_are_set_while_it_runs(bench: Bench, tmp_path: Path) -> None:
+    one, two = variants(tmp_path, "grad", "no_grad")
+    two.config["run"]["threads"] = 2
+    seen: set[tuple[str, int]] = set()
+    bench.before = lambda call: seen.add((call.mode, torch.get_num_threads()))
+    before = torch.get_num_threads()
+    try:
+        trial.carry_out(job(tmp_path, variants=(one, two)))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {("grad", 1), ("no_grad", 2)}
+
+
+# --- variants that fail ------------------------------------------------------------------------
+
+
+def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
+    bench: Bench, tmp_path: Path
+) -> None:
+    def fail_late(call: Call) -> None:
+        if call.mode == "no_grad" and sum(c.mode == "no_grad" for c in bench.calls) > 40:
+            raise ValueError("enough\nof this")
+
+    bench.before = fail_late
+    report = trial.carry_out(job(tmp_path, seconds=1.0))
+    assert [found.variant for found in report.trials] == ["grad", "inference_mode"]
+    rounds = {len(found.batch_seconds) for found in report.trials}
+    assert len(rounds) == 1
+    assert rounds.pop() > 28, "the time is theirs now"
+    (failure,) = report.failures
+    assert (failure.variant, failure.error) == ("no_grad", "ValueError: enough")
+    assert "fail_late" in failure.details
+    assert [e.candidate for e in report.equivalence] == ["inference_mode"]
+
+
+def test_a_first_batch_that_is_refused_is_the_configs_fault(bench: Bench, tmp_path: Path) -> None:
+    def refuse(call: Call) -> None:
+        if call.mode == "grad":
+            raise ValueError("not this")
+
+    bench.before = refuse
+    report = trial.carry_out(job(tmp_path))
+    (failure,) = report.failures
+    assert (failure.variant, failure.batch, failure.config_key) == ("grad", 0, "data.inputs")
+    assert "not this" in failure.error
+    assert [e.baseline for e in report.equivalence] == ["no_grad"]
+
+
+def test_where_all_fail_there_is_a_report_all_the_same(bench: Bench, tmp_path: Path) -> None:
+    def fail(call: Call) -> None:
+        raise ValueError("no")
+
+    bench.before = fail
+    report = trial.carry_out(job(tmp_path))
+    assert [failure.variant for failure in report.failures] == list(MODES)
+    assert (report.trials, report.equivalence, report.environment) == ((), (), None)
+
+
+def test_the_marker_names_the_variant_and_batch_of_every_single_call_when_weighing(
+    bench: Bench, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    bench.before = lambda call: seen.append(Marker.read(tmp_path / "marker"))
+    trial.carry_out(job(tmp_path, "grad", kind="weigh"))
+    assert seen[-5:] == [(0, number) for number in range(5)]
+    assert {variant for variant, _ in seen} == {0}
+
+
+def test_the_marker_is_at_the_variant_while_its_model_is_built(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> nn.Module:
+        seen.append(Marker.read(tmp_path / "marker"))
+        raise ValueError("no weights")
+
+    seen: list[tuple[int, int]] = []
+    monkeypatch.setattr(trial, "load_model", fail)
+    trial.carry_out(job(tmp_path, "inference_mode", "grad"))
+    assert seen == [(1, 0), (0, 0)]
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+WIDE = {
+    "model": {"source": "zoo", "name": "mlp", "args": {"width": 1024}},
+    "data": {
+        "source": "synthetic",
+        "inputs": {"x": {"shape": [1024]}},
+        "samples": 256,
+        "batch_size": 256,
+    },
+}
+EXACT = {"grad": 9_437_184, "no_grad": 3_145_728, "inference_mode": 3_145_728}
+ACTIVATION = 256 * 1024 * 4
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    folder = tmp_path_factory.mktemp("wide")
+    with Worker(job(folder, seconds=0.01, config=WIDE), threads=1) as worker:
+        return worker.report(300)
+
+
+def test_tensor_memory_is_exact_to_the_byte(wide: Report) -> None:
+    assert {found.variant: found.memory.forward_peak for found in wide.trials} == EXACT
+    retained = {found.variant: found.memory.retained for found in wide.trials}
+    # In grad the output of every ReLU is kept; the activations of Linear are not needed.
+    assert retained == {"grad": 8 * ACTIVATION, "no_grad": ACTIVATION, "inference_mode": ACTIVATION}
+
+
+def test_tensor_memory_is_equal_from_process_to_process(wide: Report, tmp_path: Path) -> None:
+    here = trial.carry_out(job(tmp_path, seconds=0.01, config=WIDE))
+    assert [(t.memory.forward_peak, t.memory.retained) for t in here.trials] == [
+        (t.memory.forward_peak, t.memory.retained) for t in wide.trials
+    ]
+
+
+def test_weights_and_inputs_are_counted_apart(wide: Report) -> None:
+    for found in wide.trials:
+        assert found.memory.weights == 8 * (1024 * 1024 + 1024) * 4
+        assert found.memory.inputs == ACTIVATION
+
+
+def test_the_process_peak_is_of_a_process_that_ran_that_variant_only(
+    wide: Report, tmp_path: Path
+) -> None:
+    assert {found.memory.process_peak for found in wide.trials} == {None}
+    (weighed,) = trial.carry_out(job(tmp_path, "grad", kind="weigh")).trials
+    assert weighed.memory.process_peak
+    assert (weighed.memory.forward_peak, weighed.batch_seconds) == (None, ())
+
+
+def test_memory_that_nobody_asked_for_is_not_counted(tmp_path: Path) -> None:
+    config = {"measure": {"memory": False}}
+    report = trial.carry_out(job(tmp_path, config=config, seconds=0.01))
+    assert {found.memory.forward_peak for found in report.trials} == {None}
+
+
+# --- outputs -----------------------------------------------------------------------------------
+
+
+def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_path: Path) -> None:
+    encoder = {
+        "model": {
+            "source": "zoo",
+            "name": "transformer_encoder",
+            "args": {"d_model": 32, "heads": 2, "layers": 2, "feedforward": 64},
+        },
+        "data": {
+            "source": "synthetic",
+            "inputs": {"tokens": {"shape": [8, 32]}},
+            "samples": 8,
+            "batch_size": 8,
+        },
+    }
+    report = trial.carry_out(job(tmp_path, seconds=0.01, config=encoder))
+    off, inference = report.equivalence
+    assert off.first_module == inference.first_module
+    assert str(off.first_module).endswith("layers.0 (TransformerEncoderLayer)")
+    assert not off.bitwise
+    assert off.equal
+    assert 0 < off.max_abs_diff < 1e-5
+
+
+def test_modes_that_compute_the_same_give_the_same_to_the_bit(wide: Report) -> None:
+    assert [(e.candidate, e.bitwise, e.first_module) for e in wide.equivalence] == [
+        ("no_grad", True, None),
+        ("inference_mode", True, None),
+    ]
+
+
+def test_the_order_of_turns_owes_nothing_to_pythons_own_random_state(
+    bench: Bench, tmp_path: Path
+) -> None:
+    before = random.getstate()
+    trial.carry_out(job(tmp_path))
+    assert random.getstate() == before

@@ -1,0 +1,342 @@
+"""Worker processes: what becomes of a job whatever its process does, and that none is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gradrun import workers
+from gradrun.messages import Job, Report, Variant
+from gradrun.workers import Worker
+from gradrun.yamlfile import load_config
+from tests.conftest import ROOT
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's own signals")
+
+LONG = 300.0
+JOB = Job(
+    kind="time",
+    variants=(Variant(name="grad", config={}), Variant(name="no_grad", config={})),
+    seed=0,
+)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+    return found
+
+
+# --- processes that do anything but their job --------------------------------------------------
+
+STUB = """\
+#!{python}
+import json, os, signal, struct, subprocess, sys, time
+
+def at(variant, batch):
+    marker = json.loads(sys.stdin.buffer.read())["marker"]
+    with open(marker, "r+b") as file:
+        file.write(struct.pack("qq", variant, batch))
+
+def leave(name, **settings):
+    code = "import time; time.sleep(300)"
+    child = subprocess.Popen([sys.executable, "-c", code], **settings)
+    with open({folder!r} + "/" + name, "w") as file:
+        file.write(str(child.pid))
+
+open({folder!r} + "/worker", "w").write(str(os.getpid()))
+"""
+
+Stub = Callable[[str], Worker]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """A Worker whose process runs a few lines in the place of gradrun."""
+    with_python = STUB.format(python=sys.executable, folder=str(tmp_path))
+
+    def make(lines: str) -> Worker:
+        file = tmp_path / "stub"
+        file.write_text(with_python + textwrap.dedent(lines))
+        file.chmod(0o755)
+        monkeypatch.setattr(workers.sys, "executable", str(file))
+        return Worker(JOB, threads=1)
+
+    yield make
+    for name in ("worker", "child"):
+        if (tmp_path / name).exists():
+            assert not lives(int((tmp_path / name).read_text())), f"the {name} is left"
+
+
+@pytest.mark.parametrize(
+    ("lines", "variant", "batch", "cause"),
+    [
+        ("at(1, 4); os._exit(7)", "no_grad", 4, "ended its process with exit code 7"),
+        ("at(0, 2); os.kill(os.getpid(), signal.SIGKILL)", "grad", 2, "was killed by SIGKILL"),
+        ("at(1, 0); os.kill(os.getpid(), signal.SIGSEGV)", "no_grad", 0, "was killed by SIGSEGV"),
+        ("at(-1, 0); sys.exit(3)", "", 0, "ended its process with exit code 3"),
+        ("at(0, 1); os._exit(0)", "grad", 1, "ended without a report"),
+        ("at(0, 1); print('no message'); sys.exit(0)", "grad", 1, "ended without a report"),
+        ("at(0, 1); print('{}, and more')", "grad", 1, "ended without a report"),
+    ],
+)
+def test_a_process_that_died_is_told_in_words_with_its_variant_and_batch(
+    stub: Stub, lines: str, variant: str, batch: int, cause: str
+) -> None:
+    with stub(lines) as worker:
+        report = worker.report(LONG)
+    (failure,) = report.failures
+    assert (failure.variant, failure.batch) == (variant, batch)
+    assert failure.error.startswith(cause)
+    assert report.trials == ()
+    assert ("memory" in failure.error) == ("SIGKILL" in cause), "what commonly sends it is said"
+
+
+def test_the_last_lines_that_a_dead_process_printed_are_kept(stub: Stub) -> None:
+    with stub("for i in range(100): print(i, file=sys.stderr, flush=True)\nos._exit(1)") as worker:
+        (failure,) = worker.report(LONG).failures
+    assert failure.details.split() == [str(i) for i in range(88, 100)]
+
+
+def test_a_process_that_never_returns_is_ended_after_the_timeout_with_what_it_started(
+    stub: Stub,
+) -> None:
+    with stub("at(1, 5); leave('child'); time.sleep(300)") as worker:
+        (failure,) = worker.report(3.0).failures
+    assert (failure.variant, failure.batch) == ("no_grad", 5)
+    assert failure.error == "did not return within 3 s (measure.timeout)"
+
+
+@linux
+@pytest.mark.parametrize("end", ["os._exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_what_a_dead_process_had_started_neither_lives_on_nor_keeps_us_waiting(
+    stub: Stub, end: str
+) -> None:
+    with stub(f"leave('child'); at(1, 4); {end}") as worker:
+        (failure,) = worker.report(LONG).failures
+    assert "did not return" not in failure.error
+
+
+@linux
+def test_a_report_is_not_kept_waiting_by_what_its_process_had_started(stub: Stub) -> None:
+    with stub("leave('child'); print('{}', flush=True); os._exit(0)") as worker:
+        assert worker.report(LONG) == Report()
+
+
+def test_a_process_that_is_given_up_ends_though_it_does_not_want_to(
+    stub: Stub, tmp_path: Path
+) -> None:
+    lines = f"""
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, signal.SIG_IGN)
+        open({str(tmp_path / "ready")!r}, "w")
+        time.sleep(300)
+    """
+    with stub(lines):
+        wait_for((tmp_path / "ready").exists)
+    # The fixture finds out whether it is gone.
+
+
+def test_the_marker_file_goes_with_the_worker(stub: Stub) -> None:
+    with stub("os._exit(1)") as worker:
+        folder = Path(worker.job.marker).parent
+        assert folder.is_dir()
+        worker.report(LONG)
+    assert not folder.exists()
+
+
+def test_thread_counts_stand_in_the_environment_before_anything_is_imported(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with stub(
+        "print(os.environ['OMP_NUM_THREADS'], os.environ['MKL_NUM_THREADS'], file=sys.stderr)\n"
+        "os._exit(1)"
+    ) as worker:
+        (failure,) = worker.report(LONG).failures
+    assert failure.details == "1 1"
+
+
+# --- the real other side -----------------------------------------------------------------------
+
+NETS = """\
+import os, subprocess, sys, time
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, folder, fate="none"):
+        super().__init__()
+        self.folder, self.fate = folder, fate
+        self.linear = nn.Linear(4, 4)
+        if fate == "loud":
+            print("to stdout, buffered")
+            os.write(1, b"to file descriptor 1\\n")
+        if fate == "unbuildable":
+            raise RuntimeError("no such weights")
+
+    def forward(self, x):
+        if self.fate == "picky" and x[0, 0] == 24.0:
+            raise ValueError("24 is too much")
+        if self.fate == "fork":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+            self.note("child", child.pid)
+            self.fate = "none"
+        if self.fate == "slow":
+            self.note("worker", os.getpid())
+            time.sleep(300)
+        return self.linear(x)
+
+    def note(self, name, pid):
+        draft = os.path.join(self.folder, name + ".tmp")
+        with open(draft, "w") as file:
+            file.write(str(pid))
+        os.replace(draft, os.path.join(self.folder, name))
+"""
+
+
+def written(folder: Path, fate: str = "none") -> dict[str, Any]:
+    """A config for Net, over a file whose batch i begins with the number 8 * i."""
+    (folder / "nets.py").write_text(NETS)
+    rows = "\n".join(f"{i},0,0,0" for i in range(40))
+    (folder / "rows.csv").write_text("a,b,c,d\n" + rows + "\n")
+    args = {"folder": str(folder), "fate": fate}
+    target = f"{folder / 'nets.py'}:Net"
+    return {
+        "model": {"source": "python", "target": target, "args": args},
+        "data": {
+            "source": "records",
+            "path": str(folder / "rows.csv"),
+            "inputs": {"x": {"columns": ["a", "b", "c", "d"]}},
+            "batch_size": 8,
+        },
+        "run": {"threads": 1},
+        "output": {"path": str(folder / "out")},
+    }
+
+
+FATES = ["loud", "picky", "unbuildable", "fork"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    folder = tmp_path_factory.mktemp("real")
+    variants = tuple(
+        Variant(name=fate, config=load_config(written(folder, fate)).model_dump(mode="json"))
+        for fate in FATES
+    )
+    job = Job(kind="time", variants=variants, seed=0, seconds=0.1, trust_code=True)
+    with Worker(job, threads=1) as worker:
+        found = worker.report(LONG)
+    if sys.platform == "linux":
+        assert not lives(int((folder / "child").read_text()))
+    return found
+
+
+def test_what_a_model_prints_to_stdout_does_not_break_the_report(report: Report) -> None:
+    assert "loud" in [trial.variant for trial in report.trials]
+
+
+def test_what_a_model_raises_is_told_with_its_batch_and_the_others_go_on(report: Report) -> None:
+    assert [trial.variant for trial in report.trials] == ["loud", "fork"]
+    picky = {failure.variant: failure for failure in report.failures}["picky"]
+    assert (picky.error, picky.batch) == ("ValueError: 24 is too much", 3)
+    assert "nets.py" in picky.details, "the traceback comes along whole"
+    assert "Traceback" in picky.details
+
+
+def test_a_model_that_cannot_be_built_is_told_as_such(report: Report) -> None:
+    found = {failure.variant: failure for failure in report.failures}["unbuildable"]
+    assert "no such weights" in found.error
+    assert found.batch == 0, "not the batch at which another model failed"
+
+
+def test_the_worker_says_on_what_it_ran(report: Report) -> None:
+    assert report.environment
+    assert report.environment.threads == 1
+    assert report.disturbance.steal >= 0
+
+
+# --- the whole command, stopped ----------------------------------------------------------------
+
+
+@pytest.fixture
+def comparing(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A `gradrun compare` whose first worker is in the middle of a batch that takes long."""
+    config = tmp_path / "c.yaml"
+    config.write_text(json.dumps(written(tmp_path, "slow")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradrun", "compare", str(config), "--trust-code"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for((tmp_path / "worker").exists)
+        yield process, int((tmp_path / "worker").read_text())
+    finally:
+        for child in psutil.Process(process.pid).children() if process.poll() is None else ():
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_ends_all_workers_with_one_sentence(
+    comparing: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, worker = comparing
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert worker in [child.pid for child in children]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert (out, err.strip()) == ("", "error: interrupted")
+    assert not [child for child in children if lives(child.pid)]
+
+
+@linux
+def test_no_worker_outlives_a_parent_that_was_killed(
+    comparing: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, worker = comparing
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert worker in [child.pid for child in children]
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(lives(child.pid) for child in children), 20)
+
+
+@linux
+def test_a_worker_whose_parent_is_gone_before_it_has_begun_ends_at_once() -> None:
+    # Our own process plays the parent that is not the one which started it.
+    done = subprocess.run(
+        [sys.executable, "-m", "gradrun.workers", "1234567890"],
+        input=b"not even a job",
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, b"")
