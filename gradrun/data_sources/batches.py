@@ -13,7 +13,7 @@ import torch
 from gradrun.config import ArrayInput, RecordInput
 from gradrun.errors import ConfigError
 
-WINDOW_BYTES = 4 * 1024 * 1024
+WINDOW_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""
 
 
@@ -60,7 +60,7 @@ class Rows(Protocol):
 
 
 class WindowedData:
-    """Data over Rows: a window of a few MiB is read at once and split into batches.
+    """Data over Rows: a window of a MiB is read at once and split into batches.
 
     One call of split costs a hundredth of slicing each batch out of a memory map, and dropping a
     window gives its pages back, so the resident set stays flat however long the file is.

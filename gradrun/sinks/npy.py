@@ -20,7 +20,7 @@ import torch
 from gradrun.outputs import UNNAMED
 from gradrun.units import bytes_text
 
-WINDOW_BYTES = 4 * 1024 * 1024
+WINDOW_BYTES = 1024 * 1024
 """How much of a file is mapped at once; the resident set grows by no more."""
 
 

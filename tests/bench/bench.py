@@ -32,7 +32,7 @@ from gradrun.sinks import open_sink
 from gradrun.yamlfile import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-ROUNDS = 15
+ROUNDS = 21
 
 
 def main() -> None:
