@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -64,6 +65,11 @@ def process(tmp_path: Path) -> Command:
         return Answer(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C also where we were started with `&`, which would have our commands ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
