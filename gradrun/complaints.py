@@ -69,10 +69,16 @@ def complaint(problem: Any, data: Any) -> Complaint:
 def choices(given: str, allowed: Iterable[str]) -> str:
     """`"nograd"` against the modes as "did you mean no_grad? (allowed: grad, ...)"."""
     names = list(allowed)
-    spelled = {name.lower(): name for name in names}
-    close = get_close_matches(given.lower(), spelled, n=1, cutoff=0.6)
+    close = did_you_mean(given, names)
     listed = "allowed: " + ", ".join(names)
-    return f"did you mean {spelled[close[0]]}? ({listed})" if close else listed
+    return f"{close} ({listed})" if close else listed
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """`"Liner"` against the layers as "did you mean Linear?"; empty where nothing is close."""
+    spelled = {name.lower(): name for name in allowed}
+    close = get_close_matches(given.lower(), spelled, n=1, cutoff=0.6)
+    return f"did you mean {spelled[close[0]]}?" if close else ""
 
 
 def _value_text(problem: Any, name: str) -> str:

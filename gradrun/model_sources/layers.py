@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from gradrun.complaints import choices
+from gradrun.complaints import did_you_mean
 from gradrun.config import LayersModel
 from gradrun.errors import ConfigError
 from gradrun.model_sources.refusals import first_line
@@ -48,9 +48,8 @@ def _layer(spec: Any, index: int) -> nn.Module:
     name, arguments = next(iter(spec.items())) if isinstance(spec, dict) else (spec, [])
     key = f"model.layers.{index}"
     if name not in _LAYERS:
-        close = choices(name, _LAYERS).split("?")[0]
-        hint = f"; {close}?" if close.startswith("did") else ""
-        raise ConfigError(f"torch.nn has no layer {name!r}{hint}", key)
+        hint = did_you_mean(name, _LAYERS)
+        raise ConfigError(f"torch.nn has no layer {name!r}{hint and f'; {hint}'}", key)
     try:
         if isinstance(arguments, dict):
             return _LAYERS[name](**arguments)
