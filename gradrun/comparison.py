@@ -25,6 +25,12 @@ from gradrun.workers import Worker
 STEAL, OTHERS = 0.02, 0.2
 """Shares of the machine's time and processors that others may take before a process is redone."""
 
+PREEMPTIONS = 100
+"""Involuntary switches a second and thread after which a process is redone: one in every block.
+
+On two quiet cores a process of one thread saw 2 to 8, and one of two threads 15 to 42 each.
+"""
+
 SLOW = 1.15
 """Times the quickest process's batches after which a process is redone."""
 
@@ -156,7 +162,8 @@ class Session:
         self.redone.append(self.paces.pop(process)[1])
 
     def _disturbed(self, noise: Disturbance) -> bool:
-        return noise.steal > STEAL or noise.others > OTHERS
+        preempted = noise.preemptions > PREEMPTIONS * self.threads
+        return noise.steal > STEAL or noise.others > OTHERS or preempted
 
     def _time_for_another(self, cost: float) -> bool:
         """Whether one can be done again and the fewest processes still fit in the budget."""
@@ -204,11 +211,17 @@ class Session:
         if self.redone:
             others = max(noise.others for noise in self.redone)
             steal = max(noise.steal for noise in self.redone)
-            seen = f" (others used up to {others:.1f} processors, {steal:.0%} was stolen)"
+            switches = max(noise.preemptions for noise in self.redone)
+            parts = {
+                f"others used up to {others:.1f} processors": others >= 0.05,
+                f"{steal:.0%} was stolen": steal >= 0.005,
+                f"{switches:.0f} involuntary switches a second": switches > PREEMPTIONS,
+            }
+            seen = ", ".join(part for part, counts in parts.items() if counts)
             self._warn(
                 "disturbed",
                 f"{count_text(len(self.redone), 'process')} measured again, because the machine "
-                f"was slower or busier then{seen if others >= 0.05 or steal >= 0.005 else ''}",
+                f"was slower or busier then{f' ({seen})' if seen else ''}",
             )
         for variant in dict.fromkeys(m.variant for m in found.measurements):
             memories = {

@@ -223,7 +223,7 @@ def disturbed_at(*numbers: int, noise: Disturbance = NOISY) -> Callable[[Job, in
     return answer
 
 
-@pytest.mark.parametrize("noise", [NOISY, Disturbance(steal=0.1)])
+@pytest.mark.parametrize("noise", [NOISY, Disturbance(steal=0.1), Disturbance(preemptions=500)])
 def test_a_disturbed_process_is_done_again_and_told(run: Run, noise: Disturbance) -> None:
     found, paper = run(disturbed_at(0, 2, noise=noise))
     assert len(paper.timed) == 7
@@ -266,7 +266,9 @@ def test_a_process_that_was_a_little_slower_counts(run: Run) -> None:
 
 
 def test_a_little_noise_is_no_disturbance(run: Run) -> None:
-    _, paper = run(disturbed_at(*range(5), noise=Disturbance(others=0.1, steal=0.01)))
+    _, paper = run(
+        disturbed_at(*range(5), noise=Disturbance(others=0.1, steal=0.01, preemptions=20))
+    )
     assert len(paper.timed) == 5
 
 
