@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from gradrun.config import GradMode, RunConfig
+    from gradrun import modes
+    from gradrun.config import RunConfig
     from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+    from gradrun.gradmode import GradMode
     from gradrun.jobs.compare import compare
     from gradrun.jobs.infer import infer
     from gradrun.result import Comparison, Measurement, RunResult
@@ -31,6 +33,7 @@ __all__ = [
     "compare",
     "infer",
     "load_config",
+    "modes",
 ]
 
 _HOMES = {
@@ -38,7 +41,8 @@ _HOMES = {
     "compare": "jobs.compare",
     "Comparison": "result",
     "load_config": "yamlfile",
-    "GradMode": "config",
+    "GradMode": "gradmode",
+    "modes": "modes",
     "RunConfig": "config",
     "Measurement": "result",
     "RunResult": "result",
@@ -53,7 +57,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'gradrun' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gradrun.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"gradrun.{_HOMES[name]}")
+    return module if name == _HOMES[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

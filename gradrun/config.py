@@ -6,7 +6,6 @@ yamlfile.py hands to the validators.
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol
 
@@ -22,13 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-
-class GradMode(StrEnum):
-    """How torch treats gradients while the model runs; modes.py gives them life."""
-
-    GRAD = "grad"
-    NO_GRAD = "no_grad"
-    INFERENCE_MODE = "inference_mode"
+from gradrun.gradmode import GradMode as GradMode
 
 
 class Paths(Protocol):

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticSerializationError
 
 from gradrun import stats
-from gradrun.config import GradMode
 from gradrun.errors import GradrunError
+from gradrun.gradmode import GradMode
 
 
 class _Noun(BaseModel):

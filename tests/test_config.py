@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gradrun.config import GradMode, RunConfig
+from gradrun.config import RunConfig
+from gradrun.gradmode import GradMode
 
 GOOD = {
     "model": {"source": "layers", "layers": [{"Linear": [4, 3]}, "ReLU"]},

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import gradrun
 from gradrun.bundled import bundled, examples
-from gradrun.config import GradMode
 from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
 from gradrun.result import RunResult
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.config import GradMode
 from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
 from gradrun.yamlfile import load_config, located
 
 CONFIG = """\

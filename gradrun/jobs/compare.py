@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradrun import comparison
-from gradrun.config import GradMode, RunConfig
+from gradrun.config import RunConfig
 from gradrun.errors import ConfigError, RunFailed
+from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
 from gradrun.result import Comparison, RunResult
