@@ -191,8 +191,17 @@ class Session:
         left, processes = self.deadline - time.monotonic(), len(self.paces)
         if processes < self.measure.processes:
             return left < cost and processes > 1
-        widths = [c.relative_width for c in self._comparisons()]
-        return max(widths, default=0.0) <= self.measure.precision or left < cost
+        return left < cost or all(self._settled(c) for c in self._comparisons())
+
+    def _settled(self, found: Comparison) -> bool:
+        """Whether more processes would add nothing to a verdict.
+
+        A ratio near the edge of what counts as no difference takes half the width. To look at the
+        verdict itself, and stop once it says something, would raise the rate of false alarms.
+        """
+        precision, width = self.measure.precision, found.relative_width
+        clear = found.verdict == "no_difference" or abs(found.ratio - 1) >= 2 * precision
+        return width <= (precision if clear else precision / 2)
 
     def _comparisons(self) -> list[Comparison]:
         return compare_measured(self.found.measurements, self.measure.precision)

@@ -180,11 +180,11 @@ def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
         runnable.batches, runnable.open_seconds = twin.batches, twin.open_seconds
     else:
         began = time.perf_counter()
-        runnable.batches = _first_batches(config, device)
+        runnable.batches = first_batches(config, device)
         runnable.open_seconds = time.perf_counter() - began
 
 
-def _first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
+def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     """The first few whole batches, copied out of their file and moved to the device."""
     data = open_data(config.data, config.run.seed)
     move = mover(device, getattr(config.model, "dtype", None))

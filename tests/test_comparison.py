@@ -155,6 +155,30 @@ def test_more_processes_are_started_until_the_interval_is_narrow_enough(run: Run
     assert found.warnings == []
 
 
+def near_the_edge(job: Job, number: int) -> Report:
+    """no_grad is slower by 0 % and by 1.4 % in turn: neither the same nor different after five."""
+    report = all_well(job, number)
+    if job.kind == "weigh":
+        return report
+    other = trial("no_grad", 0.0013 * (1 + 0.014 * (number % 2)))
+    return report.model_copy(update={"trials": (report.trials[0], other)})
+
+
+def test_a_ratio_at_the_edge_of_no_difference_takes_half_the_width(run: Run) -> None:
+    found, paper = run(near_the_edge, modes=("grad", "no_grad"), budget=600)
+    at_five = compare_measured([m for m in found.measurements if m.process < 5], 0.01)[0]
+    assert (at_five.verdict, at_five.relative_width <= 0.01) == ("inconclusive", True)
+    assert len(paper.timed) > 5
+    assert found.comparisons[0].relative_width <= 0.005
+    assert found.warnings == []
+
+
+def test_at_the_edge_the_budget_still_ends_it(run: Run) -> None:
+    found, paper = run(near_the_edge, modes=("grad", "no_grad"), budget=16)
+    assert len(paper.timed) < 8
+    assert found.comparisons[0].verdict == "inconclusive"
+
+
 def test_when_the_budget_is_spent_it_ends_and_says_so(run: Run) -> None:
     found, paper = run(lambda job, number: all_well(job, number, shift=0.1), budget=40)
     (warning,) = found.warnings
