@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradrun.config import RunConfig
     from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.gradmode import GradMode
+    from gradrun.jobs.audit import audit
     from gradrun.jobs.compare import compare
     from gradrun.jobs.infer import infer
     from gradrun.result import Comparison, Measurement, RunResult
@@ -30,6 +31,7 @@ __all__ = [
     "RunConfig",
     "RunFailed",
     "RunResult",
+    "audit",
     "compare",
     "infer",
     "load_config",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "infer": "jobs.infer",
     "compare": "jobs.compare",
+    "audit": "jobs.audit",
     "Comparison": "result",
     "load_config": "yamlfile",
     "GradMode": "gradmode",

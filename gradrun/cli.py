@@ -27,7 +27,7 @@ import typer
 import typer.core
 
 from gradrun import __version__
-from gradrun.errors import ConfigError, GradrunError, Interrupted
+from gradrun.errors import CheckFailed, ConfigError, GradrunError, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,6 +163,35 @@ def compare(
                 settings, listed, over=_axis(over), trust_code=trust_code, progress=progress
             )
         _answer(compared.result, console, json_file)
+
+
+@app.command()
+def audit(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.")],
+    compile_too: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Look at torch.compile too.")
+    ] = True,
+    sets: Sets = None,
+    trust_code: Trust = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Is the model safe and lean under each mode, and which module costs what?"""
+    with _errors(debug, json_file, quiet) as console:
+        from gradrun.yamlfile import load_config
+
+        settings = load_config(config, sets or [])
+        with _quick_imports():
+            from gradrun.jobs.audit import audit as run
+        from gradrun.reports.progress import status
+        from gradrun.safety import failed
+
+        with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
+            result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
+        _answer(result, console, json_file)
+        if failed(result):
+            raise typer.Exit(CheckFailed.exit_code)
 
 
 @app.command()
@@ -354,9 +383,9 @@ def _say(console: Console, text: str) -> None:
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
-    from gradrun.reports import comparison, terminal
+    from gradrun.reports import audit, comparison, terminal
 
-    show = {"infer": terminal.show, "compare": comparison.show}[result.kind]
+    show = {"infer": terminal.show, "compare": comparison.show, "audit": audit.show}[result.kind]
     show(result, console)
     if json_file:
         _write_json(result.to_json(), json_file)

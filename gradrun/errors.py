@@ -36,6 +36,12 @@ class RunFailed(GradrunError):
     exit_code = 1
 
 
+class CheckFailed(GradrunError):
+    """A check found what its limits do not allow; the result holds the figures."""
+
+    exit_code = 3
+
+
 class Interrupted(GradrunError):
     """The user stopped the run; what was written before stays valid."""
 

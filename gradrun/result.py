@@ -157,11 +157,36 @@ class Equivalence(_Noun):
     """The first module whose output differs, as "path (Type)"."""
 
 
+class Finding(_Noun):
+    """Something that an audit found in a model."""
+
+    severity: Literal["error", "warning", "info"]
+    code: str
+    modes: tuple[GradMode, ...] = ()
+    """In which it was seen; none where it has nothing to do with a mode."""
+    module: str = ""
+    """The module at fault, as "path (Type)"; empty where it is the whole model."""
+    source: str | None = None
+    """The line at fault, as "file:line", where it is in code of the user's."""
+    text: str
+    advice: str
+    """What to do about it; empty where there is nothing to be done."""
+    cost: int | None = None
+    """Bytes: held, or lost with each batch."""
+
+
+class Kept(_Noun):
+    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+
+    module: str
+    bytes: int
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
-    kind: Literal["infer", "compare"]
+    kind: Literal["infer", "compare", "audit"]
     gradrun: str
     started_at: str
     config: dict[str, Any]
@@ -169,6 +194,9 @@ class RunResult(_Noun):
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...] = ()
     equivalence: tuple[Equivalence, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    """In grad, most first; together they are what the memory meter calls retained."""
     failures: tuple[str, ...] = ()
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
@@ -219,3 +247,43 @@ class RunResult(_Noun):
             raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error
         except ValueError as error:
             raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
+
+
+class Fact(_Noun):
+    """What one question about the gradient modes gave, when it was run."""
+
+    topic: str
+    question: str
+    mode: GradMode | None = None
+    """None where the question chooses no mode."""
+    expected: str
+    observed: str | None
+    """None where it could not be tried."""
+    why: str
+    """What it means to who writes code."""
+    untried: str = ""
+    """Why it could not be tried."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the expected was seen; what could not be tried is no difference."""
+        return self.observed in (self.expected, None)
+
+
+class ModeFacts(_Noun):
+    """What each gradient mode does on the installed torch and a device."""
+
+    format: Literal[1] = 1
+    kind: Literal["modes"] = "modes"
+    gradrun: str
+    environment: Environment
+    facts: tuple[Fact, ...]
+
+    @property
+    def differing(self) -> tuple[Fact, ...]:
+        """The facts that are not as expected."""
+        return tuple(fact for fact in self.facts if not fact.holds)
+
+    def to_json(self) -> str:
+        """As --json gives it."""
+        return self.model_dump_json(indent=1)

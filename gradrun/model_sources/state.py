@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _ABSENT = object()
 
 
@@ -35,14 +35,14 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, buffers, attributes in kept:
                 _put_back(module._buffers, buffers)
-                _put_back(module.__dict__, attributes, leave=_TABLES)
+                _put_back(module.__dict__, attributes, leave=TABLES)
             for buffer, copy in held:
                 if copy is not None:
                     buffer.copy_(copy)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in _TABLES}
+    return {name: value for name, value in vars(module).items() if name not in TABLES}
 
 
 def _copied(values: Any) -> dict[str, tuple[Any, Any]]:

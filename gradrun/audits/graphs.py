@@ -1,0 +1,111 @@
+"""Graphs that outlive a call: outputs that keep one, and memory that grows with every batch.
+
+Knows outputs and the memory meter; not which module saved what (saved.py does).
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from gradrun.audits.subject import Subject, source_of
+from gradrun.gradmode import GradMode
+from gradrun.meters import FORWARD_MEMORY, tensors
+from gradrun.model_sources.state import TABLES, state_kept
+from gradrun.outputs import tensors_in
+from gradrun.result import Finding
+
+_SETTLING, _WATCHED = 2, 3
+"""Batches that may fill caches, and batches that must not hold on to anything."""
+
+
+def kept_graphs(subject: Subject) -> Iterable[Finding]:
+    """Outputs that hold a graph, with all that it needs, where nobody asked for one."""
+    if subject.mode is GradMode.GRAD:
+        return
+    batch = subject.copy()
+    with state_kept(subject.model):
+        returned = subject.run(batch)
+        names = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        del returned
+    if not names:
+        return
+    meter = FORWARD_MEMORY.get(subject.device.type)
+    retained = None
+    if meter:
+        with state_kept(subject.model):
+            retained = meter(lambda: subject.run(batch))[1]
+    listed = ", ".join(names) if len(names) > 1 or names[0] != "0" else "The output"
+    yield Finding(
+        severity="warning",
+        code="keeps_graph",
+        modes=(subject.mode,),
+        module=subject.label(subject.model),
+        source=source_of(subject.model),
+        text=f"{listed} keeps its graph, and with it what backward needs, for as long as it lives",
+        advice="Find the block that turns gradients on, or detach() what is returned",
+        cost=retained,
+    )
+
+
+def growth(subject: Subject) -> Iterable[Finding]:
+    """Bytes that stay behind with every batch, though nobody holds its outputs."""
+    meter = FORWARD_MEMORY.get(subject.device.type)
+    if meter is None:
+        return
+    before = {}
+    left = []
+    with state_kept(subject.model):
+        for number in range(_SETTLING + _WATCHED):
+            if number == _SETTLING:
+                before = dict(_held(subject))
+            batch = subject.copy(number)
+            left.append(meter(lambda batch=batch: _dropped(subject, batch))[1])  # type: ignore[misc]
+        after = dict(_held(subject))
+        grown = [path for path, held in after.items() if held > before.get(path, 0)]
+    lost = min(left[_SETTLING:])
+    if lost <= 0:
+        return
+    path = grown[0] if grown else ""
+    owner = subject.model.get_submodule(path.rpartition(".")[0]) if path else subject.model
+    where = f"in {path}" if path else "outside the model's attributes"
+    yield Finding(
+        severity="error",
+        code="memory_grows",
+        modes=(subject.mode,),
+        module=subject.label(owner),
+        source=source_of(owner),
+        text=f"Each batch leaves memory behind, {where}, until a long run has none",
+        advice="Keep numbers, not tensors: .item(), or .detach().cpu() where the tensor is needed",
+        cost=lost,
+    )
+
+
+def _dropped(subject: Subject, batch: Any) -> None:
+    """Run, and let go of the outputs, cycles included."""
+    subject.run(batch)
+    gc.collect(1)  # what the call made is young; a full collection walks all of torch
+
+
+def _held(subject: Subject) -> Iterator[tuple[str, int]]:
+    """Bytes of the tensors, graphs apart, in each plain attribute of each module."""
+    for name, module in subject.model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute in TABLES:
+                continue
+            values = (
+                value if isinstance(value, list | tuple | dict | torch.Tensor) else _items(value)
+            )
+            held = tensors.storage_bytes(t for _, t in tensors_in(values))
+            if held:
+                yield f"{name}.{attribute}" if name else attribute, held
+
+
+def _items(value: Any) -> list[Any]:
+    """What a deque or a set holds."""
+    from collections import deque
+
+    return list(value) if isinstance(value, deque | set | frozenset) else []

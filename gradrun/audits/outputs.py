@@ -1,0 +1,62 @@
+"""Whether the modes agree, and whether one agrees with itself: equivalence in words.
+
+Knows divergence.py's answers; not how they come about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gradrun.audits.subject import Subject, source_of
+from gradrun.divergence import equivalence
+from gradrun.result import Equivalence, Finding
+
+_FUSED = (
+    "nn.TransformerEncoderLayer takes a fused path when gradients are off: the same mathematics in "
+    "another order, so the last bits differ, and it is faster"
+)
+_FUSED_TYPES = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
+
+
+def across(base: Subject, other: Subject) -> tuple[Equivalence, Iterable[Finding]]:
+    """The other mode's outputs against the baseline's."""
+    found = equivalence(base, other)
+    if found.bitwise:
+        return found, ()
+    fused = (found.first_module or "").rstrip(")").endswith(_FUSED_TYPES)
+    finding = Finding(
+        severity="info" if found.equal else "error",
+        code="outputs_differ",
+        modes=(other.mode,),
+        module=found.first_module or "",
+        source=_source(base, found),
+        text=f"Outputs differ from {base.mode} by up to {found.max_abs_diff:.2g}"
+        + (", within tolerance" if found.equal else "")
+        + (f": {_FUSED}" if fused else ""),
+        advice=""
+        if found.equal
+        else "Find out which of the two is meant; measure.rtol and measure.atol say what counts",
+    )
+    return found, (finding,)
+
+
+def repeated(subject: Subject) -> Iterable[Finding]:
+    """The same mode twice, from the same seed."""
+    found = equivalence(subject, subject)
+    if found.bitwise:
+        return
+    yield Finding(
+        severity="warning",
+        code="not_deterministic",
+        modes=(subject.mode,),
+        module=found.first_module or "",
+        source=_source(subject, found),
+        text=f"The same batch from the same seed gives other outputs, by up to "
+        f"{found.max_abs_diff:.2g}",
+        advice="With run.deterministic: true torch chooses repeatable algorithms; a model that "
+        "counts its calls or reads a clock must be mended",
+    )
+
+
+def _source(subject: Subject, found: Equivalence) -> str | None:
+    return source_of(subject.labelled(found.first_module)) if found.first_module else None

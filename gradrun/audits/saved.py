@@ -1,0 +1,104 @@
+"""Where the memory goes under grad: bytes saved for the backward pass, by the module that saved.
+
+Knows torch's hooks for saved tensors; what they sum to is checked against the memory meter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrun.audits.subject import Subject, watched
+from gradrun.data_sources.batches import Batch
+from gradrun.model_sources.state import state_kept
+from gradrun.outputs import tensors_in
+from gradrun.result import Kept
+
+OUTPUTS = "(outputs)"
+
+
+class _Saved:
+    """What the graph holds instead of a tensor; it dies with the graph's node."""
+
+    def __init__(self, tensor: torch.Tensor, module: nn.Module | None) -> None:
+        # The same storage, without the graph: an operation that saves its own output would
+        # otherwise hold itself for ever.
+        self.tensor, self.module = tensor.detach(), module
+
+
+def saved_at_all(subject: Subject) -> dict[str, int]:
+    """Module to the bytes that it saves for backward in one batch, whatever becomes of them."""
+    by_module: dict[str, int] = {}
+    held: list[_Saved] = []
+    with state_kept(subject.model), _packed(subject, held.append) as batch:
+        counted = _there(subject, batch)
+        subject.run(batch)
+    for one in held:
+        _count(subject, one, counted, by_module)
+    return by_module
+
+
+def kept_for_backward(subject: Subject) -> tuple[Kept, ...]:
+    """Bytes that one batch's graph keeps alive, most first.
+
+    Storage that several modules share counts once, for the first that saved it; parameters, buffers
+    and the input were there before and do not count. What the outputs hold beyond that stands
+    under "(outputs)".
+    """
+    saved: list[weakref.ref[_Saved]] = []
+    by_module: dict[str, int] = {}
+    with state_kept(subject.model):
+        with _packed(subject, lambda one: saved.append(weakref.ref(one))) as batch:
+            counted = _there(subject, batch)
+            returned = subject.run(batch)
+        for alive in filter(None, (reference() for reference in saved)):
+            _count(subject, alive, counted, by_module)
+        by_module[OUTPUTS] = sum(_new_bytes(tensor, counted) for _, tensor in tensors_in(returned))
+    rows = sorted(by_module.items(), key=lambda row: -row[1])
+    return tuple(Kept(module=module, bytes=count) for module, count in rows if count)
+
+
+@contextmanager
+def _packed(subject: Subject, note: Callable[[_Saved], None]) -> Iterator[Batch]:
+    """Tell of every tensor that is saved while the block runs; yields a batch to run."""
+    with watched(lambda _: None) as calls:
+
+        def pack(tensor: torch.Tensor) -> _Saved:
+            one = _Saved(tensor, calls.innermost)
+            note(one)
+            return one
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+            yield subject.copy()
+
+
+def _there(subject: Subject, batch: Batch) -> set[int]:
+    """The storages that were there before the call."""
+    tensors = [*batch.tensors(), *_tensors_of(subject.model)]
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _count(subject: Subject, one: _Saved, counted: set[int], by_module: dict[str, int]) -> None:
+    label = subject.label(one.module or subject.model)
+    by_module[label] = by_module.get(label, 0) + _new_bytes(one.tensor, counted)
+
+
+def _new_bytes(tensor: torch.Tensor, counted: set[int]) -> int:
+    """Bytes of a tensor's storage, unless it was counted; notes that it is."""
+    storage = tensor.untyped_storage()
+    if storage.data_ptr() in counted:
+        return 0
+    counted.add(storage.data_ptr())
+    return storage.nbytes()
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    found: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        found += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return [t for t in found if t.layout == torch.strided and not nn.parameter.is_lazy(t)]

@@ -1,0 +1,132 @@
+"""The model under audit in one mode, and a way to watch its modules being called.
+
+Knows how to run it; not what to look for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from gradrun import device as machine
+from gradrun.config import RunConfig
+from gradrun.data_sources.batches import Batch
+from gradrun.gradmode import GradMode
+from gradrun.runner import active
+
+T = TypeVar("T")
+
+_TORCH = Path(torch.__file__).parent
+
+
+@dataclass
+class Subject:
+    """A model with batches, in the mode of its config; a Side of divergence.py."""
+
+    name: str
+    config: RunConfig
+    device: torch.device
+    model: nn.Module
+    batches: list[Batch]
+
+    @property
+    def mode(self) -> GradMode:
+        """The mode it runs in."""
+        return self.config.run.mode
+
+    def active(self) -> AbstractContextManager[None]:
+        """Its mode and autocast."""
+        return active(self.config.run, self.device)
+
+    def call(self, number: int) -> Any:
+        """What the model returns for one of the batches."""
+        batch = self.batches[number % len(self.batches)]
+        return self.model(*batch.args, **batch.kwargs)
+
+    def copy(self, number: int = 0) -> Batch:
+        """A batch that the model may write into: ordinary tensors, whatever the mode."""
+        return self.batches[number % len(self.batches)].map(torch.clone)
+
+    def run(self, batch: Batch) -> Any:
+        """What the model returns, in its mode and from the config's seed."""
+        machine.seed(self.config.run.seed, self.device)
+        with self.active():
+            return self.model(*batch.args, **batch.kwargs)
+
+    def label(self, module: nn.Module) -> str:
+        """ "path (Type)", as a person finds it in the model."""
+        for name, known in self.model.named_modules():
+            if known is module:
+                return f"{name or '(the model)'} ({type(module).__name__})"
+        return f"(outside the model) ({type(module).__name__})"
+
+    def labelled(self, label: str) -> nn.Module:
+        """The module of a label; the model where there is none."""
+        path = label.partition(" (")[0]
+        return next((m for name, m in self.model.named_modules() if name == path), self.model)
+
+
+class Calls(Generic[T]):
+    """The module calls under way, innermost last, each with what was noted at its entry."""
+
+    def __init__(self) -> None:
+        self.open: list[tuple[nn.Module, T]] = []
+
+    @property
+    def innermost(self) -> nn.Module | None:
+        """The module whose forward is running."""
+        return self.open[-1][0] if self.open else None
+
+
+@contextmanager
+def watched(
+    enter: Callable[[nn.Module], T],
+    leave: Callable[[nn.Module, T], None] = lambda *_: None,
+) -> Iterator[Calls[T]]:
+    """Note something at the entry of each module's forward, and look again when it returns.
+
+    The hooks are the process's, not the modules': nn.TransformerEncoderLayer leaves its fused path
+    when a module of its own has hooks.
+    """
+    calls: Calls[T] = Calls()
+
+    def entered(module: nn.Module, *_: Any) -> None:
+        calls.open.append((module, enter(module)))
+
+    def left(module: nn.Module, *_: Any) -> None:
+        # A forward that raised, and was caught further out, has left no word.
+        while calls.open:
+            known, noted = calls.open.pop()
+            if known is module:
+                leave(module, noted)
+                return
+
+    hooks = [register_module_forward_pre_hook(entered), register_module_forward_hook(left)]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def source_of(module: nn.Module) -> str | None:
+    """file:line of a module's forward, or of its class; None where both are torch's."""
+    for place in (inspect.unwrap(type(module).forward), type(module)):
+        try:
+            file, line = inspect.getsourcefile(place), inspect.getsourcelines(place)[1]
+        except (OSError, TypeError):
+            continue
+        if file and not Path(file).is_relative_to(_TORCH):
+            return f"{file}:{line}"
+    return None

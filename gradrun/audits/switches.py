@@ -1,0 +1,185 @@
+"""Where a model changes the gradient mode itself: the line, the module, and what that does.
+
+Knows Python's profiler and torch's guards; not what it costs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _contextlib
+
+from gradrun import modes
+from gradrun.audits.saved import saved_at_all
+from gradrun.audits.subject import Calls, Subject, source_of, watched
+from gradrun.gradmode import GradMode
+from gradrun.model_sources.state import state_kept
+from gradrun.modes import ModeState, observe
+from gradrun.result import Finding
+
+_GUARDS: list[Any] = [
+    torch.no_grad,
+    torch.enable_grad,
+    torch.set_grad_enabled,
+    torch.inference_mode,
+    modes.ModeGuard,
+]
+_ENTRIES: set[CodeType] = {
+    torch.no_grad.__enter__.__code__,
+    torch.enable_grad.__enter__.__code__,
+    torch.set_grad_enabled.__init__.__code__,
+    torch.inference_mode.__enter__.__code__,
+    modes.ModeGuard.__enter__.__code__,
+}
+_EXITS: set[CodeType] = {guard.__exit__.__code__ for guard in _GUARDS}
+_DECORATED = {"decorate_context", "generator_context", "covered"}
+"""How torch and modes.py call what stands around a decorated function."""
+
+_MACHINERY = {
+    str(file)
+    for file in (
+        torch.autograd.grad_mode.__file__,
+        _contextlib.__file__,
+        modes.__file__,
+        sys.modules["contextlib"].__file__,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One change of the mode inside a forward."""
+
+    module: nn.Module | None
+    source: str | None
+    before: ModeState
+    after: ModeState
+
+
+def switches(subject: Subject) -> Iterable[Finding]:
+    """Modules that switch the mode inside, and a forward that leaves the thread in another one."""
+    found: dict[Switch, int] = {}
+    leaks: dict[nn.Module, tuple[ModeState, ModeState]] = {}
+
+    def left(module: nn.Module, before: ModeState) -> None:
+        after = observe()
+        if after != before and not leaks:  # the innermost returns first
+            leaks[module] = before, after
+
+    batch = subject.copy()
+    with (
+        state_kept(subject.model),
+        watched(lambda _: observe(), left) as calls,
+        _switches_noted(calls, subject, found),
+    ):
+        subject.run(batch)
+    for module, (before, after) in leaks.items():
+        yield Finding(
+            severity="error",
+            code="leaves_mode",
+            modes=(subject.mode,),
+            module=subject.label(module),
+            source=source_of(module),
+            text=f"Enters its forward in {before} and leaves the thread in {after}",
+            advice="Use a with block: torch.set_grad_enabled(...) as a call, and a guard entered "
+            "by hand, stay in force for whatever the thread does next",
+        )
+    tracked = any(switch.after.records for switch in found)
+    costs = saved_at_all(subject) if tracked else {}
+    for switch in found:
+        label = subject.label(switch.module or subject.model)
+        yield _finding(subject.mode, label, switch, costs.get(label))
+
+
+def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Finding:
+    before, after = switch.before, switch.after
+    if after.records:
+        severity, code = "warning", "tracks"
+        text = (
+            f"Turns gradients on in the middle of {mode}, and saves for a backward that never comes"
+        )
+        advice = "Leave the mode to the caller, or use gradrun.modes.conditional_no_grad"
+    elif after.inference and after.grad and not before.grad:
+        severity, code = "info", "tracks_in_vain"
+        text = "Turns the grad flag on inside inference_mode, where nothing is recorded anyway"
+        advice = "A block that needs gradients leaves the mode: torch.inference_mode(False)"
+    elif before.records:
+        severity, code = "info", "stops_gradients"
+        text = f"Switches to {after} inside: what it computes there carries no gradient"
+        advice = "Fine for inference; training through this module gives it no gradient"
+    else:
+        severity, code = "info", "switches"
+        text = f"Switches from {before} to {after} inside"
+        advice = ""
+    return Finding(
+        severity=severity,
+        code=code,
+        modes=(mode,),
+        module=label,
+        source=switch.source,
+        text=text,
+        advice=advice,
+        cost=cost if after.records else None,
+    )
+
+
+# --- seeing the switches -----------------------------------------------------------------------
+
+
+@contextmanager
+def _switches_noted(
+    calls: Calls[ModeState], subject: Subject, found: dict[Switch, int]
+) -> Iterator[None]:
+    """Count the switches made by Python code while the block runs.
+
+    A profile function sees each call of a guard without changing what torch does, which a torch
+    function mode would: nn.TransformerEncoderLayer leaves its fused path under one.
+    """
+    current: ModeState | None = None
+
+    def profile(frame: FrameType, event: str, arg: Any) -> None:
+        nonlocal current
+        entry = event == "return" and (frame.f_code in _ENTRIES or frame.f_code in _EXITS)
+        if not entry and not (event == "c_return" and arg is torch._C._set_grad_enabled):
+            return
+        after, before = observe(), current
+        if after == before:
+            return
+        current = after
+        if before is None or not calls.open:  # the mode of the run itself
+            return
+        site = _site(frame)
+        if site:
+            switch = Switch(calls.innermost, site, before, after)
+            found[switch] = found.get(switch, 0) + 1
+
+    earlier = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(earlier)
+
+
+def _site(frame: FrameType | None) -> str | None:
+    """file:line that asked for a switch; None where a guard only restores."""
+    while frame is not None:
+        code = frame.f_code
+        if code in _EXITS:
+            return None
+        if code.co_filename not in _MACHINERY:
+            return f"{code.co_filename}:{frame.f_lineno}"
+        if code.co_name in _DECORATED:
+            function = frame.f_locals.get("func") or frame.f_locals.get("function")
+            inner = getattr(function, "__code__", None)
+            if inner:
+                return f"{inner.co_filename}:{inner.co_firstlineno}"
+        frame = frame.f_back
+    return None

@@ -1,0 +1,213 @@
+"""`gradrun.audit`: what each gradient mode does to one model, found out and saved.
+
+Knows the order of the steps; what is looked for stands in audits/.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradrun import device as machine
+from gradrun.audits import LOOKS, compiled, outputs, saved
+from gradrun.audits.subject import Subject
+from gradrun.config import RunConfig
+from gradrun.data_sources.batches import Batch
+from gradrun.gradmode import GradMode
+from gradrun.jobs import resolved, trusted
+from gradrun.meters import FORWARD_MEMORY, tensors
+from gradrun.model_sources import load_model
+from gradrun.model_sources.refusals import reason, refusal
+from gradrun.model_sources.state import state_kept
+from gradrun.result import Equivalence, Finding, Kept, Measurement, Memory, Phases, RunResult
+from gradrun.store import RunFolder
+from gradrun.trial import first_batches
+from gradrun.yamlfile import located
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is being looked at, steps done, steps in all)."""
+
+
+@dataclass
+class _Audited:
+    """What has been found so far."""
+
+    findings: list[Finding] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+    equivalence: list[Equivalence] = field(default_factory=list)
+    kept: tuple[Kept, ...] = ()
+
+
+def audit(
+    config: RunConfig | str | Path | Mapping[str, Any],
+    *,
+    trust_code: bool = False,
+    compile: bool = True,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Find out whether a model is safe and lean under each gradient mode.
+
+    Args:
+        config: a RunConfig, a YAML file, or the same as a mapping.
+        trust_code: let a `python` model run the code that the config names.
+        compile: also look at what torch.compile makes of the model; takes a few seconds.
+        progress: told what is being looked at.
+        overrides: as for `infer`.
+
+    Returns:
+        Findings, one Measurement a mode (its memory only), the outputs' equivalence, and what each
+        module keeps for backward. It is in result.json too, in the folder beside output.path that
+        ends in -audit.
+
+    Raises:
+        ConfigError: the config, model or data are wrong, or the model runs in no mode.
+    """
+    tell = progress or (lambda *_: None)
+    whole = resolved(config, overrides)
+    # Hooks do not see into a compiled model; what compiling does to it is looked at apart.
+    whole = whole.model_copy(update={"model": whole.model.model_copy(update={"compile": False})})
+    folder = RunFolder(
+        whole.output.path.with_name(f"{whole.output.path.name}-audit"), overwrite=True
+    )
+    whole = whole.model_copy(
+        update={"output": whole.output.model_copy(update={"path": folder.path})}
+    )
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    found, base = _Audited(), None
+    with located(whole), machine.prepared(whole.run) as device:
+        batches = first_batches(whole, device)
+        modes = list(GradMode)
+        for step, mode in enumerate(modes):
+            tell(mode, step, len(modes) + compile)
+            subject, load_seconds = _loaded(whole, mode, device, batches, trusted(trust_code))
+            if _looked_at(subject, found, load_seconds, last=base is None and mode is modes[-1]):
+                base = _compared(base, subject, found)
+        if compile and base:
+            tell("torch.compile", len(modes), len(modes) + 1)
+            found.findings += compiled.compiled(base, [m.mode for m in found.measurements])
+        environment = machine.environment(device)
+    result = RunResult(
+        kind="audit",
+        gradrun=environment.gradrun,
+        started_at=started_at,
+        config=whole.model_dump(mode="json"),
+        environment=environment,
+        measurements=tuple(found.measurements),
+        equivalence=tuple(found.equivalence),
+        findings=_merged(found.findings),
+        kept=found.kept,
+    )
+    folder.begin()
+    folder.save(result)
+    return result
+
+
+def _loaded(
+    config: RunConfig, mode: GradMode, device: torch.device, batches: list[Batch], trust_code: bool
+) -> tuple[Subject, float]:
+    """The model anew: what it made lazily in another mode must not hide what it does in this."""
+    in_mode = config.model_copy(update={"run": config.run.model_copy(update={"mode": mode})})
+    began = time.perf_counter()
+    machine.seed(config.run.seed, device)
+    model = load_model(config.model, device, trust_code=trust_code)
+    return Subject(mode.value, in_mode, device, model, batches), time.perf_counter() - began
+
+
+def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: bool) -> bool:
+    """Look for everything in one mode; whether the model runs in it at all.
+
+    Raises:
+        ConfigError: it does not, and this is the last mode that it could have run in.
+    """
+    try:
+        for look in LOOKS:
+            found.findings += look(subject)
+        found.findings += outputs.repeated(subject)
+        if subject.mode is GradMode.GRAD:
+            found.kept = saved.kept_for_backward(subject)
+        found.measurements.append(_measured(subject, load_seconds))
+    except (Exception, SystemExit) as error:  # whatever a model may raise
+        if last:
+            batch = subject.copy()
+            with subject.active():
+                raise refusal(
+                    subject.model, batch.args, batch.kwargs, error, subject.mode
+                ) from error
+        found.findings.append(
+            Finding(
+                severity="error",
+                code="fails",
+                modes=(subject.mode,),
+                text=f"The model cannot be run: {reason(error, subject.mode)}",
+                advice="",
+            )
+        )
+        return False
+    return True
+
+
+def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subject:
+    """The first mode that runs is the baseline, whose model the others are compared on."""
+    if base is None:
+        return subject
+    same_model = Subject(subject.name, subject.config, subject.device, base.model, base.batches)
+    equivalence, findings = outputs.across(base, same_model)
+    found.equivalence.append(equivalence)
+    found.findings += findings
+    return base
+
+
+def _measured(subject: Subject, load_seconds: float) -> Measurement:
+    """The mode's memory; time is not taken here, where hooks and meters would count into it."""
+    batch, peak, retained = subject.copy(), None, None
+    if meter := FORWARD_MEMORY.get(subject.device.type):
+        with subject.active(), state_kept(subject.model):
+            peak, retained = meter(lambda: subject.model(*batch.args, **batch.kwargs))
+    return Measurement(
+        mode=subject.mode,
+        variant=subject.name,
+        batch_seconds=(),
+        batch_sizes=(),
+        phases=Phases(
+            load_model=load_seconds,
+            open_data=0.0,
+            first_batch=0.0,
+            warm_up=0.0,
+            data=0.0,
+            forward=0.0,
+            output=0.0,
+        ),
+        memory=Memory(
+            weights=tensors.weight_bytes(subject.model),
+            inputs=tensors.storage_bytes(batch.tensors()),
+            forward_peak=peak,
+            retained=retained,
+        ),
+    )
+
+
+def _merged(findings: list[Finding]) -> tuple[Finding, ...]:
+    """What is the same in several modes once, with all of them; the worst first."""
+    merged: dict[tuple[Any, ...], Finding] = {}
+    for finding in findings:
+        key = (finding.severity, finding.code, finding.module, finding.source, finding.text)
+        known = merged.get(key)
+        merged[key] = (
+            finding
+            if known is None
+            else known.model_copy(
+                update={
+                    "modes": (*known.modes, *finding.modes),
+                    "cost": max(filter(None, (known.cost, finding.cost)), default=None),
+                }
+            )
+        )
+    ranks = ["error", "warning", "info"]
+    return tuple(sorted(merged.values(), key=lambda finding: ranks.index(finding.severity)))

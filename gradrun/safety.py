@@ -1,0 +1,67 @@
+"""What an audit's findings mean: which modes are safe, and which of them is the leanest.
+
+Knows the result alone; no torch.
+"""
+
+from __future__ import annotations
+
+from gradrun.gradmode import GradMode
+from gradrun.result import Finding, Measurement, RunResult
+from gradrun.units import bytes_text, count_text
+
+_LEAST_OVERHEAD = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
+"""Where memory is equal: inference_mode also saves version counters and view tracking."""
+
+
+def errors_in(result: RunResult, mode: GradMode) -> list[Finding]:
+    """The error-level findings that make a mode unsafe; one that names no mode counts for all."""
+    return [
+        finding
+        for finding in result.findings
+        if finding.severity == "error" and (mode in finding.modes or not finding.modes)
+    ]
+
+
+def failed(result: RunResult) -> bool:
+    """Whether any finding is an error."""
+    return any(finding.severity == "error" for finding in result.findings)
+
+
+def leanest(result: RunResult) -> Measurement | None:
+    """The safe mode with the least peak memory in its forward; None where no mode is safe."""
+    safe = [m for m in result.measurements if not errors_in(result, m.mode)]
+    return min(safe, key=_leanness, default=None)
+
+
+def _leanness(measured: Measurement) -> tuple[int, int, int]:
+    memory = measured.memory
+    return (
+        memory.forward_peak or 0,
+        memory.retained or 0,
+        _LEAST_OVERHEAD.index(measured.mode),
+    )
+
+
+def verdict(result: RunResult) -> str:
+    """Which mode to run in and why, in a sentence or two."""
+    best = leanest(result)
+    errors = sum(finding.severity == "error" for finding in result.findings)
+    if best is None:
+        return (
+            f"No mode is safe for this model: mend the {count_text(errors, 'error')} above first."
+        )
+    parts = [f"Run it in {best.mode}: the leanest safe mode{_saving(result, best)}."]
+    unsafe = [mode for mode in GradMode if errors_in(result, mode)]
+    if unsafe:
+        parts.append(f"Not in {' or '.join(unsafe)}: {count_text(errors, 'error')} above.")
+    return " ".join(parts)
+
+
+def _saving(result: RunResult, best: Measurement) -> str:
+    peaks = {m.mode: m.memory.forward_peak for m in result.measurements}
+    lean, grad = peaks[best.mode], peaks.get(GradMode.GRAD)
+    if lean is None or grad is None or best.mode is GradMode.GRAD:
+        return ""
+    if lean == grad:
+        return f", though grad's forward peak is the same {bytes_text(lean)}"
+    return f", with a forward peak of {bytes_text(lean)} where grad takes {bytes_text(grad)}"

@@ -1,0 +1,256 @@
+"""Models with one fault each, for the audit to find; every one is [n, 4] floats to [n, 4]."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gradrun import modes
+
+
+class Around(nn.Module):
+    """A sound model around a module with a fault, which is `block.1`."""
+
+    def __init__(self, fault: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), fault)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.block(x))
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+
+class Tracks(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():  # LINE Tracks
+            return x * self.weight
+
+
+class TracksByDecorator(Weighted):
+    @torch.enable_grad()  # LINE TracksByDecorator
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+class TracksByGuard(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with modes.grad_mode("grad"):  # LINE TracksByGuard
+            return x * self.weight
+
+
+class LeavesInference(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False):  # LINE LeavesInference
+            return x.clone() * self.weight
+
+
+class TracksWithoutNeed(Weighted):
+    """Tracks, and lets nothing of it out."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():  # LINE TracksWithoutNeed
+            y = x * self.weight
+        return y.detach()
+
+
+class StopsGradients(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():  # LINE StopsGradients
+            return x * self.weight
+
+
+class LeavesMode(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(not torch.is_grad_enabled())  # LINE LeavesMode
+        return x * self.weight
+
+
+class StaysInTraining(nn.Dropout):
+    def train(self, mode: bool = True) -> StaysInTraining:
+        return super().train(True)
+
+
+class NormStaysInTraining(nn.BatchNorm1d):
+    def train(self, mode: bool = True) -> NormStaysInTraining:
+        return super().train(True)
+
+
+class DropsByFunction(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(x)  # always training
+
+
+class ChangesInput(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+
+class FirstChangesInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = ChangesInput(), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+class MakesParameter(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "scale"):
+            self.scale = nn.Parameter(torch.ones(4))
+        return x * self.scale
+
+
+class MakesBuffer(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "scale"):
+            self.register_buffer("scale", torch.ones(4))
+        return x * self.scale
+
+
+class MakesCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if "scale" not in self.cache:
+            self.cache["scale"] = torch.ones(4)
+        return x * self.cache["scale"]
+
+
+class ListOfLosses(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.weight
+        self.losses.append((y**2).mean())
+        return y
+
+
+class DequeOfOutputs(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: deque[torch.Tensor] = deque()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.weight
+        self.seen.append(y)
+        return y
+
+
+KEPT_ELSEWHERE: list[torch.Tensor] = []
+
+
+class GrowsElsewhere(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.weight
+        KEPT_ELSEWHERE.append(y)
+        return y
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x
+
+
+class Learns(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.weight.mul_(1.5)
+        return x * self.weight
+
+
+class AnswersByMode(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if torch.is_grad_enabled() else 3)
+
+
+TICKS = itertools.count(1)
+
+
+class Ticks(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(TICKS)
+
+
+class NeedsGradients(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (slope,) = torch.autograd.grad((x * self.weight).sum(), self.weight)
+        return x * slope
+
+
+class FailsAlways(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("in every mode")
+
+
+class EntersByHand(Weighted):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        guard = torch.no_grad()
+        guard.__enter__()
+        y = x * self.weight
+        guard.__exit__(None, None, None)
+        return y
+
+
+class BreaksGraph(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+
+class SharesStorage(nn.Module):
+    """Two modules save one storage: it counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(x * 2)
+        return self.one(y) + self.two(y)
+
+
+class DropsBranch(nn.Module):
+    """Saves for a branch that does not come to the output: the graph of it is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.sigmoid(self.two(x * 3))
+        return self.one(x * 2)
+
+
+def build(fault: str) -> nn.Module:
+    """A model with the fault inside."""
+    made = {"StaysInTraining": lambda: StaysInTraining(0.5)}.get(fault)
+    if fault == "NormStaysInTraining":
+        return Around(NormStaysInTraining(4))
+    return Around(made() if made else globals()[fault]())
+
+
+def alone(fault: str) -> nn.Module:
+    """The faulty module itself."""
+    model: nn.Module = globals()[fault]()
+    return model

@@ -1,0 +1,351 @@
+"""The audit as a whole: planted faults are found, sound models pass, bytes agree with the meter."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gradrun
+from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
+from gradrun.modes import assert_restored
+from gradrun.result import Finding, RunResult
+from gradrun.safety import errors_in, failed, leanest, verdict
+from tests.conftest import ROOT, Command
+
+PLANTED = ROOT / "tests" / "planted.py"
+ALL = tuple(GradMode)
+GRAD, NO_GRAD, INFERENCE = ALL
+
+
+def config(tmp_path: Path, fault: str, build: str = "build", **run: Any) -> dict[str, Any]:
+    return {
+        "model": {"source": "python", "target": f"{PLANTED}:{build}", "args": {"fault": fault}},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [4]}},
+            "samples": 24,
+            "batch_size": 4,
+        },
+        "run": {"threads": 1, **run},
+        "output": {"path": str(tmp_path / "run")},
+    }
+
+
+@pytest.fixture
+def audited(tmp_path: Path) -> Any:
+    def audit(fault: str, build: str = "build", compile: bool = False, **changes: Any) -> RunResult:
+        with assert_restored():
+            return gradrun.audit(
+                config(tmp_path, fault, build), trust_code=True, compile=compile, **changes
+            )
+
+    return audit
+
+
+def line_of(fault: str) -> str:
+    lines = PLANTED.read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.endswith(f"# LINE {fault}"))
+    return f"{PLANTED}:{number}"
+
+
+def found(result: RunResult, code: str) -> Finding:
+    matching = [finding for finding in result.findings if finding.code == code]
+    assert len(matching) == 1, (code, [(f.code, f.modes, f.text) for f in result.findings])
+    return matching[0]
+
+
+def codes(result: RunResult) -> set[str]:
+    return {finding.code for finding in result.findings}
+
+
+FAULTS: list[tuple[str, str, str, str, tuple[GradMode, ...]]] = [
+    # fault, code, severity, its module, the modes it is seen in
+    ("Tracks", "tracks", "warning", "block.1 (Tracks)", (NO_GRAD,)),
+    ("TracksByDecorator", "tracks", "warning", "block.1 (TracksByDecorator)", (NO_GRAD,)),
+    ("TracksByGuard", "tracks", "warning", "block.1 (TracksByGuard)", (NO_GRAD,)),
+    ("Tracks", "tracks_in_vain", "info", "block.1 (Tracks)", (INFERENCE,)),
+    ("StopsGradients", "stops_gradients", "info", "block.1 (StopsGradients)", (GRAD,)),
+    ("StaysInTraining", "training_mode", "error", "block.1 (StaysInTraining)", ALL),
+    ("NormStaysInTraining", "training_mode", "error", "block.1 (NormStaysInTraining)", ALL),
+    ("DropsByFunction", "random", "warning", "block.1 (DropsByFunction)", ALL),
+    (
+        "MakesParameter",
+        "made_in_inference_mode",
+        "error",
+        "block.1 (MakesParameter)",
+        (INFERENCE,),
+    ),
+    ("MakesBuffer", "made_in_inference_mode", "error", "block.1 (MakesBuffer)", (INFERENCE,)),
+    ("MakesCache", "made_in_inference_mode", "warning", "block.1 (MakesCache)", (INFERENCE,)),
+    ("ListOfLosses", "memory_grows", "error", "block.1 (ListOfLosses)", ALL),
+    ("DequeOfOutputs", "memory_grows", "error", "block.1 (DequeOfOutputs)", ALL),
+    ("GrowsElsewhere", "memory_grows", "error", "(the model) (Around)", ALL),
+    ("Counts", "changes_buffers", "warning", "block.1 (Counts)", ALL),
+    ("Learns", "changes_parameters", "error", "block.1 (Learns)", ALL),
+    ("AnswersByMode", "outputs_differ", "error", "block.1 (AnswersByMode)", (NO_GRAD, INFERENCE)),
+    ("Ticks", "not_deterministic", "warning", "block.1 (Ticks)", ALL),
+]
+
+
+@pytest.mark.parametrize(("fault", "code", "severity", "module", "modes"), FAULTS)
+def test_a_planted_fault_is_found_and_its_module_named(
+    audited: Any,
+    fault: str,
+    code: str,
+    severity: str,
+    module: str,
+    modes: tuple[GradMode, ...],
+) -> None:
+    finding = found(audited(fault), code)
+    assert (finding.severity, finding.module, finding.modes) == (severity, module, modes)
+    assert finding.source is not None
+    assert finding.source.startswith(f"{PLANTED}:")
+    assert finding.text[0].isupper()
+    assert not finding.text.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        ("Tracks", "tracks"),
+        ("TracksByDecorator", "tracks"),
+        ("TracksByGuard", "tracks"),
+        ("StopsGradients", "stops_gradients"),
+        ("TracksWithoutNeed", "tracks"),
+    ],
+)
+def test_a_switch_is_found_to_the_line(audited: Any, fault: str, code: str) -> None:
+    assert found(audited(fault), code).source == line_of(fault)
+
+
+def test_a_block_that_leaves_inference_mode_tracks_in_both_modes(audited: Any) -> None:
+    result = audited("LeavesInference")
+    by_mode = {f.modes: f.source for f in result.findings if f.code == "tracks"}
+    assert by_mode == {
+        (NO_GRAD,): line_of("LeavesInference"),
+        (INFERENCE,): line_of("LeavesInference"),
+    }
+
+
+def test_a_forward_that_leaves_the_thread_in_another_mode_is_an_error_in_each(audited: Any) -> None:
+    leaks = [f for f in audited("LeavesMode").findings if f.code == "leaves_mode"]
+    assert [f.modes for f in leaks] == [(GRAD,), (NO_GRAD,), (INFERENCE,)]
+    assert {(f.severity, f.module) for f in leaks} == {("error", "block.1 (LeavesMode)")}
+    assert "leaves the thread in no_grad" in leaks[0].text
+
+
+def test_outputs_that_keep_a_graph_without_gradients_are_told_with_their_cost(
+    audited: Any,
+) -> None:
+    result = audited("Tracks", build="alone")
+    without = found(result, "keeps_graph")
+    assert (without.severity, without.modes) == ("warning", (NO_GRAD,))
+    measured = {m.mode: m.memory for m in result.measurements}
+    assert without.cost == measured[NO_GRAD].retained > 0
+    assert "keeps_graph" not in codes(audited("TracksWithoutNeed", build="alone"))
+
+
+def test_tracking_is_told_with_what_it_saves(audited: Any) -> None:
+    """x * weight saves x, [4, 4] floats, which the Linear before it made; x itself is no cost."""
+    assert found(audited("Tracks"), "tracks").cost == 4 * 4 * 4
+    assert not found(audited("Tracks", build="alone"), "tracks").cost
+
+
+def test_an_input_that_is_written_is_told_with_the_module_that_wrote(audited: Any) -> None:
+    finding = found(audited("FirstChangesInput", build="alone"), "changes_input")
+    assert finding.module == "first (ChangesInput)"
+    assert finding.modes == ALL
+
+
+def test_growth_is_told_with_the_bytes_of_one_batch_and_the_attribute(audited: Any) -> None:
+    finding = found(audited("DequeOfOutputs"), "memory_grows")
+    assert finding.cost is not None
+    assert finding.cost >= 4 * 4 * 4
+    assert "block.1.seen" in finding.text
+    assert "outside the model's attributes" in found(audited("GrowsElsewhere"), "memory_grows").text
+
+
+def test_a_mode_in_which_the_model_fails_is_not_safe_and_the_others_go_on(audited: Any) -> None:
+    result = audited("NeedsGradients")
+    fails = [f for f in result.findings if f.code == "fails"]
+    assert [(f.severity, f.modes) for f in fails] == [
+        ("error", (NO_GRAD,)),
+        ("error", (INFERENCE,)),
+    ]
+    assert "grad() at" in fails[0].text
+    assert str(PLANTED) in fails[0].text
+    assert [m.mode for m in result.measurements] == [GRAD]
+    best = leanest(result)
+    assert best is not None
+    assert best.mode is GRAD
+    assert verdict(result).startswith("Run it in grad")
+
+
+def test_a_model_that_runs_in_no_mode_is_the_configs_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model refuses the input"):
+        gradrun.audit(config(tmp_path, "FailsAlways"), trust_code=True, compile=False)
+
+
+def test_dropout_that_the_config_asks_for_is_a_warning(audited: Any) -> None:
+    result = audited("StaysInTraining", **{"model.training": True})
+    assert found(result, "training_mode").severity == "warning"
+
+
+def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
+    result = audited("MakesParameter")
+    assert failed(result)
+    assert [len(errors_in(result, mode)) for mode in ALL] == [0, 0, 1]
+    best = leanest(result)
+    assert best is not None
+    assert best.mode is NO_GRAD
+    assert "Not in inference_mode: 1 error above" in verdict(result)
+
+
+def test_where_no_mode_is_safe_the_verdict_says_so(audited: Any) -> None:
+    assert verdict(audited("ListOfLosses")).startswith("No mode is safe: mend the 1 error above")
+
+
+def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> None:
+    """The faults of one mode are not carried to the next: each gets the model anew."""
+    assert codes(audited("SharesStorage", build="alone")) == set()
+
+
+# --- torch.compile -----------------------------------------------------------------------------
+
+
+def test_a_mode_entered_by_hand_breaks_the_graph_and_its_line_is_told(audited: Any) -> None:
+    finding = found(audited("EntersByHand", compile=True), "mode_breaks_graph")
+    assert finding.severity == "warning"
+    assert finding.source is not None
+    number = int(finding.source.rpartition(":")[2])
+    assert "guard.__" in PLANTED.read_text().splitlines()[number - 1]
+
+
+def test_another_graph_break_is_told_apart(audited: Any) -> None:
+    result = audited("BreaksGraph", compile=True)
+    assert "not because of a mode" in found(result, "graph_breaks").text
+    assert "mode_breaks_graph" not in codes(result)
+
+
+def test_one_compile_a_mode_is_told(audited: Any) -> None:
+    finding = found(audited("Counts", compile=True), "compiles_per_mode")
+    assert "1 in grad, 1 in no_grad, 1 in inference_mode" in finding.text
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+ZOO = ["digits", "mlp", "resnet18", "transformer_encoder"]
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
+    folder = tmp_path_factory.mktemp("zoo")
+    return {
+        name: gradrun.audit(
+            ROOT / "configs" / f"{name}.yaml",
+            compile=name != "resnet18",
+            output={"path": str(folder / name)},
+            data={"samples": 16} if name != "digits" else {},
+        )
+        for name in ZOO
+    }
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_modules_keep_sums_to_what_the_meter_calls_retained(
+    zoo: dict[str, RunResult], name: str
+) -> None:
+    result = zoo[name]
+    grad = next(m for m in result.measurements if m.mode is GRAD)
+    assert sum(kept.bytes for kept in result.kept) == grad.memory.retained
+    assert list(result.kept) == sorted(result.kept, key=lambda kept: -kept.bytes)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_has_no_error(zoo: dict[str, RunResult], name: str) -> None:
+    assert not failed(zoo[name]), zoo[name].findings
+    best = leanest(zoo[name])
+    assert best is not None
+    assert best.mode is INFERENCE
+
+
+def test_the_fused_path_is_explained(zoo: dict[str, RunResult]) -> None:
+    finding = found(zoo["transformer_encoder"], "outputs_differ")
+    assert finding.severity == "info"
+    assert finding.modes == (NO_GRAD, INFERENCE)
+    assert "TransformerEncoderLayer" in finding.module
+    assert "fused path when gradients are off" in finding.text
+    assert all(e.equal for e in zoo["transformer_encoder"].equivalence)
+
+
+def test_the_mlp_keeps_exactly_its_activations(zoo: dict[str, RunResult]) -> None:
+    """8 x relu of [8, 64] floats: each is saved once, by relu and by the next Linear alike."""
+    assert sum(kept.bytes for kept in zoo["mlp"].kept) == 8 * 8 * 64 * 4
+
+
+@pytest.mark.parametrize("fault", ["SharesStorage", "DropsBranch"])
+def test_shared_and_dropped_storage_count_as_the_meter_counts_them(
+    audited: Any, fault: str
+) -> None:
+    result = audited(fault, build="alone")
+    grad = next(m for m in result.measurements if m.mode is GRAD)
+    assert sum(kept.bytes for kept in result.kept) == grad.memory.retained
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def test_the_command_exits_3_on_an_error_and_0_without(process: Command, tmp_path: Path) -> None:
+    for fault, code in (("MakesBuffer", 3), ("Counts", 0)):
+        file = tmp_path / f"{fault}.yaml"
+        file.write_text(json.dumps(config(tmp_path, fault)))
+        answer = process("audit", file, "--trust-code", "--no-compile", "--json", "-")
+        assert answer.code == code, answer.text
+        result = RunResult.model_validate_json(answer.out)
+        assert result.kind == "audit"
+        assert RunResult.load(tmp_path / "run-audit") == result
+        assert "Run it in" in answer.err
+        assert "Traceback" not in answer.text
+
+
+def test_the_command_needs_trust_for_code(cli: Command, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(config(tmp_path, "Counts")))
+    answer = cli("audit", file)
+    assert answer.code == 2
+    assert "--trust-code" in answer.err
+    assert not (tmp_path / "run-audit").exists()
+
+
+def test_the_bundled_models_pass_through_the_command(cli: Command, tmp_path: Path) -> None:
+    answer = cli("audit", ROOT / "configs" / "mlp.yaml", "--set", f"output.path={tmp_path / 'o'}")
+    assert answer.code == 0
+    assert re.search(r"together: what the meter calls retained\s+16\.00 KiB", answer.out)
+    assert "Run it in inference_mode: the leanest safe mode" in answer.out
+
+
+@pytest.mark.parametrize("name", ["torchscript", "exported", "records", "layers"])
+def test_every_source_can_be_audited(cli: Command, tmp_path: Path, name: str) -> None:
+    answer = cli(
+        "audit", ROOT / "configs" / f"{name}.yaml", "--set", f"output.path={tmp_path / 'o'}"
+    )
+    assert answer.code == 0, answer.text
+    assert "Run it in" in answer.out
+
+
+@pytest.mark.cuda
+def test_on_cuda_the_modes_are_audited_too(tmp_path: Path) -> None:
+    result = gradrun.audit(
+        ROOT / "configs" / "mlp.yaml",
+        compile=False,
+        run={"device": "cuda"},
+        output={"path": str(tmp_path / "o")},
+    )
+    assert torch.device(result.environment.device).type == "cuda"
+    assert not failed(result)
