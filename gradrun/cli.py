@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -90,6 +91,9 @@ def infer(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run, if there is one.")
+    ] = False,
     trust_code: Trust = False,
     json_file: Json = None,
     quiet: Quiet = False,
@@ -106,9 +110,43 @@ def infer(
             from gradrun.jobs.infer import infer as run
         from gradrun.reports.progress import bar
 
-        with _stdout_kept(json_file), bar(_console(stderr=True, quiet=quiet)) as progress:
-            result = run(settings, trust_code=trust_code, overwrite=overwrite, progress=progress)
+        if overwrite and resume:
+            raise ConfigError("--overwrite begins anew, --resume goes on: choose one")
+        with (
+            _resume_told(config, example, sets, output, trust_code),
+            _stdout_kept(json_file),
+            bar(_console(stderr=True, quiet=quiet)) as progress,
+        ):
+            result = run(
+                settings,
+                trust_code=trust_code,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+            )
         _answer(result, console, json_file)
+
+
+@contextmanager
+def _resume_told(
+    config: Path | None,
+    example: str | None,
+    sets: list[str] | None,
+    output: Path | None,
+    trust_code: bool,
+) -> Iterator[None]:
+    """Say in an error that can be resumed after which command does so."""
+    try:
+        yield
+    except GradrunError as error:
+        if error.resumable:
+            words = ["gradrun", "infer", *([str(config)] if config else [])]
+            words += ["--example", example] if example else []
+            words += [word for change in sets or [] for word in ("--set", change)]
+            words += ["--output", str(output)] if output else []
+            words += ["--trust-code"] if trust_code else []
+            error.args = (f"{error}\nto go on: {shlex.join([*words, '--resume'])}",)
+        raise
 
 
 class _ModesMayBeBare(typer.core.TyperCommand):
@@ -191,6 +229,29 @@ def audit(
             result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
         _answer(result, console, json_file)
         if failed(result):
+            raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
+def modes(
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Where to run it: auto, cpu, cuda, cuda:1, mps.")
+    ] = "auto",
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prove what each gradient mode does on the torch that is installed."""
+    with _errors(debug, json_file, quiet) as console:
+        with _quick_imports():
+            from gradrun.jobs.modes import prove_modes
+        from gradrun.reports.modes import show
+
+        proven = prove_modes(device)
+        show(proven, console)
+        if json_file:
+            _write_json(proven.to_json(), json_file)
+        if proven.differing:
             raise typer.Exit(CheckFailed.exit_code)
 
 

@@ -14,6 +14,8 @@ class GradrunError(Exception):
     exit_code = 1
     result: Any = None
     """The RunResult of what had run when the error came, where anything had."""
+    resumable: bool = False
+    """Whether the same command with --resume goes on from there."""
 
 
 class ConfigError(GradrunError):

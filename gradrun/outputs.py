@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -93,6 +93,18 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
         return
     for key, item in items:
         yield from tensors_in(item, f"{name}.{key}" if name else str(key))
+
+
+def nonfinite_rows(tensors: Iterable[torch.Tensor]) -> int:
+    """How many rows hold a NaN or an infinity in any of some tensors [n, ...]."""
+    bad: torch.Tensor | None = None
+    for tensor in tensors:
+        if tensor.is_floating_point() or tensor.is_complex():
+            # float8 has no isfinite of its own.
+            wide = tensor if tensor.element_size() > 1 else tensor.float()
+            here = ~wide.isfinite().reshape(len(wide), -1).all(1)
+            bad = here if bad is None else bad | here
+    return 0 if bad is None else int(bad.sum())
 
 
 def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:

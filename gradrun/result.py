@@ -201,6 +201,8 @@ class RunResult(_Noun):
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
+    resumed_at: int = 0
+    """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
     def to_json(self) -> str:

@@ -23,8 +23,9 @@ from gradrun.data_sources.batches import Batch, Data, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
-from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader
@@ -39,6 +40,9 @@ _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 Beat = Callable[[int], None]
 """Told how many samples are done, a few times a second."""
+
+Keep = Callable[[], None]
+"""Asked a few times a second, between two batches, to make safe what was written."""
 
 
 @dataclass
@@ -66,6 +70,7 @@ class Runner:
         self, model: nn.Module, data: Data, config: RunConfig, device: torch.device
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
+        self.mode = config.run.mode
         self.read = reader(config.output)
         model_type = config.model.dtype if isinstance(config.model, EagerModel) else None
         self.move = mover(device, model_type)
@@ -93,37 +98,37 @@ class Runner:
             except (Exception, SystemExit) as error:  # whatever a model may raise
                 raise RunFailed(
                     f"the model ran its first batch, and failed when it ran it again: "
-                    f"{type(error).__name__}: {first_line(error)}"
+                    f"{reason(error, self.mode)}"
                 ) from error
         self.warm_seconds = time.perf_counter() - began - self.first_seconds
         return outputs
 
-    def run(self, sink: Sink, beat: Beat | None = None) -> Pass:
-        """The timed pass: every batch through the model and into the sink.
+    def run(self, sink: Sink, keep: Keep | None = None, beat: Beat | None = None) -> Pass:
+        """The timed pass: every batch that the sink does not have yet, through the model into it.
 
         A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
         """
         accelerator.reset(self.device)
         seed(self.config.run.seed, self.device)  # dropout in training mode repeats
         gathered = Pass()
-        batches = self._batches()
+        batches = self._batches(sink.written)
         try:
             with active(self.config.run, self.device):
-                self._loop(batches, sink, gathered, beat)
+                self._loop(batches, sink, gathered, keep or _nothing, beat or _nothing)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
         except BaseException as error:  # whatever a model may raise, sys.exit() included
-            gathered.stopped = _stop(error, gathered)
+            gathered.stopped = _stop(error, gathered, self.mode)
         finally:
             batches.close()
         try:
             self.clock.finish()
         except Exception as error:  # a fault on the device shows at the first wait after it
-            gathered.stopped = gathered.stopped or _stop(error, gathered)
+            gathered.stopped = gathered.stopped or _stop(error, gathered, self.mode)
         return gathered
 
     def _loop(
-        self, batches: Iterator[Batch], sink: Sink, gathered: Pass, beat: Beat | None
+        self, batches: Iterator[Batch], sink: Sink, gathered: Pass, keep: Keep, beat: Beat
     ) -> None:
         # Every name is local and nothing is made per batch that a hand-written loop would not
         # make: this is what keeps gradrun within a few per cent of one.
@@ -146,11 +151,13 @@ class Runner:
                 gathered.data_ns += read_ns
                 gathered.done += size
                 mark = now()
-                if beat and mark > next_beat:
+                if mark > next_beat:
+                    keep()
+                    kept = now()
                     beat(gathered.done)
-                    drawn = now()
-                    began += drawn - mark  # drawing is not the run's time
-                    mark, next_beat = drawn, drawn + _BEAT_NS
+                    mark = now()
+                    began += mark - kept  # drawing is not the run's time
+                    next_beat = mark + _BEAT_NS
         finally:
             gathered.total_ns = mark - began
 
@@ -166,7 +173,7 @@ class Runner:
         data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
         forward = sum(seconds)
         return Measurement(
-            mode=self.config.run.mode,
+            mode=self.mode,
             batch_seconds=seconds,
             batch_sizes=sizes,
             phases=Phases(
@@ -209,7 +216,8 @@ class Runner:
         except GradrunError:
             raise
         except (Exception, SystemExit) as error:  # whatever a model may raise
-            raise refusal(self.model, self.first.args, self.first.kwargs, error) from error
+            given = self.first.args, self.first.kwargs
+            raise refusal(self.model, *given, error, self.mode) from error
         try:
             return self.read(returned, self.first.size)
         except GradrunError:
@@ -220,8 +228,8 @@ class Runner:
                 "output.transform",
             ) from error
 
-    def _batches(self) -> Any:
-        batches: Iterator[Batch] = self.data.batches()
+    def _batches(self, start: int) -> Any:
+        batches: Iterator[Batch] = self.data.batches(start)
         if self.ahead:
             batches = read_ahead(batches)
         return (self.move(batch) for batch in batches) if self.move else batches
@@ -277,6 +285,10 @@ class Runner:
         self.warnings.append(Warning(code=code, text=text))
 
 
+def _nothing(*_: object) -> None:
+    """Nobody asked to be told."""
+
+
 @contextmanager
 def active(run: RunSection, device: torch.device) -> Iterator[None]:
     """The gradient mode and autocast that a config asks for."""
@@ -288,7 +300,7 @@ def active(run: RunSection, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _stop(error: BaseException, gathered: Pass) -> GradrunError:
+def _stop(error: BaseException, gathered: Pass, mode: GradMode) -> GradrunError:
     """What ended the pass, as the error to raise once everything is saved."""
     if isinstance(error, GradrunError):
         text = str(error)
@@ -298,7 +310,7 @@ def _stop(error: BaseException, gathered: Pass) -> GradrunError:
         batch = len(gathered.sizes) - (sum(gathered.sizes) > gathered.done)
         text = (
             f"batch {batch}, which begins at sample {gathered.done:,}, failed: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{reason(error, mode)}"
         )
     stopped = RunFailed(text)
     stopped.__cause__ = error

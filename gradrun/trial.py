@@ -31,7 +31,7 @@ from gradrun.gradmode import GradMode
 from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
 from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Memory, Phases
 from gradrun.runner import active
@@ -147,6 +147,7 @@ def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:
 @contextmanager
 def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Iterator[None]:
     """Turn what the block raises into a Failure of the variant."""
+    mode = runnable.config.run.mode
     try:
         yield
     except Exception as error:  # the user's model may raise anything
@@ -154,15 +155,11 @@ def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Itera
             Failure(
                 variant=runnable.name,
                 batch=marker.batch,
-                error=str(error) if isinstance(error, GradrunError) else _named(error),
+                error=str(error) if isinstance(error, GradrunError) else reason(error, mode),
                 details=traceback.format_exc(),
                 config_key=error.key if isinstance(error, ConfigError) else None,
             )
         )
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
@@ -209,7 +206,8 @@ def _warm_up(runnable: Runnable) -> None:
         except GradrunError:
             raise
         except Exception as error:  # whatever a model may raise
-            raise refusal(runnable.model, first.args, first.kwargs, error) from error
+            mode = runnable.config.run.mode
+            raise refusal(runnable.model, first.args, first.kwargs, error, mode) from error
         runnable.first_seconds = time.perf_counter() - began
         seconds: list[float] = []
         while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_SECONDS:

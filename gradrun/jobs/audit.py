@@ -104,8 +104,8 @@ def audit(
         findings=_merged(found.findings),
         kept=found.kept,
     )
-    folder.begin()
-    folder.save(result)
+    with folder.writing():
+        folder.save(result)
     return result
 
 

@@ -76,8 +76,8 @@ def compare(
         failures=failures,
         warnings=tuple(found.warnings),
     )
-    folder.begin()
-    folder.save(result)
+    with folder.writing():
+        folder.save(result)
     if failures:
         ended = RunFailed("\n".join(failures))
         ended.result = result

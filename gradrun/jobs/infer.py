@@ -5,22 +5,26 @@ Knows the order of the steps; what each does stands in its own module.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradrun import __version__
 from gradrun import device as machine
 from gradrun.advice import advice
 from gradrun.config import RunConfig
 from gradrun.data_sources import open_data
-from gradrun.errors import GradrunError, RunFailed
+from gradrun.errors import GradrunError, Interrupted, RunFailed
+from gradrun.fingerprint import fingerprint
+from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
+from gradrun.journal import Head
+from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
+from gradrun.outputs import Named
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
@@ -38,6 +42,7 @@ def infer(
     *,
     trust_code: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> RunResult:
@@ -47,53 +52,69 @@ def infer(
         config: a RunConfig, a YAML file, or the same as a mapping.
         trust_code: let a `python` model run the code that the config names.
         overwrite: replace an earlier run in the folder.
+        resume: go on with an unfinished run in the folder; where there is none, begin one.
         progress: called a few times a second with (samples done, samples in all).
         overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
 
     Returns:
-        What was measured: times in seconds, memory in bytes. It is in result.json too.
+        What was measured: times in seconds, memory in bytes. It is in result.json too. Of a run
+        that was finished already, its result.
 
     Raises:
-        ConfigError: the config, model or data are wrong; nothing was written.
+        ConfigError: the config, model or data are wrong, or a resume would go on with another
+            run; nothing was written.
         RunFailed, Interrupted: the run ended early; the predictions written stay, and the
             error's `result` holds what was measured.
     """
     config = resolved(config, overrides)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
-    with located(config), machine.prepared(config.run) as device:
-        folder = RunFolder(config.output.path, overwrite=overwrite, inputs=config.input_files())
+    with Interruption() as interruption, located(config), machine.prepared(config.run) as device:
+        folder = RunFolder(
+            config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
+        )
         model, load_seconds = _timed(
             lambda: load_model(config.model, device, trust_code=trusted(trust_code))
         )
         data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
+        head = fingerprint(config, data.samples, __version__)
+        folder.check_same(head)
+        if finished := folder.finished():
+            return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        folder.begin()
         sink = open_sink(config.output, data.samples)
-        beat = (lambda done: progress(done, data.samples)) if progress else None
-        gathered = _predict(runner, sink, outputs, beat)
-        measured = runner.finish(gathered, load_seconds, open_seconds)
-        environment = machine.environment(device)
-
-    result = RunResult(
-        kind="infer",
-        gradrun=environment.gradrun,
-        started_at=started_at,
-        config=config.model_dump(mode="json"),
-        environment=environment,
-        measurements=(measured,),
-        files=tuple(sink.files()),
-        warnings=(
-            *runner.warnings,
-            # What to do about figures is no help with a run that did not come to its end.
-            *(() if gathered.stopped else advice(config, measured, environment)),
-        ),
-    )
-    if gathered.stopped:
-        raise _ended_early(gathered.stopped, result, folder, sink.written, data.samples)
-    with _undisturbed():
-        folder.save(result)
+        with folder.writing():
+            keeper = _opened(folder, head, sink, outputs, config.data.batch_size)
+            resumed_at = sink.written
+            beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
+            gathered = _predict(runner, keeper, beat, interruption)
+            measured = runner.finish(gathered, load_seconds, open_seconds)
+            environment = machine.environment(device)
+            result = RunResult(
+                kind="infer",
+                gradrun=environment.gradrun,
+                started_at=started_at,
+                config=config.model_dump(mode="json"),
+                environment=environment,
+                measurements=(measured,),
+                files=tuple(sink.files()),
+                resumed_at=resumed_at,
+                warnings=(
+                    *runner.warnings,
+                    *_told_of_files(folder, sink),
+                    # What to do about figures is no help with a run that did not come to its end.
+                    *(() if gathered.stopped else advice(config, measured, environment)),
+                ),
+            )
+            if gathered.stopped:
+                ended = _ended_early(gathered.stopped, result, folder, sink.written, data.samples)
+                # The disk that failed the run may fail its report too; the first error is told.
+                with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
+                    folder.save(ended.result)
+                raise ended
+            with interruption.waits():
+                folder.save(result)
     return result
 
 
@@ -102,44 +123,52 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - began
 
 
+def _opened(folder: RunFolder, head: Head, sink: Sink, outputs: Named, batch_size: int) -> Keeper:
+    """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
+    row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
+    try:
+        journal, kept = folder.journal(head, batch_size)
+        try:
+            sink.open(outputs, kept)
+        except BaseException:
+            journal.close()
+            raise
+    except GradrunError:
+        raise
+    except Exception as error:
+        with suppress(OSError):
+            sink.close()
+        raise _unwritten(error) from error
+    return Keeper(sink, journal, batch_size, row_bytes)
+
+
 def _predict(
-    runner: Runner, sink: Sink, outputs: dict[str, Any], beat: Callable[[int], None] | None
+    runner: Runner,
+    keeper: Keeper,
+    beat: Callable[[int], None] | None,
+    interruption: Interruption,
 ) -> Pass:
     """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
-    try:
-        sink.open(outputs)
-        gathered = runner.run(sink, beat)
-    except BaseException as error:
-        with _undisturbed(), suppress(OSError):
-            sink.close()
-        if isinstance(error, Exception):
-            raise _unwritten(error) from error
-        raise
+
+    def keep() -> None:
+        with interruption.waits():
+            keeper.look()
+
+    sink, before = keeper.sink, keeper.sink.written
+    gathered = runner.run(sink, keep, beat)
     began = time.perf_counter_ns()
     try:
-        with _undisturbed():
-            sink.close()
+        with interruption.waits():
+            keeper.close()
     except OSError as error:
         gathered.stopped = gathered.stopped or _unwritten(error)
+    except KeyboardInterrupt:
+        gathered.stopped = gathered.stopped or Interrupted("interrupted")
     gathered.total_ns += time.perf_counter_ns() - began
-    gathered.trim(sink.written)
+    gathered.trim(sink.written - before)
+    if isinstance(gathered.stopped, Interrupted):
+        gathered.stopped.exit_code = interruption.exit_code
     return gathered
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C wait for what takes milliseconds and must be whole: ending files, saving."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if heard:
-        raise KeyboardInterrupt
 
 
 def _unwritten(error: Exception) -> RunFailed:
@@ -147,17 +176,30 @@ def _unwritten(error: Exception) -> RunFailed:
     return RunFailed(f"the predictions cannot be written: {reason}")
 
 
+def _told_of_files(folder: RunFolder, sink: Sink) -> list[Warning]:
+    """What a reader of the predictions must know."""
+    found = []
+    if folder.kept and folder.kept.torn:
+        found.append(
+            Warning(
+                code="torn_journal",
+                text="the journal's last line had been cut off; the predictions that it told of "
+                "were made again",
+            )
+        )
+    return found
+
+
 def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, written: int, samples: int
 ) -> GradrunError:
-    """The error with its result, which is saved too, and with the place of what was kept."""
+    """The error with its result and with the place of what was kept."""
     note = Warning(code="ended_early", text=f"{error}, after {written:,} of {samples:,} samples")
     ended = type(error)(
         f"{error}; {written:,} of {samples:,} predictions are kept in {folder.path}"
     )
     ended.__cause__ = error.__cause__  # what --debug shows
+    ended.exit_code = error.exit_code
+    ended.resumable = True
     ended.result = result.model_copy(update={"warnings": (*result.warnings, note)})
-    # The disk that failed the run may fail its report too; the first error is the one to tell.
-    with suppress(RunFailed, KeyboardInterrupt), _undisturbed():
-        folder.save(ended.result)
     return ended

@@ -1,11 +1,14 @@
-"""Why a model refused its input, in a sentence with both shapes.
+"""Why a model refused its input or failed, in a sentence: both shapes, or mode and line.
 
-Knows modules and their call order; not where the input came from.
+Knows modules, their call order and what a mode forbids; not where the input came from.
 """
 
 from __future__ import annotations
 
+import traceback
 from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,28 +19,53 @@ from torch.nn.modules.module import (
 )
 
 from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
+
+_NO_GRAPH = "does not require grad and does not have a grad_fn"
+"""How torch says that nothing was recorded to go back through."""
+
+_TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
 def refusal(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    error: BaseException,
+    mode: GradMode,
 ) -> ConfigError:
     """The error to raise when `model(*args, **kwargs)` raised `error` on the first batch.
 
     Runs the model once more to see which module was entered last.
     """
-    reason = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in reason:
+    said = first_line(error)
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
         return ConfigError(
-            f"the first batch does not fit in memory ({reason}); choose a smaller batch",
+            f"the first batch does not fit in memory ({said}); choose a smaller batch",
             "data.batch_size",
         )
+    if _is_of_the_mode(error, mode):
+        return ConfigError(reason(error, mode), "run.mode")
     named = [f"{name} {_shape(value)}" for name, value in kwargs.items()]
     shapes = ", ".join([*map(_shape, args), *named])
     where = _innermost(model, args, kwargs)
-    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in reason else ""
+    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in said else ""
     return ConfigError(
-        f"the model refuses the input {shapes}{where}: {type(error).__name__}: {reason}{hint}",
+        f"the model refuses the input {shapes}{where}: {reason(error, mode)}{hint}",
         "data.inputs",
+    )
+
+
+def reason(error: BaseException, mode: GradMode) -> str:
+    """What a model that ran in `mode` raised; of a backward() without a graph, why and where."""
+    if not _is_of_the_mode(error, mode):
+        return f"{type(error).__name__}: {first_line(error)}"
+    # Inference mode records nothing, whatever the grad flag says.
+    below = "" if mode is GradMode.NO_GRAD else "run.mode=no_grad with "
+    return (
+        f"{_asked_at(error)} has nothing to go back through: the model ran in {mode}, which "
+        f"records nothing; choose run.mode=grad, or {below}torch.enable_grad() around that part "
+        "of the model"
     )
 
 
@@ -49,6 +77,21 @@ def first_line(error: BaseException) -> str:
         return type(error).__name__
     # The interpreter of TorchScript puts its traceback first and the reason last.
     return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
+
+
+def _is_of_the_mode(error: BaseException, mode: GradMode) -> bool:
+    return mode is not GradMode.GRAD and _NO_GRAPH in first_line(error)
+
+
+def _asked_at(error: BaseException) -> str:
+    """The user's line that asked torch for gradients: "backward() at /home/me/net.py:13"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for called, caller in pairwise(reversed(frames)):
+        if Path(caller.filename).is_relative_to(_GRADRUN):
+            break  # a TorchScript program has no lines of Python
+        if not Path(caller.filename).is_relative_to(_TORCH):
+            return f"{called.name}() at {caller.filename}:{caller.lineno}"
+    return "backward()"
 
 
 def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

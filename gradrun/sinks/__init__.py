@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gradrun.config import OutputSection
+from gradrun.journal import Committed
 from gradrun.sinks import jsonl, npy, safetensors
 
 
@@ -19,13 +20,20 @@ class Sink(Protocol):
     """Takes the outputs of one batch after the other, in the order of the input."""
 
     written: int
-    """Samples that are in the files, whole."""
+    """Samples that are in the files, whole, or will be with the next commit."""
 
-    def open(self, outputs: dict[str, torch.Tensor]) -> None:
+    nonfinite: int
+    """Of the samples committed, those that hold a NaN or an infinity."""
+
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
         """Make room for the run, given the first batch's outputs [size, ...] (written later).
 
+        With commits of an earlier run, go on behind the last: what follows it in the files is
+        forgotten.
+
         Raises:
-            OSError: the folder cannot be written, or the disk has too little room.
+            OSError: the folder cannot be written, the disk has too little room, or the files of
+                the earlier run are not there.
         """
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
@@ -36,8 +44,15 @@ class Sink(Protocol):
             ValueError: an output changed its shape.
         """
 
-    def close(self) -> None:
-        """End the files so that they hold the samples written, and no more."""
+    def commit(self) -> list[Committed]:
+        """Bring what was written to the disk; tells what was not told before.
+
+        Raises:
+            OSError: it may not be there.
+        """
+
+    def close(self) -> list[Committed]:
+        """End the files so that they hold the samples written, and no more; the last commit."""
 
     def files(self) -> list[str]:
         """The names of the files in the folder."""

@@ -7,11 +7,16 @@ written as Python reads them (NaN, Infinity), for which JSON proper has no word.
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+
+from gradrun import disk
+from gradrun.journal import Committed
+from gradrun.outputs import nonfinite_rows
 
 
 class JsonlSink:
@@ -19,16 +24,23 @@ class JsonlSink:
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.path, self.written = folder / "predictions.jsonl", 0
-        self._file: BinaryIO | None = None
+        self.nonfinite = self._bad = 0
+        self._descriptor = -1
         self._size = 0
+        self._committed, self._checksum = 0, 0
 
-    def open(self, outputs: dict[str, torch.Tensor]) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
         if "id" in outputs:
             raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
         if any(tensor.is_complex() for tensor in outputs.values()):
             raise ValueError("JSON has no complex numbers; format: npy has")
         # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
-        self._file = self.path.open("xb", buffering=0)
+        flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(self.path, flags | os.O_APPEND, 0o666)
+        if kept:
+            self.written = self._committed = kept[-1].stop
+            self._size = kept[-1].end or 0
+        os.ftruncate(self._descriptor, self._size)
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
         columns = {name: tensor.tolist() for name, tensor in outputs.items()}
@@ -36,18 +48,35 @@ class JsonlSink:
             json.dumps({"id": name, **{key: values[row] for key, values in columns.items()}})
             for row, name in enumerate(ids)
         ]
-        data = memoryview(("\n".join(lines) + "\n").encode())
-        assert self._file is not None
-        while data:
-            data = data[self._file.write(data) :]
-        self._size += sum(len(line.encode()) + 1 for line in lines)
+        data = ("\n".join(lines) + "\n").encode()
+        disk.write_all(self._descriptor, data)
+        self._size += len(data)
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._bad += nonfinite_rows(outputs.values())
         self.written += len(ids)
 
-    def close(self) -> None:
-        if self._file:
-            self._file.truncate(self._size)
-            self._file.close()
-            self._file = None
+    def commit(self) -> list[Committed]:
+        if self.written == self._committed:
+            return []
+        disk.sync(self._descriptor)
+        committed = Committed(
+            start=self._committed,
+            stop=self.written,
+            files={self.path.name: self._checksum},
+            end=self._size,
+        )
+        self.nonfinite, self._committed, self._checksum = self._bad, self.written, 0
+        return [committed]
+
+    def close(self) -> list[Committed]:
+        if self._descriptor < 0:
+            return []
+        try:
+            os.ftruncate(self._descriptor, self._size)
+            return self.commit()
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def files(self) -> list[str]:
         return [self.path.name] if self.written else []

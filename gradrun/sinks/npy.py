@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradrun import disk
+from gradrun.journal import Committed
 from gradrun.outputs import UNNAMED
 from gradrun.units import bytes_text
 
@@ -32,12 +34,16 @@ class NpySink:
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.samples, self.written = folder, samples, 0
+        self.nonfinite = self._committed = 0
         self._arrays: dict[str, _NpyFile] = {}
 
-    def open(self, outputs: dict[str, torch.Tensor]) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
+        self.written = self._committed = kept[-1].stop if kept else 0
         for name, tensor in outputs.items():
             file = f"predictions{'' if name == UNNAMED else f'.{name}'}.npy"
-            self._arrays[name] = _NpyFile(self.folder / file, self.samples, tensor)
+            array = _NpyFile(self.folder / file, self.samples, tensor)
+            self._arrays[name] = array
+            array.open(go_on=bool(kept))
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
         if outputs.keys() != self._arrays.keys():
@@ -46,9 +52,24 @@ class NpySink:
             self._arrays[name].write(self.written, tensor)
         self.written += len(ids)
 
-    def close(self) -> None:
+    def commit(self) -> list[Committed]:
+        start, stop = self._committed, self.written
+        if start == stop:
+            return []
         for array in self._arrays.values():
-            array.close(self.written)
+            array.sync(stop)
+        bad = np.zeros(stop - start, bool)
+        checksums = {a.path.name: a.checksum(start, stop, bad) for a in self._arrays.values()}
+        self._committed, self.nonfinite = stop, self.nonfinite + int(bad.sum())
+        return [Committed(start=start, stop=stop, files=checksums)]
+
+    def close(self) -> list[Committed]:
+        try:
+            commits = self.commit()
+        finally:
+            for array in self._arrays.values():
+                array.close(self.written)
+        return commits
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
@@ -67,11 +88,23 @@ class _NpyFile:
         self.header = self._header(samples)
         self.begin = self.end = 0
         self.window: np.ndarray[Any, Any] | None = None
-        with path.open("xb") as file:
+        self.descriptor = -1
+
+    def open(self, *, go_on: bool) -> None:
+        """Make the file, or take an earlier run's as it is; then set the whole size aside."""
+        flags = os.O_RDWR if go_on else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self.descriptor = os.open(self.path, flags, 0o666)
+        if not go_on:
             # Of no samples yet: a run that is killed must not leave zeros that look like results.
-            file.write(self._header(0))
-            file.flush()
-            _reserve(file.fileno(), len(self.header) + samples * self.row_bytes, path)
+            disk.write_all(self.descriptor, self._header(0))
+        try:
+            self._reserve(len(self.header) + self.samples * self.row_bytes)
+        except OSError:
+            os.close(self.descriptor)
+            self.descriptor = -1
+            if not go_on:
+                self.path.unlink()
+            raise
 
     def _header(self, samples: int) -> bytes:
         """The file's header, as long for few samples as for many: numpy leaves room in it."""
@@ -99,9 +132,7 @@ class _NpyFile:
         self.window[at - self.begin : stop - self.begin] = rows  # type: ignore[index]
 
     def _map(self, begin: int, rows: int) -> None:
-        """Let the last window's pages go, count its rows in the header, and map the next rows."""
-        if begin:
-            self._count(begin)
+        """Let the last window's pages go, and map the next rows."""
         self.begin, self.end = begin, min(begin + rows, self.samples)
         shape = (self.end - begin, *self.row_shape)
         if self.row_bytes == 0:
@@ -112,32 +143,59 @@ class _NpyFile:
         # The plain array: a memmap's own indexing costs more than the copy of a small row.
         self.window = np.asarray(mapped)
 
+    def sync(self, written: int) -> None:
+        """Say in the header how many rows are there, and bring both to the disk."""
+        if isinstance(self.window, np.ndarray) and isinstance(self.window.base, np.memmap):
+            self.window.base.flush()
+        self._count(written)
+        disk.sync(self.descriptor)
+
+    def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
+        """CRC-32 of the rows start to stop; marks in `bad` those that hold no finite number."""
+        begin, end = (len(self.header) + row * self.row_bytes for row in (start, stop))
+        if self.dtype.kind in "fc" and self.row_bytes:
+            for first in range(start, stop, self.step):
+                last = min(first + self.step, stop)
+                rows = self._read(first, last)
+                finite = np.isfinite(rows).reshape(last - first, -1).all(axis=1)
+                bad[first - start : last - start] |= ~finite
+        return disk.checksum(self.descriptor, begin, end)
+
+    def _read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        begin, end = (len(self.header) + row * self.row_bytes for row in (start, stop))
+        data = b"".join(disk.pieces(self.descriptor, begin, end))
+        return np.frombuffer(data, self.dtype)
+
     def _count(self, written: int) -> None:
-        """Say in the header how many rows are there."""
-        with self.path.open("r+b") as file:
-            file.write(self._header(written))
+        os.lseek(self.descriptor, 0, os.SEEK_SET)
+        disk.write_all(self.descriptor, self._header(written))
 
     def close(self, written: int) -> None:
+        if self.descriptor < 0:
+            return
         self.window = None
-        self._count(written)
-        if written < self.samples:
-            os.truncate(self.path, len(self.header) + written * self.row_bytes)
+        try:
+            self._count(written)
+            if written < self.samples:
+                os.ftruncate(self.descriptor, len(self.header) + written * self.row_bytes)
+        finally:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
-
-def _reserve(descriptor: int, size: int, path: Path) -> None:
-    """Set `size` bytes of disk aside: a full disk under a memory map would kill the process."""
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, size)
-        else:
-            if shutil.disk_usage(path.parent).free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.truncate(descriptor, size)
-    except OSError as error:
-        path.unlink()
-        if error.errno in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
-            free = bytes_text(shutil.disk_usage(path.parent).free)
+    def _reserve(self, size: int) -> None:
+        """Set `size` bytes aside: a full disk under a memory map would kill the process."""
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, size)
+            else:
+                if shutil.disk_usage(self.path.parent).free < size:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.ftruncate(self.descriptor, size)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
+                raise
+            free = bytes_text(shutil.disk_usage(self.path.parent).free)
             raise OSError(
-                error.errno, f"{path.name} needs {bytes_text(size)}, and {free} of disk are free"
+                error.errno,
+                f"{self.path.name} needs {bytes_text(size)}, and {free} of disk are free",
             ) from error
-        raise

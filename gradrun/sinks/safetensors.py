@@ -1,31 +1,53 @@
 """Predictions in .safetensors parts of about 64 MiB, each whole or not there.
 
-Knows the part's size and names; a part's metadata says which samples it holds.
+Knows the part's size and names; a part's metadata says which samples it holds. What is committed of
+a part that is not full yet lies beside it as plain rows, one commit after the other.
 """
 
 from __future__ import annotations
 
-import errno
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save
+
+from gradrun import disk
+from gradrun.journal import Committed
+from gradrun.outputs import nonfinite_rows
 
 PART_BYTES = 64 * 1024 * 1024
 
 
 class SafetensorsSink:
-    """Fills one buffer an output, and writes them out together when they are full."""
+    """Fills one buffer an output, and writes them out together when they are full.
+
+    A part holds the same samples whatever the batches are and whenever the run is resumed.
+    """
 
     def __init__(self, folder: Path, samples: int) -> None:
         self.folder, self.samples, self.written = folder, samples, 0
+        self.nonfinite = 0
         self._buffers: dict[str, torch.Tensor] = {}
-        self._rows = 0
-        self._filled = 0
+        self._rows = 1
+        self._ended = self._committed = 0
+        self._told: list[Committed] = []
         self._parts: list[str] = []
 
-    def open(self, outputs: dict[str, torch.Tensor]) -> None:
+    # --- places --------------------------------------------------------------------------------
+
+    def _name(self, part: int) -> str:
+        return f"predictions-{part:05}.safetensors"
+
+    def _rest(self, part: int) -> Path:
+        """Where the committed rows of a part lie that is not full yet."""
+        return self.folder / f"{self._name(part)}.rest"
+
+    # --- the contract --------------------------------------------------------------------------
+
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
         if "__metadata__" in outputs:
             raise ValueError(
                 "an output is called '__metadata__', which the format keeps for itself"
@@ -33,19 +55,20 @@ class SafetensorsSink:
         # A type that the format cannot hold is refused now, and not with the first part.
         save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
-        size = max(len(tensor) for tensor in outputs.values())
-        self._rows = max(size, min(self.samples, PART_BYTES // max(1, row_bytes)))
+        self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
-            for name, tensor in outputs.items()
+            for name, tensor in sorted(outputs.items())
         }
+        if kept:
+            self.written = self._committed = kept[-1].stop
+            self._ended = self.written - self.written % self._rows
+            self._parts = [self._name(part) for part in range(self.written // self._rows)]
+            self._load(kept)
 
     def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
         if outputs.keys() != self._buffers.keys():
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
-        size = len(ids)
-        if self._filled + size > self._rows:
-            self._write_part()
         for name, tensor in outputs.items():
             buffer = self._buffers[name]
             if tensor.shape[1:] != buffer.shape[1:] or tensor.dtype != buffer.dtype:
@@ -54,30 +77,146 @@ class SafetensorsSink:
                     f"and now gives {tensor.dtype} of {list(tensor.shape[1:])}; format: jsonl "
                     "takes any"
                 )
-            buffer[self._filled : self._filled + size] = tensor
-        self._filled += size
+        done = 0
+        while done < len(ids):
+            at = self.written % self._rows
+            count = min(len(ids) - done, self._rows - at)
+            for name, tensor in outputs.items():
+                self._buffers[name][at : at + count] = tensor[done : done + count]
+            done += count
+            self.written += count
+            if at + count == self._rows:
+                self._end_part()
 
-    def _write_part(self) -> None:
-        if not self._filled:
-            return
-        name = f"predictions-{len(self._parts):05}.safetensors"
-        draft = self.folder / f"{name}.tmp"
-        last = self.written + self._filled
-        tensors = {key: buffer[: self._filled] for key, buffer in self._buffers.items()}
-        try:
-            save_file(tensors, draft, {"start": str(self.written), "stop": str(last)})
-            draft.replace(self.folder / name)
-        except Exception as error:  # safetensors raises its own error for a full disk
-            draft.unlink(missing_ok=True)
-            if isinstance(error, OSError):
+    def commit(self) -> list[Committed]:
+        if self._committed < self.written:
+            part = self._committed // self._rows
+            committed, data = self._range(self._committed, self.written)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            descriptor = os.open(self._rest(part), flags, 0o666)
+            size = os.fstat(descriptor).st_size
+            try:
+                disk.write_all(descriptor, data)
+                disk.sync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, size)
                 raise
-            raise OSError(errno.EIO, f"{name}: {error}") from error
-        # In this order, Ctrl-C in between loses nothing and writes nothing twice.
-        self.written, self._filled = last, 0
-        self._parts.append(name)
+            finally:
+                os.close(descriptor)
+            disk.sync_folder(self.folder)
+            self._tell(committed)
+        told, self._told = self._told, []
+        return told
 
-    def close(self) -> None:
-        self._write_part()
+    def close(self) -> list[Committed]:
+        try:
+            if self._ended < self.written:
+                self._end_part()
+        except OSError:
+            self.written = self._committed
+            raise
+        told, self._told = self._told, []
+        return told
 
     def files(self) -> list[str]:
         return self._parts
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _end_part(self) -> None:
+        """Write the part that is in the buffers; what of it was not committed is from now on.
+
+        Done twice it does no harm: Ctrl-C may come anywhere.
+        """
+        start, stop = self._ended, self.written
+        part, rows = start // self._rows, stop - start
+        name = self._name(part)
+        committed = self._range(self._committed, stop)[0] if self._committed < stop else None
+        tensors = {key: buffer[:rows] for key, buffer in self._buffers.items()}
+        data = save(tensors, {"start": str(start), "stop": str(stop)})
+        draft = self.folder / f"{name}.tmp"
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            try:
+                disk.write_all(descriptor, data)
+                disk.sync(descriptor)
+            finally:
+                os.close(descriptor)
+            draft.replace(self.folder / name)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        disk.sync_folder(self.folder)
+        if committed:
+            self._tell(committed)
+        self._rest(part).unlink(missing_ok=True)
+        self._parts += [] if name in self._parts else [name]
+        self._ended = stop
+
+    def _range(self, start: int, stop: int) -> tuple[Committed, bytes]:
+        """Samples of the part in the buffers, and their rows, one output after the other."""
+        begin = start % self._rows
+        end = begin + stop - start
+        data = b"".join(_raw(buffer[begin:end]) for buffer in self._buffers.values())
+        files = {self._name(start // self._rows): zlib.crc32(data)}
+        return Committed(start=start, stop=stop, files=files), data
+
+    def _tell(self, committed: Committed) -> None:
+        begin = committed.start % self._rows
+        rows = slice(begin, begin + committed.stop - committed.start)
+        self.nonfinite += nonfinite_rows(buffer[rows] for buffer in self._buffers.values())
+        self._committed = committed.stop
+        self._told.append(committed)
+
+    def _load(self, kept: Sequence[Committed]) -> None:
+        """Fill the buffers with the committed rows of the part that is not full yet."""
+        part, rows = self.written // self._rows, self.written % self._rows
+        for later in self.folder.glob("predictions-*.safetensors"):
+            if later.name > self._name(part) or (later.name == self._name(part) and not rows):
+                later.unlink()
+        if not rows:
+            self._rest(part).unlink(missing_ok=True)
+            return
+        ended = self.folder / self._name(part)
+        if ended.exists():
+            # It was ended early, or ended and not told of: it becomes rows again.
+            for name, tensor in load_file(ended).items():
+                self._buffers[name][:rows] = tensor[:rows]
+            self._write_rest(part, rows, kept)
+            ended.unlink()
+            return
+        data, at = self._rest(part).read_bytes(), 0
+        for committed in self._of_part(part, kept):
+            first = committed.start % self._rows
+            last = first + committed.stop - committed.start
+            for buffer in self._buffers.values():
+                size = buffer[first:last].nbytes
+                _fill(buffer[first:last], data[at : at + size])
+                at += size
+        os.truncate(self._rest(part), at)
+
+    def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
+        ranges = self._of_part(part, kept)
+        data = b"".join(self._range(c.start, c.stop)[1] for c in ranges)
+        descriptor = os.open(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            disk.write_all(descriptor, data)
+            disk.sync(descriptor)
+        finally:
+            os.close(descriptor)
+        disk.sync_folder(self.folder)
+
+    def _of_part(self, part: int, kept: Sequence[Committed]) -> list[Committed]:
+        return [committed for committed in kept if committed.start // self._rows == part]
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    if not tensor.numel():
+        return b""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _fill(tensor: torch.Tensor, data: bytes) -> None:
+    if tensor.numel():
+        flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        tensor.copy_(flat.view(tensor.dtype).view(tensor.shape))

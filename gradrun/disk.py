@@ -1,0 +1,62 @@
+"""Writing so that it stays: whole writes, syncs, checksums, on raw file descriptors.
+
+Knows the operating system's calls and nothing of formats. Everything that must survive goes through
+here, so that tests can let each call fail.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+_PIECE = 1024 * 1024
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Write all of it: the system may take less at a time.
+
+    Raises:
+        OSError: the disk is full or broken; part of it may have been written.
+    """
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def sync(descriptor: int) -> None:
+    """Return when the file's data are on the disk.
+
+    Raises:
+        OSError: they may not be; what was written since the last sync must not be counted on.
+    """
+    os.fsync(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Return when the names in a folder are on the disk; systems without that have no need."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def pieces(descriptor: int, begin: int, end: int) -> Iterator[bytes]:
+    """The bytes from begin to end, a MiB at a time; fewer where the file is shorter."""
+    while begin < end:
+        piece = os.pread(descriptor, min(_PIECE, end - begin), begin)
+        if not piece:
+            return
+        yield piece
+        begin += len(piece)
+
+
+def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
+    """CRC-32 of the bytes from begin to end, continued from `before`."""
+    for piece in pieces(descriptor, begin, end):
+        before = zlib.crc32(piece, before)
+    return before
