@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from gradrun.jobs.audit import audit
     from gradrun.jobs.compare import compare
     from gradrun.jobs.infer import infer
+    from gradrun.jobs.modes import prove_modes
+    from gradrun.jobs.verify import verify
     from gradrun.result import Comparison, Measurement, RunResult
     from gradrun.yamlfile import load_config
 
@@ -36,12 +38,16 @@ __all__ = [
     "infer",
     "load_config",
     "modes",
+    "prove_modes",
+    "verify",
 ]
 
 _HOMES = {
     "infer": "jobs.infer",
     "compare": "jobs.compare",
     "audit": "jobs.audit",
+    "verify": "jobs.verify",
+    "prove_modes": "jobs.modes",
     "Comparison": "result",
     "load_config": "yamlfile",
     "GradMode": "gradmode",

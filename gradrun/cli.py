@@ -256,6 +256,26 @@ def modes(
 
 
 @app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The output folder of a run.")],
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check every prediction of a run against the journal's checksums; say what is missing."""
+    with _errors(debug, json_file, quiet) as console:
+        from gradrun.jobs.verify import verify as run
+        from gradrun.reports.verified import show
+
+        found = run(folder)
+        show(found, console)
+        if json_file:
+            _write_json(json.dumps(found.to_dict(), indent=1), json_file)
+        if not found.complete:
+            raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
 def validate(
     configs: Annotated[list[Path], typer.Argument(help="YAML files to check.")],
     sets: Sets = None,

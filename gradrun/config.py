@@ -239,6 +239,15 @@ class RunSection(Section):
         "auto", description="untimed batches before the run; auto: until the time is steady"
     )
     deterministic: bool = Field(False, description="use torch's deterministic algorithms")
+    on_error: Literal["stop", "quarantine"] = Field(
+        "stop", description="a sample that fails ends the run, or is set apart in quarantine.jsonl"
+    )
+    max_errors: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="end the run after more samples set apart than this; default: never"
+    )
+    on_nonfinite: Literal["warn", "quarantine", "stop"] = Field(
+        "warn", description="what to do about a prediction that is NaN or infinite"
+    )
 
 
 class MeasureSection(Section):

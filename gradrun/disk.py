@@ -45,6 +45,11 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def size(descriptor: int) -> int:
+    """Bytes of a file."""
+    return os.fstat(descriptor).st_size
+
+
 def pieces(descriptor: int, begin: int, end: int) -> Iterator[bytes]:
     """The bytes from begin to end, a MiB at a time; fewer where the file is shorter."""
     while begin < end:

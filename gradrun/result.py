@@ -87,6 +87,8 @@ class Measurement(_Noun):
     batch_sizes: tuple[int, ...]
     phases: Phases
     memory: Memory
+    batch_limit: int | None = None
+    """The largest batch that fitted in memory, where the one asked for did not."""
 
     @property
     def samples(self) -> int:
@@ -201,6 +203,8 @@ class RunResult(_Noun):
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
+    predictions: int | None = None
+    """Samples in those files; None where none were asked for."""
     resumed_at: int = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()

@@ -19,16 +19,16 @@ from torch import nn
 
 from gradrun import stats
 from gradrun.config import EagerModel, RunConfig, RunSection
-from gradrun.data_sources.batches import Batch, Data, mover
+from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
-from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader
+from gradrun.rescue import Quarantine, Rescue
 from gradrun.result import Measurement, Memory, Phases, Warning
 from gradrun.sinks import Sink
 
@@ -49,7 +49,12 @@ Keep = Callable[[], None]
 class Pass:
     """What the timed pass gathered, complete or not."""
 
+    start: int = 0
+    """The first sample."""
     sizes: array[int] = field(default_factory=lambda: array("q"))
+    """Of the batches that were timed."""
+    apart: int = 0
+    """Samples of batches that failed and were rescued, which are not timed."""
     done: int = 0
     """Samples through model and sink."""
     data_ns: int = 0
@@ -58,8 +63,8 @@ class Pass:
 
     def trim(self, written: int) -> None:
         """Forget batches that did not come to be whole in the files."""
-        kept = sum(self.sizes)
-        while kept > written:
+        kept = sum(self.sizes) + self.apart
+        while kept > written and self.sizes:
             kept -= self.sizes.pop()
 
 
@@ -78,6 +83,8 @@ class Runner:
         self.warnings: list[Warning] = []
         self.first_seconds = self.warm_seconds = 0.0
         self.ahead = False
+        quarantine = Quarantine(config.output.path)
+        self.rescue = Rescue(config.run, self._predicted, self._again, quarantine)
 
     def prepare(self) -> Named:
         """Run the first batch, then warm up; nothing of it is kept.
@@ -110,21 +117,23 @@ class Runner:
         """
         accelerator.reset(self.device)
         seed(self.config.run.seed, self.device)  # dropout in training mode repeats
-        gathered = Pass()
+        gathered = Pass(start=sink.written)
         batches = self._batches(sink.written)
         try:
             with active(self.config.run, self.device):
-                self._loop(batches, sink, gathered, keep or _nothing, beat or _nothing)
+                self._loop(
+                    self.rescue.cut(batches), sink, gathered, keep or _nothing, beat or _nothing
+                )
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted")
         except BaseException as error:  # whatever a model may raise, sys.exit() included
-            gathered.stopped = _stop(error, gathered, self.mode)
+            gathered.stopped = self._stop(error, gathered)
         finally:
             batches.close()
         try:
             self.clock.finish()
         except Exception as error:  # a fault on the device shows at the first wait after it
-            gathered.stopped = gathered.stopped or _stop(error, gathered, self.mode)
+            gathered.stopped = gathered.stopped or self._stop(error, gathered)
         return gathered
 
     def _loop(
@@ -134,18 +143,29 @@ class Runner:
         # make: this is what keeps gradrun within a few per cent of one.
         model, read, write, sizes = self.model, self.read, sink.write, gathered.sizes
         start, stop, now = self.clock.start, self.clock.stop, time.perf_counter_ns
+        checked = self.config.run.on_nonfinite != "warn"
         began = mark = now()
         next_beat = began + _BEAT_NS
         try:
-            for args, kwargs, size, ids in batches:
+            for batch in batches:
+                args, kwargs, size, ids = batch
                 read_ns = now() - mark
-                start()
-                returned = model(*args, **kwargs)
-                stop()
+                try:
+                    start()
+                    returned = model(*args, **kwargs)
+                    stop()
+                except Exception as error:  # whatever a model may raise
+                    self._rescued(batch, error, sink, gathered)
+                    began += now() - mark  # what a rescue takes says nothing of the model
+                    mark = now()
+                    continue
                 # Counted before it is written: Ctrl-C between the two must not lose a batch that
                 # is in the file. One that is not is forgotten by trim().
                 sizes.append(size)
-                write(read(returned, size), ids)
+                if checked:
+                    self._write_checked(batch, read(returned, size), sink, gathered)
+                else:
+                    write(read(returned, size), ids)
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
                 gathered.data_ns += read_ns
@@ -161,6 +181,24 @@ class Runner:
         finally:
             gathered.total_ns = mark - began
 
+    def _rescued(self, batch: Batch, error: Exception, sink: Sink, gathered: Pass) -> None:
+        """Write what can be made of a batch that failed, untimed."""
+        outputs, missing = self.rescue.failed(gathered.start + gathered.done, batch.size, error)
+        gathered.apart += batch.size
+        sink.write(outputs, batch.ids, missing)
+        gathered.done += batch.size
+
+    def _write_checked(self, batch: Batch, outputs: Named, sink: Sink, gathered: Pass) -> None:
+        at = gathered.start + gathered.done
+        outputs, missing = self.rescue.check(at, batch, outputs)
+        sink.write(outputs, batch.ids, missing)
+
+    def _again(self, at: int, size: int) -> Batch:
+        """A batch of any place and size, read anew."""
+        batch = next(self.data.batches(at))
+        batch = batch if batch.size == size else cut_batch(batch, 0, size)
+        return self.move(batch) if self.move else batch
+
     def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
         """Read the meters, then count tensor memory in a pass of its own."""
         resident, method = process.peak_resident()
@@ -174,6 +212,7 @@ class Runner:
         forward = sum(seconds)
         return Measurement(
             mode=self.mode,
+            batch_limit=self.rescue.most,
             batch_seconds=seconds,
             batch_sizes=sizes,
             phases=Phases(
@@ -197,6 +236,22 @@ class Runner:
             ),
         )
 
+    def _stop(self, error: BaseException, gathered: Pass) -> GradrunError:
+        """What ended the pass, as the error to raise once everything is saved."""
+        if isinstance(error, GradrunError):
+            text = str(error)
+        elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            text = f"the predictions cannot be written: {error.strerror}"
+        else:
+            at = gathered.start + gathered.done
+            text = (
+                f"batch {at // self.data.batch_size}, which begins at sample {at:,}, failed: "
+                f"{reason(error, self.mode)}"
+            )
+        stopped = RunFailed(text)
+        stopped.__cause__ = error
+        return stopped
+
     # --- the steps -----------------------------------------------------------------------------
 
     def _first_batch(self) -> Batch:
@@ -210,16 +265,30 @@ class Runner:
                 "data.batch_size",
             ) from error
 
-    def _first_outputs(self) -> Named:
+    def _predicted(self, batch: Batch) -> Named:
+        return self.read(self.model(*batch.args, **batch.kwargs), batch.size)
+
+    def _first_returned(self) -> Any:
         try:
-            returned = self._call(self.first)
+            return self._call(self.first)
         except GradrunError:
             raise
         except (Exception, SystemExit) as error:  # whatever a model may raise
-            given = self.first.args, self.first.kwargs
-            raise refusal(self.model, *given, error, self.mode) from error
+            one = None
+            if isinstance(error, Exception):
+                one = self.rescue.healthy(self.first, error)
+            if one is None:
+                given = self.first.args, self.first.kwargs
+                raise refusal(self.model, *given, error, self.mode) from error
+        # A sample of it is at fault; the others show what outputs look like.
+        self.first = one
+        return self._call(self.first)
+
+    def _first_outputs(self) -> Named:
+        returned = self._first_returned()
         try:
-            return self.read(returned, self.first.size)
+            self.rescue.like = self.read(returned, self.first.size)
+            return self.rescue.like
         except GradrunError:
             raise
         except Exception as error:  # torch has many ways to say that it cannot
@@ -298,20 +367,3 @@ def active(run: RunSection, device: torch.device) -> Iterator[None]:
             kind = getattr(torch, run.autocast)
             stack.enter_context(torch.autocast(device.type, dtype=kind))
         yield
-
-
-def _stop(error: BaseException, gathered: Pass, mode: GradMode) -> GradrunError:
-    """What ended the pass, as the error to raise once everything is saved."""
-    if isinstance(error, GradrunError):
-        text = str(error)
-    elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
-        text = f"the predictions cannot be written: {error.strerror}"
-    else:
-        batch = len(gathered.sizes) - (sum(gathered.sizes) > gathered.done)
-        text = (
-            f"batch {batch}, which begins at sample {gathered.done:,}, failed: "
-            f"{reason(error, mode)}"
-        )
-    stopped = RunFailed(text)
-    stopped.__cause__ = error
-    return stopped

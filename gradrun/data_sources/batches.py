@@ -37,6 +37,16 @@ class Batch(NamedTuple):
         )
 
 
+def cut_batch(batch: Batch, begin: int, end: int) -> Batch:
+    """Samples begin to end of a batch."""
+    return Batch(
+        tuple(tensor[begin:end] for tensor in batch.args),
+        {name: tensor[begin:end] for name, tensor in batch.kwargs.items()},
+        end - begin,
+        batch.ids[begin:end],
+    )
+
+
 class Data(Protocol):
     """A lazy sequence of batches that can be walked again, from any sample on."""
 

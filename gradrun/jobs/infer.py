@@ -25,10 +25,12 @@ from gradrun.journal import Head
 from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
 from gradrun.outputs import Named
+from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
 from gradrun.store import RunFolder
+from gradrun.units import count_text
 from gradrun.yamlfile import located
 
 Progress = Callable[[int, int], None]
@@ -87,6 +89,7 @@ def infer(
         with folder.writing():
             keeper = _opened(folder, head, sink, outputs, config.data.batch_size)
             resumed_at = sink.written
+            runner.rescue.quarantine.keep_before(resumed_at)
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
             measured = runner.finish(gathered, load_seconds, open_seconds)
@@ -99,10 +102,11 @@ def infer(
                 environment=environment,
                 measurements=(measured,),
                 files=tuple(sink.files()),
+                predictions=sink.written,
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,
-                    *_told_of_files(folder, sink),
+                    *_told_of_files(folder, sink, runner.rescue, outputs),
                     # What to do about figures is no help with a run that did not come to its end.
                     *(() if gathered.stopped else advice(config, measured, environment)),
                 ),
@@ -176,9 +180,36 @@ def _unwritten(error: Exception) -> RunFailed:
     return RunFailed(f"the predictions cannot be written: {reason}")
 
 
-def _told_of_files(folder: RunFolder, sink: Sink) -> list[Warning]:
+def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named) -> list[Warning]:
     """What a reader of the predictions must know."""
     found = []
+    if rescue.most:
+        found.append(
+            Warning(
+                code="out_of_memory",
+                text=f"memory ran out at sample {rescue.cut_at:,}: from there on batches are of "
+                f"{rescue.most}; set data.batch_size to that",
+            )
+        )
+    apart = rescue.quarantine.count
+    if apart:
+        found.append(
+            Warning(
+                code="quarantined",
+                text=f"{count_text(apart, 'sample')} could not be predicted and "
+                f"{'is' if apart == 1 else 'are'} in {rescue.quarantine.path.name}, with what was "
+                "wrong; their places in the predictions hold no value",
+            )
+        )
+    floats = any(tensor.is_floating_point() for tensor in outputs.values())
+    if (bad := sink.nonfinite - (apart if floats else 0)) > 0:
+        found.append(
+            Warning(
+                code="nonfinite",
+                text=f"{count_text(bad, 'prediction')} hold NaN or an infinity; "
+                "run.on_nonfinite: quarantine or stop says which",
+            )
+        )
     if folder.kept and folder.kept.torn:
         found.append(
             Warning(

@@ -5,12 +5,14 @@ Knows modules, their call order and what a mode forbids; not where the input cam
 
 from __future__ import annotations
 
+import re
 import traceback
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.nn.modules.module import (
@@ -20,6 +22,7 @@ from torch.nn.modules.module import (
 
 from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
+from gradrun.units import bytes_text
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 """How torch says that nothing was recorded to go back through."""
@@ -39,9 +42,10 @@ def refusal(
     Runs the model once more to see which module was entered last.
     """
     said = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in said:
+    if ran_out_of_memory(error):
         return ConfigError(
-            f"the first batch does not fit in memory ({said}); choose a smaller batch",
+            f"the first batch does not fit in memory ({memory_asked(error)}); "
+            "choose a smaller batch",
             "data.batch_size",
         )
     if _is_of_the_mode(error, mode):
@@ -67,6 +71,21 @@ def reason(error: BaseException, mode: GradMode) -> str:
         f"records nothing; choose run.mode=grad, or {below}torch.enable_grad() around that part "
         "of the model"
     )
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in first_line(error)
+
+
+def memory_asked(error: BaseException) -> str:
+    """What an allocation that failed wanted, and what the machine has."""
+    asked = re.search(r"allocate (\d+) bytes", str(error))
+    free = bytes_text(psutil.virtual_memory().available)
+    said = f"torch asked for {bytes_text(int(asked[1]))}" if asked else first_line(error)
+    return f"{said}, and {free} of the machine's memory are free"
 
 
 def first_line(error: BaseException) -> str:

@@ -51,7 +51,9 @@ def timing_table(measured: Measurement, width: int = TABLE_WIDTH) -> Table:
     cold = (phases.load_model, phases.open_data, phases.first_batch)
     load, opened, first = map(seconds_text, cold)
     bound, shares = measured.bound_by
+    asked = measured.batch_limit
     rows: list[Row] = [
+        *([("batch size", f"{asked}", "cut down: memory ran out")] if asked else []),
         (
             "cold start",
             seconds_text(measured.cold_start),
@@ -141,10 +143,10 @@ def model_name(result: RunResult) -> str:
     return printable(Path(name).name)
 
 
-def hanging(mark: str, text: str) -> Table:
+def hanging(mark: str, text: str, style: str = "bold yellow") -> Table:
     """A marked paragraph whose further lines stand under its first word."""
     grid = Table.grid(padding=(0, 1))
-    grid.add_row(Text(mark, "bold yellow"), Text(printable(text)))
+    grid.add_row(Text(mark, style), Text(printable(text)))
     return grid
 
 
@@ -155,10 +157,14 @@ def _closing(result: RunResult, measured: Measurement) -> Table:
     grid = Table.grid(padding=(0, 3))
     grid.add_column(overflow="fold")
     grid.add_column(overflow="fold")
+    count = measured.samples if result.predictions is None else result.predictions
     grid.add_row(
-        Text(count_text(measured.samples, "prediction"), "bold green"),
+        Text(count_text(count, "prediction"), "bold green"),
         Text(printable("\n".join(files) + (f"\nand {more} more" if more else ""))),
     )
+    if result.resumed_at:
+        earlier = f"the first {result.resumed_at:,} by the run before"
+        grid.add_row("resumed", Text(earlier))
     grid.add_row("every figure", Text(printable(str(folder / "result.json"))))
     return grid
 

@@ -5,7 +5,7 @@ Knows named tensors and a folder; not which model they came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +36,13 @@ class Sink(Protocol):
                 the earlier run are not there.
         """
 
-    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
-        """Add one batch.
+    def write(
+        self,
+        outputs: dict[str, torch.Tensor],
+        ids: Sequence[int | str],
+        missing: Collection[int] = (),
+    ) -> None:
+        """Add one batch; of the positions in `missing` the outputs hold nothing that was predicted.
 
         Raises:
             OSError: the disk is full; what was written before stays valid.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -42,8 +42,16 @@ class JsonlSink:
             self._size = kept[-1].end or 0
         os.ftruncate(self._descriptor, self._size)
 
-    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+    def write(
+        self,
+        outputs: dict[str, torch.Tensor],
+        ids: Sequence[int | str],
+        missing: Collection[int] = (),
+    ) -> None:
         columns = {name: tensor.tolist() for name, tensor in outputs.items()}
+        for values in columns.values():
+            for row in missing:
+                values[row] = None
         lines = [
             json.dumps({"id": name, **{key: values[row] for key, values in columns.items()}})
             for row, name in enumerate(ids)

@@ -10,7 +10,7 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,12 @@ class NpySink:
             self._arrays[name] = array
             array.open(go_on=bool(kept))
 
-    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+    def write(
+        self,
+        outputs: dict[str, torch.Tensor],
+        ids: Sequence[int | str],
+        missing: Collection[int] = (),
+    ) -> None:
         if outputs.keys() != self._arrays.keys():
             raise ValueError(f"the outputs were {[*self._arrays]} and now are {[*outputs]}")
         for name, tensor in outputs.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -66,7 +66,12 @@ class SafetensorsSink:
             self._parts = [self._name(part) for part in range(self.written // self._rows)]
             self._load(kept)
 
-    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+    def write(
+        self,
+        outputs: dict[str, torch.Tensor],
+        ids: Sequence[int | str],
+        missing: Collection[int] = (),
+    ) -> None:
         if outputs.keys() != self._buffers.keys():
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
         for name, tensor in outputs.items():
@@ -159,7 +164,9 @@ class SafetensorsSink:
         end = begin + stop - start
         data = b"".join(_raw(buffer[begin:end]) for buffer in self._buffers.values())
         files = {self._name(start // self._rows): zlib.crc32(data)}
-        return Committed(start=start, stop=stop, files=files), data
+        row_bytes = sum(buffer[:1].nbytes for buffer in self._buffers.values())
+        end_bytes = end * row_bytes  # in the plain rows
+        return Committed(start=start, stop=stop, files=files, end=end_bytes), data
 
     def _tell(self, committed: Committed) -> None:
         begin = committed.start % self._rows

@@ -1,0 +1,110 @@
+"""What is really in a run's files: each committed range read back and held against its checksum.
+
+Knows the layout of the three formats, and needs neither torch nor the model.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gradrun import disk
+from gradrun.journal import Committed, Kept
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A range that is not what the journal says."""
+
+    start: int
+    stop: int
+    file: str
+    what: str
+
+
+def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
+    """Read back every committed range; yields those that are gone or changed."""
+    before: Committed | None = None
+    for committed in kept.commits:
+        for file, expected in committed.files.items():
+            check = _CHECKS[Path(file).suffix]
+            try:
+                found = check(folder / file, committed, before)
+            except (OSError, ValueError, KeyError, struct.error) as error:
+                what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            else:
+                if found == expected:
+                    continue
+                what = "its checksum differs"
+            yield Fault(committed.start, committed.stop, file, what)
+        before = committed
+
+
+def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin, row = file.tell(), dtype.itemsize
+        for size in shape[1:]:
+            row *= size
+        end = begin + committed.stop * row
+        _check_size(file.fileno(), end)
+        return disk.checksum(file.fileno(), begin + committed.start * row, end)
+
+
+def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int:
+    begin = before.end or 0 if before else 0
+    end = committed.end or 0
+    with path.open("rb") as file:
+        _check_size(file.fileno(), end)
+        return disk.checksum(file.fileno(), begin, end)
+
+
+def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
+    """Of the part, or, while it is not full, of the plain rows beside it."""
+    rest = path.with_name(f"{path.name}.rest")
+    if not path.exists() and rest.exists():
+        return _of_rest(rest, committed, before)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > disk.size(file.fileno()):
+            raise ValueError("its header is damaged")
+        header = json.loads(file.read(length))
+        first = int(header.pop("__metadata__")["start"])
+        found = 0
+        for name in sorted(header):
+            begin, end = (8 + length + at for at in header[name]["data_offsets"])
+            rows = header[name]["shape"][0]
+            row = (end - begin) // rows
+            start, stop = committed.start - first, committed.stop - first
+            _check_size(file.fileno(), begin + stop * row)
+            if stop > rows:
+                raise ValueError(f"it holds {rows} samples of its part")
+            found = disk.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
+        return found
+
+
+def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
+    of_same_part = before is not None and before.files.keys() == committed.files.keys()
+    begin = before.end or 0 if before and of_same_part else 0
+    end = committed.end or 0
+    with path.open("rb") as file:
+        _check_size(file.fileno(), end)
+        return disk.checksum(file.fileno(), begin, end)
+
+
+def _check_size(descriptor: int, end: int) -> None:
+    if disk.size(descriptor) < end:
+        raise ValueError("the file is cut off")
+
+
+_CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
+    ".npy": _of_npy,
+    ".jsonl": _of_jsonl,
+    ".safetensors": _of_safetensors,
+}

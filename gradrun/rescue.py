@@ -1,0 +1,243 @@
+"""What becomes of a batch whose forward fails: cut smaller where memory ran out, or taken apart
+until the samples at fault stand alone.
+
+Knows errors, batches and the file of those samples; not how a batch is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradrun import disk
+from gradrun.config import RunSection
+from gradrun.data_sources.batches import Batch, cut_batch
+from gradrun.errors import GradrunError, RunFailed
+from gradrun.model_sources.refusals import first_line, memory_asked, ran_out_of_memory
+from gradrun.outputs import Named, nonfinite_rows
+from gradrun.units import count_text
+
+FILE = "quarantine.jsonl"
+
+
+class Quarantine:
+    """The samples that no prediction could be made for, one JSON object a line.
+
+    There is no file until there is a sample. A line is on the disk before the commit that tells of
+    the samples around it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.count = 0
+
+    def keep_before(self, sample: int) -> None:
+        """Keep what an earlier run noted of samples before this one, and drop the rest."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
+            except (ValueError, KeyError, TypeError):
+                known = False
+            kept += [line] if known else []
+        self.count = len(kept)
+        draft = self.path.with_name(f"{FILE}.tmp")
+        draft.write_bytes(b"".join(kept))
+        draft.replace(self.path)
+
+    def add(self, sample: int, name: int | str, error: str, details: str) -> None:
+        """Note a sample: its place, its id, what was wrong, and the traceback."""
+        line = {"sample": sample, "id": name, "error": error, "traceback": details}
+        with self.path.open("ab", buffering=0) as file:
+            disk.write_all(file.fileno(), json.dumps(line).encode() + b"\n")
+            disk.sync(file.fileno())
+        self.count += 1
+
+
+class Rescue:
+    """Makes of a failed batch what can be made of it, as `run.on_error` asks."""
+
+    def __init__(
+        self,
+        run: RunSection,
+        predict: Callable[[Batch], Named],
+        again: Callable[[int, int], Batch],
+        quarantine: Quarantine,
+    ) -> None:
+        """Set up.
+
+        Args:
+            run: what is asked of it.
+            predict: the model's outputs for a batch.
+            again: a batch anew by its first sample and size, since a failed forward may have
+                written into the one it got.
+            quarantine: takes the samples at fault.
+        """
+        self.run, self.predict, self.again = run, predict, again
+        self.quarantine = quarantine
+        self.like: Named = {}
+        """Outputs of some batch, for their names, shapes and types."""
+        self.most: int | None = None
+        """Samples that fit in memory at once, where a batch did not."""
+        self.cut_at = 0
+        """The sample from which on batches are no larger than that."""
+
+    def cut(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, in pieces that fit once one did not."""
+        for batch in batches:
+            if self.most is None or batch.size <= self.most:
+                yield batch
+            else:
+                for begin in range(0, batch.size, self.most):
+                    yield cut_batch(batch, begin, min(begin + self.most, batch.size))
+
+    def failed(self, at: int, size: int, error: Exception) -> tuple[Named, set[int]]:
+        """Outputs for the batch that begins at sample `at`, and the positions that have none.
+
+        Raises:
+            Exception: the run is to end: `error` itself, or a RunFailed that says why.
+        """
+        if not self._goes_on(error):
+            raise error
+        pieces: list[tuple[int, Named]] = []
+        missing: set[int] = set()
+        self._apart(at, at, size, error, pieces, missing)
+        return self._whole(size, pieces), missing
+
+    def check(self, at: int, batch: Batch, outputs: Named) -> tuple[Named, set[int]]:
+        """The outputs, and the positions where one of them is NaN or infinite.
+
+        Raises:
+            RunFailed: there are such, and `run.on_nonfinite` is stop.
+        """
+        if not nonfinite_rows(outputs.values()):
+            return outputs, set()
+        missing = {row for row in range(batch.size) if nonfinite_rows(_row(outputs, row))}
+        for row in sorted(missing):
+            text = f"sample {batch.ids[row]} has an output that is NaN or infinite"
+            if self.run.on_nonfinite == "stop":
+                raise RunFailed(f"{text}; run.on_nonfinite: warn or quarantine goes on")
+            self._set_apart(at + row, batch.ids[row], text, "")
+        good = [row for row in range(batch.size) if row not in missing]
+        pieces = [(row, {name: t[row : row + 1] for name, t in outputs.items()}) for row in good]
+        return self._whole(batch.size, pieces), missing
+
+    def healthy(self, batch: Batch, error: Exception) -> Batch | None:
+        """What the model can be run on of a batch that failed; None where it is nothing."""
+        if not self._goes_on(error):
+            return None
+        if ran_out_of_memory(error):
+            half = cut_batch(batch, 0, batch.size // 2)
+            self.most = half.size
+            failure = self._failure(half) if half.size else error
+            return self.healthy(half, failure) if failure and half.size else half or None
+        rows = [
+            row
+            for row in range(batch.size)
+            if self._failure(cut_batch(batch, row, row + 1)) is None
+        ]
+        return batch._replace(size=len(rows)).map(lambda tensor: tensor[rows]) if rows else None
+
+    def _failure(self, batch: Batch) -> Exception | None:
+        try:
+            self.predict(batch)
+        except GradrunError:
+            raise
+        except Exception as error:
+            return error
+        return None
+
+    # --- taking apart --------------------------------------------------------------------------
+
+    def _goes_on(self, error: Exception) -> bool:
+        if isinstance(error, GradrunError):
+            return False
+        return ran_out_of_memory(error) or self.run.on_error == "quarantine"
+
+    def _apart(
+        self,
+        first: int,
+        at: int,
+        size: int,
+        error: Exception,
+        pieces: list[tuple[int, Named]],
+        missing: set[int],
+    ) -> None:
+        """Halve what failed until what is left runs, or is a single sample."""
+        details = "".join(traceback.format_exception(error, chain=False))
+        error.__traceback__ = None  # its frames hold the tensors that memory is short of
+        if not self._goes_on(error):
+            raise error
+        if ran_out_of_memory(error):
+            if size == 1:
+                raise _too_large(at, error)
+            if self.most is None or size // 2 < self.most:
+                self.most, self.cut_at = size // 2, at
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.empty_cache()
+        elif size == 1:
+            batch = self.again(at, 1)
+            said = f"{type(error).__name__}: {first_line(error)}"
+            self._set_apart(at, batch.ids[0], said, details)
+            missing.add(at - first)
+            return
+        half = (size + 1) // 2
+        for begin, count in ((at, half), (at + half, size - half)):
+            failure = self._try(first, begin, count, pieces)
+            if failure:
+                self._apart(first, begin, count, failure, pieces, missing)
+
+    def _try(
+        self, first: int, at: int, size: int, pieces: list[tuple[int, Named]]
+    ) -> Exception | None:
+        try:
+            pieces.append((at - first, self.predict(self.again(at, size))))
+        except Exception as error:
+            return error
+        return None
+
+    def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
+        self.quarantine.add(at, name, error, details)
+        most = self.run.max_errors
+        if most is not None and self.quarantine.count > most:
+            raise RunFailed(
+                f"{count_text(self.quarantine.count, 'sample')} failed, more than run.max_errors "
+                f"allows ({most}); the last: {error}; all are in {self.quarantine.path}"
+            )
+
+    def _whole(self, size: int, pieces: list[tuple[int, Named]]) -> Named:
+        """Pieces put together; where there is none, NaN or the type's most unlikely value."""
+        whole = {}
+        for name, like in (pieces[0][1] if pieces else self.like).items():
+            made = torch.full((size, *like.shape[1:]), _absent(like.dtype), dtype=like.dtype)
+            for begin, piece in pieces:
+                made[begin : begin + len(piece[name])] = piece[name]
+            whole[name] = made
+        return whole
+
+
+def _absent(dtype: torch.dtype) -> Any:
+    """NaN; of integers the least, or the greatest where 0 is the least."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    if dtype == torch.bool:
+        return False
+    return torch.iinfo(dtype).min or torch.iinfo(dtype).max
+
+
+def _row(outputs: Named, row: int) -> list[torch.Tensor]:
+    return [tensor[row : row + 1] for tensor in outputs.values()]
+
+
+def _too_large(at: int, error: Exception) -> RunFailed:
+    return RunFailed(
+        f"sample {at:,} alone does not fit in memory ({memory_asked(error)}); a smaller "
+        "model.dtype or run.autocast takes less"
+    )
