@@ -134,10 +134,12 @@ class Rescue:
         if not self._goes_on(error):
             return None
         if ran_out_of_memory(error):
+            if batch.size == 1:
+                return None
             half = cut_batch(batch, 0, batch.size // 2)
+            failure = self._failure(half)
             self.most = half.size
-            failure = self._failure(half) if half.size else error
-            return self.healthy(half, failure) if failure and half.size else half or None
+            return self.healthy(half, failure) if failure else half
         rows = [
             row
             for row in range(batch.size)

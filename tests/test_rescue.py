@@ -1,0 +1,276 @@
+"""Batches that fail: taken apart, cut smaller, set apart, and never out of order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gradrun
+from gradrun.errors import ConfigError, RunFailed
+from gradrun.result import RunResult
+from tests.conftest import Command
+
+MODEL = '''
+import torch
+from torch import nn
+
+BAD = {BAD}
+
+
+class Net(nn.Module):
+    """Twice the input; what happens at a sample whose number is in BAD is up to `kind`."""
+
+    def __init__(self, kind="raise", fits=5):
+        super().__init__()
+        self.kind, self.fits = kind, fits
+
+    def forward(self, x):
+        bad = torch.isin(x[:, 0], torch.tensor(BAD))
+        if self.kind == "writes":
+            x.mul_(1.0)
+            x += 0.0
+            if bad.any():
+                x.fill_(-1.0)
+        if self.kind in ("raise", "writes") and bad.any():
+            raise ValueError(f"sample {{x[bad][0, 0]:.0f}} is bad")
+        if self.kind == "memory" and len(x) > self.fits:
+            torch.empty(len(x), 2**45)
+        y = 2 * x
+        if self.kind == "nan":
+            y = y.masked_fill(bad[:, None], float("nan"))
+        if self.kind == "infinite":
+            y = y.masked_fill(bad[:, None], float("-inf"))
+        return y.long() if self.kind == "whole numbers" else y
+'''
+SAMPLES, BATCH = 50, 8
+BAD = [13, 14, 29]
+
+
+@pytest.fixture
+def infer(tmp_path: Path) -> Any:
+    np.save(tmp_path / "x.npy", np.arange(SAMPLES, dtype=np.float32).repeat(2).reshape(-1, 2))
+
+    def run(
+        kind: str = "raise", bad: list[int] | None = None, fits: int = 5, **changes: Any
+    ) -> RunResult:
+        file = tmp_path / "net.py"
+        file.write_text(MODEL.format(BAD=[float(i) for i in (BAD if bad is None else bad)]))
+        given: dict[str, Any] = {
+            "model": {
+                "source": "python",
+                "target": f"{file}:Net",
+                "args": {"kind": kind, "fits": fits},
+            },
+            "data": {"source": "arrays", "path": str(tmp_path / "x.npy"), "batch_size": BATCH},
+            "output": {"path": str(tmp_path / "run")},
+        }
+        return gradrun.infer(given, trust_code=True, overwrite=True, **changes)
+
+    return run
+
+
+def rows(tmp_path: Path) -> np.ndarray[Any, Any]:
+    return np.load(tmp_path / "run" / "predictions.npy")
+
+
+def quarantined(tmp_path: Path) -> list[dict[str, Any]]:
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def warning(result: RunResult, code: str) -> str:
+    (text,) = [w.text for w in result.warnings if w.code == code]
+    return text
+
+
+QUARANTINE = {"run.on_error": "quarantine"}
+
+
+# --- bad samples -------------------------------------------------------------------------------
+
+
+def test_by_default_a_bad_sample_ends_the_run_and_the_samples_before_it_stay(
+    infer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(RunFailed, match="batch 1, which begins at sample 8, failed: ValueError"):
+        infer()
+    assert len(rows(tmp_path)) == 8
+    assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["raise", "writes"])
+def test_bad_samples_are_set_apart_and_the_others_predicted_in_their_places(
+    infer: Any, tmp_path: Path, kind: str
+) -> None:
+    result = infer(kind, **QUARANTINE)
+    found = rows(tmp_path)
+    good = [i for i in range(SAMPLES) if i not in BAD]
+    assert found[good, 0].tolist() == [2.0 * i for i in good]
+    assert np.isnan(found[BAD]).all()
+    lines = quarantined(tmp_path)
+    assert [(line["sample"], line["id"]) for line in lines] == [(i, i) for i in BAD]
+    assert all(line["error"].startswith("ValueError: sample") for line in lines)
+    assert all("in forward" in line["traceback"] for line in lines)
+    assert all(line["traceback"].count("Traceback") == 1 for line in lines)
+    assert result.predictions == SAMPLES
+    assert warning(result, "quarantined").startswith("3 samples could not be predicted")
+    assert "nonfinite" not in {w.code for w in result.warnings}
+
+
+@pytest.mark.parametrize("bad", [[0], [7], [0, 1, 2, 3, 4, 5, 6], [49], list(range(8, 16))])
+def test_bad_samples_may_lie_anywhere_even_fill_a_batch(
+    infer: Any, tmp_path: Path, bad: list[int]
+) -> None:
+    infer(bad=bad, **QUARANTINE)
+    assert [line["sample"] for line in quarantined(tmp_path)] == bad
+    assert np.isnan(rows(tmp_path)[:, 0]).nonzero()[0].tolist() == bad
+
+
+def test_where_the_whole_first_batch_is_bad_there_is_nothing_to_learn_from(infer: Any) -> None:
+    with pytest.raises(ConfigError, match="the model refuses the input"):
+        infer(bad=list(range(8)), **QUARANTINE)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "safetensors"])
+def test_every_sink_marks_the_place_of_a_bad_sample(infer: Any, tmp_path: Path, form: str) -> None:
+    infer(**QUARANTINE, **{"output.format": form})
+    if form == "jsonl":
+        lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        assert [line["id"] for line in found if line["prediction"] is None] == BAD
+        assert found[12]["prediction"] == [24.0, 24.0]
+    else:
+        found = load_file(tmp_path / "run" / "predictions-00000.safetensors")["prediction"]
+        assert found.isnan().all(1).nonzero().flatten().tolist() == BAD
+
+
+def test_of_whole_numbers_the_least_marks_the_place(infer: Any, tmp_path: Path) -> None:
+    infer(**QUARANTINE, output={"path": str(tmp_path / "run"), "transform": "argmax"})
+    found = rows(tmp_path)
+    assert found[BAD].tolist() == [np.iinfo(np.int64).min] * 3
+
+
+def test_more_bad_samples_than_allowed_end_the_run(infer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"3 samples failed, more than run\.max_errors allows"):
+        infer(**QUARANTINE, **{"run.max_errors": 2})
+    assert len(rows(tmp_path)) == 24
+    infer(**QUARANTINE, **{"run.max_errors": 3})
+
+
+def test_batches_that_were_rescued_are_not_timed(infer: Any) -> None:
+    (measured,) = infer(**QUARANTINE).measurements
+    assert measured.batch_sizes == (8, 8, 8, 8, 2)
+    assert len(measured.batch_seconds) == 5
+
+
+def test_a_resume_drops_what_was_set_apart_after_the_last_commit(
+    infer: Any, tmp_path: Path
+) -> None:
+    """Samples 13 and 14 are committed with the first stop; 29 is found by the second run."""
+    with pytest.raises(RunFailed):
+        infer(**QUARANTINE, **{"run.max_errors": 2})
+    assert len(quarantined(tmp_path)) == 3
+    config = json.loads((tmp_path / "run" / "result.json").read_text())["config"]
+    with pytest.raises(RunFailed, match=r"more than run\.max_errors"):
+        gradrun.infer(config, trust_code=True, resume=True)
+    assert [line["sample"] for line in quarantined(tmp_path)] == BAD
+    assert len(rows(tmp_path)) == 24
+
+
+# --- NaN and infinity --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinite"])
+@pytest.mark.parametrize("form", ["npy", "jsonl", "safetensors"])
+def test_predictions_that_are_no_numbers_are_counted_and_kept(
+    infer: Any, tmp_path: Path, kind: str, form: str
+) -> None:
+    result = infer(kind, **{"output.format": form})
+    assert warning(result, "nonfinite").startswith("3 predictions hold NaN or an infinity")
+    if form == "npy":
+        assert (~np.isfinite(rows(tmp_path)[:, 0])).nonzero()[0].tolist() == BAD
+
+
+def test_they_can_be_set_apart(infer: Any, tmp_path: Path) -> None:
+    result = infer("infinite", **{"run.on_nonfinite": "quarantine"})
+    assert [line["sample"] for line in quarantined(tmp_path)] == BAD
+    assert np.isnan(rows(tmp_path)[BAD]).all()
+    assert rows(tmp_path)[12].tolist() == [24.0, 24.0]
+    assert "nonfinite" not in {w.code for w in result.warnings}
+    assert sum(result.measurements[0].batch_sizes) == SAMPLES, "the forward was sound, and timed"
+
+
+def test_or_end_the_run(infer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="sample 13 has an output that is NaN or infinite"):
+        infer("nan", **{"run.on_nonfinite": "stop"})
+    assert len(rows(tmp_path)) == 8
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fits", [5, 4, 1, 7])
+def test_where_memory_runs_out_batches_are_cut_and_order_is_kept(
+    infer: Any, tmp_path: Path, fits: int
+) -> None:
+    result = infer("memory", fits=fits)
+    assert rows(tmp_path)[:, 0].tolist() == [2.0 * i for i in range(SAMPLES)]
+    (measured,) = result.measurements
+    assert measured.batch_limit is not None
+    assert measured.batch_limit <= fits
+    assert max(measured.batch_sizes) == measured.batch_limit
+    assert "memory ran out at sample 0" in warning(result, "out_of_memory")
+
+
+def test_memory_that_runs_out_later_is_the_same(infer: Any, tmp_path: Path) -> None:
+    """The first batches fit: the model fails from its sixth call on, for more than 5 samples."""
+    text = (
+        "import torch\nfrom torch import nn\nclass Net(nn.Module):\n"
+        "    calls = 0\n"
+        "    def __init__(self, kind, fits):\n        super().__init__()\n"
+        "    def forward(self, x):\n"
+        "        if x[:, 0].max() >= 24 and len(x) > 5:\n"
+        "            torch.empty(len(x), 2**45)\n"
+        "        return 2 * x\n"
+    )
+    (tmp_path / "late.py").write_text(text)
+    target = {"model": {"target": f"{tmp_path / 'late.py'}:Net"}}
+    result = infer(**target)
+    assert rows(tmp_path)[:, 0].tolist() == [2.0 * i for i in range(SAMPLES)]
+    assert result.measurements[0].batch_sizes == (8, 8, 8, *(4,) * 4, 2)
+    assert "at sample 24" in warning(result, "out_of_memory")
+
+
+def test_a_sample_that_does_not_fit_alone_ends_the_run_with_the_figures(
+    infer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"torch asked for .*iB, and .*iB of the machine's"):
+        infer("memory", fits=0)
+
+
+def test_the_command_tells_of_both_and_ends_well(cli: Command, infer: Any, tmp_path: Path) -> None:
+    result = infer("memory", fits=4)
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(result.config))
+    answer = cli("infer", file, "--overwrite", "--trust-code")
+    assert answer.code == 0, answer.text
+    assert "cut down: memory ran out" in answer.out
+    assert "50 predictions" in answer.out
+
+
+def test_errors_of_ours_are_never_set_apart(infer: Any) -> None:
+    """An output that cannot be kept is the config's fault, not a sample's."""
+    with pytest.raises(ConfigError, match="argmax"):
+        infer(bad=[], **QUARANTINE, output={"path": "/tmp", "transform": "argmax", "dim": 5})
+
+
+def test_a_mode_of_torch_is_as_it_was_after_a_rescue(infer: Any) -> None:
+    infer(**QUARANTINE)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
