@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradrun.gradmode import GradMode
+from gradrun.reports.comparison import outputs_text
 from gradrun.reports.terminal import DASH, model_name, nearest, printable
 from gradrun.result import Finding, Measurement, RunResult
 from gradrun.safety import errors_in, verdict
@@ -60,19 +61,13 @@ def _modes_table(result: RunResult) -> Table:
         safe = Text("yes", "green")
         if errors:
             safe = Text(count_text(len(errors), "error"), "bold red")
-        equal = agreed.get(mode.value)
-        outputs = "baseline" if equal is None else _outputs(equal.bitwise, equal.max_abs_diff)
         table.add_row(
             Text(mode.value),
             safe,
             *(Text(_bytes(found, f)) for f in ("forward_peak", "retained")),
-            Text(outputs, "" if equal is None or equal.equal else "bold red"),
+            outputs_text(agreed.get(mode.value)),
         )
     return table
-
-
-def _outputs(bitwise: bool, difference: float) -> str:
-    return "same to the bit" if bitwise else f"differ by up to {difference:.2g}"
 
 
 def _bytes(measured: Measurement, field: str) -> str:

@@ -117,12 +117,13 @@ def _memory_table(result: RunResult, by_variant: dict[str, list[Measurement]]) -
         table.add_row(
             Text(printable(name)),
             *(Text(DASH if count is None else bytes_text(count)) for count in counts),
-            _outputs(agreed.get(name)),
+            outputs_text(agreed.get(name)),
         )
     return table
 
 
-def _outputs(found: Equivalence | None) -> Text:
+def outputs_text(found: Equivalence | None) -> Text:
+    """How far a variant's outputs are from the baseline's."""
     if found is None:
         return Text("baseline", "dim")
     if found.bitwise:
