@@ -417,7 +417,8 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
         if debug:
             raise
         if error.result is not None:
-            with suppress(GradrunError):  # the first error is the one to tell
+            # The first error is the one to tell, whatever ends the tables.
+            with suppress(GradrunError, OSError, KeyboardInterrupt):
                 _answer(error.result, console, json_file)
         _tell(error)
 

@@ -13,7 +13,7 @@ from gradrun.sinks import Sink
 SECONDS = 1.0
 BYTES = 64 * 1024 * 1024
 
-_SHARE = 0.04
+_SHARE = 0.01
 """Of the time that commits may take: on a slow disk they come less often."""
 
 
@@ -24,7 +24,8 @@ class Keeper:
         self.sink, self.journal = sink, journal
         self.batch_size = batch_size
         self._most_rows = max(1, BYTES // max(1, row_bytes))
-        self._kept = sink.written
+        self.kept = sink.written
+        """Samples that the journal tells of."""
         self._due = time.monotonic() + SECONDS
         self._broken = False
         self._untold: list[Committed] = []
@@ -38,7 +39,7 @@ class Keeper:
         written = self.sink.written
         # A resume begins with a whole batch, so that batches are cut as they were.
         whole = written % self.batch_size == 0
-        late = time.monotonic() >= self._due or written - self._kept >= self._most_rows
+        late = time.monotonic() >= self._due or written - self.kept >= self._most_rows
         if late and whole:
             self.commit()
 
@@ -52,7 +53,6 @@ class Keeper:
             # A disk that failed to sync may have dropped what it held: nothing more is promised.
             self._broken = True
             raise
-        self._kept = self.sink.written
         self._due = time.monotonic() + max(SECONDS, (time.monotonic() - began) / _SHARE)
 
     def close(self) -> None:
@@ -72,4 +72,4 @@ class Keeper:
     def _tell(self) -> None:
         while self._untold:
             self.journal.add(self._untold[:1])
-            del self._untold[0]
+            self.kept = self._untold.pop(0).stop

@@ -153,6 +153,8 @@ def conditional_inference_mode(condition: Condition) -> ModeGuard:
 
 
 def _named(mode: GradMode | str) -> GradMode:
+    if isinstance(mode, GradMode):
+        return mode
     try:
         return GradMode(mode)
     except ValueError:

@@ -19,7 +19,7 @@ from gradrun.result import RunResult
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "configs").glob("*.yaml"))
-COMMANDS = ["infer", "validate", "init", "schema"]
+COMMANDS = ["infer", "modes", "validate", "init", "schema"]
 
 CONFIG = """\
 model:

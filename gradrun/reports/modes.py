@@ -20,6 +20,9 @@ _DIFFERS = "bold red"
 _CELL, _LAST = 14, 16
 """The width of a cell: "RuntimeError" with its mark; the last has "inference_mode"."""
 
+Questions = dict[str, dict[GradMode | None, Fact]]
+"""question -> mode -> fact, in the order of asking."""
+
 
 def show(proven: ModeFacts, console: Console) -> None:
     """Print all facts, what differs with its reason, and a sentence that says how many hold."""
@@ -39,10 +42,6 @@ def show(proven: ModeFacts, console: Console) -> None:
     if any(fact.observed != fact.expected for fact in proven.facts):
         console.print()
     console.print(_closing(proven))
-
-
-Questions = dict[str, dict[GradMode | None, Fact]]
-"""question -> mode -> fact, in the order of asking."""
 
 
 def _topics(proven: ModeFacts) -> dict[str, Questions]:

@@ -26,6 +26,9 @@ import gradrun
 from gradrun import device as machine
 from gradrun.config import RunConfig
 from gradrun.data_sources import open_data
+from gradrun.fingerprint import fingerprint
+from gradrun.journal import Journal
+from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink
@@ -67,14 +70,18 @@ def main() -> None:
 
 
 def loop(folder: Path) -> list[float]:
-    """16,000 samples of 64 floats, batch 8, 8 x (Linear 64, ReLU), .npy to .npy."""
+    """160,000 samples of 64 floats, batch 8, 8 x (Linear 64, ReLU), .npy to .npy.
+
+    gradrun's side syncs to the disk and keeps a journal, which nobody does by hand.
+    """
     source = folder / "inputs.npy"
-    np.save(source, np.random.default_rng(0).standard_normal((16_000, 64), dtype=np.float32))
+    np.save(source, np.random.default_rng(0).standard_normal((160_000, 64), dtype=np.float32))
     config = _loop_config(source, folder / "loop")
     ratios = []
     with machine.prepared(config.run) as device:
         model = load_model(config.model, device)
         data = open_data(config.data, 0)
+        head = fingerprint(config, data.samples, gradrun.__version__)
 
         def by_hand() -> float:
             began = time.perf_counter()
@@ -89,9 +96,11 @@ def loop(folder: Path) -> list[float]:
             outputs = runner.prepare()
             began = time.perf_counter()
             sink = open_sink(config.output, data.samples)
+            journal = Journal(config.output.path / "journal.jsonl", head)
             sink.open(outputs)
-            gathered = runner.run(sink)
-            sink.close()
+            keeper = Keeper(sink, journal, 8, row_bytes=256)
+            gathered = runner.run(sink, keeper.look)
+            keeper.close()
             if gathered.stopped:
                 raise gathered.stopped
             return time.perf_counter() - began

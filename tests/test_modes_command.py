@@ -1,0 +1,85 @@
+"""`gradrun modes` as a user types it: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradrun import probes
+from gradrun.probes.probe import same
+from gradrun.result import ModeFacts
+from tests.conftest import Command
+
+TOPIC = "r after the block"
+
+
+@pytest.fixture
+def one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask a few questions only."""
+    monkeypatch.setattr(probes, "TOPICS", {TOPIC: probes.TOPICS[TOPIC]})
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch, one_topic: None) -> None:
+    """Claim of one question what is not so in inference mode."""
+    first, *others = probes.TOPICS[TOPIC]
+    claimed = dataclasses.replace(first, expected=same("works"))
+    monkeypatch.setattr(probes, "TOPICS", {TOPIC: (claimed, *others)})
+
+
+def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
+    answer = process("modes", "--json", "-")
+    assert answer.code == 0, answer.text
+    proven = ModeFacts.model_validate_json(answer.out)
+    assert {fact.topic for fact in proven.facts} == set(probes.TOPICS)
+    assert not proven.differing
+    # The page goes to stderr, and what torch warns of goes nowhere.
+    assert answer.err.lstrip().startswith(f"torch {torch.__version__}")
+    assert f"{len(proven.facts)} facts proven on torch" in answer.err
+    assert "Warning" not in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_the_page_goes_to_stdout(cli: Command, one_topic: None) -> None:
+    answer = cli("modes", "--device", "cpu")
+    assert (answer.code, answer.err) == (0, "")
+    assert "27 facts proven" in answer.out
+
+
+def test_a_difference_is_exit_3_told_and_written(cli: Command, wrong: None, tmp_path: Path) -> None:
+    answer = cli("modes", "--device", "cpu", "--json", tmp_path / "modes.json")
+    assert answer.code == 3
+    assert "✗ RuntimeError" in answer.out
+    told = " ".join(answer.out.split())
+    assert f'{TOPIC} > r.add_(1) > inference_mode: expected "works", got "RuntimeError"' in told
+    assert "read-only outside inference mode" in told
+    assert "1 of 27 facts differ" in told
+    facts = json.loads((tmp_path / "modes.json").read_text())["facts"]
+    assert sum(fact["expected"] != fact["observed"] for fact in facts) == 1
+
+
+def test_quiet_says_it_by_the_exit_code_alone(cli: Command, wrong: None) -> None:
+    answer = cli("modes", "--device", "cpu", "--quiet")
+    assert (answer.code, answer.text) == (3, "")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_exit_2_in_a_sentence(cli: Command, device: str) -> None:
+    answer = cli("modes", "--device", device)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("error: there is no")
+    assert "cpu" in answer.err
+
+
+def test_json_into_a_folder_that_is_not_there_is_an_error_before_anything_runs(
+    cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "TOPICS", {TOPIC: None})  # asking would fail
+    answer = cli("modes", "--json", "nowhere/modes.json")
+    assert answer.code == 2
+    assert "there is no folder nowhere" in answer.err
