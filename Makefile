@@ -40,7 +40,7 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
 	$(BIN)/python tests/bench/compare_bench.py
 
 golden: .venv/.dev ## write the expected reports anew; look at the diff
-	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_comparison_report.py
+	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_*_report.py
 
 clean: ## remove what the other commands made
 	rm -rf .venv dist build configs/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -174,7 +174,7 @@ def compare(
         ),
     ] = None,
     over: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="KEY=A,B", help="Compare along another key: run.threads=1,2."),
     ] = None,
     sets: Sets = None,
@@ -190,6 +190,10 @@ def compare(
 
         if over and modes:
             raise ConfigError("--over compares along one key, --modes along run.mode: name one")
+        if over and len(over) > 1:
+            raise ConfigError("--over compares along one key at a time; it was given twice")
+        if config is None:
+            _say(console, "no config named: this is the bundled example, digits.yaml")
         path = config or bundled("configs") / "digits.yaml"
         settings = load_config(path, sets or [], output_base=None if config else Path.cwd())
         listed = [mode for words in modes or [_ALL_MODES] for mode in words.split(",") if mode]
@@ -198,7 +202,10 @@ def compare(
 
         with status(_console(stderr=True, quiet=quiet)) as progress:
             compared = run(
-                settings, listed, over=_axis(over), trust_code=trust_code, progress=progress
+                settings,
+                listed,
+                over=_axis(over[0] if over else None),
+                trust_code=trust_code, progress=progress
             )
         _answer(compared.result, console, json_file)
 
@@ -332,8 +339,9 @@ def init(
             raise ConfigError(f"{file} exists already; name another file") from error
         except OSError as error:
             raise GradrunError(f"{file} cannot be written: {error.strerror}") from error
+        first = "say in data.inputs what your model takes, then " if target else ""
         trust = " --trust-code" if target else ""
-        _say(console, f"wrote {file}; next: gradrun infer {file}{trust}")
+        _say(console, f"wrote {file}; next: {first}gradrun infer {file}{trust}")
 
 
 @app.command()
@@ -374,7 +382,7 @@ def _axis(over: str | None) -> tuple[str, list[str]] | None:
         return None
     key, equals, values = over.partition("=")
     if not equals or "," not in values:
-        raise ConfigError(f"--over {over}: is written KEY=A,B, such as run.threads=1,2")
+        raise ConfigError(f"--over {over}: takes KEY=A,B with two values or more: run.threads=1,2")
     return key, values.split(",")
 
 

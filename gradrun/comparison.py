@@ -82,8 +82,7 @@ class Session:
             self._time()
             if self._enough(time.monotonic() - began):
                 break
-        self._conclude()
-        return self.found
+        return self.conclude()
 
     # --- the steps -----------------------------------------------------------------------------
 
@@ -206,7 +205,8 @@ class Session:
     def _comparisons(self) -> list[Comparison]:
         return compare_measured(self.found.measurements, self.measure.precision)
 
-    def _conclude(self) -> None:
+    def conclude(self) -> Compared:
+        """What the processes so far amount to."""
         found, measure = self.found, self.measure
         found.comparisons = self._comparisons()
         widest = max((c.relative_width for c in found.comparisons), default=0.0)
@@ -244,6 +244,7 @@ class Session:
                     f"{variant}: tensor memory differs from process to process, so the model's "
                     "allocations are not deterministic; trust no single figure",
                 )
+        return found
 
     def _warn(self, code: str, text: str) -> None:
         self.found.warnings.append(Warning(code=code, text=text))

@@ -12,6 +12,7 @@ from gradrun.units import bytes_text
 
 _WORTH_BYTES = 1024
 _WORTH_SHARE = 0.01
+_NOT_MUCH = 0.05
 
 
 def conclusion(result: RunResult) -> str:
@@ -34,7 +35,7 @@ def _advice(base: str, safe: list[Comparison], memory: dict[str, Memory]) -> str
             f"Use {best.candidate}: {best.ratio:.{ratio_digits(best)}f} times as fast as {base} "
             f"({_interval(best)}){_saving(memory, base, best.candidate)}."
         )
-    level = [c for c in safe if c.verdict == "no_difference"]
+    level = [c for c in safe if c.verdict == "no_difference" or _narrow(c)]
     lean = [c for c in level if _saved(memory, base, c.candidate)]
     if lean:
         best = max(lean, key=lambda c: _saved(memory, base, c.candidate))
@@ -49,14 +50,25 @@ def _advice(base: str, safe: list[Comparison], memory: dict[str, Memory]) -> str
         return f"Stay with {base}: it is the fastest."
     if safe and any(math.isinf(c.high) for c in safe):
         return "Only one process measured both sides, which supports no verdict: ask again."
+    if safe and any(c.relative_width > 1 for c in safe):
+        return (
+            "Too few processes could measure to tell anything: quiet the machine, or raise "
+            "measure.budget (--set measure.budget=120)."
+        )
     if safe:
         widest = max(safe, key=lambda c: c.high - c.low)
         return (
             f"This machine was too noisy to tell: {widest.candidate} / {base} lies anywhere in "
             f"{_interval(widest)}. Close what else runs, lower run.threads, or raise "
-            "measure.budget, and ask again."
+            "measure.budget (--set measure.budget=120), and ask again."
         )
     return ""
+
+
+def _narrow(comparison: Comparison) -> bool:
+    """Whether an interval that decides nothing still says that not much is at stake."""
+    inconclusive = comparison.verdict == "inconclusive"
+    return inconclusive and comparison.low >= 1 - _NOT_MUCH and comparison.high <= 1 + _NOT_MUCH
 
 
 def _difference(found: Equivalence) -> str:

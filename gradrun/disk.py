@@ -6,6 +6,7 @@ here, so that tests can let each call fail.
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Iterator
@@ -50,10 +51,20 @@ def size(descriptor: int) -> int:
     return os.fstat(descriptor).st_size
 
 
-def pieces(descriptor: int, begin: int, end: int) -> Iterator[bytes]:
+def check_size(descriptor: int, least: int, path: Path) -> None:
+    """See that a file holds what the journal says of it.
+
+    Raises:
+        OSError: it is shorter.
+    """
+    if size(descriptor) < least:
+        raise OSError(errno.EIO, "the file holds less than the journal says", path)
+
+
+def pieces(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterator[bytes]:
     """The bytes from begin to end, a MiB at a time; fewer where the file is shorter."""
     while begin < end:
-        piece = os.pread(descriptor, min(_PIECE, end - begin), begin)
+        piece = os.pread(descriptor, min(step, end - begin), begin)
         if not piece:
             return
         yield piece

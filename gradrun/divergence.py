@@ -20,6 +20,8 @@ from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Equivalence
 
+_Named = list[tuple[str, torch.Tensor]]
+
 
 class Side(Protocol):
     """What is compared: a variant that can run any of its batches."""
@@ -40,8 +42,8 @@ def equivalence(base: Side, candidate: Side) -> Equivalence:
     """The candidate's outputs beside the baseline's, on the batches that both have."""
     measure = candidate.config.measure
     greatest, bitwise, equal = 0.0, True, True
-    for number in range(min(len(base.batches), len(candidate.batches))):
-        ours, theirs = _outputs(base, number), _outputs(candidate, number)
+    alike = base.batches[0].size == candidate.batches[0].size
+    for ours, theirs in _batchwise(base, candidate) if alike else _samplewise(base, candidate):
         if [(name, t.shape) for name, t in ours] != [(name, t.shape) for name, t in theirs]:
             greatest, bitwise, equal = math.inf, False, False
             break
@@ -56,8 +58,27 @@ def equivalence(base: Side, candidate: Side) -> Equivalence:
         bitwise=bitwise,
         max_abs_diff=greatest,
         equal=bitwise or equal,
-        first_module=None if bitwise else first_difference(base, candidate),
+        first_module=None if bitwise or not alike else first_difference(base, candidate),
     )
+
+
+def _batchwise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
+    for number in range(min(len(base.batches), len(candidate.batches))):
+        yield _outputs(base, number), _outputs(candidate, number)
+
+
+def _samplewise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
+    """The samples that both have, once, where they come in batches of different sizes."""
+    count = min(sum(batch.size for batch in side.batches) for side in (base, candidate))
+    yield _samples(base, count), _samples(candidate, count)
+
+
+def _samples(side: Side, count: int) -> _Named:
+    parts = [_outputs(side, number) for number in range(len(side.batches))]
+    return [
+        (name, torch.cat([part[i][1] for part in parts])[:count] if tensor.ndim else tensor)
+        for i, (name, tensor) in enumerate(parts[0])
+    ]
 
 
 def first_difference(base: Side, candidate: Side) -> str | None:
@@ -80,7 +101,7 @@ def first_difference(base: Side, candidate: Side) -> str | None:
     return None
 
 
-def _outputs(side: Side, number: int) -> list[tuple[str, torch.Tensor]]:
+def _outputs(side: Side, number: int) -> _Named:
     torch.manual_seed(side.config.run.seed)  # dropout in training mode falls alike
     with state_kept(side.model), _inputs_kept(side.batches[number]), side.active():
         # Copied inside: an output may be the input, which is about to be as it was.
@@ -90,12 +111,13 @@ def _outputs(side: Side, number: int) -> list[tuple[str, torch.Tensor]]:
 @contextmanager
 def _inputs_kept(batch: Batch) -> Iterator[None]:
     """Give a batch that a model writes into its values back, so that both sides get the same."""
-    kept = [tensor.clone() for tensor in batch.tensors()]
+    kept = [(tensor.requires_grad, tensor.detach().clone()) for tensor in batch.tensors()]
     try:
         yield
     finally:
-        for tensor, value in zip(batch.tensors(), kept, strict=True):
-            tensor.copy_(value)
+        with torch.no_grad():
+            for tensor, (requires_grad, value) in zip(batch.tensors(), kept, strict=True):
+                tensor.requires_grad_(requires_grad).copy_(value)
 
 
 @contextmanager

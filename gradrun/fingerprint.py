@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from gradrun.config import PythonModel, RunConfig
+from gradrun.errors import ConfigError
 from gradrun.journal import Head
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
 def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
-    """The head of the journal of a run of this config over so many samples."""
+    """The head of the journal of a run of this config over so many samples.
+
+    Raises:
+        ConfigError: a file cannot be read any more.
+    """
     dumped = config.model_dump(mode="json")
     dumped.pop("measure")  # how a run is measured changes no prediction
     dumped["output"].pop("path")  # a folder may be moved
@@ -53,12 +58,15 @@ def differences(before: Head, now: Head) -> list[str]:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {
-        "size": status.st_size,
-        "time": status.st_mtime_ns,
-        "content": _sampled_checksum(path, status.st_size),
-    }
+    try:
+        status = path.stat()
+        return {
+            "size": status.st_size,
+            "time": status.st_mtime_ns,
+            "content": _sampled_checksum(path, status.st_size),
+        }
+    except OSError as error:  # it was there when it was opened
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _sampled_checksum(path: Path, size: int) -> int:

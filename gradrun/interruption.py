@@ -10,8 +10,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
+
+from gradrun.errors import Interrupted
 
 _OURS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h\n"
@@ -38,9 +40,18 @@ class Interruption:
                     self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.number and isinstance(error, KeyboardInterrupt):
+            ended = Interrupted("interrupted")
+            ended.exit_code = self.exit_code
+            raise ended from error
 
     @property
     def exit_code(self) -> int:

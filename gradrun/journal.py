@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from gradrun import disk
 from gradrun.errors import GradrunError
+
+FORMAT = 1
 
 
 class _Line(BaseModel):
@@ -42,6 +44,8 @@ class Committed(_Line):
     """File name to the CRC-32 of what it holds of these samples."""
     end: NonNegativeInt | None = None
     """Where they end, in bytes, in a file whose rows differ in length."""
+    nonfinite: NonNegativeInt = 0
+    """How many of them hold a NaN or an infinity."""
 
 
 class Kept:
@@ -82,7 +86,8 @@ def read(path: Path) -> Kept:
     """What the journal says; a last line that was cut off does not count.
 
     Raises:
-        GradrunError: it cannot be read, or is damaged elsewhere than at its end.
+        GradrunError: it cannot be read, is damaged elsewhere than at its end, or another gradrun
+            has written it in a format of its own.
     """
     try:
         data = path.read_bytes()
@@ -94,17 +99,32 @@ def read(path: Path) -> Kept:
     ends: list[int] = []
     for number, line in enumerate(lines):
         try:
+            # Not pydantic's own reader, which takes no file name that is no UTF-8.
+            said = json.loads(line)
+            if not parsed:
+                _check_format(said, path)
             kind: type[_Line] = Committed if parsed else Head
-            parsed.append(kind.model_validate_json(line))
+            parsed.append(kind.model_validate(said))
             _check_order(parsed)
-        except (ValidationError, ValueError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines) - 1 and number > 0:
                 break  # a torn sector may end in anything
-            raise GradrunError(f"{path}:{number + 1}  the journal is damaged here") from error
+            raise GradrunError(
+                f"{path}:{number + 1}  the journal is damaged here; --overwrite begins anew"
+            ) from error
         ends.append((ends[-1] if ends else 0) + len(line) + 1)
     if not parsed:
         raise GradrunError(f"{path} is no journal of a run: its first line was cut off")
     return Kept(parsed[0], parsed[1:], ends, torn=ends[-1] < len(data))
+
+
+def _check_format(head: Any, path: Path) -> None:
+    found = head.get("journal", FORMAT) if isinstance(head, dict) else FORMAT
+    if found != FORMAT:
+        raise GradrunError(
+            f"{path} is a journal of format {found!r}, and this gradrun reads format {FORMAT}; go "
+            "on with the gradrun that began it, or begin anew with --overwrite"
+        )
 
 
 def _check_order(parsed: list[Any]) -> None:
@@ -117,6 +137,11 @@ def _check_order(parsed: list[Any]) -> None:
         raise ValueError("the ranges do not follow one another")
 
 
+def draft(path: Path) -> Path:
+    """Where a journal is begun."""
+    return path.with_name(f"{path.name}.tmp")
+
+
 class Journal:
     """The file, open for adding lines."""
 
@@ -127,12 +152,17 @@ class Journal:
             OSError: it cannot be written.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        # Under another name until its head is whole: a journal always says whose it is.
+        place = path if kept else draft(path)
+        flags = os.O_RDWR | os.O_APPEND | (0 if kept else os.O_CREAT)
+        self._descriptor = os.open(place, flags, 0o666)
         self._size = kept.size if kept else 0
         try:
             os.ftruncate(self._descriptor, self._size)
             if kept is None:
                 self._add(head)
+                place.replace(path)
+                disk.sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
@@ -153,7 +183,7 @@ class Journal:
         try:
             disk.write_all(self._descriptor, encoded)
             disk.sync(self._descriptor)
-        except OSError:
+        except BaseException:  # Ctrl-C too: the line will be added once more
             os.ftruncate(self._descriptor, self._size)
             raise
         self._size += len(encoded)

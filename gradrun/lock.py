@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,12 @@ class FolderLock:
         """Let others in; does nothing where it is not held."""
         if self._descriptor < 0:
             return
-        self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
-        self._descriptor = -1
+        try:
+            with suppress(OSError):  # the folder may be gone; a file that stays holds nobody up
+                self.path.unlink()
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def check_free(folder: Path) -> None:

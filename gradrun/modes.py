@@ -180,14 +180,12 @@ class ModeGuard:
 
     def __init__(self, mode: GradMode, condition: Condition = True) -> None:
         self._mode, self._condition = mode, condition
-        # What is remembered belongs to an entry, and entries nest within a thread. While
-        # torch.compile traces there is one thread, and neither a threading.local nor a look at a
-        # signature can be traced.
-        if torch.compiler.is_compiling():
-            self._entries = _Entries()
-        else:
+        # While torch.compile traces there is one thread, and neither a threading.local nor a look
+        # at a signature can be traced.
+        tracing = torch.compiler.is_compiling()
+        self._entries: _Entries = _Entries() if tracing else _OF_THREAD
+        if not tracing:
             _check(condition)
-            self._entries = _EntriesOfThread()
 
     def __enter__(self) -> None:
         holds = self._holds()
@@ -196,10 +194,14 @@ class ModeGuard:
             opened = _enter_inference_mode(True)  # type: ignore[no-untyped-call]
         elif holds:
             torch.set_grad_enabled(self._mode is GradMode.GRAD)
-        self._entries.open.append((grad, opened))
+        self._entries.open.append((self, grad, opened))
 
     def __exit__(self, *_: object) -> None:
-        grad, opened = self._entries.open.pop()
+        entries = self._entries.open
+        at = len(entries) - 1
+        while entries[at][0] is not self:
+            at -= 1
+        grad, opened = entries.pop(at)[1:]
         if opened is not None:
             _exit_inference_mode(opened)  # type: ignore[no-untyped-call]
         torch.set_grad_enabled(grad)
@@ -230,13 +232,18 @@ class ModeGuard:
 
 
 class _Entries:
+    """What guards remember: it belongs to an entry, and entries nest within a thread."""
+
     def __init__(self) -> None:
-        self.open: list[tuple[bool, Any]] = []
-        """(grad flag before, what left inference mode needs), innermost last."""
+        self.open: list[tuple[ModeGuard, bool, Any]] = []
+        """(guard, grad flag before, what ends its inference mode), innermost last."""
 
 
 class _EntriesOfThread(threading.local, _Entries):
     pass
+
+
+_OF_THREAD = _EntriesOfThread()
 
 
 def _check(condition: object) -> None:
@@ -333,6 +340,8 @@ class _Body:
         self._guard = guard
         self._given: _Flags | None = None
         self._own: _Flags | None = None
+        self._entries: list[Any] = []
+        """Of guards that the body is inside of while it is suspended."""
 
     def resume(self, step: Callable[..., Any], *args: Any) -> Any:
         """Run the body to its next suspension, and leave the thread as it was."""
@@ -343,11 +352,16 @@ class _Body:
             with nullcontext() if self._own else self._guard:
                 if not self._own:
                     self._given = _Flags.seen()
+                entries = _OF_THREAD.open
+                outside = len(entries)
+                entries += self._entries
                 try:
                     return step(*args)
                 finally:
                     left = _Flags.seen()
                     self._own = None if left == self._given else left
+                    self._entries = entries[outside:]
+                    del entries[outside:]
 
 
 def _resumed(

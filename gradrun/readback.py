@@ -75,7 +75,7 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
         if length > disk.size(file.fileno()):
             raise ValueError("its header is damaged")
         header = json.loads(file.read(length))
-        first = int(header.pop("__metadata__")["start"])
+        first = int(header.pop("__metadata__")["samples"].partition(":")[0])
         found = 0
         for name in sorted(header):
             begin, end = (8 + length + at for at in header[name]["data_offsets"])

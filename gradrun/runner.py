@@ -184,8 +184,8 @@ class Runner:
     def _rescued(self, batch: Batch, error: Exception, sink: Sink, gathered: Pass) -> None:
         """Write what can be made of a batch that failed, untimed."""
         outputs, missing = self.rescue.failed(gathered.start + gathered.done, batch.size, error)
-        gathered.apart += batch.size
         sink.write(outputs, batch.ids, missing)
+        gathered.apart += batch.size
         gathered.done += batch.size
 
     def _write_checked(self, batch: Batch, outputs: Named, sink: Sink, gathered: Pass) -> None:
@@ -203,6 +203,12 @@ class Runner:
         """Read the meters, then count tensor memory in a pass of its own."""
         resident, method = process.peak_resident()
         allocated, reserved = accelerator.peaks(self.device)
+        if training := self._in_training():
+            self._warn(
+                "training_inside",
+                f"{training} ran in training mode, though model.training is off: its dropout or "
+                "batch norm goes into the predictions; gradrun audit says more",
+            )
         if resident is None:
             self._warn("no_process_peak", "this system does not say a process's peak memory")
         peak, retained = self._memory_pass(gathered)
@@ -251,6 +257,16 @@ class Runner:
         stopped = RunFailed(text)
         stopped.__cause__ = error
         return stopped
+
+    def _in_training(self) -> str:
+        """The modules whose training mode changes predictions, where nobody asked for it."""
+        if getattr(self.config.model, "training", False):
+            return ""
+        kinds = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm
+        named = self.model.named_modules()
+        found = [name for name, m in named if m.training and isinstance(m, kinds)]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return ", ".join(found[:3]) + more
 
     # --- the steps -----------------------------------------------------------------------------
 

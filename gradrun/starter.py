@@ -29,6 +29,7 @@ model:
 data:
   source: synthetic        # random numbers; or arrays (.npy, .npz, .safetensors), records (.csv)
   inputs: {x: {shape: [64]}}           # the shape of one sample%s
+  # inputs: {ids: {shape: [40], dtype: int64, distribution: randint, high: 1000}}
   samples: 10000
   batch_size: 64
   # source: arrays

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gradrun import journal
-from gradrun.errors import ConfigError, RunFailed
+from gradrun.errors import ConfigError, GradrunError, RunFailed
 from gradrun.fingerprint import differences
 from gradrun.journal import Committed, Head, Journal, Kept
 from gradrun.lock import NAME as LOCK
@@ -21,9 +21,13 @@ from gradrun.units import count_text
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"
 
+_BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
+"""What a process leaves behind that died before its run had begun."""
+
 _PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
 _OURS = (
-    *(RESULT, f"{RESULT}.tmp", JOURNAL, "quarantine.jsonl"),
+    *(RESULT, f"{RESULT}.tmp", JOURNAL, f"{JOURNAL}.tmp"),
+    *("quarantine.jsonl", "quarantine.jsonl.tmp"),
     *("predictions.npy", "predictions.*.npy", "predictions.jsonl"),
     *(_PART, f"{_PART}.tmp", f"{_PART}.rest"),
 )
@@ -47,18 +51,9 @@ class RunFolder:
                 there, or a file of `inputs` would be overwritten.
         """
         self.path, self.overwrite, self.resume = path, overwrite, resume
-        self.kept: Kept | None = None
-        """What an earlier run has left to go on with."""
-        try:
-            there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-            taken = path.exists() and (not path.is_dir() or bool(there - {LOCK}))
-        except OSError as error:
-            raise RunFailed(f"{path} cannot be read: {error.strerror}") from error
-        if taken and not path.is_dir():
-            raise ConfigError(f"{path} is a file, where a folder is wanted", "output.path")
         check_free(path)
-        if taken and not overwrite:
-            self._look_back(JOURNAL in there)
+        self.kept = self._look()
+        """What an earlier run has left to go on with."""
         doomed = {file.resolve() for file in self._ours()} if overwrite else set()
         if eaten := [file for file in inputs if file.resolve() in doomed]:
             raise ConfigError(
@@ -67,30 +62,51 @@ class RunFolder:
                 "output.path",
             )
 
-    def _look_back(self, has_journal: bool) -> None:
+    def _look(self) -> Kept | None:
         """Find what is kept of an earlier run, or say why it cannot be gone on with."""
-        kept = journal.read(self.path / JOURNAL) if has_journal else None
+        path = self.path
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"{path} is a file, where a folder is wanted", "output.path")
+            there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+        except OSError as error:
+            raise RunFailed(f"{path} cannot be read: {error.strerror}") from error
+        there -= _BEGINNING
+        if self.resume:  # what is not ours stays, so it is no reason not to begin
+            there &= {file.name for file in self._ours()}
+        if self.overwrite or not there:
+            return None
+        kept = journal.read(path / JOURNAL) if JOURNAL in there else None
         if kept and self.resume:
-            self.kept = kept
-            return
-        if kept and not kept.complete:
+            return kept
+        if kept and not (kept.complete and RESULT in there):
             raise ConfigError(
-                f"{self.path} holds an unfinished run ({kept.stop:,} of "
+                f"{path} holds an unfinished run ({kept.stop:,} of "
                 f"{count_text(kept.head.samples, 'sample')}); --resume goes on with it, "
                 "--overwrite begins anew",
                 "output.path",
             )
         raise ConfigError(
-            f"{self.path} exists already; --overwrite replaces the run in it, and another "
+            f"{path} exists already; --overwrite replaces the run in it, and another "
             "output.path keeps both",
             "output.path",
         )
 
     def finished(self) -> RunResult | None:
-        """The result of the earlier run, where that came to its end."""
-        if self.kept and self.kept.complete and (self.path / RESULT).exists():
-            return RunResult.load(self.path)
-        return None
+        """The result of the earlier run, where that came to its end.
+
+        Raises:
+            GradrunError: it cannot be read.
+        """
+        if not (self.kept and self.kept.complete and (self.path / RESULT).exists()):
+            return None
+        try:
+            result = RunResult.load(self.path)
+        except GradrunError as error:
+            text = f"{error}; the predictions are whole: remove that file, and --resume writes it"
+            raise GradrunError(text) from error
+        # It tells of fewer where a resume was killed between its last commit and its result.
+        return result if result.predictions == self.kept.head.samples else None
 
     def check_same(self, head: Head) -> None:
         """See that a resume would go on with the same run.
@@ -112,25 +128,20 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Make the folder and hold it; files of an earlier run are removed unless it goes on.
-
-        What is not ours stays.
+        """Make the folder and hold it.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds it, or has run in it since it was looked at.
             RunFailed: it cannot be written.
         """
         lock = FolderLock(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.take()
-            if self.kept is None:
-                for file in self._ours():
-                    file.unlink()
-        except OSError as error:
-            lock.release()
-            raise RunFailed(f"{self.path} cannot be written: {error.strerror}") from error
-        try:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock.take()
+            except OSError as error:
+                raise RunFailed(f"{self.path} cannot be written: {error.strerror}") from error
+            self.kept = self._look()
             yield
         finally:
             lock.release()
@@ -138,14 +149,28 @@ class RunFolder:
     def journal(self, head: Head, batch_size: int) -> tuple[Journal, list[Committed]]:
         """The journal, open, and what it tells of an earlier run; only inside `writing`.
 
+        Where there is nothing to go on with, files of an earlier run are removed. What is not ours
+        stays.
+
         Raises:
+            ConfigError: the earlier run is another one.
             OSError: it cannot be written.
         """
-        kept = None
-        if self.kept:
-            # Read again, now that nobody else can write.
-            kept = journal.read(self.path / JOURNAL).without_part_of_a_batch(batch_size)
-        return Journal(self.path / JOURNAL, head, kept), kept.commits if kept else []
+        self.check_same(head)
+        kept = self.kept.without_part_of_a_batch(batch_size) if self.kept else None
+        if kept and kept.commits:
+            return Journal(self.path / JOURNAL, head, kept), kept.commits
+        self.clear()
+        return Journal(self.path / JOURNAL, head), []
+
+    def clear(self) -> None:
+        """Remove the files of a run; only inside `writing`.
+
+        Raises:
+            OSError: one of them cannot be removed.
+        """
+        for file in self._ours():
+            file.unlink(missing_ok=True)
 
     def save(self, result: RunResult) -> None:
         """Write result.json.
@@ -157,4 +182,6 @@ class RunFolder:
             result.save(self.path / RESULT)
         except OSError as error:
             text = f"{self.path / RESULT} cannot be written: {error.strerror}"
-            raise RunFailed(text) from error
+            failed = RunFailed(text)
+            failed.resumable = True
+            raise failed from error

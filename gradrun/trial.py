@@ -55,7 +55,7 @@ class Runnable:
 
     def __init__(self, index: int, name: str, config: RunConfig, marker: Marker) -> None:
         self.index, self.name, self.config, self.marker = index, name, config, marker
-        self.device = machine.resolve(config.run.device)
+        self.device: torch.device
         run = config.run
         self.threads = available_cpus() if run.threads == "auto" else run.threads
         self.model: nn.Module
@@ -164,7 +164,8 @@ def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Itera
 
 def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
     """Give the variant its model and batches: another's, where they are the same."""
-    config, device = runnable.config, runnable.device
+    config = runnable.config
+    device = runnable.device = machine.resolve(config.run.device)
     twin = next((r for r in loaded if r.config.model == config.model and r.device == device), None)
     if twin:
         runnable.model, runnable.load_seconds = twin.model, twin.load_seconds

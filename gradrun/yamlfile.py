@@ -103,6 +103,7 @@ def load_config(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     output_base: Path | None = None,
+    told_as: str = "--set",
 ) -> RunConfig:
     """Read, check and resolve a config.
 
@@ -111,6 +112,7 @@ def load_config(
         overrides: "key.path=value" texts, or a mapping of dotted keys (or sections) to values;
             checked like the file.
         output_base: the folder that a relative output.path starts from; default: the config's.
+        told_as: the place that errors in overrides are told of.
 
     Raises:
         ConfigError: with every problem found, each with its place.
@@ -121,7 +123,7 @@ def load_config(
     else:
         origin = _read(Path(source))
         base = Path(os.path.abspath(source)).parent  # noqa: PTH100 - a link stays a link
-    _override(origin, overrides)
+    _override(origin, overrides, told_as)
     reported = {where for where, _ in origin.problems}
     try:
         config = RunConfig.model_validate_json(
@@ -349,7 +351,9 @@ class _Walk:
 # --- overrides ---------------------------------------------------------------------------------
 
 
-def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any]) -> None:
+def _override(
+    origin: Origin, overrides: Sequence[str] | Mapping[str, Any], told_as: str
+) -> None:
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
             data = json.loads(json.dumps(value, default=str))
@@ -359,17 +363,17 @@ def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any]) -> N
     for text in overrides:
         name, equals, value_text = text.partition("=")
         key = tuple(name.strip().split("."))
-        where, column = Origin("--set"), len(name) + 2
+        where, column = Origin(told_as), len(name) + 2
         if not equals or not all(key):
             where.report(
-                "is written key.path=value, such as run.mode=no_grad", Place("--set", 1, 1, text)
+                "is written key.path=value, such as run.mode=no_grad", Place(told_as, 1, 1, text)
             )
         else:
             _parse(" " * (column - 1) + value_text, where, text)
         if where.problems:
             origin.problems += where.problems
         else:
-            _put(origin, key, where.data, Place("--set", 1, column, text))
+            _put(origin, key, where.data, Place(told_as, 1, column, text))
 
 
 def _put(

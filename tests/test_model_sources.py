@@ -18,8 +18,10 @@ from torch import nn
 import gradrun
 from gradrun.config import ModelConfig
 from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
 from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import first_line, refusal
+from gradrun.model_sources.refusals import first_line, reason, refusal
+from gradrun.modes import grad_mode
 
 # torch.jit announces its retirement; its files stay in use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -410,7 +412,7 @@ def test_weights_from_a_file_reach_every_source_that_builds(mine: Path, source: 
 def refusal_of(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         module(*args, **kwargs)
-    return str(refusal(module, args, kwargs, caught.value))
+    return str(refusal(module, args, kwargs, caught.value, GradMode.GRAD))
 
 
 def test_a_refusal_names_both_shapes_and_the_module() -> None:
@@ -452,10 +454,92 @@ def test_a_refusal_of_a_file_names_the_input_and_what_was_wanted(
 
 def test_a_refusal_for_want_of_memory_asks_for_a_smaller_batch() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore")
-    found = refusal(nn.ReLU(), (X,), {}, error)
+    found = refusal(nn.ReLU(), (X,), {}, error, GradMode.NO_GRAD)
     assert found.key == "data.batch_size"
     assert "choose a smaller batch" in str(found)
     assert "more" not in str(found).split("(")[1]
+
+
+WAYS_BACK = {
+    "backward": lambda made: made.sum().backward(),
+    "grad": lambda made: torch.autograd.grad(made.sum(), [made]),
+}
+
+
+class GoingBack(nn.Module):
+    """Asks for gradients inside its own forward."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.linear, self.way = nn.Linear(4, 2), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.linear(x)
+        WAYS_BACK[self.way](made)
+        return made
+
+
+def error_of(module: nn.Module, mode: GradMode) -> RuntimeError:
+    with pytest.raises(RuntimeError) as caught, grad_mode(mode):
+        module(X)
+    return caught.value
+
+
+@pytest.mark.parametrize("way", WAYS_BACK)
+@pytest.mark.parametrize(
+    ("mode", "instead"),
+    [
+        (GradMode.NO_GRAD, "or torch.enable_grad() around"),
+        (GradMode.INFERENCE_MODE, "or run.mode=no_grad with torch.enable_grad() around"),
+    ],
+)
+def test_a_backward_inside_the_model_is_told_with_mode_line_and_what_to_do(
+    way: str, mode: GradMode, instead: str
+) -> None:
+    module = GoingBack(way)
+    error = error_of(module, mode)
+    line = WAYS_BACK[way].__code__.co_firstlineno
+    text = reason(error, mode)
+    assert text.startswith(f"{way}() at {__file__}:{line} has nothing to go back through: ")
+    assert f"the model ran in {mode}, which records nothing" in text
+    assert f"choose run.mode=grad, {instead} that part of the model" in text
+    refused = refusal(module, (X,), {}, error, mode)
+    assert (str(refused), refused.key) == (text, "run.mode")
+
+
+def test_the_way_out_that_it_names_is_one() -> None:
+    class Enabled(GoingBack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    with torch.no_grad():
+        assert Enabled("backward")(X).shape == (5, 2)
+    assert "inference_mode" in reason(
+        error_of(Enabled("backward"), GradMode.INFERENCE_MODE), GradMode.INFERENCE_MODE
+    )
+
+
+def test_a_backward_that_fails_in_grad_is_no_fault_of_the_mode() -> None:
+    class Frozen(GoingBack):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    error = error_of(Frozen("backward"), GradMode.GRAD)
+    assert reason(error, GradMode.GRAD) == f"RuntimeError: {error}"
+    assert "refuses the input" in str(refusal(Frozen("grad"), (X,), {}, error, GradMode.GRAD))
+
+
+def test_a_backward_of_torchscript_has_no_line_of_python() -> None:
+    class Scripted(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.sum().backward()
+            return x
+
+    error = error_of(torch.jit.script(Scripted()), GradMode.NO_GRAD)
+    error.__traceback__ = None
+    assert reason(error, GradMode.NO_GRAD).startswith("backward() has nothing to go back through")
 
 
 def test_the_first_line_of_an_error_is_never_empty() -> None:

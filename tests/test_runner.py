@@ -87,7 +87,9 @@ class Kept:
 
     def open(self, outputs: dict[str, torch.Tensor]) -> None: ...
 
-    def write(self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str]) -> None:
+    def write(
+        self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str], missing: Any = ()
+    ) -> None:
         self.writing()
         self.rows += outputs["prediction"].flatten().tolist()
         self.ids += ids
@@ -212,6 +214,14 @@ def test_a_model_that_refuses_the_first_batch_is_a_config_error_with_both_shapes
     assert caught.value.key == "data.inputs"
 
 
+def test_a_model_that_goes_back_without_a_graph_is_told_its_mode_and_line() -> None:
+    with pytest.raises(
+        ConfigError, match=r"backward\(\) at .*test_runner.py:\d+.*no_grad"
+    ) as caught:
+        make(Model(lambda: torch.ones(1).backward()), mode="no_grad").prepare()
+    assert caught.value.key == "run.mode"
+
+
 # --- warm-up -----------------------------------------------------------------------------------
 
 
@@ -312,7 +322,6 @@ def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
     [
         (KeyboardInterrupt(), Interrupted, "interrupted"),
         (ValueError("no\nmore"), RunFailed, "begins at sample {first}, failed: ValueError: no"),
-        (torch.OutOfMemoryError("too big"), RunFailed, "OutOfMemoryError: too big"),
         (ConfigError("a bad row", "data"), RunFailed, "a bad row"),
         (
             OSError(28, "No space left on device"),
@@ -320,7 +329,7 @@ def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
             "the predictions cannot be written: No space left",
         ),
     ],
-    ids=["Ctrl-C", "model", "memory", "data", "disk"],
+    ids=["Ctrl-C", "model", "data", "disk"],
 )
 def test_what_stops_the_run_keeps_the_batches_before_it(
     batch: int, error: BaseException, kind: type[GradrunError], text: str
@@ -335,6 +344,14 @@ def test_what_stops_the_run_keeps_the_batches_before_it(
     assert len(measured.batch_seconds) == len(measured.batch_sizes) == batch
     assert (measured.memory.forward_peak, measured.memory.retained) == (None, None)
     assert torch.is_grad_enabled()
+
+
+def test_a_backward_without_a_graph_is_told_as_one_in_later_batches_too() -> None:
+    model = Model(lambda: model.calls == 3 and torch.ones(1).backward())
+    gathered, _ = done(make(model, mode="inference_mode"))
+    text = str(gathered.stopped)
+    assert text.startswith("batch 1, which begins at sample 2, failed: backward() at ")
+    assert "the model ran in inference_mode" in text
 
 
 @pytest.mark.parametrize("where", ["reading", "writing"])
@@ -433,7 +450,7 @@ def test_the_beat_is_told_rising_counts_a_few_times_a_second(time: FakeTime) -> 
     runner.prepare()
     beats: list[tuple[int, float]] = []
     began = time.perf_counter()
-    runner.run(Kept(), lambda count: beats.append((count, time.perf_counter() - began)))
+    runner.run(Kept(), None, lambda count: beats.append((count, time.perf_counter() - began)))
     assert [count for count, _ in beats] == [8, 16, 24, 32, 40]
     gaps = [after - before for (_, before), (_, after) in itertools.pairwise(beats)]
     assert min(gaps) > 0.2

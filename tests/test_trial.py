@@ -321,6 +321,24 @@ def test_a_first_batch_that_is_refused_is_the_configs_fault(bench: Bench, tmp_pa
     assert [e.baseline for e in report.equivalence] == ["no_grad"]
 
 
+@pytest.mark.parametrize("batch", [0, 3])
+def test_a_backward_without_a_graph_names_the_mode_of_its_variant(
+    bench: Bench, tmp_path: Path, batch: int
+) -> None:
+    def go_back(call: Call) -> None:
+        if sum(c.mode == call.mode for c in bench.calls) >= 10 * batch:
+            (torch.ones(1, requires_grad=True) * 2).backward()
+
+    bench.before = go_back
+    report = trial.carry_out(job(tmp_path, seconds=1.0))
+    assert [found.variant for found in report.trials] == ["grad"]
+    for failure in report.failures:
+        assert failure.error.startswith(f"backward() at {__file__}:")
+        assert f"the model ran in {failure.variant}," in failure.error
+        assert failure.config_key == (None if batch else "run.mode")
+    assert {failure.variant for failure in report.failures} == {"no_grad", "inference_mode"}
+
+
 def test_where_all_fail_there_is_a_report_all_the_same(bench: Bench, tmp_path: Path) -> None:
     def fail(call: Call) -> None:
         raise ValueError("no")

@@ -17,6 +17,7 @@ from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Finding
+from gradrun.units import bytes_text
 
 _SETTLING, _WATCHED = 2, 3
 """Batches that may fill caches, and batches that must not hold on to anything."""
@@ -45,7 +46,8 @@ def kept_graphs(subject: Subject) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=subject.label(subject.model),
         source=source_of(subject.model),
-        text=f"{listed} keeps its graph, and with it what backward needs, for as long as it lives",
+        text=f"{listed} keeps its graph as long as it lives, and with it what backward needs"
+        + (f": {bytes_text(retained)}" if retained else ""),
         advice="Find the block that turns gradients on, or detach() what is returned",
         cost=retained,
     )
@@ -78,7 +80,7 @@ def growth(subject: Subject) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=subject.label(owner),
         source=source_of(owner),
-        text=f"Each batch leaves memory behind, {where}, until a long run has none",
+        text=f"Keeps {bytes_text(lost)} of every batch, {where}: a long run ends out of memory",
         advice="Keep numbers, not tensors: .item(), or .detach().cpu() where the tensor is needed",
         cost=lost,
     )

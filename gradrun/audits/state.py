@@ -157,8 +157,8 @@ def _random(subject: Subject, seen: _Seen) -> Iterator[Finding]:
             modes=(subject.mode,),
             module=subject.label(module),
             source=source_of(module),
-            text="Draws random numbers: predictions differ from run to run unless seeded",
-            advice="Pass training=self.training to functional dropout, or set run.seed",
+            text="Draws random numbers, so that there is noise in the predictions",
+            advice="Pass training=self.training to functional dropout; noise is seldom meant",
         )
 
 

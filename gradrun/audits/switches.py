@@ -23,6 +23,7 @@ from gradrun.gradmode import GradMode
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import ModeState, observe
 from gradrun.result import Finding
+from gradrun.units import bytes_text
 
 _GUARDS: list[Any] = [
     torch.no_grad,
@@ -102,9 +103,8 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
     before, after = switch.before, switch.after
     if after.records:
         severity, code = "warning", "tracks"
-        text = (
-            f"Turns gradients on in the middle of {mode}, and saves for a backward that never comes"
-        )
+        saves = f", and saves {bytes_text(cost)} for a backward not to come" if cost else ""
+        text = f"Turns gradients on in the middle of {mode}{saves}"
         advice = "Leave the mode to the caller, or use gradrun.modes.conditional_no_grad"
     elif after.inference and after.grad and not before.grad:
         severity, code = "info", "tracks_in_vain"

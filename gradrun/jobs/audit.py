@@ -145,7 +145,7 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
                 severity="error",
                 code="fails",
                 modes=(subject.mode,),
-                text=f"The model cannot be run: {reason(error, subject.mode)}",
+                text=f"The model cannot be run: {reason(error, subject.mode).rstrip('.')}",
                 advice="",
             )
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradrun import comparison
+from gradrun.complaints import choices
 from gradrun.config import RunConfig
-from gradrun.errors import ConfigError, RunFailed
+from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
@@ -29,7 +30,7 @@ class Comparisons(list[Comparison]):
 
 def compare(
     config: RunConfig | str | Path | Mapping[str, Any],
-    modes: Sequence[GradMode | str] = tuple(GradMode),
+    modes: Sequence[GradMode | str] | str = tuple(GradMode),
     *,
     over: tuple[str, Sequence[Any]] | None = None,
     trust_code: bool = False,
@@ -53,17 +54,27 @@ def compare(
     Raises:
         ConfigError: the config, model or data are wrong.
         RunFailed: a variant could not be run; the error's `result` holds the others.
+        Interrupted: Ctrl-C; the error's `result` holds what had been measured.
     """
     whole = resolved(config, overrides)
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
-    variants = _variants(whole, over or ("run.mode", modes), target)
+    listed = modes.split(",") if isinstance(modes, str) else modes
+    variants = _variants(whole, over or ("run.mode", listed), target)
     folder = RunFolder(target, overwrite=True)  # what is wrong with it is told before, not after
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    session = comparison.Session(variants, whole, trust_code=trusted(trust_code))
+    stopped: GradrunError | None = None
     with located(whole):
-        found = comparison.Session(variants, whole, trust_code=trusted(trust_code)).run(progress)
+        try:
+            found = session.run(progress)
+        except KeyboardInterrupt:
+            found = session.conclude()
+            stopped = Interrupted("interrupted")
     failures = tuple(comparison.sentence(failure) for failure in found.failures)
+    if failures:
+        stopped = RunFailed("\n".join(failures))
     if found.environment is None:
-        raise RunFailed("\n".join(failures) or "no process could measure")
+        raise stopped or RunFailed("no process could measure")
     result = RunResult(
         kind="compare",
         gradrun=found.environment.gradrun,
@@ -78,10 +89,9 @@ def compare(
     )
     with folder.writing():
         folder.save(result)
-    if failures:
-        ended = RunFailed("\n".join(failures))
-        ended.result = result
-        raise ended
+    if stopped:
+        stopped.result = result
+        raise stopped
     answer = Comparisons(result.comparisons)
     answer.result = result
     return answer
@@ -90,6 +100,12 @@ def compare(
 def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) -> list[Variant]:
     """The config once for each value of a key, under names that tell them apart."""
     key, values = axis
+    if key.partition(".")[0] in {"output", "measure"}:
+        raise ConfigError(f"{key} changes nothing that is measured: compare along another key")
+    if key == "run.mode":
+        for value in values:
+            if value not in list(GradMode):
+                raise ConfigError(f"there is no mode {value!r}; {choices(str(value), GradMode)}")
     if len(values) < 2:
         raise ConfigError(f"a comparison takes two values of {key} or more")
     base = config.model_dump(mode="json") | {
@@ -102,6 +118,6 @@ def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) 
         name = str(value) if key == "run.mode" else f"{key}={value}"
         while any(known.name == name for known in variants):
             name += " again"
-        changed = load_config(base, change).model_dump(mode="json")
+        changed = load_config(base, change, told_as="--over").model_dump(mode="json")
         variants.append(Variant(name=name, config=changed))
     return variants

@@ -87,12 +87,13 @@ def infer(
         outputs = runner.prepare()
         sink = open_sink(config.output, data.samples)
         with folder.writing():
-            keeper = _opened(folder, head, sink, outputs, config.data.batch_size)
+            keeper = _opened(runner, folder, head, sink, outputs)
             resumed_at = sink.written
-            runner.rescue.quarantine.keep_before(resumed_at)
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
             measured = runner.finish(gathered, load_seconds, open_seconds)
+            if isinstance(gathered.stopped, Interrupted):
+                gathered.stopped.exit_code = interruption.exit_code
             environment = machine.environment(device)
             result = RunResult(
                 kind="infer",
@@ -112,7 +113,7 @@ def infer(
                 ),
             )
             if gathered.stopped:
-                ended = _ended_early(gathered.stopped, result, folder, sink.written, data.samples)
+                ended = _ended_early(gathered.stopped, result, folder, keeper.kept, data.samples)
                 # The disk that failed the run may fail its report too; the first error is told.
                 with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
                     folder.save(ended.result)
@@ -127,21 +128,26 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - began
 
 
-def _opened(folder: RunFolder, head: Head, sink: Sink, outputs: Named, batch_size: int) -> Keeper:
+def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named) -> Keeper:
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
+    batch_size = runner.config.data.batch_size
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
         journal, kept = folder.journal(head, batch_size)
         try:
             sink.open(outputs, kept)
+            runner.rescue.quarantine.keep_before(sink.written)
         except BaseException:
             journal.close()
+            with suppress(OSError):
+                sink.close()
+            if not kept:  # the run has not begun, so nothing is to be resumed
+                with suppress(OSError):
+                    folder.clear()
             raise
     except GradrunError:
         raise
     except Exception as error:
-        with suppress(OSError):
-            sink.close()
         raise _unwritten(error) from error
     return Keeper(sink, journal, batch_size, row_bytes)
 
@@ -156,7 +162,10 @@ def _predict(
 
     def keep() -> None:
         with interruption.waits():
-            keeper.look()
+            try:
+                keeper.look()
+            except OSError as error:  # the disk's fault, which no batch is to blame for
+                raise _unwritten(error) from error
 
     sink, before = keeper.sink, keeper.sink.written
     gathered = runner.run(sink, keep, beat)
@@ -170,14 +179,13 @@ def _predict(
         gathered.stopped = gathered.stopped or Interrupted("interrupted")
     gathered.total_ns += time.perf_counter_ns() - began
     gathered.trim(sink.written - before)
-    if isinstance(gathered.stopped, Interrupted):
-        gathered.stopped.exit_code = interruption.exit_code
     return gathered
 
 
 def _unwritten(error: Exception) -> RunFailed:
     reason = getattr(error, "strerror", None) or error
-    return RunFailed(f"the predictions cannot be written: {reason}")
+    file = Path(getattr(error, "filename", None) or "").name
+    return RunFailed(f"the predictions cannot be written: {reason}{f' ({file})' if file else ''}")
 
 
 def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named) -> list[Warning]:
@@ -222,13 +230,11 @@ def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named
 
 
 def _ended_early(
-    error: GradrunError, result: RunResult, folder: RunFolder, written: int, samples: int
+    error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
-    note = Warning(code="ended_early", text=f"{error}, after {written:,} of {samples:,} samples")
-    ended = type(error)(
-        f"{error}; {written:,} of {samples:,} predictions are kept in {folder.path}"
-    )
+    note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
+    ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
     ended.__cause__ = error.__cause__  # what --debug shows
     ended.exit_code = error.exit_code
     ended.resumable = True

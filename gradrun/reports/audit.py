@@ -67,6 +67,10 @@ def _modes_table(result: RunResult) -> Table:
             *(Text(_bytes(found, f)) for f in ("forward_peak", "retained")),
             outputs_text(agreed.get(mode.value)),
         )
+    for mode in GradMode:
+        if mode not in measured:
+            failed = Text("cannot run", "bold red")
+            table.add_row(Text(mode.value), failed, DASH, DASH, DASH)
     return table
 
 
@@ -91,27 +95,26 @@ def _source(source: str) -> str:
 
 
 def _body(finding: Finding) -> Text:
-    cost = f" ({bytes_text(finding.cost)})" if finding.cost else ""
     advice = f" {finding.advice}." if finding.advice else ""
-    return Text.assemble(printable(f"{finding.text}{cost}."), (printable(advice), "dim"))
+    return Text.assemble(printable(f"{finding.text}."), (printable(advice), "dim"))
 
 
 def _kept_table(result: RunResult) -> Table:
     """The modules that keep most, and under them what the memory meter found on its own."""
     grad = next(m for m in result.measurements if m.mode is GradMode.GRAD)
     total = sum(kept.bytes for kept in result.kept)
-    table = _table("Kept for backward in grad", "one batch", "share")
+    table = _table("Kept after a batch in grad", "one batch", "share")
+    retained = grad.memory.retained
+    whole = total if retained is None else retained
     shown, rest = result.kept[:_MOST_MODULES], result.kept[_MOST_MODULES:]
     for kept in shown:
-        _row(table, kept.module, kept.bytes, total)
+        _row(table, kept.module, kept.bytes, whole)
     if rest:
-        _row(table, f"{len(rest)} more", sum(kept.bytes for kept in rest), total)
-    retained = grad.memory.retained
-    if retained is not None and retained != total:
-        _row(table, "(seen by the meter alone)", retained - total, retained)
+        _row(table, f"{len(rest)} more", sum(kept.bytes for kept in rest), whole)
+    if whole != total:
+        _row(table, "(elsewhere)", whole - total, whole)
     table.add_section()
-    title = "together" if retained is None else "together: what the meter calls retained"
-    whole = total if retained is None else retained
+    title = "together" if retained is None else "together, as retained above"
     table.add_row(Text(title, "bold"), Text(bytes_text(whole), "bold"), "")
     return table
 

@@ -55,22 +55,30 @@ def _headline(result: RunResult, by_variant: dict[str, list[Measurement]]) -> Te
     machine = result.environment
     processes = count_text(len(first), "fresh process")
     rounds = sum(len(measured.batch_seconds) for measured in first)
+    sizes, threads = _batch_sizes(by_variant), any("threads=" in name for name in by_variant)
     facts = (
         machine.device_name or machine.device,
-        count_text(machine.threads, "thread"),
-        f"batches of {first[0].batch_sizes[0]}" if rounds else "",
+        "" if threads else count_text(machine.threads, "thread"),
+        f"batches of {sizes.pop()}" if rounds and len(sizes) == 1 else "",
         f"{count_text(rounds, 'round')} in {processes}",
     )
     told = printable("  " + ", ".join(filter(None, facts)))
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 
+def _batch_sizes(by_variant: dict[str, list[Measurement]]) -> set[int]:
+    return {size for measured in by_variant.values() for size in measured[0].batch_sizes[:1]}
+
+
 def _time_table(result: RunResult, by_variant: dict[str, list[Measurement]]) -> Table:
-    table = _table("Time", "a batch", "ratio", "95 %", "samples/s", "")
+    # A ratio is of samples; beside batches of several sizes, a batch's time would contradict it.
+    alike = len(_batch_sizes(by_variant)) == 1
+    table = _table("Time", "a batch" if alike else "a sample", "ratio", "95 %", "samples/s", "")
     compared = {c.candidate: c for c in result.comparisons}
     for name, measured in by_variant.items():
-        time = stats.over_processes([median(m.batch_seconds) for m in measured])
-        size = measured[0].batch_sizes[0]
+        size = measured[0].batch_sizes[0] if alike else 1
+        values = [median(m.batch_seconds if alike else m.seconds_per_sample) for m in measured]
+        time = stats.over_processes(values)
         table.add_row(
             Text(printable(name)),
             _seconds(time),
@@ -92,7 +100,7 @@ def _ratio(comparison: Comparison | None) -> tuple[Text, Text]:
         return Text("1"), Text("")
     digits = ratio_digits(comparison)
     interval = DASH  # one process supports none
-    if math.isfinite(comparison.high):
+    if math.isfinite(comparison.high) and comparison.relative_width < 1:
         interval = f"{comparison.low:.{digits}f}–{comparison.high:.{digits}f}"
     return Text(f"{comparison.ratio:.{digits}f}", "bold"), Text(interval, "dim")
 

@@ -40,6 +40,10 @@ class JsonlSink:
         if kept:
             self.written = self._committed = kept[-1].stop
             self._size = kept[-1].end or 0
+            self.nonfinite = self._bad = sum(committed.nonfinite for committed in kept)
+            disk.check_size(self._descriptor, self._size, self.path)
+        else:
+            disk.sync_folder(self.path.parent)
         os.ftruncate(self._descriptor, self._size)
 
     def write(
@@ -57,11 +61,12 @@ class JsonlSink:
             for row, name in enumerate(ids)
         ]
         data = ("\n".join(lines) + "\n").encode()
+        checksum = zlib.crc32(data, self._checksum)
+        bad, size = self._bad + nonfinite_rows(outputs.values()), self._size + len(data)
+        written = self.written + len(ids)
         disk.write_all(self._descriptor, data)
-        self._size += len(data)
-        self._checksum = zlib.crc32(data, self._checksum)
-        self._bad += nonfinite_rows(outputs.values())
-        self.written += len(ids)
+        # Nothing is called from here on, so that Ctrl-C leaves all of these or none.
+        self._size, self._checksum, self._bad, self.written = size, checksum, bad, written
 
     def commit(self) -> list[Committed]:
         if self.written == self._committed:
@@ -72,6 +77,7 @@ class JsonlSink:
             stop=self.written,
             files={self.path.name: self._checksum},
             end=self._size,
+            nonfinite=self._bad - self.nonfinite,
         )
         self.nonfinite, self._committed, self._checksum = self._bad, self.written, 0
         return [committed]

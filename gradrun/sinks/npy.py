@@ -10,7 +10,9 @@ import io
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,14 @@ class NpySink:
 
     def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
         self.written = self._committed = kept[-1].stop if kept else 0
+        self.nonfinite = sum(committed.nonfinite for committed in kept)
         for name, tensor in outputs.items():
             file = f"predictions{'' if name == UNNAMED else f'.{name}'}.npy"
             array = _NpyFile(self.folder / file, self.samples, tensor)
             self._arrays[name] = array
-            array.open(go_on=bool(kept))
+            array.open(self.written)
+        if not kept:
+            disk.sync_folder(self.folder)
 
     def write(
         self,
@@ -65,16 +70,15 @@ class NpySink:
             array.sync(stop)
         bad = np.zeros(stop - start, bool)
         checksums = {a.path.name: a.checksum(start, stop, bad) for a in self._arrays.values()}
-        self._committed, self.nonfinite = stop, self.nonfinite + int(bad.sum())
-        return [Committed(start=start, stop=stop, files=checksums)]
+        nonfinite = int(bad.sum())
+        self._committed, self.nonfinite = stop, self.nonfinite + nonfinite
+        return [Committed(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
 
     def close(self) -> list[Committed]:
-        try:
-            commits = self.commit()
-        finally:
+        with ExitStack() as stack:  # each is closed, whatever befalls the others
             for array in self._arrays.values():
-                array.close(self.written)
-        return commits
+                stack.callback(array.close, self.written)
+            return self.commit()
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
@@ -95,19 +99,23 @@ class _NpyFile:
         self.window: np.ndarray[Any, Any] | None = None
         self.descriptor = -1
 
-    def open(self, *, go_on: bool) -> None:
-        """Make the file, or take an earlier run's as it is; then set the whole size aside."""
-        flags = os.O_RDWR if go_on else os.O_RDWR | os.O_CREAT | os.O_EXCL
+    def open(self, kept: int) -> None:
+        """Make the file, or take one with so many rows; then set the whole size aside."""
+        flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.descriptor = os.open(self.path, flags, 0o666)
-        if not go_on:
-            # Of no samples yet: a run that is killed must not leave zeros that look like results.
-            disk.write_all(self.descriptor, self._header(0))
         try:
+            if kept:
+                disk.check_size(
+                    self.descriptor, len(self.header) + kept * self.row_bytes, self.path
+                )
+            else:
+                # Of no samples yet: what a kill leaves must not be zeros that look like results.
+                disk.write_all(self.descriptor, self._header(0))
             self._reserve(len(self.header) + self.samples * self.row_bytes)
         except OSError:
             os.close(self.descriptor)
             self.descriptor = -1
-            if not go_on:
+            if not kept:
                 self.path.unlink()
             raise
 
@@ -138,15 +146,17 @@ class _NpyFile:
 
     def _map(self, begin: int, rows: int) -> None:
         """Let the last window's pages go, and map the next rows."""
-        self.begin, self.end = begin, min(begin + rows, self.samples)
-        shape = (self.end - begin, *self.row_shape)
+        end = min(begin + rows, self.samples)
+        shape = (end - begin, *self.row_shape)
         if self.row_bytes == 0:
-            self.window = np.empty(shape, self.dtype)
-            return
-        offset = len(self.header) + begin * self.row_bytes
-        mapped = np.memmap(self.path, self.dtype, mode="r+", offset=offset, shape=shape)
-        # The plain array: a memmap's own indexing costs more than the copy of a small row.
-        self.window = np.asarray(mapped)
+            window = np.empty(shape, self.dtype)
+        else:
+            offset = len(self.header) + begin * self.row_bytes
+            # The plain array: a memmap's own indexing costs more than the copy of a small row.
+            window = np.asarray(
+                np.memmap(self.path, self.dtype, mode="r+", offset=offset, shape=shape)
+            )
+        self.begin, self.end, self.window = begin, end, window
 
     def sync(self, written: int) -> None:
         """Say in the header how many rows are there, and bring both to the disk."""
@@ -158,18 +168,15 @@ class _NpyFile:
     def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
         """CRC-32 of the rows start to stop; marks in `bad` those that hold no finite number."""
         begin, end = (len(self.header) + row * self.row_bytes for row in (start, stop))
-        if self.dtype.kind in "fc" and self.row_bytes:
-            for first in range(start, stop, self.step):
-                last = min(first + self.step, stop)
-                rows = self._read(first, last)
-                finite = np.isfinite(rows).reshape(last - first, -1).all(axis=1)
-                bad[first - start : last - start] |= ~finite
-        return disk.checksum(self.descriptor, begin, end)
-
-    def _read(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        begin, end = (len(self.header) + row * self.row_bytes for row in (start, stop))
-        data = b"".join(disk.pieces(self.descriptor, begin, end))
-        return np.frombuffer(data, self.dtype)
+        floats, found, row = self.dtype.kind in "fc", 0, 0
+        for piece in disk.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
+            found = zlib.crc32(piece, found)
+            if floats:
+                finite = np.isfinite(np.frombuffer(piece, self.dtype))
+                rows = len(piece) // self.row_bytes
+                bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
+                row += rows
+        return found
 
     def _count(self, written: int) -> None:
         os.lseek(self.descriptor, 0, os.SEEK_SET)

@@ -61,10 +61,13 @@ class SafetensorsSink:
             for name, tensor in sorted(outputs.items())
         }
         if kept:
-            self.written = self._committed = kept[-1].stop
-            self._ended = self.written - self.written % self._rows
-            self._parts = [self._name(part) for part in range(self.written // self._rows)]
-            self._load(kept)
+            stop = kept[-1].stop
+            self._load(stop // self._rows, stop % self._rows, kept)
+            # Not before: what is closed without its rows must not be ended as a part.
+            self._parts = [self._name(part) for part in range(stop // self._rows)]
+            self.nonfinite = sum(committed.nonfinite for committed in kept)
+            self._ended = stop - stop % self._rows
+            self.written = self._committed = stop
 
     def write(
         self,
@@ -103,7 +106,7 @@ class SafetensorsSink:
             try:
                 disk.write_all(descriptor, data)
                 disk.sync(descriptor)
-            except OSError:
+            except BaseException:  # Ctrl-C too: what comes next is added behind it
                 os.ftruncate(descriptor, size)
                 raise
             finally:
@@ -117,7 +120,7 @@ class SafetensorsSink:
         try:
             if self._ended < self.written:
                 self._end_part()
-        except OSError:
+        except BaseException:
             self.written = self._committed
             raise
         told, self._told = self._told, []
@@ -138,7 +141,8 @@ class SafetensorsSink:
         name = self._name(part)
         committed = self._range(self._committed, stop)[0] if self._committed < stop else None
         tensors = {key: buffer[:rows] for key, buffer in self._buffers.items()}
-        data = save(tensors, {"start": str(start), "stop": str(stop)})
+        # One entry: several would be written in an order that changes from file to file.
+        data = save(tensors, {"samples": f"{start}:{stop}"})
         draft = self.folder / f"{name}.tmp"
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
@@ -165,24 +169,30 @@ class SafetensorsSink:
         data = b"".join(_raw(buffer[begin:end]) for buffer in self._buffers.values())
         files = {self._name(start // self._rows): zlib.crc32(data)}
         row_bytes = sum(buffer[:1].nbytes for buffer in self._buffers.values())
-        end_bytes = end * row_bytes  # in the plain rows
-        return Committed(start=start, stop=stop, files=files, end=end_bytes), data
+        committed = Committed(
+            start=start,
+            stop=stop,
+            files=files,
+            end=end * row_bytes,  # in the plain rows
+            nonfinite=nonfinite_rows(buffer[begin:end] for buffer in self._buffers.values()),
+        )
+        return committed, data
 
     def _tell(self, committed: Committed) -> None:
-        begin = committed.start % self._rows
-        rows = slice(begin, begin + committed.stop - committed.start)
-        self.nonfinite += nonfinite_rows(buffer[rows] for buffer in self._buffers.values())
+        self.nonfinite += committed.nonfinite
         self._committed = committed.stop
         self._told.append(committed)
 
-    def _load(self, kept: Sequence[Committed]) -> None:
+    def _load(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         """Fill the buffers with the committed rows of the part that is not full yet."""
-        part, rows = self.written // self._rows, self.written % self._rows
-        for later in self.folder.glob("predictions-*.safetensors"):
-            if later.name > self._name(part) or (later.name == self._name(part) and not rows):
+        for before in range(part):
+            (self.folder / self._name(before)).stat()
+        # Behind the last commit nothing counts, and a part's rows would be added to a rest's.
+        beyond = self._name(part + 1 if rows else part)
+        for later in self.folder.glob(f"predictions-{'[0-9]' * 5}.safetensors*"):
+            if later.name >= beyond:
                 later.unlink()
         if not rows:
-            self._rest(part).unlink(missing_ok=True)
             return
         ended = self.folder / self._name(part)
         if ended.exists():
@@ -192,6 +202,7 @@ class SafetensorsSink:
             self._write_rest(part, rows, kept)
             ended.unlink()
             return
+        self._cut_rest(part, kept[-1].end or 0)
         data, at = self._rest(part).read_bytes(), 0
         for committed in self._of_part(part, kept):
             first = committed.start % self._rows
@@ -200,7 +211,14 @@ class SafetensorsSink:
                 size = buffer[first:last].nbytes
                 _fill(buffer[first:last], data[at : at + size])
                 at += size
-        os.truncate(self._rest(part), at)
+
+    def _cut_rest(self, part: int, end: int) -> None:
+        descriptor = os.open(self._rest(part), os.O_RDWR)
+        try:
+            disk.check_size(descriptor, end, self._rest(part))
+            os.ftruncate(descriptor, end)
+        finally:
+            os.close(descriptor)
 
     def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         ranges = self._of_part(part, kept)
