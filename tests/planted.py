@@ -254,3 +254,12 @@ def alone(fault: str) -> nn.Module:
     """The faulty module itself."""
     model: nn.Module = globals()[fault]()
     return model
+
+
+class InputGradients(nn.Module):
+    """An energy and its forces: runs in grad alone, and marks its input on the way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        (force,) = torch.autograd.grad((x**2).sum(), x)
+        return force

@@ -375,3 +375,28 @@ def test_the_rows_of_the_others_are_shown_and_saved_all_the_same(
     assert "a line on stdout" not in answer.out
     assert {m.variant for m in result.measurements} == {"inference_mode", "inference_mode again"}
     assert [c.baseline for c in result.comparisons] == ["inference_mode"]
+
+
+def test_a_device_that_is_not_there_is_told_as_infer_tells_it(cli: Command, folder: Path) -> None:
+    answer = cli("compare", "c.yaml", "--over", "run.device=cpu,cuda:99")
+    assert answer.code in {1, 2}
+    assert "there is no cuda:99 here" in answer.err
+
+
+def test_ctrl_c_shows_and_saves_what_was_measured(
+    cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = comparison.Session._enough
+
+    def stop(session: Any, cost: float) -> bool:
+        if len(session.paces) == 2:
+            raise KeyboardInterrupt
+        return enough(session, cost)
+
+    monkeypatch.setattr(comparison.Session, "_enough", stop)
+    answer = cli("compare", "c.yaml", "--modes", "grad,no_grad")
+    assert answer.code == 130, answer.text
+    assert "error: interrupted" in answer.err
+    assert "in 2 fresh processes" in answer.out
+    saved = RunResult.load(next(folder.rglob("result.json")))
+    assert len(saved.comparisons) == 1

@@ -228,3 +228,40 @@ def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> N
     value = base.batches[0].args[0].clone()
     assert equivalence(base, other).bitwise
     assert torch.equal(base.batches[0].args[0], value)
+
+
+# --- batches of different sizes ----------------------------------------------------------------
+
+
+def in_batches(side: Side, *sizes: int) -> Side:
+    """The same samples, cut otherwise."""
+    whole = torch.cat([batch.args[0] for batch in side.batches])
+    parts = torch.split(whole, list(sizes))
+    return Side(
+        side.name, side.model, side.config, [Batch((x,), {}, len(x), range(len(x))) for x in parts]
+    )
+
+
+def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
+    one, other = sides(nn.Linear(4, 3), "no_grad", "no_grad")
+    found = equivalence(one, in_batches(other, 2, 2, 2, 2))
+    assert found.equal
+    assert found.max_abs_diff < 1e-5
+    assert found.first_module is None
+
+
+def test_a_difference_is_still_found_where_batches_differ_in_size() -> None:
+    one, other = sides(InGrad(lambda x: x + 1), "grad", "no_grad")
+    found = equivalence(one, in_batches(other, 3, 5))
+    assert not found.equal
+    assert found.max_abs_diff == pytest.approx(1.0)
+
+
+def test_a_model_that_marks_its_input_leaves_the_batch_as_it_was() -> None:
+    class Marks(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.requires_grad_() * 2
+
+    one, other = sides(Marks(), "grad", "grad")
+    assert equivalence(one, other).bitwise
+    assert not any(batch.args[0].requires_grad for batch in one.batches)

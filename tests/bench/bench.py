@@ -50,6 +50,7 @@ def main() -> None:
             ("whole command: digits against a plain script", 1.15, whole_command),
             ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
+            ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
         ):
             ratios = measure(folder)
             rows.append((title, bar, ratios))
@@ -165,6 +166,32 @@ def memory_growth(folder: Path) -> list[float]:
         return float(_output("-c", code, json.dumps(config)))
 
     return [peak(160_000) / peak(16_000) for _ in range(5)]
+
+
+def flat(folder: Path) -> list[float]:
+    """The resident set at the end of a run over 10 million samples, against that at a tenth."""
+    samples = 10_000_000
+    config = {
+        "model": {"source": "layers", "layers": [{"Linear": [4, 2]}]},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [4]}},
+            "samples": samples,
+            "batch_size": 128,
+        },
+        "output": {"path": str(folder / "flat")},
+    }
+    code = (
+        "import sys, json, gradrun, psutil\n"
+        "sizes = []\n"
+        "def note(done, samples):\n"
+        "    sizes.append((done / samples, psutil.Process().memory_info().rss))\n"
+        "gradrun.infer(json.loads(sys.argv[1]), progress=note)\n"
+        "print(json.dumps(sizes))"
+    )
+    sizes = json.loads(_output("-c", code, json.dumps(config)))
+    tenth = next(size for share, size in sizes if share >= 0.1)
+    return [max(size for _, size in sizes) / tenth]
 
 
 def _loop_config(source: Path, target: Path) -> RunConfig:
