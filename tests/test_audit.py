@@ -115,6 +115,7 @@ def test_a_planted_fault_is_found_and_its_module_named(
         ("TracksByGuard", "tracks"),
         ("StopsGradients", "stops_gradients"),
         ("TracksWithoutNeed", "tracks"),
+        ("CallsTrain", "training_mode"),
     ],
 )
 def test_a_switch_is_found_to_the_line(audited: Any, fault: str, code: str) -> None:

@@ -5,17 +5,22 @@ Knows modules and their tensors; not gradients.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradrun.audits.subject import Subject, source_of, watched
+from gradrun.audits.subject import Subject, source_of, users_line, watched
 from gradrun.gradmode import GradMode
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Finding
+
+_TRAIN = nn.Module.train.__code__
 
 
 def first_run(subject: Subject) -> Iterable[Finding]:
@@ -55,7 +60,7 @@ def disturbed(subject: Subject) -> Iterable[Finding]:
     kept = {name: tensor.detach().clone() for name, tensor in _plain_state(subject.model)}
     parameters = dict(subject.model.named_parameters())
     with state_kept(subject.model):
-        with watched(seen.enter, seen.leave):
+        with watched(seen.enter, seen.leave), _train_calls(seen):
             subject.run(batch)
         changed = [
             name
@@ -89,6 +94,8 @@ class _Seen:
         self.inputs: list[torch.Tensor] = []
         self.training: dict[nn.Module, None] = {}
         self.drew: dict[nn.Module, None] = {}
+        self.switched_on: str | None = None
+        """Where a forward called train()."""
         self.writer: nn.Module | None = None
         self._told: list[bool] = []
         """For each call under way, whether a module inside it is known to draw."""
@@ -120,8 +127,29 @@ class _Seen:
         return [tensor._version for tensor in self.inputs]
 
 
+@contextmanager
+def _train_calls(seen: _Seen) -> Iterator[None]:
+    """Note where train() is called while the block runs."""
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is _TRAIN and frame.f_locals.get("mode", True):
+            seen.switched_on = seen.switched_on or users_line(frame.f_back)
+
+    earlier = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(earlier)
+
+
 def _training(subject: Subject, seen: _Seen) -> Iterator[Finding]:
     asked = getattr(subject.config.model, "training", False)
+    advice = "Call eval() on it in the end, and do not override train()"
+    if asked:
+        advice = "Leave out model.training: true"
+    elif seen.switched_on:
+        advice = "Do not call train() in a forward"
     for module in seen.training:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             text = f"Drops {module.p:.0%} of its input at random: it is in training mode"
@@ -139,11 +167,9 @@ def _training(subject: Subject, seen: _Seen) -> Iterator[Finding]:
             code="training_mode",
             modes=(subject.mode,),
             module=subject.label(module),
-            source=source_of(module),
+            source=seen.switched_on or source_of(module),
             text=text,
-            advice="Leave out model.training: true"
-            if asked
-            else "Call eval() on it, and do not call train() in a forward or override it",
+            advice=advice,
         )
 
 

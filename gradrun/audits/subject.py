@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -118,6 +119,15 @@ def watched(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def users_line(frame: FrameType | None) -> str | None:
+    """file:line of the innermost frame that is no part of torch."""
+    while frame is not None:
+        if not Path(frame.f_code.co_filename).is_relative_to(_TORCH):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return None
 
 
 def source_of(module: nn.Module) -> str | None:

@@ -39,6 +39,8 @@ def show(result: RunResult, console: Console) -> None:
         console.print(_headline(result, by_variant))
         console.print()
         console.print(_time_table(result, by_variant))
+        if result.comparisons:
+            console.print(Text("± and 95 % are over processes; ratios are within each", "dim"))
         console.print()
         console.print(_memory_table(result, by_variant))
         console.print()
