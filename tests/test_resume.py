@@ -1,0 +1,288 @@
+"""Real runs in real processes that are killed, stopped or changed midway, and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gradrun
+from gradrun import journal
+from gradrun.errors import ConfigError, GradrunError, RunFailed
+from tests.conftest import ROOT
+from tests.soak import kill
+
+SAMPLES, BATCH = 60, 4
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: Path) -> None:
+    landed = kill.run(tmp_path, kills=6, seed=1)
+    assert landed.total() == 6
+    assert {sink for sink, _ in landed} == set(kill.SINKS)
+
+
+# --- signals -----------------------------------------------------------------------------------
+
+
+def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes]:
+    """A run under way: its journal tells of something."""
+    process = folder.start("npy", out, *more)
+    while not folder.committed(out) and process.poll() is None:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    folder = kill.Folder(tmp_path)
+    process = started(folder, "out")
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - began < 10, "a loaded machine; alone it is under two seconds"
+    assert process.returncode == code, said
+    text = said.decode()
+    assert "interrupted" in text
+    assert "Traceback" not in text
+    kept = journal.read(tmp_path / "out" / "journal.jsonl")
+    assert 0 < kept.stop < 2000
+    assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.stop
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.stop
+    (line,) = [line for line in text.splitlines() if line.startswith("to go on: ")]
+    words = shlex.split(line.removeprefix("to go on: "))
+    assert words[0] == "gradrun"
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"the first {kept.stop:,} by the run before" in done.stdout
+    assert folder.files("out") == folder.whole("npy")[0]
+
+
+def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(tmp_path: Path) -> None:
+    folder = kill.Folder(tmp_path)
+    process = started(folder, "out")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode in {130, 143}
+    folder.ended(folder.start("npy", "out", "--resume"))
+    assert folder.files("out") == folder.whole("npy")[0]
+
+
+def test_a_second_run_in_the_folder_stops_at_once_and_names_the_first(tmp_path: Path) -> None:
+    folder, long = kill.Folder(tmp_path), ("--set", "data.samples=1000000")
+    first = started(folder, "out", *long)
+    second = folder.start("npy", "out", "--resume", *long)
+    _, said = second.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2, said
+    assert f"process {first.pid} on" in said.decode()
+    third = folder.start("npy", "out", "--resume", *long)  # a dead process holds nothing
+    before = folder.committed("out")
+    while folder.committed("out") == before and third.poll() is None:
+        time.sleep(0.01)
+    third.kill()
+    third.communicate()
+    assert folder.committed("out") > before
+
+
+# --- what changed in between -------------------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, scale=2.0):
+        super().__init__()
+        self.scale, self.linear = scale, nn.Linear(2, 2)
+        self.calls = 0
+
+    def forward(self, x):
+        if x[:, 0].max() >= STOP:
+            raise ValueError("this far and no further")
+        return self.scale * self.linear(x)
+"""
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> dict[str, Any]:
+    """The config of a run that failed at sample 40 of 60, whose weights and model are files."""
+    from safetensors.torch import save_file
+    from torch import nn
+
+    np.save(tmp_path / "x.npy", np.arange(SAMPLES, dtype=np.float32).repeat(2).reshape(-1, 2))
+    layer = nn.Linear(2, 2)
+    save_file({f"linear.{k}": v for k, v in layer.state_dict().items()}, tmp_path / "w.safetensors")
+    (tmp_path / "net.py").write_text(MODEL.replace("STOP", "STOPS_AT") + "\nSTOPS_AT = 40\n")
+    config = {
+        "model": {
+            "source": "python",
+            "target": f"{tmp_path / 'net.py'}:Net",
+            "weights": str(tmp_path / "w.safetensors"),
+        },
+        "data": {"source": "arrays", "path": str(tmp_path / "x.npy"), "batch_size": BATCH},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    with pytest.raises(RunFailed, match="which begins at sample 40"):
+        gradrun.infer(config, trust_code=True)
+    return config
+
+
+def replaced(file: Path, change: Callable[[bytes], bytes]) -> None:
+    """Other content of the same size and the same time of change, as a careless copy leaves it."""
+    status = file.stat()
+    file.write_bytes(change(file.read_bytes()))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
+    "data": (
+        lambda folder, config: replaced(folder / "x.npy", lambda data: data[:-4] + b"abcd"),
+        r"x\.npy has changed \(content\)",
+    ),
+    "data's time": (
+        lambda folder, config: os.utime(folder / "x.npy", (1, 1)),
+        r"x\.npy has changed \(time\)",
+    ),
+    "data's size": (
+        lambda folder, config: np.save(folder / "x.npy", np.zeros((61, 2), np.float32)),
+        r"there were 60 samples and are 61; .*x\.npy has changed \(size, time, content\)",
+    ),
+    "weights": (
+        lambda folder, config: replaced(folder / "w.safetensors", lambda data: data[:-4] + b"abcd"),
+        r"w\.safetensors has changed \(content\)",
+    ),
+    "the model's source": (
+        lambda folder, config: (folder / "net.py").write_text(MODEL.replace("STOP", "99")) and None,
+        r"net\.py has changed",
+    ),
+    "the mode": (
+        lambda folder, config: config.update(run={"mode": "grad"}),
+        r"run\.mode was inference_mode and is grad",
+    ),
+    "an argument": (
+        lambda folder, config: config["model"].update(args={"scale": 3.0}),
+        r"model\.args\.scale was not there and is 3\.0",
+    ),
+    "two keys": (
+        lambda folder, config: config.update(
+            run={"seed": 7}, data=config["data"] | {"batch_size": 5}
+        ),
+        r"data\.batch_size was 4 and is 5; run\.seed was 0 and is 7",
+    ),
+    "the sink": (
+        lambda folder, config: config["output"].update(format="jsonl"),
+        r"output\.format was npy and is jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_resume_of_another_run_is_refused_and_nothing_is_touched(
+    tmp_path: Path, stopped: dict[str, Any], what: str
+) -> None:
+    change, told = CHANGES[what]
+    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    change(tmp_path, stopped)
+    with pytest.raises(ConfigError, match=told):
+        gradrun.infer(stopped, trust_code=True, resume=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+
+
+def test_how_it_is_measured_and_where_it_lies_may_change(
+    tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    stopped["output"]["path"] = str(tmp_path / "moved")
+    stopped["measure"] = {"memory": False}
+    with pytest.raises(RunFailed, match="which begins at sample 40"):
+        gradrun.infer(stopped, trust_code=True, resume=True)
+
+
+def test_without_resume_an_unfinished_run_is_an_error_that_says_what_to_do(
+    stopped: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match=r"40 of 60 samples\); --resume .* --overwrite"):
+        gradrun.infer(stopped, trust_code=True)
+
+
+def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
+    config = {
+        "model": {"source": "zoo", "name": "mlp", "args": {"width": 4}},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    first = gradrun.infer(config, resume=True)
+    again = gradrun.infer(config, resume=True)
+    assert again == first
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text.replace('"journal": 1', '"journal": 2'), "a journal of format 2"),
+        (lambda text: text.replace('"start": 0', '"start": 4'), "journal is damaged here"),
+        (lambda text: "", "no journal of a run"),
+        (lambda text: text[:50], "no journal of a run"),
+    ],
+)
+def test_a_journal_that_is_damaged_is_told_with_its_line(
+    tmp_path: Path, stopped: dict[str, Any], damage: Callable[[str], str], told: str
+) -> None:
+    file = tmp_path / "run" / "journal.jsonl"
+    text = file.read_text() + '{"start": 40, "stop": 44, "files": {}}\n'
+    file.write_text(damage(text))
+    with pytest.raises(GradrunError, match=told):
+        gradrun.infer(stopped, trust_code=True, resume=True)
+
+
+def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
+    tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    with (tmp_path / "run" / "journal.jsonl").open("a") as file:
+        file.write('{"start": 40, "st')
+    with pytest.raises(RunFailed) as ended:
+        gradrun.infer(stopped, trust_code=True, resume=True)
+    assert "torn_journal" in {warning.code for warning in ended.value.result.warnings}
+    assert journal.read(tmp_path / "run" / "journal.jsonl").stop == 40
+
+
+def test_files_that_are_gone_are_an_error_and_not_zeros(
+    tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    (tmp_path / "run" / "predictions.npy").unlink()
+    with pytest.raises(GradrunError, match=r"predictions cannot be written|predictions\.npy"):
+        gradrun.infer(stopped, trust_code=True, resume=True)
+
+
+def test_a_folder_that_is_deleted_while_running_is_an_error_in_a_sentence(tmp_path: Path) -> None:
+    folder = kill.Folder(tmp_path)
+    process = started(folder, "out")
+    shutil.rmtree(tmp_path / "out")
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 1, said
+    assert b"Traceback" not in said
