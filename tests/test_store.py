@@ -22,13 +22,14 @@ def test_a_folder_is_made_with_its_parents_only_when_the_run_begins(
 ) -> None:
     folder = RunFolder(tmp_path / "a" / "b", overwrite=overwrite)
     assert names(tmp_path) == set()
-    folder.begin()
-    assert names(tmp_path / "a") == {"b"}
+    with folder.writing():
+        assert names(tmp_path / "a") == {"b"}
 
 
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
-    RunFolder(tmp_path, overwrite=False).begin()
-    assert names(tmp_path) == set()
+    with RunFolder(tmp_path, overwrite=False).writing():
+        pass
+    assert names(tmp_path) == set(), "the lock is gone with its holder"
 
 
 def test_a_folder_in_use_is_an_error_that_names_overwrite(tmp_path: Path) -> None:
@@ -59,14 +60,15 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(tmp_path: Path) ->
         (tmp_path / name).touch()
     folder = RunFolder(tmp_path, overwrite=True)
     assert names(tmp_path) == {*ours, *theirs}, "nothing goes before the run begins"
-    folder.begin()
+    with folder.writing():
+        folder.clear()
     assert names(tmp_path) == theirs
 
 
 def test_a_result_is_saved_under_its_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out", overwrite=False)
-    folder.begin()
-    folder.save(run_result())
+    with folder.writing():
+        folder.save(run_result())
     assert names(tmp_path / "out") == {"result.json"}
     assert RunResult.load(tmp_path / "out") == run_result()
 
@@ -74,8 +76,11 @@ def test_a_result_is_saved_under_its_name(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_fails_the_run_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = RunFolder(tmp_path / "file" / "out", overwrite=False)
-    with pytest.raises(RunFailed, match="cannot be written: Not a directory"):
-        folder.begin()
+    with (
+        pytest.raises(RunFailed, match="cannot be written: Not a directory"),
+        folder.writing(),
+    ):
+        pass
 
 
 def test_a_folder_that_cannot_be_read_fails_the_run_in_a_sentence(

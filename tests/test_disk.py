@@ -1,0 +1,65 @@
+"""Writes that are whole, syncs that raise, checksums of any stretch."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gradrun import disk
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    descriptor = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_all_is_written_though_the_system_takes_a_little_at_a_time(
+    file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, sizes = os.write, []
+
+    def short(descriptor: int, data: memoryview) -> int:
+        sizes.append(len(data))
+        return write(descriptor, data[:7])
+
+    monkeypatch.setattr(os, "write", short)
+    disk.write_all(file, bytes(range(100)))
+    assert (tmp_path / "file").read_bytes() == bytes(range(100))
+    assert len(sizes) == 15
+
+
+def test_a_failing_write_or_sync_is_raised(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="No space"):
+        disk.write_all(file, b"x")
+    with pytest.raises(OSError, match="No space"):
+        disk.sync(file)
+
+
+def test_a_folder_can_be_synced(tmp_path: Path) -> None:
+    disk.sync_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        disk.sync_folder(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 3_000_000), (5, 6), (7, 7), (1_048_570, 1_048_580)])
+def test_a_checksum_is_of_the_stretch_asked_for(file: int, begin: int, end: int) -> None:
+    data = os.urandom(3_000_000)
+    disk.write_all(file, data)
+    assert disk.checksum(file, begin, end) == zlib.crc32(data[begin:end])
+    assert disk.size(file) == len(data)
+
+
+def test_beyond_the_end_there_is_nothing(file: int) -> None:
+    disk.write_all(file, b"abc")
+    assert b"".join(disk.pieces(file, 1, 100)) == b"bc"

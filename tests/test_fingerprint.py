@@ -1,0 +1,102 @@
+"""What makes two runs the same run, and the words for what differs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradrun.fingerprint import differences, fingerprint
+from gradrun.journal import Head
+from gradrun.yamlfile import load_config
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    np.save(tmp_path / "x.npy", np.zeros((100_000, 4), np.float32))
+    return tmp_path / "x.npy"
+
+
+def head(source: Path, samples: int = 10, **changes: Any) -> Head:
+    config = {
+        "model": {"source": "zoo", "name": "mlp"},
+        "data": {"source": "arrays", "path": str(source)},
+        "output": {"path": str(source.parent / "out")},
+    }
+    return fingerprint(load_config(config, changes), samples, "0.1.0")
+
+
+def test_the_same_run_has_no_differences(source: Path) -> None:
+    assert differences(head(source), head(source)) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"measure.memory": False}, {"output.path": "elsewhere"}, {"run.warmup": 3}]
+)
+def test_what_changes_no_prediction_does_not_count(source: Path, changes: dict[str, Any]) -> None:
+    assert differences(head(source), head(source, **changes)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"run.mode": "grad"}, "run.mode was inference_mode and is grad"),
+        ({"run.seed": 3}, "run.seed was 0 and is 3"),
+        ({"output.transform": "argmax"}, "output.transform was none and is argmax"),
+        ({"model.args": {"width": 4}}, "model.args.width was not there and is 4"),
+    ],
+)
+def test_a_key_that_changed_is_named_with_both_values(
+    source: Path, changes: dict[str, Any], told: str
+) -> None:
+    assert differences(head(source), head(source, **changes)) == [told]
+
+
+def test_the_number_of_samples_counts(source: Path) -> None:
+    told = ["there were 10 samples and are 1,100"]
+    assert differences(head(source), head(source, samples=1100)) == told
+
+
+@pytest.mark.parametrize("place", [0, 128, 200_000, -1])
+def test_content_that_changed_is_seen_where_the_sample_falls(source: Path, place: int) -> None:
+    """First and last bytes always; in between 64 blocks of 4 KiB."""
+    before, status = head(source), source.stat()
+    data = bytearray(source.read_bytes())
+    for offset in (0,) if place in {0, 128, -1} else range(0, 40_000, 4096):
+        data[place + offset] ^= 1
+    source.write_bytes(data)
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert differences(before, head(source)) == [f"{source} has changed (content)"]
+
+
+def test_time_and_size_count_too(source: Path) -> None:
+    before = head(source)
+    os.utime(source, (1, 1))
+    assert differences(before, head(source)) == [f"{source} has changed (time)"]
+    source.write_bytes(source.read_bytes() + b"x")
+    assert "size" in differences(before, head(source))[0]
+
+
+def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("class Net: pass\n")
+
+    def now() -> Head:
+        config = {
+            "model": {"source": "python", "target": f"{tmp_path / 'net.py'}:Net"},
+            "data": {"source": "synthetic", "inputs": {"x": {"shape": [1]}}, "samples": 2},
+            "output": {"path": str(tmp_path / "out")},
+        }
+        return fingerprint(load_config(config), 2, "0.1.0")
+
+    before = now()
+    (tmp_path / "net.py").write_text("class Net: 'another'\n")
+    (told,) = differences(before, now())
+    assert "net.py has changed" in told
+
+
+def test_it_is_the_same_after_it_was_written_and_read(source: Path) -> None:
+    before = head(source)
+    assert differences(Head.model_validate_json(before.model_dump_json()), head(source)) == []

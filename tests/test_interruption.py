@@ -1,0 +1,94 @@
+"""The first signal ends a run in order, the second at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from gradrun.errors import Interrupted
+from gradrun.interruption import Interruption
+from tests.conftest import ROOT
+
+BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+
+
+@BOTH
+def test_the_first_raises_where_it_is_heard(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with Interruption() as interruption:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        assert interruption.exit_code == code
+    assert signal.getsignal(number) is before
+
+
+@BOTH
+def test_what_must_be_whole_is_ended_first(number: int, code: int) -> None:
+    done = []
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with interruption.waits():
+            with interruption.waits():
+                os.kill(os.getpid(), number)
+                done.append("inner")
+            done.append("outer")
+        done.append("never")
+    assert done == ["inner", "outer"]
+    assert interruption.exit_code == code
+
+
+@BOTH
+def test_one_that_nobody_caught_becomes_the_error_with_its_exit_code(
+    number: int, code: int
+) -> None:
+    with pytest.raises(Interrupted) as ended, Interruption():
+        os.kill(os.getpid(), number)
+    assert ended.value.exit_code == code
+
+
+def test_a_second_ends_the_process_at_once() -> None:
+    code = (
+        "import os, signal, time\n"
+        "from gradrun.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    with interruption.waits():\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print('still whole', flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        print('never')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (143, "still whole\n")
+
+
+def test_handlers_of_the_callers_own_stay() -> None:
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with Interruption():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+
+
+def test_in_another_thread_it_does_nothing() -> None:
+    failed = []
+
+    def work() -> None:
+        try:
+            with Interruption() as interruption, interruption.waits():
+                pass
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert failed == []
