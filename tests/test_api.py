@@ -73,6 +73,7 @@ def test_what_it_returns_is_what_it_saves(written: dict[str, Any]) -> None:
     assert RunResult.load("out") == result
     assert json.loads(Path("out/result.json").read_text()) == json.loads(result.to_json())
     assert sorted(file.name for file in Path("out").iterdir()) == [
+        "journal.jsonl",
         "predictions.npy",
         "result.json",
     ]

@@ -125,7 +125,11 @@ def test_infer_writes_predictions_and_prints_both_tables(cli):
     answer = cli("infer", "c.yaml")
     assert answer.code == 0
     assert np.load("out/predictions.npy").shape == (7, 3)
-    assert sorted(path.name for path in Path("out").iterdir()) == ["predictions.npy", "result.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == [
+        "journal.jsonl",
+        "predictions.npy",
+        "result.json",
+    ]
     for word in ("cold start", "p99", "throughput", "Peak memory", "weights", "60 bytes"):
         assert word in answer.out
     assert "out/predictions.npy" in answer.out
@@ -200,7 +204,7 @@ def test_overwrite_replaces_the_run_and_leaves_other_files_alone(cli):
     assert cli("infer", "c.yaml", "--overwrite", "--set", "data.samples=5").code == 0
     left = {path.name for path in Path("out").iterdir()}
     mine = {"notes.txt", "predictions", "my_predictions.npy"}
-    assert left == {"predictions.npy", "result.json"} | mine
+    assert left == {"journal.jsonl", "predictions.npy", "result.json"} | mine
     assert len(np.load("out/predictions.npy")) == 5
 
 

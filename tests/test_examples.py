@@ -69,7 +69,7 @@ def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None
     config = gradrun.load_config(CONFIGS / f"{name}.yaml")
     assert samples == getattr(config.data, "samples", 50 if name == "records" else 500)
     on_disk = {path.name for path in (tmp_path / name).iterdir()}
-    assert on_disk == {*result.files, "result.json"}
+    assert on_disk == {*result.files, "journal.jsonl", "result.json"}
     for file in result.files:
         assert rows(tmp_path / name / file) == samples
 

@@ -102,7 +102,8 @@ def test_the_json_has_the_keys_of_the_design() -> None:
     assert {"model", "data", "run", "output"} <= data["config"].keys()
     (measured,) = data["measurements"]
     assert measured.keys() == {
-        "mode", "process", "variant", "batch_seconds", "batch_sizes", "phases", "memory"
+        "mode", "process", "variant", "batch_seconds", "batch_sizes", "phases", "memory",
+        "batch_limit",
     }  # fmt: skip
     assert {
         "load_model", "open_data", "first_batch", "data", "forward", "output"
