@@ -205,7 +205,8 @@ def compare(
                 settings,
                 listed,
                 over=_axis(over[0] if over else None),
-                trust_code=trust_code, progress=progress
+                trust_code=trust_code,
+                progress=progress,
             )
         _answer(compared.result, console, json_file)
 

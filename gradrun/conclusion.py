@@ -6,6 +6,7 @@ Knows the result alone; its figures are recomputed from raw samples.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from gradrun.result import Comparison, Equivalence, Memory, RunResult
 from gradrun.units import bytes_text
@@ -24,10 +25,17 @@ def conclusion(result: RunResult) -> str:
     if not result.comparisons:
         return "There is nothing to compare: fewer than two variants could be run."
     base = result.comparisons[0].baseline
-    return " ".join(filter(None, (_advice(base, safe, memory), *map(_difference, differ))))
+    return " ".join(
+        filter(None, (_advice(base, result.comparisons, safe, memory), *map(_difference, differ)))
+    )
 
 
-def _advice(base: str, safe: list[Comparison], memory: dict[str, Memory]) -> str:
+def _advice(
+    base: str,
+    compared: Sequence[Comparison],
+    safe: list[Comparison],
+    memory: dict[str, Memory],
+) -> str:
     faster = [c for c in safe if c.verdict == "faster"]
     if faster:
         best = max(faster, key=lambda c: c.low)
@@ -45,9 +53,13 @@ def _advice(base: str, safe: list[Comparison], memory: dict[str, Memory]) -> str
         )
     if level:
         widest = max(level, key=lambda c: max(c.high - 1, 1 - c.low))
-        return f"No difference in time above {_seen(widest)} could be seen: any will do."
+        if len(level) == len(compared):
+            return f"No difference in time above {_seen(widest)} could be seen: any will do."
+        names = " and ".join(c.candidate for c in level)
+        return f"{names}: no difference in time to {base} above {_seen(widest)}; either will do."
     if safe and all(c.verdict == "slower" for c in safe):
-        return f"Stay with {base}: it is the fastest."
+        fastest = "the fastest" if len(safe) == len(compared) else "the fastest with these outputs"
+        return f"Stay with {base}: it is {fastest}."
     if safe and any(math.isinf(c.high) for c in safe):
         return "Only one process measured both sides, which supports no verdict: ask again."
     if safe and any(c.relative_width > 1 for c in safe):

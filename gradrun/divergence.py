@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from gradrun.config import RunConfig
 from gradrun.data_sources.batches import Batch
+from gradrun.errors import ConfigError
 from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Equivalence
@@ -40,7 +41,6 @@ class Side(Protocol):
 
 def equivalence(base: Side, candidate: Side) -> Equivalence:
     """The candidate's outputs beside the baseline's, on the batches that both have."""
-    measure = candidate.config.measure
     greatest, bitwise, equal = 0.0, True, True
     alike = base.batches[0].size == candidate.batches[0].size
     for ours, theirs in _batchwise(base, candidate) if alike else _samplewise(base, candidate):
@@ -51,7 +51,8 @@ def equivalence(base: Side, candidate: Side) -> Equivalence:
             bitwise &= one.dtype == other.dtype and _same_bits(one, other)
             wide = _wide(one), _wide(other)
             greatest = max(greatest, _greatest_difference(*wide))
-            equal &= torch.allclose(*wide, rtol=measure.rtol, atol=measure.atol, equal_nan=True)
+            rtol, atol = _tolerance(candidate.config, wide[0])
+            equal &= torch.allclose(*wide, rtol=rtol, atol=atol, equal_nan=True)
     return Equivalence(
         baseline=base.name,
         candidate=candidate.name,
@@ -60,6 +61,21 @@ def equivalence(base: Side, candidate: Side) -> Equivalence:
         equal=bitwise or equal,
         first_module=None if bitwise or not alike else first_difference(base, candidate),
     )
+
+
+def _tolerance(config: RunConfig, outputs: torch.Tensor) -> tuple[float, float]:
+    """What the config asks for, and no less than the lowest precision in use can promise.
+
+    The steps are those of torch.testing.assert_close: 1.6e-2 for bfloat16, 1e-3 for float16; here
+    they are of the greatest output, since the smaller ones are differences of greater ones.
+    """
+    measure, kinds = config.measure, {getattr(config.model, "dtype", None), config.run.autocast}
+    step = max((_STEPS.get(kind or "", 0.0) for kind in kinds), default=0.0)
+    greatest = float(outputs.abs().max()) if step and outputs.numel() else 0.0
+    return max(measure.rtol, step), max(measure.atol, step * greatest)
+
+
+_STEPS = {"bfloat16": 1.6e-2, "float16": 1e-3}
 
 
 def _batchwise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
@@ -105,7 +121,18 @@ def _outputs(side: Side, number: int) -> _Named:
     torch.manual_seed(side.config.run.seed)  # dropout in training mode falls alike
     with state_kept(side.model), _inputs_kept(side.batches[number]), side.active():
         # Copied inside: an output may be the input, which is about to be as it was.
-        return [(name, t.detach().clone().cpu()) for name, t in tensors_in(side.call(number))]
+        returned = side.call(number)
+        found = [(name, _dense(t.detach()).clone().cpu()) for name, t in tensors_in(returned)]
+    if not found:
+        kind = type(returned).__name__
+        raise ConfigError(
+            f"the model returned {kind}, where a tensor or several are wanted", "model"
+        )
+    return found
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 @contextmanager
@@ -128,7 +155,7 @@ def _recorded(side: Side) -> Iterator[list[tuple[str, str, list[torch.Tensor]]]]
 
     def note(module: nn.Module, _: Any, returned: Any) -> None:
         if module in names:
-            kept = [tensor.detach().clone().cpu() for _, tensor in tensors_in(returned)]
+            kept = [_dense(t.detach()).clone().cpu() for _, t in tensors_in(returned)]
             calls.append((names[module], type(module).__name__, kept))
 
     # A hook of the process, not of a module: nn.TransformerEncoderLayer leaves its fused path

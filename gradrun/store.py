@@ -26,10 +26,10 @@ _BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
 
 _PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
 _OURS = (
-    *(RESULT, f"{RESULT}.tmp", JOURNAL, f"{JOURNAL}.tmp"),
-    *("quarantine.jsonl", "quarantine.jsonl.tmp"),
+    *(RESULT, f"{RESULT}.tmp", "quarantine.jsonl", "quarantine.jsonl.tmp"),
     *("predictions.npy", "predictions.*.npy", "predictions.jsonl"),
     *(_PART, f"{_PART}.tmp", f"{_PART}.rest"),
+    *(f"{JOURNAL}.tmp", JOURNAL),  # last: it says whose the others are
 )
 
 
@@ -160,17 +160,24 @@ class RunFolder:
         kept = self.kept.without_part_of_a_batch(batch_size) if self.kept else None
         if kept and kept.commits:
             return Journal(self.path / JOURNAL, head, kept), kept.commits
-        self.clear()
-        return Journal(self.path / JOURNAL, head), []
+        # First, and in one step: from here on the files of another run count for nothing.
+        begun = Journal(self.path / JOURNAL, head)
+        try:
+            self.clear(begun.path)
+        except BaseException:
+            begun.close()
+            raise
+        return begun, []
 
-    def clear(self) -> None:
-        """Remove the files of a run; only inside `writing`.
+    def clear(self, but: Path | None = None) -> None:
+        """Remove the files of a run, or all but one; only inside `writing`.
 
         Raises:
             OSError: one of them cannot be removed.
         """
         for file in self._ours():
-            file.unlink(missing_ok=True)
+            if file != but:
+                file.unlink(missing_ok=True)
 
     def save(self, result: RunResult) -> None:
         """Write result.json.

@@ -166,7 +166,9 @@ def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
     """Give the variant its model and batches: another's, where they are the same."""
     config = runnable.config
     device = runnable.device = machine.resolve(config.run.device)
-    twin = next((r for r in loaded if r.config.model == config.model and r.device == device), None)
+    seed = config.run.seed  # draws weights and data
+    alike = [r for r in loaded if r.device == device and r.config.run.seed == seed]
+    twin = next((r for r in alike if r.config.model == config.model), None)
     if twin:
         runnable.model, runnable.load_seconds = twin.model, twin.load_seconds
     else:

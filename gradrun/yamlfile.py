@@ -351,9 +351,7 @@ class _Walk:
 # --- overrides ---------------------------------------------------------------------------------
 
 
-def _override(
-    origin: Origin, overrides: Sequence[str] | Mapping[str, Any], told_as: str
-) -> None:
+def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any], told_as: str) -> None:
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
             data = json.loads(json.dumps(value, default=str))

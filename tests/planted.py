@@ -273,3 +273,68 @@ class InputGradients(nn.Module):
         x = x.requires_grad_()
         (force,) = torch.autograd.grad((x**2).sum(), x)
         return force
+
+
+class KeepsCache(nn.Module):
+    """A cache made at the first call and written at each, as for keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: torch.Tensor | None = None
+        self.at = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.cache is None:
+            self.cache = torch.zeros(len(x), 8, 4)
+        self.cache[:, self.at % 8] = x.detach()
+        self.at += 1
+        return x + self.cache.sum(1) * 0
+
+
+class Sparse(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.adjacency, (x * self.weight).t()).t()
+
+
+class FillsABoundedCache(Weighted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: deque[torch.Tensor] = deque(maxlen=16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x * self.weight).detach().clone())
+        return x
+
+
+class RemakesBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = self.mean * 0.9 + x.detach().mean(0) * 0.1
+        return x
+
+
+class ReturnsParameter(Weighted):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, self.weight
+
+
+class Energy(Weighted):
+    """Gradients on for a backward of its own, which is what it is for."""
+
+    @torch.enable_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().clone().requires_grad_()
+        (force,) = torch.autograd.grad((x**2 * self.weight).sum(), x)
+        return force.detach()
+
+
+class WithoutTensors(nn.Module):
+    def forward(self, x: torch.Tensor) -> list[float]:
+        return x.tolist()

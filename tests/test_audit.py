@@ -234,6 +234,32 @@ def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> No
     assert codes(audited("SharesStorage", build="alone")) == set()
 
 
+@pytest.mark.parametrize(
+    ("fault", "clean"),
+    [
+        ("KeepsCache", {"fails", "changes_input"}),
+        ("Sparse", {"fails", "not_looked_at"}),
+        ("FillsABoundedCache", {"memory_grows"}),
+        ("RemakesBuffer", {"made_in_inference_mode"}),
+        ("ReturnsParameter", {"keeps_graph"}),
+    ],
+)
+def test_what_is_sound_is_not_called_a_fault(audited: Any, fault: str, clean: set[str]) -> None:
+    result = audited(fault, build="alone")
+    assert not codes(result) & clean, [(f.code, f.text) for f in result.findings]
+    assert {m.mode for m in result.measurements} == set(GradMode)
+
+
+def test_a_backward_of_its_own_is_not_called_waste(audited: Any) -> None:
+    for finding in audited("Energy", build="alone").findings:
+        assert "backward not to come" not in finding.text
+
+
+def test_a_model_that_returns_no_tensor_is_not_called_safe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the model returned list, where a tensor"):
+        gradrun.audit(config(tmp_path, "WithoutTensors", "alone"), trust_code=True, compile=False)
+
+
 # --- torch.compile -----------------------------------------------------------------------------
 
 

@@ -130,7 +130,8 @@ def test_a_faster_mode_with_other_outputs_is_not_advised() -> None:
     found = outputs("inference_mode", equal=False, difference=0.012, module="blocks.0 (Linear)")
     text = conclusion(result(SLOWER, FASTER, equivalence=(found,)))
     assert text == (
-        "Stay with grad: it is the fastest. inference_mode gives other outputs than grad (by up to "
+        "Stay with grad: it is the fastest with these outputs. inference_mode gives other outputs "
+        "than grad (by up to "
         "0.012, first in blocks.0 (Linear)): use it only if that is what you want."
     )
 

@@ -265,3 +265,14 @@ def test_a_model_that_marks_its_input_leaves_the_batch_as_it_was() -> None:
     one, other = sides(Marks(), "grad", "grad")
     assert equivalence(one, other).bitwise
     assert not any(batch.args[0].requires_grad for batch in one.batches)
+
+
+@pytest.mark.parametrize(("kind", "equal"), [("bfloat16", True), (None, False)])
+def test_what_counts_as_equal_is_what_the_precision_can_promise(
+    kind: str | None, equal: bool
+) -> None:
+    one, other = sides(InGrad(lambda x: x * 1.005), "grad", "no_grad")
+    model = one.config.model.model_copy(update={"dtype": kind})
+    for side in (one, other):
+        side.config = side.config.model_copy(update={"model": model})
+    assert equivalence(one, other).equal is equal

@@ -463,3 +463,31 @@ def test_a_killed_run_leaves_a_file_that_counts_no_row_that_was_not_written() ->
     assert len(left) < 30, "no more than were committed"
     assert np.array_equal(left[:, 0], 2 * np.arange(1, len(left) + 1))
     assert not len(left) or np.array_equal(left.min(1), left.max(1))
+
+
+def test_weights_that_a_model_packs_at_its_first_call_are_packed_once() -> None:
+    """The flag was put back after warm-up and the weights were not: they were packed again."""
+    Path("packs.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weight, self.packed = nn.Parameter(torch.ones(1)), False\n"
+        "    def forward(self, x):\n"
+        "        if not self.packed:\n"
+        "            with torch.no_grad():\n"
+        "                self.weight.mul_(2)\n"
+        "            self.packed = True\n"
+        "        return x * self.weight\n"
+    )
+    np.save("ones.npy", np.ones((12, 1), np.float32))
+    gradrun.infer(
+        {
+            "model": {"source": "python", "target": "packs.py:Net"},
+            "data": {"source": "arrays", "path": "ones.npy", "batch_size": 2},
+            "output": {"path": "packed"},
+        },
+        trust_code=True,
+    )
+    assert np.load("packed/predictions.npy").tolist() == [[2.0]] * 12

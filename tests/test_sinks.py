@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gradrun.config import OutputSection
+from gradrun.journal import Committed, Head, Kept
 from gradrun.outputs import UNNAMED, Named
-from gradrun.sinks import SINKS, Sink, npy, open_sink, safetensors
+from gradrun.readback import Fault, faults
+from gradrun.sinks import SINKS, Sink, jsonl, npy, open_sink, safetensors
 
 SAMPLES, BATCH = 23, 5
 
@@ -229,9 +233,9 @@ def test_safetensors_parts_say_which_samples_they_hold(
     ends = []
     for name in target.files():
         with safe_open(tmp_path / name, framework="pt") as part:
-            held = {key: int(value) for key, value in part.metadata().items()}
-            ends.append((held["start"], held["stop"]))
-            assert torch.equal(part.get_tensor(UNNAMED), rows[held["start"] : held["stop"]])
+            start, stop = map(int, part.metadata()["samples"].split(":"))
+            ends.append((start, stop))
+            assert torch.equal(part.get_tensor(UNNAMED), rows[start:stop])
     assert ends == [(0, 12), (12, 23)]
 
 
@@ -262,3 +266,198 @@ def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path, form: s
     with pytest.raises(FileExistsError):
         sink(tmp_path, form).open({UNNAMED: numbered(2)[:BATCH]})
     assert torch.equal(kept(tmp_path, form), numbered(2))
+
+
+# --- commits, and going on behind them ---------------------------------------------------------
+
+
+def begun(folder: Path, form: str, rows: Named, kept: Sequence[Committed] = ()) -> Sink:
+    target = sink(folder, form)
+    target.open({name: tensor[:BATCH] for name, tensor in rows.items()}, kept)
+    return target
+
+
+def write(target: Sink, rows: Named, start: int, stop: int) -> None:
+    for first in range(start, stop, BATCH):
+        ids = range(first, min(first + BATCH, stop))
+        target.write({name: tensor[first : ids.stop] for name, tensor in rows.items()}, ids)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def faults_of(folder: Path, commits: Sequence[Committed]) -> list[Fault]:
+    head = Head(gradrun="0.1.0", samples=SAMPLES, config={}, files={})
+    return [*faults(folder, Kept(head, commits, [0], torn=False))]
+
+
+SEVERAL = {"states.0": numbered(2, 1).to(torch.int64), "logits": numbered(4), "best": numbered()}
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", SINKS)
+def test_commits_follow_one_another_and_their_checksums_are_of_the_files(
+    tmp_path: Path, form: str
+) -> None:
+    target, commits = begun(tmp_path, form, SEVERAL), []
+    assert target.commit() == [], "nothing was written, so nothing is told"
+    for stop in (5, 15, 20):
+        write(target, SEVERAL, commits[-1].stop if commits else 0, stop)
+        commits += target.commit()
+        assert target.commit() == []
+        assert commits[-1].stop == stop
+        assert not faults_of(tmp_path, commits)
+    write(target, SEVERAL, 20, SAMPLES)
+    commits += target.close()
+    assert [c.start for c in commits] == [0, *(c.stop for c in commits[:-1])]
+    assert commits[-1].stop == SAMPLES
+    assert not faults_of(tmp_path, commits)
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    assert faults_of(tmp_path, commits), "a byte that changed is seen"
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("closed", [False, True], ids=["killed", "closed"])
+@pytest.mark.parametrize("committed", [5, 10, 15, 20])
+@pytest.mark.parametrize("form", SINKS)
+def test_behind_its_last_commit_a_sink_goes_on_to_the_same_bytes(
+    tmp_path: Path, form: str, committed: int, closed: bool
+) -> None:
+    fill(sink(tmp_path / "whole", form), SEVERAL)
+    first, commits = begun(tmp_path / "run", form, SEVERAL), []
+    for start in range(0, committed, BATCH):
+        write(first, SEVERAL, start, start + BATCH)
+        commits += first.commit()
+    write(first, SEVERAL, committed, SAMPLES)  # and of this the journal is never told
+    if closed:
+        first.close()
+    second = begun(tmp_path / "run", form, SEVERAL, commits)
+    assert second.written == committed
+    write(second, SEVERAL, committed, SAMPLES)
+    second.close()
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+    assert second.files() == sorted(contents(tmp_path / "whole"), key=second.files().index)
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", SINKS)
+def test_a_sink_goes_on_as_often_as_it_has_to(tmp_path: Path, form: str) -> None:
+    fill(sink(tmp_path / "whole", form), SEVERAL)
+    commits: list[Committed] = []
+    for stop in (5, 10, 15, 20, SAMPLES):
+        target = begun(tmp_path / "run", form, SEVERAL, commits)
+        write(target, SEVERAL, target.written, stop)
+        commits += target.commit()
+        write(target, SEVERAL, stop, SAMPLES)
+        assert not faults_of(tmp_path / "run", commits)
+    target = begun(tmp_path / "run", form, SEVERAL, commits)
+    target.close()
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", SINKS)
+def test_rows_that_are_not_finite_are_counted_once_resumed_or_not(
+    tmp_path: Path, form: str
+) -> None:
+    logits, best = numbered(4), numbered()
+    logits[[2, 7, 11, 22], [0, 1, 2, 3]] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40])
+    best[[7, 8]] = torch.nan  # the same sample as above, and another
+    rows = {"logits": logits, "best": best, "states.0": SEVERAL["states.0"]}
+    first = begun(tmp_path, form, rows)
+    write(first, rows, 0, 10)
+    commits = first.commit()
+    assert (first.nonfinite, sum(c.nonfinite for c in commits)) == (3, 3)
+    write(first, rows, 10, 15)
+    second = begun(tmp_path, form, rows, commits)
+    assert second.nonfinite == 3
+    write(second, rows, 10, SAMPLES)
+    second.close()
+    assert second.nonfinite == 4
+
+
+def stopped(folder: Path, form: str) -> list[Committed]:
+    """A run that was killed behind its commit of ten rows."""
+    target = begun(folder, form, SEVERAL)
+    write(target, SEVERAL, 0, 10)
+    commits = target.commit()
+    write(target, SEVERAL, 10, 15)
+    return commits
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+@pytest.mark.parametrize("form", SINKS)
+def test_files_that_hold_less_than_the_journal_says_are_refused_and_left_alone(
+    tmp_path: Path, form: str, damage: str
+) -> None:
+    commits = stopped(tmp_path, form)
+    for file in tmp_path.iterdir():
+        if damage == "gone":
+            file.unlink()
+        else:
+            os.truncate(file, 130 if form == "npy" else 9)
+    before = contents(tmp_path)
+    target = sink(tmp_path, form)
+    with pytest.raises(OSError, match=r"No such file|the journal says") as error:
+        target.open({name: tensor[:BATCH] for name, tensor in SEVERAL.items()}, commits)
+    assert str(tmp_path / "predictions") in str(error.value), "it names the file"
+    target.close()
+    assert contents(tmp_path).keys() == before.keys(), "no part is made of rows that are not there"
+
+
+def test_going_on_leaves_files_alone_that_are_only_named_like_ours(tmp_path: Path) -> None:
+    commits = stopped(tmp_path, "safetensors")
+    (tmp_path / "predictions-final.safetensors").write_bytes(b"mine")
+    begun(tmp_path, "safetensors", SEVERAL, commits)
+    assert (tmp_path / "predictions-final.safetensors").read_bytes() == b"mine"
+
+
+def test_going_on_drops_the_rest_of_a_part_that_was_begun_too_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 32)
+    target = begun(tmp_path, "safetensors", SEVERAL)
+    write(target, SEVERAL, 0, 5)
+    told = target.commit()
+    write(target, SEVERAL, 5, 10)
+    target.commit()  # of part 0, and rows of part 1; killed before the journal has either
+    assert {"predictions-00000.safetensors", "predictions-00001.safetensors.rest"} <= contents(
+        tmp_path
+    ).keys()
+    begun(tmp_path, "safetensors", SEVERAL, told)
+    assert contents(tmp_path).keys() == {"predictions-00000.safetensors.rest"}
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {UNNAMED: numbered(2)}
+    target = begun(tmp_path, form, rows)
+    write(target, rows, 0, 10)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if form == "jsonl":
+        monkeypatch.setattr(jsonl, "nonfinite_rows", interrupt)
+    batch = numbered(2)[10:15]
+    batch.numpy = batch.__len__ = interrupt  # type: ignore[method-assign]
+    if form == "safetensors":
+        monkeypatch.setattr(torch.Tensor, "__setitem__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        target.write({UNNAMED: batch}, range(10, 15))
+    monkeypatch.undo()
+    (committed,) = target.close()
+    assert (target.written, committed.stop) == (10, 10)
+    assert torch.equal(kept(tmp_path, form), rows[UNNAMED][:10])
+    assert not faults_of(tmp_path, [committed])
+
+
+def test_parts_of_the_same_rows_have_the_same_bytes(tmp_path: Path) -> None:
+    for i in range(8):
+        fill(sink(tmp_path / str(i), "safetensors"), SEVERAL)
+    assert len({b"".join(contents(tmp_path / str(i)).values()) for i in range(8)}) == 1

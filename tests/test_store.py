@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from gradrun.errors import ConfigError, RunFailed
+from gradrun.errors import ConfigError, GradrunError, RunFailed
+from gradrun.journal import Committed, Head
 from gradrun.result import RunResult
 from gradrun.store import RunFolder
 from tests.results import run_result
@@ -98,3 +101,203 @@ def test_a_result_that_cannot_be_saved_fails_the_run_in_a_sentence(tmp_path: Pat
     folder = RunFolder(tmp_path / "out", overwrite=False)
     with pytest.raises(RunFailed, match=r"result\.json cannot be written: No such file"):
         folder.save(run_result())
+
+
+# --- an earlier run ----------------------------------------------------------------------------
+
+HEAD = Head(gradrun="0.1.0", samples=498, config={"run": {"seed": 0}}, files={})
+
+
+def earlier(path: Path, *stops: int, result: int | None = None) -> Path:
+    """A folder in which a run has committed up to each stop, and left a result of so many."""
+    folder, start = RunFolder(path), 0
+    with folder.writing():
+        journal, kept = folder.journal(HEAD, batch_size=4)
+        assert kept == []
+        for stop in stops:
+            journal.add([Committed(start=start, stop=stop, files={})])
+            start = stop
+        journal.close()
+        (path / "predictions.npy").write_text("of the earlier run")
+        if result is not None:
+            folder.save(run_result(predictions=result))
+    return path
+
+
+def gone_on_with(path: Path, head: Head = HEAD) -> list[int]:
+    """The stops of the commits that a resume goes on behind."""
+    folder = RunFolder(path, resume=True)
+    with folder.writing():
+        journal, kept = folder.journal(head, batch_size=4)
+        journal.close()
+    return [committed.stop for committed in kept]
+
+
+@pytest.mark.parametrize(
+    ("stops", "result", "told"),
+    [
+        ((), None, r"holds an unfinished run \(0 of 498 samples\); --resume .*, --overwrite"),
+        ((8, 16), 16, r"holds an unfinished run \(16 of 498 samples\); --resume .*, --overwrite"),
+        ((8, 498), None, r"holds an unfinished run \(498 of 498 samples\); --resume"),
+        ((8, 498), 498, r"exists already; --overwrite replaces the run in it"),
+    ],
+)
+def test_an_earlier_run_is_an_error_that_says_how_to_go_on(
+    tmp_path: Path, stops: tuple[int, ...], result: int | None, told: str
+) -> None:
+    earlier(tmp_path, *stops, result=result)
+    with pytest.raises(ConfigError, match=told) as caught:
+        RunFolder(tmp_path)
+    assert caught.value.key == "output.path"
+    assert (tmp_path / "predictions.npy").exists()
+
+
+def test_a_resume_goes_on_behind_the_last_whole_batch_and_removes_nothing(tmp_path: Path) -> None:
+    earlier(tmp_path, 8, 16, 18)
+    assert gone_on_with(tmp_path) == [8, 16]
+    assert (tmp_path / "predictions.npy").read_text() == "of the earlier run"
+    assert gone_on_with(tmp_path) == [8, 16], "the journal was cut back"
+
+
+@pytest.mark.parametrize("stops", [(), (3,)])
+def test_where_nothing_whole_was_committed_a_resume_begins_anew(
+    tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    earlier(tmp_path, *stops)
+    assert gone_on_with(tmp_path) == []
+    assert names(tmp_path) == {"journal.jsonl"}
+
+
+@pytest.mark.parametrize("left", [(), (".gradrun.lock",), (".gradrun.lock", "journal.jsonl.tmp")])
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_process_leaves_that_died_before_its_run_began_is_nothing(
+    tmp_path: Path, left: tuple[str, ...], resume: bool
+) -> None:
+    for name in left:
+        (tmp_path / name).write_text("{")
+    folder = RunFolder(tmp_path, resume=resume)
+    assert folder.kept is None
+    with folder.writing():
+        folder.journal(HEAD, batch_size=4)[0].close()
+    assert names(tmp_path) == {"journal.jsonl"}
+
+
+def test_a_resume_minds_files_that_are_ours_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert gone_on_with(tmp_path) == []
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "journal.jsonl").unlink()
+    (tmp_path / "predictions.npy").write_text("of an older gradrun, which kept no journal")
+    with pytest.raises(ConfigError, match="exists already"):
+        RunFolder(tmp_path, resume=True)
+
+
+def test_overwriting_gives_up_the_earlier_run_in_one_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier(tmp_path, 8, 498, result=498)
+    folder = RunFolder(tmp_path, overwrite=True)
+
+    def die(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with folder.writing(), monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", die)
+        with pytest.raises(KeyboardInterrupt):
+            folder.journal(HEAD.model_copy(update={"samples": 7}), batch_size=4)
+    monkeypatch.undo()
+    # Its files are there, but no journal speaks for them any more: they count for nothing.
+    assert (tmp_path / "predictions.npy").exists()
+    kept = RunFolder(tmp_path, resume=True).kept
+    assert kept
+    assert (kept.stop, kept.head.samples) == (0, 7)
+
+
+@pytest.mark.parametrize("predictions", [498, 490, None])
+def test_finished_is_what_committed_all_and_has_a_result_of_all(
+    tmp_path: Path, predictions: int | None
+) -> None:
+    earlier(tmp_path, 8, 498)
+    folder = RunFolder(tmp_path, resume=True)
+    assert folder.finished() is None
+    with folder.writing():
+        folder.save(run_result(predictions=predictions))
+    # A result of fewer is of the run before the one that was killed at its end.
+    assert (folder.finished() is not None) is (predictions == 498)
+
+
+def test_an_unfinished_run_is_not_finished_whatever_its_result_says(tmp_path: Path) -> None:
+    earlier(tmp_path, 8, result=498)
+    assert RunFolder(tmp_path, resume=True).finished() is None
+
+
+def test_a_result_that_is_damaged_is_told_with_what_to_do(tmp_path: Path) -> None:
+    earlier(tmp_path, 498, result=498)
+    (tmp_path / "result.json").write_text('{"format": 1')
+    told = r"result\.json is no result of gradrun: .*; .* remove that file, and --resume"
+    with pytest.raises(GradrunError, match=told):
+        RunFolder(tmp_path, resume=True).finished()
+    (tmp_path / "result.json").unlink()
+    assert gone_on_with(tmp_path) == [498]
+
+
+def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
+    earlier(tmp_path, 8)
+    folder = RunFolder(tmp_path, resume=True)
+    folder.check_same(HEAD)
+    other = HEAD.model_copy(update={"config": {"run": {"seed": 3}}, "samples": 500})
+    told = (
+        r"cannot be resumed, because this is another run: run\.seed was 0 and is 3; there were 498 "
+        r"samples and are 500\. Put that back .* --overwrite"
+    )
+    with pytest.raises(ConfigError, match=told):
+        folder.check_same(other)
+    with folder.writing(), pytest.raises(ConfigError, match=told):
+        folder.journal(other, batch_size=4)
+    RunFolder(tmp_path, overwrite=True).check_same(other)
+    assert gone_on_with(tmp_path) == [8]
+
+
+# --- two at once -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+def test_where_one_writes_no_other_may_whatever_it_asks_for(
+    tmp_path: Path, options: dict[str, bool]
+) -> None:
+    before = RunFolder(tmp_path, **options)
+    with RunFolder(tmp_path).writing():
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
+            RunFolder(tmp_path, **options)
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), before.writing():
+            pass
+        assert names(tmp_path) == {".gradrun.lock"}
+    with before.writing():
+        pass
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    earlier(tmp_path, 498, result=498)
+    with pytest.raises(ConfigError, match="exists already"), folder.writing():
+        folder.journal(HEAD, batch_size=4)
+    assert RunResult.load(tmp_path).predictions == 498
+    assert (tmp_path / "predictions.npy").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, RunFailed])
+def test_the_folder_is_free_again_however_the_writing_ended(
+    tmp_path: Path, error: type[BaseException]
+) -> None:
+    with pytest.raises(error), RunFolder(tmp_path).writing():
+        raise error
+    with RunFolder(tmp_path).writing():
+        pass
+
+
+def test_a_folder_that_is_gone_lets_its_lock_go(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "out"
+    with RunFolder(path).writing():
+        shutil.rmtree(tmp_path / "a")
+        (tmp_path / "a").write_text("a file now")
+    assert (tmp_path / "a").read_text() == "a file now"

@@ -7,6 +7,7 @@ compiler is needed.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,9 @@ from gradrun.model_sources.refusals import first_line
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Finding
 
-_MODE_WORDS = ("grad", "inference_mode", "context manager", "__enter__", "__exit__")
+_OF_MODES = re.compile(
+    r"\b(no_grad|enable_grad|set_grad_enabled|inference_mode|__enter__|__exit__)\b|context manager"
+)
 _TORCH = Path(torch.__file__).parent
 
 
@@ -108,7 +111,7 @@ def _breaks(explained: Any) -> Iterator[Finding]:
         source = f"{frame.filename}:{frame.lineno}" if frame else None
         reason = broken.reason.splitlines()[0]
         line = (frame.line or "") if frame else ""
-        if not any(word in f"{reason} {line}" for word in _MODE_WORDS):
+        if not _OF_MODES.search(f"{reason} {line}"):
             others.append((source, reason))
             continue
         yield Finding(

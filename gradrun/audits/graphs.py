@@ -6,7 +6,8 @@ Knows outputs and the memory meter; not which module saved what (saved.py does).
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +20,13 @@ from gradrun.outputs import tensors_in
 from gradrun.result import Finding
 from gradrun.units import bytes_text
 
+Meter = Callable[[Callable[[], Any]], tuple[int, int]]
+
 _SETTLING, _WATCHED = 2, 3
 """Batches that may fill caches, and batches that must not hold on to anything."""
+
+_MANY, _PATIENCE = 64, 2.0
+"""Batches, or seconds, after which one that still leaves memory behind is no cache."""
 
 
 def kept_graphs(subject: Subject) -> Iterable[Finding]:
@@ -30,7 +36,8 @@ def kept_graphs(subject: Subject) -> Iterable[Finding]:
     batch = subject.copy()
     with state_kept(subject.model):
         returned = subject.run(batch)
-        names = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        # A parameter that is returned as it is requires grad and has no graph.
+        names = [name for name, tensor in tensors_in(returned) if tensor.grad_fn is not None]
         del returned
     if not names:
         return
@@ -68,11 +75,12 @@ def growth(subject: Subject) -> Iterable[Finding]:
             left.append(meter(lambda batch=batch: _dropped(subject, batch))[1])  # type: ignore[misc]
         after = dict(_held(subject))
         grown = [path for path, held in after.items() if held > before.get(path, 0)]
-    lost = min(left[_SETTLING:])
-    if lost <= 0:
+        lost = min(left[_SETTLING:])
+        grows = lost > 0 and _goes_on(subject, meter, lost)
+    if not grows:
         return
     path = grown[0] if grown else ""
-    owner = subject.model.get_submodule(path.rpartition(".")[0]) if path else subject.model
+    owner = dict(subject.model.named_modules())[path.rpartition(".")[0]]
     where = f"in {path}" if path else "outside the model's attributes"
     yield Finding(
         severity="error",
@@ -84,6 +92,23 @@ def growth(subject: Subject) -> Iterable[Finding]:
         advice="Keep numbers, not tensors: .item(), or .detach().cpu() where the tensor is needed",
         cost=lost,
     )
+
+
+def _goes_on(subject: Subject, meter: Meter, lost: int) -> bool:
+    """Whether as much is left behind by each of many batches: a cache of bounded size fills up.
+
+    In one go, since the meter does not see that a block is freed which is older than its look.
+    """
+    done = 0
+
+    def many() -> None:
+        nonlocal done
+        deadline = time.monotonic() + _PATIENCE
+        while done < _MANY and (done < 2 * _WATCHED or time.monotonic() < deadline):
+            _dropped(subject, subject.copy(done))
+            done += 1
+
+    return meter(many)[1] > 0.9 * lost * done
 
 
 def _dropped(subject: Subject, batch: Any) -> None:

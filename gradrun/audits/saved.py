@@ -15,6 +15,7 @@ from torch import nn
 
 from gradrun.audits.subject import Subject, watched
 from gradrun.data_sources.batches import Batch
+from gradrun.meters.tensors import storages
 from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Kept
@@ -29,10 +30,19 @@ class _Saved:
         # The same storage, without the graph: an operation that saves its own output would
         # otherwise hold itself for ever.
         self.tensor, self.module = tensor.detach(), module
+        self.used = False
+
+    def unpacked(self) -> torch.Tensor:
+        """The tensor, for a backward inside the forward."""
+        self.used = True
+        return self.tensor
 
 
-def saved_at_all(subject: Subject) -> dict[str, int]:
-    """Module to the bytes that it saves for backward in one batch, whatever becomes of them."""
+def saved_in_vain(subject: Subject) -> dict[str, int]:
+    """Module to the bytes that it saves in one batch for a backward that does not come.
+
+    A module that runs a backward of its own is not there.
+    """
     by_module: dict[str, int] = {}
     held: list[_Saved] = []
     with state_kept(subject.model), _packed(subject, held.append) as batch:
@@ -40,6 +50,9 @@ def saved_at_all(subject: Subject) -> dict[str, int]:
         subject.run(batch)
     for one in held:
         _count(subject, one, counted, by_module)
+    for one in held:
+        if one.used and one.module is not None:
+            by_module.pop(subject.label(one.module), None)
     return by_module
 
 
@@ -73,32 +86,30 @@ def _packed(subject: Subject, note: Callable[[_Saved], None]) -> Iterator[Batch]
             note(one)
             return one
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _Saved.unpacked):
             yield subject.copy()
 
 
 def _there(subject: Subject, batch: Batch) -> set[int]:
     """The storages that were there before the call."""
     tensors = [*batch.tensors(), *_tensors_of(subject.model)]
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    return set(storages(tensors))
 
 
 def _count(subject: Subject, one: _Saved, counted: set[int], by_module: dict[str, int]) -> None:
-    label = subject.label(one.module or subject.model)
+    label = subject.label(subject.model if one.module is None else one.module)
     by_module[label] = by_module.get(label, 0) + _new_bytes(one.tensor, counted)
 
 
 def _new_bytes(tensor: torch.Tensor, counted: set[int]) -> int:
     """Bytes of a tensor's storage, unless it was counted; notes that it is."""
-    storage = tensor.untyped_storage()
-    if storage.data_ptr() in counted:
-        return 0
-    counted.add(storage.data_ptr())
-    return storage.nbytes()
+    new = {place: size for place, size in storages([tensor]).items() if place not in counted}
+    counted.update(new)
+    return sum(new.values())
 
 
 def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
     found: list[Any] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         found += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    return [t for t in found if t.layout == torch.strided and not nn.parameter.is_lazy(t)]
+    return [tensor for tensor in found if not nn.parameter.is_lazy(tensor)]

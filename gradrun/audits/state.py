@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gradrun.audits.subject import Subject, source_of, users_line, watched
+from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
@@ -28,12 +29,20 @@ def first_run(subject: Subject) -> Iterable[Finding]:
 
     They stay: this is the model's first run, and what it makes lazily it makes once.
     """
-    subject.run(subject.copy())
+    returned = subject.run(subject.copy())
+    if not list(tensors_in(returned)):
+        kind = type(returned).__name__
+        raise ConfigError(
+            f"the model returned {kind}, where a tensor or several are wanted", "model"
+        )
     if subject.mode is not GradMode.INFERENCE_MODE:
         return
+    made = {id(t) for m in subject.model.modules() for _, t in _own_tensors(m) if t.is_inference()}
+    subject.run(subject.copy())
     for name, module in subject.model.named_modules():
         for attribute, tensor in _own_tensors(module):
-            if not tensor.is_inference():
+            # What each call makes anew is not there for good.
+            if id(tensor) not in made or not tensor.is_inference():
                 continue
             path = f"{name}.{attribute}" if name else attribute
             registered = attribute in module._parameters or attribute in module._buffers
@@ -74,7 +83,7 @@ def disturbed(subject: Subject) -> Iterable[Finding]:
     yield from _random(subject, seen)
     yield from _written(subject, changed, parameters, seen)
     if any(not _same(before, tensor) for tensor, before in inputs):
-        culprit = seen.writer or subject.model
+        culprit = subject.model if seen.writer is None else seen.writer
         yield Finding(
             severity="warning",
             code="changes_input",
@@ -197,7 +206,7 @@ def _written(
     for name in changed:
         by_module.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     for path, names in by_module.items():
-        module = subject.model.get_submodule(path)
+        module = dict(subject.model.named_modules())[path]
         if isinstance(module, batch_norms) and module in seen.training:
             continue  # said already
         trained = [name for name in names if f"{path}.{name}".lstrip(".") in parameters]

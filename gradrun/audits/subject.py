@@ -132,6 +132,8 @@ def users_line(frame: FrameType | None) -> str | None:
 
 def source_of(module: nn.Module) -> str | None:
     """file:line of a module's forward, or of its class; None where both are torch's."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # it has lines of its own, and no file
     for place in (inspect.unwrap(type(module).forward), type(module)):
         try:
             file, line = inspect.getsourcefile(place), inspect.getsourcelines(place)[1]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _contextlib
 
 from gradrun import modes
-from gradrun.audits.saved import saved_at_all
+from gradrun.audits.saved import saved_in_vain
 from gradrun.audits.subject import Calls, Subject, source_of, watched
 from gradrun.gradmode import GradMode
 from gradrun.model_sources.state import state_kept
@@ -93,9 +93,9 @@ def switches(subject: Subject) -> Iterable[Finding]:
             "by hand, stay in force for whatever the thread does next",
         )
     tracked = any(switch.after.records for switch in found)
-    costs = saved_at_all(subject) if tracked else {}
+    costs = saved_in_vain(subject) if tracked else {}
     for switch in found:
-        label = subject.label(switch.module or subject.model)
+        label = subject.label(subject.model if switch.module is None else switch.module)
         yield _finding(subject.mode, label, switch, costs.get(label))
 
 

@@ -6,7 +6,8 @@ Knows the order of the steps; what is looked for stands in audits/.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +20,12 @@ from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
 from gradrun.config import RunConfig
 from gradrun.data_sources.batches import Batch
+from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
 from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import reason, refusal
+from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Equivalence, Finding, Kept, Measurement, Memory, Phases, RunResult
 from gradrun.store import RunFolder
@@ -127,12 +129,11 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
         ConfigError: it does not, and this is the last mode that it could have run in.
     """
     try:
-        for look in LOOKS:
-            found.findings += look(subject)
-        found.findings += outputs.repeated(subject)
-        if subject.mode is GradMode.GRAD:
-            found.kept = saved.kept_for_backward(subject)
+        first, *others = LOOKS
+        found.findings += first(subject)  # runs the model as it is: what fails here is its fault
         found.measurements.append(_measured(subject, load_seconds))
+    except GradrunError:
+        raise
     except (Exception, SystemExit) as error:  # whatever a model may raise
         if last:
             batch = subject.copy()
@@ -150,7 +151,31 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
             )
         )
         return False
+    for look in (*others, outputs.repeated):
+        with _noted(found, subject, look.__name__):
+            found.findings += look(subject)
+    if subject.mode is GradMode.GRAD:
+        with _noted(found, subject, "kept_for_backward"):
+            found.kept = saved.kept_for_backward(subject)
     return True
+
+
+@contextmanager
+def _noted(found: _Audited, subject: Subject, look: str) -> Iterator[None]:
+    """Turn what a look cannot look at into a warning: it says nothing of the model."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
+        found.findings.append(
+            Finding(
+                severity="warning",
+                code="not_looked_at",
+                modes=(subject.mode,),
+                text=f"{look.replace('_', ' ').capitalize()} could not be looked at: {said}",
+                advice="",
+            )
+        )
 
 
 def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subject:
@@ -158,7 +183,8 @@ def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subjec
     if base is None:
         return subject
     same_model = Subject(subject.name, subject.config, subject.device, base.model, base.batches)
-    equivalence, findings = outputs.across(base, same_model)
+    steady = not any(finding.code == "not_deterministic" for finding in found.findings)
+    equivalence, findings = outputs.across(base, same_model, steady=steady)
     found.equivalence.append(equivalence)
     found.findings += findings
     return base

@@ -23,8 +23,31 @@ def weight_bytes(module: nn.Module) -> int:
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the memory behind some tensors, each piece counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return sum(storages(tensors).values())
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address to size in bytes of each piece of memory behind some tensors."""
+    found = {}
+    for tensor in tensors:
+        for part in _strided(tensor):
+            found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return found
+
+
+def _strided(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that one is made of: of a sparse one its indices and values."""
+    match tensor.layout:
+        case torch.strided:
+            return [tensor]
+        case torch.sparse_coo:
+            return [tensor._indices(), tensor._values()]
+        case torch.sparse_csr | torch.sparse_bsr:
+            return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+        case torch.sparse_csc | torch.sparse_bsc:
+            return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+        case _:
+            return []  # memory of another library, which torch does not tell of
 
 
 def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """What a module remembers from call to call, put back as it was: measuring must not change it.
 
-Knows buffers and attributes of modules; parameters are left alone, since a forward that changes
-them is training.
+Knows buffers and attributes of modules; parameters are not put back, but looked at for changes.
 """
 
 from __future__ import annotations
@@ -22,23 +21,33 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     """Give every module the buffers and attributes back that it had before the block.
 
     Running figures of batch norm, counters, hidden states and caches made on the way are as if the
-    block had not been; objects that a module only refers to are not looked into.
+    block had not been; objects that a module only refers to are not looked into. Where the block
+    changed a parameter nothing is put back: weights that are packed at the first call, and the flag
+    that says so, belong together.
     """
     modules = [module for module in model.modules() if type(module).__name__ != "OptimizedModule"]
     eager = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     scripted = [buffer for module in modules if module not in eager for buffer in module.buffers()]
     kept = [(module, _copied(module._buffers), _copied(_attributes(module))) for module in eager]
     held = [(buffer, _copy(buffer)) for buffer in scripted]
+    versions = [(parameter, parameter._version) for parameter in _parameters(model)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, buffers, attributes in kept:
-                _put_back(module._buffers, buffers)
-                _put_back(module.__dict__, attributes, leave=TABLES)
-            for buffer, copy in held:
-                if copy is not None:
-                    buffer.copy_(copy)
+        if all(parameter._version == before for parameter, before in versions):
+            with torch.no_grad():
+                for module, buffers, attributes in kept:
+                    _put_back(module._buffers, buffers)
+                    _put_back(module.__dict__, attributes, leave=TABLES)
+                for buffer, copy in held:
+                    if copy is not None:
+                        buffer.copy_(copy)
+
+
+def _parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for parameter in model.parameters():
+        if not nn.parameter.is_lazy(parameter) and not parameter.is_inference():
+            yield parameter
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -64,7 +73,8 @@ def _put_back(table: Any, kept: dict[str, tuple[Any, Any]], leave: set[str] = fr
     for name, (value, copy) in kept.items():
         if isinstance(value, torch.Tensor) and copy is not None:
             if not torch.equal(value, copy):
-                value.copy_(copy)
+                with torch.inference_mode(value.is_inference()):
+                    value.copy_(copy)
         elif copy is not None:
             value.clear()
             value.extend(copy) if isinstance(value, list) else value.update(copy)

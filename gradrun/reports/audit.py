@@ -122,7 +122,7 @@ def _kept_table(result: RunResult) -> Table:
 def _row(table: Table, name: str, count: int, total: int) -> None:
     path, _, kind = name.rpartition(" ")
     label = Text.assemble(printable(path or kind), (f" {printable(kind)}" if path else "", "dim"))
-    table.add_row(label, bytes_text(count), f"{count / total:.0%}")
+    table.add_row(label, bytes_text(count), f"{count / total:.0%}" if total else DASH)
 
 
 def _table(title: str, *columns: str) -> Table:

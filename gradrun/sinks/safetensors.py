@@ -6,12 +6,14 @@ a part that is not full yet lies beside it as plain rows, one commit after the o
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from gradrun import disk
@@ -184,21 +186,27 @@ class SafetensorsSink:
         self._told.append(committed)
 
     def _load(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
-        """Fill the buffers with the committed rows of the part that is not full yet."""
+        """See that whole parts are there, and fill the buffers with the rows of the next."""
         for before in range(part):
             (self.folder / self._name(before)).stat()
+        if rows:
+            self._load_rows(part, rows, kept)
         # Behind the last commit nothing counts, and a part's rows would be added to a rest's.
         beyond = self._name(part + 1 if rows else part)
         for later in self.folder.glob(f"predictions-{'[0-9]' * 5}.safetensors*"):
             if later.name >= beyond:
                 later.unlink()
-        if not rows:
-            return
+
+    def _load_rows(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         ended = self.folder / self._name(part)
         if ended.exists():
             # It was ended early, or ended and not told of: it becomes rows again.
-            for name, tensor in load_file(ended).items():
-                self._buffers[name][:rows] = tensor[:rows]
+            try:
+                for name, tensor in load_file(ended).items():
+                    self._buffers[name][:rows] = tensor[:rows]
+            except (SafetensorError, KeyError, RuntimeError) as error:
+                text = "the file does not hold what the journal says"
+                raise OSError(errno.EIO, text, ended) from error
             self._write_rest(part, rows, kept)
             ended.unlink()
             return
