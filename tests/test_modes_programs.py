@@ -13,7 +13,6 @@ from contextlib import ExitStack, closing, contextmanager
 from itertools import cycle
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
