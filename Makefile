@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench golden clean
+.PHONY: help install demo test lint types bench soak golden clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -38,6 +38,10 @@ types: .venv/.dev ## check types
 bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/compare_bench.py
+
+soak: .venv/.dev ## kill and break runs at every place, for minutes; each must resume to the same files
+	$(BIN)/python tests/soak/kill.py --kills 100
+	$(BIN)/python tests/soak/faults.py
 
 golden: .venv/.dev ## write the expected reports anew; look at the diff
 	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_*_report.py

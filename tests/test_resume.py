@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 import gradrun
-from gradrun import journal
-from gradrun.errors import ConfigError, GradrunError, RunFailed
+from gradrun import journal, runner
+from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.result import RunResult
 from tests.conftest import ROOT
 from tests.soak import kill
 
@@ -28,12 +29,21 @@ SAMPLES, BATCH = 60, 4
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: Path) -> None:
-    landed = kill.run(tmp_path, kills=6, seed=1)
-    assert landed.total() == 6
-    assert {sink for sink, _ in landed} == set(kill.SINKS)
+    landed = kill.run(tmp_path, kills=15, seed=1)
+    print(kill.table(landed))
+    assert len(landed) == 15
+    assert {one.sink for one in landed} == {*kill.SINKS}
+    assert any(one.resumes for one in landed), "a resume can be killed too"
+    assert any(0 < one.kept < kill.SHORT for one in landed)
 
 
 # --- signals -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a run that nothing befell."""
+    return kill.Folder(tmp_path_factory.mktemp("whole")).whole("npy")
 
 
 def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes]:
@@ -46,20 +56,22 @@ def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
-    tmp_path: Path, number: int, code: int
+    tmp_path: Path, whole: dict[str, bytes], number: int, code: int
 ) -> None:
     folder = kill.Folder(tmp_path)
     process = started(folder, "out")
     began = time.monotonic()
     process.send_signal(number)
-    _, said = process.communicate(timeout=20)
+    printed, said = process.communicate(timeout=20)
     assert time.monotonic() - began < 10, "a loaded machine; alone it is under two seconds"
     assert process.returncode == code, said
     text = said.decode()
+    for table in ("throughput", "Peak memory"):
+        assert table in printed.decode()
     assert "interrupted" in text
     assert "Traceback" not in text
     kept = journal.read(tmp_path / "out" / "journal.jsonl")
-    assert 0 < kept.stop < 2000
+    assert 0 < kept.stop < kill.LONG
     assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.stop
     assert json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.stop
     (line,) = [line for line in text.splitlines() if line.startswith("to go on: ")]
@@ -76,18 +88,68 @@ def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
     )
     assert done.returncode == 0, done.stderr
     assert f"the first {kept.stop:,} by the run before" in done.stdout
-    assert folder.files("out") == folder.whole("npy")[0]
+    assert folder.files("out") == whole
 
 
-def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("call", "kept"),
+    [(0, None), (1, None), (7, 20), (17, SAMPLES)],
+    ids=["while it loads", "in the first batch", "in a batch", "while memory is counted"],
+)
+def test_a_signal_is_heard_at_any_time_and_told_with_its_exit_code(
+    tmp_path: Path, call: int, kept: int | None, number: int
+) -> None:
+    (tmp_path / "net.py").write_text(
+        "import os\nfrom pathlib import Path\nfrom torch import nn\n"
+        "CALLS = []\n"
+        "def count():\n"
+        f"    if len(CALLS) == {call} and not Path('killed').exists():\n"
+        f"        Path('killed').touch()\n        os.kill(os.getpid(), {int(number)})\n"
+        "    CALLS.append(1)\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        count()\n"
+        "    def forward(self, x):\n        count()\n        return x * 2\n"
+    )
+    config = {
+        "model": {"source": "python", "target": f"{tmp_path / 'net.py'}:Net"},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [2]}},
+            "samples": SAMPLES,
+            "batch_size": BATCH,
+        },
+        "run": {"warmup": 0},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        with pytest.raises(Interrupted) as ended:
+            gradrun.infer(config, trust_code=True)
+        assert ended.value.exit_code == 128 + number
+        assert (ended.value.result is not None) is (kept is not None)
+        if kept is None:
+            assert not (tmp_path / "run").exists()
+        else:
+            assert f"{kept} of 60 predictions are kept" in str(ended.value)
+            assert ended.value.resumable
+            assert journal.read(tmp_path / "run" / "journal.jsonl").stop == kept
+        result = gradrun.infer(config, trust_code=True, resume=True)
+    assert result.predictions == SAMPLES
+
+
+def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(
+    tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     folder = kill.Folder(tmp_path)
     process = started(folder, "out")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    _, said = process.communicate(timeout=20)
     assert process.returncode in {130, 143}
+    assert b"Traceback" not in said
     folder.ended(folder.start("npy", "out", "--resume"))
-    assert folder.files("out") == folder.whole("npy")[0]
+    assert folder.files("out") == whole
 
 
 def test_a_second_run_in_the_folder_stops_at_once_and_names_the_first(tmp_path: Path) -> None:
@@ -271,12 +333,72 @@ def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
     assert journal.read(tmp_path / "run" / "journal.jsonl").stop == 40
 
 
+def test_a_result_that_is_gone_is_written_anew_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    config = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    gradrun.infer(config)
+    (tmp_path / "run" / "result.json").write_text("{}")
+    with pytest.raises(GradrunError, match=r"result\.json is no result of gradrun: .* --resume"):
+        gradrun.infer(config, resume=True)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); --resume"):
+        gradrun.infer(config)
+    before = (tmp_path / "run" / "predictions.npy").read_bytes()
+    assert gradrun.infer(config, resume=True).predictions == 8
+    assert RunResult.load(tmp_path / "run").resumed_at == 8
+    assert (tmp_path / "run" / "predictions.npy").read_bytes() == before
+
+
+def test_data_that_are_replaced_while_a_run_reads_them_are_seen_by_the_resume(
+    tmp_path: Path, stopped: dict[str, Any]
+) -> None:
+    shutil.rmtree(tmp_path / "run")
+    file = tmp_path / "net.py"
+    text = file.read_text().replace(
+        "        if x",
+        "        if x[0, 0] == 20:\n"
+        "            from pathlib import Path\n"
+        "            data = Path(__file__).with_name('x.npy')\n"
+        "            data.with_suffix('.new').write_bytes(data.read_bytes()[:-4] + b'abcd')\n"
+        "            data.with_suffix('.new').replace(data)\n"
+        "        if x",
+    )
+    file.write_text(text)
+    with pytest.raises(RunFailed, match="no further"):
+        gradrun.infer(stopped, trust_code=True)
+    with pytest.raises(ConfigError, match=r"another run: .*x\.npy has changed \(time, content\)"):
+        gradrun.infer(stopped, trust_code=True, resume=True)
+
+
 def test_files_that_are_gone_are_an_error_and_not_zeros(
     tmp_path: Path, stopped: dict[str, Any]
 ) -> None:
     (tmp_path / "run" / "predictions.npy").unlink()
     with pytest.raises(GradrunError, match=r"predictions cannot be written|predictions\.npy"):
         gradrun.infer(stopped, trust_code=True, resume=True)
+
+
+@pytest.mark.parametrize("sink", kill.SINKS)
+def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
+    tmp_path: Path, sink: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_BEAT_NS", 0)
+    out = tmp_path / "run"
+    config = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 70_000},
+        "output": {"path": str(out), "format": sink},
+    }
+
+    def delete(done: int, of: int) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
+    with pytest.raises(RunFailed, match="No such file or directory"):
+        gradrun.infer(config, progress=delete)
+    assert not out.exists()
 
 
 def test_a_folder_that_is_deleted_while_running_is_an_error_in_a_sentence(tmp_path: Path) -> None:

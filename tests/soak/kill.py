@@ -1,13 +1,15 @@
-"""Kill a run at random moments, resume it, and compare with a run that nobody killed.
+"""Kill runs at moments drawn by lot, resume them, and compare with a run that nobody killed.
 
-`kill.py [--kills N] [--seed S]`: real processes, SIGKILL, all sinks in turn. Prints where the kills
-landed; exits 1 when a byte differs or a sample is missing or doubled.
+`kill.py [--kills N] [--seed S]`: real processes, SIGKILL, all sinks in turn. The moments are drawn
+from the course of a whole run: a phase, one of its occurrences, a point within that. Prints in
+which phase the kills landed; exits 1 when a byte differs or a sample is missing or doubled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -16,10 +18,24 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SINKS = ("npy", "jsonl", "safetensors")
+PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
+"""Of a process: up to the model, up to the files, the files made, predictions between commits, a
+commit, the last one and the files' end, memory and result; and how often each is aimed at."""
+
+LONG = 1200
+"""Samples of a run that somebody watches."""
+
+SHORT = 237
+"""Samples of a run that is killed: a third of a second, in a dozen commits and five parts."""
 
 _MODEL = """\
 import time
@@ -36,18 +52,24 @@ class Net(nn.Module):
         return self.linear(x)
 """
 _DRIVER = """\
-import sys
-import gradrun.keeping
-import gradrun.sinks.safetensors
-gradrun.keeping.SECONDS = gradrun.keeping._SHARE = 0.05
-gradrun.sinks.safetensors.PART_BYTES = 900 * 12
-import gradrun.runner
-gradrun.runner._BEAT_NS = 20_000_000
-gradrun.runner.WARM_UP_SECONDS = 0.01
+from tests.soak.kill import hurry
+hurry()
 from gradrun.cli import main
 main()
 """
-"""The command itself, with commits so frequent that a short run has many."""
+
+# Forked from a process that has torch already, so that a hundred kills take a minute.
+_processes = multiprocessing.get_context("forkserver")
+
+
+def hurry() -> None:
+    """Make commits so frequent, and parts so small, that a short run has many."""
+    from gradrun import keeping, runner
+    from gradrun.sinks import npy, safetensors
+
+    keeping.SECONDS, keeping._SHARE = 0.02, 1.0
+    runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
+    safetensors.PART_BYTES, npy.WINDOW_BYTES = 50 * 12, 40 * 12
 
 
 class Folder:
@@ -63,7 +85,7 @@ class Folder:
                 "data": {
                     "source": "synthetic",
                     "inputs": {"x": {"shape": [8]}},
-                    "samples": 2000,
+                    "samples": LONG,
                     "batch_size": 4,
                 },
                 "run": {"threads": 1},
@@ -72,21 +94,23 @@ class Folder:
             }
             (path / f"{sink}.yaml").write_text(json.dumps(config))
 
+    def words(self, sink: str, out: str, *more: str) -> list[str]:
+        """What is typed behind `gradrun`."""
+        return ["infer", f"{sink}.yaml", "--trust-code", "--output", out, *more]
+
     def start(self, sink: str, out: str, *more: str) -> subprocess.Popen[bytes]:
-        words = ["infer", f"{sink}.yaml", "--trust-code", "--quiet", "--output", out, *more]
         return subprocess.Popen(
-            [sys.executable, "driver.py", *words],
+            [sys.executable, "driver.py", *self.words(sink, out, *more)],
             cwd=self.path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
 
-    def whole(self, sink: str) -> tuple[dict[str, bytes], float]:
-        """The files of a run that nobody kills, and the seconds that it takes."""
-        began = time.monotonic()
+    def whole(self, sink: str) -> dict[str, bytes]:
+        """The files of a run that nobody kills."""
         self.ended(self.start(sink, f"{sink}-whole"))
-        return self.files(f"{sink}-whole"), time.monotonic() - began
+        return self.files(f"{sink}-whole")
 
     def ended(self, process: subprocess.Popen[bytes]) -> None:
         _, said = process.communicate(timeout=120)
@@ -107,64 +131,203 @@ class Folder:
         return json.loads(lines[-1])["stop"] if lines else 0
 
 
+# --- the process that is killed ----------------------------------------------------------------
+
+
+def _process(folder: Path, words: list[str], phases: Connection) -> None:
+    """`gradrun` with these words, telling its phases."""
+    os.chdir(folder)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    from gradrun import cli, keeping
+    from gradrun.jobs import infer
+
+    def told(home: Any, name: str, before: str, after: str) -> None:
+        real: Callable[..., Any] = getattr(home, name)
+
+        def call(*given: Any, **named: Any) -> Any:
+            phases.send_bytes(before.encode())
+            found = real(*given, **named)
+            phases.send_bytes(after.encode())
+            return found
+
+        setattr(home, name, call)
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.002)  # as disks are that are not a cache: a kill must be able to hit it
+        sync(descriptor)
+        time.sleep(0.002)
+
+    sync, os.fsync = os.fsync, slow
+    hurry()
+    told(infer, "load_model", "load", "load")
+    told(infer, "_opened", "open", "run")
+    told(keeping.Keeper, "commit", "commit", "run")
+    told(keeping.Keeper, "close", "close", "end")
+    sys.argv = ["gradrun", *words]
+    cli.main()
+
+
+@contextmanager
+def _preloaded() -> Iterator[None]:
+    """Have torch imported by the process that the others are forked from."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+    _processes.set_forkserver_preload(["torch", "gradrun.cli", "gradrun.jobs.infer", "rich.table"])
+    try:
+        yield
+    finally:
+        os.environ["PYTHONPATH"] = before
+
+
+# --- the one that kills ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """So many seconds into the n-th time that a phase begins."""
+
+    phase: str
+    times: int
+    seconds: float
+
+
+@dataclass
+class Course:
+    """What a process went through, each phase with when it began."""
+
+    phases: list[tuple[str, float]] = field(default_factory=list)
+    ended: float = 0.0
+    code: int | None = None
+
+    def draw(self, lot: random.Random) -> Moment:
+        """A moment of it."""
+        ends = [*(at for _, at in self.phases[1:]), self.ended]
+        (phase,) = lot.choices([*PHASES], [*PHASES.values()])
+        spans = [
+            end - at for (name, at), end in zip(self.phases, ends, strict=True) if name == phase
+        ]
+        times = lot.randrange(len(spans))
+        return Moment(phase, times, lot.uniform(0, 1.1) * spans[times])
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Where one landed."""
+
+    sink: str
+    resumes: int
+    """How often the run had been resumed."""
+    phase: str
+    kept: int
+    """Samples that the journal told of."""
+
+
+def follow(folder: Path, words: list[str], moment: Moment | None = None) -> Course:
+    """Run gradrun in a process of its own, to its end or to the moment when it is killed."""
+    ours, theirs = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_process, args=(folder, words, theirs))
+    process.start()
+    theirs.close()
+    course = Course([("start", time.monotonic())])
+    deadline, left = time.monotonic() + 60, moment.times if moment else 0
+    if moment and moment.phase == "start":
+        deadline = time.monotonic() + moment.seconds
+    try:
+        while ours.poll(max(0.0, deadline - time.monotonic())):
+            course.phases.append((ours.recv_bytes().decode(), time.monotonic()))
+            if moment and course.phases[-1][0] == moment.phase:
+                left -= 1
+                if left == -1:
+                    deadline = time.monotonic() + moment.seconds
+        process.kill()
+        while ours.poll(60):
+            course.phases.append((ours.recv_bytes().decode(), time.monotonic()))
+    except EOFError:  # it has ended, by itself or not
+        course.ended = time.monotonic()
+    process.join()
+    course.code = process.exitcode
+    return course
+
+
 def kill_and_resume(
-    folder: Folder, sink: str, moments: list[tuple[bool, float]], number: int
-) -> list[str]:
-    """Kill a run, and each resume but the last; where the kills landed.
-
-    A moment is so many seconds after the start, or after the first commit.
-    """
-    out, landed = f"{sink}-{number}", []
-    for from_commit, moment in moments:
-        process = folder.start(sink, out, "--resume")
-        before = folder.committed(out)
-        while from_commit and folder.committed(out) == before and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(moment)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0:
-            landed.append("after its end")
-        elif not (folder.path / out / "journal.jsonl").exists():
-            landed.append("before the first write")
-        else:
-            landed.append("before a commit" if not folder.committed(out) else "between commits")
-    folder.ended(folder.start(sink, out, "--resume"))
-    return landed
+    folder: Folder, sink: str, moments: list[Moment], out: str
+) -> Iterator[tuple[str, int]]:
+    """Kill a run at each moment and then let it end; the phase and what was kept, of each kill."""
+    words = folder.words(sink, out, "--set", f"data.samples={SHORT}", "--resume")
+    for moment in moments:
+        course = follow(folder.path, words, moment)
+        if course.code == -signal.SIGKILL:
+            yield course.phases[-1][0], check_truth(folder, out)
+        elif course.code:
+            raise SystemExit(f"{out}: {(folder.path / 'said.txt').read_text()}")
+    if follow(folder.path, words).code:
+        raise SystemExit(f"{out}: {(folder.path / 'said.txt').read_text()}")
 
 
-def check(folder: Folder, sink: str, number: int, whole: dict[str, bytes]) -> None:
-    """See that the files are those of the run that nobody killed."""
-    found = folder.files(f"{sink}-{number}")
+def check_truth(folder: Folder, out: str) -> int:
+    """See that what the journal says is in the files; how many samples that is."""
+    from gradrun import journal, readback
+
+    path = folder.path / out
+    if not (path / "journal.jsonl").exists():
+        return 0
+    kept = journal.read(path / "journal.jsonl")
+    if faults := [*readback.faults(path, kept)]:
+        raise SystemExit(f"{path}: the journal tells of what is not there: {faults}")
+    return kept.stop
+
+
+def check_whole(folder: Folder, out: str, whole: dict[str, bytes]) -> None:
+    """See that the folder is that of the run that nobody killed."""
+    found = folder.files(out)
     if found != whole:
         differing = [name for name in {*found, *whole} if found.get(name) != whole.get(name)]
-        raise SystemExit(f"{sink}-{number} in {folder.path}: {sorted(differing)} differ")
-    if not (folder.path / f"{sink}-{number}" / "result.json").exists():
-        raise SystemExit(f"{sink}-{number} in {folder.path}: no result.json")
+        raise SystemExit(f"{out} in {folder.path}: {sorted(differing)} differ")
+    others = {file.name for file in (folder.path / out).iterdir()} - found.keys()
+    if others != {"journal.jsonl", "result.json"}:
+        raise SystemExit(f"{out} in {folder.path}: beside the predictions lie {sorted(others)}")
+    result = json.loads((folder.path / out / "result.json").read_text())
+    if result["predictions"] != SHORT or check_truth(folder, out) != SHORT:
+        raise SystemExit(f"{out} in {folder.path}: the result or the journal tells of fewer")
 
 
-def run(path: Path, kills: int, seed: int) -> Counter[tuple[str, str]]:
-    """So many kills, spread over the sinks; how many landed where."""
-    folder, draw = Folder(path), random.Random(seed)
-    wholes = {sink: folder.whole(sink) for sink in SINKS}
-    landed: Counter[tuple[str, str]] = Counter()
-    number = 0
-    while landed.total() < kills:
-        sink = SINKS[number % len(SINKS)]
-        whole, seconds = wholes[sink]
-        times = min(draw.choice([1, 1, 2]), kills - landed.total())
-        moments = [_moment(draw, seconds) for _ in range(times)]
-        landed.update((sink, where) for where in kill_and_resume(folder, sink, moments, number))
-        check(folder, sink, number, whole)
-        number += 1
+def run(path: Path, kills: int, seed: int) -> list[Kill]:
+    """So many kills, spread over the sinks; where they landed."""
+    folder, lot = Folder(path), random.Random(seed)
+    landed: list[Kill] = []
+    with _preloaded():
+        courses: dict[str, Course] = {}
+        for sink in SINKS:
+            words = folder.words(sink, f"{sink}-whole", "--set", f"data.samples={SHORT}")
+            courses[sink] = follow(path, words)
+            if courses[sink].code:
+                raise SystemExit((path / "said.txt").read_text())
+        number = 0
+        while len(landed) < kills:
+            sink = SINKS[number % len(SINKS)]
+            times = min(lot.choice([1, 1, 2]), kills - len(landed))
+            moments = [courses[sink].draw(lot) for _ in range(times)]
+            out = f"{sink}-{number}"
+            killed = enumerate(kill_and_resume(folder, sink, moments, out))
+            landed += [Kill(sink, resumes, *where) for resumes, where in killed]
+            check_whole(folder, out, folder.files(f"{sink}-whole"))
+            number += 1
     return landed
 
 
-def _moment(draw: random.Random, seconds: float) -> tuple[bool, float]:
-    """Mostly while it predicts, which begins with the first commit and takes about a second."""
-    if draw.random() < 0.75:
-        return True, draw.uniform(0.0, 1.2)
-    return False, draw.uniform(0.0, seconds)
+def table(landed: list[Kill]) -> str:
+    """How many kills landed in which phase of which sink's run."""
+    counts = Counter((kill.phase, kill.sink) for kill in landed)
+    lines = ["killed in " + "".join(f"{sink:>13}" for sink in (*SINKS, "all"))]
+    for phase in PHASES:
+        row = [counts[phase, sink] for sink in SINKS]
+        lines.append(f"{phase:10}" + "".join(f"{count:13}" for count in (*row, sum(row))))
+    resumes = sum(kill.resumes > 0 for kill in landed)
+    midway = sum(0 < kill.kept < SHORT for kill in landed)
+    lines.append(f"{len(landed)} kills, {resumes} of a resume; {midway} left part of the samples")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -173,11 +336,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        landed = run(Path(name), asked.kills, asked.seed)
-    for (sink, where), count in sorted(landed.items()):
-        print(f"{sink:12} {where:24} {count}")
-    print(f"{landed.total()} kills: every file is byte for byte that of a run nobody killed")
+        print(table(run(Path(name), asked.kills, asked.seed)))
+    print("every file is byte for byte that of a run nobody killed")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     main()

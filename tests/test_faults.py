@@ -1,0 +1,44 @@
+"""Every call to the disk may fail, be cut off or be the last: what remains is true and goes on.
+
+The engine is tests/soak/faults.py, which `make soak` lets try every call.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.soak import faults
+
+STRIDE = 11
+"""One call in so many, in an order drawn by lot; coprime to the number of faults."""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+
+@pytest.mark.parametrize("form", faults.FORMATS)
+def test_whatever_befalls_a_run_its_journal_is_true_and_a_resume_ends_it(
+    tmp_path: Path, form: str
+) -> None:
+    with faults.commits_at_every_batch():
+        trial = faults.Trial(form, tmp_path.resolve())
+        met = set()
+        for fault, at, resumed, name in faults.cases(trial, STRIDE, seed=0):
+            try:
+                trial.check(fault, at, resumed)
+            except Exception as error:
+                where = "the resume" if resumed else "the run"
+                pytest.fail(f"call {at} of {where} ({name}), {fault}: {error!r}")
+            met.add((fault, resumed))
+    assert len(met) == 2 * len(faults.FAULTS)
+
+
+def test_the_calls_it_lets_fail_are_those_that_a_run_makes(tmp_path: Path) -> None:
+    met: set[str] = set()
+    with faults.commits_at_every_batch():
+        for form in faults.FORMATS:
+            trial = faults.Trial(form, tmp_path.resolve() / form)
+            met.update(trial.calls(resumed=False), trial.calls(resumed=True))
+    assert met == {*faults.CALLS}
