@@ -26,6 +26,18 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
         left = left[os.write(descriptor, left) :]
 
 
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it to a place in the file.
+
+    Raises:
+        OSError: as write_all does.
+    """
+    left = memoryview(data).cast("B")
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
+
+
 def sync(descriptor: int) -> None:
     """Return when the file's data are on the disk.
 

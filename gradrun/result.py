@@ -184,11 +184,27 @@ class Kept(_Noun):
     bytes: int
 
 
+class Outcome(_Noun):
+    """What one check of `gradrun check` came to."""
+
+    check: str
+    """Its name: "runs", "forward_peak", "time against main"."""
+    limit: str
+    """What is allowed, in words: "at most 60.0 MiB", ">= 1.0"."""
+    value: str
+    """What was found, in words; with its interval where it has one."""
+    status: Literal["pass", "fail", "inconclusive"]
+    reason: str = ""
+    """Why it failed or could not be decided, and what to do; empty where it passed."""
+    key: str = ""
+    """The dotted config key that asks for it: "check.limits.forward_peak"."""
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
-    kind: Literal["infer", "compare", "audit"]
+    kind: Literal["infer", "compare", "audit", "check"]
     gradrun: str
     started_at: str
     config: dict[str, Any]
@@ -199,6 +215,8 @@ class RunResult(_Noun):
     findings: tuple[Finding, ...] = ()
     kept: tuple[Kept, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
+    outcomes: tuple[Outcome, ...] = ()
+    """Of a check, in the order of the config."""
     failures: tuple[str, ...] = ()
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ import pytest
 from tests.soak import faults
 
 STRIDE = 11
-"""One call in so many, in an order drawn by lot; coprime to the number of faults."""
+"""One call in so many, in an order drawn by lot."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 
@@ -25,14 +25,13 @@ def test_whatever_befalls_a_run_its_journal_is_true_and_a_resume_ends_it(
     with faults.commits_at_every_batch():
         trial = faults.Trial(form, tmp_path.resolve())
         met = set()
-        for fault, at, resumed, name in faults.cases(trial, STRIDE, seed=0):
+        for fault, at, which, name in faults.cases(trial, STRIDE, seed=0):
             try:
-                trial.check(fault, at, resumed)
+                trial.check(fault, at, which)
             except Exception as error:
-                where = "the resume" if resumed else "the run"
-                pytest.fail(f"call {at} of {where} ({name}), {fault}: {error!r}")
-            met.add((fault, resumed))
-    assert len(met) == 2 * len(faults.FAULTS)
+                pytest.fail(f"call {at} of {which} ({name}), {fault}: {error!r}")
+            met.add((fault, which))
+    assert len(met) == len(faults.FAULTS) * len(trial.before)
 
 
 def test_the_calls_it_lets_fail_are_those_that_a_run_makes(tmp_path: Path) -> None:
@@ -40,5 +39,5 @@ def test_the_calls_it_lets_fail_are_those_that_a_run_makes(tmp_path: Path) -> No
     with faults.commits_at_every_batch():
         for form in faults.FORMATS:
             trial = faults.Trial(form, tmp_path.resolve() / form)
-            met.update(trial.calls(resumed=False), trial.calls(resumed=True))
+            met.update(*map(trial.calls, trial.before))
     assert met == {*faults.CALLS}

@@ -138,6 +138,28 @@ def test_a_signal_is_heard_at_any_time_and_told_with_its_exit_code(
     assert result.predictions == SAMPLES
 
 
+def test_a_signal_that_comes_while_the_result_is_written_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
+        "output": {"path": str(tmp_path / "run")},
+    }
+    save = RunResult.save
+
+    def interrupted(result: RunResult, path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(result, path)
+
+    monkeypatch.setattr(RunResult, "save", interrupted)
+    with pytest.raises(Interrupted) as ended:
+        gradrun.infer(config)
+    assert ended.value.exit_code == 143
+    monkeypatch.undo()
+    assert gradrun.infer(config, resume=True) == RunResult.load(tmp_path / "run")
+
+
 def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:

@@ -58,7 +58,7 @@ def numbered(*shape: int, rows: int = SAMPLES) -> torch.Tensor:
 def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sink once with room for all, and once with room for seven rows at a time."""
     if request.param == "in windows":
-        monkeypatch.setattr(npy, "WINDOW_BYTES", 7 * 16)
+        monkeypatch.setattr(npy, "BUFFER_BYTES", 7 * 16)
         monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 16)
 
 

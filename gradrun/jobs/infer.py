@@ -86,6 +86,7 @@ def infer(
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
         sink = open_sink(config.output, data.samples)
+        environment = machine.environment(device)
         with folder.writing():
             keeper = _opened(runner, folder, head, sink, outputs)
             resumed_at = sink.written
@@ -94,7 +95,6 @@ def infer(
             measured = runner.finish(gathered, load_seconds, open_seconds)
             if isinstance(gathered.stopped, Interrupted):
                 gathered.stopped.exit_code = interruption.exit_code
-            environment = machine.environment(device)
             result = RunResult(
                 kind="infer",
                 gradrun=environment.gradrun,

@@ -1,4 +1,4 @@
-"""One .npy file an output, its whole size set aside at the start and filled through a memory map.
+"""One .npy file an output, its whole size set aside at the start and filled a MiB at a time.
 
 Knows numpy's file format.
 """
@@ -24,8 +24,8 @@ from gradrun.journal import Committed
 from gradrun.outputs import UNNAMED
 from gradrun.units import bytes_text
 
-WINDOW_BYTES = 1024 * 1024
-"""How much of a file is mapped at once; the resident set grows by no more."""
+BUFFER_BYTES = 1024 * 1024
+"""How many rows are gathered for one write: a page fault for every few rows would cost more."""
 
 
 _NUMPY_FLOATS = {torch.float16, torch.float32, torch.float64}
@@ -77,8 +77,15 @@ class NpySink:
     def close(self) -> list[Committed]:
         with ExitStack() as stack:  # each is closed, whatever befalls the others
             for array in self._arrays.values():
-                stack.callback(array.close, self.written)
-            return self.commit()
+                stack.callback(self._end, array)
+            try:
+                return self.commit()
+            except BaseException:
+                self.written = self._committed  # the others may be in no file
+                raise
+
+    def _end(self, array: _NpyFile) -> None:
+        array.close(self.written)
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
@@ -93,25 +100,28 @@ class _NpyFile:
         like = first[:0].to(self.cast or first.dtype).numpy()
         self.row_shape, self.dtype = like.shape[1:], like.dtype
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
-        self.step = max(1, WINDOW_BYTES // max(1, self.row_bytes))
+        self.step = max(1, BUFFER_BYTES // max(1, self.row_bytes))
+        self.buffer = np.empty((min(self.step, samples), *self.row_shape), self.dtype)
+        self.begin = 0
+        """The row that the buffer's first is; those before it are in the file."""
         self.header = self._header(samples)
-        self.begin = self.end = 0
-        self.window: np.ndarray[Any, Any] | None = None
         self.descriptor = -1
+
+    def _offset(self, row: int) -> int:
+        return len(self.header) + row * self.row_bytes
 
     def open(self, kept: int) -> None:
         """Make the file, or take one with so many rows; then set the whole size aside."""
+        self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.descriptor = os.open(self.path, flags, 0o666)
         try:
             if kept:
-                disk.check_size(
-                    self.descriptor, len(self.header) + kept * self.row_bytes, self.path
-                )
+                disk.check_size(self.descriptor, self._offset(kept), self.path)
             else:
                 # Of no samples yet: what a kill leaves must not be zeros that look like results.
                 disk.write_all(self.descriptor, self._header(0))
-            self._reserve(len(self.header) + self.samples * self.row_bytes)
+            self._reserve(self._offset(self.samples))
         except OSError:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -140,56 +150,55 @@ class _NpyFile:
                 f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any"
             )
         stop = at + len(rows)
-        if stop > self.end:
-            self._map(at, max(self.step, len(rows)))
-        self.window[at - self.begin : stop - self.begin] = rows  # type: ignore[index]
-
-    def _map(self, begin: int, rows: int) -> None:
-        """Let the last window's pages go, and map the next rows."""
-        end = min(begin + rows, self.samples)
-        shape = (end - begin, *self.row_shape)
-        if self.row_bytes == 0:
-            window = np.empty(shape, self.dtype)
+        if stop - self.begin > self.step:
+            self.flush(at)
+        if len(rows) > self.step:
+            self._write_rows(at, rows)
+            self.begin = stop
         else:
-            offset = len(self.header) + begin * self.row_bytes
-            # The plain array: a memmap's own indexing costs more than the copy of a small row.
-            window = np.asarray(
-                np.memmap(self.path, self.dtype, mode="r+", offset=offset, shape=shape)
-            )
-        self.begin, self.end, self.window = begin, end, window
+            self.buffer[at - self.begin : stop - self.begin] = rows
+
+    def flush(self, written: int) -> None:
+        """Bring the rows up to `written` from the buffer to the file; twice does no harm."""
+        if written > self.begin:
+            self._write_rows(self.begin, self.buffer[: written - self.begin])
+            self.begin = written
+
+    def _write_rows(self, at: int, rows: np.ndarray[Any, Any]) -> None:
+        if rows.nbytes:
+            data = np.ascontiguousarray(rows).view(np.uint8).data
+            disk.write_at(self.descriptor, data, self._offset(at))
 
     def sync(self, written: int) -> None:
         """Say in the header how many rows are there, and bring both to the disk."""
-        if isinstance(self.window, np.ndarray) and isinstance(self.window.base, np.memmap):
-            self.window.base.flush()
+        self.flush(written)
         self._count(written)
         disk.sync(self.descriptor)
 
     def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
         """CRC-32 of the rows start to stop; marks in `bad` those that hold no finite number."""
-        begin, end = (len(self.header) + row * self.row_bytes for row in (start, stop))
+        begin, end = self._offset(start), self._offset(stop)
         floats, found, row = self.dtype.kind in "fc", 0, 0
         for piece in disk.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
             found = zlib.crc32(piece, found)
             if floats:
                 finite = np.isfinite(np.frombuffer(piece, self.dtype))
                 rows = len(piece) // self.row_bytes
-                bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
+                if not finite.all():
+                    bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
                 row += rows
         return found
 
     def _count(self, written: int) -> None:
-        os.lseek(self.descriptor, 0, os.SEEK_SET)
-        disk.write_all(self.descriptor, self._header(written))
+        disk.write_at(self.descriptor, self._header(written), 0)
 
     def close(self, written: int) -> None:
         if self.descriptor < 0:
             return
-        self.window = None
         try:
             self._count(written)
             if written < self.samples:
-                os.ftruncate(self.descriptor, len(self.header) + written * self.row_bytes)
+                os.ftruncate(self.descriptor, self._offset(written))
         finally:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -69,7 +69,7 @@ def hurry() -> None:
 
     keeping.SECONDS, keeping._SHARE = 0.02, 1.0
     runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
-    safetensors.PART_BYTES, npy.WINDOW_BYTES = 50 * 12, 40 * 12
+    safetensors.PART_BYTES, npy.BUFFER_BYTES = 50 * 12, 40 * 12
 
 
 class Folder:
