@@ -18,6 +18,7 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     ValidationInfo,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -162,6 +163,12 @@ class _Input(Section):
     shape: Shape | None = Field(None, description="the shape of one sample; default: as stored")
 
 
+Classes = Annotated[
+    tuple[str, ...] | None,
+    Field(description="what labels are called, in the order of the model's classes", min_length=2),
+]
+
+
 class SyntheticInput(Section):
     """One random input."""
 
@@ -189,12 +196,20 @@ class ArrayInput(_Input):
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
 
 
+class ArrayLabels(Section):
+    """An array with the true class or value of each sample."""
+
+    path: InputFile | None = Field(None, description="a file of its own; default: data.path")
+    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
 class ArraysData(_Data):
     """Arrays whose first dimension counts the samples: .npy, .npz or .safetensors."""
 
     source: Literal["arrays"]
     path: InputFile | None = None
     inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
+    labels: ArrayLabels | None = Field(None, description="what metrics hold predictions against")
 
 
 class RecordInput(_Input):
@@ -213,6 +228,8 @@ class RecordsData(_Data):
     path: InputFile
     inputs: dict[str, RecordInput] = Field(min_length=1)
     id: str | None = Field(None, description="the column that names each sample in .jsonl outputs")
+    labels: str | None = Field(None, description="the column with each row's true class or value")
+    classes: Classes = None
 
 
 DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
@@ -308,6 +325,81 @@ class OutputSection(Section):
     k: Size = Field(5, description="how many classes topk keeps")
 
 
+# --- metrics -----------------------------------------------------------------------------------
+
+_ARGUMENTS = {
+    "accuracy": {"top_k", "average", "threshold"},
+    "f1": {"average", "threshold"},
+    "auroc": {"average", "thresholds"},
+    "mse": set[str](),
+}
+
+
+class MetricSection(Section):
+    """How well predictions agree with data.labels, by one measure."""
+
+    name: Literal["accuracy", "f1", "auroc", "mse"]
+    called: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")] | None = Field(
+        None, description="its name in tables and in result.json; default: its name"
+    )
+    output: OutputName | None = Field(None, description="of which output, where several are kept")
+    top_k: Size | None = Field(
+        None, description="accuracy: right where it is among the k likeliest"
+    )
+    average: Literal["micro", "macro", "weighted"] | None = Field(
+        None, description="over classes; default: micro for accuracy, else macro"
+    )
+    threshold: float | None = Field(
+        None, description="of two classes by one score: above it is class 1; default: 0.5"
+    )
+    thresholds: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
+        None, description="auroc: so many steps, in little memory; default: exact, every score kept"
+    )
+
+    @property
+    def title(self) -> str:
+        """What tables and result.json call it."""
+        return self.called or (f"{self.name}_top{self.top_k}" if self.top_k else self.name)
+
+    @model_validator(mode="after")
+    def _own_arguments(self) -> MetricSection:
+        own = _ARGUMENTS[self.name]
+        for argument in set[str]().union(*_ARGUMENTS.values()) - own:
+            if getattr(self, argument) is not None:
+                takes = ", ".join(sorted(own)) or "no arguments"
+                raise PydanticCustomError(
+                    "metric_argument",
+                    "{name} has no {argument}; it takes {takes}",
+                    {"name": self.name, "argument": argument, "takes": takes},
+                )
+        return self
+
+
+def _named_metric(metric: object) -> object:
+    """A name alone for a metric without arguments."""
+    return {"name": metric} if isinstance(metric, str) else metric
+
+
+Metrics = tuple[
+    Annotated[
+        MetricSection,
+        BeforeValidator(_named_metric, json_schema_input_type=str | MetricSection),
+    ],
+    ...,
+]
+
+
+def _told_apart(metrics: Metrics) -> Metrics:
+    titles = [metric.title for metric in metrics]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise PydanticCustomError(
+            "metric_twice",
+            "two metrics are called {title}; give one of them a name by `called`",
+            {"title": twice[0]},
+        )
+    return metrics
+
+
 class RunConfig(Section):
     """One run: a model, its data, how to run it, what to measure and where the output goes."""
 
@@ -316,6 +408,9 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     measure: MeasureSection = MeasureSection()
     output: OutputSection
+    metrics: Annotated[Metrics, AfterValidator(_told_apart)] = Field(
+        (), description="accuracy, f1, auroc, mse: predictions against data.labels"
+    )
 
     def input_files(self) -> list[Path]:
         """Every file that the run reads."""

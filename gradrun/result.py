@@ -200,6 +200,15 @@ class Outcome(_Noun):
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
 
 
+class Metric(_Noun):
+    """How well predictions agree with the labels."""
+
+    name: str
+    value: float
+    samples: int
+    """That it was taken over; those set apart are not among them."""
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
@@ -223,6 +232,8 @@ class RunResult(_Noun):
     """The predictions, by name in the run's folder."""
     predictions: int | None = None
     """Samples in those files; None where none were asked for."""
+    metrics: tuple[Metric, ...] = ()
+    """Over all predictions, in the order of the config."""
     resumed_at: int = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
