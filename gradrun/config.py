@@ -7,7 +7,7 @@ yamlfile.py hands to the validators.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -30,6 +31,9 @@ class Paths(Protocol):
 
     def input_file(self, path: Path) -> Path:
         """The absolute path of a file that exists; ValueError says what is wrong otherwise."""
+
+    def input_folder(self, path: Path) -> Path:
+        """The absolute path of a folder that exists; ValueError says what is wrong otherwise."""
 
     def output_folder(self, path: Path) -> Path:
         """The absolute path of the folder to write; ValueError says what is wrong otherwise."""
@@ -155,6 +159,10 @@ class _Data(Section):
     call: Literal["auto", "positional", "keyword"] = Field(
         "auto", description="how the model gets its inputs; auto: one by position, several by name"
     )
+
+    def beside(self, model: Any) -> Self:
+        """The section with what it takes from the model's; PydanticCustomError where it lacks."""
+        return self
 
 
 class _Input(Section):
@@ -412,8 +420,13 @@ class RunConfig(Section):
         (), description="accuracy, f1, auroc, mse: predictions against data.labels"
     )
 
+    @field_validator("data")
+    @classmethod
+    def _beside_the_model(cls, data: Any, info: ValidationInfo) -> Any:
+        return data.beside(info.data["model"]) if "model" in info.data else data
+
     def input_files(self) -> list[Path]:
-        """Every file that the run reads."""
+        """Every file that the run reads, and every folder."""
         found: list[Path] = []
         pending: list[Any] = [self.model.model_dump(), self.data.model_dump()]
         while pending:

@@ -54,10 +54,7 @@ def prepared(config: RunConfig, data: Data, outputs: Named) -> Compute | None:
     if form not in READERS:
         text = f"metrics are taken from the files, and {form} is not read back; choose one of "
         raise ConfigError(text + ", ".join(READERS), "output.format")
-    asked = [
-        _Asked(spec, f"metrics.{i}", outputs, config.output.transform)
-        for i, spec in enumerate(config.metrics)
-    ]
+    asked = [_Asked(spec, f"metrics.{i}", outputs) for i, spec in enumerate(config.metrics)]
     for labels in data.labels():  # all of them: after a night's run it would be late to complain
         for metric in asked:
             metric.check_labels(labels)
@@ -99,9 +96,9 @@ def _pairs(
         held, first = held[stop - first :], stop
 
 
-def _form(tensor: torch.Tensor, transform: str) -> str:
+def _form(tensor: torch.Tensor, *, ranked: bool) -> str:
     """What an output [n, ...] holds of a sample: a class, a score, scores of classes, values."""
-    if transform == "topk" and tensor.ndim == 2:
+    if ranked and tensor.ndim == 2:
         return "ranked"  # classes, the likeliest first
     one = tensor[:1].numel() == 1
     if not tensor.is_floating_point():
@@ -112,11 +109,13 @@ def _form(tensor: torch.Tensor, transform: str) -> str:
 class _Asked:
     """One metric and the output that it is taken of."""
 
-    def __init__(self, spec: MetricSection, key: str, outputs: Named, transform: str) -> None:
+    def __init__(self, spec: MetricSection, key: str, outputs: Named) -> None:
         self.spec, self.key = spec, key
-        self.output = self._chosen(outputs, "indices" if transform == "topk" else "")
+        parts = {name.rpartition(".")[2] for name in outputs}
+        ranked = parts == {"values", "indices"}  # as topk leaves them
+        self.output = self._chosen(outputs, "indices" if ranked else "")
         tensor = outputs[self.output]
-        self.width, self.form = tensor[:1].numel(), _form(tensor, transform)
+        self.width, self.form = tensor[:1].numel(), _form(tensor, ranked=ranked)
         self.classes = {"scores": self.width, "score": 2}.get(self.form, 0)
         """How many there are; of a form that does not say, how many were seen."""
         self.probable: bool | None = None
@@ -124,8 +123,8 @@ class _Asked:
         forms, words = _TAKES[spec.name]
         if self.form not in forms or (self.form == "ranked" and spec.average):
             raise ConfigError(
-                f"{spec.title} needs {words}, which output.transform: {transform} does not leave; "
-                "none and softmax keep every score",
+                f"{spec.title} needs {words}, which output.transform does not leave; none and "
+                "softmax keep every score",
                 key,
             )
         most = self.width if self.form in {"ranked", "scores"} else 1

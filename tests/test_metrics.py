@@ -178,7 +178,7 @@ WRONG = {
     "no labels": ({"data.labels": None}, "data.labels is not set"),
     "argmax keeps no scores": (
         {"output.transform": "argmax", "metrics": ["auroc"]},
-        r"auroc needs a score for each class, which output\.transform: argmax does not leave",
+        r"auroc needs a score for each class, which output\.transform does not leave",
     ),
     "too few were kept": (
         {"output": {"transform": "topk", "k": 2}, "metrics": [{"name": "accuracy", "top_k": 3}]},
