@@ -224,13 +224,13 @@ class RecordInput(_Input):
     """One input from columns, side by side."""
 
     columns: tuple[str, ...] = Field(
-        min_length=1, description="numeric columns (or .jsonl fields that hold lists), in order"
+        min_length=1, description="numeric columns (or fields that hold lists), in order"
     )
     dtype: DType = "float32"
 
 
 class RecordsData(_Data):
-    """Rows of a .csv or .jsonl file with numeric columns."""
+    """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
     path: InputFile
@@ -323,7 +323,7 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "parquet"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),

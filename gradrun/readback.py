@@ -1,12 +1,13 @@
 """What is really in a run's files: each committed range read back and held against its checksum.
 
-Knows the layout of the three formats, and needs neither torch nor the model.
+Knows the layout of the formats, and needs neither torch nor the model.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gradrun import disk
+from gradrun.extras import library
 from gradrun.journal import Committed, Kept
 
 
@@ -32,9 +34,13 @@ def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
     before: Committed | None = None
     for committed in kept.commits:
         for file, expected in committed.files.items():
-            check = _CHECKS[Path(file).suffix]
+            check, path = _CHECKS[Path(file).suffix], folder / file
+            # Of a part, or, while it is not full, of the plain rows beside it.
+            rest = path.with_name(f"{file}.rest")
+            if not path.exists() and rest.exists():
+                check, path = _of_rest, rest
             try:
-                found = check(folder / file, committed, before)
+                found = check(path, committed, before)
             except (OSError, ValueError, KeyError, struct.error) as error:
                 what = getattr(error, "strerror", None) or str(error) or type(error).__name__
             else:
@@ -66,10 +72,6 @@ def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int
 
 
 def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
-    """Of the part, or, while it is not full, of the plain rows beside it."""
-    rest = path.with_name(f"{path.name}.rest")
-    if not path.exists() and rest.exists():
-        return _of_rest(rest, committed, before)
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > disk.size(file.fileno()):
@@ -87,6 +89,29 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
                 raise ValueError(f"it holds {rows} samples of its part")
             found = disk.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
         return found
+
+
+def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> int:
+    """Of the rows as the sink held them: each output's bytes by its name, then a line an id."""
+    arrow, parquet = library("pyarrow", ""), library("pyarrow", "", "parquet")
+    data = path.read_bytes()
+    try:
+        table = parquet.read_table(arrow.BufferReader(data))
+    except Exception as error:  # in any of a dozen ways
+        raise ValueError("the file is damaged") from error
+    first = int(table.schema.metadata[b"start"])
+    start, count = committed.start - first, committed.stop - committed.start
+    if start + count > table.num_rows:
+        raise ValueError(f"it holds {table.num_rows} samples of its part")
+    found = 0
+    for name in sorted(set(table.column_names) - {"id"}):
+        values = table.column(name).slice(start, count).combine_chunks()
+        while arrow.types.is_list(values.type):
+            values = values.flatten()
+        found = zlib.crc32(values.to_numpy(zero_copy_only=False).tobytes(), found)
+    for name in table.column("id").slice(start, count).to_pylist():
+        found = zlib.crc32(json.dumps(name).encode() + b"\n", found)
+    return found
 
 
 def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
@@ -107,4 +132,5 @@ _CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
     ".npy": _of_npy,
     ".jsonl": _of_jsonl,
     ".safetensors": _of_safetensors,
+    ".parquet": _of_parquet,
 }

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradrun.result import RunResult
-from gradrun.sinks import safetensors as safetensors_sink
+from gradrun.sinks import parts
 from gradrun.sinks.jsonl import JsonlSink
 
 ROOT = Path(__file__).parent.parent
@@ -403,7 +403,7 @@ def check_what_a_full_disk_left(answer, folder: Path, kind: str, right: np.ndarr
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
-    monkeypatch.setattr(safetensors_sink, "PART_BYTES", 8192)
+    monkeypatch.setattr(parts, "PART_BYTES", 8192)
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
     answer = cli("infer", config(data, model("pass")), *words)

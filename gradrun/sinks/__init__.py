@@ -13,7 +13,7 @@ import torch
 
 from gradrun.config import OutputSection
 from gradrun.journal import Committed
-from gradrun.sinks import jsonl, npy, safetensors
+from gradrun.sinks import jsonl, npy, parquet, safetensors
 
 
 class Sink(Protocol):
@@ -67,6 +67,7 @@ SINKS: dict[str, Callable[[Path, int], Any]] = {
     "npy": npy.NpySink,
     "safetensors": safetensors.SafetensorsSink,
     "jsonl": jsonl.JsonlSink,
+    "parquet": parquet.ParquetSink,
 }
 """format -> (folder, samples) to Sink."""
 
@@ -78,6 +79,7 @@ READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     "npy": npy.read,
     "safetensors": safetensors.read,
     "jsonl": jsonl.read,
+    "parquet": parquet.read,
 }
 """format -> what reads a finished run's folder back, about a MiB at a time.
 
