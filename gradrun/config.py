@@ -43,11 +43,22 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return info.context.input_file(path) if info.context else path
 
 
+def _input_path(path: Path, info: ValidationInfo) -> Path:
+    if info.context is None:
+        return path
+    try:
+        return info.context.input_folder(path)  # type: ignore[no-any-return]
+    except ValueError:
+        return _input_file(path, info)
+
+
 def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
 
 InputFile = Annotated[Path, AfterValidator(_input_file)]
+InputPath = Annotated[Path, AfterValidator(_input_path)]
+"""A file or a folder."""
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
@@ -240,7 +251,72 @@ class RecordsData(_Data):
     classes: Classes = None
 
 
-DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
+Side = Annotated[int, Field(gt=0, le=16_384)]
+
+
+class ImagesData(_Data):
+    """Pictures in files: those below a folder, or those that a list names."""
+
+    source: Literal["images"]
+    path: InputPath = Field(description="a folder; or a .txt or .csv file that lists pictures")
+    pattern: str | None = Field(
+        None, description='which files of the folder: "*/*.jpg"; default: every picture below it'
+    )
+    column: str | None = Field(
+        None, description="of a .csv list: that of the files; default: first"
+    )
+    labels: str | None = Field(
+        None,
+        description="folder: the name of the one a picture lies in; or a column of a .csv list",
+    )
+    classes: Classes = None
+    input: str = Field("image", description="the input's name, where the model gets it by name")
+    preprocess: Literal["none", "imagenet", "timm", "processor"] = Field(
+        "none", description="steps by name, which the keys below change; none: only those"
+    )
+    architecture: str | None = Field(None, description="timm: whose steps; default: the model's")
+    processor: InputPath | None = Field(
+        None, description="a preprocessor_config.json, or its folder; default: the model's"
+    )
+    mode: Literal["RGB", "L"] | None = Field(None, description="colours (default), or grey")
+    resize: Side | tuple[Side, Side] | None = Field(
+        None, description="the shorter side in pixels, or [height, width]"
+    )
+    crop: Side | tuple[Side, Side] | None = Field(None, description="the middle of it that is kept")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    scale: float | None = Field(None, description="multiply pixels by this; default: 1/255")
+    mean: tuple[float, ...] | None = Field(None, description="of each channel, which is taken off")
+    std: tuple[float, ...] | None = Field(None, description="of each channel, divided by")
+
+    _of_model: str | Path | None = PrivateAttr(None)
+
+    @property
+    def steps_of(self) -> str | Path | None:
+        """Whose steps `preprocess` means: an architecture of timm, or a processor's place."""
+        own = self.architecture if self.preprocess == "timm" else self.processor
+        return own or self._of_model
+
+    def beside(self, model: Any) -> Self:
+        if self.preprocess not in {"timm", "processor"} or self.steps_of:
+            return self
+        wanted, key = {"timm": ("timm", "architecture"), "processor": ("huggingface", "processor")}[
+            self.preprocess
+        ]
+        if model.source != wanted:
+            raise PydanticCustomError(
+                "steps_of",
+                "preprocess: {name} needs data.{key}; only a {wanted} model brings its own",
+                {"name": self.preprocess, "key": key, "wanted": wanted},
+            )
+        # Apart from what was asked for: another model brings other steps.
+        copy = self.model_copy()
+        copy._of_model = model.name if wanted == "timm" else model.path
+        return copy
+
+
+DataConfig = Annotated[
+    SyntheticData | ArraysData | RecordsData | ImagesData, Field(discriminator="source")
+]
 
 
 # --- run, measure, output ----------------------------------------------------------------------

@@ -32,6 +32,10 @@ class ConfigError(GradrunError):
         self.key = key
 
 
+class SampleFault(Exception):
+    """One sample that cannot be read, as a sentence; `run.on_error` says what becomes of it."""
+
+
 class RunFailed(GradrunError):
     """The run began and could not end; what was written before stays valid."""
 

@@ -10,8 +10,13 @@ from typing import Any
 
 from gradrun.errors import ConfigError
 
-EXTRAS = {"torchmetrics": "metrics", "pyarrow": "parquet"}
-"""library -> the extra that installs it."""
+EXTRAS = {
+    "torchmetrics": ("torchmetrics", "metrics"),
+    "pyarrow": ("pyarrow", "parquet"),
+    "PIL": ("Pillow", "images"),
+    "timm": ("timm", "timm"),
+}
+"""library as it is imported -> its name, and the extra that installs it."""
 
 
 def library(name: str, key: str, part: str = "") -> Any:
@@ -29,7 +34,8 @@ def library(name: str, key: str, part: str = "") -> Any:
         return importlib.import_module(f"{name}.{part}" if part else name)
     except Exception as error:  # a library built for another torch raises RuntimeError
         first = str(error).partition("\n")[0]
-        said = "" if isinstance(error, ImportError) else f", which failed with: {first}"
+        said = "" if isinstance(error, ImportError) else f", whose import failed with: {first}"
+        package, extra = EXTRAS[name]
         raise ConfigError(
-            f"this needs {name}{said}; pip install 'gradrun[{EXTRAS[name]}]'", key
+            f"this needs {package}{said}; pip install 'gradrun[{extra}]'", key
         ) from error

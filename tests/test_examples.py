@@ -25,7 +25,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]
 
-TABLES = ("records", "parquet")
+COUNTS = {"records": 50, "parquet": 50, "images": 20}
 
 Run = Callable[..., RunResult]
 
@@ -46,7 +46,12 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
     sources = {config.model.source for config in configs}
     assert sources == {"zoo", "layers", "python", "torchscript", "exported"}
-    assert {config.data.source for config in configs} == {"arrays", "synthetic", "records"}
+    assert {config.data.source for config in configs} == {
+        "arrays",
+        "synthetic",
+        "records",
+        "images",
+    }
     assert {config.output.format for config in configs} == {
         "npy",
         "safetensors",
@@ -75,7 +80,7 @@ def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None
     result = run(name)
     samples = result.measurements[0].samples
     config = gradrun.load_config(CONFIGS / f"{name}.yaml")
-    assert samples == getattr(config.data, "samples", 50 if name in TABLES else 500)
+    assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
     on_disk = {path.name for path in (tmp_path / name).iterdir()}
     assert on_disk == {*result.files, "journal.jsonl", "result.json"}
     for file in result.files:
@@ -138,6 +143,15 @@ def test_the_parquet_example_reads_a_table_of_digits_and_writes_one(
     assert np.array_equal(np.stack(table["pixels"]), np.load(CONFIGS / "digits.npz")["images"][:50])
     assert found["id"].tolist() == table["id"].tolist()
     assert (np.stack(found["indices"])[:, 0] == table["digit"]).mean() >= 0.97
+
+
+def test_the_images_example_reads_the_digits_in_its_folders(run: Run, tmp_path: Path) -> None:
+    run("images")
+    lines = (tmp_path / "images" / "predictions.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["prediction"] for answer in answers] == [
+        int(Path(answer["id"]).parent.name) for answer in answers
+    ]
 
 
 def test_the_metrics_example_says_how_often_the_digit_is_right(run: Run) -> None:

@@ -37,6 +37,10 @@ def config(case: str, folder: Path) -> dict[str, Any]:
     needs: dict[str, dict[str, Any]] = {
         "torchmetrics": {"data": labelled, "metrics": ["accuracy"]},
         "pyarrow": {"data": records},
+        "PIL": {"data": {"source": "images", "path": "."}},
+        "timm": {
+            "data": {"source": "images", "path": ".", "preprocess": "timm", "architecture": "vit"}
+        },
         "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},
     }
     return base | needs[case]
@@ -58,6 +62,7 @@ def test_a_missing_library_is_one_sentence_that_says_what_to_install(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert f"needs {library}; pip install 'gradrun[{EXTRAS[library]}]'" in done.stderr
+    package, extra = EXTRAS[library]
+    assert f"needs {package}; pip install 'gradrun[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
