@@ -156,8 +156,59 @@ class ExportedModel(_Model):
     path: InputFile
 
 
+_WEIGHTS_BY = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments by which the libraries fetch or unpickle files, which could run code."""
+
+
+def _no_weights(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if found := sorted(_WEIGHTS_BY & args.keys()):
+        raise PydanticCustomError(
+            "weights_in_args",
+            "{key} is no argument to give: model.weights names a file of weights, and "
+            "model.pretrained asks for the library's own",
+            {"key": found[0]},
+        )
+    return args
+
+
+class _LibraryModel(WeightedModel):
+    """An architecture by its name in a library of image models."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="resnet18, as the library calls it")
+    pretrained: bool = Field(False, description="download the library's own weights")
+    args: Annotated[dict[str, JsonValue], AfterValidator(_no_weights)] = Field(
+        {}, description="keyword arguments: {num_classes: 10}"
+    )
+
+
+class TimmModel(_LibraryModel):
+    """A model of timm, by name."""
+
+    source: Literal["timm"]
+
+
+class TorchvisionModel(_LibraryModel):
+    """A model of torchvision, by name."""
+
+    source: Literal["torchvision"]
+
+
 ModelConfig = Annotated[
-    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel,
+    ZooModel
+    | LayersModel
+    | PythonModel
+    | TorchScriptModel
+    | ExportedModel
+    | TimmModel
+    | TorchvisionModel,
     Field(discriminator="source"),
 ]
 

@@ -15,6 +15,7 @@ EXTRAS = {
     "pyarrow": ("pyarrow", "parquet"),
     "PIL": ("Pillow", "images"),
     "timm": ("timm", "timm"),
+    "torchvision": ("torchvision", "timm"),
 }
 """library as it is imported -> its name, and the extra that installs it."""
 
@@ -30,12 +31,15 @@ def library(name: str, key: str, part: str = "") -> Any:
     Raises:
         ConfigError: it is not installed, or is and cannot be imported.
     """
+    package, extra = EXTRAS[name]
     try:
         return importlib.import_module(f"{name}.{part}" if part else name)
-    except Exception as error:  # a library built for another torch raises RuntimeError
-        first = str(error).partition("\n")[0]
-        said = "" if isinstance(error, ImportError) else f", whose import failed with: {first}"
-        package, extra = EXTRAS[name]
+    except ImportError as error:
+        raise ConfigError(f"this needs {package}; pip install 'gradrun[{extra}]'", key) from error
+    except Exception as error:  # what was built for another torch fails in its own way
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"this needs {package}{said}; pip install 'gradrun[{extra}]'", key
+            f"{package} is installed and cannot be imported ({said}): it, or what it needs, does "
+            f"not fit this torch; pip install 'gradrun[{extra}]' from where torch came from",
+            key,
         ) from error

@@ -41,12 +41,14 @@ def config(case: str, folder: Path) -> dict[str, Any]:
         "timm": {
             "data": {"source": "images", "path": ".", "preprocess": "timm", "architecture": "vit"}
         },
+        "torchvision": {"model": {"source": "torchvision", "name": "resnet18"}},
+        "timm model": {"model": {"source": "timm", "name": "resnet18"}},
         "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},
     }
     return base | needs[case]
 
 
-@pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write"])
+@pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write", "timm model"])
 def test_a_missing_library_is_one_sentence_that_says_what_to_install(
     tmp_path: Path, case: str
 ) -> None:
