@@ -160,6 +160,7 @@ def test_the_example_runs_and_compares_and_is_audited(
     out = ["--set", f"output.path={tmp_path / 'out'}"]
     done = run(["-m", "gradrun", "infer", config, *out], libraries)
     assert (done.returncode, "20 predictions" in done.stdout) == (0, True), done.stderr
+    out += ["--set", "data.batch_size=1"]
     quick = ["--set", "measure.processes=2", "--set", "measure.budget=1"]
     done = run(
         ["-m", "gradrun", "compare", config, "--modes", "grad,no_grad", *quick, *out], libraries
