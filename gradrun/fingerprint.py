@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,14 @@ from gradrun.journal import Head
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
-def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
+def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[Path] = ()) -> Head:
     """The head of the journal of a run of this config over so many samples.
+
+    Args:
+        config: the run's.
+        samples: how many there are.
+        version: of gradrun.
+        listed: files that the run reads and a file of the config names.
 
     Raises:
         ConfigError: a file cannot be read any more.
@@ -35,11 +41,14 @@ def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
     if isinstance(config.model, PythonModel):
         place = Path(config.model.target.rpartition(":")[0])
         files += [place] if place.suffix == ".py" else []
+    described = {os.fspath(path): _described(path) for path in sorted(files)}
+    if listed:
+        described["the list of files"] = _listing(listed)
     return Head(
         gradrun=version,
         samples=samples,
         config=dumped,
-        files={os.fspath(path): _described(path) for path in sorted(files)},
+        files=described,
     )
 
 
@@ -63,7 +72,7 @@ def differences(before: Head, now: Head) -> list[str]:
 def _described(path: Path) -> dict[str, Any]:
     try:
         if path.is_dir():
-            return _listing(path)
+            return _listing(_below(path))
         status = path.stat()
         return {
             "size": status.st_size,
@@ -74,16 +83,22 @@ def _described(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _listing(folder: Path) -> dict[str, Any]:
-    """How many files there are below a folder, and a checksum of their names, sizes and times."""
-    count = found = 0
+def _below(folder: Path) -> Iterator[Path]:
     for here, folders, files in os.walk(folder):
         folders.sort()
-        for name in sorted(files):
-            path = Path(here, name)
+        yield from (Path(here, name) for name in sorted(files))
+
+
+def _listing(paths: Iterable[Path]) -> dict[str, Any]:
+    """How many files there are, and a checksum of their names, sizes and times."""
+    count = found = 0
+    for path in paths:
+        try:
             status = path.stat()
-            line = f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            count, found = count + 1, zlib.crc32(os.fsencode(line), found)
+            line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
+        except (OSError, ValueError):  # a link to nowhere, or no name of a file
+            line = f"{path}\0not there\n"
+        count, found = count + 1, zlib.crc32(line.encode("utf-8", "surrogateescape"), found)
     return {"files": count, "names, sizes and times": found}
 
 

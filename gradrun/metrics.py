@@ -57,7 +57,7 @@ def prepared(config: RunConfig, data: Data, outputs: Named) -> Compute | None:
     asked = [_Asked(spec, f"metrics.{i}", outputs) for i, spec in enumerate(config.metrics)]
     for labels in data.labels():  # all of them: after a night's run it would be late to complain
         for metric in asked:
-            metric.check_labels(labels)
+            metric.check_labels(labels.double())
 
     def compute(folder: Path) -> tuple[Metric, ...]:
         for _, rows in READERS[form](folder):
@@ -83,7 +83,7 @@ def _pairs(
 ) -> Iterator[tuple[Named, torch.Tensor]]:
     """Outputs and labels of the same samples, without those that were set apart."""
     left_out = torch.tensor(sorted(apart), dtype=torch.int64)
-    windows = data.labels()
+    windows = (labels.double() for labels in data.labels())  # torch reckons with few integer types
     held, first = next(windows), 0  # labels not yet used, from sample `first` on
     for numbers, rows in read:
         stop = int(numbers[-1]) + 1
@@ -148,7 +148,7 @@ class _Asked:
         raise ConfigError(f"the run keeps the outputs {listed}; say by `output` which", self.key)
 
     def check_labels(self, labels: torch.Tensor) -> None:
-        """See that some labels [n, ...] can be compared with.
+        """See that some labels [n, ...], as float64, can be compared with.
 
         Raises:
             ConfigError: they cannot.
@@ -161,7 +161,7 @@ class _Asked:
             return
         least, most = float(labels.min()), float(labels.max())
         known = self.classes if self.form in {"score", "scores"} else 0
-        if least < 0 or (known and most >= known) or bool((labels.double() % 1).any()):
+        if least < 0 or (known and most >= known) or bool((labels % 1).any()):
             allowed = f"0 to {known - 1}" if known else "whole numbers from 0 on"
             raise ConfigError(
                 f"labels lie from {least:g} to {most:g}, and classes are {allowed}", "data.labels"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from gradrun.data_sources.batches import Data
 from gradrun.data_sources.preprocess import Steps, steps
 from gradrun.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.result import RunResult
+from gradrun.sinks import SINKS
 from gradrun.trial import first_batches
 from gradrun.yamlfile import load_config
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out
@@ -125,6 +127,26 @@ def test_a_resume_refuses_other_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     os.utime(files[40], (1, 1))
     with pytest.raises(ConfigError, match=r"few has changed \(names, sizes and times\)"):
         infer(tmp_path / "few", tmp_path / "out", resume=True)
+    names = "\n".join(str(file) for file in files)
+    (tmp_path / "list.txt").write_text(names)
+    with pytest.raises(Interrupted):
+        infer(tmp_path / "list.txt", tmp_path / "listed", progress=stop)
+    os.utime(files[40], (2, 2))
+    with pytest.raises(ConfigError, match="the list of files has changed"):
+        infer(tmp_path / "list.txt", tmp_path / "listed", resume=True)
+
+
+def test_names_that_are_no_utf8_come_out_of_every_sink(tmp_path: Path) -> None:
+    name = os.fsdecode(b"4/\xff\xe9.png")
+    lay_out(tmp_path / "odd", 3, {})
+    (tmp_path / "odd" / name).write_bytes(next((tmp_path / "odd").rglob("*.png")).read_bytes())
+    (tmp_path / "odd" / "4" / "gone.png").symlink_to(tmp_path / "nowhere")
+    for form in SINKS:
+        result = infer(tmp_path / "odd", tmp_path / form, output={"format": form})
+        assert result.predictions == 5
+    assert "\\udcff" in (tmp_path / "jsonl" / "predictions.jsonl").read_text()
+    table = pandas.read_parquet(tmp_path / "parquet" / "predictions-00000.parquet")
+    assert "4/\\udcff\\udce9.png" in table["id"].tolist()
 
 
 def test_compare_takes_batches_without_a_fault(digits: Path, tmp_path: Path) -> None:

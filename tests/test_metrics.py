@@ -127,6 +127,16 @@ def test_the_squared_error_of_values(config: dict[str, Any], tmp_path: Path) -> 
     assert found["mse"] == pytest.approx(((truth - SCORES) ** 2).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["uint16", "bool", "float32", "int8"])
+def test_labels_may_be_of_any_type_of_number(
+    config: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    truth = LABELS % 2 if kind == "bool" else LABELS
+    np.savez(tmp_path / "data.npz", x=SCORES, y=truth.astype(kind)[:, None])
+    found = values(gradrun.infer(config))
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, CHOSEN), abs=1e-6)
+
+
 @pytest.mark.parametrize("form", SINKS)
 def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, form: str) -> None:
     spoiled = SCORES.copy()

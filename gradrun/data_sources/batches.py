@@ -6,6 +6,7 @@ Knows tensors and sizes; not where they come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -84,6 +85,13 @@ class Labelled(Protocol):
         Raises:
             ConfigError: they cannot be read, or the config names none.
         """
+
+
+@runtime_checkable
+class Listing(Protocol):
+    """Data that read files which no key of the config names."""
+
+    listed: Sequence[Path]
 
 
 class Rows(Protocol):

@@ -60,6 +60,7 @@ class _Images:
         warnings.simplefilter("error", self.image.DecompressionBombWarning)
         self.config, self.steps = config, steps(config)
         self.root, self.names, self.said = _listed(config)
+        self.listed = [] if config.path.is_dir() else [self.root / name for name in self.names]
         self.classes = config.classes or _classes(self.said)
         self.batch_size, self.samples = config.batch_size, len(self.names)
         self.by_position = by_position(config.call, 1)

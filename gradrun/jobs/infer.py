@@ -17,6 +17,7 @@ from gradrun import device as machine
 from gradrun.advice import advice
 from gradrun.config import RunConfig
 from gradrun.data_sources import open_data
+from gradrun.data_sources.batches import Listing
 from gradrun.errors import GradrunError, Interrupted, RunFailed
 from gradrun.fingerprint import fingerprint
 from gradrun.interruption import Interruption
@@ -80,7 +81,8 @@ def infer(
             lambda: load_model(config.model, device, trust_code=trusted(trust_code))
         )
         data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
-        head = fingerprint(config, data.samples, __version__)
+        listed = data.listed if isinstance(data, Listing) else ()
+        head = fingerprint(config, data.samples, __version__, listed)
         folder.check_same(head)
         if finished := folder.finished():
             return finished

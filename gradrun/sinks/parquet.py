@@ -6,7 +6,7 @@ Knows pyarrow's tables; when a part is written stands in parts.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ class ParquetSink(PartsSink):
             raise ValueError("Parquet has no complex numbers; format: npy has")
         super().open(outputs, kept)
 
+    def write(
+        self, outputs: Columns, ids: Sequence[int | str], missing: Collection[int] = ()
+    ) -> None:
+        if not isinstance(ids, range):
+            ids = [_text(name) if isinstance(name, str) else name for name in ids]
+        super().write(outputs, ids, missing)
+
     def prepared(self, outputs: Columns) -> Columns:
         if any(tensor.dtype in _WIDENED for tensor in outputs.values()):
             return {n: t.float() if t.dtype in _WIDENED else t for n, t in outputs.items()}
@@ -72,6 +79,11 @@ def read(folder: Path) -> Iterator[tuple[torch.Tensor, Columns]]:
                 columns = _columns(_arrow().Table.from_batches([batch]))
                 yield torch.arange(start, start + batch.num_rows), columns
                 start += batch.num_rows
+
+
+def _text(name: str) -> str:
+    """A name that UTF-8 can hold: one of a file may be any bytes."""
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _arrow(part: str = "") -> Any:
