@@ -21,6 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gradrun import bounds
 from gradrun.gradmode import GradMode as GradMode
 
 
@@ -30,8 +31,11 @@ class Paths(Protocol):
     def input_file(self, path: Path) -> Path:
         """The absolute path of a file that exists; ValueError says what is wrong otherwise."""
 
+    def input_folder(self, path: Path) -> Path:
+        """The absolute path of a folder that exists; ValueError says what is wrong otherwise."""
+
     def output_folder(self, path: Path) -> Path:
-        """The absolute path of the folder to write; ValueError says what is wrong otherwise."""
+        """The absolute path of what is to be written; ValueError says what is wrong otherwise."""
 
 
 def _input_file(path: Path, info: ValidationInfo) -> Path:
@@ -42,6 +46,20 @@ def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
 
+def _expected_file(path: Path, info: ValidationInfo) -> Path:
+    if path.suffix != ".safetensors":
+        raise PydanticCustomError("expected", "golden outputs are a .safetensors file")
+    return info.context.output_folder(path) if info.context else path
+
+
+ExpectedFile = Annotated[Path, AfterValidator(_expected_file)]
+
+
+def _input_folder(path: Path, info: ValidationInfo) -> Path:
+    return info.context.input_folder(path) if info.context else path
+
+
+InputFolder = Annotated[Path, AfterValidator(_input_folder)]
 InputFile = Annotated[Path, AfterValidator(_input_file)]
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
 Size = Annotated[int, Field(gt=0, le=2**40)]
@@ -122,6 +140,9 @@ class PythonModel(WeightedModel):
     source: Literal["python"]
     target: Annotated[str, AfterValidator(_target)] = Field(
         description="nets/mine.py:Net or package.module:build"
+    )
+    root: InputFolder | None = Field(
+        None, description="where imports start; default: the file's folder, or the current one"
     )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
 
@@ -308,6 +329,75 @@ class OutputSection(Section):
     k: Size = Field(5, description="how many classes topk keeps")
 
 
+# --- check -------------------------------------------------------------------------------------
+
+
+def _bound(text: str) -> str:
+    bounds.number_bound(text)
+    return text
+
+
+def _byte_bound(text: str) -> str:
+    bounds.bytes_bound(text)
+    return text
+
+
+def _share(text: str) -> str:
+    bounds.share(text)
+    return text
+
+
+def _as_text(value: object) -> object:
+    """A number in YAML, such as a count of bytes, is written as a limit too."""
+    return str(value) if type(value) in {int, float} else value
+
+
+_Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
+ByteBound = Annotated[_Text, AfterValidator(_byte_bound)]
+Bound = Annotated[_Text, AfterValidator(_bound)]
+Share = Annotated[_Text, AfterValidator(_share)]
+
+
+class LimitsSection(Section):
+    """What a model may take or must reach on any machine; memory is of one batch."""
+
+    weights: ByteBound | None = Field(None, description="bytes of the weights, such as 60 MiB")
+    forward_peak: ByteBound | None = Field(None, description="bytes of tensors in the forward")
+    retained: ByteBound | None = Field(None, description="bytes that live on after the forward")
+    process_peak: ByteBound | None = Field(None, description="the process's peak resident set")
+    device_allocated: ByteBound | None = Field(None, description="peak allocated on the device")
+    device_reserved: ByteBound | None = Field(None, description="peak reserved on the device")
+    speedup_over_grad: Bound | None = Field(None, description="time in grad / time, as '>= 1.0'")
+    speedup_over_no_grad: Bound | None = Field(None, description="the same over no_grad")
+    speedup_over_inference_mode: Bound | None = Field(None, description="the same over this mode")
+
+
+class RegressionSection(Section):
+    """How much worse than the baseline's a figure may be."""
+
+    time: Share | None = Field("5%", description="of a batch; null leaves it out")
+    forward_peak: Share | None = Field("1%", description="of tensor memory in the forward")
+    retained: Share | None = Field(None, description="of tensor memory after the forward")
+    process_peak: Share | None = Field(None, description="of the process's peak resident set")
+    outputs: bool = Field(True, description="whether outputs must be the same, within tolerance")
+
+
+class CheckSection(Section):
+    """What `gradrun check` asks of a model."""
+
+    mode: GradMode | None = Field(None, description="the mode to check; default: run.mode")
+    smoke: bool = Field(True, description="it runs, finite, whole, without graph, modes agree")
+    limits: LimitsSection = LimitsSection()
+    regression: RegressionSection = RegressionSection()
+    expected: ExpectedFile | None = Field(
+        None, description="golden outputs (.safetensors), which --update-expected writes"
+    )
+    rtol: Annotated[float, Field(ge=0)] = Field(
+        1e-4, description="relative difference from golden outputs and from a baseline's"
+    )
+    atol: Annotated[float, Field(ge=0)] = Field(1e-5, description="absolute difference, the same")
+
+
 class RunConfig(Section):
     """One run: a model, its data, how to run it, what to measure and where the output goes."""
 
@@ -316,11 +406,12 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     measure: MeasureSection = MeasureSection()
     output: OutputSection
+    check: CheckSection = CheckSection()
 
     def input_files(self) -> list[Path]:
         """Every file that the run reads."""
         found: list[Path] = []
-        pending: list[Any] = [self.model.model_dump(), self.data.model_dump()]
+        pending: list[Any] = [self.model.model_dump(exclude={"root"}), self.data.model_dump()]
         while pending:
             value = pending.pop()
             if isinstance(value, dict):

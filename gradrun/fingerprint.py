@@ -26,6 +26,7 @@ def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
     """
     dumped = config.model_dump(mode="json")
     dumped.pop("measure")  # how a run is measured changes no prediction
+    dumped.pop("check")
     dumped["output"].pop("path")  # a folder may be moved
     dumped["run"].pop("warmup")
     files = config.input_files()

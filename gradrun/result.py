@@ -198,6 +198,20 @@ class Outcome(_Noun):
     """Why it failed or could not be decided, and what to do; empty where it passed."""
     key: str = ""
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
+    source: str | None = None
+    """Where that stands, as "file:line:column"; None where it is a default."""
+
+
+class Output(_Noun):
+    """One of the outputs that a model gave, over all samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of one sample."""
+    mean: float
+    spread: float
+    """The standard deviation; both are of all values, and NaN where there are such."""
 
 
 class RunResult(_Noun):
@@ -215,6 +229,8 @@ class RunResult(_Noun):
     findings: tuple[Finding, ...] = ()
     kept: tuple[Kept, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
+    outputs: tuple[Output, ...] = ()
+    """Of a check."""
     outcomes: tuple[Outcome, ...] = ()
     """Of a check, in the order of the config."""
     failures: tuple[str, ...] = ()
@@ -226,6 +242,12 @@ class RunResult(_Noun):
     resumed_at: int = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
+
+    @property
+    def status(self) -> str:
+        """Of a check: fail where any failed, else inconclusive where any is, else pass."""
+        found = {outcome.status for outcome in self.outcomes}
+        return next((s for s in ("fail", "inconclusive") if s in found), "pass")
 
     def to_json(self) -> str:
         """As result.json holds it."""

@@ -23,11 +23,12 @@ from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
-from gradrun.outputs import Named, reader
+from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
 from gradrun.result import Measurement, Memory, Phases, Warning
 from gradrun.sinks import Sink
@@ -302,6 +303,7 @@ class Runner:
 
     def _first_outputs(self) -> Named:
         returned = self._first_returned()
+        self._note_graph(returned)
         try:
             self.rescue.like = self.read(returned, self.first.size)
             return self.rescue.like
@@ -312,6 +314,15 @@ class Runner:
                 f"{self.config.output.transform} cannot take this output: {first_line(error)}",
                 "output.transform",
             ) from error
+
+    def _note_graph(self, returned: Any) -> None:
+        kept = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        if kept and self.mode is not GradMode.GRAD:
+            self._warn(
+                "graph_kept",
+                f"output {kept[0]} keeps a graph, though the mode is {self.mode}: something in the "
+                "model turns gradients on again; gradrun audit names it",
+            )
 
     def _batches(self, start: int) -> Any:
         batches: Iterator[Batch] = self.data.batches(start)

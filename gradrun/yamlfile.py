@@ -93,6 +93,11 @@ class Origin:
                     return table[part]
         return None
 
+    def where(self, key: str) -> str | None:
+        """Where a dotted key, or the section around it, was written, as "file:line:column"."""
+        place = self.place(tuple(key.split(".")))
+        return str(place) if place else None
+
     def raise_problems(self) -> None:
         if self.problems:
             raise ConfigError("\n".join(text for _, text in sorted(self.problems)))
@@ -176,6 +181,13 @@ class _Paths:
         if not resolved.is_file():
             what = "a folder" if resolved.is_dir() else "no plain file"
             raise ValueError(f"{resolved} is {what}")
+        return resolved
+
+    def input_folder(self, path: Path) -> Path:
+        resolved = _joined(self.base, path)
+        if not resolved.is_dir():
+            what = "is a file" if resolved.exists() else "does not exist"
+            raise ValueError(f"{resolved} {what}, where a folder is wanted")
         return resolved
 
     def output_folder(self, path: Path) -> Path:
