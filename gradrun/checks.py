@@ -44,7 +44,7 @@ def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcom
     rows, apart = predicted.predictions or 0, found.get("quarantined", "")
     short = "" if rows == measured.samples else f"the model ran on {measured.samples:,} samples"
     outcomes = [
-        _smoke("runs", "no error", f"{batches} in {measured.mode}"),
+        _smoke("runs", "no error", batches),
         _smoke("predictions", "one row a sample", count_text(rows, "row"), apart or short),
         _clean("finite", "no NaN, no infinity", found.get("nonfinite", "")),
     ]

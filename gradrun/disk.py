@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from gradrun.units import bytes_text
 
 _PIECE = 1024 * 1024
 
@@ -88,3 +91,26 @@ def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
     for piece in pieces(descriptor, begin, end):
         before = zlib.crc32(piece, before)
     return before
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that the disk has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_room(folder: Path, needed: int, file: str) -> None:
+    """See that about so many bytes can still be written below a folder.
+
+    Raises:
+        OSError: they cannot; says how many are needed and how many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{file} needs about {bytes_text(needed)}, and {bytes_text(free)} of disk are free",
+        )

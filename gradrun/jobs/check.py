@@ -82,6 +82,8 @@ def check(
     whole = resolved(load_config(config, sets) if sets else config, overrides)  # type: ignore[arg-type]
     subject = _subject(whole)
     earlier = RunResult.load(baseline) if baseline else None
+    with located(whole):
+        _see_that_it_can_be_told(subject, earlier, update_expected)
     tell = progress or (lambda *_: None)
     with located(whole), _rival(whole, earlier, baseline, against, sets, overrides) as rival:
         try:
@@ -117,6 +119,19 @@ def _subject(config: RunConfig) -> RunConfig:
             ),
         }
     )
+
+
+def _see_that_it_can_be_told(
+    config: RunConfig, earlier: RunResult | None, update_expected: bool
+) -> None:
+    """Find out before a long run what would be found out after it."""
+    expected, mode = config.check.expected, config.run.mode
+    if earlier and not _of_mode(earlier.measurements, mode):
+        raise ConfigError(f"the baseline holds no measurement in {mode}", "check.mode")
+    if update_expected and expected is None:
+        raise ConfigError("--update-expected takes a check.expected to write")
+    if expected and not update_expected and not expected.exists():
+        raise ConfigError(f"there is no {expected}; --update-expected writes it", "check.expected")
 
 
 def _save(result: RunResult, path: Path) -> None:
@@ -310,8 +325,6 @@ class _Work:
         assert measured.environment
         old = _of_mode(before.measurements, self.mode)
         now = _of_mode(measured.measurements, self.mode)
-        if not old:
-            raise ConfigError(f"{self.rival.name} holds no measurement in {self.mode}")
         differs = checks.machines_differ(before.environment, measured.environment)
         name, asked = self.rival.name, self.asked
         return [
@@ -323,8 +336,6 @@ class _Work:
     def _expected(self, outputs: Any, update: bool) -> list[Outcome]:
         asked = self.asked
         if asked.expected is None:
-            if update:
-                raise ConfigError("--update-expected takes a check.expected to write")
             return []
         if update:
             golden.write(asked.expected, outputs)

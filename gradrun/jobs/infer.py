@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun import __version__
+from gradrun import __version__, disk
 from gradrun import device as machine
 from gradrun.advice import advice
 from gradrun.config import RunConfig
@@ -148,7 +148,9 @@ def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: 
     except GradrunError:
         raise
     except Exception as error:
-        raise _unwritten(error) from error
+        failed = _unwritten(error)
+        failed.resumable = bool(folder.kept and folder.kept.stop)
+        raise failed from error
     return Keeper(sink, journal, batch_size, row_bytes)
 
 
@@ -233,6 +235,8 @@ def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
+    if disk.is_full(error):
+        error.args = (f"{error}; {folder.room(kept, samples)}",)
     note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
     ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
     ended.__cause__ = error.__cause__  # what --debug shows

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradrun.reports.terminal import TABLE_WIDTH, hanging, model_name, nearest, printable
+from gradrun.reports.terminal import hanging, model_name, nearest, printable
 from gradrun.result import Outcome, RunResult
 
 _STATUS = {
@@ -29,7 +29,7 @@ def show(result: RunResult, console: Console) -> None:
     console.print()
     console.print(Text.assemble((model_name(result), "bold"), facts, (printable(place), "dim")))
     console.print()
-    console.print(_table(result.outcomes, min(console.width, TABLE_WIDTH)))
+    console.print(_table(result.outcomes))
     console.print()
     for outcome in result.outcomes:
         if outcome.reason:
@@ -53,14 +53,12 @@ def verdict(result: RunResult) -> str:
     return ", ".join(f"{number} {word}" for number, word in parts if number) or "nothing to check"
 
 
-def _table(outcomes: tuple[Outcome, ...], width: int) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=width
-    )
-    table.add_column("Check", ratio=3)
-    table.add_column("allowed", ratio=3, style="dim")
-    table.add_column("found", ratio=3)
-    table.add_column("", no_wrap=True, min_width=7)
+def _table(outcomes: tuple[Outcome, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("Check")
+    table.add_column("allowed", style="dim")
+    table.add_column("found")
+    table.add_column("", no_wrap=True)
     for outcome in outcomes:
         cells = (outcome.check, outcome.limit, outcome.value)
         table.add_row(*(Text(printable(cell)) for cell in cells), Text(*_STATUS[outcome.status]))

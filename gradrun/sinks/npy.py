@@ -209,8 +209,7 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                if shutil.disk_usage(self.path.parent).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.check_room(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:

@@ -58,6 +58,9 @@ class SafetensorsSink:
         save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
+        left = self.samples - (kept[-1].stop if kept else 0)
+        # While a part is written its plain rows still lie beside it.
+        disk.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in sorted(outputs.items())
