@@ -186,9 +186,8 @@ class RunFolder:
         held = sum(file.stat().st_size for file in self.path.glob("predictions*"))
         if not kept:
             return f"{free} are free"
-        return (
-            f"{free} are free, and about {bytes_text(held * (samples - kept) // kept)} more wanted"
-        )
+        left = bytes_text(held * (samples - kept) // kept)
+        return f"{free} are free, and about {left} more are wanted"
 
     def save(self, result: RunResult) -> None:
         """Write result.json.

@@ -400,7 +400,7 @@ def check_what_a_full_disk_left(answer, folder: Path, kind: str, right: np.ndarr
         if "No space left" in answer.err:
             assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
             more = re.search(r"and about [\d.]+ [KM]iB more are wanted", answer.err)
-            assert more or told[1] == "0"
+            assert more or told[1] == "0", answer.err
             assert re.search(r"to go on: gradrun infer .*--resume", answer.err)
         assert int(told[1].replace(",", "")) <= len(kept)
         assert "Peak memory" in answer.out
