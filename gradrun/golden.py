@@ -6,6 +6,7 @@ Knows .npy predictions and .safetensors; needs no torch. Looks at a window of ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,11 @@ def described(outputs: Mapping[str, Array]) -> tuple[Output, ...]:
 
 
 def _described(name: str, rows: Array) -> Output:
+    with np.errstate(invalid="ignore"):  # a NaN or an infinity makes them NaN
+        return _in_figures(name, rows)
+
+
+def _in_figures(name: str, rows: Array) -> Output:
     count = max(rows.size, 1)
     mean = sum(float(_real(part).sum()) for part in _windows(rows)) / count
     square = sum(float(((_real(part) - mean) ** 2).sum()) for part in _windows(rows)) / count
@@ -78,7 +84,8 @@ def write(path: Path, outputs: Mapping[str, Array]) -> None:
         save_file({name: np.ascontiguousarray(rows) for name, rows in outputs.items()}, draft)
         draft.replace(path)
     except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
         reason = getattr(error, "strerror", None) or error
         raise GradrunError(f"{path} cannot be written: {reason}") from error
 

@@ -98,9 +98,9 @@ class Origin:
         place = self.place(tuple(key.split(".")))
         return str(place) if place else None
 
-    def raise_problems(self) -> None:
+    def raise_problems(self, kind: type[ConfigError] = ConfigError) -> None:
         if self.problems:
-            raise ConfigError("\n".join(text for _, text in sorted(self.problems)))
+            raise kind("\n".join(text for _, text in sorted(self.problems)))
 
 
 def load_config(
@@ -159,7 +159,7 @@ def located(config: RunConfig) -> Iterator[None]:
             )
             config._origin.problems.clear()
             config._origin.report(f"{error.key}: {error}", config._origin.place(key))
-            config._origin.raise_problems()
+            config._origin.raise_problems(type(error))
         raise
 
 
