@@ -19,6 +19,7 @@ from gradrun.result import (
     Equivalence,
     Measurement,
     Memory,
+    Metric,
     Outcome,
     Output,
     RunResult,
@@ -124,11 +125,12 @@ def speedup_limits(
         )
 
 
-def metric_limits(asked: CheckSection, metrics: Mapping[str, float]) -> Iterator[Outcome]:
+def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Outcome]:
     """Limits on what was computed from labels."""
+    found = {metric.name: metric.value for metric in metrics}
     for name, limit in _limits(asked):
-        if name in metrics:
-            bound, value = number_bound(limit), metrics[name]
+        if name in found:
+            bound, value = number_bound(limit), found[name]
             status = "fail" if math.isnan(value) else bound.status(value, value)
             yield Outcome(
                 check=_spoken(name),

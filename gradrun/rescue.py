@@ -61,6 +61,15 @@ class Quarantine:
         self.count += 1
 
 
+def numbers_apart(folder: Path) -> set[int]:
+    """The numbers of the samples in a run's folder that no prediction could be made for."""
+    path = folder / FILE
+    if not path.exists():
+        return set()
+    with path.open(encoding="utf-8") as file:
+        return {json.loads(line)["sample"] for line in file}
+
+
 class Rescue:
     """Makes of a failed batch what can be made of it, as `run.on_error` asks."""
 

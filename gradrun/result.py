@@ -214,6 +214,15 @@ class Output(_Noun):
     """The standard deviation; both are of all values, and NaN where there are such."""
 
 
+class Metric(_Noun):
+    """How well predictions agree with the labels."""
+
+    name: str
+    value: float
+    samples: int
+    """That it was taken over; those set apart are not among them."""
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
@@ -239,6 +248,8 @@ class RunResult(_Noun):
     """The predictions, by name in the run's folder."""
     predictions: int | None = None
     """Samples in those files; None where none were asked for."""
+    metrics: tuple[Metric, ...] = ()
+    """Over all predictions, in the order of the config."""
     resumed_at: int = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()

@@ -252,6 +252,32 @@ def test_on_github_annotations_point_to_the_config(project, cli, monkeypatch):
     assert "::error file=gradrun.yaml,line=15,title=gradrun%3A retained::" in answer.err
 
 
+@pytest.mark.parametrize(("limit", "status"), [(">= 0.97", "pass"), (">= 0.999", "fail")])
+def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status):
+    pytest.importorskip("torchmetrics")
+    result = gradrun.check(
+        ROOT / "configs" / "digits.yaml",
+        output={"path": str(tmp_path / "run"), "transform": "none"},
+        check={"smoke": False, "limits": {"accuracy": limit}},
+        **{"data.labels": {"key": "labels"}},
+    )
+    (found,) = result.outcomes
+    assert (found.check, found.status, found.value) == ("accuracy", status, "0.9960")
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"retaned": "1 MiB"}, "nothing called retaned to limit; allowed: weights, forward_peak"),
+        ({"accuracy": "0.97"}, "'0.97' is no limit; one is written '>= 0.97'"),
+        ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),
+    ],
+)
+def test_a_wrong_limit_is_told_with_what_is_allowed(project, limits, said):
+    with pytest.raises(ConfigError, match=said):
+        gradrun.check("gradrun.yaml", check={"limits": limits})
+
+
 def test_the_bundled_example_passes(process):
     answer = process("check", ROOT / "configs" / "digits.yaml", "--set", "output.path=runs/digits")
     assert answer.code == 0, answer.text

@@ -16,7 +16,7 @@ from typing import Any
 
 from gradrun import __version__, checks, comparison, golden
 from gradrun import device as machine
-from gradrun.config import PythonModel, RunConfig
+from gradrun.config import MetricSection, PythonModel, RunConfig
 from gradrun.errors import ConfigError, GradrunError, ModelRefused, RunFailed
 from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
@@ -111,8 +111,15 @@ def check(
 def _subject(config: RunConfig) -> RunConfig:
     """The config as it is checked: in the mode asked for, in a folder of its own."""
     path = config.output.path
+    known = {metric.title for metric in config.metrics}
+    limited = [name for name in config.check.limits.of_metrics() if name not in known]
+    missing = [MetricSection.model_validate({"name": name}) for name in limited]
     return config.model_copy(
         update={
+            "metrics": (
+                *config.metrics,
+                *(MetricSection.model_validate({"name": name}) for name in missing),
+            ),
             "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
             "output": config.output.model_copy(
                 update={"path": path.with_name(f"{path.name}-check"), "format": "npy"}
@@ -229,6 +236,7 @@ class _Work:
             *self._smoke(looked),
             *checks.memory_limits(self.asked, memory),
             *checks.speedup_limits(self.asked, self.mode, measured.measurements),
+            *checks.metric_limits(self.asked, self.predicted.metrics),
             *self._regression(looked, measured, described),
             *self._expected(outputs, update_expected),
         ]
@@ -244,6 +252,7 @@ class _Work:
             equivalence=tuple(looked.equivalence),
             files=self.predicted.files,
             predictions=self.predicted.predictions,
+            metrics=self.predicted.metrics,
             outputs=described,
             outcomes=tuple(outcomes),
             warnings=tuple(measured.warnings),

@@ -37,7 +37,7 @@ def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
     is_file = place.endswith(".py")
     root = config.root or (Path(place).parent if is_file else Path.cwd())
     try:
-        with _imports_from(root.resolve(), before_all=config.root is not None):
+        with _imports_from(root.resolve(), anew=is_file, before_all=config.root is not None):
             module = import_file(Path(place)) if is_file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(f"importing {place} failed: {_user_error(error)}", _KEY) from error
@@ -84,13 +84,14 @@ _imported: dict[Path, set[str]] = {}
 
 
 @contextmanager
-def _imports_from(root: Path, *, before_all: bool) -> Iterator[None]:
+def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]:
     """Let imports find what lies in a folder: at last, or before what is installed.
 
     What came from another root is forgotten: two revisions of one model may stand in one process,
-    and neither must get the other's helpers. Modules already in use stay alive in their users.
+    and neither must get the other's helpers. A file's own helpers are read anew, as the file is.
+    Modules already in use stay alive in their users.
     """
-    for other in _imported.keys() - {root}:
+    for other in _imported.keys() - (set() if anew else {root}):
         sys.path[:] = [place for place in sys.path if place != str(other)]
         for name in _imported.pop(other):
             sys.modules.pop(name, None)

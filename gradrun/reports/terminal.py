@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradrun.result import Measurement, Memory, RunResult
+from gradrun.result import Measurement, Memory, Metric, RunResult
 from gradrun.stats import Estimate
 from gradrun.units import bytes_text, count_text, number_text, seconds_text
 
@@ -38,6 +38,9 @@ def show(result: RunResult, console: Console) -> None:
     console.print()
     console.print(memory_table(measured.memory, width))
     console.print()
+    if result.metrics:
+        console.print(metrics_table(result.metrics, width))
+        console.print()
     for warning in result.warnings:
         console.print(hanging("!", warning.text))
     if result.warnings:
@@ -101,6 +104,16 @@ def memory_table(memory: Memory, width: int = TABLE_WIDTH) -> Table:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
         rows.append(_bytes("device pool", memory.device_reserved, "reserved, at its peak"))
     return _table("Peak memory", rows, width)
+
+
+def metrics_table(metrics: tuple[Metric, ...], width: int = TABLE_WIDTH) -> Table:
+    """How well predictions agree with the labels."""
+    rows = [(m.name, _share(m.value), f"of {count_text(m.samples, 'sample')}") for m in metrics]
+    return _table("Against labels", rows, width)
+
+
+def _share(value: float) -> str:
+    return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
 
 
 def _bytes(name: str, count: int | None, note: str = "") -> Row:

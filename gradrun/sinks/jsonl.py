@@ -6,17 +6,22 @@ written as Python reads them (NaN, Infinity), for which JSON proper has no word.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gradrun import disk
 from gradrun.journal import Committed
 from gradrun.outputs import nonfinite_rows
+
+_LINES = 1024
+"""How many are read back at once."""
 
 
 class JsonlSink:
@@ -109,3 +114,25 @@ def _lines(
         for row, name in enumerate(ids)
     ]
     return ("\n".join(lines) + "\n").encode()
+
+
+def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The rows of every output, some lines at a time; those that hold null are left out.
+
+    Raises:
+        ValueError: rows are not of one shape.
+    """
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        numbered = enumerate(map(json.loads, file))
+        while taken := list(itertools.islice(numbered, _LINES)):
+            whole = [(number, line) for number, line in taken if None not in line.values()]
+            if whole:
+                names = [name for name in whole[0][1] if name != "id"]
+                rows = {name: _tensor([line[name] for _, line in whole]) for name in names}
+                yield torch.tensor([number for number, _ in whole]), rows
+
+
+def _tensor(values: list[Any]) -> torch.Tensor:
+    """As exact as the numbers are written."""
+    tensor = torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64) if tensor.is_floating_point() else tensor
