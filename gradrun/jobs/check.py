@@ -118,7 +118,7 @@ def _subject(config: RunConfig) -> RunConfig:
         update={
             "metrics": (
                 *config.metrics,
-                *(MetricSection.model_validate({"name": name}) for name in missing),
+                *missing,
             ),
             "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
             "output": config.output.model_copy(

@@ -91,10 +91,13 @@ def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]
     and neither must get the other's helpers. A file's own helpers are read anew, as the file is.
     Modules already in use stay alive in their users.
     """
-    for other in _imported.keys() - (set() if anew else {root}):
-        sys.path[:] = [place for place in sys.path if place != str(other)]
-        for name in _imported.pop(other):
-            sys.modules.pop(name, None)
+    for other, names in _imported.items():
+        if other != root:
+            sys.path[:] = [place for place in sys.path if place != str(other)]
+        if other != root or anew:
+            for name in names:
+                sys.modules.pop(name, None)
+            names.clear()
     if str(root) not in sys.path:
         sys.path.insert(0 if before_all else len(sys.path), str(root))
     importlib.invalidate_caches()
