@@ -70,6 +70,10 @@ class Memory(_Noun):
     inputs: int
     forward_peak: int | None = None
     retained: int | None = None
+    timeline: tuple[int, ...] | None = None
+    """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
+    peak_module: str | None = None
+    """The module that was running at the peak, as "path (Type)"."""
     process_peak: int | None = None
     process_method: str = "unavailable"
     device_allocated: int | None = None
