@@ -38,7 +38,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda text: text.replace('"format": 1', '"format": 2'), "format"),
+        (lambda text: text.replace('"format": 1', '"format": "2"'), "format"),
         (lambda text: text.replace('"kind": "infer"', '"kind": "tea"'), "kind"),
         (lambda text: text[: len(text) // 2], "JSON"),
         (lambda text: text.replace('"forward": 0.09', '"forward": "long"'), "forward"),

@@ -15,7 +15,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.reports.terminal import DASH, nearest, printable, show
+from gradrun.reports.tables import DASH
+from gradrun.reports.terminal import nearest, printable, show
 from gradrun.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
 

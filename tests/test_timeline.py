@@ -45,8 +45,9 @@ def test_watching_the_modules_changes_no_byte(name: str, mode: GradMode) -> None
     assert max(watched.timeline) == watched.peak
     assert (watched.timeline[0], watched.timeline[-1]) == (0, watched.retained)
     assert len(watched.timeline) <= 200
-    path, _, kind = (watched.peak_module or "").partition(" ")
-    assert kind == f"({type(model.get_submodule(path)).__name__})"
+    path, _, kind = (watched.peak_module or "").rpartition(" ")
+    module = model if path == "(the model)" else model.get_submodule(path)
+    assert kind == f"({type(module).__name__})"
 
 
 class Swells(nn.Module):
