@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradrun import stats
-from gradrun.config import MeasureSection
 from gradrun.result import Comparison, Measurement, RunResult
+
+_PRECISION = 0.01
+"""What was asked for where a result does not say; the default of measure.precision."""
 
 
 def compare_measured(measurements: Sequence[Measurement], precision: float) -> list[Comparison]:
@@ -49,6 +51,6 @@ def recomputed(result: RunResult) -> RunResult:
     asked = result.config.get("measure")
     precision = asked.get("precision") if isinstance(asked, dict) else None
     if not isinstance(precision, float) or not 0 < precision <= 1:
-        precision = MeasureSection().precision
+        precision = _PRECISION
     compared = compare_measured(result.measurements, precision)
     return result.model_copy(update={"comparisons": tuple(compared)})

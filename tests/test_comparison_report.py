@@ -17,8 +17,8 @@ from rich.console import Console
 
 from gradrun.ratios import compare_measured
 from gradrun.reports.comparison import show
+from gradrun.reports.printable import printable
 from gradrun.reports.tables import DASH
-from gradrun.reports.terminal import printable
 from gradrun.result import Equivalence, Measurement, Memory, RunResult, Warning
 from tests.results import CONFIG, MACHINE, MEMORY, measurement, run_result
 

@@ -16,8 +16,9 @@ from rich.text import Text
 
 from gradrun.reports import tables, words
 from gradrun.reports.comparison import words_text
+from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
-from gradrun.reports.terminal import model_name, nearest, printable
+from gradrun.reports.terminal import model_name, nearest
 from gradrun.result import Finding, RunResult
 from gradrun.safety import verdict
 

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from gradrun.conclusion import conclusion
 from gradrun.reports import tables, words
+from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
-from gradrun.reports.terminal import hanging, model_name, nearest, printable
+from gradrun.reports.terminal import hanging, model_name, nearest
 from gradrun.result import RunResult
 
 _BOLD, _DIM = ("a batch", "a sample", "ratio"), ("95 %",)

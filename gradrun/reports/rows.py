@@ -13,7 +13,7 @@ from typing import Literal
 
 from gradrun import stats
 from gradrun.reports.tables import by_variant
-from gradrun.result import Comparison, Measurement, RunResult
+from gradrun.result import Comparison, Equivalence, Measurement, RunResult
 
 Unit = Literal[
     "seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "words"
@@ -47,6 +47,7 @@ class Row:
 def rows(result: RunResult) -> list[Row]:
     """All figures of a result, in the order of its variants."""
     compared = {c.candidate: c for c in result.comparisons}
+    agreed = {e.candidate: e for e in result.equivalence}
     found: list[Row] = []
     for name, measured in by_variant(result).items():
         first = measured[0]
@@ -54,16 +55,10 @@ def rows(result: RunResult) -> list[Row]:
         found += _of_rounds(mode, measured) if name else _of_a_run(mode, first)
         found += [_ratio(c) for c in [compared.get(name)] if c]
         found += _memory(mode, first)
-    found += _outputs(result)
+        found += [_outputs(e) for e in [agreed.get(name)] if e]
     found += (Row("grad", f"kept by {k.module}", "bytes", k.bytes) for k in result.kept)
     found += (
-        Row(
-            ", ".join(f.modes) or "all modes",
-            f.code,
-            "words",
-            status=f.severity,
-            text=f"{f.module}: {f.text}",
-        )
+        Row(", ".join(f.modes) or "all modes", f.code, "words", status=f.severity, text=f.text)
         for f in result.findings
     )
     found += (
@@ -110,17 +105,12 @@ def _memory(mode: str, measured: Measurement) -> Iterable[Row]:
         yield Row(mode, name, "bytes", count, text=where if name == "forward_peak" else "")
 
 
-def _outputs(result: RunResult) -> Iterable[Row]:
-    for e in result.equivalence:
-        status = "same to the bit" if e.bitwise else "within tolerance" if e.equal else "different"
-        yield Row(
-            e.candidate,
-            "greatest_difference",
-            "output_units",
-            _finite(e.max_abs_diff),
-            status=status,
-            text=e.first_module or "",
-        )
+def _outputs(e: Equivalence) -> Row:
+    status = "same to the bit" if e.bitwise else "within tolerance" if e.equal else "different"
+    difference, where = _finite(e.max_abs_diff), e.first_module or ""
+    return Row(
+        e.candidate, "greatest_difference", "output_units", difference, status=status, text=where
+    )
 
 
 def _estimate(mode: str, metric: str, found: stats.Estimate | None, unit: Unit = "seconds") -> Row:

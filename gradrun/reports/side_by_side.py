@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradrun.conclusion import decimals
 from gradrun.reports.rows import Row, rows
 from gradrun.reports.tables import DASH, Table
 from gradrun.reports.words import environment, model_name
@@ -46,16 +47,7 @@ def _table(results: Sequence[Named]) -> Table:
     found = [{(row.mode, _label(row)): row for row in rows(r) if _label(row)} for _, r in results]
     # Runs of one mode each stand in the same rows, whatever the mode.
     alone = all(len({mode for mode, _ in cells if mode}) < 2 for cells in found)
-    columns: list[dict[str, str]] = []
-    for cells in found:
-        modes = {"mode": mode for mode, _ in cells if alone and mode}
-        columns.append(
-            modes
-            | {
-                label if alone or not mode else f"{mode}, {label}": _cell(row)
-                for (mode, label), row in cells.items()
-            }
-        )
+    columns = [_column(cells, alone=alone) for cells in found]
     labels = dict.fromkeys(label for cells in columns for label in cells)
     return Table(
         _TITLES[results[0][1].kind],
@@ -69,6 +61,14 @@ def _table(results: Sequence[Named]) -> Table:
         words=0,
         note=_differences(results),
     )
+
+
+def _column(cells: dict[tuple[str, str], Row], *, alone: bool) -> dict[str, str]:
+    modes = [mode for mode, _ in cells if alone and mode]
+    told = {"mode": modes[0]} if modes else {}
+    for (mode, label), row in cells.items():
+        told[label if alone or not mode else f"{mode}, {label}"] = _cell(row)
+    return told
 
 
 def _label(row: Row) -> str:
@@ -91,7 +91,8 @@ def _cell(row: Row) -> str:
         case "samples_per_second":
             return f"{number_text(row.value, around)} /s"
         case "ratio" if row.metric == "ratio":
-            return f"{number_text(row.value, around)} {row.status.replace('_', ' ')}"
+            digits = decimals(around or row.value)
+            return f"{row.value:.{digits}f} {row.status.replace('_', ' ')}"
         case "ratio":
             return f"{row.status} {row.value:.0%}"
         case "output_units":

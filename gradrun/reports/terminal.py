@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradrun.reports import tables, words
+from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
 from gradrun.result import Measurement, RunResult
 from gradrun.units import count_text
@@ -98,10 +99,3 @@ def nearest(path: str | Path) -> str:
     except ValueError:  # another drive
         return str(path)
     return min(relative, str(path), key=len)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters written out, so that no name can drive the terminal."""
-    return "".join(
-        char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text
-    )

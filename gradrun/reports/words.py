@@ -135,3 +135,14 @@ def environment(result: RunResult) -> list[tuple[str, str]]:
         ("gradrun", machine.gradrun),
         ("started", result.started_at),
     ]
+
+
+def findings(result: RunResult) -> list[tuple[str, str, str]]:
+    """What an audit found: how bad it is, where, and what to do about it."""
+    told: list[tuple[str, str, str]] = []
+    for found in result.findings:
+        modes = f"in {', '.join(found.modes)}" if 0 < len(found.modes) < 3 else ""
+        where = ", ".join(filter(None, (found.module, modes, found.source)))
+        advice = f" {found.advice}." if found.advice else ""
+        told.append((found.severity, where, f"{found.text}.{advice}"))
+    return told
