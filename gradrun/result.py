@@ -20,7 +20,9 @@ from gradrun.gradmode import GradMode
 
 class _Noun(BaseModel):
     # "Infinity" (outputs of other shapes; an interval with an open end) is read back as it was.
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings", defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="strings", defer_build=True
+    )
 
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that

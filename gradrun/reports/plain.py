@@ -33,8 +33,10 @@ def show(result: RunResult, console: Console) -> None:
         console.print()
         console.print(_table(told))
     console.print()
-    for notice in words.notices(result):
-        console.print(hanging("!", notice))
+    if notices := words.notices(result):
+        for notice in notices:
+            console.print(hanging("!", notice))
+        console.print()
     console.print(Text(printable(words.verdict(result)), "bold"))
 
 

@@ -314,6 +314,6 @@ def _of_the_page(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^\"]*?sans-serif", r"font-size: \1", svg)
+    svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = re.sub(r"#0a0[bc]0\d", lambda found: _ROLES.get(found[0], found[0]), svg)
     return re.sub(r"\n *", "\n", svg).strip()

@@ -48,7 +48,10 @@ def rows(result: RunResult) -> list[Row]:
     """All figures of a result, in the order of its variants."""
     compared = {c.candidate: c for c in result.comparisons}
     agreed = {e.candidate: e for e in result.equivalence}
-    found: list[Row] = []
+    found = [
+        Row("", f"check {o.check}", "words", status=o.status, text=f"{o.value} (limit: {o.limit})")
+        for o in result.outcomes
+    ]
     for name, measured in by_variant(result).items():
         first = measured[0]
         mode = name or first.mode.value
@@ -60,10 +63,6 @@ def rows(result: RunResult) -> list[Row]:
     found += (
         Row(", ".join(f.modes) or "all modes", f.code, "words", status=f.severity, text=f.text)
         for f in result.findings
-    )
-    found += (
-        Row("", o.check, "words", status=o.status, text=f"{o.value} (limit: {o.limit})")
-        for o in result.outcomes
     )
     return found
 
