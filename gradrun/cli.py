@@ -305,10 +305,15 @@ def _tell_ci(result: RunResult, junit: Path | None) -> None:
     from gradrun.reports.junit import xml
 
     if junit:
-        _write(xml(result), str(junit), "--junit")
+        _write(xml(result), junit, "--junit")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in github.commands(result):
             sys.stderr.write(f"{line}\n")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        from gradrun.reports import written
+
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(written([("", result)], "markdown"))
 
 
 @app.command()
@@ -352,6 +357,70 @@ def verify(
             _write_json(json.dumps(found.to_dict(), indent=1), json_file)
         if not found.complete:
             raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, or their result.json; several in columns."),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="NAME", help="table, markdown, csv, json or html."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write here; its suffix decides the format."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show saved results again, in any form; nothing is run."""
+    with _errors(debug, None, quiet) as console:
+        from gradrun import reports
+        from gradrun.ratios import recomputed
+        from gradrun.reports.terminal import nearest
+        from gradrun.result import RunResult
+
+        chosen = _chosen_format(form, output, results)
+        named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]
+        if chosen == "table" and output is None:
+            reports.show(named, console)
+            return
+        text = reports.table(named) if chosen == "table" else reports.written(named, chosen)
+        if output is None:
+            sys.stdout.write(text)
+            return
+        _write(text, output, "-o")
+        _say(console, f"wrote {nearest(output)}")
+
+
+def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -> str:
+    """The format that was named, or else the one of the file's suffix."""
+    from gradrun.reports import FORMATS, SUFFIXES
+
+    if form is not None and form not in FORMATS:
+        from gradrun.complaints import choices
+
+        raise ConfigError(f"there is no format {form!r}; {choices(form, FORMATS)}")
+    if output is None:
+        return form or "table"
+    if output.is_dir():
+        raise ConfigError(f"-o {output}: a folder, where a file is wanted")
+    if output.resolve() in {
+        (path / "result.json" if path.is_dir() else path).resolve() for path in results
+    }:
+        raise ConfigError(f"-o {output} is the result itself; name another file")
+    chosen = form or SUFFIXES.get(output.suffix.lower())
+    if chosen is None:
+        raise ConfigError(
+            f"-o {output}: its suffix names no format ({', '.join(SUFFIXES)}); "
+            f"say --format {'|'.join(FORMATS)}"
+        )
+    return chosen
 
 
 @app.command()
@@ -507,7 +576,7 @@ def _tell(error: GradrunError) -> None:
     """Print an error's sentence, and end with its exit code."""
     from rich.text import Text
 
-    from gradrun.reports.terminal import printable
+    from gradrun.reports.printable import printable
 
     _console(stderr=True).print(
         Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
@@ -539,35 +608,49 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    from gradrun.reports.terminal import printable
+    from gradrun.reports.printable import printable
 
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
-    from gradrun.reports import audit, check, comparison, terminal
+    from gradrun import reports
 
-    shows = {
-        "infer": terminal.show,
-        "compare": comparison.show,
-        "audit": audit.show,
-        "check": check.show,
-    }
-    shows[result.kind](result, console)
+    reports.show([("", result)], console)
     if json_file:
         _write_json(result.to_json(), json_file)
+    _tell_of_reports(result, console, json_file)
+
+
+def _tell_of_reports(result: RunResult, console: Console, json_file: str | None) -> None:
+    """Print the command that shows a result otherwise, where it was saved."""
+    from rich.text import Text
+
+    from gradrun.reports.printable import printable
+    from gradrun.reports.terminal import nearest
+
+    saved = Path(result.config["output"]["path"])
+    if not (saved / "result.json").is_file():
+        if json_file in (None, "-"):
+            return
+        saved = Path(str(json_file))
+    page = f"{saved.stem or 'report'}.html"
+    command = shlex.join(["gradrun", "report", nearest(saved), "-o", page])
+    console.print(Text(printable(f"more: {command}"), "dim"), soft_wrap=True)
 
 
 def _write_json(text: str, file: str) -> None:
     if file == "-":
         sys.stdout.write(text + "\n")
         return
-    _write(text + "\n", file, "--json")
+    _write(text + "\n", Path(file), "--json")
 
 
-def _write(text: str, file: str, option: str) -> None:
+def _write(text: str, file: Path, option: str) -> None:
+    from gradrun.disk import replace_file
+
     try:
-        Path(file).write_text(text, encoding="utf-8")
+        replace_file(file, text)
     except OSError as error:
         raise GradrunError(f"{option} {file} cannot be written: {error.strerror}") from error
 

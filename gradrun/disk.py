@@ -50,6 +50,27 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all: what was there stays until the new one is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():  # a device or a pipe takes what it is given
+        path.write_text(text, encoding="utf-8")
+        return
+    draft = path.with_name(f"{path.name}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(path: Path) -> None:
     """Return when the names in a folder are on the disk; systems without that have no need."""
     if os.name != "posix":

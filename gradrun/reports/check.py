@@ -7,59 +7,49 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.reports.terminal import hanging, model_name, nearest, printable
-from gradrun.result import Outcome, RunResult
+from gradrun.reports import tables, words
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import Table
+from gradrun.reports.terminal import hanging, nearest
+from gradrun.result import RunResult
 
-_STATUS = {
-    "pass": ("pass", "green"),
-    "fail": ("fail", "bold red"),
-    "inconclusive": ("unclear", "bold yellow"),
-}
-_MARKS = {"fail": ("x", "bold red"), "inconclusive": ("?", "bold yellow")}
+_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "bold yellow"}
+_MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 
 
 def show(result: RunResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
-    machine = result.environment
-    facts = f"  {result.config['run']['mode']}"
-    place = f"  {machine.device_name or machine.device}"
+    mode = f"  {result.config['run']['mode']}"
+    name, facts = printable(words.model_name(result)), printable(f"  {words.facts(result)}")
     console.print()
-    console.print(Text.assemble((model_name(result), "bold"), facts, (printable(place), "dim")))
+    console.print(Text.assemble((name, "bold"), mode, (facts, "dim")))
     console.print()
-    console.print(_table(result.outcomes))
+    console.print(_table(tables.outcomes(result)))
     console.print()
     for outcome in result.outcomes:
         if outcome.reason:
-            mark, style = _MARKS.get(outcome.status, ("!", "bold yellow"))
-            console.print(hanging(mark, f"{outcome.check}: {outcome.reason}", style))
+            told = f"{outcome.check}: {outcome.reason}"
+            console.print(hanging(_MARKS[outcome.status], told, _STYLES[outcome.status]))
     for warning in result.warnings:
         console.print(hanging("!", warning.text))
     if result.warnings or any(outcome.reason for outcome in result.outcomes):
         console.print()
-    style = {"pass": "bold green"}.get(result.status, _STATUS[result.status][1])
-    console.print(Text(verdict(result), style))
+    style = {"pass": "bold green"}.get(result.status, _STYLES[result.status])
+    console.print(Text(words.verdict(result), style))
     saved = f"{nearest(result.config['output']['path'])}/result.json"
     console.print(Text(f"every figure in {printable(saved)}", "dim"))
 
 
-def verdict(result: RunResult) -> str:
-    """`"7 passed, 1 failed"`."""
-    count = [outcome.status for outcome in result.outcomes].count
-    parts = [(count("pass"), "passed"), (count("fail"), "failed")]
-    parts.append((count("inconclusive"), "inconclusive"))
-    return ", ".join(f"{number} {word}" for number, word in parts if number) or "nothing to check"
-
-
-def _table(outcomes: tuple[Outcome, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
-    table.add_column("Check")
-    table.add_column("allowed", style="dim")
-    table.add_column("found")
-    table.add_column("", no_wrap=True)
-    for outcome in outcomes:
-        cells = (outcome.check, outcome.limit, outcome.value)
-        table.add_row(*(Text(printable(cell)) for cell in cells), Text(*_STATUS[outcome.status]))
+def _table(told: Table) -> RichTable:
+    table = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, header_style="bold"
+    )
+    table.add_column(told.title)
+    for column, style in zip(told.columns, ("dim", "", ""), strict=True):
+        table.add_column(column, style=style, no_wrap=column == "status")
+    for *cells, status in told.rows:
+        table.add_row(*(Text(printable(cell)) for cell in cells), Text(status, _STYLES[status]))
     return table

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradrun.reports.terminal import nearest, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.terminal import nearest
 from gradrun.result import Outcome, RunResult
 
 

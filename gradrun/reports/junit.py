@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from gradrun.reports.terminal import model_name, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.words import model_name
 from gradrun.result import Outcome, RunResult
 
 
