@@ -8,14 +8,27 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticSerializationError
 
-from gradrun import stats
+from gradrun import disk, stats
 from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
+
+_MOST_BYTES = 2**30
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Of bytes or samples, as a machine can have them."""
 
 
 class _Noun(BaseModel):
@@ -39,10 +52,10 @@ class Environment(_Noun):
     python: str
     platform: str
     cpu: str
-    cores: int
-    cpus: int
-    threads: int
-    memory: int
+    cores: Count
+    cpus: Count
+    threads: Count
+    memory: Count
     device: str
     device_name: str | None = None
 
@@ -50,13 +63,13 @@ class Environment(_Noun):
 class Phases(_Noun):
     """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
 
-    load_model: float
-    open_data: float
-    first_batch: float
-    warm_up: float
-    data: float
-    forward: float
-    output: float
+    load_model: Seconds
+    open_data: Seconds
+    first_batch: Seconds
+    warm_up: Seconds
+    data: Seconds
+    forward: Seconds
+    output: Seconds
 
 
 class Memory(_Noun):
@@ -66,14 +79,14 @@ class Memory(_Noun):
     the outputs and, with gradients on, what their graph keeps.
     """
 
-    weights: int
-    inputs: int
-    forward_peak: int | None = None
-    retained: int | None = None
-    process_peak: int | None = None
+    weights: Count
+    inputs: Count
+    forward_peak: Count | None = None
+    retained: Count | None = None
+    process_peak: Count | None = None
     process_method: str = "unavailable"
-    device_allocated: int | None = None
-    device_reserved: int | None = None
+    device_allocated: Count | None = None
+    device_reserved: Count | None = None
 
 
 class Measurement(_Noun):
@@ -83,12 +96,18 @@ class Measurement(_Noun):
     variant: str = ""
     """What tells it from others in a comparison; empty in a run of its own."""
     process: int = 0
-    batch_seconds: tuple[float, ...]
-    batch_sizes: tuple[int, ...]
+    batch_seconds: tuple[Seconds, ...]
+    batch_sizes: tuple[Count, ...]
     phases: Phases
     memory: Memory
-    batch_limit: int | None = None
+    batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
+
+    @model_validator(mode="after")
+    def _one_size_a_time(self) -> Self:
+        if len(self.batch_seconds) != len(self.batch_sizes):
+            raise ValueError("batch_seconds and batch_sizes differ in length")
+        return self
 
     @property
     def samples(self) -> int:
@@ -200,6 +219,15 @@ class Outcome(_Noun):
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
 
 
+def _names_the_run(config: dict[str, Any]) -> dict[str, Any]:
+    """See that what reports call a run by is there: the model's source and the output's folder."""
+    for section, key in (("model", "source"), ("output", "path")):
+        found = config.get(section)
+        if not (isinstance(found, dict) and isinstance(found.get(key), str)):
+            raise ValueError(f"{section}.{key} is missing")
+    return config
+
+
 class RunResult(_Noun):
     """Everything that a run leaves for its readers."""
 
@@ -207,7 +235,7 @@ class RunResult(_Noun):
     kind: Literal["infer", "compare", "audit", "check"]
     gradrun: str
     started_at: str
-    config: dict[str, Any]
+    config: Annotated[dict[str, Any], AfterValidator(_names_the_run)]
     environment: Environment
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -221,9 +249,9 @@ class RunResult(_Noun):
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
-    predictions: int | None = None
+    predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
-    resumed_at: int = 0
+    resumed_at: Count = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
@@ -241,11 +269,13 @@ class RunResult(_Noun):
             OSError: the folder cannot be written.
         """
         draft = path.with_name(f"{path.name}.tmp")
+        descriptor = disk.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                disk.write_all(descriptor, (self.to_json() + "\n").encode())
+                disk.sync(descriptor)
+            finally:
+                os.close(descriptor)
             draft.replace(path)
         except BaseException:
             draft.unlink(missing_ok=True)
@@ -262,7 +292,11 @@ class RunResult(_Noun):
         if path.is_dir():
             path /= "result.json"
         try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
             return cls.model_validate(json.loads(path.read_bytes()))
+        except RecursionError as error:
+            raise GradrunError(f"{path} is no result of gradrun: nested too deeply") from error
         except OSError as error:
             raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:

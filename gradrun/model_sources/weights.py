@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradrun.errors import ConfigError
+from gradrun.model_sources.archives import check_unpacked
 from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
@@ -74,7 +75,13 @@ def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
 
 def _checkpoint(path: Path) -> Any:
     try:
+        with path.open("rb") as file:
+            packed = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
+        if packed:
+            check_unpacked(path, _KEY)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             begins = file.read(2)
