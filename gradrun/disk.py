@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _PIECE = 1024 * 1024
-_LONGEST_LINE = 64 * 1024 * 1024
+_LONGEST_LINE = 16 * 1024 * 1024
 _GUARDS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """A link is not followed, and a pipe not waited for; of a plain file neither changes anything."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun import journal
@@ -141,7 +142,9 @@ class RunFolder:
             )
 
     def _ours(self) -> list[Path]:
-        return [file for pattern in _OURS for file in self.path.glob(pattern)]
+        # By name alone: a glob does not see a link to nowhere, and writing through it makes a file.
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [file for pattern in _OURS for file in there if fnmatchcase(file.name, pattern)]
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -68,7 +68,7 @@ def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
             raise ConfigError(f"{path} is no safetensors file: {error}", _KEY) from error
     return _state_dict(_checkpoint(path), path, nested_key)
 

@@ -1,7 +1,7 @@
 """Files of every kind that gradrun reads, damaged at random: each is read or refused in a sentence.
 
-`python tests/soak/fuzz.py` tries 20,000; `--only N` tries one again and shows what it said. Knows
-how files are damaged; how a command must end stands in victim.py.
+`python tests/soak/fuzz.py` tries 20,000, and keeps what went wrong to be tried again. Knows how
+files are damaged; how a command must end stands in victim.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import threading
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ IDENTITY = "{source: layers, layers: [Identity]}"
 LINEAR = "{source: layers, layers: [{Linear: [4, 3]}]"
 SYNTHETIC = "{source: synthetic, inputs: {x: {shape: [4]}}, samples: 5, batch_size: 2}"
 INFER = ["infer", "c.yaml"]
-RESUME = [["verify", "out"], [*INFER, "--resume"], ["verify", "out"]]
+RESUME = [["verify", "out"], [*INFER, "--resume"]]
 ON_DISK = 1_700_000_000
 """When every file was last changed, so that a resume finds those that it knows."""
 
@@ -64,14 +64,14 @@ class Seed:
 # --- files as they should be -------------------------------------------------------------------
 
 
-def _config(
+def config(
     model: str = IDENTITY, data: str = SYNTHETIC, form: str = "npy", run: str = ""
 ) -> dict[str, bytes]:
     text = f"model: {model}\ndata: {data}\n" + SETTINGS.format(form=form, run=run)
     return {"c.yaml": text.encode()}
 
 
-def _saved(tensors: object, **options: object) -> bytes:
+def saved(tensors: object, **options: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(tensors, buffer, **options)
     return buffer.getvalue()
@@ -107,8 +107,8 @@ def _programs() -> Iterator[Seed]:
     program = torch.export.export(net, (torch.ones(3, 4),), dynamic_shapes=(batch,))
     torch.export.save(program, exported)
     for source, name, data in (("torchscript", "m.pt", scripted), ("exported", "m.pt2", exported)):
-        config = _config(f"{{source: {source}, path: {name}}}")
-        yield Seed(source, config | {name: data.getvalue()}, name, [INFER])
+        files = config(f"{{source: {source}, path: {name}}}") | {name: data.getvalue()}
+        yield Seed(source, files, name, [INFER])
 
 
 def _plain() -> Iterator[Seed]:
@@ -116,30 +116,30 @@ def _plain() -> Iterator[Seed]:
         yield Seed("yaml", {"c.yaml": path.read_bytes()}, "c.yaml", [["validate", "c.yaml"]])
     for name, data in _arrays().items():
         key = "" if name == "x.npy" else ", inputs: {x: {key: a}}"
-        config = _config(data=f"{{source: arrays, path: {name}, batch_size: 2{key}}}")
-        yield Seed(name.rpartition(".")[2], config | {name: data}, name, [INFER])
+        files = config(data=f"{{source: arrays, path: {name}, batch_size: 2{key}}}") | {name: data}
+        yield Seed(name.rpartition(".")[2], files, name, [INFER])
     for name, data in _texts().items():
         inputs = "inputs: {x: {columns: [a, b]}}, id: name, batch_size: 2"
-        config = _config(data=f"{{source: records, path: {name}, {inputs}}}", form="jsonl")
-        yield Seed(name.rpartition(".")[2], config | {name: data}, name, [INFER])
+        files = config(data=f"{{source: records, path: {name}, {inputs}}}", form="jsonl")
+        yield Seed(name.rpartition(".")[2], files | {name: data}, name, [INFER])
     weights = {"0.weight": torch.randn(3, 4), "0.bias": torch.zeros(3)}
-    older = _saved({"state_dict": weights}, _use_new_zipfile_serialization=False)
+    older = saved({"state_dict": weights}, _use_new_zipfile_serialization=False)
     for kind, name, data in (
         ("weights safetensors", "w.safetensors", save(weights)),
-        ("checkpoint", "w.pt", _saved({"state_dict": weights, "epoch": 3, "note": "text"})),
+        ("checkpoint", "w.pt", saved({"state_dict": weights, "epoch": 3, "note": "text"})),
         ("older checkpoint", "w.pt", older),
     ):
-        yield Seed(kind, _config(f"{LINEAR}, weights: {name}}}") | {name: data}, name, [INFER])
+        yield Seed(kind, config(f"{LINEAR}, weights: {name}}}") | {name: data}, name, [INFER])
 
 
-def _runs(folder: Path) -> Iterator[Seed]:
-    """Every file of a run of each format, finished and killed past its middle."""
+def runs(folder: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """(format, "finished" or "killed", files) of a run whose samples failed here and there."""
     model = "{source: layers, layers: [{Embedding: [5, 3]}]}"
     inputs = "inputs: {x: {shape: [2], dtype: int64, distribution: randint, low: 0, high: 6}}"
     data = f"{{source: synthetic, {inputs}, samples: 23, batch_size: 4}}"
     for form in faults.FORMATS:
-        config = _config(model, data, form, ", on_error: quarantine")
-        lay_out(folder, config)
+        asked = config(model, data, form, ", on_error: quarantine")
+        lay_out(folder, asked)
         out = folder / "out"
         whole = faults.Disk(out)
         with faults.commits_at_every_batch(), whole.watched():
@@ -152,19 +152,25 @@ def _runs(folder: Path) -> Iterator[Seed]:
             gradrun.infer(folder / "c.yaml")
         faults.close_below(out)
         assert killed.left
-        for files in (finished, killed.left):
-            files.pop(".gradrun.lock", None)
-            laid = config | {f"out/{name}": data for name, data in files.items()}
-            for name in files:
-                kind = name if name in {"journal.jsonl", "result.json", "quarantine.jsonl"} else ""
-                kind = kind or f"predictions {form}"
-                yield Seed(kind, laid, f"out/{name}", RESUME)
+        killed.left.pop(".gradrun.lock")
+        for state, files in (("finished", finished), ("killed", killed.left)):
+            yield form, state, asked | {f"out/{name}": data for name, data in files.items()}
+
+
+def _run_files(folder: Path) -> Iterator[Seed]:
+    for form, _, files in runs(folder):
+        for place in files:
+            folder_name, _, name = place.rpartition("/")
+            kind = f"predictions {form}" if name.startswith("predictions") else name
+            if folder_name:
+                yield Seed(kind, files, place, RESUME)
 
 
 def seeds(folder: Path) -> dict[str, list[Seed]]:
     """Kind of file to what there is of it."""
+    torch.manual_seed(0)
     kinds = defaultdict(list)
-    for seed in itertools.chain(_plain(), _programs(), _runs(folder)):
+    for seed in itertools.chain(_plain(), _programs(), _run_files(folder)):
         kinds[seed.kind].append(seed)
     return kinds
 
@@ -296,16 +302,16 @@ class Tally:
     refused: int = 0
     seconds: float = 0.0
     peak: int = 0
-    wrong: list[str] = field(default_factory=list)
+    wrong: int = 0
 
-    def add(self, number: int, ending: Ending) -> None:
+    def add(self, ending: Ending) -> None:
         if ending.codes and not ending.codes[-1]:
             self.read += 1
         else:
             self.refused += 1
         self.seconds = max(self.seconds, ending.seconds)
         self.peak = max(self.peak, ending.peak)
-        self.wrong += [f"file {number}: {what}" for what in ending.wrong]
+        self.wrong += bool(ending.wrong)
 
 
 class Fuzzer:
@@ -333,58 +339,60 @@ class Fuzzer:
             ending.wrong.append(f"{strange} came to be")
         return seed.kind, ending
 
-    def run(self, numbers: range, processes: int = 2) -> dict[str, Tally]:
-        """Try files in several processes; kind to what became of them."""
+    def run(self, numbers: range, victims: Sequence[Victim]) -> dict[str, Tally]:
+        """Try files, as many at once as there are victims; kind to what became of them."""
         tallies: dict[str, Tally] = defaultdict(Tally)
         left, lock = iter(numbers), threading.Lock()
 
-        def work(index: int) -> None:
-            victim = Victim()
-            try:
-                for tried in itertools.count(1):
-                    with lock:
-                        number = next(left, None)
-                    if number is None:
-                        return
-                    kind, ending = self.attempt(number, victim, self.folder / str(index))
-                    with lock:
-                        tallies[kind].add(number, ending)
-                        for what in ending.wrong:
-                            print(f"file {number} ({kind}): {what}", flush=True)
-                    if tried % 2000 == 0:  # torch keeps something of every program
-                        victim.close()
-            finally:
-                victim.close()
+        def work(victim: Victim, folder: Path) -> None:
+            for tried in itertools.count(1):
+                with lock:
+                    number = next(left, None)
+                if number is None:
+                    return
+                kind, ending = self.attempt(number, victim, folder)
+                with lock:
+                    tallies[kind].add(ending)
+                if ending.wrong:
+                    self._keep(number, kind, ending, folder)
+                if tried % 2000 == 0:  # torch keeps something of every program
+                    victim.close()
 
-        with ThreadPoolExecutor(processes) as pool:
-            for done in [pool.submit(work, index) for index in range(processes)]:
+        with ThreadPoolExecutor(len(victims)) as pool:
+            places = [self.folder / str(index) for index in range(len(victims))]
+            for done in [pool.submit(work, *pair) for pair in zip(victims, places, strict=True)]:
                 done.result()
         return tallies
+
+    def _keep(self, number: int, kind: str, ending: Ending, folder: Path) -> None:
+        """Put what went wrong where it can be tried again."""
+        kept = Path(tempfile.gettempdir(), "gradrun-fuzz", f"{self.seed}-{number}")
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept, symlinks=True)
+        print(f"file {number} ({kind}), kept in {kept}:", *ending.wrong, sep="\n", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="try this file alone")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name).resolve(), time.monotonic()
         fuzzer = Fuzzer(folder, asked.seed)
-        if asked.only is not None:
-            victim = Victim()
-            kind, ending = fuzzer.attempt(asked.only, victim, folder / "0")
-            victim.close()
-            print(kind, ending.codes, ending.said, *ending.wrong, sep="\n")
-            return 1 if ending.wrong else 0
-        tallies = fuzzer.run(range(asked.files))
+        victims = [Victim(), Victim()]
+        try:
+            tallies = fuzzer.run(range(asked.files), victims)
+        finally:
+            for victim in victims:
+                victim.close()
         print(f"{asked.files:,} files in {time.monotonic() - began:.0f} s")
         print(f"{'kind':20} {'read':>6} {'refused':>8} {'slowest':>9} {'peak':>9} {'wrong':>6}")
         for kind, tally in sorted(tallies.items()):
             peak = f"{tally.peak / 2**20:.0f} MiB"
             print(
                 f"{kind:20} {tally.read:6,} {tally.refused:8,} {tally.seconds:7.2f} s {peak:>9} "
-                f"{len(tally.wrong):6}"
+                f"{tally.wrong:6}"
             )
     return 1 if any(tally.wrong for tally in tallies.values()) else 0
 
