@@ -650,7 +650,10 @@ def _write(text: str, file: Path, option: str) -> None:
     from gradrun.disk import replace_file
 
     try:
-        replace_file(file, text)
+        if file.exists() and not file.is_file():  # a device or a pipe takes what it is given
+            file.write_text(text, encoding="utf-8")
+        else:
+            replace_file(file, text)
     except OSError as error:
         raise GradrunError(f"{option} {file} cannot be written: {error.strerror}") from error
 

@@ -7,6 +7,7 @@ Knows errors, batches and the file of those samples; not how a batch is timed.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,23 +42,21 @@ class Quarantine:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in disk.lines(self.path):
             try:
                 known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 known = False
             kept += [line] if known else []
         self.count = len(kept)
         draft = self.path.with_name(f"{FILE}.tmp")
-        draft.write_bytes(b"".join(kept))
+        _write(draft, b"".join(kept), os.O_TRUNC)
         draft.replace(self.path)
 
     def add(self, sample: int, name: int | str, error: str, details: str) -> None:
         """Note a sample: its place, its id, what was wrong, and the traceback."""
         line = {"sample": sample, "id": name, "error": error, "traceback": details}
-        with self.path.open("ab", buffering=0) as file:
-            disk.write_all(file.fileno(), json.dumps(line).encode() + b"\n")
-            disk.sync(file.fileno())
+        _write(self.path, json.dumps(line).encode() + b"\n", os.O_APPEND)
         self.count += 1
 
 
@@ -66,8 +65,16 @@ def numbers_apart(folder: Path) -> set[int]:
     path = folder / FILE
     if not path.exists():
         return set()
-    with path.open(encoding="utf-8") as file:
-        return {json.loads(line)["sample"] for line in file}
+    return {json.loads(line)["sample"] for line in disk.lines(path)}
+
+
+def _write(path: Path, data: bytes, flag: int) -> None:
+    descriptor = disk.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
+    try:
+        disk.write_all(descriptor, data)
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Rescue:

@@ -28,7 +28,10 @@ class _Noun(BaseModel):
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=-(2**62), le=2**62)]
+Count = Annotated[int, Field(ge=-(2**62), le=2**62)]
+"""Of bytes or samples, as a machine can have them."""
+
+_MOST_BYTES = 2**30
 
 
 class Warning(_Noun):
@@ -47,10 +50,10 @@ class Environment(_Noun):
     python: str
     platform: str
     cpu: str
-    cores: int
-    cpus: int
-    threads: int
-    memory: Bytes
+    cores: Count
+    cpus: Count
+    threads: Count
+    memory: Count
     device: str
     device_name: str | None = None
 
@@ -68,24 +71,24 @@ class Phases(_Noun):
 
 
 class Memory(_Noun):
-    """Bytes; None where no meter could tell.
+    """Count; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
     the outputs and, with gradients on, what their graph keeps.
     """
 
-    weights: Bytes
-    inputs: Bytes
-    forward_peak: Bytes | None = None
-    retained: Bytes | None = None
-    timeline: tuple[Bytes, ...] | None = None
+    weights: Count
+    inputs: Count
+    forward_peak: Count | None = None
+    retained: Count | None = None
+    timeline: tuple[Count, ...] | None = None
     """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
     peak_module: str | None = None
     """The module that was running at the peak, as "path (Type)"."""
-    process_peak: Bytes | None = None
+    process_peak: Count | None = None
     process_method: str = "unavailable"
-    device_allocated: Bytes | None = None
-    device_reserved: Bytes | None = None
+    device_allocated: Count | None = None
+    device_reserved: Count | None = None
 
 
 class Measurement(_Noun):
@@ -99,7 +102,7 @@ class Measurement(_Noun):
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
-    batch_limit: int | None = None
+    batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
 
     @model_validator(mode="after")
@@ -191,15 +194,15 @@ class Finding(_Noun):
     text: str
     advice: str
     """What to do about it; empty where there is nothing to be done."""
-    cost: Bytes | None = None
-    """Bytes: held, or lost with each batch."""
+    cost: Count | None = None
+    """Count: held, or lost with each batch."""
 
 
 class Kept(_Noun):
-    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
-    bytes: Bytes
+    bytes: Count
 
 
 class Outcome(_Noun):
@@ -264,11 +267,11 @@ class RunResult(_Noun):
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
-    predictions: int | None = None
+    predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
     metrics: tuple[Metric, ...] = ()
     """Over all predictions, in the order of the config."""
-    resumed_at: int = 0
+    resumed_at: Count = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
@@ -324,6 +327,8 @@ class RunResult(_Noun):
         if path.is_dir():
             path /= "result.json"
         try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
             told = json.loads(path.read_bytes())
             _check_format(path, told)
             return cls.model_validate(told)

@@ -249,7 +249,7 @@ def _read(path: Path) -> Origin:
 
 def _parse(text: str, origin: Origin, shown: str = "") -> None:
     """Fill `origin` from YAML text; problems are noted there, under lines of `shown` if given."""
-    lines = (shown or text).splitlines() or [""]
+    lines = (shown or text).expandtabs(1).splitlines() or [""]
     origin.data = None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -275,7 +275,7 @@ def _parse(text: str, origin: Origin, shown: str = "") -> None:
 
 def _place(mark: yaml.Mark, lines: list[str], name: str) -> Place:
     line = min(mark.line, len(lines) - 1)
-    return Place(name, line + 1, mark.column + 1, lines[line].expandtabs(1))
+    return Place(name, line + 1, mark.column + 1, lines[line])
 
 
 class _Walk:

@@ -44,7 +44,7 @@ class JsonlSink:
         disk.check_room(self.path.parent, int(row_bytes * (self.samples - done)), self.path.name)
         # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._descriptor = os.open(self.path, flags | os.O_APPEND, 0o666)
+        self._descriptor = disk.open_plain(self.path, flags | os.O_APPEND)
         if kept:
             self.written = self._committed = kept[-1].stop
             self._size = kept[-1].end or 0

@@ -133,7 +133,7 @@ class _NpyFile:
         """Make the file, or take one with so many rows; then set the whole size aside."""
         self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.descriptor = os.open(self.path, flags, 0o666)
+        self.descriptor = disk.open_plain(self.path, flags)
         try:
             if kept:
                 disk.check_size(self.descriptor, self._offset(kept), self.path)

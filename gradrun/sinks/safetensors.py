@@ -107,7 +107,7 @@ class SafetensorsSink:
             part = self._committed // self._rows
             committed, data = self._range(self._committed, self.written)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = os.open(self._rest(part), flags, 0o666)
+            descriptor = disk.open_plain(self._rest(part), flags)
             size = os.fstat(descriptor).st_size
             try:
                 disk.write_all(descriptor, data)
@@ -150,7 +150,7 @@ class SafetensorsSink:
         # One entry: several would be written in an order that changes from file to file.
         data = save(tensors, {"samples": f"{start}:{stop}"})
         draft = self.folder / f"{name}.tmp"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = disk.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
                 disk.write_all(descriptor, data)
@@ -214,8 +214,8 @@ class SafetensorsSink:
             self._write_rest(part, rows, kept)
             ended.unlink()
             return
-        self._cut_rest(part, kept[-1].end or 0)
-        data, at = self._rest(part).read_bytes(), 0
+        row_bytes = sum(buffer[:1].nbytes for buffer in self._buffers.values())
+        data, at = self._read_rest(part, rows * row_bytes), 0
         for committed in self._of_part(part, kept):
             first = committed.start % self._rows
             last = first + committed.stop - committed.start
@@ -224,18 +224,20 @@ class SafetensorsSink:
                 _fill(buffer[first:last], data[at : at + size])
                 at += size
 
-    def _cut_rest(self, part: int, end: int) -> None:
-        descriptor = os.open(self._rest(part), os.O_RDWR)
+    def _read_rest(self, part: int, end: int) -> bytes:
+        """The committed rows, of so many bytes; what follows them is cut off."""
+        descriptor = disk.open_plain(self._rest(part), os.O_RDWR)
         try:
             disk.check_size(descriptor, end, self._rest(part))
             os.ftruncate(descriptor, end)
+            return b"".join(disk.pieces(descriptor, 0, end))
         finally:
             os.close(descriptor)
 
     def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         ranges = self._of_part(part, kept)
         data = b"".join(self._range(c.start, c.stop)[1] for c in ranges)
-        descriptor = os.open(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = disk.open_plain(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             disk.write_all(descriptor, data)
             disk.sync(descriptor)
