@@ -178,6 +178,12 @@ class _Paths:
             raise ValueError(f"{resolved} is {what}")
         return resolved
 
+    def input_folder(self, path: Path) -> Path:
+        resolved = _joined(self.base, path)
+        if not resolved.is_dir():
+            raise ValueError(f"there is no folder {resolved}")
+        return resolved
+
     def output_folder(self, path: Path) -> Path:
         if ".." in path.parts:
             raise ValueError(

@@ -45,7 +45,12 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     assert sources == {"zoo", "layers", "python", "torchscript", "exported"}
     assert {config.data.source for config in configs} == {"arrays", "synthetic", "records"}
     assert {config.output.format for config in configs} == {"npy", "safetensors", "jsonl"}
-    assert {config.output.transform for config in configs} == {"none", "softmax", "argmax", "topk"}
+    assert {word for config in configs for word in config.output.transform} == {
+        "none",
+        "softmax",
+        "argmax",
+        "topk",
+    }
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 

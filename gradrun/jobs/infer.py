@@ -25,6 +25,7 @@ from gradrun.journal import Head
 from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
 from gradrun.outputs import Named
+from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
@@ -85,10 +86,10 @@ def infer(
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink = open_sink(config.output, data.samples)
+        sink, unit = in_input_order(open_sink(config.output, data.samples), data)
         environment = machine.environment(device)
         with folder.writing():
-            keeper = _opened(runner, folder, head, sink, outputs)
+            keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
@@ -128,12 +129,13 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - began
 
 
-def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named) -> Keeper:
+def _opened(
+    runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named, unit: int
+) -> Keeper:
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
-    batch_size = runner.config.data.batch_size
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
-        journal, kept = folder.journal(head, batch_size)
+        journal, kept = folder.journal(head, unit)
         try:
             sink.open(outputs, kept)
             runner.rescue.quarantine.keep_before(sink.written)
@@ -149,7 +151,7 @@ def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: 
         raise
     except Exception as error:
         raise _unwritten(error) from error
-    return Keeper(sink, journal, batch_size, row_bytes)
+    return Keeper(sink, journal, unit, row_bytes)
 
 
 def _predict(

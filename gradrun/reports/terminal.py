@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradrun.result import Measurement, Memory, RunResult
+from gradrun.result import Measurement, Memory, Padding, RunResult
 from gradrun.stats import Estimate
 from gradrun.units import bytes_text, count_text, number_text, seconds_text
 
@@ -61,6 +61,8 @@ def timing_table(measured: Measurement, width: int = TABLE_WIDTH) -> Table:
         ),
         *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
     ]
+    if measured.padding:
+        rows.append(_padding(measured.padding))
     if measured.samples:
         whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
         split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
@@ -69,6 +71,22 @@ def timing_table(measured: Measurement, width: int = TABLE_WIDTH) -> Table:
             ("bound by", bound, split),
         ]
     return _table("Time", rows, width)
+
+
+def _padding(padding: Padding) -> Row:
+    """What was computed for nothing, and what grouping by length has saved of it."""
+    share = 1 - padding.tokens / max(1, padding.run)
+    if padding.run == padding.ungrouped:
+        return "padding", f"{share:.0%}", f"of {padding.run:,} tokens"
+    before = padding.ungrouped - padding.tokens
+    less = 1 - (padding.run - padding.tokens) / max(1, before)
+    fewer = 1 - padding.run / max(1, padding.ungrouped)
+    return (
+        "padding",
+        f"{share:.0%}",
+        f"of {padding.run:,} tokens; grouped by length: {less:.0%} less padding, "
+        f"{fewer:.0%} fewer tokens",
+    )
 
 
 def _latency(name: str, q: float, estimate: Estimate | None) -> Row:

@@ -1,0 +1,77 @@
+"""A model of transformers, with the head that `auto_class` names and the weights of its folder.
+
+Knows what of such a folder could run code, and which weights it lacks; knows no tokenizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrun.config import HuggingFaceModel
+from gradrun.errors import ConfigError
+from gradrun.pretrained import NEEDS_TRUST, library, opening
+
+_KEY = "model.path"
+_LISTED = 4
+
+
+def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
+    """The model, which is data: code and pickles of its folder are for those who trust it."""
+    transformers = library()
+    auto = getattr(transformers, config.auto_class)
+    settings: dict[str, Any] = {
+        "revision": config.revision or "main",
+        "trust_remote_code": trust_code,
+    }
+    with opening(config.path, _KEY):
+        described = transformers.AutoConfig.from_pretrained(config.path, **settings)
+        if not trust_code:
+            _check_kernel(described, config)
+        model, report = auto.from_pretrained(
+            config.path,
+            **settings,
+            config=described,
+            dtype=getattr(torch, config.dtype) if config.dtype else "auto",
+            attn_implementation=config.attention,
+            use_safetensors=None if trust_code else True,
+            output_loading_info=True,
+        )
+    if not config.random_weights:
+        _check_weights(config, sorted(report["missing_keys"]))
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # one forward comes back to no cache
+    return model  # type: ignore[no-any-return]
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """What the model calls its classes, in order; nothing where it only counts them."""
+    named = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(named, dict):
+        return ()
+    names = tuple(str(named.get(number, number)) for number in range(len(named)))
+    return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
+
+
+def _check_kernel(described: Any, config: HuggingFaceModel) -> None:
+    """Refuse attention that transformers would fetch from the hub as code."""
+    named = str(getattr(described, "_attn_implementation", None) or "")
+    if "/" in named and config.attention is None:
+        raise ConfigError(
+            f"{config.path} asks for the kernel {named!r} from the hub, {NEEDS_TRUST}; or choose "
+            "model.attention",
+            _KEY,
+        )
+
+
+def _check_weights(config: HuggingFaceModel, lacking: list[str]) -> None:
+    if lacking:
+        more = len(lacking) - _LISTED
+        listed = ", ".join(lacking[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+        raise ConfigError(
+            f"{config.path} has no weights for {listed}; choose the model.auto_class that it was "
+            "saved as, or let model.random_weights: true draw them from run.seed",
+            "model.auto_class",
+        )
