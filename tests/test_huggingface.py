@@ -133,7 +133,9 @@ def test_a_folder_that_is_not_there_is_told_before_anything_runs(folder: Path) -
 
 def test_a_name_that_is_neither_beside_the_config_nor_on_the_hub(folder: Path) -> None:
     said = refused(config(folder, folder / "none", path="nobody/nothing"))
-    assert "there is no folder 'nobody/nothing' beside the config, and the hub gives nothing" in said
+    assert (
+        "there is no folder 'nobody/nothing' beside the config, and the hub gives nothing" in said
+    )
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
