@@ -404,7 +404,7 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -100,6 +100,32 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
         return
     for key, item in items:
         yield from tensors_in(item, f"{name}.{key}" if name else str(key))
+
+
+class Spelling:
+    """What a model calls its classes, for the outputs that hold their numbers."""
+
+    def __init__(self, config: OutputSection | None = None, classes: Sequence[str] = ()) -> None:
+        # Over another dimension than the last a number may be that of something else.
+        numbered = config is not None and config.dim == -1
+        self.word = config.transform[-1] if config and numbered and classes else ""
+        self.classes = classes
+
+    def columns(self, names: Iterable[str]) -> dict[str, str]:
+        """Of each output of class numbers, the name of the column that spells them out."""
+        if self.word == "argmax":
+            return {name: "label" if name == UNNAMED else f"{name}.label" for name in names}
+        if self.word == "topk":
+            ranked = [name for name in names if name.endswith("indices")]
+            return {name: f"{name.removesuffix('indices')}labels" for name in ranked}
+        return {}
+
+    def spelled(self, numbers: Any) -> Any:
+        """The names for a nest of numbers; a number that has none stays itself, as text."""
+        if isinstance(numbers, list):
+            return [self.spelled(number) for number in numbers]
+        known = 0 <= numbers < len(self.classes)
+        return self.classes[numbers] if known else str(numbers)
 
 
 def nonfinite_rows(tensors: Iterable[torch.Tensor]) -> int:

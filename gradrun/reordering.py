@@ -30,6 +30,7 @@ class InOrder:
 
     def __init__(self, sink: Sink, data: Uneven, samples: int) -> None:
         self.sink, self.data, self.samples = sink, data, samples
+        self.spelling = sink.spelling
         self.written = self.nonfinite = 0
         self._held: list[Named] = []
         self._ids: list[int | str] = []

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers with random weights, made in a moment and saved as theirs."""
+"""Models and tokenizers of transformers with random weights, made in a moment and saved."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import sys
@@ -17,7 +18,7 @@ import gradrun
 from gradrun.errors import ConfigError
 from gradrun.pretrained import library
 from tests.conftest import Command
-from tests.small_models import WIDTH, bert, named_classes, save_bert, sentences
+from tests.small_models import CLASSES, WIDTH, bert, named_classes, save_bert, sentences
 
 TEXT = {"source": "text", "batch_size": 8}
 
@@ -155,6 +156,57 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path, tmp_path: Path) 
     asked["model"]["random_weights"] = True
     gradrun.infer(asked)
     assert np.load(tmp_path / "out/predictions.npy").shape == (40, 2)
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+def classified(folder: Path, tmp_path: Path, **output: Any) -> list[dict[str, Any]]:
+    """The rows of a run over the 40 sentences, as text, and the classes expected."""
+    settings = named_classes() if output.pop("named", True) else {"num_labels": 3}
+    save_bert(tmp_path / "bert", "BertForSequenceClassification", **settings)
+    asked = config(
+        folder,
+        tmp_path / "out",
+        path=str(tmp_path / "bert"),
+        auto_class="AutoModelForSequenceClassification",
+    )
+    gradrun.infer(asked | {"output": {"path": str(tmp_path / "out"), **output}}, overwrite=True)
+    if output["format"] == "csv":
+        with (tmp_path / "out/predictions.csv").open(newline="") as file:
+            return list(csv.DictReader(file))
+    return [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_class_is_called_what_the_model_calls_it(folder: Path, tmp_path: Path, form: str) -> None:
+    rows = classified(folder, tmp_path, format=form, transform="argmax")
+    assert list(rows[0]) == ["id", "prediction", "label"]
+    assert [row["label"] for row in rows] == [CLASSES[int(row["prediction"])] for row in rows]
+    logits = classified(folder, tmp_path, format="jsonl")
+    assert list(logits[0]) == ["id", "prediction"]
+    best = [int(np.argmax(row["prediction"])) for row in logits]
+    assert [int(row["prediction"]) for row in rows] == best
+
+
+def test_the_likeliest_classes_are_called_so_too(folder: Path, tmp_path: Path) -> None:
+    output = {"transform": ["softmax", "topk"], "k": 2}
+    rows = classified(folder, tmp_path, format="jsonl", **output)
+    for row in rows:
+        assert row["labels"] == [CLASSES[number] for number in row["indices"]]
+    table = classified(folder, tmp_path, format="csv", **output)
+    assert list(table[0]) == [
+        *("id", "values.0", "values.1", "indices.0", "indices.1", "labels.0", "labels.1")
+    ]
+    assert [row["labels.0"] for row in table] == [row["labels"][0] for row in rows]
+    assert [float(row["values.0"]) for row in table] == [row["values"][0] for row in rows]
+
+
+def test_classes_that_the_model_only_counts_are_not_called_anything(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = classified(folder, tmp_path, format="jsonl", transform="argmax", named=False)
+    assert list(rows[0]) == ["id", "prediction"]
 
 
 # --- trust -------------------------------------------------------------------------------------

@@ -187,14 +187,14 @@ def test_the_tokenizer_is_that_of_the_model_and_follows_it(folder: Path) -> None
 
 
 def test_a_model_without_a_tokenizer_asks_for_one(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="data.tokenizer is missing: a folder or a name"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is missing: a folder or a name"):
         config(folder, {"source": "zoo", "name": "mlp"})
     own = config(folder, {"source": "zoo", "name": "mlp"}, tokenizer=str(folder / "tokenizer"))
     assert own.data.vocabulary == (folder / "tokenizer", None)
 
 
 def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="padding: max_length needs data.max_length"):
+    with pytest.raises(ConfigError, match=r"padding: max_length needs data\.max_length"):
         config(folder, {"source": "zoo", "name": "mlp"}, padding="max_length")
 
 

@@ -23,7 +23,7 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
-from gradrun.model_sources import load_model
+from gradrun.model_sources import class_names, load_model
 from gradrun.outputs import Named
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue
@@ -86,7 +86,8 @@ def infer(
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink, unit = in_input_order(open_sink(config.output, data.samples), data)
+        sink = open_sink(config.output, data.samples, class_names(model))
+        sink, unit = in_input_order(sink, data)
         environment = machine.environment(device)
         with folder.writing():
             keeper = _opened(runner, folder, head, sink, outputs, unit)

@@ -54,6 +54,11 @@ def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = 
     return _compiled(module) if config.compile else module
 
 
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """What a model calls its classes, in order, where its source has said so."""
+    return tuple(getattr(model, "class_names", ()))
+
+
 def _compiled(module: nn.Module) -> nn.Module:
     compiled: Any = torch.compile(module)
     return compiled  # type: ignore[no-any-return]

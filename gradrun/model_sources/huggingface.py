@@ -41,16 +41,15 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
         )
     if not config.random_weights:
         _check_weights(config, sorted(report["missing_keys"]))
+    model.class_names = _class_names(model.config) if "Classification" in config.auto_class else ()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # one forward comes back to no cache
     return model  # type: ignore[no-any-return]
 
 
-def class_names(model: nn.Module) -> tuple[str, ...]:
+def _class_names(described: Any) -> tuple[str, ...]:
     """What the model calls its classes, in order; nothing where it only counts them."""
-    named = getattr(getattr(model, "config", None), "id2label", None)
-    if not isinstance(named, dict):
-        return ()
+    named = described.id2label or {}
     names = tuple(str(named.get(number, number)) for number in range(len(named)))
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
