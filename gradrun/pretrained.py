@@ -11,26 +11,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gradrun import extras
 from gradrun.errors import ConfigError
 
 NEEDS_TRUST = "which would run with your rights; if you trust it, run with --trust-code"
 
 
-def library() -> Any:
+def library(key: str) -> Any:
     """The package transformers, told to be quiet.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed; `key` asks for it.
     """
     # Bars and advice of its own would stand among our tables; what matters of it raises.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            "huggingface models and tokenizers need transformers: pip install 'gradrun[hf]'"
-        ) from error
+    transformers = extras.library("transformers", key)
     said: Any = transformers.logging
     said.set_verbosity_error()
     said.disable_progress_bar()

@@ -45,7 +45,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     vocab = folder / "vocab.txt"
     vocab.write_text("\n".join(tokens))
-    tokenizer = library().BertTokenizerFast(str(vocab), **{"model_max_length": 64, **settings})
+    tokenizer = library("").BertTokenizerFast(str(vocab), **{"model_max_length": 64, **settings})
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -53,7 +53,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
 def bert(kind: str = "BertModel", **settings: Any) -> Any:
     """A small BERT, in eval mode, of the seed's weights."""
     torch.manual_seed(0)
-    config = library().BertConfig(
+    config = library("").BertConfig(
         **{
             "vocab_size": 250,
             "hidden_size": WIDTH,
@@ -64,7 +64,7 @@ def bert(kind: str = "BertModel", **settings: Any) -> Any:
             **settings,
         }
     )
-    return getattr(library(), kind)(config).eval()
+    return getattr(library(""), kind)(config).eval()
 
 
 def save_bert(folder: Path, kind: str = "BertModel", **settings: Any) -> Any:

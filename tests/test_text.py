@@ -120,7 +120,7 @@ def test_padding_to_one_length_gives_rows_of_one_shape(folder: Path) -> None:
 @pytest.mark.parametrize("end", ["[SEP]", None])
 def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: str | None) -> None:
     made = save_tokenizer(folder / "unpadded")
-    plain = library().PreTrainedTokenizerFast(
+    plain = library("").PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, unk_token="[UNK]", eos_token=end
     )
     assert plain.pad_token is None

@@ -199,7 +199,7 @@ class Texts:
 
 def _tokenizer(config: TextData) -> Any:
     place, revision = config.vocabulary
-    auto = library().AutoTokenizer
+    auto = library("data.tokenizer").AutoTokenizer
     with opening(place, "data.tokenizer"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False

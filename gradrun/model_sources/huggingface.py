@@ -20,7 +20,7 @@ _LISTED = 4
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
     """The model, which is data: code and pickles of its folder are for those who trust it."""
-    transformers = library()
+    transformers = library(_KEY)
     auto = getattr(transformers, config.auto_class)
     settings: dict[str, Any] = {
         "revision": config.revision or "main",
