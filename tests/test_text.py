@@ -222,7 +222,11 @@ def test_grouped_texts_are_all_there_once_and_their_places_are_known(folder: Pat
         stop = min(first + data.window, data.samples)
         assert sorted(places[first:stop]) == list(range(first, stop)), "a window keeps its texts"
         lengths = [len(row) for row in found[first:stop]]
-        assert lengths == sorted(lengths, reverse=True)
+        batches = [lengths[at : at + 8] for at in range(0, len(lengths), 8)]
+        assert max(batches, key=max) == batches[0], "the longest first"
+        assert all(batch == sorted(batch, reverse=True) for batch in batches)
+        apart = [batch for batch in batches if batch[0] != batch[-1]]
+        assert len(apart) < len(batches), "like lengths are together"
     assert [name for batch in data.batches() for name in batch.ids] == places
 
 

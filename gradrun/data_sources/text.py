@@ -7,6 +7,7 @@ together. Knows tokens and where a text stood; not what the model makes of them.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -110,10 +111,22 @@ class Texts:
             tokens = dict(self.tokenizer([text.text for text in texts], **cut))
         order: Sequence[int] = range(len(texts))
         if self.grouped:
-            # The longest first: what does not fit in memory is found at once.
-            order = sorted(order, key=lambda i: -len(tokens["input_ids"][i]))
+            order = self._by_length([len(row) for row in tokens["input_ids"]])
             tokens = {name: [rows[i] for i in order] for name, rows in tokens.items()}
         return _Window(tokens, [texts[i].id for i in order], order)
+
+    def _by_length(self, lengths: list[int]) -> list[int]:
+        """Batches of like length: the longest first, since it may not fit; then as dice fall.
+
+        So a few batches show what texts there are, as those in the file's order do.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        size = self.batch_size
+        first, *others = [order[at : at + size] for at in range(0, len(order), size)]
+        # A batch that is not whole stays the last.
+        last = [others.pop()] if others and len(others[-1]) < size else []
+        random.Random(0).shuffle(others)  # noqa: S311
+        return [i for batch in (first, *others, *last) for i in batch]
 
     def _inputs(self, window: _Window) -> list[str]:
         given = [name for name in self.tokenizer.model_input_names if name in window.tokens]
