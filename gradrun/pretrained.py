@@ -34,21 +34,24 @@ def library(key: str) -> Any:
 
 
 @contextmanager
-def opening(place: Path | str, key: str) -> Iterator[None]:
-    """Turn what transformers raises into a ConfigError about `key`."""
+def opening(place: Path | str, key: str, of_code: str = NEEDS_TRUST) -> Iterator[None]:
+    """Turn what transformers raises into a ConfigError about `key`.
+
+    `of_code` goes on about a place that brings code.
+    """
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:  # a folder can be broken in any of a hundred ways
-        raise ConfigError(_said(place, error), key) from error
+        raise ConfigError(_said(place, error, of_code), key) from error
 
 
-def _said(place: Path | str, error: Exception) -> str:
+def _said(place: Path | str, error: Exception, of_code: str) -> str:
     text = str(error)
     line = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in text:
-        return f"{place} brings code of its own, {NEEDS_TRUST}"
+        return f"{place} brings code of its own, {of_code}"
     if isinstance(error, OSError) and "safetensors" in text:
         return (
             f"{place} holds no .safetensors weights; save them with save_pretrained, or, if you "

@@ -261,11 +261,13 @@ def test_pickled_weights_are_read_only_when_trusted(folder: Path, tmp_path: Path
     gradrun.infer(asked, trust_code=True)
 
 
-def test_a_kernel_from_the_hub_is_code(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", [(), ("text_config",)])
+def test_a_kernel_from_the_hub_is_code(folder: Path, tmp_path: Path, part: tuple[str, ...]) -> None:
     place = tmp_path / "bert"
     shutil.copytree(folder / "bert", place)
     described = json.loads((place / "config.json").read_text())
-    described["attn_implementation"] = "somebody/kernel"
+    named = {"attn_implementation": "somebody/kernel"}
+    described |= {part[0]: named} if part else named
     (place / "config.json").write_text(json.dumps(described))
     asked = config(folder, tmp_path / "out", path=str(place))
     assert "the kernel 'somebody/kernel' from the hub" in refused(asked)

@@ -286,6 +286,30 @@ def test_an_npy_sets_its_whole_room_aside_at_once(tmp_path: Path) -> None:
     assert status.st_blocks * 512 >= 800_000, "set aside, not only named: a full disk shows now"
 
 
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (
+            "jsonl",
+            '{"id": 0, "prediction": 1, "label": "b"}\n'
+            '{"id": 1, "prediction": null, "label": null}\n'
+            '{"id": 2, "prediction": 7, "label": "7"}\n',
+        ),
+        ("csv", "id,prediction,label\n0,1,b\n1,,\n2,7,7\n"),
+    ],
+)
+def test_classes_are_spelled_out_and_a_missing_one_is_left_out(
+    tmp_path: Path, form: str, expected: str
+) -> None:
+    config = OutputSection(path=tmp_path, format=form, transform=("argmax",))
+    target = open_sink(config, 3, ("a", "b"))
+    numbers = {UNNAMED: torch.tensor([1, torch.iinfo(torch.int64).min, 7])}
+    target.open(numbers)
+    target.write(numbers, range(3), {1})
+    target.close()
+    assert "".join(contents(tmp_path)[f"predictions.{form}"].decode()) == expected
+
+
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
 def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path, form: str) -> None:
     fill(sink(tmp_path, form), {UNNAMED: numbered(2)})

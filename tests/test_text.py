@@ -193,6 +193,26 @@ def test_a_model_without_a_tokenizer_asks_for_one(folder: Path) -> None:
     assert own.data.vocabulary == (folder / "tokenizer", None)
 
 
+def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "coded")
+    path = tmp_path / "coded/tokenizer_config.json"
+    described = json.loads(path.read_text())
+    described |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path.write_text(json.dumps(described))
+    (tmp_path / "coded/mine.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    said = refused(folder, tokenizer=str(tmp_path / "coded"))
+    assert "brings code of its own, and tokenizers of gradrun run none" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_window_that_was_forgotten_is_read_again(folder: Path) -> None:
+    data = opened(folder, batch_size=2)
+    assert data.grouped
+    assert data.samples > 9 * data.window, "more windows than are remembered"
+    expected = [name for batch in data.batches() for name in batch.ids]
+    assert [place_in_input(data, at) for at in range(data.samples)] == expected
+
+
 def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"padding: max_length needs data\.max_length"):
         config(folder, {"source": "zoo", "name": "mlp"}, padding="max_length")

@@ -11,6 +11,7 @@ import random
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,8 @@ class Texts:
         self.window = WINDOW_BATCHES * config.batch_size
         self.limit = config.max_length or _limit(tokenizer)
         self.grouped = False
+        # A batch that failed is read again while a thread may be reading ahead.
+        self._alone = Lock()
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
         self.samples = 0
@@ -108,7 +111,8 @@ class Texts:
         tokens: dict[str, list[list[int]]] = {"input_ids": []}
         if texts:
             cut = {"truncation": True, "max_length": self.limit} if self.limit else {}
-            tokens = dict(self.tokenizer([text.text for text in texts], **cut))
+            with self._alone:
+                tokens = dict(self.tokenizer([text.text for text in texts], **cut))
         order: Sequence[int] = range(len(texts))
         if self.grouped:
             order = self._by_length([len(row) for row in tokens["input_ids"]])
@@ -148,6 +152,7 @@ class Texts:
         return Batch(args, {} if args else tensors, end - begin, window.ids[begin:end])
 
     def _remember(self, first: int, window: _Window) -> None:
+        self._orders.pop(first, None)  # what is read again is the last to be forgotten
         self._orders[first] = window.order
         while len(self._orders) > _REMEMBERED:
             del self._orders[next(iter(self._orders))]
@@ -213,7 +218,7 @@ class Texts:
 def _tokenizer(config: TextData) -> Any:
     place, revision = config.vocabulary
     auto = library("data.tokenizer").AutoTokenizer
-    with opening(place, "data.tokenizer"):
+    with opening(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False
         )

@@ -5,6 +5,7 @@ Knows what of such a folder could run code, and which weights it lacks; knows no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
     }
     with opening(config.path, _KEY):
         described = transformers.AutoConfig.from_pretrained(config.path, **settings)
-        if not trust_code:
-            _check_kernel(described, config)
+        if not trust_code and config.attention is None:
+            _check_kernels(config, settings["revision"], transformers)
         model, report = auto.from_pretrained(
             config.path,
             **settings,
@@ -54,15 +55,24 @@ def _class_names(described: Any) -> tuple[str, ...]:
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
-def _check_kernel(described: Any, config: HuggingFaceModel) -> None:
+def _check_kernels(config: HuggingFaceModel, revision: str, transformers: Any) -> None:
     """Refuse attention that transformers would fetch from the hub as code."""
-    named = str(getattr(described, "_attn_implementation", None) or "")
-    if "/" in named and config.attention is None:
-        raise ConfigError(
-            f"{config.path} asks for the kernel {named!r} from the hub, {NEEDS_TRUST}; or choose "
-            "model.attention",
-            _KEY,
-        )
+    written, _ = transformers.PretrainedConfig.get_config_dict(config.path, revision=revision)
+    for named in _attentions(written):
+        if "/" in named:
+            raise ConfigError(
+                f"{config.path} asks for the kernel {named!r} from the hub, {NEEDS_TRUST}; or "
+                "choose model.attention",
+                _KEY,
+            )
+
+
+def _attentions(described: Any) -> Iterator[str]:
+    """Every kind of attention that a description names, its parts' too."""
+    for key, value in described.items() if isinstance(described, dict) else ():
+        if "attn_implementation" in str(key):
+            yield str(value)
+        yield from _attentions(value)
 
 
 def _check_weights(config: HuggingFaceModel, lacking: list[str]) -> None:
