@@ -145,7 +145,12 @@ def test_only_the_inputs_that_are_named_are_given(folder: Path) -> None:
         ("t.txt", b"caf\xe9\n", {}, "cannot be read: 'utf-8' codec"),
         ("t.txt", b"", {}, "there are no samples"),
         ("t.txt", b"a\n", {"field": "body"}, "the lines of a .txt file have no columns"),
-        ("t.csv", b"key,body\n1,a\n", {}, "t.csv has columns; name the text's; allowed: key, body"),
+        (
+            "t.csv",
+            b"key,body\n1,a\n",
+            {},
+            "has columns; name the one with the text; allowed: key, body",
+        ),
         ("t.csv", b"key,body\n1,a\n", {"field": "boby"}, "no column 'boby'; did you mean body?"),
         ("t.csv", b"key,body\n1,a\n", {"field": "body", "id": "k"}, "has no column 'k'"),
         (
@@ -155,6 +160,8 @@ def test_only_the_inputs_that_are_named_are_given(folder: Path) -> None:
             "t.jsonl:1  'body' is 3, which is no text",
         ),
         ("t.jsonl", b'{"body": "a"}\n{}\n', {"field": "body"}, ":2  'body' is None"),
+        ("t.csv", b",body\n1,a\n", {}, "t.csv has columns"),
+        ("t.csv", b"body\n" + b"a" * 200_000, {"field": "body"}, "cannot be read: field larger"),
         ("t.jsonl", b"{\n", {"field": "body"}, "not JSON"),
     ],
 )

@@ -6,6 +6,7 @@ together. Knows tokens and where a text stood; not what the model makes of them.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import random
 from collections.abc import Generator, Iterator, Sequence
@@ -188,7 +189,7 @@ class Texts:
                 raise ConfigError(
                     f"{path.name} is no text file; allowed: .txt, {', '.join(READERS)}", "data.path"
                 )
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
 
     def _lines(self, path: Path) -> Iterator[_Text]:
@@ -202,17 +203,26 @@ class Texts:
     def _fields(self, path: Path) -> Iterator[_Text]:
         field, named = self.config.field, self.config.id
         for number, (line, fields) in enumerate(READERS[path.suffix](path)):
-            for key, column in (("field", field or ""), ("id", named)):
-                if number == 0 and column is not None and column not in fields:
-                    what = f"has no column {column!r}" if column else "has columns; name the text's"
-                    hint = choices(column, fields)
-                    raise ConfigError(f"{path.name} {what}; {hint}", f"data.{key}")
-            text, name = fields.get(field or ""), fields.get(named) if named else number
+            if number == 0:
+                self._check_columns(fields)
+            text, name = fields.get(str(field)), fields.get(named) if named else number
             if not isinstance(text, str):
                 raise ConfigError(f"{path}:{line}  {field!r} is {text!r:.60}, which is no text")
             if name is None:
                 raise ConfigError(f"{path}:{line}  the id {named!r} is missing")
             yield _Text(text, name if name is number else str(name))
+
+    def _check_columns(self, fields: dict[str, Any]) -> None:
+        name = self.config.path.name
+        if self.config.field is None:
+            hint = choices("", fields)
+            raise ConfigError(
+                f"{name} has columns; name the one with the text; {hint}", "data.field"
+            )
+        for key, column in (("field", self.config.field), ("id", self.config.id)):
+            if column is not None and column not in fields:
+                hint = choices(column, fields)
+                raise ConfigError(f"{name} has no column {column!r}; {hint}", f"data.{key}")
 
 
 def _tokenizer(config: TextData) -> Any:
