@@ -6,6 +6,7 @@ yamlfile.py hands to the validators.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     PrivateAttr,
     ValidationInfo,
     field_validator,
@@ -62,8 +64,28 @@ def _input_folder(path: Path, info: ValidationInfo) -> Path:
 
 
 InputFolder = Annotated[Path, AfterValidator(_input_folder)]
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def _pretrained(name: Path | str, info: ValidationInfo) -> Path | str:
+    """A folder where there is one; else the name on the hub that the text can be."""
+    if info.context is None:
+        return name
+    try:
+        folder: Path = info.context.input_folder(Path(name))
+    except ValueError:
+        if _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise
+    return folder
+
+
 InputFile = Annotated[Path, AfterValidator(_input_file)]
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
+Pretrained = Annotated[Path | str, AfterValidator(_pretrained)]
+"""A folder of save_pretrained (a Path), or a name on the hub (text)."""
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
 FloatType = Literal["float32", "float64", "float16", "bfloat16"]
@@ -163,8 +185,30 @@ class ExportedModel(_Model):
     path: InputFile
 
 
+class HuggingFaceModel(EagerModel):
+    """A model of transformers, from a folder or from the hub."""
+
+    source: Literal["huggingface"]
+    path: Pretrained = Field(description="a folder of save_pretrained, or a name on the hub")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
+    auto_class: Literal[
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+    ] = Field("AutoModel", description="which head the model has")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="how attention is computed; default: what transformers chooses"
+    )
+    random_weights: bool = Field(
+        False, description="draw weights that the files lack from run.seed; default: an error"
+    )
+
+
 ModelConfig = Annotated[
-    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel,
+    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel | HuggingFaceModel,
     Field(discriminator="source"),
 ]
 
@@ -258,7 +302,57 @@ class RecordsData(_Data):
     classes: Classes = None
 
 
-DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
+class TextData(_Data):
+    """Texts through a tokenizer: the lines of a .txt file, or a field of .csv or .jsonl."""
+
+    source: Literal["text"]
+    path: InputFile
+    field: str | None = Field(None, description="the column that holds the text; .txt has none")
+    id: str | None = Field(None, description="the column that names each sample in the outputs")
+    tokenizer: Pretrained | None = Field(
+        None, description="a folder or a name on the hub; default: the huggingface model's own"
+    )
+    revision: str | None = Field(None, description="the tokenizer's branch, tag or commit")
+    inputs: tuple[str, ...] = Field(
+        (), description="which of the tokenizer's outputs the model gets; default: all"
+    )
+    max_length: Size | None = Field(
+        None, description="longer texts are cut to so many tokens; default: the tokenizer's limit"
+    )
+    padding: Literal["longest", "max_length"] = Field(
+        "longest", description="fill up to the longest text of the batch, or always to max_length"
+    )
+    group_by_length: Literal["auto"] | bool = Field(
+        "auto", description="run texts of like length together; auto: where it saves a tenth"
+    )
+
+    _of_model: tuple[Path | str, str | None] | None = PrivateAttr(None)
+
+    @property
+    def vocabulary(self) -> tuple[Path | str, str | None]:
+        """Where the tokenizer comes from, and its revision; needs `beside`."""
+        return self._of_model if self.tokenizer is None else (self.tokenizer, self.revision)  # type: ignore[return-value]
+
+    def beside(self, model: Any) -> Self:
+        if self.padding == "max_length" and self.max_length is None:
+            raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+        if self.tokenizer is not None:
+            return self
+        if not isinstance(model, HuggingFaceModel):
+            raise PydanticCustomError(
+                "tokenizer",
+                "data.tokenizer is missing: a folder or a name on the hub; only a huggingface "
+                "model brings its own",
+            )
+        # Apart from what was asked for: another model.path brings another tokenizer.
+        copy = self.model_copy()
+        copy._of_model = (model.path, model.revision)
+        return copy
+
+
+DataConfig = Annotated[
+    SyntheticData | ArraysData | RecordsData | TextData, Field(discriminator="source")
+]
 
 
 # --- run, measure, output ----------------------------------------------------------------------
@@ -334,6 +428,12 @@ def _listed(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
+def _word(transforms: tuple[str, ...]) -> str | list[str]:
+    """One transform as the word that it was written as."""
+    return transforms[0] if len(transforms) == 1 else list(transforms)
+
+
+Transform = Literal["none", "softmax", "argmax", "topk", "mean_pool", "cls", "normalize"]
 OutputName = Annotated[str, AfterValidator(_selected)]
 
 
@@ -341,12 +441,16 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),
     ] = Field((), description="names (or positions) of the outputs to keep; default: all")
-    transform: Literal["none", "softmax", "argmax", "topk"] = "none"
+    transform: Annotated[
+        tuple[Transform, ...],
+        BeforeValidator(_listed, json_schema_input_type=Transform | tuple[Transform, ...]),
+        PlainSerializer(_word),
+    ] = Field(("none",), description="one or several in order: [mean_pool, normalize]")
     dim: int = Field(-1, description="the dimension that holds the classes; default: the last")
     k: Size = Field(5, description="how many classes topk keeps")
 

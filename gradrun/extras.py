@@ -10,7 +10,7 @@ from typing import Any
 
 from gradrun.errors import ConfigError
 
-EXTRAS = {"torchmetrics": "metrics"}
+EXTRAS = {"torchmetrics": "metrics", "transformers": "hf"}
 """library -> the extra that installs it."""
 
 

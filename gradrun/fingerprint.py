@@ -40,7 +40,9 @@ def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
         gradrun=version,
         samples=samples,
         config=dumped,
-        files={os.fspath(path): _described(path) for path in sorted(files)},
+        files={
+            os.fspath(path): _described(path) for place in sorted(files) for path in _within(place)
+        },
     )
 
 
@@ -59,6 +61,13 @@ def differences(before: Head, now: Head) -> list[str]:
         if changed:
             found.append(f"{path} has changed ({', '.join(changed)})")
     return found
+
+
+def _within(place: Path) -> list[Path]:
+    """A file itself; of a folder the files that lie in it."""
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.iterdir() if path.is_file())
 
 
 def _described(path: Path) -> dict[str, Any]:

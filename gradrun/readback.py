@@ -1,6 +1,6 @@
 """What is really in a run's files: each committed range read back and held against its checksum.
 
-Knows the layout of the three formats, and needs neither torch nor the model.
+Knows the layout of each format, and needs neither torch nor the model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
         return disk.checksum(file.fileno(), begin + committed.start * row, end)
 
 
-def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int:
     begin = before.end or 0 if before else 0
     end = committed.end or 0
     with _opened(path) as file:
@@ -126,6 +126,7 @@ def _check_size(descriptor: int, end: int) -> None:
 
 _CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
     ".npy": _of_npy,
-    ".jsonl": _of_jsonl,
+    ".jsonl": _of_lines,
+    ".csv": _of_lines,
     ".safetensors": _of_safetensors,
 }

@@ -102,6 +102,8 @@ class Rescue:
         """Outputs of some batch, for their names, shapes and types."""
         self.most: int | None = None
         """Samples that fit in memory at once, where a batch did not."""
+        self.place: Callable[[int], int] = lambda at: at
+        """Where in the input the sample stands that is run as the at-th."""
         self.cut_at = 0
         """The sample from which on batches are no larger than that."""
 
@@ -195,9 +197,9 @@ class Rescue:
             raise error
         if ran_out_of_memory(error):
             if size == 1:
-                raise _too_large(at, error)
+                raise _too_large(self.place(at), error)
             if self.most is None or size // 2 < self.most:
-                self.most, self.cut_at = size // 2, at
+                self.most, self.cut_at = size // 2, self.place(at)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         elif size == 1:
@@ -222,7 +224,7 @@ class Rescue:
         return None
 
     def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
-        self.quarantine.add(at, name, error, details)
+        self.quarantine.add(self.place(at), name, error, details)
         most = self.run.max_errors
         if most is not None and self.quarantine.count > most:
             raise RunFailed(

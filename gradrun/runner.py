@@ -19,7 +19,7 @@ from torch import nn
 
 from gradrun import stats
 from gradrun.config import EagerModel, RunConfig, RunSection
-from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
+from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
@@ -31,7 +31,7 @@ from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
-from gradrun.result import Measurement, Memory, Phases, Warning
+from gradrun.result import Measurement, Memory, Padding, Phases, Warning
 from gradrun.sinks import Sink
 
 WARM_UP_SECONDS = 0.3
@@ -87,6 +87,7 @@ class Runner:
         self.ahead = False
         quarantine = Quarantine(config.output.path)
         self.rescue = Rescue(config.run, self._predicted, self._again, quarantine)
+        self.rescue.place = lambda at: place_in_input(data, at)
 
     def prepare(self) -> Named:
         """Run the first batch, then warm up; nothing of it is kept.
@@ -165,9 +166,9 @@ class Runner:
                 # is in the file. One that is not is forgotten by trim().
                 sizes.append(size)
                 if checked:
-                    self._write_checked(batch, read(returned, size), sink, gathered)
+                    self._write_checked(batch, read(returned, size, kwargs), sink, gathered)
                 else:
-                    write(read(returned, size), ids)
+                    write(read(returned, size, kwargs), ids)
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
                 gathered.data_ns += read_ns
@@ -197,8 +198,10 @@ class Runner:
 
     def _again(self, at: int, size: int) -> Batch:
         """A batch of any place and size, read anew."""
-        batch = next(self.data.batches(at))
-        batch = batch if batch.size == size else cut_batch(batch, 0, size)
+        # From the whole batch: texts are padded to its longest, whatever piece is run again.
+        ahead = at % self.data.batch_size
+        batch = next(self.data.batches(at - ahead))
+        batch = batch if batch.size == size else cut_batch(batch, ahead, ahead + size)
         return self.move(batch) if self.move else batch
 
     def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
@@ -221,6 +224,7 @@ class Runner:
         return Measurement(
             mode=self.mode,
             batch_limit=self.rescue.most,
+            padding=self._padding(gathered),
             batch_seconds=seconds,
             batch_sizes=sizes,
             phases=Phases(
@@ -246,6 +250,11 @@ class Runner:
             ),
         )
 
+    def _padding(self, gathered: Pass) -> Padding | None:
+        if not isinstance(self.data, Uneven):
+            return None
+        return self.data.padding(gathered.start, gathered.start + gathered.done)
+
     def _stop(self, error: BaseException, gathered: Pass) -> GradrunError:
         """What ended the pass, as the error to raise once everything is saved."""
         if isinstance(error, GradrunError):
@@ -254,8 +263,9 @@ class Runner:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
             at = gathered.start + gathered.done
+            first = place_in_input(self.data, at)
             text = (
-                f"batch {at // self.data.batch_size}, which begins at sample {at:,}, failed: "
+                f"batch {at // self.data.batch_size}, which begins at sample {first:,}, failed: "
                 f"{reason(error, self.mode)}"
             )
         stopped = RunFailed(text)
@@ -286,7 +296,7 @@ class Runner:
             ) from error
 
     def _predicted(self, batch: Batch) -> Named:
-        return self.read(self.model(*batch.args, **batch.kwargs), batch.size)
+        return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _first_returned(self) -> Any:
         try:
@@ -308,13 +318,14 @@ class Runner:
         returned = self._first_returned()
         self._note_graph(returned)
         try:
-            self.rescue.like = self.read(returned, self.first.size)
+            self.rescue.like = self.read(returned, self.first.size, self.first.kwargs)
             return self.rescue.like
         except GradrunError:
             raise
         except Exception as error:  # torch has many ways to say that it cannot
+            words = ", ".join(self.config.output.transform)
             raise ConfigError(
-                f"{self.config.output.transform} cannot take this output: {first_line(error)}",
+                f"{words} cannot take this output: {first_line(error)}",
                 "output.transform",
             ) from error
 

@@ -29,7 +29,7 @@ _BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
 _PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
 _OURS = (
     *(RESULT, f"{RESULT}.tmp", "quarantine.jsonl", "quarantine.jsonl.tmp"),
-    *("predictions.npy", "predictions.*.npy", "predictions.jsonl"),
+    *("predictions.npy", "predictions.*.npy", "predictions.jsonl", "predictions.csv"),
     *(_PART, f"{_PART}.tmp", f"{_PART}.rest"),
     *(f"{JOURNAL}.tmp", JOURNAL),  # last: it says whose the others are
 )

@@ -17,10 +17,12 @@ from gradrun.bundled import bundled, examples
 from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
 from gradrun.result import RunResult
+from tests.small_models import named_classes, save_bert
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+COUNTS = {"records": 50, "embeddings": 20, "sentiment": 20}
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]
 
@@ -42,10 +44,11 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     assert examples() == NAMES
     configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
     sources = {config.model.source for config in configs}
-    assert sources == {"zoo", "layers", "python", "torchscript", "exported"}
-    assert {config.data.source for config in configs} == {"arrays", "synthetic", "records"}
-    assert {config.output.format for config in configs} == {"npy", "safetensors", "jsonl"}
-    assert {config.output.transform for config in configs} == {"none", "softmax", "argmax", "topk"}
+    assert sources == {"zoo", "layers", "python", "torchscript", "exported", "huggingface"}
+    assert {config.data.source for config in configs} == {"arrays", "synthetic", "records", "text"}
+    assert {config.output.format for config in configs} == {"npy", "safetensors", "jsonl", "csv"}
+    transforms = {word for config in configs for word in config.output.transform}
+    assert transforms == {"none", "softmax", "argmax", "topk", "mean_pool", "normalize"}
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 
@@ -64,14 +67,23 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None:
-    result = run(name)
+    result = run(name, **stand_in(name, tmp_path))
     samples = result.measurements[0].samples
     config = gradrun.load_config(CONFIGS / f"{name}.yaml")
-    assert samples == getattr(config.data, "samples", 50 if name == "records" else 500)
+    assert samples == COUNTS.get(name, getattr(config.data, "samples", 500))
     on_disk = {path.name for path in (tmp_path / name).iterdir()}
     assert on_disk == {*result.files, "journal.jsonl", "result.json"}
     for file in result.files:
         assert rows(tmp_path / name / file) == samples
+
+
+def stand_in(name: str, folder: Path) -> dict[str, str]:
+    """A small model in the place of one that would be downloaded."""
+    kinds = {"embeddings": "BertModel", "sentiment": "BertForSequenceClassification"}
+    if name not in kinds:
+        return {}
+    save_bert(folder / "bert", kinds[name], **named_classes())
+    return {"model.path": str(folder / "bert")}
 
 
 def rows(path: Path) -> int:
@@ -79,7 +91,7 @@ def rows(path: Path) -> int:
         return len(np.load(path))
     if path.suffix == ".safetensors":
         return len(load_file(path)["prediction"])
-    return len(path.read_text().splitlines())
+    return len(path.read_text().splitlines()) - (path.suffix == ".csv")
 
 
 @pytest.mark.parametrize("name", ["digits", "torchscript", "exported"])

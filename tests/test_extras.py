@@ -32,7 +32,11 @@ def config(library: str, folder: Path) -> dict[str, Any]:
         "output": {"path": "out"},
     }
     labelled = base["data"] | {"labels": {"key": "y"}}  # type: ignore[operator]
-    return base | {"torchmetrics": {"data": labelled, "metrics": ["accuracy"]}}[library]
+    needs: dict[str, dict[str, Any]] = {
+        "torchmetrics": {"data": labelled, "metrics": ["accuracy"]},
+        "transformers": {"model": {"source": "huggingface", "path": "some/model"}},
+    }
+    return base | needs[library]
 
 
 @pytest.mark.parametrize("library", EXTRAS)

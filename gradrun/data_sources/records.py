@@ -46,7 +46,7 @@ def open_data(config: RecordsData, seed: int) -> Data:
 
 class _Records:
     def __init__(self, config: RecordsData) -> None:
-        if config.path.suffix not in _READERS:
+        if config.path.suffix not in READERS:
             raise ConfigError(
                 f"{config.path.name} is no .csv or .jsonl file; arrays are read with "
                 "source: arrays",
@@ -54,7 +54,7 @@ class _Records:
             )
         self.path, self.id, self.inputs = config.path, config.id, config.inputs
         self.truth, self.classes = config.labels, config.classes
-        self.read = _READERS[config.path.suffix]
+        self.read = READERS[config.path.suffix]
         self.batch_size = config.batch_size
         self.by_position = by_position(config.call, len(config.inputs))
         self.samples, self.sample_bytes = 0, 0
@@ -221,4 +221,5 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             yield number, fields
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
+"""File suffix to what reads its records."""
