@@ -46,6 +46,15 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return info.context.input_file(path) if info.context else path
 
 
+def _input_path(path: Path, info: ValidationInfo) -> Path:
+    if info.context is None:
+        return path
+    try:
+        return info.context.input_folder(path)  # type: ignore[no-any-return]
+    except ValueError:
+        return _input_file(path, info)
+
+
 def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
@@ -83,6 +92,8 @@ def _pretrained(name: Path | str, info: ValidationInfo) -> Path | str:
 
 
 InputFile = Annotated[Path, AfterValidator(_input_file)]
+InputPath = Annotated[Path, AfterValidator(_input_path)]
+"""A file or a folder."""
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
 Pretrained = Annotated[Path | str, AfterValidator(_pretrained)]
 """A folder of save_pretrained (a Path), or a name on the hub (text)."""
@@ -207,8 +218,60 @@ class HuggingFaceModel(EagerModel):
     )
 
 
+_WEIGHTS_BY = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments by which the libraries fetch or unpickle files, which could run code."""
+
+
+def _no_weights(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if found := sorted(_WEIGHTS_BY & args.keys()):
+        raise PydanticCustomError(
+            "weights_in_args",
+            "{key} is no argument to give: model.weights names a file of weights, and "
+            "model.pretrained asks for the library's own",
+            {"key": found[0]},
+        )
+    return args
+
+
+class _LibraryModel(WeightedModel):
+    """An architecture by its name in a library of image models."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="resnet18, as the library calls it")
+    pretrained: bool = Field(False, description="download the library's own weights")
+    args: Annotated[dict[str, JsonValue], AfterValidator(_no_weights)] = Field(
+        {}, description="keyword arguments: {num_classes: 10}"
+    )
+
+
+class TimmModel(_LibraryModel):
+    """A model of timm, by name."""
+
+    source: Literal["timm"]
+
+
+class TorchvisionModel(_LibraryModel):
+    """A model of torchvision, by name."""
+
+    source: Literal["torchvision"]
+
+
 ModelConfig = Annotated[
-    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel | HuggingFaceModel,
+    ZooModel
+    | LayersModel
+    | PythonModel
+    | TorchScriptModel
+    | ExportedModel
+    | HuggingFaceModel
+    | TimmModel
+    | TorchvisionModel,
     Field(discriminator="source"),
 ]
 
@@ -286,13 +349,13 @@ class RecordInput(_Input):
     """One input from columns, side by side."""
 
     columns: tuple[str, ...] = Field(
-        min_length=1, description="numeric columns (or .jsonl fields that hold lists), in order"
+        min_length=1, description="numeric columns (or fields that hold lists), in order"
     )
     dtype: DType = "float32"
 
 
 class RecordsData(_Data):
-    """Rows of a .csv or .jsonl file with numeric columns."""
+    """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
     path: InputFile
@@ -350,8 +413,71 @@ class TextData(_Data):
         return copy
 
 
+Side = Annotated[int, Field(gt=0, le=16_384)]
+
+
+class ImagesData(_Data):
+    """Pictures in files: those below a folder, or those that a list names."""
+
+    source: Literal["images"]
+    path: InputPath = Field(description="a folder; or a .txt or .csv file that lists pictures")
+    pattern: str | None = Field(
+        None, description='which files of the folder: "*/*.jpg"; default: every picture below it'
+    )
+    column: str | None = Field(
+        None, description="of a .csv list: that of the files; default: first"
+    )
+    labels: str | None = Field(
+        None,
+        description="folder: the name of the one a picture lies in; or a column of a .csv list",
+    )
+    classes: Classes = None
+    input: str = Field("image", description="the input's name, where the model gets it by name")
+    preprocess: Literal["none", "imagenet", "timm", "processor"] = Field(
+        "none", description="steps by name, which the keys below change; none: only those"
+    )
+    architecture: str | None = Field(None, description="timm: whose steps; default: the model's")
+    processor: InputPath | None = Field(
+        None, description="a preprocessor_config.json, or its folder; default: the model's"
+    )
+    mode: Literal["RGB", "L"] | None = Field(None, description="colours (default), or grey")
+    resize: Side | tuple[Side, Side] | None = Field(
+        None, description="the shorter side in pixels, or [height, width]"
+    )
+    crop: Side | tuple[Side, Side] | None = Field(None, description="the middle of it that is kept")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    scale: float | None = Field(None, description="multiply pixels by this; default: 1/255")
+    mean: tuple[float, ...] | None = Field(None, description="of each channel, which is taken off")
+    std: tuple[float, ...] | None = Field(None, description="of each channel, divided by")
+
+    _of_model: str | Path | None = PrivateAttr(None)
+
+    @property
+    def steps_of(self) -> str | Path | None:
+        """Whose steps `preprocess` means: an architecture of timm, or a processor's place."""
+        own = self.architecture if self.preprocess == "timm" else self.processor
+        return own or self._of_model
+
+    def beside(self, model: Any) -> Self:
+        if self.preprocess not in {"timm", "processor"} or self.steps_of:
+            return self
+        wanted, key = {"timm": ("timm", "architecture"), "processor": ("huggingface", "processor")}[
+            self.preprocess
+        ]
+        if model.source != wanted:
+            raise PydanticCustomError(
+                "steps_of",
+                "preprocess: {name} needs data.{key}; only a {wanted} model brings its own",
+                {"name": self.preprocess, "key": key, "wanted": wanted},
+            )
+        # Apart from what was asked for: another model brings other steps.
+        copy = self.model_copy()
+        copy._of_model = model.name if wanted == "timm" else model.path
+        return copy
+
+
 DataConfig = Annotated[
-    SyntheticData | ArraysData | RecordsData | TextData, Field(discriminator="source")
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData, Field(discriminator="source")
 ]
 
 
@@ -441,7 +567,7 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl", "csv"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv", "parquet"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),

@@ -22,7 +22,7 @@ from gradrun.config import EagerModel, RunConfig, RunSection
 from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
-from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed, SampleFault
 from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.meters.forward import Forward
@@ -39,6 +39,8 @@ WARM_UP_SECONDS = 0.3
 
 _BEAT_NS = 200_000_000
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+_SETS_APART = "; run.on_error: quarantine sets such samples apart and goes on"
 
 Beat = Callable[[int], None]
 """Told how many samples are done, a few times a second."""
@@ -151,9 +153,11 @@ class Runner:
         next_beat = began + _BEAT_NS
         try:
             for batch in batches:
-                args, kwargs, size, ids = batch
+                args, kwargs, size, ids, faults = batch
                 read_ns = now() - mark
                 try:
+                    if faults:
+                        batch.check()
                     start()
                     returned = model(*args, **kwargs)
                     stop()
@@ -186,7 +190,11 @@ class Runner:
 
     def _rescued(self, batch: Batch, error: Exception, sink: Sink, gathered: Pass) -> None:
         """Write what can be made of a batch that failed, untimed."""
-        outputs, missing = self.rescue.failed(gathered.start + gathered.done, batch.size, error)
+        at = gathered.start + gathered.done
+        if batch.faults:
+            outputs, missing = self.rescue.unreadable(at, batch)
+        else:
+            outputs, missing = self.rescue.failed(at, batch.size, error)
         sink.write(outputs, batch.ids, missing)
         gathered.apart += batch.size
         gathered.done += batch.size
@@ -259,6 +267,8 @@ class Runner:
         """What ended the pass, as the error to raise once everything is saved."""
         if isinstance(error, GradrunError):
             text = str(error)
+        elif isinstance(error, SampleFault):
+            text = f"{error}{_SETS_APART}"
         elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
@@ -285,7 +295,7 @@ class Runner:
     # --- the steps -----------------------------------------------------------------------------
 
     def _first_batch(self) -> Batch:
-        batch = next(iter(self.data.batches()))
+        batch = self._first_readable()
         try:
             # A copy: the window that it lies in is given back when the run moves on.
             return (self.move(batch) if self.move else batch).map(torch.clone)
@@ -295,7 +305,21 @@ class Runner:
                 "data.batch_size",
             ) from error
 
+    def _first_readable(self) -> Batch:
+        """The first batch, without the samples at fault where these are set apart."""
+        for batch in self.data.batches():
+            sound = [row for row in range(batch.size) if row not in batch.faults]
+            fault = next(iter(batch.faults.values()), None)
+            if fault is None:
+                return batch
+            if self.config.run.on_error != "quarantine":
+                raise ConfigError(f"{fault}{_SETS_APART}", "data.path") from fault
+            if sound:
+                return batch.picked(sound)
+        raise ConfigError(f"no sample can be read; the last: {fault}", "data.path")
+
     def _predicted(self, batch: Batch) -> Named:
+        batch.check()
         return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _first_returned(self) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors import safe_open
@@ -19,7 +20,7 @@ from gradrun.config import OutputSection
 from gradrun.journal import Committed, Head, Kept
 from gradrun.outputs import UNNAMED, Named
 from gradrun.readback import Fault, faults
-from gradrun.sinks import SINKS, Sink, lines, npy, open_sink, safetensors
+from gradrun.sinks import READERS, SINKS, Sink, lines, npy, open_sink, parts
 
 SAMPLES, BATCH = 23, 5
 
@@ -46,6 +47,8 @@ def kept(folder: Path, form: str, name: str = UNNAMED) -> torch.Tensor:
         return torch.cat([load_file(part)[name] for part in parts])
     if form == "csv":
         return table(folder, name)
+    if form == "parquet":
+        return torch.cat([rows[name] for _, rows in READERS["parquet"](folder)])
     lines = (folder / "predictions.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)[name] for line in lines])
 
@@ -80,7 +83,8 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every sink once with room for all, and once with room for seven rows at a time."""
     if request.param == "in windows":
         monkeypatch.setattr(npy, "BUFFER_BYTES", 7 * 16)
-        monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 16)
+        monkeypatch.setattr(parts, "PART_BYTES", 7 * 16)
+        monkeypatch.setattr(parts, "ID_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_windows")
@@ -156,7 +160,7 @@ def test_a_type_is_kept_and_one_that_numpy_lacks_is_widened(
     if form in ("jsonl", "csv"):  # text has one kind of number; each must be the very same
         assert torch.equal(found.to(kind).double(), rows.double())
     else:
-        widened = form == "npy" and dtype in {"bfloat16", "float8_e4m3fn"}
+        widened = form in {"npy", "parquet"} and dtype in {"bfloat16", "float8_e4m3fn"}
         assert found.dtype == (torch.float32 if widened else kind)
         assert torch.equal(found.double(), rows.double())
 
@@ -251,7 +255,8 @@ def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form:
 def test_safetensors_parts_say_which_samples_they_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors, "PART_BYTES", 12 * 8)
+    monkeypatch.setattr(parts, "PART_BYTES", 12 * 8)
+    monkeypatch.setattr(parts, "ID_BYTES", 0)
     rows = numbered(2)
     target = sink(tmp_path, "safetensors")
     fill(target, {UNNAMED: rows})
@@ -468,7 +473,8 @@ def test_going_on_leaves_files_alone_that_are_only_named_like_ours(tmp_path: Pat
 def test_going_on_drops_the_rest_of_a_part_that_was_begun_too_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 32)
+    monkeypatch.setattr(parts, "PART_BYTES", 7 * 32)
+    monkeypatch.setattr(parts, "ID_BYTES", 0)
     target = begun(tmp_path, "safetensors", SEVERAL)
     write(target, SEVERAL, 0, 5)
     told = target.commit()
@@ -496,7 +502,7 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
         monkeypatch.setattr(lines, "nonfinite_rows", interrupt)
     batch = numbered(2)[10:15]
     batch.numpy = batch.__len__ = interrupt  # type: ignore[method-assign]
-    if form == "safetensors":
+    if form in {"safetensors", "parquet"}:
         monkeypatch.setattr(torch.Tensor, "__setitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
         target.write({UNNAMED: batch}, range(10, 15))
@@ -508,6 +514,33 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
 
 
 def test_parts_of_the_same_rows_have_the_same_bytes(tmp_path: Path) -> None:
-    for i in range(8):
-        fill(sink(tmp_path / str(i), "safetensors"), SEVERAL)
-    assert len({b"".join(contents(tmp_path / str(i)).values()) for i in range(8)}) == 1
+    for form in ("safetensors", "parquet"):
+        for i in range(8):
+            fill(sink(tmp_path / f"{form}{i}", form), SEVERAL)
+        assert len({b"".join(contents(tmp_path / f"{form}{i}").values()) for i in range(8)}) == 1
+
+
+def test_parquet_parts_are_tables_that_pandas_reads_with_the_right_types(tmp_path: Path) -> None:
+    target = sink(tmp_path, "parquet", samples=2)
+    outputs = {
+        "best": torch.tensor([3, 4]),
+        "embedding": numbered(3)[:2],
+        "grid": numbered(2, 2)[:2].double(),
+        "sure": torch.tensor([True, False]),
+    }
+    target.open(outputs)
+    target.write(outputs, ["a", 'ü"\n'])
+    target.close()
+    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    assert list(found.columns) == ["id", "best", "embedding", "grid", "sure"]
+    assert found["id"].tolist() == ["a", 'ü"\n']
+    assert (found["best"].dtype, found["sure"].dtype) == (np.int64, np.bool_)
+    assert [row.dtype for row in found["embedding"]] == [np.float32, np.float32]
+    assert np.array_equal(np.stack(found["embedding"]), numbered(3)[:2])
+    assert [[float(x) for x in row] for row in found["grid"][1]] == [[4, 5], [6, 7]]
+
+
+def test_numbered_samples_have_whole_numbers_for_ids_in_parquet(tmp_path: Path) -> None:
+    fill(sink(tmp_path, "parquet"), {UNNAMED: numbered(2)})
+    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    assert (found["id"].dtype, found["id"].tolist()) == (np.int64, list(range(SAMPLES)))

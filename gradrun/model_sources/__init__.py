@@ -14,7 +14,16 @@ from torch import nn
 
 from gradrun.config import EagerModel, ModelConfig, WeightedModel
 from gradrun.errors import ConfigError
-from gradrun.model_sources import exported, huggingface, layers, python, torchscript, zoo
+from gradrun.model_sources import (
+    exported,
+    huggingface,
+    layers,
+    python,
+    timm,
+    torchscript,
+    torchvision,
+    zoo,
+)
 from gradrun.model_sources.refusals import first_line
 from gradrun.model_sources.weights import load_weights
 
@@ -25,6 +34,8 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "torchscript": torchscript.open_model,
     "exported": exported.open_model,
     "huggingface": huggingface.open_model,
+    "timm": timm.open_model,
+    "torchvision": torchvision.open_model,
 }
 """source -> opener: (config section, *, trust_code: bool) to the module, on the CPU."""
 

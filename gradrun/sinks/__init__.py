@@ -14,7 +14,7 @@ import torch
 from gradrun.config import OutputSection
 from gradrun.journal import Committed
 from gradrun.outputs import Spelling
-from gradrun.sinks import csv, jsonl, npy, safetensors
+from gradrun.sinks import csv, jsonl, npy, parquet, safetensors
 
 
 class Sink(Protocol):
@@ -72,6 +72,7 @@ SINKS: dict[str, Callable[[Path, int], Any]] = {
     "safetensors": safetensors.SafetensorsSink,
     "jsonl": jsonl.JsonlSink,
     "csv": csv.CsvSink,
+    "parquet": parquet.ParquetSink,
 }
 """format -> (folder, samples) to Sink."""
 
@@ -84,6 +85,7 @@ READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     "safetensors": safetensors.read,
     "jsonl": jsonl.read,
     "csv": csv.read,
+    "parquet": parquet.read,
 }
 """format -> what reads a finished run's folder back, about a MiB at a time.
 
