@@ -6,6 +6,7 @@ yamlfile.py hands to the validators.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     PrivateAttr,
     ValidationInfo,
     field_validator,
@@ -23,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gradrun import bounds
 from gradrun.gradmode import GradMode as GradMode
 
 
@@ -36,7 +39,7 @@ class Paths(Protocol):
         """The absolute path of a folder that exists; ValueError says what is wrong otherwise."""
 
     def output_folder(self, path: Path) -> Path:
-        """The absolute path of the folder to write; ValueError says what is wrong otherwise."""
+        """The absolute path of what is to be written; ValueError says what is wrong otherwise."""
 
 
 def _input_file(path: Path, info: ValidationInfo) -> Path:
@@ -56,10 +59,44 @@ def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
 
+def _expected_file(path: Path, info: ValidationInfo) -> Path:
+    if path.suffix != ".safetensors":
+        raise PydanticCustomError("expected", "golden outputs are a .safetensors file")
+    return info.context.output_folder(path) if info.context else path
+
+
+ExpectedFile = Annotated[Path, AfterValidator(_expected_file)]
+
+
+def _input_folder(path: Path, info: ValidationInfo) -> Path:
+    return info.context.input_folder(path) if info.context else path
+
+
+InputFolder = Annotated[Path, AfterValidator(_input_folder)]
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def _pretrained(name: Path | str, info: ValidationInfo) -> Path | str:
+    """A folder where there is one; else the name on the hub that the text can be."""
+    if info.context is None:
+        return name
+    try:
+        folder: Path = info.context.input_folder(Path(name))
+    except ValueError:
+        if _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise
+    return folder
+
+
 InputFile = Annotated[Path, AfterValidator(_input_file)]
 InputPath = Annotated[Path, AfterValidator(_input_path)]
 """A file or a folder."""
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
+Pretrained = Annotated[Path | str, AfterValidator(_pretrained)]
+"""A folder of save_pretrained (a Path), or a name on the hub (text)."""
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
 FloatType = Literal["float32", "float64", "float16", "bfloat16"]
@@ -139,6 +176,9 @@ class PythonModel(WeightedModel):
     target: Annotated[str, AfterValidator(_target)] = Field(
         description="nets/mine.py:Net or package.module:build"
     )
+    root: InputFolder | None = Field(
+        None, description="where imports start; default: the file's folder, or the current one"
+    )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
 
 
@@ -154,6 +194,28 @@ class ExportedModel(_Model):
 
     source: Literal["exported"]
     path: InputFile
+
+
+class HuggingFaceModel(EagerModel):
+    """A model of transformers, from a folder or from the hub."""
+
+    source: Literal["huggingface"]
+    path: Pretrained = Field(description="a folder of save_pretrained, or a name on the hub")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
+    auto_class: Literal[
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+    ] = Field("AutoModel", description="which head the model has")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="how attention is computed; default: what transformers chooses"
+    )
+    random_weights: bool = Field(
+        False, description="draw weights that the files lack from run.seed; default: an error"
+    )
 
 
 _WEIGHTS_BY = {
@@ -207,6 +269,7 @@ ModelConfig = Annotated[
     | PythonModel
     | TorchScriptModel
     | ExportedModel
+    | HuggingFaceModel
     | TimmModel
     | TorchvisionModel,
     Field(discriminator="source"),
@@ -302,6 +365,54 @@ class RecordsData(_Data):
     classes: Classes = None
 
 
+class TextData(_Data):
+    """Texts through a tokenizer: the lines of a .txt file, or a field of .csv or .jsonl."""
+
+    source: Literal["text"]
+    path: InputFile
+    field: str | None = Field(None, description="the column that holds the text; .txt has none")
+    id: str | None = Field(None, description="the column that names each sample in the outputs")
+    tokenizer: Pretrained | None = Field(
+        None, description="a folder or a name on the hub; default: the huggingface model's own"
+    )
+    revision: str | None = Field(None, description="the tokenizer's branch, tag or commit")
+    inputs: tuple[str, ...] = Field(
+        (), description="which of the tokenizer's outputs the model gets; default: all"
+    )
+    max_length: Size | None = Field(
+        None, description="longer texts are cut to so many tokens; default: the tokenizer's limit"
+    )
+    padding: Literal["longest", "max_length"] = Field(
+        "longest", description="fill up to the longest text of the batch, or always to max_length"
+    )
+    group_by_length: Literal["auto"] | bool = Field(
+        "auto", description="run texts of like length together; auto: where it saves a tenth"
+    )
+
+    _of_model: tuple[Path | str, str | None] | None = PrivateAttr(None)
+
+    @property
+    def vocabulary(self) -> tuple[Path | str, str | None]:
+        """Where the tokenizer comes from, and its revision; needs `beside`."""
+        return self._of_model if self.tokenizer is None else (self.tokenizer, self.revision)  # type: ignore[return-value]
+
+    def beside(self, model: Any) -> Self:
+        if self.padding == "max_length" and self.max_length is None:
+            raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+        if self.tokenizer is not None:
+            return self
+        if not isinstance(model, HuggingFaceModel):
+            raise PydanticCustomError(
+                "tokenizer",
+                "data.tokenizer is missing: a folder or a name on the hub; only a huggingface "
+                "model brings its own",
+            )
+        # Apart from what was asked for: another model.path brings another tokenizer.
+        copy = self.model_copy()
+        copy._of_model = (model.path, model.revision)
+        return copy
+
+
 Side = Annotated[int, Field(gt=0, le=16_384)]
 
 
@@ -366,7 +477,7 @@ class ImagesData(_Data):
 
 
 DataConfig = Annotated[
-    SyntheticData | ArraysData | RecordsData | ImagesData, Field(discriminator="source")
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData, Field(discriminator="source")
 ]
 
 
@@ -443,6 +554,12 @@ def _listed(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
+def _word(transforms: tuple[str, ...]) -> str | list[str]:
+    """One transform as the word that it was written as."""
+    return transforms[0] if len(transforms) == 1 else list(transforms)
+
+
+Transform = Literal["none", "softmax", "argmax", "topk", "mean_pool", "cls", "normalize"]
 OutputName = Annotated[str, AfterValidator(_selected)]
 
 
@@ -450,14 +567,97 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl", "parquet"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv", "parquet"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),
     ] = Field((), description="names (or positions) of the outputs to keep; default: all")
-    transform: Literal["none", "softmax", "argmax", "topk"] = "none"
+    transform: Annotated[
+        tuple[Transform, ...],
+        BeforeValidator(_listed, json_schema_input_type=Transform | tuple[Transform, ...]),
+        PlainSerializer(_word),
+    ] = Field(("none",), description="one or several in order: [mean_pool, normalize]")
     dim: int = Field(-1, description="the dimension that holds the classes; default: the last")
     k: Size = Field(5, description="how many classes topk keeps")
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def _bound(text: str) -> str:
+    bounds.number_bound(text)
+    return text
+
+
+def _byte_bound(text: str) -> str:
+    bounds.bytes_bound(text)
+    return text
+
+
+def _share(text: str) -> str:
+    bounds.share(text)
+    return text
+
+
+def _as_text(value: object) -> object:
+    """A number in YAML, such as a count of bytes, is written as a limit too."""
+    return str(value) if type(value) in {int, float} else value
+
+
+_Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
+ByteBound = Annotated[_Text, AfterValidator(_byte_bound)]
+Bound = Annotated[_Text, AfterValidator(_bound)]
+Share = Annotated[_Text, AfterValidator(_share)]
+
+
+class LimitsSection(Section):
+    """What a model may take or must reach on any machine; memory is of one batch.
+
+    Metrics are limited by their names: `accuracy: ">= 0.97"`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Text]
+
+    weights: ByteBound | None = Field(None, description="bytes of the weights, such as 60 MiB")
+    forward_peak: ByteBound | None = Field(None, description="bytes of tensors in the forward")
+    retained: ByteBound | None = Field(None, description="bytes that live on after the forward")
+    process_peak: ByteBound | None = Field(None, description="the process's peak resident set")
+    device_allocated: ByteBound | None = Field(None, description="peak allocated on the device")
+    device_reserved: ByteBound | None = Field(None, description="peak reserved on the device")
+    speedup_over_grad: Bound | None = Field(None, description="time in grad / time, as '>= 1.0'")
+    speedup_over_no_grad: Bound | None = Field(None, description="the same over no_grad")
+    speedup_over_inference_mode: Bound | None = Field(None, description="the same over this mode")
+
+    def of_metrics(self) -> list[str]:
+        """The metrics that are limited."""
+        return list(self.model_extra or {})
+
+
+class RegressionSection(Section):
+    """How much worse than the baseline's a figure may be."""
+
+    time: Share | None = Field("5%", description="of a batch; null leaves it out")
+    forward_peak: Share | None = Field("1%", description="of tensor memory in the forward")
+    retained: Share | None = Field(None, description="of tensor memory after the forward")
+    process_peak: Share | None = Field(None, description="of the process's peak resident set")
+    outputs: bool = Field(True, description="whether outputs must be the same, within tolerance")
+
+
+class CheckSection(Section):
+    """What `gradrun check` asks of a model."""
+
+    mode: GradMode | None = Field(None, description="the mode to check; default: run.mode")
+    smoke: bool = Field(True, description="it runs, finite, whole, without graph, modes agree")
+    limits: LimitsSection = LimitsSection()
+    regression: RegressionSection = RegressionSection()
+    expected: ExpectedFile | None = Field(
+        None, description="golden outputs (.safetensors), which --update-expected writes"
+    )
+    rtol: Annotated[float, Field(ge=0)] = Field(
+        1e-4, description="relative difference from golden outputs and from a baseline's"
+    )
+    atol: Annotated[float, Field(ge=0)] = Field(1e-5, description="absolute difference, the same")
 
 
 # --- metrics -----------------------------------------------------------------------------------
@@ -546,6 +746,23 @@ class RunConfig(Section):
     metrics: Annotated[Metrics, AfterValidator(_told_apart)] = Field(
         (), description="accuracy, f1, auroc, mse: predictions against data.labels"
     )
+    check: CheckSection = CheckSection()
+
+    @field_validator("check")
+    @classmethod
+    def _limits_of_metrics(cls, check: CheckSection, info: ValidationInfo) -> CheckSection:
+        known = {*_ARGUMENTS, *(metric.title for metric in info.data.get("metrics", ()))}
+        for name, limit in (check.limits.model_extra or {}).items():
+            if name in known:
+                bounds.number_bound(limit)
+            else:
+                allowed = [*LimitsSection.model_fields, *sorted(known)]
+                raise PydanticCustomError(
+                    "limit",
+                    "there is nothing called {name} to limit; allowed: {allowed}",
+                    {"name": name, "allowed": ", ".join(allowed)},
+                )
+        return check
 
     @field_validator("data")
     @classmethod
@@ -555,7 +772,7 @@ class RunConfig(Section):
     def input_files(self) -> list[Path]:
         """Every file that the run reads, and every folder."""
         found: list[Path] = []
-        pending: list[Any] = [self.model.model_dump(), self.data.model_dump()]
+        pending: list[Any] = [self.model.model_dump(exclude={"root"}), self.data.model_dump()]
         while pending:
             value = pending.pop()
             if isinstance(value, dict):

@@ -14,6 +14,7 @@ EXTRAS = {
     "torchmetrics": ("torchmetrics", "metrics"),
     "pyarrow": ("pyarrow", "parquet"),
     "PIL": ("Pillow", "images"),
+    "transformers": ("transformers", "hf"),
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
 }

@@ -25,13 +25,14 @@ def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[
         config: the run's.
         samples: how many there are.
         version: of gradrun.
-        listed: files that the run reads and a file of the config names.
+        listed: files that the run reads and no key of the config names.
 
     Raises:
         ConfigError: a file cannot be read any more.
     """
     dumped = config.model_dump(mode="json")
     dumped.pop("measure")  # how a run is measured changes no prediction
+    dumped.pop("check")
     dumped.pop("metrics")
     for key in ("labels", "classes"):
         dumped["data"].pop(key, None)
@@ -41,9 +42,13 @@ def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[
     if isinstance(config.model, PythonModel):
         place = Path(config.model.target.rpartition(":")[0])
         files += [place] if place.suffix == ".py" else []
-    described = {os.fspath(path): _described(path) for path in sorted(files)}
+    # A folder that the files listed lie in is told by them.
+    told = [place for place in files if not (listed and listed[0].is_relative_to(place))]
+    described = {
+        os.fspath(path): _described(path) for place in sorted(told) for path in _within(place)
+    }
     if listed:
-        described["the list of files"] = _listing(listed)
+        described["what data.path names"] = _listing(listed)
     return Head(
         gradrun=version,
         samples=samples,
@@ -69,10 +74,15 @@ def differences(before: Head, now: Head) -> list[str]:
     return found
 
 
+def _within(place: Path) -> list[Path]:
+    """A file itself; of a folder the files that lie in it."""
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.iterdir() if path.is_file())
+
+
 def _described(path: Path) -> dict[str, Any]:
     try:
-        if path.is_dir():
-            return _listing(_below(path))
         status = path.stat()
         return {
             "size": status.st_size,
@@ -81,12 +91,6 @@ def _described(path: Path) -> dict[str, Any]:
         }
     except OSError as error:  # it was there when it was opened
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
-        folders.sort()
-        yield from (Path(here, name) for name in sorted(files))
 
 
 def _listing(paths: Iterable[Path]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Knows errors, batches and the file of those samples; not how a batch is timed.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,23 +42,21 @@ class Quarantine:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in disk.lines(self.path):
             try:
                 known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 known = False
             kept += [line] if known else []
         self.count = len(kept)
         draft = self.path.with_name(f"{FILE}.tmp")
-        draft.write_bytes(b"".join(kept))
+        _write(draft, b"".join(kept), os.O_TRUNC)
         draft.replace(self.path)
 
     def add(self, sample: int, name: int | str, error: str, details: str) -> None:
         """Note a sample: its place, its id, what was wrong, and the traceback."""
         line = {"sample": sample, "id": name, "error": error, "traceback": details}
-        with self.path.open("ab", buffering=0) as file:
-            disk.write_all(file.fileno(), json.dumps(line).encode() + b"\n")
-            disk.sync(file.fileno())
+        _write(self.path, json.dumps(line).encode() + b"\n", os.O_APPEND)
         self.count += 1
 
 
@@ -66,8 +65,16 @@ def numbers_apart(folder: Path) -> set[int]:
     path = folder / FILE
     if not path.exists():
         return set()
-    with path.open(encoding="utf-8") as file:
-        return {json.loads(line)["sample"] for line in file}
+    return {json.loads(line)["sample"] for line in disk.lines(path)}
+
+
+def _write(path: Path, data: bytes, flag: int) -> None:
+    descriptor = disk.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
+    try:
+        disk.write_all(descriptor, data)
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Rescue:
@@ -95,6 +102,8 @@ class Rescue:
         """Outputs of some batch, for their names, shapes and types."""
         self.most: int | None = None
         """Samples that fit in memory at once, where a batch did not."""
+        self.place: Callable[[int], int] = lambda at: at
+        """Where in the input the sample stands that is run as the at-th."""
         self.cut_at = 0
         """The sample from which on batches are no larger than that."""
 
@@ -209,9 +218,9 @@ class Rescue:
             raise error
         if ran_out_of_memory(error):
             if size == 1:
-                raise _too_large(at, error)
+                raise _too_large(self.place(at), error)
             if self.most is None or size // 2 < self.most:
-                self.most, self.cut_at = size // 2, at
+                self.most, self.cut_at = size // 2, self.place(at)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         elif size == 1:
@@ -238,7 +247,7 @@ class Rescue:
         return None
 
     def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
-        self.quarantine.add(at, name, error, details)
+        self.quarantine.add(self.place(at), name, error, details)
         most = self.run.max_errors
         if most is not None and self.quarantine.count > most:
             raise RunFailed(

@@ -6,21 +6,32 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
 from gradrun import stats
+from gradrun.disk import replace_file
 from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
 
 
 class _Noun(BaseModel):
     # "Infinity" (outputs of other shapes; an interval with an open end) is read back as it was.
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="strings", defer_build=True
+    )
+
+
+# Files come from anywhere: what no run can have measured is refused when it is read, so that
+# nobody further on need expect it.
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=-(2**62), le=2**62)]
+"""Of bytes or samples, as a machine can have them."""
+
+_MOST_BYTES = 2**30
 
 
 class Warning(_Noun):
@@ -39,10 +50,10 @@ class Environment(_Noun):
     python: str
     platform: str
     cpu: str
-    cores: int
-    cpus: int
-    threads: int
-    memory: int
+    cores: Count
+    cpus: Count
+    threads: Count
+    memory: Count
     device: str
     device_name: str | None = None
 
@@ -50,30 +61,52 @@ class Environment(_Noun):
 class Phases(_Noun):
     """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
 
-    load_model: float
-    open_data: float
-    first_batch: float
-    warm_up: float
-    data: float
-    forward: float
-    output: float
+    load_model: Seconds
+    open_data: Seconds
+    first_batch: Seconds
+    warm_up: Seconds
+    data: Seconds
+    forward: Seconds
+    output: Seconds
 
 
 class Memory(_Noun):
-    """Bytes; None where no meter could tell.
+    """Count; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
     the outputs and, with gradients on, what their graph keeps.
     """
 
-    weights: int
-    inputs: int
-    forward_peak: int | None = None
-    retained: int | None = None
-    process_peak: int | None = None
+    weights: Count
+    inputs: Count
+    forward_peak: Count | None = None
+    retained: Count | None = None
+    timeline: tuple[Count, ...] | None = None
+    """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
+    peak_module: str | None = None
+    """The module that was running at the peak, as "path (Type)"."""
+    process_peak: Count | None = None
     process_method: str = "unavailable"
-    device_allocated: int | None = None
-    device_reserved: int | None = None
+    device_allocated: Count | None = None
+    device_reserved: Count | None = None
+
+
+class Padding(_Noun):
+    """Tokens of texts that were filled up to the longest of their batch."""
+
+    tokens: int = 0
+    """Of the texts themselves."""
+    run: int = 0
+    """That the model computed, padding included."""
+    ungrouped: int = 0
+    """That it would have computed in the order of the input."""
+
+    def __add__(self, other: Padding) -> Padding:
+        return Padding(
+            tokens=self.tokens + other.tokens,
+            run=self.run + other.run,
+            ungrouped=self.ungrouped + other.ungrouped,
+        )
 
 
 class Measurement(_Noun):
@@ -83,12 +116,20 @@ class Measurement(_Noun):
     variant: str = ""
     """What tells it from others in a comparison; empty in a run of its own."""
     process: int = 0
-    batch_seconds: tuple[float, ...]
-    batch_sizes: tuple[int, ...]
+    batch_seconds: tuple[Seconds, ...]
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
-    batch_limit: int | None = None
+    batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
+    padding: Padding | None = None
+    """Of texts and their like."""
+
+    @model_validator(mode="after")
+    def _a_time_for_each_batch(self) -> Self:
+        if len(self.batch_seconds) != len(self.batch_sizes):
+            raise ValueError("batch_seconds and batch_sizes are not of the same length")
+        return self
 
     @property
     def samples(self) -> int:
@@ -173,15 +214,15 @@ class Finding(_Noun):
     text: str
     advice: str
     """What to do about it; empty where there is nothing to be done."""
-    cost: int | None = None
-    """Bytes: held, or lost with each batch."""
+    cost: Count | None = None
+    """Count: held, or lost with each batch."""
 
 
 class Kept(_Noun):
-    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
-    bytes: int
+    bytes: Count
 
 
 class Outcome(_Noun):
@@ -198,6 +239,20 @@ class Outcome(_Noun):
     """Why it failed or could not be decided, and what to do; empty where it passed."""
     key: str = ""
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
+    source: str | None = None
+    """Where that stands, as "file:line:column"; None where it is a default."""
+
+
+class Output(_Noun):
+    """One of the outputs that a model gave, over all samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of one sample."""
+    mean: float
+    spread: float
+    """The standard deviation; both are of all values, and NaN where there are such."""
 
 
 class Metric(_Noun):
@@ -224,19 +279,47 @@ class RunResult(_Noun):
     findings: tuple[Finding, ...] = ()
     kept: tuple[Kept, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
+    outputs: tuple[Output, ...] = ()
+    """Of a check."""
     outcomes: tuple[Outcome, ...] = ()
     """Of a check, in the order of the config."""
     failures: tuple[str, ...] = ()
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
-    predictions: int | None = None
+    predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
     metrics: tuple[Metric, ...] = ()
     """Over all predictions, in the order of the config."""
-    resumed_at: int = 0
+    resumed_at: Count = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
+
+    @field_validator("config")
+    @classmethod
+    def _of_a_run(cls, config: dict[str, Any]) -> dict[str, Any]:
+        model, output = config.get("model"), config.get("output")
+        if not isinstance(model, dict) or not isinstance(model.get("source"), str):
+            raise ValueError("it has no model.source")
+        if not isinstance(output, dict) or not isinstance(output.get("path"), str):
+            raise ValueError("it has no output.path")
+        return config
+
+    @model_validator(mode="after")
+    def _measured_as_its_kind_is(self) -> Self:
+        if self.kind == "infer" and not self.measurements:
+            raise ValueError("an infer run without a measurement")
+        if self.kind == "compare":
+            rounds = [m.batch_seconds for m in self.measurements]
+            if not all(rounds) or not all(1e-12 < t < 1e9 for times in rounds for t in times):
+                raise ValueError("a comparison with rounds that no clock gives")
+        return self
+
+    @property
+    def status(self) -> str:
+        """Of a check: fail where any failed, else inconclusive where any is, else pass."""
+        found = {outcome.status for outcome in self.outcomes}
+        return next((s for s in ("fail", "inconclusive") if s in found), "pass")
 
     def to_json(self) -> str:
         """As result.json holds it."""
@@ -251,16 +334,7 @@ class RunResult(_Noun):
         Raises:
             OSError: the folder cannot be written.
         """
-        draft = path.with_name(f"{path.name}.tmp")
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+        replace_file(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:
@@ -273,15 +347,31 @@ class RunResult(_Noun):
         if path.is_dir():
             path /= "result.json"
         try:
-            return cls.model_validate(json.loads(path.read_bytes()))
+            if path.stat().st_size > _MOST_BYTES:
+                raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
+            told = json.loads(path.read_bytes())
+            _check_format(path, told)
+            return cls.model_validate(told)
         except OSError as error:
             raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
+
+
+def _check_format(path: Path, told: Any) -> None:
+    """Say what to do about a result that another version wrote in another way."""
+    told = told if isinstance(told, dict) else {}
+    version, writer = told.get("format", 1), str(told.get("gradrun", "unknown"))
+    if isinstance(version, int) and version != 1:
+        todo = "a newer gradrun reads it" if version > 1 else "run it again to report it"
+        raise GradrunError(
+            f"{path} is of format {version}, written by gradrun {writer}; this one reads format 1: "
+            f"{todo}"
+        )
 
 
 class Fact(_Noun):

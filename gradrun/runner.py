@@ -19,17 +19,19 @@ from torch import nn
 
 from gradrun import stats
 from gradrun.config import EagerModel, RunConfig, RunSection
-from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
+from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed, SampleFault
+from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
+from gradrun.meters.forward import Forward
 from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
-from gradrun.outputs import Named, reader
+from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
-from gradrun.result import Measurement, Memory, Phases, Warning
+from gradrun.result import Measurement, Memory, Padding, Phases, Warning
 from gradrun.sinks import Sink
 
 WARM_UP_SECONDS = 0.3
@@ -87,6 +89,7 @@ class Runner:
         self.ahead = False
         quarantine = Quarantine(config.output.path)
         self.rescue = Rescue(config.run, self._predicted, self._again, quarantine)
+        self.rescue.place = lambda at: place_in_input(data, at)
 
     def prepare(self) -> Named:
         """Run the first batch, then warm up; nothing of it is kept.
@@ -167,9 +170,9 @@ class Runner:
                 # is in the file. One that is not is forgotten by trim().
                 sizes.append(size)
                 if checked:
-                    self._write_checked(batch, read(returned, size), sink, gathered)
+                    self._write_checked(batch, read(returned, size, kwargs), sink, gathered)
                 else:
-                    write(read(returned, size), ids)
+                    write(read(returned, size, kwargs), ids)
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
                 gathered.data_ns += read_ns
@@ -203,8 +206,10 @@ class Runner:
 
     def _again(self, at: int, size: int) -> Batch:
         """A batch of any place and size, read anew."""
-        batch = next(self.data.batches(at))
-        batch = batch if batch.size == size else cut_batch(batch, 0, size)
+        # From the whole batch: texts are padded to its longest, whatever piece is run again.
+        ahead = at % self.data.batch_size
+        batch = next(self.data.batches(at - ahead))
+        batch = batch if batch.size == size else cut_batch(batch, ahead, ahead + size)
         return self.move(batch) if self.move else batch
 
     def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
@@ -219,7 +224,7 @@ class Runner:
             )
         if resident is None:
             self._warn("no_process_peak", "this system does not say a process's peak memory")
-        peak, retained = self._memory_pass(gathered)
+        memory = self._memory_pass(gathered)
         seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
         sizes = tuple(gathered.sizes[: len(seconds)])
         data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
@@ -227,6 +232,7 @@ class Runner:
         return Measurement(
             mode=self.mode,
             batch_limit=self.rescue.most,
+            padding=self._padding(gathered),
             batch_seconds=seconds,
             batch_sizes=sizes,
             phases=Phases(
@@ -241,14 +247,21 @@ class Runner:
             memory=Memory(
                 weights=tensors.weight_bytes(self.model),
                 inputs=tensors.storage_bytes(self.first.tensors()),
-                forward_peak=peak,
-                retained=retained,
+                forward_peak=memory and memory.peak,
+                retained=memory and memory.retained,
+                timeline=memory and memory.timeline,
+                peak_module=memory and memory.peak_module,
                 process_peak=resident,
                 process_method=method,
                 device_allocated=allocated,
                 device_reserved=reserved,
             ),
         )
+
+    def _padding(self, gathered: Pass) -> Padding | None:
+        if not isinstance(self.data, Uneven):
+            return None
+        return self.data.padding(gathered.start, gathered.start + gathered.done)
 
     def _stop(self, error: BaseException, gathered: Pass) -> GradrunError:
         """What ended the pass, as the error to raise once everything is saved."""
@@ -260,8 +273,9 @@ class Runner:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
             at = gathered.start + gathered.done
+            first = place_in_input(self.data, at)
             text = (
-                f"batch {at // self.data.batch_size}, which begins at sample {at:,}, failed: "
+                f"batch {at // self.data.batch_size}, which begins at sample {first:,}, failed: "
                 f"{reason(error, self.mode)}"
             )
         stopped = RunFailed(text)
@@ -306,7 +320,7 @@ class Runner:
 
     def _predicted(self, batch: Batch) -> Named:
         batch.check()
-        return self.read(self.model(*batch.args, **batch.kwargs), batch.size)
+        return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _first_returned(self) -> Any:
         try:
@@ -326,16 +340,27 @@ class Runner:
 
     def _first_outputs(self) -> Named:
         returned = self._first_returned()
+        self._note_graph(returned)
         try:
-            self.rescue.like = self.read(returned, self.first.size)
+            self.rescue.like = self.read(returned, self.first.size, self.first.kwargs)
             return self.rescue.like
         except GradrunError:
             raise
         except Exception as error:  # torch has many ways to say that it cannot
+            words = ", ".join(self.config.output.transform)
             raise ConfigError(
-                f"{self.config.output.transform} cannot take this output: {first_line(error)}",
+                f"{words} cannot take this output: {first_line(error)}",
                 "output.transform",
             ) from error
+
+    def _note_graph(self, returned: Any) -> None:
+        kept = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        if kept and self.mode is not GradMode.GRAD:
+            self._warn(
+                "graph_kept",
+                f"output {kept[0]} keeps a graph, though the mode is {self.mode}: something in the "
+                "model turns gradients on again; gradrun audit names it",
+            )
 
     def _batches(self, start: int) -> Any:
         batches: Iterator[Batch] = self.data.batches(start)
@@ -369,17 +394,17 @@ class Runner:
         self.ahead = pays_off(self.data, forward_seconds=self.clock.seconds[-1])
         self.clock = clock.clock_for(self.device)
 
-    def _memory_pass(self, gathered: Pass) -> tuple[int | None, int | None]:
-        """(peak, retained) of the first batch; None after a stop, without a meter, on a fault."""
+    def _memory_pass(self, gathered: Pass) -> Forward | None:
+        """The first batch's; None after a stop, without a meter, on a fault."""
         if gathered.stopped or not self.config.measure.memory:
-            return None, None
+            return None
         meter, batch = FORWARD_MEMORY.get(self.device.type), self.first.map(torch.clone)
         if meter is None:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
-            return None, None
+            return None
         try:
             with active(self.config.run, self.device), state_kept(self.model):
-                return meter(lambda: self.model(*batch.args, **batch.kwargs))
+                return meter(lambda: self.model(*batch.args, **batch.kwargs), self.model)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
         except Exception as error:  # the predictions are safe already
@@ -388,7 +413,7 @@ class Runner:
                 f"tensor memory could not be counted ({type(error).__name__}: "
                 f"{first_line(error)}); measure.memory: false does without",
             )
-        return None, None
+        return None
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))

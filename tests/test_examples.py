@@ -18,10 +18,12 @@ from gradrun.bundled import bundled, examples
 from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
 from gradrun.result import RunResult
+from tests.small_models import named_classes, save_bert
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+COUNTS = {"records": 50, "embeddings": 20, "sentiment": 20}
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]
 
@@ -45,20 +47,15 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     assert examples() == NAMES
     configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
     sources = {config.model.source for config in configs}
-    assert sources == {"zoo", "layers", "python", "torchscript", "exported"}
+    assert sources == {"zoo", "layers", "python", "torchscript", "exported", "huggingface"}
     assert {config.data.source for config in configs} == {
-        "arrays",
-        "synthetic",
-        "records",
-        "images",
+        *("arrays", "synthetic", "records", "text", "images"),
     }
     assert {config.output.format for config in configs} == {
-        "npy",
-        "safetensors",
-        "jsonl",
-        "parquet",
+        *("npy", "safetensors", "jsonl", "csv", "parquet"),
     }
-    assert {config.output.transform for config in configs} == {"none", "softmax", "argmax", "topk"}
+    transforms = {word for config in configs for word in config.output.transform}
+    assert transforms == {"none", "softmax", "argmax", "topk", "mean_pool", "normalize"}
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 
@@ -77,7 +74,7 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None:
-    result = run(name)
+    result = run(name, **stand_in(name, tmp_path))
     samples = result.measurements[0].samples
     config = gradrun.load_config(CONFIGS / f"{name}.yaml")
     assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
@@ -87,6 +84,15 @@ def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None
         assert rows(tmp_path / name / file) == samples
 
 
+def stand_in(name: str, folder: Path) -> dict[str, str]:
+    """A small model in the place of one that would be downloaded."""
+    kinds = {"embeddings": "BertModel", "sentiment": "BertForSequenceClassification"}
+    if name not in kinds:
+        return {}
+    save_bert(folder / "bert", kinds[name], **named_classes())
+    return {"model.path": str(folder / "bert")}
+
+
 def rows(path: Path) -> int:
     if path.suffix == ".npy":
         return len(np.load(path))
@@ -94,7 +100,7 @@ def rows(path: Path) -> int:
         return len(load_file(path)["prediction"])
     if path.suffix == ".parquet":
         return len(pandas.read_parquet(path))
-    return len(path.read_text().splitlines())
+    return len(path.read_text().splitlines()) - (path.suffix == ".csv")
 
 
 @pytest.mark.parametrize("name", ["digits", "torchscript", "exported"])

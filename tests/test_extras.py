@@ -38,6 +38,7 @@ def config(case: str, folder: Path) -> dict[str, Any]:
         "torchmetrics": {"data": labelled, "metrics": ["accuracy"]},
         "pyarrow": {"data": records},
         "PIL": {"data": {"source": "images", "path": "."}},
+        "transformers": {"model": {"source": "huggingface", "path": "some/model"}},
         "timm": {
             "data": {"source": "images", "path": ".", "preprocess": "timm", "architecture": "vit"}
         },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from gradrun.config import OutputSection
 from gradrun.journal import Committed, Head, Kept
 from gradrun.outputs import UNNAMED, Named
 from gradrun.readback import Fault, faults
-from gradrun.sinks import READERS, SINKS, Sink, jsonl, npy, open_sink, parts
+from gradrun.sinks import READERS, SINKS, Sink, lines, npy, open_sink, parts
 
 SAMPLES, BATCH = 23, 5
 
@@ -43,10 +45,29 @@ def kept(folder: Path, form: str, name: str = UNNAMED) -> torch.Tensor:
     if form == "safetensors":
         parts = sorted(folder.glob("predictions-*.safetensors"))
         return torch.cat([load_file(part)[name] for part in parts])
+    if form == "csv":
+        return table(folder, name)
     if form == "parquet":
         return torch.cat([rows[name] for _, rows in READERS["parquet"](folder)])
     lines = (folder / "predictions.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)[name] for line in lines])
+
+
+def table(folder: Path, name: str) -> torch.Tensor:
+    """An output's columns in the shape that their names tell of."""
+    with (folder / "predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    own = [i for i, called in enumerate(header) if called == name or called.startswith(f"{name}.")]
+    last = header[own[-1]].removeprefix(name).split(".")[1:]
+    read = {"True": True, "False": False}
+    values = [
+        [read[row[i]] if row[i] in read else json_number(row[i]) for i in own] for row in rows
+    ]
+    return torch.tensor(values).reshape(len(rows), *(int(i) + 1 for i in last))
+
+
+def json_number(text: str) -> float:
+    return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(text) or json.loads(text)
 
 
 def file_name(name: str) -> str:
@@ -93,7 +114,8 @@ def test_a_sink_closed_before_the_first_batch_holds_nothing(tmp_path: Path, form
         assert np.load(tmp_path / "predictions.npy").shape == (0, 3)
     else:
         assert target.files() == []
-        assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+        header = "id,prediction.0,prediction.1,prediction.2\n" if form == "csv" else ""
+        assert all(path.read_text() == header for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", SINKS)
@@ -135,7 +157,7 @@ def test_a_type_is_kept_and_one_that_numpy_lacks_is_widened(
     rows = (numbered(3) / (3 if kind.is_floating_point else 1)).to(kind)
     fill(sink(tmp_path, form), {UNNAMED: rows})
     found = kept(tmp_path, form)
-    if form == "jsonl":  # json has one kind of number; each must be the very same
+    if form in ("jsonl", "csv"):  # text has one kind of number; each must be the very same
         assert torch.equal(found.to(kind).double(), rows.double())
     else:
         widened = form in {"npy", "parquet"} and dtype in {"bfloat16", "float8_e4m3fn"}
@@ -186,7 +208,7 @@ def test_rows_that_change_their_shape_are_refused_or_kept_as_they_are(
     if form == "jsonl":
         target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
     else:
-        with pytest.raises(ValueError, match=r"rows of shape \[2\].*jsonl"):
+        with pytest.raises(ValueError, match=r"(rows of shape \[2\]|began with 2 numbers).*jsonl"):
             target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
     target.close()
     if form == "jsonl":
@@ -203,6 +225,10 @@ def test_rows_of_one_number_or_none_are_rows(
 ) -> None:
     rows = torch.ones(SAMPLES, *shape)
     fill(sink(tmp_path, form), {UNNAMED: rows}, 13)
+    if form == "csv" and 0 in shape:
+        text = (tmp_path / "predictions.csv").read_text()
+        assert text.splitlines() == ["id", *map(str, range(13))]
+        return
     assert kept(tmp_path, form).shape == (13, *shape)
 
 
@@ -263,6 +289,30 @@ def test_an_npy_sets_its_whole_room_aside_at_once(tmp_path: Path) -> None:
     target.close()
     assert status.st_size >= 800_000
     assert status.st_blocks * 512 >= 800_000, "set aside, not only named: a full disk shows now"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (
+            "jsonl",
+            '{"id": 0, "prediction": 1, "label": "b"}\n'
+            '{"id": 1, "prediction": null, "label": null}\n'
+            '{"id": 2, "prediction": 7, "label": "7"}\n',
+        ),
+        ("csv", "id,prediction,label\n0,1,b\n1,,\n2,7,7\n"),
+    ],
+)
+def test_classes_are_spelled_out_and_a_missing_one_is_left_out(
+    tmp_path: Path, form: str, expected: str
+) -> None:
+    config = OutputSection(path=tmp_path, format=form, transform=("argmax",))
+    target = open_sink(config, 3, ("a", "b"))
+    numbers = {UNNAMED: torch.tensor([1, torch.iinfo(torch.int64).min, 7])}
+    target.open(numbers)
+    target.write(numbers, range(3), {1})
+    target.close()
+    assert "".join(contents(tmp_path)[f"predictions.{form}"].decode()) == expected
 
 
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
@@ -448,8 +498,8 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if form == "jsonl":
-        monkeypatch.setattr(jsonl, "nonfinite_rows", interrupt)
+    if form in ("jsonl", "csv"):
+        monkeypatch.setattr(lines, "nonfinite_rows", interrupt)
     batch = numbered(2)[10:15]
     batch.numpy = batch.__len__ = interrupt  # type: ignore[method-assign]
     if form in {"safetensors", "parquet"}:

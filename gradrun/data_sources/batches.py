@@ -14,6 +14,7 @@ import torch
 
 from gradrun.config import ArrayInput, RecordInput
 from gradrun.errors import ConfigError, SampleFault
+from gradrun.result import Padding
 
 WINDOW_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""
@@ -92,6 +93,31 @@ class Listing(Protocol):
     """Data that read files which no key of the config names."""
 
     listed: Sequence[Path]
+
+
+@runtime_checkable
+class Uneven(Protocol):
+    """Data whose samples differ in length, so that batches of them are padded.
+
+    Where they are `grouped`, they are run in another order than that of the input. It is changed
+    only inside a window of so many samples, which are whole batches.
+    """
+
+    grouped: bool
+    window: int
+
+    def places(self, start: int, stop: int) -> Sequence[int]:
+        """Where in the input the samples stand that are run as start to stop, of one window."""
+
+    def padding(self, start: int, stop: int) -> Padding:
+        """How many tokens are computed for samples start to stop, whole windows that were read."""
+
+
+def place_in_input(data: Data, at: int) -> int:
+    """Where in the input the sample stands that is run as the at-th."""
+    if isinstance(data, Uneven) and data.grouped:
+        return data.places(at, at + 1)[0]
+    return at
 
 
 class Rows(Protocol):

@@ -60,12 +60,15 @@ class _Images:
         warnings.simplefilter("error", self.image.DecompressionBombWarning)
         self.config, self.steps = config, steps(config)
         self.root, self.names, self.said = _listed(config)
-        self.listed = [] if config.path.is_dir() else [self.root / name for name in self.names]
         self.classes = config.classes or _classes(self.said)
         self.batch_size, self.samples = config.batch_size, len(self.names)
         self.by_position = by_position(config.call, 1)
         self.shape = self._first_shape()
         self.sample_bytes = 4 * math.prod(self.shape)
+
+    @property
+    def listed(self) -> list[Path]:
+        return [self.root / name for name in self.names]
 
     def _first_shape(self) -> tuple[int, ...]:
         fault: Exception | None = None

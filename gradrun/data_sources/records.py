@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ _BUFFER_BYTES = 256 * 1024
 
 _LABELS = 4096
 """How many labels are read at once."""
+
+
+_LONGEST = 16 * 1024 * 1024
 
 Record = tuple[int, dict[str, Any]]
 """A line number and the fields of that line."""
@@ -177,9 +180,21 @@ def _number(dtype: str) -> Callable[[Any], float]:
     return whole
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The file's lines, none of them without end: a file may be one line of a terabyte."""
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise ConfigError(
+                f"{path} has a line of {_LONGEST:,} characters or more, which is no record; "
+                "arrays of such size are read with source: arrays",
+                "data.path",
+            )
+        yield line
+
+
 def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(_lines(file, path))
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -196,7 +211,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             if not line.strip():
                 continue
             try:

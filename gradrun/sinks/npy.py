@@ -133,7 +133,7 @@ class _NpyFile:
         """Make the file, or take one with so many rows; then set the whole size aside."""
         self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.descriptor = os.open(self.path, flags, 0o666)
+        self.descriptor = disk.open_plain(self.path, flags)
         try:
             if kept:
                 disk.check_size(self.descriptor, self._offset(kept), self.path)
@@ -166,7 +166,8 @@ class _NpyFile:
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(
                 f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)} and now "
-                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any"
+                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any, and "
+                "output.transform: mean_pool or cls makes one row of a sequence"
             )
         stop = at + len(rows)
         if stop - self.begin > self.step:
@@ -228,8 +229,7 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                if shutil.disk_usage(self.path.parent).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.check_room(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:

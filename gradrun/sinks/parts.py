@@ -79,6 +79,9 @@ class PartsSink(ABC):
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         row_bytes += ID_BYTES if self.keeps_ids else 0
         self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
+        left = self.samples - (kept[-1].stop if kept else 0)
+        # While a part is written its plain rows still lie beside it.
+        disk.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in sorted(outputs.items())
@@ -128,7 +131,7 @@ class PartsSink(ABC):
             part = self._committed // self._rows
             committed, data = self._range(self._committed, self.written)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = os.open(self._rest(part), flags, 0o666)
+            descriptor = disk.open_plain(self._rest(part), flags)
             size = os.fstat(descriptor).st_size
             try:
                 disk.write_all(descriptor, data)
@@ -170,7 +173,7 @@ class PartsSink(ABC):
         tensors = {key: buffer[:rows] for key, buffer in self._buffers.items()}
         data = self.encode(tensors, self._ids[:rows], start)
         draft = self.folder / f"{name}.tmp"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = disk.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
                 disk.write_all(descriptor, data)
@@ -237,8 +240,7 @@ class PartsSink(ABC):
             self._write_rest(part, rows, kept)
             ended.unlink()
             return
-        self._cut_rest(part, kept[-1].end or 0)
-        data, at = self._rest(part).read_bytes(), 0
+        data, at = self._read_rest(part, kept[-1].end or 0), 0
         for committed in self._of_part(part, kept):
             first = committed.start % self._rows
             last = first + committed.stop - committed.start
@@ -249,18 +251,20 @@ class PartsSink(ABC):
             self._ids += map(json.loads, data[at : committed.end].splitlines())
             at = committed.end or at
 
-    def _cut_rest(self, part: int, end: int) -> None:
-        descriptor = os.open(self._rest(part), os.O_RDWR)
+    def _read_rest(self, part: int, end: int) -> bytes:
+        """The committed rows, of so many bytes; what follows them is cut off."""
+        descriptor = disk.open_plain(self._rest(part), os.O_RDWR)
         try:
             disk.check_size(descriptor, end, self._rest(part))
             os.ftruncate(descriptor, end)
+            return b"".join(disk.pieces(descriptor, 0, end))
         finally:
             os.close(descriptor)
 
     def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         ranges = self._of_part(part, kept)
         data = b"".join(self._range(c.start, c.stop)[1] for c in ranges)
-        descriptor = os.open(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        descriptor = disk.open_plain(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             disk.write_all(descriptor, data)
             disk.sync(descriptor)

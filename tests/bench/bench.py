@@ -35,6 +35,7 @@ from gradrun.model_sources import load_model
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink
 from gradrun.yamlfile import load_config
+from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 21
@@ -53,6 +54,7 @@ def main() -> None:
             ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
             ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
+            ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
             ("memory: the same of a million rows of Parquet", 1.05, flat_parquet),
             ("images: whole run against the longer of decode and compute", 1.15, overlap),
         ):
@@ -196,6 +198,36 @@ def flat(folder: Path) -> list[float]:
     sizes = json.loads(_output("-c", code, json.dumps(config)))
     tenth = next(size for share, size in sizes if share >= 0.1)
     return [max(size for _, size in sizes) / tenth]
+
+
+def grouping(folder: Path) -> list[float]:
+    """1,000 texts of which a tenth is long through a small BERT, read to written."""
+    small_models.save_bert(folder / "bert", hidden_size=128, intermediate_size=512)
+    (folder / "t.txt").write_text("\n".join(small_models.skewed(1_000)) + "\n")
+
+    def run(grouped: bool) -> Callable[[], float]:
+        config = {
+            "model": {"source": "huggingface", "path": str(folder / "bert")},
+            "data": {
+                "source": "text",
+                "path": str(folder / "t.txt"),
+                "batch_size": 16,
+                "group_by_length": grouped,
+            },
+            "run": {"warmup": 1},
+            "measure": {"memory": False},
+            "output": {
+                "path": str(folder / f"grouped-{grouped}"),
+                "select": "last_hidden_state",
+                "transform": "mean_pool",
+            },
+        }
+        return lambda: gradrun.infer(config, overwrite=True).measurements[0].seconds
+
+    ratios = _in_turn(run(True), run(False), 7)
+    ours, theirs = (np.load(folder / f"grouped-{g}/predictions.npy") for g in (True, False))
+    assert np.allclose(ours, theirs, atol=1e-5), "the order has changed"
+    return ratios
 
 
 def flat_parquet(folder: Path) -> list[float]:

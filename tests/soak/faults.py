@@ -337,10 +337,11 @@ class Trial:
                     found = zlib.crc32("".join(f"{name}\n" for name in ids).encode(), found)
                 assert [*committed.files.values()] == [found]
             else:
-                lines = self.right["predictions.jsonl"]
-                assert lines[: committed.end].count(b"\n") == committed.stop
-                found = zlib.crc32(lines[begin : committed.end])
-                assert committed.files == {"predictions.jsonl": found}
+                (name,) = self.right
+                lines = self.right[name]
+                headings = name.endswith(".csv")
+                assert lines[: committed.end].count(b"\n") == committed.stop + headings
+                assert committed.files == {name: zlib.crc32(lines[begin : committed.end])}
                 begin = committed.end or 0
         return kept.stop
 
