@@ -92,7 +92,11 @@ def _cell(row: Row) -> str:
             return f"{number_text(row.value, around)} /s"
         case "ratio" if row.metric == "ratio":
             digits = decimals(around or row.value)
-            return f"{row.value:.{digits}f} {row.status.replace('_', ' ')}"
+            verdict = row.status.replace("_", " ")
+            if row.low is None or row.high is None:
+                return f"{row.value:.{digits}f} {verdict}"
+            bounds = f"{row.low:.{digits}f}–{row.high:.{digits}f}"
+            return f"{row.value:.{digits}f} ({bounds}) {verdict}"
         case "ratio":
             return f"{row.status} {row.value:.0%}"
         case "output_units":
