@@ -20,10 +20,6 @@ from gradrun.reports.terminal import hanging
 from gradrun.result import RunResult
 
 
-_LABEL = 32
-"""Cells of a label that stay on one line; what else is too wide folds in its column."""
-
-
 def show(result: RunResult, console: Console) -> None:
     """Print a result of any kind."""
     console.print()
@@ -62,8 +58,7 @@ def _table(told: Table) -> RichTable:
     table = RichTable(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold"
     )
-    longest = max((len(name) for name, *_ in told.rows), default=0)
-    table.add_column(told.title, overflow="fold", min_width=min(longest, _LABEL))
+    table.add_column(told.title, overflow="fold")
     for i, column in enumerate(told.columns):
         words_begin = len(told.columns) - told.words
         table.add_column(
