@@ -92,11 +92,9 @@ def _cell(row: Row) -> str:
             return f"{number_text(row.value, around)} /s"
         case "ratio" if row.metric == "ratio":
             digits = decimals(around or row.value)
-            verdict = row.status.replace("_", " ")
             if row.low is None or row.high is None:
-                return f"{row.value:.{digits}f} {verdict}"
-            bounds = f"{row.low:.{digits}f}–{row.high:.{digits}f}"
-            return f"{row.value:.{digits}f} ({bounds}) {verdict}"
+                return f"{row.value:.{digits}f} {row.status}"
+            return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
         case "ratio":
             return f"{row.status} {row.value:.0%}"
         case "output_units":
