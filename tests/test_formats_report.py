@@ -24,7 +24,6 @@ from gradrun.result import Comparison, RunResult
 from tests.reporting import assert_golden, printed
 from tests.saved import NASTY, OUTCOMES, RESULTS, hostile
 
-WRITTEN = ("markdown", "csv", "json", "html")
 GROUPS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in RESULTS},
     "two runs": ("run", "short run"),
@@ -40,8 +39,15 @@ def rows(*names: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(reports.written(named(*names), "csv"))))
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("group", "format"),
+    [
+        *((group, "markdown") for group in GROUPS),
+        *((group, "csv") for group in ("run", "noisy", "audit", "check")),
+        *((group, "json") for group in ("one process", "check")),
+        *((group, "html") for group in ("run", "comparison", "audit", "check", "every kind")),
+    ],
+)
 def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
     text = reports.written(named(*GROUPS[group]), format)
     # What matplotlib draws differs from version to version, and the style is a file of its own.
