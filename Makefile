@@ -17,6 +17,7 @@ help: ## show this list
 
 .venv/.dev: .venv/.runtime
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	@touch $@
 
 install: .venv/.dev ## make .venv with gradrun and what its tests need
@@ -43,9 +44,10 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/compare_bench.py
 
-soak: .venv/.dev ## kill and break runs at every place, for minutes; each must resume to the same files
+soak: .venv/.dev ## kill and break runs at every place, and read 20,000 damaged files, for minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/faults.py
+	$(BIN)/python tests/soak/fuzz.py
 
 golden: .venv/.dev ## write the expected reports anew; look at the diff
 	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_*_report.py

@@ -22,13 +22,13 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from gradrun import __version__
-from gradrun.errors import CheckFailed, ConfigError, GradrunError, Interrupted
+from gradrun.errors import CheckFailed, ConfigError, GradrunError, Inconclusive, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,6 +241,82 @@ def audit(
 
 
 @app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.")],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Find regressions since this saved result."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG|REV", help="Measure a config or git revision beside this one."
+        ),
+    ] = None,
+    save_baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as a baseline.")
+    ] = None,
+    update_expected: Annotated[
+        bool, typer.Option("--update-expected", help="Write the golden outputs anew.")
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write JUnit XML for a CI server.")
+    ] = None,
+    inconclusive: Annotated[
+        Literal["pass", "fail"] | None,
+        typer.Option(help="How to end where a check cannot be decided; default: exit code 4."),
+    ] = None,
+    sets: Sets = None,
+    trust_code: Trust = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The CI gate: limits and regressions; exit code 3 where one is broken, 4 where unclear."""
+    with _errors(debug, json_file, quiet) as console:
+        for option, file in (("--junit", junit), ("--save-baseline", save_baseline)):
+            _check_target(option, str(file) if file else None)
+        with _quick_imports():
+            from gradrun.jobs.check import check as run
+        from gradrun.reports.progress import status
+
+        with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
+            result = run(
+                config,
+                baseline=baseline,
+                against=against,
+                save_baseline=save_baseline,
+                update_expected=update_expected,
+                trust_code=trust_code,
+                sets=sets or [],
+                progress=progress,
+            )
+        _answer(result, console, json_file)
+        _tell_ci(result, junit)
+        undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
+        codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}
+        if code := codes.get(result.status, 0):
+            raise typer.Exit(code)
+
+
+def _tell_ci(result: RunResult, junit: Path | None) -> None:
+    """Say a check's outcomes to a CI server, in its own words."""
+    from gradrun.reports import github
+    from gradrun.reports.junit import xml
+
+    if junit:
+        _write(xml(result), junit, "--junit")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github.commands(result):
+            sys.stderr.write(f"{line}\n")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        from gradrun.reports import written
+
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(written([("", result)], "markdown"))
+
+
+@app.command()
 def modes(
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Where to run it: auto, cpu, cuda, cuda:1, mps.")
@@ -319,7 +395,7 @@ def report(
         if output is None:
             sys.stdout.write(text)
             return
-        _write(text, output)
+        _write(text, output, "-o")
         _say(console, f"wrote {nearest(output)}")
 
 
@@ -346,15 +422,6 @@ def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -
             f"say --format {'|'.join(FORMATS)}"
         )
     return chosen
-
-
-def _write(text: str, file: Path) -> None:
-    from gradrun.disk import replace_file
-
-    try:
-        replace_file(file, text)
-    except OSError as error:
-        raise GradrunError(f"{file} cannot be written: {error.strerror}") from error
 
 
 @app.command()
@@ -488,7 +555,7 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
     if quiet:
         warnings.simplefilter("ignore")
     try:
-        _check_json(json_file)
+        _check_target("--json", json_file)
         yield console
     except KeyboardInterrupt:
         _tell(Interrupted("interrupted"))
@@ -518,14 +585,14 @@ def _tell(error: GradrunError) -> None:
     raise typer.Exit(error.exit_code) from None
 
 
-def _check_json(file: str | None) -> None:
-    """Find out that the JSON cannot be written before a long run, not after it."""
+def _check_target(option: str, file: str | None) -> None:
+    """Find out that a file cannot be written before a long run, not after it."""
     if file is None or file == "-":
         return
     if Path(file).is_dir():
-        raise ConfigError(f"--json {file}: a folder, where a file is wanted")
+        raise ConfigError(f"{option} {file}: a folder, where a file is wanted")
     if not Path(file).absolute().parent.is_dir():
-        raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
+        raise ConfigError(f"{option} {file}: there is no folder {Path(file).parent}")
 
 
 def _stdout_kept(json_file: str | None) -> AbstractContextManager[Any]:
@@ -577,10 +644,19 @@ def _write_json(text: str, file: str) -> None:
     if file == "-":
         sys.stdout.write(text + "\n")
         return
+    _write(text + "\n", Path(file), "--json")
+
+
+def _write(text: str, file: Path, option: str) -> None:
+    from gradrun.disk import replace_file
+
     try:
-        Path(file).write_text(text + "\n", encoding="utf-8")
+        if file.exists() and not file.is_file():  # a device or a pipe takes what it is given
+            file.write_text(text, encoding="utf-8")
+        else:
+            replace_file(file, text)
     except OSError as error:
-        raise GradrunError(f"--json {file} cannot be written: {error.strerror}") from error
+        raise GradrunError(f"{option} {file} cannot be written: {error.strerror}") from error
 
 
 def main() -> None:

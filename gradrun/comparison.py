@@ -84,6 +84,15 @@ class Session:
                 break
         return self.conclude()
 
+    def look(self) -> Compared:
+        """What one process says of outputs and tensor memory; its few times say nothing."""
+        job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
+        (report,) = self._ask([job])
+        self._note_failures(report)
+        self.found.environment, self.found.equivalence = report.environment, [*report.equivalence]
+        self._keep(0, report)
+        return self.found
+
     # --- the steps -----------------------------------------------------------------------------
 
     def _job(self, kind: Any, variants: Sequence[Variant], seed: int) -> Job:

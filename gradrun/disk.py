@@ -8,11 +8,40 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from gradrun.units import bytes_text
+
 _PIECE = 1024 * 1024
+_LONGEST_LINE = 16 * 1024 * 1024
+_GUARDS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A link is not followed, and a pipe not waited for; of a plain file neither changes anything."""
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """A descriptor of a plain file of a run's folder, and of nothing that lies elsewhere.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(path, flags | _GUARDS, 0o666)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:
+            raise _not_plain(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_plain(path)
+    return descriptor
+
+
+def _not_plain(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "no plain file, but a link, a pipe or the like", path)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
@@ -53,15 +82,14 @@ def replace_file(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if path.exists() and not path.is_file():  # a device or a pipe takes what it is given
-        path.write_text(text, encoding="utf-8")
-        return
     draft = path.with_name(f"{path.name}.tmp")
+    descriptor = open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            write_all(descriptor, text.encode())
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -104,8 +132,50 @@ def pieces(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterato
         begin += len(piece)
 
 
+def lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file with their ends; the last may have none.
+
+    Raises:
+        OSError: it cannot be read, or a line is longer than any of gradrun's.
+    """
+    descriptor, rest = open_plain(path, os.O_RDONLY), b""
+    try:
+        for piece in pieces(descriptor, 0, size(descriptor)):
+            *whole, rest = (rest + piece).split(b"\n")
+            yield from (line + b"\n" for line in whole)
+            if len(rest) > _LONGEST_LINE:
+                raise OSError(errno.EFBIG, "it has a line that gradrun did not write", path)
+        if rest:
+            yield rest
+    finally:
+        os.close(descriptor)
+
+
 def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
     """CRC-32 of the bytes from begin to end, continued from `before`."""
     for piece in pieces(descriptor, begin, end):
         before = zlib.crc32(piece, before)
     return before
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that the disk has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_room(folder: Path, needed: int, file: str) -> None:
+    """See that about so many bytes can still be written below a folder.
+
+    Raises:
+        OSError: they cannot; says how many are needed and how many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{file} needs about {bytes_text(needed)}, and {bytes_text(free)} of disk are free",
+        )

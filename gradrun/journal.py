@@ -10,9 +10,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from gradrun import disk
 from gradrun.errors import GradrunError
@@ -29,10 +29,17 @@ class Head(_Line):
 
     journal: Literal[1] = 1
     gradrun: str
-    samples: int
+    samples: NonNegativeInt
     config: dict[str, Any]
     files: dict[str, dict[str, Any]]
     """Of each file that the run reads: its size in bytes, time of change and a checksum."""
+
+
+def _beside(name: str) -> str:
+    """The name of a file that lies beside the journal, and nowhere else."""
+    if name != Path(name).name:
+        raise ValueError("a journal tells of the files beside it")
+    return name
 
 
 class Committed(_Line):
@@ -40,7 +47,7 @@ class Committed(_Line):
 
     start: NonNegativeInt
     stop: NonNegativeInt
-    files: dict[str, int]
+    files: dict[Annotated[str, AfterValidator(_beside)], int]
     """File name to the CRC-32 of what it holds of these samples."""
     end: NonNegativeInt | None = None
     """Where they end, in bytes, in a file whose rows differ in length."""
@@ -90,11 +97,12 @@ def read(path: Path) -> Kept:
             has written it in a format of its own.
     """
     try:
-        data = path.read_bytes()
+        lines = [*disk.lines(path)]
     except OSError as error:
         raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
-    lines = data.split(b"\n")
-    lines.pop()  # what follows the last line's end: nothing, or a line that was cut off
+    size = sum(map(len, lines))
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # it was cut off
     parsed: list[Any] = []
     ends: list[int] = []
     for number, line in enumerate(lines):
@@ -112,18 +120,18 @@ def read(path: Path) -> Kept:
             raise GradrunError(
                 f"{path}:{number + 1}  the journal is damaged here; --overwrite begins anew"
             ) from error
-        ends.append((ends[-1] if ends else 0) + len(line) + 1)
+        ends.append((ends[-1] if ends else 0) + len(line))
     if not parsed:
         raise GradrunError(f"{path} is no journal of a run: its first line was cut off")
-    return Kept(parsed[0], parsed[1:], ends, torn=ends[-1] < len(data))
+    return Kept(parsed[0], parsed[1:], ends, torn=ends[-1] < size)
 
 
 def _check_format(head: Any, path: Path) -> None:
     found = head.get("journal", FORMAT) if isinstance(head, dict) else FORMAT
     if found != FORMAT:
         raise GradrunError(
-            f"{path} is a journal of format {found!r}, and this gradrun reads format {FORMAT}; go "
-            "on with the gradrun that began it, or begin anew with --overwrite"
+            f"{path} is a journal of format {found!r:.60}, and this gradrun reads format {FORMAT}; "
+            "go on with the gradrun that began it, or begin anew with --overwrite"
         )
 
 
@@ -155,7 +163,7 @@ class Journal:
         # Under another name until its head is whole: a journal always says whose it is.
         place = path if kept else draft(path)
         flags = os.O_RDWR | os.O_APPEND | (0 if kept else os.O_CREAT)
-        self._descriptor = os.open(place, flags, 0o666)
+        self._descriptor = disk.open_plain(place, flags)
         self._size = kept.size if kept else 0
         try:
             os.ftruncate(self._descriptor, self._size)

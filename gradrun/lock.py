@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from gradrun import disk
 from gradrun.errors import ConfigError
 
 NAME = ".gradrun.lock"
@@ -35,7 +36,7 @@ class FolderLock:
             OSError: the folder cannot be written.
         """
         while self._descriptor < 0:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = disk.open_plain(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if not _locked(descriptor, self.path):
                     raise _held(self.path)
@@ -70,7 +71,7 @@ def check_free(folder: Path) -> None:
     """
     path = folder / NAME
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        descriptor = disk.open_plain(path, os.O_RDWR)
     except OSError:
         return
     try:
@@ -105,7 +106,11 @@ def _locked(descriptor: int, path: Path) -> bool:
 
 def _held(path: Path) -> ConfigError:
     owner = _owner(path)
-    by = f"process {owner['pid']} on {owner['host']}" if "pid" in owner else "another process"
+    by = (
+        f"process {owner['pid']} on {owner['host']}"
+        if {"pid", "host"} <= owner.keys()
+        else "another process"
+    )
     return ConfigError(
         f"{by} is writing into {path.parent}; wait for it, or choose another output.path",
         "output.path",

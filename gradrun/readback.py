@@ -1,20 +1,27 @@
 """What is really in a run's files: each committed range read back and held against its checksum.
 
-Knows the layout of the three formats, and needs neither torch nor the model.
+Knows the layout of each format, and needs neither torch nor the model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from gradrun import disk
+from gradrun.extras import library
 from gradrun.journal import Committed, Kept
+
+_MOST_HEADER = 100_000_000
+"""Bytes that the format allows a header of a .safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,29 @@ class Fault:
     what: str
 
 
+class _DamagedError(Exception):
+    """What is wrong with a file, in a few words."""
+
+
 def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
     """Read back every committed range; yields those that are gone or changed."""
     before: Committed | None = None
     for committed in kept.commits:
         for file, expected in committed.files.items():
-            check = _CHECKS[Path(file).suffix]
+            path = folder / file
+            check = _CHECKS.get(path.suffix, _of_another)
+            # Of a part, or, while it is not full, of the plain rows beside it.
+            rest = path.with_name(f"{file}.rest")
+            if not path.exists() and rest.exists():
+                check, path = _of_rest, rest
             try:
-                found = check(folder / file, committed, before)
-            except (OSError, ValueError, KeyError, struct.error) as error:
-                what = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                found = check(path, committed, before)
+            except OSError as error:
+                what = error.strerror or str(error)
+            except _DamagedError as error:
+                what = str(error)
+            except Exception:  # a damaged header fails in any of a dozen ways
+                what = "its header is damaged"
             else:
                 if found == expected:
                     continue
@@ -46,7 +66,7 @@ def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
 
 
 def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
-    with path.open("rb") as file:
+    with _opened(path) as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         begin, row = file.tell(), dtype.itemsize
@@ -57,23 +77,19 @@ def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
         return disk.checksum(file.fileno(), begin + committed.start * row, end)
 
 
-def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int:
     begin = before.end or 0 if before else 0
     end = committed.end or 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         _check_size(file.fileno(), end)
         return disk.checksum(file.fileno(), begin, end)
 
 
 def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
-    """Of the part, or, while it is not full, of the plain rows beside it."""
-    rest = path.with_name(f"{path.name}.rest")
-    if not path.exists() and rest.exists():
-        return _of_rest(rest, committed, before)
-    with path.open("rb") as file:
+    with _opened(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > disk.size(file.fileno()):
-            raise ValueError("its header is damaged")
+        if length > _MOST_HEADER:
+            raise _DamagedError("its header is damaged")
         header = json.loads(file.read(length))
         first = int(header.pop("__metadata__")["samples"].partition(":")[0])
         found = 0
@@ -84,27 +100,57 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
             start, stop = committed.start - first, committed.stop - first
             _check_size(file.fileno(), begin + stop * row)
             if stop > rows:
-                raise ValueError(f"it holds {rows} samples of its part")
+                raise _DamagedError(f"it holds {rows} samples of its part")
             found = disk.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
         return found
+
+
+def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> int:
+    """Of the rows as the sink held them: each output's bytes by its name, then a line an id."""
+    arrow, parquet = library("pyarrow", ""), library("pyarrow", "", "parquet")
+    with _opened(path) as file:
+        table = parquet.read_table(arrow.BufferReader(file.read()))
+    first = int(table.schema.metadata[b"start"])
+    start, count = committed.start - first, committed.stop - committed.start
+    if start + count > table.num_rows:
+        raise _DamagedError(f"it holds {table.num_rows} samples of its part")
+    found = 0
+    for name in sorted(set(table.column_names) - {"id"}):
+        values = table.column(name).slice(start, count).combine_chunks()
+        while arrow.types.is_list(values.type):
+            values = values.flatten()
+        found = zlib.crc32(values.to_numpy(zero_copy_only=False).tobytes(), found)
+    for name in table.column("id").slice(start, count).to_pylist():
+        found = zlib.crc32(json.dumps(name).encode() + b"\n", found)
+    return found
 
 
 def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
     of_same_part = before is not None and before.files.keys() == committed.files.keys()
     begin = before.end or 0 if before and of_same_part else 0
     end = committed.end or 0
-    with path.open("rb") as file:
+    with _opened(path) as file:
         _check_size(file.fileno(), end)
         return disk.checksum(file.fileno(), begin, end)
 
 
+def _of_another(path: Path, committed: Committed, before: Committed | None) -> int:
+    raise _DamagedError("no run writes a file of this kind")
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return os.fdopen(disk.open_plain(path, os.O_RDONLY), "rb")
+
+
 def _check_size(descriptor: int, end: int) -> None:
     if disk.size(descriptor) < end:
-        raise ValueError("the file is cut off")
+        raise _DamagedError("the file is cut off")
 
 
 _CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
     ".npy": _of_npy,
-    ".jsonl": _of_jsonl,
+    ".jsonl": _of_lines,
+    ".csv": _of_lines,
     ".safetensors": _of_safetensors,
+    ".parquet": _of_parquet,
 }

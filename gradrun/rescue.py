@@ -7,6 +7,7 @@ Knows errors, batches and the file of those samples; not how a batch is timed.
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from gradrun import disk
 from gradrun.config import RunSection
 from gradrun.data_sources.batches import Batch, cut_batch
-from gradrun.errors import GradrunError, RunFailed
+from gradrun.errors import GradrunError, RunFailed, SampleFault
 from gradrun.model_sources.refusals import first_line, memory_asked, ran_out_of_memory
 from gradrun.outputs import Named, nonfinite_rows
 from gradrun.units import count_text
@@ -41,24 +42,39 @@ class Quarantine:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in disk.lines(self.path):
             try:
                 known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 known = False
             kept += [line] if known else []
         self.count = len(kept)
         draft = self.path.with_name(f"{FILE}.tmp")
-        draft.write_bytes(b"".join(kept))
+        _write(draft, b"".join(kept), os.O_TRUNC)
         draft.replace(self.path)
 
     def add(self, sample: int, name: int | str, error: str, details: str) -> None:
         """Note a sample: its place, its id, what was wrong, and the traceback."""
         line = {"sample": sample, "id": name, "error": error, "traceback": details}
-        with self.path.open("ab", buffering=0) as file:
-            disk.write_all(file.fileno(), json.dumps(line).encode() + b"\n")
-            disk.sync(file.fileno())
+        _write(self.path, json.dumps(line).encode() + b"\n", os.O_APPEND)
         self.count += 1
+
+
+def numbers_apart(folder: Path) -> set[int]:
+    """The numbers of the samples in a run's folder that no prediction could be made for."""
+    path = folder / FILE
+    if not path.exists():
+        return set()
+    return {json.loads(line)["sample"] for line in disk.lines(path)}
+
+
+def _write(path: Path, data: bytes, flag: int) -> None:
+    descriptor = disk.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
+    try:
+        disk.write_all(descriptor, data)
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class Rescue:
@@ -86,6 +102,8 @@ class Rescue:
         """Outputs of some batch, for their names, shapes and types."""
         self.most: int | None = None
         """Samples that fit in memory at once, where a batch did not."""
+        self.place: Callable[[int], int] = lambda at: at
+        """Where in the input the sample stands that is run as the at-th."""
         self.cut_at = 0
         """The sample from which on batches are no larger than that."""
 
@@ -110,6 +128,27 @@ class Rescue:
         missing: set[int] = set()
         self._apart(at, at, size, error, pieces, missing)
         return self._whole(size, pieces), missing
+
+    def unreadable(self, at: int, batch: Batch) -> tuple[Named, set[int]]:
+        """Outputs for a batch of which some samples could not be read, and their positions.
+
+        Raises:
+            Exception: as `failed` does.
+        """
+        if self.run.on_error != "quarantine":
+            batch.check()
+        sound = [row for row in range(batch.size) if row not in batch.faults]
+        try:
+            outputs = self.predict(batch.picked(sound)) if sound else {}
+        except Exception as error:  # others fail for another reason, or are too many
+            return self.failed(at, batch.size, error)
+        for row in sorted(batch.faults):
+            self._set_apart(at + row, batch.ids[row], str(batch.faults[row]), "")
+        pieces = [
+            (row, {name: tensor[i : i + 1] for name, tensor in outputs.items()})
+            for i, row in enumerate(sound)
+        ]
+        return self._whole(batch.size, pieces), set(batch.faults)
 
     def check(self, at: int, batch: Batch, outputs: Named) -> tuple[Named, set[int]]:
         """The outputs, and the positions where one of them is NaN or infinite.
@@ -145,7 +184,7 @@ class Rescue:
             for row in range(batch.size)
             if self._failure(cut_batch(batch, row, row + 1)) is None
         ]
-        return batch._replace(size=len(rows)).map(lambda tensor: tensor[rows]) if rows else None
+        return batch.picked(rows) if rows else None
 
     def _failure(self, batch: Batch) -> Exception | None:
         try:
@@ -179,14 +218,16 @@ class Rescue:
             raise error
         if ran_out_of_memory(error):
             if size == 1:
-                raise _too_large(at, error)
+                raise _too_large(self.place(at), error)
             if self.most is None or size // 2 < self.most:
-                self.most, self.cut_at = size // 2, at
+                self.most, self.cut_at = size // 2, self.place(at)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         elif size == 1:
             batch = self.again(at, 1)
             said = f"{type(error).__name__}: {first_line(error)}"
+            if isinstance(error, SampleFault):
+                said, details = str(error), ""
             self._set_apart(at, batch.ids[0], said, details)
             missing.add(at - first)
             return
@@ -206,7 +247,7 @@ class Rescue:
         return None
 
     def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
-        self.quarantine.add(at, name, error, details)
+        self.quarantine.add(self.place(at), name, error, details)
         most = self.run.max_errors
         if most is not None and self.quarantine.count > most:
             raise RunFailed(

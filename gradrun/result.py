@@ -28,7 +28,10 @@ class _Noun(BaseModel):
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes = Annotated[int, Field(ge=-(2**62), le=2**62)]
+Count = Annotated[int, Field(ge=-(2**62), le=2**62)]
+"""Of bytes or samples, as a machine can have them."""
+
+_MOST_BYTES = 2**30
 
 
 class Warning(_Noun):
@@ -47,10 +50,10 @@ class Environment(_Noun):
     python: str
     platform: str
     cpu: str
-    cores: int
-    cpus: int
-    threads: int
-    memory: Bytes
+    cores: Count
+    cpus: Count
+    threads: Count
+    memory: Count
     device: str
     device_name: str | None = None
 
@@ -68,24 +71,42 @@ class Phases(_Noun):
 
 
 class Memory(_Noun):
-    """Bytes; None where no meter could tell.
+    """Count; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
     the outputs and, with gradients on, what their graph keeps.
     """
 
-    weights: Bytes
-    inputs: Bytes
-    forward_peak: Bytes | None = None
-    retained: Bytes | None = None
-    timeline: tuple[Bytes, ...] | None = None
+    weights: Count
+    inputs: Count
+    forward_peak: Count | None = None
+    retained: Count | None = None
+    timeline: tuple[Count, ...] | None = None
     """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
     peak_module: str | None = None
     """The module that was running at the peak, as "path (Type)"."""
-    process_peak: Bytes | None = None
+    process_peak: Count | None = None
     process_method: str = "unavailable"
-    device_allocated: Bytes | None = None
-    device_reserved: Bytes | None = None
+    device_allocated: Count | None = None
+    device_reserved: Count | None = None
+
+
+class Padding(_Noun):
+    """Tokens of texts that were filled up to the longest of their batch."""
+
+    tokens: int = 0
+    """Of the texts themselves."""
+    run: int = 0
+    """That the model computed, padding included."""
+    ungrouped: int = 0
+    """That it would have computed in the order of the input."""
+
+    def __add__(self, other: Padding) -> Padding:
+        return Padding(
+            tokens=self.tokens + other.tokens,
+            run=self.run + other.run,
+            ungrouped=self.ungrouped + other.ungrouped,
+        )
 
 
 class Measurement(_Noun):
@@ -99,8 +120,10 @@ class Measurement(_Noun):
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
-    batch_limit: int | None = None
+    batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
+    padding: Padding | None = None
+    """Of texts and their like."""
 
     @model_validator(mode="after")
     def _a_time_for_each_batch(self) -> Self:
@@ -191,15 +214,15 @@ class Finding(_Noun):
     text: str
     advice: str
     """What to do about it; empty where there is nothing to be done."""
-    cost: Bytes | None = None
-    """Bytes: held, or lost with each batch."""
+    cost: Count | None = None
+    """Count: held, or lost with each batch."""
 
 
 class Kept(_Noun):
-    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
-    bytes: Bytes
+    bytes: Count
 
 
 class Outcome(_Noun):
@@ -216,6 +239,29 @@ class Outcome(_Noun):
     """Why it failed or could not be decided, and what to do; empty where it passed."""
     key: str = ""
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
+    source: str | None = None
+    """Where that stands, as "file:line:column"; None where it is a default."""
+
+
+class Output(_Noun):
+    """One of the outputs that a model gave, over all samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of one sample."""
+    mean: float
+    spread: float
+    """The standard deviation; both are of all values, and NaN where there are such."""
+
+
+class Metric(_Noun):
+    """How well predictions agree with the labels."""
+
+    name: str
+    value: float
+    samples: int
+    """That it was taken over; those set apart are not among them."""
 
 
 class RunResult(_Noun):
@@ -233,15 +279,19 @@ class RunResult(_Noun):
     findings: tuple[Finding, ...] = ()
     kept: tuple[Kept, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
+    outputs: tuple[Output, ...] = ()
+    """Of a check."""
     outcomes: tuple[Outcome, ...] = ()
     """Of a check, in the order of the config."""
     failures: tuple[str, ...] = ()
     """Variants of a comparison that could not be run, each a sentence."""
     files: tuple[str, ...] = ()
     """The predictions, by name in the run's folder."""
-    predictions: int | None = None
+    predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
-    resumed_at: int = 0
+    metrics: tuple[Metric, ...] = ()
+    """Over all predictions, in the order of the config."""
+    resumed_at: Count = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
@@ -253,6 +303,9 @@ class RunResult(_Noun):
             raise ValueError("it has no model.source")
         if not isinstance(output, dict) or not isinstance(output.get("path"), str):
             raise ValueError("it has no output.path")
+        run = config.get("run")
+        if not isinstance(run, dict) or not isinstance(run.get("mode"), str):
+            raise ValueError("it has no run.mode")
         return config
 
     @model_validator(mode="after")
@@ -264,6 +317,12 @@ class RunResult(_Noun):
             if not all(rounds) or not all(1e-12 < t < 1e9 for times in rounds for t in times):
                 raise ValueError("a comparison with rounds that no clock gives")
         return self
+
+    @property
+    def status(self) -> str:
+        """Of a check: fail where any failed, else inconclusive where any is, else pass."""
+        found = {outcome.status for outcome in self.outcomes}
+        return next((s for s in ("fail", "inconclusive") if s in found), "pass")
 
     def to_json(self) -> str:
         """As result.json holds it."""
@@ -291,6 +350,8 @@ class RunResult(_Noun):
         if path.is_dir():
             path /= "result.json"
         try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
             told = json.loads(path.read_bytes())
             _check_format(path, told)
             return cls.model_validate(told)

@@ -5,8 +5,10 @@ Knows files and names; not what the figures in them mean.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun import journal
@@ -16,7 +18,7 @@ from gradrun.journal import Committed, Head, Journal, Kept
 from gradrun.lock import NAME as LOCK
 from gradrun.lock import FolderLock, check_free
 from gradrun.result import RunResult
-from gradrun.units import count_text
+from gradrun.units import bytes_text, count_text
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"
@@ -24,11 +26,11 @@ JOURNAL = "journal.jsonl"
 _BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
 """What a process leaves behind that died before its run had begun."""
 
-_PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_PARTS = [f"predictions-{'[0-9]' * 5}.{suffix}" for suffix in ("safetensors", "parquet")]
 _OURS = (
     *(RESULT, f"{RESULT}.tmp", "quarantine.jsonl", "quarantine.jsonl.tmp"),
-    *("predictions.npy", "predictions.*.npy", "predictions.jsonl"),
-    *(_PART, f"{_PART}.tmp", f"{_PART}.rest"),
+    *("predictions.npy", "predictions.*.npy", "predictions.jsonl", "predictions.csv"),
+    *(f"{part}{ending}" for part in _PARTS for ending in ("", ".tmp", ".rest")),
     *(f"{JOURNAL}.tmp", JOURNAL),  # last: it says whose the others are
 )
 
@@ -62,12 +64,28 @@ class RunFolder:
                 "output.path",
             )
 
+    def _check_plain(self) -> None:
+        """Refuse a folder where a name of ours is a link or a pipe: what it leads to is not ours.
+
+        Raises:
+            ConfigError: something lies there that no run has made.
+        """
+        for file in (self.path / LOCK, *self._ours()):
+            if file.is_symlink() or (file.exists() and not file.is_file()):
+                kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "a pipe"
+                raise ConfigError(
+                    f"{file} is {kind}, which no run has made and none writes to; remove it, or "
+                    "choose another output.path",
+                    "output.path",
+                )
+
     def _look(self) -> Kept | None:
         """Find what is kept of an earlier run, or say why it cannot be gone on with."""
         path = self.path
         try:
             if path.exists() and not path.is_dir():
                 raise ConfigError(f"{path} is a file, where a folder is wanted", "output.path")
+            self._check_plain()
             there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         except OSError as error:
             raise RunFailed(f"{path} cannot be read: {error.strerror}") from error
@@ -106,7 +124,8 @@ class RunFolder:
             text = f"{error}; the predictions are whole: remove that file, and --resume writes it"
             raise GradrunError(text) from error
         # It tells of fewer where a resume was killed between its last commit and its result.
-        return result if result.predictions == self.kept.head.samples else None
+        whole = result.predictions == self.kept.head.samples and result.measurements
+        return result if whole and result.kind == "infer" else None
 
     def check_same(self, head: Head) -> None:
         """See that a resume would go on with the same run.
@@ -124,7 +143,9 @@ class RunFolder:
             )
 
     def _ours(self) -> list[Path]:
-        return [file for pattern in _OURS for file in self.path.glob(pattern)]
+        # By name alone: a glob does not see a link to nowhere, and writing through it makes a file.
+        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [file for pattern in _OURS for file in there if fnmatchcase(file.name, pattern)]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -178,6 +199,15 @@ class RunFolder:
         for file in self._ours():
             if file != but:
                 file.unlink(missing_ok=True)
+
+    def room(self, kept: int, samples: int) -> str:
+        """How much of the disk the rest of a run wants, as what is kept of it tells, in words."""
+        free = bytes_text(shutil.disk_usage(self.path).free)
+        held = sum(file.stat().st_size for file in self.path.glob("predictions*"))
+        if not kept:
+            return f"{free} are free"
+        left = bytes_text(held * (samples - kept) // kept)
+        return f"{free} are free, and about {left} more are wanted"
 
     def save(self, result: RunResult) -> None:
         """Write result.json.

@@ -41,11 +41,13 @@ class Browser:
         self._in, theirs_out = os.pipe()
         # It reads from descriptor 3 and writes to 4.
         script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
-        folder = f"--user-data-dir={profile}"
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
+            "--remote-debugging-pipe"
+        )
         assert CHROMIUM
         self._process = subprocess.Popen(
-            ["bash", "-c", script, CHROMIUM, *flags.split(), "--remote-debugging-pipe", folder],
+            ["bash", "-c", script, CHROMIUM, *flags.split(), f"--user-data-dir={profile}"],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from gradrun import reports
 from gradrun.ratios import recomputed
 from gradrun.reports.plots import plots
 from gradrun.reports.printable import printable
-from gradrun.result import Comparison, RunResult
+from gradrun.result import Comparison, Metric, RunResult
 from tests.reporting import assert_golden, printed
 from tests.saved import NASTY, OUTCOMES, RESULTS, hostile
 
@@ -222,8 +222,21 @@ def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     text = reports.written(evil, "csv")
     assert printable(text) == text
     for row in csv.reader(io.StringIO(text)):
-        assert len(row) == 14
+        assert len(row) == 15
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(reports.show, evil, 120), printed(reports.show, evil[:1], 120)):
         assert printable(console) == console
     json.loads(reports.written(evil, "json"))
+
+
+def test_scores_against_labels_are_figures_too() -> None:
+    scored = RESULTS["run"].model_copy(
+        update={"metrics": (Metric(name="accuracy", value=0.9731, samples=498),)}
+    )
+    text = reports.written([("a", scored)], "csv")
+    (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
+    assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")
+    beside = printed(reports.show, [("a", scored), ("b", scored)], 100)
+    assert re.search(r"accuracy +0\.9731 +0\.9731", beside)
+    for format in ("markdown", "html"):
+        assert "0.9731" in reports.written([("a", scored)], format)

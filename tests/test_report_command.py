@@ -165,6 +165,7 @@ def test_a_cut_off_result_is_a_sentence(cli: Command, saved: Path, share: float)
         {"config": {}},
         {"config": {"model": "x", "output": {"path": "y"}}},
         {"config": {"model": {"source": "zoo"}, "output": {"path": 3}}},
+        {"config": {"model": {"source": "zoo"}, "output": {"path": "y"}}},
         {"measurements": []},
         {"measurements": None},
         {"environment": {"memory": 10**400}},

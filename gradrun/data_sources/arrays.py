@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import zipfile
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import safetensors
@@ -19,6 +19,11 @@ from gradrun.config import ArrayInput, ArraysData
 from gradrun.data_sources.batches import Data, Rows, WindowedData, converter
 from gradrun.errors import ConfigError
 
+_MOST_HEADER = 64 * 1024
+_LISTED = 8
+_MOST_EMPTY = 1_000_000
+"""Rows without values, which no file's size bounds."""
+
 
 def open_data(config: ArraysData, seed: int) -> Data:
     """The arrays that a config names, as inputs of the model."""
@@ -27,7 +32,11 @@ def open_data(config: ArraysData, seed: int) -> Data:
         name: _open_input(spec, spec.path or config.path, f"data.inputs.{name}")
         for name, spec in inputs.items()
     }
-    return WindowedData(rows, config.batch_size, config.call)
+    truth = None
+    if config.labels:
+        spec = ArrayInput(path=config.labels.path, key=config.labels.key)
+        truth = _open_input(spec, spec.path or config.path, "data.labels")
+    return WindowedData(rows, config.batch_size, config.call, truth)
 
 
 def _open_input(spec: ArrayInput, path: Path | None, key: str) -> Rows:
@@ -49,6 +58,8 @@ class _Stored:
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if not shape:
             raise ConfigError(f"{path} holds a single number, not a row a sample", "data.path")
+        if 0 in shape[1:] and shape[0] > _MOST_EMPTY:
+            raise ConfigError(f"{path} claims {shape[0]:,} rows of no values", "data.path")
         self.path, self.samples, self.shape, self.dtype = path, shape[0], shape[1:], dtype
 
     def window(self, start: int, stop: int) -> torch.Tensor:
@@ -157,18 +168,32 @@ class _SafetensorsRows(_Stored):
         return rows
 
 
+class _HeaderReader:
+    """Reads no more at once than a header takes: its length is only claimed, and may be 4 GiB."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+
+    def read(self, count: int) -> bytes:
+        """As a stream's."""
+        if count > _MOST_HEADER:
+            raise ValueError(f"its header claims to have {count:,} bytes")
+        return self.file.read(count)
+
+
 class _Header:
     """The header of an .npy stream, which is left standing at the first row."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
         try:
-            version = np.lib.format.read_magic(file)
+            head: Any = _HeaderReader(file)
+            version = np.lib.format.read_magic(head)
             read = (
                 np.lib.format.read_array_header_1_0
                 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0
             )
-            self.shape, fortran, dtype = read(file)
+            self.shape, fortran, dtype = read(head)
             if any(size < 0 for size in self.shape):
                 raise ValueError(f"its shape is {self.shape}")
         except Exception as error:  # a damaged header fails in any of a dozen ways
@@ -231,7 +256,7 @@ def _open_safetensors(path: Path, name: str | None, key: str) -> _Stored:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
         raise ConfigError(f"{path} is no safetensors file: {error}", "data.path") from error
     chosen = _chosen(name, names, path, key)
     try:
@@ -247,9 +272,11 @@ def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
+        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        listed = ", ".join(names[:_LISTED]) + more
         example = ", ".join(f"{one}: {{key: {one}}}" for one in names[:2])
         raise ConfigError(
-            f"{path.name} holds {len(names)} arrays ({', '.join(names)}); say which, as in "
+            f"{path.name} holds {len(names)} arrays ({listed}); say which, as in "
             f"data.inputs: {{{example}}}",
             "data.inputs" if key == "data.inputs.input" else f"{key}.key",
         )

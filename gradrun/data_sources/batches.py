@@ -6,12 +6,14 @@ Knows tensors and sizes; not where they come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from gradrun.config import ArrayInput, RecordInput
-from gradrun.errors import ConfigError
+from gradrun.errors import ConfigError, SampleFault
+from gradrun.result import Padding
 
 WINDOW_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""
@@ -24,6 +26,19 @@ class Batch(NamedTuple):
     kwargs: dict[str, torch.Tensor]
     size: int
     ids: Sequence[int | str]
+    faults: Mapping[int, SampleFault] = MappingProxyType({})
+    """Positions that could not be read, where the tensors hold nothing of worth."""
+
+    def check(self) -> None:
+        """Raise the first SampleFault, if there is any."""
+        for fault in self.faults.values():
+            raise fault
+
+    def picked(self, rows: Sequence[int]) -> Batch:
+        """A batch of some of the samples, none of them at fault."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        picked = self.map(lambda tensor: tensor[index.to(tensor.device)])
+        return picked._replace(size=len(rows), ids=[self.ids[row] for row in rows], faults={})
 
     def tensors(self) -> list[torch.Tensor]:
         """Every input, in order."""
@@ -44,6 +59,7 @@ def cut_batch(batch: Batch, begin: int, end: int) -> Batch:
         {name: tensor[begin:end] for name, tensor in batch.kwargs.items()},
         end - begin,
         batch.ids[begin:end],
+        {row - begin: fault for row, fault in batch.faults.items() if begin <= row < end},
     )
 
 
@@ -57,6 +73,43 @@ class Data(Protocol):
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """The batches from sample `start` on, in order; the last may be shorter."""
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """Data whose config may name labels."""
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        """The true class or value of every sample, in order, some at a time: [n] or [n, ...].
+
+        Raises:
+            ConfigError: they cannot be read, or the config names none.
+        """
+
+
+@runtime_checkable
+class Uneven(Protocol):
+    """Data whose samples differ in length, so that batches of them are padded.
+
+    Where they are `grouped`, they are run in another order than that of the input. It is changed
+    only inside a window of so many samples, which are whole batches.
+    """
+
+    grouped: bool
+    window: int
+
+    def places(self, start: int, stop: int) -> Sequence[int]:
+        """Where in the input the samples stand that are run as start to stop, of one window."""
+
+    def padding(self, start: int, stop: int) -> Padding:
+        """How many tokens are computed for samples start to stop, whole windows that were read."""
+
+
+def place_in_input(data: Data, at: int) -> int:
+    """Where in the input the sample stands that is run as the at-th."""
+    if isinstance(data, Uneven) and data.grouped:
+        return data.places(at, at + 1)[0]
+    return at
 
 
 class Rows(Protocol):
@@ -76,7 +129,9 @@ class WindowedData:
     window gives its pages back, so the resident set stays flat however long the file is.
     """
 
-    def __init__(self, rows: Mapping[str, Rows], batch_size: int, call: str) -> None:
+    def __init__(
+        self, rows: Mapping[str, Rows], batch_size: int, call: str, truth: Rows | None = None
+    ) -> None:
         counts = {name: row.samples for name, row in rows.items()}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -85,6 +140,18 @@ class WindowedData:
         self.samples = next(iter(counts.values()))
         self.sample_bytes = sum(row.sample_bytes for row in rows.values())
         self.by_position = by_position(call, len(rows))
+        self.truth = truth
+        if truth and truth.samples != self.samples:
+            raise ConfigError(
+                f"there are {truth.samples:,} labels for {self.samples:,} samples", "data.labels"
+            )
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        if self.truth is None:
+            raise no_labels()
+        step = max(1, WINDOW_BYTES // max(1, self.truth.sample_bytes))
+        for begin in range(0, self.samples, step):
+            yield self.truth.window(begin, min(begin + step, self.samples))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         batch_bytes = max(1, self.batch_size * self.sample_bytes)
@@ -103,6 +170,24 @@ class WindowedData:
                     yield Batch(tensors, {}, size, ids)
                 else:
                     yield Batch((), dict(zip(names, tensors, strict=True)), size, ids)
+
+
+def no_labels() -> ConfigError:
+    """The error where metrics are asked for and the data name no labels."""
+    return ConfigError(
+        "metrics hold predictions against labels, and data.labels is not set", "data"
+    )
+
+
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """The place of a label in the list of classes.
+
+    Raises:
+        ValueError: it is not among them.
+    """
+    if name not in classes:
+        raise ValueError(f"the label {name!r:.60} is not one of data.classes")
+    return classes.index(name)
 
 
 def by_position(call: str, inputs: int) -> bool:

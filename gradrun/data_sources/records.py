@@ -1,6 +1,6 @@
-"""Rows of .csv and .jsonl files whose columns are numbers.
+"""Rows of .csv, .jsonl and .parquet files whose columns are numbers.
 
-Knows the two formats; reads one batch of rows at a time.
+Knows the three formats; reads one batch of rows at a time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,32 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 
 from gradrun.complaints import choices
 from gradrun.config import RecordInput, RecordsData
-from gradrun.data_sources.batches import Batch, Data, by_position, converter
+from gradrun.data_sources.batches import (
+    Batch,
+    Data,
+    by_position,
+    class_number,
+    converter,
+    no_labels,
+)
 from gradrun.errors import ConfigError
+from gradrun.extras import library
+
+_PARQUET_ROWS = 1024
+_BUFFER_BYTES = 256 * 1024
+
+_LABELS = 4096
+"""How many labels are read at once."""
+
+
+_LONGEST = 16 * 1024 * 1024
 
 Record = tuple[int, dict[str, Any]]
 """A line number and the fields of that line."""
@@ -33,14 +50,15 @@ def open_data(config: RecordsData, seed: int) -> Data:
 
 class _Records:
     def __init__(self, config: RecordsData) -> None:
-        if config.path.suffix not in _READERS:
+        if config.path.suffix not in READERS:
             raise ConfigError(
-                f"{config.path.name} is no .csv or .jsonl file; arrays are read with "
+                f"{config.path.name} is no .csv, .jsonl or .parquet file; arrays are read with "
                 "source: arrays",
                 "data.path",
             )
         self.path, self.id, self.inputs = config.path, config.id, config.inputs
-        self.read = _READERS[config.path.suffix]
+        self.truth, self.classes = config.labels, config.classes
+        self.read = READERS[config.path.suffix]
         self.batch_size = config.batch_size
         self.by_position = by_position(config.call, len(config.inputs))
         self.samples, self.sample_bytes = 0, 0
@@ -62,6 +80,22 @@ class _Records:
                     raise ConfigError(f"{self.path} lost rows while it was read", "data.path")
                 yield self._batch(taken, range(first, first + len(taken)))
 
+    def labels(self) -> Iterator[torch.Tensor]:
+        if self.truth is None:
+            raise no_labels()
+        with closing(self._records()) as records:
+            while taken := list(itertools.islice(records, _LABELS)):
+                yield torch.tensor([self._label(record) for record in taken], dtype=torch.float64)
+
+    def _label(self, record: Record) -> float:
+        line, fields = record
+        value = fields.get(str(self.truth))
+        try:
+            return class_number(str(value), self.classes) if self.classes else float(value)  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            text = str(error) if self.classes else f"the label {value!r:.60} is no number"
+            raise ConfigError(f"{self.path}:{line}  {text}", "data.classes") from None
+
     def _records(self) -> Generator[Record]:
         try:
             yield from self.read(self.path)
@@ -74,7 +108,8 @@ class _Records:
             for name, spec in self.inputs.items()
             for column in spec.columns
         ]
-        for key, column in [*wanted, *([("data.id", self.id)] if self.id else [])]:
+        named = [("data.id", self.id), ("data.labels", self.truth)]
+        for key, column in [*wanted, *((key, column) for key, column in named if column)]:
             if column not in fields:
                 hint = choices(column, fields)
                 raise ConfigError(f"{self.path.name} has no column {column!r}; {hint}", key)
@@ -116,12 +151,10 @@ class _Records:
         for column in spec.columns:
             value = fields.get(column)
             try:
-                flat = (
-                    [value]
-                    if isinstance(value, str)
-                    else np.ravel(np.array(value, object)).tolist()
-                )
-                row += [number(item) for item in flat]
+                if isinstance(value, list):
+                    row += [number(item) for item in np.ravel(np.array(value, object)).tolist()]
+                else:
+                    row.append(number(value))
             except (ValueError, TypeError, OverflowError):
                 what = f"{value!r:.60}, which is no {spec.dtype} number"
                 raise ConfigError(
@@ -147,9 +180,21 @@ def _number(dtype: str) -> Callable[[Any], float]:
     return whole
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The file's lines, none of them without end: a file may be one line of a terabyte."""
+    while line := file.readline(_LONGEST):
+        if len(line) == _LONGEST:
+            raise ConfigError(
+                f"{path} has a line of {_LONGEST:,} characters or more, which is no record; "
+                "arrays of such size are read with source: arrays",
+                "data.path",
+            )
+        yield line
+
+
 def _read_csv(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(_lines(file, path))
         names = reader.fieldnames or []
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -166,7 +211,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
 
 def _read_jsonl(path: Path) -> Iterator[Record]:
     with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             if not line.strip():
                 continue
             try:
@@ -178,4 +223,20 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             yield number, fields
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
+def _read_parquet(path: Path) -> Iterator[Record]:
+    parquet = library("pyarrow", "data.path", "parquet")
+    try:
+        # Not read ahead: that would hold a row group, which may be the file, in memory.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                names = batch.schema.names
+                columns = [column.to_pylist() for column in batch.columns]
+                for row in zip(*columns, strict=True):
+                    yield next(numbers), dict(zip(names, row, strict=True))
+    except Exception as error:  # a damaged file fails in any of a dozen ways
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+"""File suffix to what reads its records."""

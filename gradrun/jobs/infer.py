@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun import __version__
+from gradrun import __version__, disk, metrics
 from gradrun import device as machine
 from gradrun.advice import advice
 from gradrun.config import RunConfig
@@ -23,8 +23,10 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
-from gradrun.model_sources import load_model
+from gradrun.model_sources import class_names, load_model
+from gradrun.model_sources.refusals import first_line
 from gradrun.outputs import Named
+from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
@@ -85,10 +87,12 @@ def infer(
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink = open_sink(config.output, data.samples)
+        compute = metrics.prepared(config, data, outputs)
+        sink = open_sink(config.output, data.samples, class_names(model))
+        sink, unit = in_input_order(sink, data)
         environment = machine.environment(device)
         with folder.writing():
-            keeper = _opened(runner, folder, head, sink, outputs)
+            keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
@@ -118,6 +122,8 @@ def infer(
                 with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
                     folder.save(ended.result)
                 raise ended
+            if compute:
+                result = result.model_copy(update=_agreement(compute, result, folder))
             with interruption.waits():
                 folder.save(result)
     return result
@@ -128,12 +134,13 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - began
 
 
-def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named) -> Keeper:
+def _opened(
+    runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named, unit: int
+) -> Keeper:
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
-    batch_size = runner.config.data.batch_size
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
-        journal, kept = folder.journal(head, batch_size)
+        journal, kept = folder.journal(head, unit)
         try:
             sink.open(outputs, kept)
             runner.rescue.quarantine.keep_before(sink.written)
@@ -148,8 +155,10 @@ def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: 
     except GradrunError:
         raise
     except Exception as error:
-        raise _unwritten(error) from error
-    return Keeper(sink, journal, batch_size, row_bytes)
+        failed = _unwritten(error)
+        failed.resumable = bool(folder.kept and folder.kept.stop)
+        raise failed from error
+    return Keeper(sink, journal, unit, row_bytes)
 
 
 def _predict(
@@ -229,10 +238,21 @@ def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named
     return found
 
 
+def _agreement(compute: metrics.Compute, result: RunResult, folder: RunFolder) -> dict[str, Any]:
+    """The metrics; or why there are none, for the predictions are there all the same."""
+    try:
+        return {"metrics": compute(folder.path)}
+    except Exception as error:
+        said = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
+        return {"warnings": (*result.warnings, Warning(code="no_metrics", text=said))}
+
+
 def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
+    if disk.is_full(error):
+        error.args = (f"{error}; {folder.room(kept, samples)}",)
     note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
     ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
     ended.__cause__ = error.__cause__  # what --debug shows

@@ -5,6 +5,9 @@ Knows the sizes that the program takes; a batch that is too small is padded and 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ def _load(path: Path, *, trust_code: bool) -> torch.export.ExportedProgram:
         if trust_code:
             return torch.export.load(path)
         inspect(path)
-        with weights_only_loads():
+        with weights_only_loads(), _quiet():
             return torch.export.load(path)
     except ConfigError:
         raise
@@ -46,6 +49,17 @@ def _load(path: Path, *, trust_code: bool) -> torch.export.ExportedProgram:
             "it is written by torch.export.save (source: torchscript reads torch.jit's files)",
             "model.path",
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging the traceback of what it is about to raise, or to try otherwise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _batch_sizes(program: torch.export.ExportedProgram) -> tuple[int, int | None]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gradrun.errors import ConfigError
+from gradrun.model_sources.archives import check_claim
 
 
 def _each(prefix: str, names: str) -> set[str]:
@@ -153,6 +154,7 @@ def _views(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
         names = archive.namelist()
         if len(names) > _MOST_MEMBERS:
             raise _DangerError(f"has {len(names)} members, more than can be looked through")
+        check_claim(path, "model.path", sum(info.file_size for info in archive.infolist()))
         root = f"{names[0].split('/')[0]}/"
         root = root if all(name.startswith(root) for name in names) else ""
 
@@ -167,6 +169,7 @@ def _views(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
         members = reader.get_all_records()
     except RuntimeError:
         return  # the older layout, which torch reads with zipfile alone
+    check_claim(path, "model.path", sum(map(reader.get_record_size, members)))
     yield members, reader.get_record
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 from gradrun.config import TorchScriptModel
 from gradrun.errors import ConfigError
+from gradrun.model_sources.archives import check_unpacked
+from gradrun.model_sources.storages import OutOfBoundsError, check_storages
 
 # TorchScript is no Python: what it can do to the world outside, it does through these operators
 # and those that extensions register.
@@ -45,11 +47,22 @@ def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
 
 
 def _inspect(path: Path) -> None:
-    """Refuse a program that could write files: loading alone may run some of it.
+    """Refuse a program that could write files, or read memory that is not its own.
+
+    Loading alone may run some of it.
 
     Read as torch's own reader sees the archive, before torch.jit sees it.
     """
+    check_unpacked(path, "model.path")
     reader = torch._C.PyTorchFileReader(str(path))
+    try:
+        check_storages(reader)
+    except OutOfBoundsError as error:
+        raise ConfigError(
+            f"{path} {error}, which could read memory that is not the model's; if you trust the "
+            "file, run with --trust-code",
+            "model.path",
+        ) from error
     for name in reader.get_all_records():
         if not name.endswith(".py"):
             continue

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gradrun.errors import ConfigError
+from gradrun.model_sources.archives import check_unpacked
 from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
@@ -67,14 +68,20 @@ def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
-        except (safetensors.SafetensorError, OSError, ValueError) as error:
+        except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
             raise ConfigError(f"{path} is no safetensors file: {error}", _KEY) from error
     return _state_dict(_checkpoint(path), path, nested_key)
 
 
 def _checkpoint(path: Path) -> Any:
     try:
+        with path.open("rb") as file:
+            packed = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
+        if packed:
+            check_unpacked(path, _KEY)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except ConfigError:
+        raise
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             begins = file.read(2)

@@ -23,8 +23,13 @@ _WRITERS = {
 }
 """format -> what makes one text of results: a sequence of (name, RunResult)."""
 
-_SHOWS = {"infer": "terminal:show", "compare": "comparison:show", "audit": "audit:show"}
-"""kind of result -> what prints one to a console; a kind without an own table is shown plainly."""
+_SHOWS = {
+    "infer": "terminal:show",
+    "compare": "comparison:show",
+    "audit": "audit:show",
+    "check": "check:show",
+}
+"""kind of result -> what prints one to a console."""
 
 FORMATS = ("table", *_WRITERS)
 SUFFIXES = {
@@ -52,7 +57,7 @@ def show(results: Sequence[tuple[str, RunResult]], console: Console) -> None:
         _found("plain:show_side_by_side")(results, console)
         return
     for _, result in results:
-        _found(_SHOWS.get(result.kind, "plain:show"))(result, console)
+        _found(_SHOWS[result.kind])(result, console)
 
 
 def table(results: Sequence[tuple[str, RunResult]], width: int = 100) -> str:

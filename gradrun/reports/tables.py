@@ -13,7 +13,7 @@ from statistics import median
 from gradrun import stats
 from gradrun.conclusion import ratio_digits
 from gradrun.gradmode import GradMode
-from gradrun.result import Comparison, Equivalence, Measurement, Memory, RunResult
+from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
 from gradrun.safety import errors_in
 from gradrun.units import bytes_text, count_text, number_text, seconds_text, seconds_within
 
@@ -69,6 +69,7 @@ def timing(result: RunResult) -> Table:
             f"model {load}, data {opened}, first batch {first}",
         ),
         *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
+        *([_padding(measured.padding)] if measured.padding else []),
     ]
     if measured.samples:
         whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
@@ -78,6 +79,22 @@ def timing(result: RunResult) -> Table:
             ("bound by", bound, split),
         ]
     return Table("Time", ("", ""), tuple(rows))
+
+
+def _padding(padding: Padding) -> tuple[str, str, str]:
+    """What was computed for nothing, and what grouping by length has saved of it."""
+    share = 1 - padding.tokens / max(1, padding.run)
+    if padding.run == padding.ungrouped:
+        return "padding", f"{share:.0%}", f"of {padding.run:,} tokens"
+    before = padding.ungrouped - padding.tokens
+    less = 1 - (padding.run - padding.tokens) / max(1, before)
+    fewer = 1 - padding.run / max(1, padding.ungrouped)
+    return (
+        "padding",
+        f"{share:.0%}",
+        f"of {padding.run:,} tokens; grouped by length: {less:.0%} less padding, "
+        f"{fewer:.0%} fewer tokens",
+    )
 
 
 def _latency(name: str, q: float, estimate: stats.Estimate | None) -> tuple[str, str, str]:
@@ -121,6 +138,18 @@ def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]
     if count is None:
         return name, DASH, "not measured"
     return name, bytes_text(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
+
+
+def against_labels(result: RunResult) -> Table:
+    """How well predictions agree with the labels."""
+    rows = [
+        (m.name, _share(m.value), f"of {count_text(m.samples, 'sample')}") for m in result.metrics
+    ]
+    return Table("Against labels", ("", ""), tuple(rows))
+
+
+def _share(value: float) -> str:
+    return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
 
 
 # --- a comparison ------------------------------------------------------------------------------
@@ -262,8 +291,8 @@ def outcomes(result: RunResult) -> Table:
 
 
 _OF: dict[str, tuple[Callable[[RunResult], Table], ...]] = {
-    "infer": (timing, peak_memory),
+    "infer": (timing, peak_memory, against_labels),
     "compare": (ratios, memories),
     "audit": (modes, kept),
-    "check": (outcomes,),
+    "check": (outcomes, against_labels),
 }

@@ -34,6 +34,9 @@ def show(result: RunResult, console: Console) -> None:
     console.print()
     console.print(_table(tables.peak_memory(result), width))
     console.print()
+    if result.metrics:
+        console.print(_table(tables.against_labels(result), width))
+        console.print()
     for warning in result.warnings:
         console.print(hanging("!", warning.text))
     if result.warnings:

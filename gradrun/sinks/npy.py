@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,25 @@ class NpySink:
         return [array.path.name for array in self._arrays.values()]
 
 
+def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The rows of every output, a window at a time."""
+    files = {
+        path.name.removeprefix("predictions").removesuffix(".npy")[1:] or UNNAMED: path
+        for path in sorted(folder.glob("predictions*.npy"))
+    }
+    first = [np.load(path, mmap_mode="r") for path in files.values()]
+    row_bytes = sum(array[:1].nbytes for array in first)
+    samples, step = len(first[0]), max(1, BUFFER_BYTES // max(1, row_bytes))
+    del first
+    for begin in range(0, samples, step):
+        # Mapped anew, so that pages already read are given back.
+        rows = {
+            name: torch.from_numpy(np.array(np.load(path, mmap_mode="r")[begin : begin + step]))
+            for name, path in files.items()
+        }
+        yield torch.arange(begin, min(begin + step, samples)), rows
+
+
 class _NpyFile:
     def __init__(self, path: Path, samples: int, first: torch.Tensor) -> None:
         self.path, self.samples = path, samples
@@ -114,7 +133,7 @@ class _NpyFile:
         """Make the file, or take one with so many rows; then set the whole size aside."""
         self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.descriptor = os.open(self.path, flags, 0o666)
+        self.descriptor = disk.open_plain(self.path, flags)
         try:
             if kept:
                 disk.check_size(self.descriptor, self._offset(kept), self.path)
@@ -147,7 +166,8 @@ class _NpyFile:
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(
                 f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)} and now "
-                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any"
+                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any, and "
+                "output.transform: mean_pool or cls makes one row of a sequence"
             )
         stop = at + len(rows)
         if stop - self.begin > self.step:
@@ -209,8 +229,7 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                if shutil.disk_usage(self.path.parent).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.check_room(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:

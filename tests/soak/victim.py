@@ -1,0 +1,223 @@
+"""A process that runs gradrun's commands on files of an attacker's, and is watched while it does.
+
+Knows commands, what they may touch, and how they may end; not what is in the files. Run as a script
+it is the process; `Victim` is the handle of who started it, and survives whatever becomes of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+MEMORY = 2**31
+"""Bytes of address space above what the process has when it begins; no run here needs so much."""
+PEAK = 700 * 2**20
+"""Bytes that a command may add to the resident set."""
+SECONDS = 60.0
+"""A command that takes longer hangs."""
+
+_STARTS_A_PROCESS = (
+    "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty subprocess.Popen pty.spawn "
+    "socket.connect socket.bind webbrowser.open"
+).split()
+_CHANGES_A_NAME = "os.remove os.rename os.rmdir os.mkdir os.link os.symlink os.truncate".split()
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_EXIT_CODES = {0, 1, 2, 3}
+
+
+@dataclass
+class Ending:
+    """How a job's commands ended; `wrong` holds what must not happen, in words."""
+
+    codes: list[int] = field(default_factory=list)
+    said: str = ""
+    """What the commands printed."""
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """Of the slowest command."""
+    peak: int = 0
+    """Bytes that the greediest added to the resident set."""
+
+
+class Victim:
+    """Runs jobs in a process of its own, which is started anew when one ends it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the handle
+
+    def run(self, folder: Path, commands: list[list[str]], seconds: float = SECONDS) -> Ending:
+        """Run the commands one after the other in `folder`; they may write below folder/out."""
+        process = self._started()
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps([str(folder), commands]) + "\n")
+        process.stdin.flush()
+        timer = threading.Timer(seconds, process.send_signal, [signal.SIGABRT])
+        timer.start()
+        began = time.monotonic()
+        answer = process.stdout.readline()
+        timer.cancel()
+        if answer:
+            return Ending(**json.loads(answer))
+        late = "" if time.monotonic() - began < seconds else f", told to after {seconds:.0f} s"
+        ended = f"the interpreter ended with {process.wait()}{late}"
+        self.close()
+        return Ending(wrong=[f"{ended}: {self._traceback()}"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.soak.victim"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            )
+        return self._process
+
+    def _traceback(self) -> str:
+        self._errors.seek(0)
+        said = self._errors.read()
+        self._errors.seek(0)
+        self._errors.truncate()
+        return said[-3000:]
+
+
+# --- the process -------------------------------------------------------------------------------
+
+
+class Watch:
+    """Hears of every file opened for writing and every process started, while `folder` is set."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.wrong: list[str] = []
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.folder is None:
+            return
+        if event == "open":
+            path, _, flags = args
+            if flags & _WRITES:
+                self._check(event, path, follows=not flags & os.O_NOFOLLOW)
+        elif event in _CHANGES_A_NAME:
+            for path in args[:2] if event in {"os.rename", "os.link", "os.symlink"} else args[:1]:
+                self._check(event, path, follows=False)
+        elif event in _STARTS_A_PROCESS:
+            self.wrong.append(f"{event}{args!r:.300}")
+
+    def _check(self, event: str, path: Any, *, follows: bool) -> None:
+        if isinstance(path, int):  # a descriptor, which was heard of when it was opened
+            return
+        named = Path(os.fsdecode(path))
+        place = named.resolve() if follows else named.parent.resolve() / named.name
+        if place.is_relative_to(self.folder) or place == Path(os.devnull):
+            return
+        self.wrong.append(f"{event} of {named}, which lies at {place}")
+
+
+def _peak() -> int:
+    """Bytes of the greatest resident set since `_forget_peak`."""
+    found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _run(words: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
+    from typer.testing import CliRunner
+
+    from gradrun.cli import app
+
+    _forget_peak()
+    before, began = _peak(), time.monotonic()
+    watch.folder = Path(folder, "out")
+    with contextlib.suppress(MemoryError):
+        result = CliRunner().invoke(app, words)
+    watch.folder = None
+    ending.seconds = max(ending.seconds, time.monotonic() - began)
+    ending.peak = max(ending.peak, _peak() - before)
+    ending.codes.append(result.exit_code)
+    ending.said += result.output
+    error = result.exception
+    if error is not None and not isinstance(error, SystemExit):
+        import traceback
+
+        ending.wrong.append("".join(traceback.format_exception(error))[-3000:])
+    elif result.exit_code not in _EXIT_CODES:
+        ending.wrong.append(f"exit code {result.exit_code}")
+    elif result.exit_code in {1, 2} and "error: " not in result.stderr:
+        ending.wrong.append(f"exit code {result.exit_code} without a sentence: {result.stderr!r}")
+    if "Traceback" in result.output:
+        ending.wrong.append(f"a traceback is shown: {result.output[-3000:]}")
+    if odd := [c for c in result.output if not c.isprintable() and c not in "\n\t"]:
+        ending.wrong.append(f"{odd[:5]} reach the terminal: {result.output!r:.300}")
+    if ending.peak > PEAK:
+        ending.wrong.append(f"{words} took {ending.peak / 2**20:,.0f} MiB")
+
+
+def _warm_up() -> None:
+    """Import what is imported late, so that no job is blamed for it."""
+    from typer.testing import CliRunner
+
+    from gradrun.cli import app
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["infer", str(ROOT / "configs/exported.yaml"), "--output", f"{folder}/out"]
+        for more in (words, ["verify", f"{folder}/out"]):
+            done = CliRunner().invoke(app, [str(word) for word in more])
+            assert done.exit_code == 0, done.output
+
+
+def main() -> None:
+    import resource
+
+    faulthandler.enable()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.pop("GRADRUN_TRUST_CODE", None)
+    _warm_up()
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+    watch = Watch()
+    for line in sys.stdin:
+        named, commands = json.loads(line)
+        folder = Path(named).resolve()
+        os.chdir(folder)
+        ending, watch.wrong = Ending(), []
+        for words in commands:
+            _run(words, ending, watch, folder)
+        ending.wrong += watch.wrong
+        answers.write(json.dumps(ending.__dict__) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
