@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types bench soak golden clean
+.PHONY: help install browser demo test lint types bench soak golden clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -21,6 +21,10 @@ help: ## show this list
 	@touch $@
 
 install: .venv/.dev ## make .venv with gradrun and what its tests need
+
+browser: ## install Chromium for the tests of the HTML report, where apt can; they skip without
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
+		>/dev/null 2>&1 || echo "no Chromium could be installed; tests that need it are skipped"
 
 demo: .venv/.runtime ## run the main job on 500 real digits and show its tables
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite

@@ -380,10 +380,11 @@ def report(
 ) -> None:
     """Show saved results again, in any form; nothing is run."""
     with _errors(debug, None, quiet) as console:
-        from gradrun import reports
-        from gradrun.ratios import recomputed
-        from gradrun.reports.terminal import nearest
-        from gradrun.result import RunResult
+        with _quick_imports():
+            from gradrun import reports
+            from gradrun.ratios import recomputed
+            from gradrun.reports.terminal import nearest
+            from gradrun.result import RunResult
 
         chosen = _chosen_format(form, output, results)
         named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]

@@ -303,6 +303,9 @@ class RunResult(_Noun):
             raise ValueError("it has no model.source")
         if not isinstance(output, dict) or not isinstance(output.get("path"), str):
             raise ValueError("it has no output.path")
+        run = config.get("run")
+        if not isinstance(run, dict) or not isinstance(run.get("mode"), str):
+            raise ValueError("it has no run.mode")
         return config
 
     @model_validator(mode="after")

@@ -47,11 +47,11 @@ def verdict(result: RunResult) -> str:
     best = leanest(result)
     errors = sum(finding.severity == "error" for finding in result.findings)
     if best is None:
-        return f"No mode is safe: mend the {count_text(errors, 'error')} above first."
+        return f"No mode is safe: mend the {count_text(errors, 'error')} first."
     parts = [f"Run it in {best.mode}: the leanest safe mode{_saving(result, best)}."]
     unsafe = [mode for mode in GradMode if errors_in(result, mode)]
     if unsafe:
-        parts.append(f"Not in {' or '.join(unsafe)}: {count_text(errors, 'error')} above.")
+        parts.append(f"Not in {' or '.join(unsafe)}: {count_text(errors, 'error')}.")
     return " ".join(parts)
 
 

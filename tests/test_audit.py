@@ -222,11 +222,11 @@ def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
     best = leanest(result)
     assert best is not None
     assert best.mode is NO_GRAD
-    assert "Not in inference_mode: 1 error above" in verdict(result)
+    assert "Not in inference_mode: 1 error" in verdict(result)
 
 
 def test_where_no_mode_is_safe_the_verdict_says_so(audited: Any) -> None:
-    assert verdict(audited("ListOfLosses")).startswith("No mode is safe: mend the 2 errors above")
+    assert verdict(audited("ListOfLosses")).startswith("No mode is safe: mend the 2 errors first")
 
 
 def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> None:

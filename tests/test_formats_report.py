@@ -20,11 +20,10 @@ from gradrun import reports
 from gradrun.ratios import recomputed
 from gradrun.reports.plots import plots
 from gradrun.reports.printable import printable
-from gradrun.result import Comparison, RunResult
+from gradrun.result import Comparison, Metric, RunResult
 from tests.reporting import assert_golden, printed
 from tests.saved import NASTY, OUTCOMES, RESULTS, hostile
 
-WRITTEN = ("markdown", "csv", "json", "html")
 GROUPS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in RESULTS},
     "two runs": ("run", "short run"),
@@ -40,8 +39,15 @@ def rows(*names: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(reports.written(named(*names), "csv"))))
 
 
-@pytest.mark.parametrize("format", WRITTEN)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(
+    ("group", "format"),
+    [
+        *((group, "markdown") for group in GROUPS),
+        *((group, "csv") for group in ("run", "noisy", "audit", "check")),
+        *((group, "json") for group in ("one process", "check")),
+        *((group, "html") for group in ("run", "comparison", "audit", "check", "every kind")),
+    ],
+)
 def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
     text = reports.written(named(*GROUPS[group]), format)
     # What matplotlib draws differs from version to version, and the style is a file of its own.
@@ -216,8 +222,21 @@ def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     text = reports.written(evil, "csv")
     assert printable(text) == text
     for row in csv.reader(io.StringIO(text)):
-        assert len(row) == 14
+        assert len(row) == 15
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(reports.show, evil, 120), printed(reports.show, evil[:1], 120)):
         assert printable(console) == console
     json.loads(reports.written(evil, "json"))
+
+
+def test_scores_against_labels_are_figures_too() -> None:
+    scored = RESULTS["run"].model_copy(
+        update={"metrics": (Metric(name="accuracy", value=0.9731, samples=498),)}
+    )
+    text = reports.written([("a", scored)], "csv")
+    (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
+    assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")
+    beside = printed(reports.show, [("a", scored), ("b", scored)], 100)
+    assert re.search(r"accuracy +0\.9731 +0\.9731", beside)
+    for format in ("markdown", "html"):
+        assert "0.9731" in reports.written([("a", scored)], format)

@@ -42,13 +42,13 @@ def test_an_error_makes_its_modes_unsafe_and_no_others() -> None:
     result = audit(findings=(finding("error", modes=("inference_mode",)),))
     assert [len(errors_in(result, mode)) for mode in GradMode] == [0, 0, 1]
     assert best(result) == "no_grad"
-    assert verdict(result).endswith("Not in inference_mode: 1 error above.")
+    assert verdict(result).endswith("Not in inference_mode: 1 error.")
 
 
 def test_an_error_that_names_no_mode_counts_for_all() -> None:
     result = audit(findings=(finding("error", modes=()),))
     assert best(result) is None
-    assert verdict(result) == "No mode is safe: mend the 1 error above first."
+    assert verdict(result) == "No mode is safe: mend the 1 error first."
 
 
 @pytest.mark.parametrize(("severity", "fails"), [("error", True), ("warning", False)])

@@ -57,7 +57,7 @@ def show(results: Sequence[tuple[str, RunResult]], console: Console) -> None:
         _found("plain:show_side_by_side")(results, console)
         return
     for _, result in results:
-        _found(_SHOWS.get(result.kind, "plain:show"))(result, console)
+        _found(_SHOWS[result.kind])(result, console)
 
 
 def table(results: Sequence[tuple[str, RunResult]], width: int = 100) -> str:

@@ -5,6 +5,7 @@ Knows HTML; whatever comes from files and users is text in it, and the page may 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -28,6 +29,10 @@ _TONES = {
     "inconclusive": "unsure",
     "warning": "unsure",
 }
+_ERRORS = re.compile(r"differ .*|[\d,]+ errors?")
+_UNIT = re.compile(r"(?<=\d) (?=[nµm]?s\b|[KMGT]?i?B\b)")
+"""The blank before a unit, where no line should break."""
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -69,20 +74,22 @@ def _beside(results: Sequence[Named]) -> str:
 
 def _article(name: str, result: RunResult, salt: str) -> str:
     about = ", ".join(filter(None, (words.mode(result), words.facts(result))))
-    head = (
-        f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>\n'
-        f"<h1>{_text(words.model_name(result))}</h1>\n"
-        f'<p class="facts">{_text(about)}</p>\n'
-        f'<p class="verdict">{_text(words.verdict(result))}</p>'
-    )
     drawn = "\n".join(map(_figure, plots(result, salt)))
+    told = [*map(_table, tables(result))]
+    # What was asked for comes before what was measured.
+    first, then = (told, []) if result.outcomes else ([], told)
     parts = [
-        head,
+        f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>',
+        f"<h1>{_text(words.model_name(result))}</h1>",
+        f'<p class="facts">{_text(about)}</p>',
+        f'<p class="verdict">{_UNIT.sub("&nbsp;", _text(words.verdict(result)))}</p>',
+        *first,
+        _list("Why", (f"<li>{_text(reason)}</li>" for reason in words.reasons(result))),
         f'<div class="plots">\n{drawn}\n</div>' if drawn else "",
-        *map(_table, tables(result)),
+        *then,
         _list("Findings", (_finding(*found) for found in words.findings(result))),
         _machine(result),
-        _list("Warnings", (f"<li>{_text(notice)}</li>" for notice in words.notices(result))),
+        _list("Warnings", (f"<li>{_text(warning)}</li>" for warning in words.warnings(result))),
     ]
     return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
 
@@ -115,9 +122,11 @@ def _table(told: Table) -> str:
         for name, *cells in told.rows
     )
     note = f'<p class="note">{_text(told.note)}</p>' if told.note else ""
+    prose = _class("prose" if told.words > 1 else "")
+    head = f"<thead><tr><th>{_text(told.title)}</th>{heads}</tr></thead>"
     return (
-        f'<section><div class="scrolls" tabindex="0"><table>\n<thead><tr><th>{_text(told.title)}'
-        f"</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}</section>"
+        f'<section><div class="scrolls" tabindex="0"><table{prose}>\n{head}\n'
+        f"<tbody>\n{rows}\n</tbody></table></div>{note}</section>"
     )
 
 
@@ -126,8 +135,7 @@ def _cell(cell: str, *, words: bool) -> str:
 
 
 def _tone(said: str) -> str:
-    differs = said.startswith("differ ") or said.endswith((" error", " errors"))
-    return _TONES.get(said, "bad" if differs else "")
+    return _TONES.get(said, "bad" if _ERRORS.fullmatch(said) else "")
 
 
 def _finding(severity: str, where: str, said: str) -> str:

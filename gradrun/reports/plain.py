@@ -1,6 +1,6 @@
-"""Results as plain tables in the terminal: several side by side, or one that has no own table.
+"""Several results side by side in the terminal.
 
-Knows Rich and the tables of a result; not what is in them.
+Knows Rich and tables of text; not what is in them.
 """
 
 from __future__ import annotations
@@ -15,29 +15,8 @@ from rich.text import Text
 from gradrun.reports import words
 from gradrun.reports.printable import printable
 from gradrun.reports.side_by_side import Named, side_by_side
-from gradrun.reports.tables import Table, tables
+from gradrun.reports.tables import Table
 from gradrun.reports.terminal import hanging
-from gradrun.result import RunResult
-
-
-def show(result: RunResult, console: Console) -> None:
-    """Print a result of any kind."""
-    console.print()
-    console.print(
-        Text.assemble(
-            (printable(words.model_name(result)), "bold"),
-            (printable(f"  {words.facts(result)}"), "dim"),
-        )
-    )
-    for told in tables(result):
-        console.print()
-        console.print(_table(told))
-    console.print()
-    if notices := words.notices(result):
-        for notice in notices:
-            console.print(hanging("!", notice))
-        console.print()
-    console.print(Text(printable(words.verdict(result)), "bold"))
 
 
 def show_side_by_side(results: Sequence[Named], console: Console) -> None:

@@ -17,7 +17,7 @@ from gradrun.reports.printable import printable
 from gradrun.reports.rows import Row, rows
 from gradrun.reports.side_by_side import Named
 
-_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units")
+_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score")
 _HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", "status", "text")
 """A figure stands in the column of its unit; its interval is in the same unit."""
 

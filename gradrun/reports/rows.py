@@ -16,7 +16,7 @@ from gradrun.reports.tables import by_variant
 from gradrun.result import Comparison, Equivalence, Measurement, RunResult
 
 Unit = Literal[
-    "seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "words"
+    "seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score", "words"
 ]  # fmt: skip
 
 _BYTES = (
@@ -52,6 +52,7 @@ def rows(result: RunResult) -> list[Row]:
         Row("", f"check {o.check}", "words", status=o.status, text=f"{o.value} (limit: {o.limit})")
         for o in result.outcomes
     ]
+    found += (Row("", m.name, "score", _finite(m.value)) for m in result.metrics)
     for name, measured in by_variant(result).items():
         first = measured[0]
         mode = name or first.mode.value

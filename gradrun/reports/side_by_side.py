@@ -72,7 +72,8 @@ def _column(cells: dict[tuple[str, str], Row], *, alone: bool) -> dict[str, str]
 
 
 def _label(row: Row) -> str:
-    return _SHOWN.get(row.metric, row.metric if row.unit == "words" and not row.mode else "")
+    """What a row is called beside others; empty where it is not shown."""
+    return _SHOWN.get(row.metric, "" if row.mode else row.metric)
 
 
 def _cell(row: Row) -> str:
@@ -92,9 +93,13 @@ def _cell(row: Row) -> str:
             return f"{number_text(row.value, around)} /s"
         case "ratio" if row.metric == "ratio":
             digits = decimals(around or row.value)
-            return f"{row.value:.{digits}f} {row.status.replace('_', ' ')}"
+            if row.low is None or row.high is None:
+                return f"{row.value:.{digits}f} {row.status}"
+            return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
         case "ratio":
             return f"{row.status} {row.value:.0%}"
+        case "score":
+            return f"{row.value:.4g}"
         case "output_units":
             return row.status
         case _:

@@ -115,8 +115,17 @@ _VERDICTS: dict[str, Callable[[RunResult], str]] = {
 
 def notices(result: RunResult) -> list[str]:
     """What a reader must know besides the figures; the worst first."""
-    reasons = [f"{o.check}: {o.reason}" for o in result.outcomes if o.reason]
-    return [*reasons, *result.failures, *(warning.text for warning in result.warnings)]
+    return [*reasons(result), *warnings(result)]
+
+
+def reasons(result: RunResult) -> list[str]:
+    """Why checks did not pass, and what to do about it."""
+    return [f"{outcome.check}: {outcome.reason}" for outcome in result.outcomes if outcome.reason]
+
+
+def warnings(result: RunResult) -> list[str]:
+    """What could not be run, and what makes figures less than they look."""
+    return [*result.failures, *(warning.text for warning in result.warnings)]
 
 
 def environment(result: RunResult) -> list[tuple[str, str]]:

@@ -50,6 +50,7 @@ def main() -> None:
         for title, bar, measure in (
             ("loop: time per batch against a hand-written loop", 1.05, loop),
             ("start: gradrun --help against import typer", 2.0, start),
+            ("report: gradrun report against import typer, rich", 2.5, saved_report),
             ("whole command: digits against a plain script", 1.15, whole_command),
             ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
@@ -121,6 +122,17 @@ def loop(folder: Path) -> list[float]:
 def start(folder: Path) -> list[float]:
     """Both as whole processes, in turn."""
     return _in_turn(_command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS)
+
+
+def saved_report(folder: Path) -> list[float]:
+    """A saved run of 500 batches shown again; both as whole processes, in turn."""
+    run = folder / "report"
+    _output("-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"), "-o", str(run))
+    return _in_turn(
+        _command("-m", "gradrun", "report", str(run)),
+        _command("-c", "import typer, rich"),
+        2 * ROUNDS,
+    )
 
 
 def whole_command(folder: Path) -> list[float]:
