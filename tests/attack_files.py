@@ -312,6 +312,11 @@ def _older(state: object) -> bytes:
     return saved(state, _use_new_zipfile_serialization=False)
 
 
+def laughs() -> bytes:
+    """Opcodes for a tuple that holds a tuple twice that holds a tuple twice, and so on."""
+    return b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(100))
+
+
 CALLERS = {
     "builtins exec": _pickle("builtins", "exec", "import os; os.mkdir('evil')"),
     "builtins eval": _pickle("builtins", "eval", "__import__('os').mkdir('evil')"),
@@ -345,6 +350,33 @@ WEIGHTS = {
     "a tensor longer than its storage": _weights(
         "no checkpoint|does not fit",
         _changed(saved(STATE), {"data.pkl": lambda d: d.replace(b"K\x03K\x04", b"K\xffK\xff", 1)}),
+    ),
+    "tuples within tuples as a key": _weights(
+        "tuples within tuples",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."}),
+    ),
+    "tuples within tuples": _weights(
+        "grow without end",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b"."}),
+    ),
+    "tuples within tuples, called": _weights(
+        "no checkpoint",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b")R."}),
+    ),
+    "tuples within tuples in an older checkpoint": _weights(
+        "tuples within tuples",
+        b"".join(map(pickle.dumps, (0x1950A86A20F9469CFC6C, 1001, {})))
+        + b"\x80\x02}"
+        + laughs()
+        + b"K\x01s.",
+    ),
+    "a list within itself": _weights(
+        "grow without end",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02]q\x00h\x00a."}),
+    ),
+    "a pickle with a place for everything": _weights(
+        "no checkpoint|no state dict",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}r\xff\xff\xff\x7f."}),
     ),
     "keys that drive the terminal": _weights(SHOWN, saved({SCREEN: torch.ones(1)})),
     "weights of a terabyte": _weights(
@@ -394,6 +426,12 @@ SCRIPTS = {
     "a program with strides beyond": _scripted(
         "claims a tensor of shape",
         _changed(LINEAR_SCRIPT, {"data.pkl": lambda d: d.replace(b"K\x04K\x01", b"K\xffK\x01", 1)}),
+    ),
+    "a program of tuples within tuples": _scripted(
+        "no TorchScript archive|no possible shape|tuples",
+        _changed(
+            LINEAR_SCRIPT, {"data.pkl": lambda d: b"\x80\x02}" + laughs() + b"K\x01s" + d[2:]}
+        ),
     ),
     "a text of 4 GiB in a program": _scripted(
         "no TorchScript archive",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,8 +17,8 @@ from gradrun.units import bytes_text
 _MOST_PACKED = 256 * 2**20
 
 
-def check_unpacked(path: Path, key: str) -> None:
-    """See that a zip archive does not grow when it is read.
+def opened(path: Path, key: str) -> Any:
+    """torch's reader of a zip archive that does not grow when it is read.
 
     Args:
         path: what is no archive raises what zipfile or torch raise.
@@ -31,6 +32,7 @@ def check_unpacked(path: Path, key: str) -> None:
     # A crafted file shows each of them other members.
     reader = torch._C.PyTorchFileReader(str(path))
     check_claim(path, key, sum(map(reader.get_record_size, reader.get_all_records())))
+    return reader
 
 
 def check_claim(path: Path, key: str, claimed: int) -> None:
