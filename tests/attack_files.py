@@ -473,7 +473,18 @@ def _exported(crafted: pt2.Attack) -> Attack:
     return Attack(lay_out, "run with --trust-code")
 
 
-EXPORTS = {attack.__name__.replace("_", " "): _exported(attack) for attack in pt2.RUN} | {
+def samples_without_end(members: Files, program: Any, marker: Path) -> None:
+    """Tuples within tuples for the inputs that the program was exported with."""
+    members[pt2.SAMPLES] = _changed(
+        members[pt2.SAMPLES],
+        {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."},
+    )
+
+
+EXPORTS = {
+    attack.__name__.replace("_", " "): _exported(attack)
+    for attack in (*pt2.RUN, samples_without_end)
+} | {
     "a packed program": attack(
         "would unpack to",
         config("{source: exported, path: m.pt2}")

@@ -5,7 +5,6 @@ Knows state dicts; not which model they belong to.
 
 from __future__ import annotations
 
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 
 from gradrun.errors import ConfigError
-from gradrun.model_sources.archives import opened
-from gradrun.model_sources.pickles import HostileError, check_checkpoint
+from gradrun.model_sources.archives import HostileError
+from gradrun.model_sources.pickles import check_checkpoint
 from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
@@ -75,22 +74,11 @@ def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
     return _state_dict(_checkpoint(path), path, nested_key)
 
 
-def _inspect(path: Path) -> None:
-    """See that the file may be loaded in a time and a memory that its size tells of."""
-    with path.open("rb") as file:
-        if file.read(4) == b"PK\x03\x04":  # as torch.load tells its two formats apart
-            check_checkpoint(io.BytesIO(opened(path, _KEY).get_record("data.pkl")))
-        else:
-            file.seek(0)
-            check_checkpoint(file)
-
-
 def _checkpoint(path: Path) -> Any:
     try:
-        _inspect(path)
+        with path.open("rb") as file:
+            check_checkpoint(file)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
     except HostileError as error:
         raise ConfigError(
             f"{path} {error}; save a .safetensors file and name that", _KEY
