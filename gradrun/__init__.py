@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.gradmode import GradMode
     from gradrun.jobs.audit import audit
+    from gradrun.jobs.check import check
     from gradrun.jobs.compare import compare
     from gradrun.jobs.infer import infer
     from gradrun.jobs.modes import prove_modes
@@ -34,6 +35,7 @@ __all__ = [
     "RunFailed",
     "RunResult",
     "audit",
+    "check",
     "compare",
     "infer",
     "load_config",
@@ -46,6 +48,7 @@ _HOMES = {
     "infer": "jobs.infer",
     "compare": "jobs.compare",
     "audit": "jobs.audit",
+    "check": "jobs.check",
     "verify": "jobs.verify",
     "prove_modes": "jobs.modes",
     "Comparison": "result",

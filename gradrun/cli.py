@@ -22,13 +22,13 @@ from contextlib import (
     suppress,
 )
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from gradrun import __version__
-from gradrun.errors import CheckFailed, ConfigError, GradrunError, Interrupted
+from gradrun.errors import CheckFailed, ConfigError, GradrunError, Inconclusive, Interrupted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,6 +241,82 @@ def audit(
 
 
 @app.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="The YAML file of the run.")],
+    baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Find regressions since this saved result."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG|REV", help="Measure a config or git revision beside this one."
+        ),
+    ] = None,
+    save_baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the result as a baseline.")
+    ] = None,
+    update_expected: Annotated[
+        bool, typer.Option("--update-expected", help="Write the golden outputs anew.")
+    ] = False,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write JUnit XML for a CI server.")
+    ] = None,
+    inconclusive: Annotated[
+        Literal["pass", "fail"] | None,
+        typer.Option(help="How to end where a check cannot be decided; default: exit code 4."),
+    ] = None,
+    sets: Sets = None,
+    trust_code: Trust = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The CI gate: limits and regressions; exit code 3 where one is broken, 4 where unclear."""
+    with _errors(debug, json_file, quiet) as console:
+        for option, file in (("--junit", junit), ("--save-baseline", save_baseline)):
+            _check_target(option, str(file) if file else None)
+        with _quick_imports():
+            from gradrun.jobs.check import check as run
+        from gradrun.reports.progress import status
+
+        with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
+            result = run(
+                config,
+                baseline=baseline,
+                against=against,
+                save_baseline=save_baseline,
+                update_expected=update_expected,
+                trust_code=trust_code,
+                sets=sets or [],
+                progress=progress,
+            )
+        _answer(result, console, json_file)
+        _tell_ci(result, junit)
+        undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
+        codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}
+        if code := codes.get(result.status, 0):
+            raise typer.Exit(code)
+
+
+def _tell_ci(result: RunResult, junit: Path | None) -> None:
+    """Say a check's outcomes to a CI server, in its own words."""
+    from gradrun.reports import github
+    from gradrun.reports.junit import xml
+
+    if junit:
+        _write(xml(result), junit, "--junit")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in github.commands(result):
+            sys.stderr.write(f"{line}\n")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        from gradrun.reports import written
+
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(written([("", result)], "markdown"))
+
+
+@app.command()
 def modes(
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Where to run it: auto, cpu, cuda, cuda:1, mps.")
@@ -281,6 +357,70 @@ def verify(
             _write_json(json.dumps(found.to_dict(), indent=1), json_file)
         if not found.complete:
             raise typer.Exit(CheckFailed.exit_code)
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, or their result.json; several in columns."),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option("--format", metavar="NAME", help="table, markdown, csv, json or html."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write here; its suffix decides the format."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show saved results again, in any form; nothing is run."""
+    with _errors(debug, None, quiet) as console:
+        from gradrun import reports
+        from gradrun.ratios import recomputed
+        from gradrun.reports.terminal import nearest
+        from gradrun.result import RunResult
+
+        chosen = _chosen_format(form, output, results)
+        named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]
+        if chosen == "table" and output is None:
+            reports.show(named, console)
+            return
+        text = reports.table(named) if chosen == "table" else reports.written(named, chosen)
+        if output is None:
+            sys.stdout.write(text)
+            return
+        _write(text, output, "-o")
+        _say(console, f"wrote {nearest(output)}")
+
+
+def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -> str:
+    """The format that was named, or else the one of the file's suffix."""
+    from gradrun.reports import FORMATS, SUFFIXES
+
+    if form is not None and form not in FORMATS:
+        from gradrun.complaints import choices
+
+        raise ConfigError(f"there is no format {form!r}; {choices(form, FORMATS)}")
+    if output is None:
+        return form or "table"
+    if output.is_dir():
+        raise ConfigError(f"-o {output}: a folder, where a file is wanted")
+    if output.resolve() in {
+        (path / "result.json" if path.is_dir() else path).resolve() for path in results
+    }:
+        raise ConfigError(f"-o {output} is the result itself; name another file")
+    chosen = form or SUFFIXES.get(output.suffix.lower())
+    if chosen is None:
+        raise ConfigError(
+            f"-o {output}: its suffix names no format ({', '.join(SUFFIXES)}); "
+            f"say --format {'|'.join(FORMATS)}"
+        )
+    return chosen
 
 
 @app.command()
@@ -414,7 +554,7 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
     if quiet:
         warnings.simplefilter("ignore")
     try:
-        _check_json(json_file)
+        _check_target("--json", json_file)
         yield console
     except KeyboardInterrupt:
         _tell(Interrupted("interrupted"))
@@ -436,7 +576,7 @@ def _tell(error: GradrunError) -> None:
     """Print an error's sentence, and end with its exit code."""
     from rich.text import Text
 
-    from gradrun.reports.terminal import printable
+    from gradrun.reports.printable import printable
 
     _console(stderr=True).print(
         Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
@@ -444,14 +584,14 @@ def _tell(error: GradrunError) -> None:
     raise typer.Exit(error.exit_code) from None
 
 
-def _check_json(file: str | None) -> None:
-    """Find out that the JSON cannot be written before a long run, not after it."""
+def _check_target(option: str, file: str | None) -> None:
+    """Find out that a file cannot be written before a long run, not after it."""
     if file is None or file == "-":
         return
     if Path(file).is_dir():
-        raise ConfigError(f"--json {file}: a folder, where a file is wanted")
+        raise ConfigError(f"{option} {file}: a folder, where a file is wanted")
     if not Path(file).absolute().parent.is_dir():
-        raise ConfigError(f"--json {file}: there is no folder {Path(file).parent}")
+        raise ConfigError(f"{option} {file}: there is no folder {Path(file).parent}")
 
 
 def _stdout_kept(json_file: str | None) -> AbstractContextManager[Any]:
@@ -468,28 +608,54 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    from gradrun.reports.terminal import printable
+    from gradrun.reports.printable import printable
 
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
-    from gradrun.reports import audit, comparison, terminal
+    from gradrun import reports
 
-    show = {"infer": terminal.show, "compare": comparison.show, "audit": audit.show}[result.kind]
-    show(result, console)
+    reports.show([("", result)], console)
     if json_file:
         _write_json(result.to_json(), json_file)
+    _tell_of_reports(result, console, json_file)
+
+
+def _tell_of_reports(result: RunResult, console: Console, json_file: str | None) -> None:
+    """Print the command that shows a result otherwise, where it was saved."""
+    from rich.text import Text
+
+    from gradrun.reports.printable import printable
+    from gradrun.reports.terminal import nearest
+
+    saved = Path(result.config["output"]["path"])
+    if not (saved / "result.json").is_file():
+        if json_file in (None, "-"):
+            return
+        saved = Path(str(json_file))
+    page = f"{saved.stem or 'report'}.html"
+    command = shlex.join(["gradrun", "report", nearest(saved), "-o", page])
+    console.print(Text(printable(f"more: {command}"), "dim"), soft_wrap=True)
 
 
 def _write_json(text: str, file: str) -> None:
     if file == "-":
         sys.stdout.write(text + "\n")
         return
+    _write(text + "\n", Path(file), "--json")
+
+
+def _write(text: str, file: Path, option: str) -> None:
+    from gradrun.disk import replace_file
+
     try:
-        Path(file).write_text(text + "\n", encoding="utf-8")
+        if file.exists() and not file.is_file():  # a device or a pipe takes what it is given
+            file.write_text(text, encoding="utf-8")
+        else:
+            replace_file(file, text)
     except OSError as error:
-        raise GradrunError(f"--json {file} cannot be written: {error.strerror}") from error
+        raise GradrunError(f"{option} {file} cannot be written: {error.strerror}") from error
 
 
 def main() -> None:

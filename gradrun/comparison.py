@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
 
-from gradrun import stats
 from gradrun.config import RunConfig
 from gradrun.cpus import available_cpus
 from gradrun.errors import ConfigError
 from gradrun.messages import Disturbance, Failure, Job, Report, Variant
+from gradrun.ratios import compare_measured
 from gradrun.result import Comparison, Environment, Equivalence, Measurement, Warning
 from gradrun.units import count_text
 from gradrun.workers import Worker
@@ -83,6 +83,15 @@ class Session:
             if self._enough(time.monotonic() - began):
                 break
         return self.conclude()
+
+    def look(self) -> Compared:
+        """What one process says of outputs and tensor memory; its few times say nothing."""
+        job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
+        (report,) = self._ask([job])
+        self._note_failures(report)
+        self.found.environment, self.found.equivalence = report.environment, [*report.equivalence]
+        self._keep(0, report)
+        return self.found
 
     # --- the steps -----------------------------------------------------------------------------
 
@@ -248,36 +257,6 @@ class Session:
 
     def _warn(self, code: str, text: str) -> None:
         self.found.warnings.append(Warning(code=code, text=text))
-
-
-def compare_measured(measurements: Sequence[Measurement], precision: float) -> list[Comparison]:
-    """Each variant against the first, over the processes that measured both.
-
-    A process counts once, with the median of its paired rounds; the interval is over processes.
-    """
-    names = list(dict.fromkeys(m.variant for m in measurements))
-    by_name = {n: {m.process: m for m in measurements if m.variant == n} for n in names}
-    compared = []
-    for name in names[1:]:
-        ratios = [
-            stats.paired_ratio(base.seconds_per_sample, other.seconds_per_sample)
-            for process, base in by_name[names[0]].items()
-            if (other := by_name[name].get(process))
-        ]
-        if not ratios:
-            continue
-        ratio = stats.over_processes(ratios)
-        compared.append(
-            Comparison(
-                baseline=names[0],
-                candidate=name,
-                ratio=ratio.value,
-                low=ratio.low,
-                high=ratio.high,
-                verdict=stats.verdict(ratio, precision),
-            )
-        )
-    return compared
 
 
 def sentence(failure: Failure) -> str:

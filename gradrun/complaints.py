@@ -156,7 +156,7 @@ def _walk(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
     key: Key = ()
     holder: type[BaseModel] | None = None
     here: list[type[BaseModel]] = [RunConfig]
-    named = False  # the value here is a dict[str, section], whose next part is a name
+    named = False  # the value here holds sections, and the next part is a name or a place
     for part in loc:
         if len(here) > 1:
             here = [member for member in here if _source(member) == part]
@@ -171,7 +171,7 @@ def _walk(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
             continue
         holder = here[0] if here else None
         here = _members(field) if field else []
-        named = field is not None and get_origin(field.annotation) is dict
+        named = field is not None and get_origin(field.annotation) in {dict, tuple}
     return key, holder
 
 

@@ -120,5 +120,9 @@ def _interval(comparison: Comparison) -> str:
 
 def ratio_digits(comparison: Comparison) -> int:
     """Decimals of a ratio that its interval supports: 1 to 3."""
-    width = (comparison.high - comparison.low) / 2
-    return 3 if width < 0.005 else 2 if width < 0.05 else 1
+    return decimals((comparison.high - comparison.low) / 2)
+
+
+def decimals(uncertainty: float) -> int:
+    """Decimals of a ratio that is this uncertain: 1 to 3."""
+    return 3 if uncertainty < 0.005 else 2 if uncertainty < 0.05 else 1

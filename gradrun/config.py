@@ -7,7 +7,7 @@ yamlfile.py hands to the validators.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import (
     AfterValidator,
@@ -18,9 +18,12 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     ValidationInfo,
+    field_validator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from gradrun import bounds
 from gradrun.gradmode import GradMode as GradMode
 
 
@@ -30,8 +33,11 @@ class Paths(Protocol):
     def input_file(self, path: Path) -> Path:
         """The absolute path of a file that exists; ValueError says what is wrong otherwise."""
 
+    def input_folder(self, path: Path) -> Path:
+        """The absolute path of a folder that exists; ValueError says what is wrong otherwise."""
+
     def output_folder(self, path: Path) -> Path:
-        """The absolute path of the folder to write; ValueError says what is wrong otherwise."""
+        """The absolute path of what is to be written; ValueError says what is wrong otherwise."""
 
 
 def _input_file(path: Path, info: ValidationInfo) -> Path:
@@ -42,6 +48,20 @@ def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
 
+def _expected_file(path: Path, info: ValidationInfo) -> Path:
+    if path.suffix != ".safetensors":
+        raise PydanticCustomError("expected", "golden outputs are a .safetensors file")
+    return info.context.output_folder(path) if info.context else path
+
+
+ExpectedFile = Annotated[Path, AfterValidator(_expected_file)]
+
+
+def _input_folder(path: Path, info: ValidationInfo) -> Path:
+    return info.context.input_folder(path) if info.context else path
+
+
+InputFolder = Annotated[Path, AfterValidator(_input_folder)]
 InputFile = Annotated[Path, AfterValidator(_input_file)]
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
 Size = Annotated[int, Field(gt=0, le=2**40)]
@@ -123,6 +143,9 @@ class PythonModel(WeightedModel):
     target: Annotated[str, AfterValidator(_target)] = Field(
         description="nets/mine.py:Net or package.module:build"
     )
+    root: InputFolder | None = Field(
+        None, description="where imports start; default: the file's folder, or the current one"
+    )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
 
 
@@ -155,11 +178,21 @@ class _Data(Section):
         "auto", description="how the model gets its inputs; auto: one by position, several by name"
     )
 
+    def beside(self, model: Any) -> Self:
+        """The section with what it takes from the model's; PydanticCustomError where it lacks."""
+        return self
+
 
 class _Input(Section):
     dtype: DType | None = Field(None, description="convert to this type; default: as stored")
     scale: float | None = Field(None, description="multiply by this after the conversion")
     shape: Shape | None = Field(None, description="the shape of one sample; default: as stored")
+
+
+Classes = Annotated[
+    tuple[str, ...] | None,
+    Field(description="what labels are called, in the order of the model's classes", min_length=2),
+]
 
 
 class SyntheticInput(Section):
@@ -189,12 +222,20 @@ class ArrayInput(_Input):
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
 
 
+class ArrayLabels(Section):
+    """An array with the true class or value of each sample."""
+
+    path: InputFile | None = Field(None, description="a file of its own; default: data.path")
+    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
 class ArraysData(_Data):
     """Arrays whose first dimension counts the samples: .npy, .npz or .safetensors."""
 
     source: Literal["arrays"]
     path: InputFile | None = None
     inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
+    labels: ArrayLabels | None = Field(None, description="what metrics hold predictions against")
 
 
 class RecordInput(_Input):
@@ -213,6 +254,8 @@ class RecordsData(_Data):
     path: InputFile
     inputs: dict[str, RecordInput] = Field(min_length=1)
     id: str | None = Field(None, description="the column that names each sample in .jsonl outputs")
+    labels: str | None = Field(None, description="the column with each row's true class or value")
+    classes: Classes = None
 
 
 DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
@@ -308,6 +351,160 @@ class OutputSection(Section):
     k: Size = Field(5, description="how many classes topk keeps")
 
 
+# --- check -------------------------------------------------------------------------------------
+
+
+def _bound(text: str) -> str:
+    bounds.number_bound(text)
+    return text
+
+
+def _byte_bound(text: str) -> str:
+    bounds.bytes_bound(text)
+    return text
+
+
+def _share(text: str) -> str:
+    bounds.share(text)
+    return text
+
+
+def _as_text(value: object) -> object:
+    """A number in YAML, such as a count of bytes, is written as a limit too."""
+    return str(value) if type(value) in {int, float} else value
+
+
+_Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
+ByteBound = Annotated[_Text, AfterValidator(_byte_bound)]
+Bound = Annotated[_Text, AfterValidator(_bound)]
+Share = Annotated[_Text, AfterValidator(_share)]
+
+
+class LimitsSection(Section):
+    """What a model may take or must reach on any machine; memory is of one batch.
+
+    Metrics are limited by their names: `accuracy: ">= 0.97"`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Text]
+
+    weights: ByteBound | None = Field(None, description="bytes of the weights, such as 60 MiB")
+    forward_peak: ByteBound | None = Field(None, description="bytes of tensors in the forward")
+    retained: ByteBound | None = Field(None, description="bytes that live on after the forward")
+    process_peak: ByteBound | None = Field(None, description="the process's peak resident set")
+    device_allocated: ByteBound | None = Field(None, description="peak allocated on the device")
+    device_reserved: ByteBound | None = Field(None, description="peak reserved on the device")
+    speedup_over_grad: Bound | None = Field(None, description="time in grad / time, as '>= 1.0'")
+    speedup_over_no_grad: Bound | None = Field(None, description="the same over no_grad")
+    speedup_over_inference_mode: Bound | None = Field(None, description="the same over this mode")
+
+    def of_metrics(self) -> list[str]:
+        """The metrics that are limited."""
+        return list(self.model_extra or {})
+
+
+class RegressionSection(Section):
+    """How much worse than the baseline's a figure may be."""
+
+    time: Share | None = Field("5%", description="of a batch; null leaves it out")
+    forward_peak: Share | None = Field("1%", description="of tensor memory in the forward")
+    retained: Share | None = Field(None, description="of tensor memory after the forward")
+    process_peak: Share | None = Field(None, description="of the process's peak resident set")
+    outputs: bool = Field(True, description="whether outputs must be the same, within tolerance")
+
+
+class CheckSection(Section):
+    """What `gradrun check` asks of a model."""
+
+    mode: GradMode | None = Field(None, description="the mode to check; default: run.mode")
+    smoke: bool = Field(True, description="it runs, finite, whole, without graph, modes agree")
+    limits: LimitsSection = LimitsSection()
+    regression: RegressionSection = RegressionSection()
+    expected: ExpectedFile | None = Field(
+        None, description="golden outputs (.safetensors), which --update-expected writes"
+    )
+    rtol: Annotated[float, Field(ge=0)] = Field(
+        1e-4, description="relative difference from golden outputs and from a baseline's"
+    )
+    atol: Annotated[float, Field(ge=0)] = Field(1e-5, description="absolute difference, the same")
+
+
+# --- metrics -----------------------------------------------------------------------------------
+
+_ARGUMENTS = {
+    "accuracy": {"top_k", "average", "threshold"},
+    "f1": {"average", "threshold"},
+    "auroc": {"average", "thresholds"},
+    "mse": set[str](),
+}
+
+
+class MetricSection(Section):
+    """How well predictions agree with data.labels, by one measure."""
+
+    name: Literal["accuracy", "f1", "auroc", "mse"]
+    called: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")] | None = Field(
+        None, description="its name in tables and in result.json; default: its name"
+    )
+    output: OutputName | None = Field(None, description="of which output, where several are kept")
+    top_k: Size | None = Field(
+        None, description="accuracy: right where it is among the k likeliest"
+    )
+    average: Literal["micro", "macro", "weighted"] | None = Field(
+        None, description="over classes; default: micro for accuracy, else macro"
+    )
+    threshold: float | None = Field(
+        None, description="of two classes by one score: above it is class 1; default: 0.5"
+    )
+    thresholds: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
+        None, description="auroc: so many steps, in little memory; default: exact, every score kept"
+    )
+
+    @property
+    def title(self) -> str:
+        """What tables and result.json call it."""
+        return self.called or (f"{self.name}_top{self.top_k}" if self.top_k else self.name)
+
+    @model_validator(mode="after")
+    def _own_arguments(self) -> MetricSection:
+        own = _ARGUMENTS[self.name]
+        for argument in set[str]().union(*_ARGUMENTS.values()) - own:
+            if getattr(self, argument) is not None:
+                takes = ", ".join(sorted(own)) or "no arguments"
+                raise PydanticCustomError(
+                    "metric_argument",
+                    "{name} has no {argument}; it takes {takes}",
+                    {"name": self.name, "argument": argument, "takes": takes},
+                )
+        return self
+
+
+def _named_metric(metric: object) -> object:
+    """A name alone for a metric without arguments."""
+    return {"name": metric} if isinstance(metric, str) else metric
+
+
+Metrics = tuple[
+    Annotated[
+        MetricSection,
+        BeforeValidator(_named_metric, json_schema_input_type=str | MetricSection),
+    ],
+    ...,
+]
+
+
+def _told_apart(metrics: Metrics) -> Metrics:
+    titles = [metric.title for metric in metrics]
+    if twice := [title for title in titles if titles.count(title) > 1]:
+        raise PydanticCustomError(
+            "metric_twice",
+            "two metrics are called {title}; give one of them a name by `called`",
+            {"title": twice[0]},
+        )
+    return metrics
+
+
 class RunConfig(Section):
     """One run: a model, its data, how to run it, what to measure and where the output goes."""
 
@@ -316,11 +513,36 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     measure: MeasureSection = MeasureSection()
     output: OutputSection
+    metrics: Annotated[Metrics, AfterValidator(_told_apart)] = Field(
+        (), description="accuracy, f1, auroc, mse: predictions against data.labels"
+    )
+    check: CheckSection = CheckSection()
+
+    @field_validator("check")
+    @classmethod
+    def _limits_of_metrics(cls, check: CheckSection, info: ValidationInfo) -> CheckSection:
+        known = {*_ARGUMENTS, *(metric.title for metric in info.data.get("metrics", ()))}
+        for name, limit in (check.limits.model_extra or {}).items():
+            if name in known:
+                bounds.number_bound(limit)
+            else:
+                allowed = [*LimitsSection.model_fields, *sorted(known)]
+                raise PydanticCustomError(
+                    "limit",
+                    "there is nothing called {name} to limit; allowed: {allowed}",
+                    {"name": name, "allowed": ", ".join(allowed)},
+                )
+        return check
+
+    @field_validator("data")
+    @classmethod
+    def _beside_the_model(cls, data: Any, info: ValidationInfo) -> Any:
+        return data.beside(info.data["model"]) if "model" in info.data else data
 
     def input_files(self) -> list[Path]:
-        """Every file that the run reads."""
+        """Every file that the run reads, and every folder."""
         found: list[Path] = []
-        pending: list[Any] = [self.model.model_dump(), self.data.model_dump()]
+        pending: list[Any] = [self.model.model_dump(exclude={"root"}), self.data.model_dump()]
         while pending:
             value = pending.pop()
             if isinstance(value, dict):

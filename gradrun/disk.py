@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from gradrun.units import bytes_text
 
 _PIECE = 1024 * 1024
 _LONGEST_LINE = 16 * 1024 * 1024
@@ -71,6 +74,26 @@ def sync(descriptor: int) -> None:
         OSError: they may not be; what was written since the last sync must not be counted on.
     """
     os.fsync(descriptor)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all: what was there stays until the new one is on the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = path.with_name(f"{path.name}.tmp")
+    descriptor = open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    try:
+        try:
+            write_all(descriptor, text.encode())
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(path: Path) -> None:
@@ -133,3 +156,26 @@ def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
     for piece in pieces(descriptor, begin, end):
         before = zlib.crc32(piece, before)
     return before
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what led to it, is that the disk has no room left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_room(folder: Path, needed: int, file: str) -> None:
+    """See that about so many bytes can still be written below a folder.
+
+    Raises:
+        OSError: they cannot; says how many are needed and how many are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"{file} needs about {bytes_text(needed)}, and {bytes_text(free)} of disk are free",
+        )

@@ -32,6 +32,10 @@ class ConfigError(GradrunError):
         self.key = key
 
 
+class ModelRefused(ConfigError):
+    """The model raised on its first batch: config and model do not go together."""
+
+
 class RunFailed(GradrunError):
     """The run began and could not end; what was written before stays valid."""
 
@@ -42,6 +46,12 @@ class CheckFailed(GradrunError):
     """A check found what its limits do not allow; the result holds the figures."""
 
     exit_code = 3
+
+
+class Inconclusive(GradrunError):
+    """A check could not be decided, such as time on another machine than the baseline's."""
+
+    exit_code = 4
 
 
 class Interrupted(GradrunError):

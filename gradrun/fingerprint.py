@@ -26,6 +26,10 @@ def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
     """
     dumped = config.model_dump(mode="json")
     dumped.pop("measure")  # how a run is measured changes no prediction
+    dumped.pop("check")
+    dumped.pop("metrics")
+    for key in ("labels", "classes"):
+        dumped["data"].pop(key, None)
     dumped["output"].pop("path")  # a folder may be moved
     dumped["run"].pop("warmup")
     files = config.input_files()

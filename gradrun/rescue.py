@@ -60,6 +60,14 @@ class Quarantine:
         self.count += 1
 
 
+def numbers_apart(folder: Path) -> set[int]:
+    """The numbers of the samples in a run's folder that no prediction could be made for."""
+    path = folder / FILE
+    if not path.exists():
+        return set()
+    return {json.loads(line)["sample"] for line in disk.lines(path)}
+
+
 def _write(path: Path, data: bytes, flag: int) -> None:
     descriptor = disk.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
     try:

@@ -6,34 +6,32 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 
-from gradrun import disk, stats
+from gradrun import stats
+from gradrun.disk import replace_file
 from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
-
-_MOST_BYTES = 2**30
-
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""Of bytes or samples, as a machine can have them."""
 
 
 class _Noun(BaseModel):
     # "Infinity" (outputs of other shapes; an interval with an open end) is read back as it was.
-    model_config = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="ignore", ser_json_inf_nan="strings", defer_build=True
+    )
+
+
+# Files come from anywhere: what no run can have measured is refused when it is read, so that
+# nobody further on need expect it.
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=-(2**62), le=2**62)]
+"""Of bytes or samples, as a machine can have them."""
+
+_MOST_BYTES = 2**30
 
 
 class Warning(_Noun):
@@ -73,7 +71,7 @@ class Phases(_Noun):
 
 
 class Memory(_Noun):
-    """Bytes; None where no meter could tell.
+    """Count; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
     the outputs and, with gradients on, what their graph keeps.
@@ -83,6 +81,10 @@ class Memory(_Noun):
     inputs: Count
     forward_peak: Count | None = None
     retained: Count | None = None
+    timeline: tuple[Count, ...] | None = None
+    """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
+    peak_module: str | None = None
+    """The module that was running at the peak, as "path (Type)"."""
     process_peak: Count | None = None
     process_method: str = "unavailable"
     device_allocated: Count | None = None
@@ -97,16 +99,16 @@ class Measurement(_Noun):
     """What tells it from others in a comparison; empty in a run of its own."""
     process: int = 0
     batch_seconds: tuple[Seconds, ...]
-    batch_sizes: tuple[Count, ...]
+    batch_sizes: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
     batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
 
     @model_validator(mode="after")
-    def _one_size_a_time(self) -> Self:
+    def _a_time_for_each_batch(self) -> Self:
         if len(self.batch_seconds) != len(self.batch_sizes):
-            raise ValueError("batch_seconds and batch_sizes differ in length")
+            raise ValueError("batch_seconds and batch_sizes are not of the same length")
         return self
 
     @property
@@ -192,15 +194,15 @@ class Finding(_Noun):
     text: str
     advice: str
     """What to do about it; empty where there is nothing to be done."""
-    cost: int | None = None
-    """Bytes: held, or lost with each batch."""
+    cost: Count | None = None
+    """Count: held, or lost with each batch."""
 
 
 class Kept(_Noun):
-    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
-    bytes: int
+    bytes: Count
 
 
 class Outcome(_Noun):
@@ -217,15 +219,29 @@ class Outcome(_Noun):
     """Why it failed or could not be decided, and what to do; empty where it passed."""
     key: str = ""
     """The dotted config key that asks for it: "check.limits.forward_peak"."""
+    source: str | None = None
+    """Where that stands, as "file:line:column"; None where it is a default."""
 
 
-def _names_the_run(config: dict[str, Any]) -> dict[str, Any]:
-    """See that what reports call a run by is there: the model's source and the output's folder."""
-    for section, key in (("model", "source"), ("output", "path")):
-        found = config.get(section)
-        if not (isinstance(found, dict) and isinstance(found.get(key), str)):
-            raise ValueError(f"{section}.{key} is missing")
-    return config
+class Output(_Noun):
+    """One of the outputs that a model gave, over all samples."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    """Of one sample."""
+    mean: float
+    spread: float
+    """The standard deviation; both are of all values, and NaN where there are such."""
+
+
+class Metric(_Noun):
+    """How well predictions agree with the labels."""
+
+    name: str
+    value: float
+    samples: int
+    """That it was taken over; those set apart are not among them."""
 
 
 class RunResult(_Noun):
@@ -235,7 +251,7 @@ class RunResult(_Noun):
     kind: Literal["infer", "compare", "audit", "check"]
     gradrun: str
     started_at: str
-    config: Annotated[dict[str, Any], AfterValidator(_names_the_run)]
+    config: dict[str, Any]
     environment: Environment
     measurements: tuple[Measurement, ...]
     comparisons: tuple[Comparison, ...] = ()
@@ -243,6 +259,8 @@ class RunResult(_Noun):
     findings: tuple[Finding, ...] = ()
     kept: tuple[Kept, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
+    outputs: tuple[Output, ...] = ()
+    """Of a check."""
     outcomes: tuple[Outcome, ...] = ()
     """Of a check, in the order of the config."""
     failures: tuple[str, ...] = ()
@@ -251,9 +269,37 @@ class RunResult(_Noun):
     """The predictions, by name in the run's folder."""
     predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
+    metrics: tuple[Metric, ...] = ()
+    """Over all predictions, in the order of the config."""
     resumed_at: Count = 0
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
+
+    @field_validator("config")
+    @classmethod
+    def _of_a_run(cls, config: dict[str, Any]) -> dict[str, Any]:
+        model, output = config.get("model"), config.get("output")
+        if not isinstance(model, dict) or not isinstance(model.get("source"), str):
+            raise ValueError("it has no model.source")
+        if not isinstance(output, dict) or not isinstance(output.get("path"), str):
+            raise ValueError("it has no output.path")
+        return config
+
+    @model_validator(mode="after")
+    def _measured_as_its_kind_is(self) -> Self:
+        if self.kind == "infer" and not self.measurements:
+            raise ValueError("an infer run without a measurement")
+        if self.kind == "compare":
+            rounds = [m.batch_seconds for m in self.measurements]
+            if not all(rounds) or not all(1e-12 < t < 1e9 for times in rounds for t in times):
+                raise ValueError("a comparison with rounds that no clock gives")
+        return self
+
+    @property
+    def status(self) -> str:
+        """Of a check: fail where any failed, else inconclusive where any is, else pass."""
+        found = {outcome.status for outcome in self.outcomes}
+        return next((s for s in ("fail", "inconclusive") if s in found), "pass")
 
     def to_json(self) -> str:
         """As result.json holds it."""
@@ -268,18 +314,7 @@ class RunResult(_Noun):
         Raises:
             OSError: the folder cannot be written.
         """
-        draft = path.with_name(f"{path.name}.tmp")
-        descriptor = disk.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            try:
-                disk.write_all(descriptor, (self.to_json() + "\n").encode())
-                disk.sync(descriptor)
-            finally:
-                os.close(descriptor)
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
+        replace_file(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:
@@ -294,17 +329,29 @@ class RunResult(_Noun):
         try:
             if path.stat().st_size > _MOST_BYTES:
                 raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
-            return cls.model_validate(json.loads(path.read_bytes()))
-        except RecursionError as error:
-            raise GradrunError(f"{path} is no result of gradrun: nested too deeply") from error
+            told = json.loads(path.read_bytes())
+            _check_format(path, told)
+            return cls.model_validate(told)
         except OSError as error:
             raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
+
+
+def _check_format(path: Path, told: Any) -> None:
+    """Say what to do about a result that another version wrote in another way."""
+    told = told if isinstance(told, dict) else {}
+    version, writer = told.get("format", 1), str(told.get("gradrun", "unknown"))
+    if isinstance(version, int) and version != 1:
+        todo = "a newer gradrun reads it" if version > 1 else "run it again to report it"
+        raise GradrunError(
+            f"{path} is of format {version}, written by gradrun {writer}; this one reads format 1: "
+            f"{todo}"
+        )
 
 
 class Fact(_Noun):

@@ -23,11 +23,13 @@ from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
 from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
+from gradrun.meters.forward import Forward
 from gradrun.model_sources.refusals import first_line, reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
-from gradrun.outputs import Named, reader
+from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
 from gradrun.result import Measurement, Memory, Phases, Warning
 from gradrun.sinks import Sink
@@ -211,7 +213,7 @@ class Runner:
             )
         if resident is None:
             self._warn("no_process_peak", "this system does not say a process's peak memory")
-        peak, retained = self._memory_pass(gathered)
+        memory = self._memory_pass(gathered)
         seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
         sizes = tuple(gathered.sizes[: len(seconds)])
         data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
@@ -233,8 +235,10 @@ class Runner:
             memory=Memory(
                 weights=tensors.weight_bytes(self.model),
                 inputs=tensors.storage_bytes(self.first.tensors()),
-                forward_peak=peak,
-                retained=retained,
+                forward_peak=memory and memory.peak,
+                retained=memory and memory.retained,
+                timeline=memory and memory.timeline,
+                peak_module=memory and memory.peak_module,
                 process_peak=resident,
                 process_method=method,
                 device_allocated=allocated,
@@ -302,6 +306,7 @@ class Runner:
 
     def _first_outputs(self) -> Named:
         returned = self._first_returned()
+        self._note_graph(returned)
         try:
             self.rescue.like = self.read(returned, self.first.size)
             return self.rescue.like
@@ -312,6 +317,15 @@ class Runner:
                 f"{self.config.output.transform} cannot take this output: {first_line(error)}",
                 "output.transform",
             ) from error
+
+    def _note_graph(self, returned: Any) -> None:
+        kept = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        if kept and self.mode is not GradMode.GRAD:
+            self._warn(
+                "graph_kept",
+                f"output {kept[0]} keeps a graph, though the mode is {self.mode}: something in the "
+                "model turns gradients on again; gradrun audit names it",
+            )
 
     def _batches(self, start: int) -> Any:
         batches: Iterator[Batch] = self.data.batches(start)
@@ -345,17 +359,17 @@ class Runner:
         self.ahead = pays_off(self.data, forward_seconds=self.clock.seconds[-1])
         self.clock = clock.clock_for(self.device)
 
-    def _memory_pass(self, gathered: Pass) -> tuple[int | None, int | None]:
-        """(peak, retained) of the first batch; None after a stop, without a meter, on a fault."""
+    def _memory_pass(self, gathered: Pass) -> Forward | None:
+        """The first batch's; None after a stop, without a meter, on a fault."""
         if gathered.stopped or not self.config.measure.memory:
-            return None, None
+            return None
         meter, batch = FORWARD_MEMORY.get(self.device.type), self.first.map(torch.clone)
         if meter is None:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
-            return None, None
+            return None
         try:
             with active(self.config.run, self.device), state_kept(self.model):
-                return meter(lambda: self.model(*batch.args, **batch.kwargs))
+                return meter(lambda: self.model(*batch.args, **batch.kwargs), self.model)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
         except Exception as error:  # the predictions are safe already
@@ -364,7 +378,7 @@ class Runner:
                 f"tensor memory could not be counted ({type(error).__name__}: "
                 f"{first_line(error)}); measure.memory: false does without",
             )
-        return None, None
+        return None
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))

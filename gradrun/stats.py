@@ -137,6 +137,29 @@ def over_processes(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
 
 
+def apart(base: Sequence[float], other: Sequence[float]) -> Estimate:
+    """The ratio base / other of two groups of processes that did not run side by side.
+
+    Welch's t on the logs, one positive value a process ("The generalization of Student's problem
+    when several different population variances are involved", Biometrika 1947). A group of one
+    supports no interval. What changed on the machine between the groups is not in the interval.
+    """
+    groups = [[math.log(value) for value in values] for values in (base, other)]
+    middles = [math.fsum(logs) / len(logs) for logs in groups]
+    middle = middles[0] - middles[1]
+    if min(map(len, groups)) < 2:
+        return Estimate(math.exp(middle), 0.0, math.inf)
+    parts = [
+        math.fsum((value - m) ** 2 for value in logs) / (len(logs) - 1) / len(logs)
+        for logs, m in zip(groups, middles, strict=True)
+    ]
+    total = math.fsum(parts)
+    spread = math.fsum(part**2 / (len(g) - 1) for part, g in zip(parts, groups, strict=True))
+    freedom = int(total**2 / spread) if spread else len(_T)
+    width = _T[min(max(freedom, 1), len(_T)) - 1] * math.sqrt(total)
+    return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
+
+
 def verdict(ratio: Estimate, precision: float) -> Verdict:
     """What a ratio (base time / other time) says of the other.
 

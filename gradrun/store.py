@@ -5,6 +5,7 @@ Knows files and names; not what the figures in them mean.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from gradrun.journal import Committed, Head, Journal, Kept
 from gradrun.lock import NAME as LOCK
 from gradrun.lock import FolderLock, check_free
 from gradrun.result import RunResult
-from gradrun.units import count_text
+from gradrun.units import bytes_text, count_text
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"
@@ -198,6 +199,15 @@ class RunFolder:
         for file in self._ours():
             if file != but:
                 file.unlink(missing_ok=True)
+
+    def room(self, kept: int, samples: int) -> str:
+        """How much of the disk the rest of a run wants, as what is kept of it tells, in words."""
+        free = bytes_text(shutil.disk_usage(self.path).free)
+        held = sum(file.stat().st_size for file in self.path.glob("predictions*"))
+        if not kept:
+            return f"{free} are free"
+        left = bytes_text(held * (samples - kept) // kept)
+        return f"{free} are free, and about {left} more are wanted"
 
     def save(self, result: RunResult) -> None:
         """Write result.json.

@@ -243,7 +243,7 @@ def _time_in_turns(
 
 def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
     """The variant's figures; what is weighed has its process to itself, so its peak counts."""
-    first, peak, retained, resident = runnable.batches[0], None, None, None
+    first, memory, resident = runnable.batches[0], None, None
     accelerator.reset(runnable.device)
     method = "unavailable"
     if weigh:
@@ -255,7 +255,7 @@ def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
     meter = FORWARD_MEMORY.get(runnable.device.type)
     if meter and not weigh and runnable.config.measure.memory:
         with runnable.active(), state_kept(runnable.model):
-            peak, retained = meter(lambda: runnable.call(0))
+            memory = meter(lambda: runnable.call(0), runnable.model)
     return Trial(
         variant=runnable.name,
         batch_seconds=tuple(runnable.rounds),
@@ -272,8 +272,10 @@ def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
         memory=Memory(
             weights=tensors.weight_bytes(runnable.model),
             inputs=tensors.storage_bytes(first.tensors()),
-            forward_peak=peak,
-            retained=retained,
+            forward_peak=memory and memory.peak,
+            retained=memory and memory.retained,
+            timeline=memory and memory.timeline,
+            peak_module=memory and memory.peak_module,
             process_peak=resident,
             process_method=method,
             device_allocated=allocated if weigh else None,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
-_SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
-_BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
+"""(size, name), the largest first."""
 _ROUNDED_UP = 0.9995
 """The share of a unit that three digits show as the whole unit: 999.6 µs are 1.00 ms."""
 
@@ -18,8 +19,8 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
     if seconds == 0 or not math.isfinite(seconds):
         return f"{seconds:g} s"
     scale, unit = next(
-        ((scale, unit) for scale, unit in _SECOND_UNITS if abs(seconds) >= scale * _ROUNDED_UP),
-        _SECOND_UNITS[-1],
+        ((scale, unit) for scale, unit in SECOND_UNITS if abs(seconds) >= scale * _ROUNDED_UP),
+        SECOND_UNITS[-1],
     )
     value = seconds / scale
     return f"{number_text(value, None if uncertainty is None else uncertainty / scale)} {unit}"
@@ -28,7 +29,7 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
 def seconds_within(seconds: float, uncertainty: float) -> str:
     """`0.000375, 0.000002` as "375 ± 2 µs", both in the same unit and to the same digit."""
     text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)
-    scale = next(scale for scale, name in _SECOND_UNITS if name == unit)
+    scale = next(scale for scale, name in SECOND_UNITS if name == unit)
     decimals = len(text.partition(".")[2])
     return f"{text} ± {uncertainty / scale:,.{decimals}f} {unit}"
 
@@ -51,7 +52,7 @@ def _decimals(value: float) -> int:
 
 def bytes_text(count: int) -> str:
     """`9437184` as "9.00 MiB"; below 1 KiB the count itself, which is exact."""
-    for scale, unit in _BYTE_UNITS:
+    for scale, unit in BYTE_UNITS:
         if abs(count) >= scale - scale * 0.005 / 1024:  # two decimals would show 1,024.00
             return f"{count / scale:,.2f} {unit}"
     return f"{count} B"

@@ -93,9 +93,14 @@ class Origin:
                     return table[part]
         return None
 
-    def raise_problems(self) -> None:
+    def where(self, key: str) -> str | None:
+        """Where a dotted key, or the section around it, was written, as "file:line:column"."""
+        place = self.place(tuple(key.split(".")))
+        return str(place) if place else None
+
+    def raise_problems(self, kind: type[ConfigError] = ConfigError) -> None:
         if self.problems:
-            raise ConfigError("\n".join(text for _, text in sorted(self.problems)))
+            raise kind("\n".join(text for _, text in sorted(self.problems)))
 
 
 def load_config(
@@ -154,7 +159,7 @@ def located(config: RunConfig) -> Iterator[None]:
             )
             config._origin.problems.clear()
             config._origin.report(f"{error.key}: {error}", config._origin.place(key))
-            config._origin.raise_problems()
+            config._origin.raise_problems(type(error))
         raise
 
 
@@ -176,6 +181,13 @@ class _Paths:
         if not resolved.is_file():
             what = "a folder" if resolved.is_dir() else "no plain file"
             raise ValueError(f"{resolved} is {what}")
+        return resolved
+
+    def input_folder(self, path: Path) -> Path:
+        resolved = _joined(self.base, path)
+        if not resolved.is_dir():
+            what = "is a file" if resolved.exists() else "does not exist"
+            raise ValueError(f"{resolved} {what}, where a folder is wanted")
         return resolved
 
     def output_folder(self, path: Path) -> Path:

@@ -10,7 +10,8 @@ from rich.cells import cell_len
 
 from gradrun.gradmode import GradMode
 from gradrun.reports.audit import show
-from gradrun.reports.terminal import DASH, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import DASH
 from gradrun.result import Equivalence, Finding, Kept, Memory, RunResult
 from tests.reporting import EVIL, assert_golden, printed, without_style
 from tests.results import CONFIG, MEMORY, measurement, run_result

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gradrun import disk
 from gradrun.result import RunResult
 from gradrun.sinks import safetensors as safetensors_sink
 from gradrun.sinks.jsonl import JsonlSink
@@ -396,14 +397,29 @@ def check_what_a_full_disk_left(answer, folder: Path, kind: str, right: np.ndarr
         # Told of is what a resume goes on behind; a part may lie there that nothing tells of.
         told = re.search(rf"([\d,]+) of {len(right):,} predictions are kept in ", answer.err)
         assert told
+        if "No space left" in answer.err:
+            assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
+            more = re.search(r"and about [\d.]+ [KM]iB more are wanted", answer.err)
+            assert more or told[1] == "0", answer.err
+            assert re.search(r"to go on: gradrun infer .*--resume", answer.err)
         assert int(told[1].replace(",", "")) <= len(kept)
         assert "Peak memory" in answer.out
     assert not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+def test_a_disk_with_too_little_room_is_told_before_the_first_batch(cli, small_disk, kind):
+    data, _ = doubles(100_000)
+    words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
+    said = refused(cli("infer", config(data, model("pass")), *words), code=1)
+    assert re.search(r"predictions\S* needs (about )?[\d.,]+ [KM]iB, and [\d.]+ KiB of disk", said)
+    assert not list((small_disk / "out").iterdir())
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
     monkeypatch.setattr(safetensors_sink, "PART_BYTES", 8192)
+    monkeypatch.setattr(disk, "check_room", lambda *_: None)  # another process takes it later
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
     answer = cli("infer", config(data, model("pass")), *words)

@@ -19,6 +19,7 @@ import gradrun
 from gradrun import comparison
 from gradrun.comparison import Compared
 from gradrun.errors import ConfigError
+from gradrun.ratios import compare_measured
 from gradrun.result import RunResult
 from tests.conftest import ROOT, Answer, Command
 from tests.results import MACHINE, measurement
@@ -64,7 +65,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         ]
         return Compared(
             measurements=measured,
-            comparisons=comparison.compare_measured(measured, 0.01),
+            comparisons=compare_measured(measured, 0.01),
             environment=MACHINE,
         )
 

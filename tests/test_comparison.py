@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from gradrun import comparison
-from gradrun.comparison import Compared, Session, compare_measured, sentence
+from gradrun.comparison import Compared, Session, sentence
 from gradrun.config import RunConfig
 from gradrun.errors import ConfigError
 from gradrun.messages import Disturbance, Failure, Job, Report, Trial, Variant
+from gradrun.ratios import compare_measured
 from gradrun.result import Equivalence
 from tests.results import CONFIG, MACHINE, MEMORY, PHASES, measurement
 

@@ -15,9 +15,10 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.comparison import compare_measured
+from gradrun.ratios import compare_measured
 from gradrun.reports.comparison import show
-from gradrun.reports.terminal import DASH, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import DASH
 from gradrun.result import Equivalence, Measurement, Memory, RunResult, Warning
 from tests.results import CONFIG, MACHINE, MEMORY, measurement, run_result
 

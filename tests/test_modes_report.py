@@ -17,7 +17,8 @@ from rich.console import Console
 
 from gradrun.gradmode import GradMode
 from gradrun.reports.modes import show
-from gradrun.reports.terminal import TABLE_WIDTH, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.terminal import TABLE_WIDTH
 from gradrun.result import Fact, ModeFacts
 from tests.results import MACHINE
 

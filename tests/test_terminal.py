@@ -15,7 +15,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.reports.terminal import DASH, nearest, printable, show
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import DASH
+from gradrun.reports.terminal import nearest, show
 from gradrun.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
 

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from gradrun.audits.subject import Subject, source_of
 from gradrun.gradmode import GradMode
-from gradrun.meters import FORWARD_MEMORY, tensors
+from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Finding
 from gradrun.units import bytes_text
-
-Meter = Callable[[Callable[[], Any]], tuple[int, int]]
 
 _SETTLING, _WATCHED = 2, 3
 """Batches that may fill caches, and batches that must not hold on to anything."""
@@ -72,7 +70,7 @@ def growth(subject: Subject) -> Iterable[Finding]:
             if number == _SETTLING:
                 before = dict(_held(subject))
             batch = subject.copy(number)
-            left.append(meter(lambda batch=batch: _dropped(subject, batch))[1])  # type: ignore[misc]
+            left.append(meter(lambda batch=batch: _dropped(subject, batch)).retained)  # type: ignore[misc]
         after = dict(_held(subject))
         grown = [path for path, held in after.items() if held > before.get(path, 0)]
         lost = min(left[_SETTLING:])
@@ -94,7 +92,7 @@ def growth(subject: Subject) -> Iterable[Finding]:
     )
 
 
-def _goes_on(subject: Subject, meter: Meter, lost: int) -> bool:
+def _goes_on(subject: Subject, meter: ForwardMeter, lost: int) -> bool:
     """Whether as much is left behind by each of many batches: a cache of bounded size fills up.
 
     In one go, since the meter does not see that a block is freed which is older than its look.
@@ -108,7 +106,7 @@ def _goes_on(subject: Subject, meter: Meter, lost: int) -> bool:
             _dropped(subject, subject.copy(done))
             done += 1
 
-    return meter(many)[1] > 0.9 * lost * done
+    return meter(many).retained > 0.9 * lost * done
 
 
 def _dropped(subject: Subject, batch: Any) -> None:

@@ -32,7 +32,11 @@ def open_data(config: ArraysData, seed: int) -> Data:
         name: _open_input(spec, spec.path or config.path, f"data.inputs.{name}")
         for name, spec in inputs.items()
     }
-    return WindowedData(rows, config.batch_size, config.call)
+    truth = None
+    if config.labels:
+        spec = ArrayInput(path=config.labels.path, key=config.labels.key)
+        truth = _open_input(spec, spec.path or config.path, "data.labels")
+    return WindowedData(rows, config.batch_size, config.call, truth)
 
 
 def _open_input(spec: ArrayInput, path: Path | None, key: str) -> Rows:

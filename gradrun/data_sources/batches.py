@@ -6,7 +6,7 @@ Knows tensors and sizes; not where they come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -59,6 +59,18 @@ class Data(Protocol):
         """The batches from sample `start` on, in order; the last may be shorter."""
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """Data whose config may name labels."""
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        """The true class or value of every sample, in order, some at a time: [n] or [n, ...].
+
+        Raises:
+            ConfigError: they cannot be read, or the config names none.
+        """
+
+
 class Rows(Protocol):
     """One input: `samples` rows, each a tensor of the same shape and type."""
 
@@ -76,7 +88,9 @@ class WindowedData:
     window gives its pages back, so the resident set stays flat however long the file is.
     """
 
-    def __init__(self, rows: Mapping[str, Rows], batch_size: int, call: str) -> None:
+    def __init__(
+        self, rows: Mapping[str, Rows], batch_size: int, call: str, truth: Rows | None = None
+    ) -> None:
         counts = {name: row.samples for name, row in rows.items()}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -85,6 +99,18 @@ class WindowedData:
         self.samples = next(iter(counts.values()))
         self.sample_bytes = sum(row.sample_bytes for row in rows.values())
         self.by_position = by_position(call, len(rows))
+        self.truth = truth
+        if truth and truth.samples != self.samples:
+            raise ConfigError(
+                f"there are {truth.samples:,} labels for {self.samples:,} samples", "data.labels"
+            )
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        if self.truth is None:
+            raise no_labels()
+        step = max(1, WINDOW_BYTES // max(1, self.truth.sample_bytes))
+        for begin in range(0, self.samples, step):
+            yield self.truth.window(begin, min(begin + step, self.samples))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         batch_bytes = max(1, self.batch_size * self.sample_bytes)
@@ -103,6 +129,24 @@ class WindowedData:
                     yield Batch(tensors, {}, size, ids)
                 else:
                     yield Batch((), dict(zip(names, tensors, strict=True)), size, ids)
+
+
+def no_labels() -> ConfigError:
+    """The error where metrics are asked for and the data name no labels."""
+    return ConfigError(
+        "metrics hold predictions against labels, and data.labels is not set", "data"
+    )
+
+
+def class_number(name: str, classes: Sequence[str]) -> int:
+    """The place of a label in the list of classes.
+
+    Raises:
+        ValueError: it is not among them.
+    """
+    if name not in classes:
+        raise ValueError(f"the label {name!r:.60} is not one of data.classes")
+    return classes.index(name)
 
 
 def by_position(call: str, inputs: int) -> bool:

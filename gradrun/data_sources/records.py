@@ -19,8 +19,19 @@ import torch
 
 from gradrun.complaints import choices
 from gradrun.config import RecordInput, RecordsData
-from gradrun.data_sources.batches import Batch, Data, by_position, converter
+from gradrun.data_sources.batches import (
+    Batch,
+    Data,
+    by_position,
+    class_number,
+    converter,
+    no_labels,
+)
 from gradrun.errors import ConfigError
+
+_LABELS = 4096
+"""How many labels are read at once."""
+
 
 _LONGEST = 16 * 1024 * 1024
 
@@ -42,6 +53,7 @@ class _Records:
                 "data.path",
             )
         self.path, self.id, self.inputs = config.path, config.id, config.inputs
+        self.truth, self.classes = config.labels, config.classes
         self.read = _READERS[config.path.suffix]
         self.batch_size = config.batch_size
         self.by_position = by_position(config.call, len(config.inputs))
@@ -64,6 +76,22 @@ class _Records:
                     raise ConfigError(f"{self.path} lost rows while it was read", "data.path")
                 yield self._batch(taken, range(first, first + len(taken)))
 
+    def labels(self) -> Iterator[torch.Tensor]:
+        if self.truth is None:
+            raise no_labels()
+        with closing(self._records()) as records:
+            while taken := list(itertools.islice(records, _LABELS)):
+                yield torch.tensor([self._label(record) for record in taken], dtype=torch.float64)
+
+    def _label(self, record: Record) -> float:
+        line, fields = record
+        value = fields.get(str(self.truth))
+        try:
+            return class_number(str(value), self.classes) if self.classes else float(value)  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            text = str(error) if self.classes else f"the label {value!r:.60} is no number"
+            raise ConfigError(f"{self.path}:{line}  {text}", "data.classes") from None
+
     def _records(self) -> Generator[Record]:
         try:
             yield from self.read(self.path)
@@ -76,7 +104,8 @@ class _Records:
             for name, spec in self.inputs.items()
             for column in spec.columns
         ]
-        for key, column in [*wanted, *([("data.id", self.id)] if self.id else [])]:
+        named = [("data.id", self.id), ("data.labels", self.truth)]
+        for key, column in [*wanted, *((key, column) for key, column in named if column)]:
             if column not in fields:
                 hint = choices(column, fields)
                 raise ConfigError(f"{self.path.name} has no column {column!r}; {hint}", key)

@@ -192,10 +192,10 @@ def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subjec
 
 def _measured(subject: Subject, load_seconds: float) -> Measurement:
     """The mode's memory; time is not taken here, where hooks and meters would count into it."""
-    batch, peak, retained = subject.copy(), None, None
+    batch, memory = subject.copy(), None
     if meter := FORWARD_MEMORY.get(subject.device.type):
         with subject.active(), state_kept(subject.model):
-            peak, retained = meter(lambda: subject.model(*batch.args, **batch.kwargs))
+            memory = meter(lambda: subject.model(*batch.args, **batch.kwargs), subject.model)
     return Measurement(
         mode=subject.mode,
         variant=subject.name,
@@ -213,8 +213,10 @@ def _measured(subject: Subject, load_seconds: float) -> Measurement:
         memory=Memory(
             weights=tensors.weight_bytes(subject.model),
             inputs=tensors.storage_bytes(batch.tensors()),
-            forward_peak=peak,
-            retained=retained,
+            forward_peak=memory and memory.peak,
+            retained=memory and memory.retained,
+            timeline=memory and memory.timeline,
+            peak_module=memory and memory.peak_module,
         ),
     )
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun import __version__
+from gradrun import __version__, disk, metrics
 from gradrun import device as machine
 from gradrun.advice import advice
 from gradrun.config import RunConfig
@@ -24,6 +24,7 @@ from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
+from gradrun.model_sources.refusals import first_line
 from gradrun.outputs import Named
 from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
@@ -85,6 +86,7 @@ def infer(
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
+        compute = metrics.prepared(config, data, outputs)
         sink = open_sink(config.output, data.samples)
         environment = machine.environment(device)
         with folder.writing():
@@ -118,6 +120,8 @@ def infer(
                 with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
                     folder.save(ended.result)
                 raise ended
+            if compute:
+                result = result.model_copy(update=_agreement(compute, result, folder))
             with interruption.waits():
                 folder.save(result)
     return result
@@ -148,7 +152,9 @@ def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: 
     except GradrunError:
         raise
     except Exception as error:
-        raise _unwritten(error) from error
+        failed = _unwritten(error)
+        failed.resumable = bool(folder.kept and folder.kept.stop)
+        raise failed from error
     return Keeper(sink, journal, batch_size, row_bytes)
 
 
@@ -229,10 +235,21 @@ def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named
     return found
 
 
+def _agreement(compute: metrics.Compute, result: RunResult, folder: RunFolder) -> dict[str, Any]:
+    """The metrics; or why there are none, for the predictions are there all the same."""
+    try:
+        return {"metrics": compute(folder.path)}
+    except Exception as error:
+        said = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
+        return {"warnings": (*result.warnings, Warning(code="no_metrics", text=said))}
+
+
 def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
+    if disk.is_full(error):
+        error.args = (f"{error}; {folder.room(kept, samples)}",)
     note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
     ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
     ended.__cause__ = error.__cause__  # what --debug shows

@@ -1,20 +1,31 @@
 """Meters: each measures one thing about a run and knows nothing of the others.
 
-clock (time), tensors (bytes of tensors), process (resident set), accelerator (device memory).
+clock (time), tensors (bytes of tensors), forward (what is told of them), process (resident set),
+accelerator (device memory).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
+
+from torch import nn
 
 from gradrun.meters import accelerator, tensors
+from gradrun.meters.forward import Forward
 
-FORWARD_MEMORY: dict[str, Callable[[Callable[[], Any]], tuple[int, int]]] = {
+
+class ForwardMeter(Protocol):
+    """Runs a call once and tells what it took; names the modules of `model`, where it can."""
+
+    def __call__(self, call: Callable[[], Any], model: nn.Module | None = None) -> Forward: ...
+
+
+FORWARD_MEMORY: dict[str, ForwardMeter] = {
     "cpu": tensors.forward_memory,
     "cuda": accelerator.forward_memory,
 }
-"""device type -> meter: runs a call once and gives (peak, retained) in bytes above the start.
+"""device type -> meter of a forward pass's memory above the start.
 
 MPS is not here: it keeps no peak.
 """

@@ -9,14 +9,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+
+from gradrun.meters.forward import Forward
 
 
-def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
+def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> Forward:
     """Run `call` once and read CUDA's allocator around it.
 
     Returns:
-        (peak, retained) in bytes above what was live before; the allocator counts in blocks of
-        512 bytes (PyTorch documentation, "CUDA semantics", memory management).
+        Peak and retained bytes above what was live before; the allocator counts in blocks of 512
+        bytes (PyTorch documentation, "CUDA semantics", memory management) and keeps no timeline.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -25,7 +28,7 @@ def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
     torch.cuda.synchronize()
     peak, live = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     del returned
-    return peak - before, live - before
+    return Forward(peak - before, live - before)
 
 
 def reset(device: torch.device) -> None:

@@ -14,6 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import profiler as torch_profiler
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from gradrun.meters.forward import Forward, thinned
+
+_MARK = "gradrun module "
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -50,26 +58,78 @@ def _strided(tensor: torch.Tensor) -> list[torch.Tensor]:
             return []  # memory of another library, which torch does not tell of
 
 
-def forward_memory(call: Callable[[], Any]) -> tuple[int, int]:
+def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> Forward:
     """Run `call` once and count what it allocates on the CPU.
 
+    Args:
+        call: runs the forward pass.
+        model: whose modules are to be named at the peak.
+
     Returns:
-        (peak, retained) in bytes: the most that was live at once, and what is still live when the
-        call has returned and its result is held; both above what was live before. The sizes are
-        those of torch's allocator events, which are the tensors' own.
+        The most bytes that were live at once, and what is still live when the call has returned
+        and its result is held; both above what was live before. The sizes are those of torch's
+        allocator events, which are the tensors' own.
     """
     # torch leaves its profiler without types.
     profiler: Any = torch_profiler.profile(use_cpu=True, profile_memory=True, acc_events=False)
     # Quiet for the call as well: torch's allocator reports each older block that it frees.
-    with _quiet_stderr(), profiler:
+    with _quiet_stderr(), _marked(model) as labels, profiler:
         returned = call()
-    live = peak = 0
-    for event in profiler.kineto_results.events():
-        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
+    live, timeline, running = 0, [0], -1
+    peak, at_peak = 0, -1
+    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        name = event.name()
+        if name.startswith(_MARK):
+            running = int(name.removeprefix(_MARK))
+        elif name == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU:
             live += event.nbytes()
-            peak = max(peak, live)
+            timeline.append(live)
+            if live > peak:
+                peak, at_peak = live, running
     del returned
-    return peak, live
+    return Forward(peak, live, thinned(timeline), labels[at_peak] if at_peak >= 0 else None)
+
+
+@contextmanager
+def _marked(model: nn.Module | None) -> Iterator[list[str]]:
+    """Mark in the profile where each module's forward begins and ends.
+
+    A mark is an event named for the place, in the list that this yields, of the module that runs
+    from there on; -1 where none does. A compiled model would be compiled anew for the hooks, and
+    allocate meanwhile, so it stays unmarked.
+
+    The hooks are the process's, not the modules': nn.TransformerEncoderLayer leaves its fused path
+    when a module of its own has hooks.
+    """
+    if model is None or any("_orig_mod" in part._modules for part in model.modules()):
+        yield []
+        return
+    named = [(module, name or "(the model)") for name, module in model.named_modules()]
+    places = {id(module): place for place, (module, _) in enumerate(named)}
+    under_way = [-1]
+
+    def mark() -> None:
+        with torch_profiler.record_function(f"{_MARK}{under_way[-1]}"):
+            pass
+
+    def entered(module: nn.Module, _: Any) -> None:
+        if (place := places.get(id(module))) is not None:
+            under_way.append(place)
+            mark()
+
+    def left(module: nn.Module, *_: Any) -> None:
+        # A forward that raised, and was caught further out, has left no word.
+        if (place := places.get(id(module))) in under_way:
+            while under_way.pop() != place:
+                pass
+            mark()
+
+    hooks = [register_module_forward_pre_hook(entered), register_module_forward_hook(left)]
+    try:
+        yield [f"{name} ({type(module).__name__})" for module, name in named]
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,11 @@ def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
             _KEY,
         )
     place, _, name = config.target.rpartition(":")
+    is_file = place.endswith(".py")
+    root = config.root or (Path(place).parent if is_file else Path.cwd())
     try:
-        module = import_file(Path(place)) if place.endswith(".py") else _import_package(place)
+        with _imports_from(root.resolve(), anew=is_file, before_all=config.root is not None):
+            module = import_file(Path(place)) if is_file else importlib.import_module(place)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(f"importing {place} failed: {_user_error(error)}", _KEY) from error
     public = [known for known in vars(module) if not known.startswith("_")]
@@ -58,15 +63,12 @@ def build(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Import a Python file anew, with its neighbours importable."""
+    """Import a Python file anew."""
     name = f"gradrun_file_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    neighbours = str(path.parent.resolve())
-    if neighbours not in sys.path:
-        sys.path.append(neighbours)
     # Dataclasses, pickles and torch.compile look a class's module up by its name.
     sys.modules[name] = module
     try:
@@ -77,10 +79,43 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def _import_package(name: str) -> ModuleType:
-    if "" not in sys.path:
-        sys.path.append("")
-    return importlib.import_module(name)
+_imported: dict[Path, set[str]] = {}
+"""Root to the modules of the user's own that were imported from there."""
+
+
+@contextmanager
+def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]:
+    """Let imports find what lies in a folder: at last, or before what is installed.
+
+    What came from another root is forgotten: two revisions of one model may stand in one process,
+    and neither must get the other's helpers. A file's own helpers are read anew, as the file is.
+    Modules already in use stay alive in their users.
+    """
+    for other, names in _imported.items():
+        if other != root:
+            sys.path[:] = [place for place in sys.path if place != str(other)]
+        if other != root or anew:
+            for name in names:
+                sys.modules.pop(name, None)
+            names.clear()
+    if str(root) not in sys.path:
+        sys.path.insert(0 if before_all else len(sys.path), str(root))
+    importlib.invalidate_caches()
+    known = set(sys.modules)
+    own = _imported.setdefault(root, set())
+    try:
+        yield
+    finally:
+        own |= {name for name in sys.modules.keys() - known if _is_own(sys.modules[name])}
+
+
+def _is_own(module: ModuleType) -> bool:
+    """Whether it is the user's, and not of Python's or a library's that is installed."""
+    file = getattr(module, "__file__", None)
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    return file is not None and not any(
+        Path(file).is_relative_to(sysconfig.get_path(k)) for k in kinds
+    )
 
 
 def _user_error(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from gradrun.errors import ConfigError
+from gradrun.errors import ModelRefused
 from gradrun.gradmode import GradMode
 from gradrun.units import bytes_text
 
@@ -36,25 +36,25 @@ def refusal(
     kwargs: dict[str, Any],
     error: BaseException,
     mode: GradMode,
-) -> ConfigError:
+) -> ModelRefused:
     """The error to raise when `model(*args, **kwargs)` raised `error` on the first batch.
 
     Runs the model once more to see which module was entered last.
     """
     said = first_line(error)
     if ran_out_of_memory(error):
-        return ConfigError(
+        return ModelRefused(
             f"the first batch does not fit in memory ({memory_asked(error)}); "
             "choose a smaller batch",
             "data.batch_size",
         )
     if _is_of_the_mode(error, mode):
-        return ConfigError(reason(error, mode), "run.mode")
+        return ModelRefused(reason(error, mode), "run.mode")
     named = [f"{name} {_shape(value)}" for name, value in kwargs.items()]
     shapes = ", ".join([*map(_shape, args), *named])
     where = _innermost(model, args, kwargs)
     hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in said else ""
-    return ConfigError(
+    return ModelRefused(
         f"the model refuses the input {shapes}{where}: {reason(error, mode)}{hint}",
         "data.inputs",
     )

@@ -6,22 +6,23 @@ Knows Rich and the result; imports no torch and runs no model.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.gradmode import GradMode
-from gradrun.reports.comparison import outputs_text
-from gradrun.reports.terminal import DASH, model_name, nearest, printable
-from gradrun.result import Finding, Measurement, RunResult
-from gradrun.safety import errors_in, verdict
-from gradrun.units import bytes_text, count_text
+from gradrun.reports import tables, words
+from gradrun.reports.comparison import words_text
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import Table
+from gradrun.reports.terminal import model_name, nearest
+from gradrun.result import Finding, RunResult
+from gradrun.safety import verdict
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
-_MOST_MODULES = 12
 
 
 def show(result: RunResult, console: Console) -> None:
@@ -38,7 +39,7 @@ def show(result: RunResult, console: Console) -> None:
         console.print(Text("Nothing was found.", "green"))
         console.print()
     if result.kept:
-        console.print(_kept_table(result))
+        console.print(_kept_table(tables.kept(result)))
         console.print()
     console.print(Text(printable(verdict(result)), "bold"))
     folder = Path(nearest(result.config["output"]["path"]))
@@ -46,37 +47,18 @@ def show(result: RunResult, console: Console) -> None:
 
 
 def _headline(result: RunResult) -> Text:
-    machine = result.environment
-    where = machine.device_name or machine.device
-    facts = f"  audit, {where}, torch {machine.torch}"
-    return Text.assemble((model_name(result), "bold"), (printable(facts), "dim"))
+    told = printable(f"  {words.facts(result)}")
+    return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 
-def _modes_table(result: RunResult) -> Table:
-    table = _table("Mode", "safe", "forward peak", "retained", "outputs")
-    agreed = {e.candidate: e for e in result.equivalence}
-    measured = {m.mode: m for m in result.measurements}
-    for mode, found in measured.items():
-        errors = errors_in(result, mode)
-        safe = Text("yes", "green")
-        if errors:
-            safe = Text(count_text(len(errors), "error"), "bold red")
-        table.add_row(
-            Text(mode.value),
-            safe,
-            *(Text(_bytes(found, f)) for f in ("forward_peak", "retained")),
-            outputs_text(agreed.get(mode.value)),
-        )
-    for mode in GradMode:
-        if mode not in measured:
-            failed = Text("cannot run", "bold red")
-            table.add_row(Text(mode.value), failed, DASH, DASH, DASH)
+def _modes_table(result: RunResult) -> RichTable:
+    told = tables.modes(result)
+    table = _table(told)
+    for mode, safe, *figures, outputs in told.rows:
+        style = "green" if safe == "yes" else "bold red"
+        cells = (Text(figure) for figure in figures)
+        table.add_row(Text(mode), Text(safe, style), *cells, words_text(outputs))
     return table
-
-
-def _bytes(measured: Measurement, field: str) -> str:
-    count = getattr(measured.memory, field)
-    return DASH if count is None else bytes_text(count)
 
 
 def _heading(finding: Finding) -> Text:
@@ -99,35 +81,25 @@ def _body(finding: Finding) -> Text:
     return Text.assemble(printable(f"{finding.text}."), (printable(advice), "dim"))
 
 
-def _kept_table(result: RunResult) -> Table:
-    """The modules that keep most, and under them what the memory meter found on its own."""
-    grad = next(m for m in result.measurements if m.mode is GradMode.GRAD)
-    total = sum(kept.bytes for kept in result.kept)
-    table = _table("Kept after a batch in grad", "one batch", "share")
-    retained = grad.memory.retained
-    whole = total if retained is None else retained
-    shown, rest = result.kept[:_MOST_MODULES], result.kept[_MOST_MODULES:]
-    for kept in shown:
-        _row(table, kept.module, kept.bytes, whole)
-    if rest:
-        _row(table, f"{len(rest)} more", sum(kept.bytes for kept in rest), whole)
-    if whole != total:
-        _row(table, "(elsewhere)", whole - total, whole)
+def _kept_table(told: Table) -> RichTable:
+    table = _table(told)
+    *parts, (title, total, _) = told.rows
+    for name, count, share in parts:
+        path, _, kind = name.rpartition(" ")
+        kind = f" {printable(kind)}" if path else ""
+        label = Text.assemble(printable(path or name), (kind, "dim"))
+        table.add_row(label, count, share)
     table.add_section()
-    title = "together" if retained is None else "together, as retained above"
-    table.add_row(Text(title, "bold"), Text(bytes_text(whole), "bold"), "")
+    table.add_row(Text(title, "bold"), Text(total, "bold"), "")
     return table
 
 
-def _row(table: Table, name: str, count: int, total: int) -> None:
-    path, _, kind = name.rpartition(" ")
-    label = Text.assemble(printable(path or kind), (f" {printable(kind)}" if path else "", "dim"))
-    table.add_row(label, bytes_text(count), f"{count / total:.0%}" if total else DASH)
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-    table.add_column(title, min_width=14, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "outputs" else "right", no_wrap=True)
+def _table(told: Table) -> RichTable:
+    table = RichTable(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, header_style="bold"
+    )
+    table.add_column(told.title, min_width=14, overflow="fold")
+    for column in told.columns:
+        justify: Literal["left", "right"] = "left" if column == "outputs" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     return table

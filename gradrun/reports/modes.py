@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradrun.gradmode import GradMode
-from gradrun.reports.terminal import TABLE_WIDTH, hanging, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.terminal import TABLE_WIDTH, hanging
 from gradrun.result import Fact, ModeFacts
 from gradrun.units import count_text
 

@@ -5,39 +5,38 @@ Knows Rich and the result; imports no torch and measures nothing.
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.result import Measurement, Memory, RunResult
-from gradrun.stats import Estimate
-from gradrun.units import bytes_text, count_text, number_text, seconds_text
+from gradrun.reports import tables, words
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import Table
+from gradrun.result import Measurement, RunResult
+from gradrun.units import count_text
 
-DASH = "–"
 TABLE_WIDTH = 79
-_QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _SHOWN_FILES = 3
-
-Row = tuple[str, str, str]
-"""A figure's name, its value, and what to know about it."""
 
 
 def show(result: RunResult, console: Console) -> None:
     """Print everything that a person wants to know of a run."""
     measured = result.measurements[0]
     console.print()
-    console.print(_headline(result, measured))
+    console.print(_headline(result))
     console.print()
     width = min(console.width, TABLE_WIDTH)
-    console.print(timing_table(measured, width))
+    console.print(_table(tables.timing(result), width))
     console.print()
-    console.print(memory_table(measured.memory, width))
+    console.print(_table(tables.peak_memory(result), width))
     console.print()
+    if result.metrics:
+        console.print(_table(tables.against_labels(result), width))
+        console.print()
     for warning in result.warnings:
         console.print(hanging("!", warning.text))
     if result.warnings:
@@ -45,116 +44,43 @@ def show(result: RunResult, console: Console) -> None:
     console.print(_closing(result, measured))
 
 
-def timing_table(measured: Measurement, width: int = TABLE_WIDTH) -> Table:
-    """Cold start, latency, throughput and what the run is bound by."""
-    phases = measured.phases
-    cold = (phases.load_model, phases.open_data, phases.first_batch)
-    load, opened, first = map(seconds_text, cold)
-    bound, shares = measured.bound_by
-    asked = measured.batch_limit
-    rows: list[Row] = [
-        *([("batch size", f"{asked}", "cut down: memory ran out")] if asked else []),
-        (
-            "cold start",
-            seconds_text(measured.cold_start),
-            f"model {load}, data {opened}, first batch {first}",
-        ),
-        *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
-    ]
-    if measured.samples:
-        whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
-        split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        rows += [
-            ("throughput", f"{number_text(measured.throughput)} /s", f"{whole}, read to written"),
-            ("bound by", bound, split),
-        ]
-    return _table("Time", rows, width)
-
-
-def _latency(name: str, q: float, estimate: Estimate | None) -> Row:
-    if estimate is None:
-        return f"batch {name}", DASH, f"takes {round(1 / (1 - q))} batches to tell"
-    value, low, high = (
-        seconds_text(seconds, estimate.uncertainty)
-        for seconds in (estimate.value, estimate.low, estimate.high)
-    )
-    above, below = estimate.low > 0, math.isfinite(estimate.high)
-    if above and below:
-        bounds = f"{low} to {high} (95 %)"
-    else:
-        bounds = f"{low} or more (95 %)" if above else f"{high} or less (95 %)" if below else ""
-    return f"batch {name}", value, bounds
-
-
-def memory_table(memory: Memory, width: int = TABLE_WIDTH) -> Table:
-    """What is held, and the peaks; exact bytes beside the readable figure."""
-    rows = [
-        _bytes("weights", memory.weights),
-        _bytes("inputs", memory.inputs, "one batch"),
-        _bytes("forward peak", memory.forward_peak, "above what was live before"),
-        _bytes("retained", memory.retained, "outputs, and in grad their graph"),
-        _bytes("process peak", memory.process_peak, f"whole process ({memory.process_method})"),
-    ]
-    if memory.device_allocated is None and memory.device_reserved is None:
-        rows.append(("device peak", DASH, "no accelerator in use"))
-    else:
-        rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
-        rows.append(_bytes("device pool", memory.device_reserved, "reserved, at its peak"))
-    return _table("Peak memory", rows, width)
-
-
-def _bytes(name: str, count: int | None, note: str = "") -> Row:
-    if count is None:
-        return name, DASH, "not measured"
-    return name, bytes_text(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
-
-
-def _table(title: str, rows: list[Row], width: int) -> Table:
-    table = Table(
+def _table(told: Table, width: int) -> RichTable:
+    table = RichTable(
         box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=width
     )
-    table.add_column(title, no_wrap=True, min_width=12)
+    table.add_column(told.title, no_wrap=True, min_width=12)
     table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
     table.add_column(style="dim", ratio=1)
-    for row in rows:
+    for row in told.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
-def _headline(result: RunResult, measured: Measurement) -> Text:
-    machine = result.environment
-    batches = count_text(len(measured.batch_seconds), "batch")
-    facts = (
-        machine.device_name or machine.device,
-        count_text(machine.threads, "thread"),
-        f"{batches} of {max(measured.batch_sizes, default=0)}",
-    )
+def _headline(result: RunResult) -> Text:
     return Text.assemble(
         (model_name(result), "bold"),
-        f"  {measured.mode.value}",
-        (printable("  " + ", ".join(facts)), "dim"),
+        f"  {words.mode(result)}",
+        (printable(f"  {words.facts(result)}"), "dim"),
     )
 
 
 def model_name(result: RunResult) -> str:
     """What the model is called: by its config, without folders."""
-    model = result.config["model"]
-    name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
-    return printable(Path(name).name)
+    return printable(words.model_name(result))
 
 
-def hanging(mark: str, text: str, style: str = "bold yellow") -> Table:
+def hanging(mark: str, text: str, style: str = "bold yellow") -> RichTable:
     """A marked paragraph whose further lines stand under its first word."""
-    grid = Table.grid(padding=(0, 1))
+    grid = RichTable.grid(padding=(0, 1))
     grid.add_row(Text(mark, style), Text(printable(text)))
     return grid
 
 
-def _closing(result: RunResult, measured: Measurement) -> Table:
+def _closing(result: RunResult, measured: Measurement) -> RichTable:
     folder = Path(nearest(result.config["output"]["path"]))
     files = [str(folder / file) for file in result.files[:_SHOWN_FILES]]
     more = len(result.files) - len(files)
-    grid = Table.grid(padding=(0, 3))
+    grid = RichTable.grid(padding=(0, 3))
     grid.add_column(overflow="fold")
     grid.add_column(overflow="fold")
     count = measured.samples if result.predictions is None else result.predictions
@@ -176,10 +102,3 @@ def nearest(path: str | Path) -> str:
     except ValueError:  # another drive
         return str(path)
     return min(relative, str(path), key=len)
-
-
-def printable(text: str) -> str:
-    """`text` with control characters written out, so that no name can drive the terminal."""
-    return "".join(
-        char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text
-    )

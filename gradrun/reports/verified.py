@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from gradrun.readback import Fault
-from gradrun.reports.terminal import hanging, nearest, printable
+from gradrun.reports.printable import printable
+from gradrun.reports.terminal import hanging, nearest
 from gradrun.units import count_text
 
 _SHOWN = 20

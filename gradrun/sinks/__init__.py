@@ -5,7 +5,7 @@ Knows named tensors and a folder; not which model they came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,6 +69,20 @@ SINKS: dict[str, Callable[[Path, int], Any]] = {
     "jsonl": jsonl.JsonlSink,
 }
 """format -> (folder, samples) to Sink."""
+
+
+Read = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""Some samples in order: their numbers [n], and their outputs [n, ...]."""
+
+READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
+    "npy": npy.read,
+    "safetensors": safetensors.read,
+    "jsonl": jsonl.read,
+}
+"""format -> what reads a finished run's folder back, about a MiB at a time.
+
+Of samples that were set apart a reader gives what lies in their place, or leaves them out.
+"""
 
 
 def open_sink(config: OutputSection, samples: int) -> Sink:

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,25 @@ class NpySink:
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
+
+
+def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The rows of every output, a window at a time."""
+    files = {
+        path.name.removeprefix("predictions").removesuffix(".npy")[1:] or UNNAMED: path
+        for path in sorted(folder.glob("predictions*.npy"))
+    }
+    first = [np.load(path, mmap_mode="r") for path in files.values()]
+    row_bytes = sum(array[:1].nbytes for array in first)
+    samples, step = len(first[0]), max(1, BUFFER_BYTES // max(1, row_bytes))
+    del first
+    for begin in range(0, samples, step):
+        # Mapped anew, so that pages already read are given back.
+        rows = {
+            name: torch.from_numpy(np.array(np.load(path, mmap_mode="r")[begin : begin + step]))
+            for name, path in files.items()
+        }
+        yield torch.arange(begin, min(begin + step, samples)), rows
 
 
 class _NpyFile:
@@ -209,8 +228,7 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                if shutil.disk_usage(self.path.parent).free < size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.check_room(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:

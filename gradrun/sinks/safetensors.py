@@ -9,11 +9,11 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from gradrun import disk
@@ -21,6 +21,7 @@ from gradrun.journal import Committed
 from gradrun.outputs import nonfinite_rows
 
 PART_BYTES = 64 * 1024 * 1024
+_WINDOW_BYTES = 1024 * 1024
 
 
 class SafetensorsSink:
@@ -58,6 +59,9 @@ class SafetensorsSink:
         save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
+        left = self.samples - (kept[-1].stop if kept else 0)
+        # While a part is written its plain rows still lie beside it.
+        disk.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in sorted(outputs.items())
@@ -243,6 +247,24 @@ class SafetensorsSink:
 
     def _of_part(self, part: int, kept: Sequence[Committed]) -> list[Committed]:
         return [committed for committed in kept if committed.start // self._rows == part]
+
+
+def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The rows of every output, a window at a time, part after part."""
+    start = 0
+    for path in sorted(folder.glob("predictions-*.safetensors")):
+        with safe_open(path, framework="pt") as part:
+            rows = {name: part.get_slice(name) for name in part.keys()}  # noqa: SIM118
+            samples = next(iter(rows.values())).get_shape()[0]
+            row_bytes = sum(slices[:1].nbytes for slices in rows.values())
+            step = max(1, _WINDOW_BYTES // max(1, row_bytes))
+            for begin in range(0, samples, step):
+                stop = min(begin + step, samples)
+                yield (
+                    torch.arange(start + begin, start + stop),
+                    {name: slices[begin:stop] for name, slices in rows.items()},
+                )
+        start += samples
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

@@ -1,0 +1,345 @@
+"""Limits and baselines held against what was measured: results -> Outcomes.
+
+Knows the nouns only: no torch, no files and no terminal. A check says pass or fail where the
+figures do, and inconclusive, with the reason, where they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+
+from gradrun import stats
+from gradrun.bounds import Bound, Status, bytes_bound, number_bound, share
+from gradrun.config import CheckSection
+from gradrun.gradmode import GradMode
+from gradrun.result import (
+    Environment,
+    Equivalence,
+    Measurement,
+    Memory,
+    Metric,
+    Outcome,
+    Output,
+    RunResult,
+)
+from gradrun.stats import Estimate
+from gradrun.units import bytes_text, count_text
+
+SPEEDUP = "speedup_over_"
+"""How limits on the time of another mode begin."""
+
+_MACHINE = ("cpu", "cpus", "threads", "device", "device_name", "torch")
+"""What must be the same for times to be compared."""
+
+
+# --- smoke -------------------------------------------------------------------------------------
+
+
+def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcome]:
+    """Whether a run was whole, finite and kept no graph, and the modes agree."""
+    found = {warning.code: warning.text for warning in predicted.warnings}
+    measured = predicted.measurements[0]
+    batches = count_text(len(measured.batch_sizes), "batch")
+    rows, apart = predicted.predictions or 0, found.get("quarantined", "")
+    short = "" if rows == measured.samples else f"the model ran on {measured.samples:,} samples"
+    outcomes = [
+        _smoke("runs", "no error", batches),
+        _smoke("predictions", "one row a sample", count_text(rows, "row"), apart or short),
+        _clean("finite", "no NaN, no infinity", found.get("nonfinite", "")),
+    ]
+    if measured.mode is not GradMode.GRAD:
+        outcomes.append(_clean("no graph", "no output keeps one", found.get("graph_kept", "")))
+    for other in agreement:
+        text = "same to the bit" if other.bitwise else f"within ±{other.max_abs_diff:.1g}"
+        where = f", first in {other.first_module}" if other.first_module else ""
+        reason = f"outputs differ from {other.baseline}'s by {other.max_abs_diff:.2g}{where}"
+        name = f"{other.candidate} agrees"
+        outcomes.append(_smoke(name, "same outputs", text, "" if other.equal else reason))
+    return outcomes
+
+
+def failed_smoke(check: str, error: str) -> Outcome:
+    """That the model, or one of its modes, did not run."""
+    return _smoke(check, "no error", "failed", error)
+
+
+def _clean(check: str, limit: str, reason: str) -> Outcome:
+    return _smoke(check, limit, "some" if reason else "none", reason)
+
+
+def _smoke(check: str, limit: str, value: str, reason: str = "") -> Outcome:
+    return Outcome(
+        check=check,
+        limit=limit,
+        value=value,
+        status="fail" if reason else "pass",
+        reason=reason,
+        key="check.smoke",
+    )
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
+    """The absolute limits on memory."""
+    for name, limit in _limits(asked):
+        if name.startswith(SPEEDUP) or not hasattr(memory, name):
+            continue
+        bound, value = bytes_bound(limit), getattr(memory, name)
+        yield Outcome(
+            check=_spoken(name),
+            limit=f"at most {bytes_text(int(bound.value))}",
+            key=f"check.limits.{name}",
+            **_bytes_found(bound, value),
+        )
+
+
+def _bytes_found(bound: Bound, value: int | None) -> dict[str, str]:
+    if value is None:
+        reason = "nothing here measures it; leave the limit out where there is no such device"
+        return {"value": "–", "status": "inconclusive", "reason": reason}
+    over = value - bound.value
+    return {
+        "value": bytes_text(value),
+        "status": bound.status(value, value),
+        "reason": f"{bytes_text(math.ceil(over))} too much ({value:,} bytes)" if over > 0 else "",
+    }
+
+
+def speedup_limits(
+    asked: CheckSection, mode: GradMode, measurements: Sequence[Measurement]
+) -> Iterator[Outcome]:
+    """Limits on the time of another mode / the time of the one that is checked."""
+    for name, limit in _limits(asked):
+        if not name.startswith(SPEEDUP):
+            continue
+        found = paired(measurements, name.removeprefix(SPEEDUP), str(mode))
+        yield Outcome(
+            check=_spoken(name),
+            limit=limit,
+            key=f"check.limits.{name}",
+            **_ratio_found(number_bound(limit), found),
+        )
+
+
+def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Outcome]:
+    """Limits on what was computed from labels."""
+    found = {metric.name: metric.value for metric in metrics}
+    for name, limit in _limits(asked):
+        if name in found:
+            bound, value = number_bound(limit), found[name]
+            status = "fail" if math.isnan(value) else bound.status(value, value)
+            yield Outcome(
+                check=_spoken(name),
+                limit=limit,
+                value=f"{value:.4f}",
+                status=status,
+                reason="" if status == "pass" else "the predictions are worse than the limit",
+                key=f"check.limits.{name}",
+            )
+
+
+def modes_timed(asked: CheckSection) -> list[GradMode]:
+    """The modes whose time a limit asks for."""
+    names = [name.removeprefix(SPEEDUP) for name, _ in _limits(asked) if name.startswith(SPEEDUP)]
+    return [mode for mode in GradMode if mode in names]
+
+
+def _limits(asked: CheckSection) -> list[tuple[str, str]]:
+    return list(asked.limits.model_dump(exclude_none=True).items())
+
+
+def _ratio_found(bound: Bound, found: Estimate | None) -> dict[str, str]:
+    if found is None:
+        reason = "it could not be measured"
+        return {"value": "–", "status": "inconclusive", "reason": reason}
+    status = bound.status(found.low, found.high)
+    return {"value": _interval(found), "status": status, "reason": _why(status)}
+
+
+def _why(status: Status) -> str:
+    if status == "inconclusive":
+        return (
+            "the interval lies on both sides of the limit; quiet the machine, or raise "
+            "measure.budget"
+        )
+    return "the whole interval lies beyond the limit" if status == "fail" else ""
+
+
+# --- regression --------------------------------------------------------------------------------
+
+
+def paired(measurements: Sequence[Measurement], base: str, other: str) -> Estimate | None:
+    """Time of variant `base` / time of variant `other`, which took turns in each process."""
+    by_process = {m.process: m for m in measurements if m.variant == other}
+    ratios = [
+        stats.paired_ratio(m.seconds_per_sample, by_process[m.process].seconds_per_sample)
+        for m in measurements
+        if m.variant == base and m.process in by_process
+    ]
+    return stats.over_processes(ratios) if ratios else None
+
+
+def apart(before: Sequence[Measurement], now: Sequence[Measurement]) -> Estimate | None:
+    """Time now / time before, of processes that did not run side by side."""
+    groups = [[median(m.seconds_per_sample) for m in ms if m.batch_seconds] for ms in (now, before)]
+    return stats.apart(*groups) if all(groups) else None
+
+
+def inverse(ratio: Estimate | None) -> Estimate | None:
+    """1 / ratio, where there is one."""
+    if ratio is None:
+        return None
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else math.inf)
+
+
+def time_regression(
+    asked: CheckSection, rival: str, slowdown: Estimate | None, differs: Sequence[str] = ()
+) -> Iterator[Outcome]:
+    """Whether time grew by more than it may.
+
+    Args:
+        asked: what is allowed.
+        rival: what it is compared with, in a word or two.
+        slowdown: time now / time of the rival.
+        differs: what differs between the machines, where the rival was not measured here.
+    """
+    if asked.regression.time is None:
+        return
+    bound = Bound(1 + share(asked.regression.time), at_least=False)
+    value = {"value": "–", "status": "inconclusive", "reason": "time could not be measured"}
+    if differs:
+        value["reason"] = (
+            f"measured on another machine ({'; '.join(differs)}), whose times say nothing of this "
+            "one's; --against runs both sides here"
+        )
+    elif slowdown:
+        status = bound.status(slowdown.low, slowdown.high)
+        value = {"value": _change(slowdown), "status": status, "reason": _why(status)}
+        if math.isinf(slowdown.high):
+            value["value"] = f"{slowdown.value - 1:+.1%}"
+            value["reason"] = "one process supports no interval; --save-baseline takes several"
+    yield Outcome(
+        check=f"time against {rival}",
+        limit=f"at most +{asked.regression.time}",
+        key="check.regression.time",
+        **value,
+    )
+
+
+def memory_regression(
+    asked: CheckSection, rival: str, before: Memory, now: Memory
+) -> Iterator[Outcome]:
+    """Whether memory grew by more than it may; to the byte, whatever the machine."""
+    for name, limit in asked.regression.model_dump(exclude={"time", "outputs"}).items():
+        if limit is None:
+            continue
+        old, new = getattr(before, name), getattr(now, name)
+        found = {"value": "–", "status": "inconclusive", "reason": "one side has no such figure"}
+        if old is not None and new is not None:
+            grown = (new / old - 1 if old else math.inf) if new != old else 0.0
+            over = grown > share(limit)
+            found = {
+                "value": f"{grown:+.1%} ({bytes_text(new)})",
+                "status": "fail" if over else "pass",
+                "reason": f"it was {bytes_text(old)}" if over else "",
+            }
+        yield Outcome(
+            check=f"{_spoken(name)} against {rival}",
+            limit=f"at most +{limit}",
+            key=f"check.regression.{name}",
+            **found,
+        )
+
+
+def outputs_regression(
+    asked: CheckSection, rival: str, before: Sequence[Output], now: Sequence[Output]
+) -> Iterator[Outcome]:
+    """Whether outputs have the rival's names, types, shapes, means and spreads."""
+    if not asked.regression.outputs or not before:
+        return
+    old, new = {o.name: o for o in before}, {o.name: o for o in now}
+    reasons = [f"there is no {name} any more" for name in old.keys() - new.keys()]
+    reasons += [f"{name} is new" for name in new.keys() - old.keys()]
+    for name in old.keys() & new.keys():
+        reasons += _difference(asked, old[name], new[name])
+    yield _outputs(rival, "same types, shapes, means", "; ".join(reasons), "as they were")
+
+
+def _difference(asked: CheckSection, old: Output, new: Output) -> Iterator[str]:
+    if (old.dtype, old.shape) != (new.dtype, new.shape):
+        was, now = (f"{o.dtype} {list(o.shape)}" for o in (old, new))
+        yield f"{new.name} was {was} and is {now}"
+        return
+    for what in ("mean", "spread"):
+        was, now = getattr(old, what), getattr(new, what)
+        if not (was == now or math.isclose(was, now, rel_tol=asked.rtol, abs_tol=asked.atol)):
+            yield f"{new.name}'s {what} was {was:.6g} and is {now:.6g}"
+
+
+def same_outputs(asked: CheckSection, rival: str, found: Equivalence) -> Iterator[Outcome]:
+    """Whether outputs are the rival's, batch by batch."""
+    if asked.regression.outputs:
+        where = f", first in {found.first_module}" if found.first_module else ""
+        reason = "" if found.equal else f"they differ by up to {found.max_abs_diff:.2g}{where}"
+        text = "same to the bit" if found.bitwise else f"within ±{found.max_abs_diff:.1g}"
+        yield _outputs(rival, "the same", reason, text)
+
+
+def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:
+    return Outcome(
+        check=f"outputs against {rival}",
+        limit=limit,
+        value="changed" if reason else value,
+        status="fail" if reason else "pass",
+        reason=reason,
+        key="check.regression.outputs",
+    )
+
+
+def golden(differences: Mapping[str, str], file: str) -> Outcome:
+    """Whether outputs are those of the expected file; a difference for each that is not."""
+    reason = "; ".join(f"{name} {text}" for name, text in differences.items())
+    return Outcome(
+        check="expected outputs",
+        limit=f"those in {file}",
+        value="other" if reason else "the same",
+        status="fail" if reason else "pass",
+        reason=f"{reason}; where that is meant, --update-expected" if reason else "",
+        key="check.expected",
+    )
+
+
+def machines_differ(before: Environment, now: Environment) -> list[str]:
+    """What differs between two machines that matters for time, each in a few words."""
+    return [
+        f"{name.replace('_', ' ')} {getattr(before, name)}, here {getattr(now, name)}"
+        for name in _MACHINE
+        if getattr(before, name) != getattr(now, name)
+    ]
+
+
+def placed(outcomes: Sequence[Outcome], place: Callable[[str], str | None]) -> tuple[Outcome, ...]:
+    """The outcomes with the places of their keys."""
+    return tuple(o.model_copy(update={"source": place(o.key)}) for o in outcomes)
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def _spoken(name: str) -> str:
+    over = name.removeprefix(SPEEDUP)
+    return name.replace("_", " ") if over == name else f"speedup over {over}"
+
+
+def _interval(found: Estimate) -> str:
+    if math.isinf(found.high):
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _change(slowdown: Estimate) -> str:
+    return f"{slowdown.value - 1:+.1%} ({slowdown.low - 1:+.1%} to {slowdown.high - 1:+.1%})"

@@ -1,0 +1,357 @@
+"""`gradrun.check`: a config's limits and baselines held against what a run gives and costs.
+
+Knows the order of the steps: predict everything, look at the modes, time what a limit asks for; how
+a figure is judged stands in checks.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gradrun import __version__, checks, comparison, golden
+from gradrun import device as machine
+from gradrun.config import MetricSection, PythonModel, RunConfig
+from gradrun.errors import ConfigError, GradrunError, ModelRefused, RunFailed
+from gradrun.gradmode import GradMode
+from gradrun.jobs import resolved, trusted
+from gradrun.jobs.infer import infer
+from gradrun.messages import Variant
+from gradrun.result import Measurement, Outcome, RunResult
+from gradrun.revision import checked_out
+from gradrun.store import RunFolder
+from gradrun.yamlfile import load_config, located
+
+_OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
+
+
+@dataclass
+class Rival:
+    """What a model is compared with: an earlier result, or another config that runs beside it."""
+
+    name: str
+    result: RunResult | None = None
+    config: RunConfig | None = None
+
+    @property
+    def variant(self) -> str:
+        """What it is called among the variants of a session."""
+        return f"against {self.name}"
+
+
+def check(
+    config: str | Path | Mapping[str, Any] | RunConfig,
+    *,
+    baseline: str | Path | None = None,
+    against: str | Path | None = None,
+    save_baseline: str | Path | None = None,
+    update_expected: bool = False,
+    trust_code: bool = False,
+    sets: Sequence[str] = (),
+    progress: comparison.Progress | None = None,
+    **overrides: Any,
+) -> RunResult:
+    """Hold a model against the `check` section of its config.
+
+    Args:
+        config: a RunConfig, a YAML file, or the same as a mapping.
+        baseline: an earlier result with which regressions are found.
+        against: another config, or a git revision of this one, that is measured side by side.
+        save_baseline: where to write the result as a baseline for later.
+        update_expected: write the golden outputs instead of comparing with them.
+        trust_code: let a `python` model run the code that the config names, on both sides.
+        sets: changes as on the command line, "key.path=value", on both sides.
+        progress: told what is being done, and how much of it is done of how much.
+        overrides: as for `infer`.
+
+    Returns:
+        A result whose `outcomes` and `status` say what came of it. It is in result.json too, in the
+        folder beside output.path that ends in -check, with the predictions.
+
+    Raises:
+        ConfigError: the config, the data or the baseline are wrong.
+        RunFailed: the other side cannot run.
+    """
+    if baseline and against:
+        raise ConfigError("--baseline and --against both name what to compare with: choose one")
+    whole = resolved(load_config(config, sets) if sets else config, overrides)  # type: ignore[arg-type]
+    subject = _subject(whole)
+    earlier = RunResult.load(baseline) if baseline else None
+    with located(whole):
+        _see_that_it_can_be_told(subject, earlier, update_expected)
+    tell = progress or (lambda *_: None)
+    with located(whole), _rival(whole, earlier, baseline, against, sets, overrides) as rival:
+        try:
+            predicted = infer(
+                subject,
+                trust_code=trust_code,
+                overwrite=True,
+                progress=lambda done, samples: tell("predicting", done, samples),
+            )
+        except (ModelRefused, RunFailed) as error:
+            result = _failed(subject, error)
+        else:
+            work = _Work(subject, predicted, rival, trusted(trust_code), tell)
+            result = work.result(timed=bool(save_baseline), update_expected=update_expected)
+    place = whole._origin.where if whole._origin else lambda _: None
+    result = result.model_copy(update={"outcomes": checks.placed(result.outcomes, place)})
+    folder = RunFolder(subject.output.path, overwrite=True)
+    with folder.writing():
+        folder.save(result)
+    if save_baseline:
+        _save(result, Path(save_baseline))
+    return result
+
+
+def _subject(config: RunConfig) -> RunConfig:
+    """The config as it is checked: in the mode asked for, in a folder of its own."""
+    path = config.output.path
+    known = {metric.title for metric in config.metrics}
+    limited = [name for name in config.check.limits.of_metrics() if name not in known]
+    missing = [MetricSection.model_validate({"name": name}) for name in limited]
+    return config.model_copy(
+        update={
+            "metrics": (
+                *config.metrics,
+                *missing,
+            ),
+            "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
+            "output": config.output.model_copy(
+                update={"path": path.with_name(f"{path.name}-check"), "format": "npy"}
+            ),
+        }
+    )
+
+
+def _see_that_it_can_be_told(
+    config: RunConfig, earlier: RunResult | None, update_expected: bool
+) -> None:
+    """Find out before a long run what would be found out after it."""
+    expected, mode = config.check.expected, config.run.mode
+    if earlier and not _of_mode(earlier.measurements, mode):
+        raise ConfigError(f"the baseline holds no measurement in {mode}", "check.mode")
+    if update_expected and expected is None:
+        raise ConfigError("--update-expected takes a check.expected to write")
+    if expected and not update_expected and not expected.exists():
+        raise ConfigError(f"there is no {expected}; --update-expected writes it", "check.expected")
+
+
+def _save(result: RunResult, path: Path) -> None:
+    try:
+        result.save(path)
+    except OSError as error:
+        raise GradrunError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _failed(config: RunConfig, error: GradrunError) -> RunResult:
+    """The result of a model that did not run."""
+    device = machine.resolve(config.run.device)
+    return RunResult(
+        kind="check",
+        gradrun=__version__,
+        started_at=_now(),
+        config=config.model_dump(mode="json"),
+        environment=machine.environment(device),
+        measurements=error.result.measurements if error.result else (),
+        outcomes=(checks.failed_smoke("runs", str(error)),),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- what it is compared with ------------------------------------------------------------------
+
+
+@contextmanager
+def _rival(
+    whole: RunConfig,
+    earlier: RunResult | None,
+    baseline: str | Path | None,
+    against: str | Path | None,
+    sets: Sequence[str],
+    overrides: Mapping[str, Any],
+) -> Iterator[Rival | None]:
+    if earlier:
+        yield Rival(Path(str(baseline)).name, result=earlier)
+    elif against is None:
+        yield None
+    elif Path(against).is_file():
+        other = resolved(load_config(Path(against), sets), overrides)
+        yield Rival(Path(against).name, config=_subject(other))
+    else:
+        own = Path(whole._origin.name) if whole._origin else None
+        if own is None or not own.is_file():
+            raise ConfigError("--against a revision takes a config that is a file")
+        with checked_out(str(against), own.parent, whole.input_files()) as folder:
+            if not (folder / own.name).is_file():
+                raise ConfigError(f"--against {against}: {own.name} is not in that revision")
+            other = resolved(load_config(folder / own.name, sets), overrides)
+            yield Rival(str(against), config=_subject(_imported_from(other, own, folder)))
+
+
+def _imported_from(config: RunConfig, own: Path, folder: Path) -> RunConfig:
+    """Let a package target be imported from the revision, and not from here."""
+    model = config.model
+    if not isinstance(model, PythonModel) or model.root or ".py:" in model.target:
+        return config
+    # The current folder's place in the revision: as far from the config as it is here.
+    root = (folder / os.path.relpath(Path.cwd(), own.parent)).resolve()
+    return config.model_copy(update={"model": model.model_copy(update={"root": root})})
+
+
+# --- the steps ---------------------------------------------------------------------------------
+
+
+class _Work:
+    """One check of a model that ran: what its modes and its rival are, in figures."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        predicted: RunResult,
+        rival: Rival | None,
+        trust_code: bool,
+        tell: comparison.Progress,
+    ) -> None:
+        self.config, self.asked, self.predicted = config, config.check, predicted
+        self.mode, self.rival, self.trust_code, self.tell = config.run.mode, rival, trust_code, tell
+        self.name = str(self.mode)
+
+    def result(self, *, timed: bool, update_expected: bool) -> RunResult:
+        """Everything asked for, as Outcomes."""
+        outputs = golden.predictions(self.config.output.path, self.predicted.files)
+        described = golden.described(outputs)
+        looked = self._session(self._looked_at()).look()
+        self._see_that_both_ran(looked)
+        measured = self._timed() if timed or self._needs_time() else looked
+        memory = next(m.memory for m in measured.measurements if m.variant == self.name)
+        outcomes = [
+            *self._smoke(looked),
+            *checks.memory_limits(self.asked, memory),
+            *checks.speedup_limits(self.asked, self.mode, measured.measurements),
+            *checks.metric_limits(self.asked, self.predicted.metrics),
+            *self._regression(looked, measured, described),
+            *self._expected(outputs, update_expected),
+        ]
+        assert measured.environment
+        return RunResult(
+            kind="check",
+            gradrun=__version__,
+            started_at=self.predicted.started_at,
+            config=self.config.model_dump(mode="json"),
+            environment=measured.environment,
+            measurements=tuple(measured.measurements),
+            comparisons=tuple(measured.comparisons),
+            equivalence=tuple(looked.equivalence),
+            files=self.predicted.files,
+            predictions=self.predicted.predictions,
+            metrics=self.predicted.metrics,
+            outputs=described,
+            outcomes=tuple(outcomes),
+            warnings=tuple(measured.warnings),
+        )
+
+    # --- measuring -----------------------------------------------------------------------------
+
+    def _session(self, variants: Sequence[Variant]) -> comparison.Session:
+        return comparison.Session(variants, self.config, trust_code=self.trust_code)
+
+    def _variant(self, mode: GradMode) -> Variant:
+        dumped = self.config.model_dump(mode="json")
+        return Variant(name=str(mode), config=dumped | {"run": dumped["run"] | {"mode": mode}})
+
+    def _own_and_rival(self) -> list[Variant]:
+        variants = [self._variant(self.mode)]
+        if self.rival and self.rival.config:
+            dumped = self.rival.config.model_dump(mode="json")
+            variants.append(Variant(name=self.rival.variant, config=dumped))
+        return variants
+
+    def _looked_at(self) -> list[Variant]:
+        others = [mode for mode in GradMode if mode is not self.mode and self.asked.smoke]
+        return [*self._own_and_rival(), *map(self._variant, others)]
+
+    def _needs_time(self) -> bool:
+        limits = self.asked.limits.model_dump(exclude_none=True)
+        of_a_process = any(name in limits for name in _OF_A_PROCESS)
+        return bool(self.rival or checks.modes_timed(self.asked) or of_a_process)
+
+    def _timed(self) -> comparison.Compared:
+        others = [mode for mode in checks.modes_timed(self.asked) if mode is not self.mode]
+        session = self._session([*self._own_and_rival(), *map(self._variant, others)])
+        measured = session.run(self.tell)
+        self._see_that_both_ran(measured)
+        return measured
+
+    def _see_that_both_ran(self, found: comparison.Compared) -> None:
+        """What failed, beside another mode in the smoke check, ends the check."""
+        needed = [variant.name for variant in self._own_and_rival()]
+        for failure in found.failures:
+            if failure.variant in (*needed, ""):
+                raise RunFailed(comparison.sentence(failure))
+
+    # --- judging -------------------------------------------------------------------------------
+
+    def _smoke(self, looked: comparison.Compared) -> list[Outcome]:
+        if not self.asked.smoke:
+            return []
+        modes = [found for found in looked.equivalence if found.candidate in set(GradMode)]
+        found = checks.smoke(self.predicted, modes)
+        return found + [
+            checks.failed_smoke(f"{failure.variant} agrees", failure.error)
+            for failure in looked.failures
+        ]
+
+    def _regression(
+        self, looked: comparison.Compared, measured: comparison.Compared, described: Any
+    ) -> list[Outcome]:
+        if self.rival is None:
+            return []
+        if self.rival.result:
+            return self._since(self.rival.result, measured, described)
+        name, variant, asked = self.rival.name, self.rival.variant, self.asked
+        by_name = {m.variant: m.memory for m in measured.measurements}
+        slowdown = checks.paired(measured.measurements, self.name, variant)
+        agreement = [found for found in looked.equivalence if found.candidate == variant]
+        return [
+            *checks.time_regression(asked, name, slowdown),
+            *checks.memory_regression(asked, name, by_name[variant], by_name[self.name]),
+            *(o for found in agreement for o in checks.same_outputs(asked, name, found)),
+        ]
+
+    def _since(
+        self, before: RunResult, measured: comparison.Compared, described: Any
+    ) -> list[Outcome]:
+        """Regressions since an earlier result."""
+        assert self.rival
+        assert measured.environment
+        old = _of_mode(before.measurements, self.mode)
+        now = _of_mode(measured.measurements, self.mode)
+        differs = checks.machines_differ(before.environment, measured.environment)
+        name, asked = self.rival.name, self.asked
+        return [
+            *checks.time_regression(asked, name, checks.apart(old, now), differs),
+            *checks.memory_regression(asked, name, old[0].memory, now[0].memory),
+            *checks.outputs_regression(asked, name, before.outputs, described),
+        ]
+
+    def _expected(self, outputs: Any, update: bool) -> list[Outcome]:
+        asked = self.asked
+        if asked.expected is None:
+            return []
+        if update:
+            golden.write(asked.expected, outputs)
+        found = golden.differences(asked.expected, outputs, asked.rtol, asked.atol)
+        return [checks.golden(found, asked.expected.name)]
+
+
+def _of_mode(measurements: Sequence[Measurement], mode: GradMode) -> list[Measurement]:
+    """Of variants of the model itself, and not of what it was compared with."""
+    return [m for m in measurements if m.mode is mode and m.variant in {"", str(mode)}]

@@ -1,0 +1,56 @@
+"""How fast each variant is beside the first, from the raw times of the rounds.
+
+Knows measurements; not who made them, nor what their ratios mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradrun import stats
+from gradrun.result import Comparison, Measurement, RunResult
+
+_PRECISION = 0.01
+"""What was asked for where a result does not say; the default of measure.precision."""
+
+
+def compare_measured(measurements: Sequence[Measurement], precision: float) -> list[Comparison]:
+    """Each variant against the first, over the processes that measured both.
+
+    A process counts once, with the median of its paired rounds; the interval is over processes.
+    """
+    names = list(dict.fromkeys(m.variant for m in measurements))
+    by_name = {n: {m.process: m for m in measurements if m.variant == n} for n in names}
+    compared = []
+    for name in names[1:]:
+        ratios = [
+            stats.paired_ratio(base.seconds_per_sample, other.seconds_per_sample)
+            for process, base in by_name[names[0]].items()
+            if (other := by_name[name].get(process))
+        ]
+        if not ratios:
+            continue
+        ratio = stats.over_processes(ratios)
+        compared.append(
+            Comparison(
+                baseline=names[0],
+                candidate=name,
+                ratio=ratio.value,
+                low=ratio.low,
+                high=ratio.high,
+                verdict=stats.verdict(ratio, precision),
+            )
+        )
+    return compared
+
+
+def recomputed(result: RunResult) -> RunResult:
+    """The result with its ratios and verdicts drawn from its raw times once more."""
+    if result.kind != "compare":
+        return result
+    asked = result.config.get("measure")
+    precision = asked.get("precision") if isinstance(asked, dict) else None
+    if not isinstance(precision, float) or not 0 < precision <= 1:
+        precision = _PRECISION
+    compared = compare_measured(result.measurements, precision)
+    return result.model_copy(update={"comparisons": tuple(compared)})

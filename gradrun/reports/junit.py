@@ -1,0 +1,55 @@
+"""A check as JUnit XML, which CI servers read: one test case a check.
+
+Knows the format that Jenkins and GitLab take (its schema is in tests/data/junit-10.xsd); JUnit has
+no word for inconclusive, so that is a skipped test with its reason.
+"""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from gradrun.reports.printable import printable
+from gradrun.reports.words import model_name
+from gradrun.result import Outcome, RunResult
+
+
+def xml(result: RunResult) -> str:
+    """The document."""
+    outcomes = result.outcomes
+    count = [outcome.status for outcome in outcomes].count
+    suites = ElementTree.Element("testsuites", name="gradrun check")
+    suite = ElementTree.SubElement(
+        suites,
+        "testsuite",
+        name=model_name(result),
+        tests=str(len(outcomes)),
+        failures=str(count("fail")),
+        errors="0",
+        skipped=str(count("inconclusive")),
+        time="0",
+        timestamp=result.started_at.partition("+")[0],
+    )
+    for outcome in outcomes:
+        _case(suite, outcome, model_name(result))
+    ElementTree.indent(suites)
+    return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
+    name = _clean(outcome.check)
+    case = ElementTree.SubElement(suite, "testcase", name=name, classname=f"gradrun.{model}")
+    case.set("time", "0")
+    allowed = f"{outcome.limit}; found {outcome.value}"
+    if outcome.status == "fail":
+        failure = ElementTree.SubElement(case, "failure", message=_clean(outcome.reason))
+        failure.set("type", "limit")
+        failure.text = _clean(f"allowed: {allowed}\n{outcome.source or ''}".strip())
+    elif outcome.status == "inconclusive":
+        ElementTree.SubElement(case, "skipped", message=_clean(f"inconclusive: {outcome.reason}"))
+    else:
+        ElementTree.SubElement(case, "system-out").text = _clean(f"allowed: {allowed}")
+
+
+def _clean(text: str) -> str:
+    """Without the characters that XML 1.0 has no way to hold."""
+    return printable(text)

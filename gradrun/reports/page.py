@@ -1,0 +1,157 @@
+"""Results as one HTML page that needs nothing else: verdict, plots, tables, machine, warnings.
+
+Knows HTML; whatever comes from files and users is text in it, and the page may load nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from gradrun.reports import words
+from gradrun.reports.plots import Plot, plots
+from gradrun.reports.printable import printable
+from gradrun.reports.side_by_side import Named, side_by_side
+from gradrun.reports.tables import Table, tables
+from gradrun.result import RunResult
+
+_STYLE = Path(__file__).with_name("page.css")
+_TONES = {
+    "faster": "good",
+    "yes": "good",
+    "pass": "good",
+    "slower": "bad",
+    "fail": "bad",
+    "cannot run": "bad",
+    "error": "bad",
+    "inconclusive": "unsure",
+    "warning": "unsure",
+}
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def text(results: Sequence[Named]) -> str:
+    """One page: of several results first a column each, then each of them whole.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    several = len(results) > 1
+    parts = [_beside(results)] if several else []
+    parts += [_article(name, result, f"{place}-") for place, (name, result) in enumerate(results)]
+    names = dict.fromkeys(words.model_name(result) for _, result in results)
+    return _PAGE.format(
+        title=_text(f"{', '.join(names)}: gradrun"),
+        style=_STYLE.read_text(encoding="utf-8"),
+        body="\n".join(parts),
+    )
+
+
+def _beside(results: Sequence[Named]) -> str:
+    shown = "\n".join(map(_table, side_by_side(results)))
+    return f'<div class="beside"><p class="over">gradrun</p><h1>Side by side</h1>\n{shown}</div>'
+
+
+def _article(name: str, result: RunResult, salt: str) -> str:
+    about = ", ".join(filter(None, (words.mode(result), words.facts(result))))
+    head = (
+        f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>\n'
+        f"<h1>{_text(words.model_name(result))}</h1>\n"
+        f'<p class="facts">{_text(about)}</p>\n'
+        f'<p class="verdict">{_text(words.verdict(result))}</p>'
+    )
+    drawn = "\n".join(map(_figure, plots(result, salt)))
+    parts = [
+        head,
+        f'<div class="plots">\n{drawn}\n</div>' if drawn else "",
+        *map(_table, tables(result)),
+        _list("Findings", (_finding(*found) for found in words.findings(result))),
+        _machine(result),
+        _list("Warnings", (f"<li>{_text(notice)}</li>" for notice in words.notices(result))),
+    ]
+    return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
+
+
+def _figure(plot: Plot) -> str:
+    key = "".join(
+        f'<li><i style="background: var(--series-{number})"></i><b>{_text(name)}</b> '
+        f"{_text(said)}</li>"
+        for number, name, said in plot.key
+    )
+    parts = (
+        f"<h2>{_text(plot.title)}</h2>",
+        plot.svg.replace("<svg", f'<svg role="img" aria-label="{_text(plot.title)}"', 1),
+        f'<ul class="key">{key}</ul>' if key else "",
+        f'<figcaption class="note">{_text(plot.note)}</figcaption>' if plot.note else "",
+    )
+    return f"<figure>{''.join(parts)}</figure>"
+
+
+def _table(told: Table) -> str:
+    figures = len(told.columns) - told.words
+    heads = "".join(
+        f"<th{_class('words' if i >= figures else '')}>{_text(head)}</th>"
+        for i, head in enumerate(told.columns)
+    )
+    rows = "\n".join(
+        f"<tr><th>{_text(name)}</th>"
+        + "".join(_cell(cell, words=i >= figures) for i, cell in enumerate(cells))
+        + "</tr>"
+        for name, *cells in told.rows
+    )
+    note = f'<p class="note">{_text(told.note)}</p>' if told.note else ""
+    return (
+        f'<section><div class="scrolls" tabindex="0"><table>\n<thead><tr><th>{_text(told.title)}'
+        f"</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>{note}</section>"
+    )
+
+
+def _cell(cell: str, *, words: bool) -> str:
+    return f"<td{_class('words' if words else '', _tone(cell))}>{_text(cell)}</td>"
+
+
+def _tone(said: str) -> str:
+    differs = said.startswith("differ ") or said.endswith((" error", " errors"))
+    return _TONES.get(said, "bad" if differs else "")
+
+
+def _finding(severity: str, where: str, said: str) -> str:
+    place = f'<span class="from">{_text(where)}</span>' if where else ""
+    return f"<li><b{_class(_tone(severity))}>{_text(severity)}</b> {_text(said)}{place}</li>"
+
+
+def _machine(result: RunResult) -> str:
+    rows = "\n".join(
+        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
+        for name, value in words.environment(result)
+    )
+    return f"<section><h2>Machine</h2><dl>\n{rows}\n</dl></section>"
+
+
+def _list(title: str, items: Iterable[str]) -> str:
+    told = "\n".join(items)
+    return f'<section><h2>{title}</h2><ul class="list">\n{told}\n</ul></section>' if told else ""
+
+
+def _class(*names: str) -> str:
+    kept = " ".join(filter(None, names))
+    return f' class="{kept}"' if kept else ""
+
+
+def _text(said: str) -> str:
+    return escape(printable(said))

@@ -1,0 +1,63 @@
+"""Results as records for programs: CSV with a row for each mode and metric, and JSON.
+
+Knows rows and the two formats; nothing of what the figures mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gradrun.reports import words
+from gradrun.reports.printable import printable
+from gradrun.reports.rows import Row, rows
+from gradrun.reports.side_by_side import Named
+
+_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units")
+_HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", "status", "text")
+"""A figure stands in the column of its unit; its interval is in the same unit."""
+
+
+def csv_text(results: Sequence[Named]) -> str:
+    """A row for each result, mode and metric; a cell is empty where nothing was measured."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(_HEADER)
+    for name, result in results:
+        for row in rows(result):
+            writer.writerow([_word(name), result.kind, *_cells(row)])
+    return file.getvalue()
+
+
+def _cells(row: Row) -> list[Any]:
+    values = [row.value if row.unit == unit else None for unit in _UNITS]
+    words = [_word(row.status), _word(row.text)]
+    return [_word(row.mode), _word(row.metric), *values, row.low, row.high, *words]
+
+
+def _word(word: str) -> str:
+    """Text that no spreadsheet runs as a formula."""
+    line = printable(word)
+    return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t")) else line
+
+
+def json_text(results: Sequence[Named]) -> str:
+    """Figures and words of each result, in the order given; raw times stay in the result."""
+    told = [
+        {
+            "result": name,
+            "kind": result.kind,
+            "model": words.model_name(result),
+            "verdict": words.verdict(result),
+            "figures": [asdict(row) for row in rows(result)],
+            "notices": words.notices(result),
+            "environment": result.environment.model_dump(),
+            "started_at": result.started_at,
+        }
+        for name, result in results
+    ]
+    return json.dumps({"format": 1, "reports": told}, indent=1, default=str) + "\n"

@@ -1,0 +1,284 @@
+"""`gradrun check` on real models: what passes, what fails, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import gradrun
+from gradrun.errors import ConfigError, RunFailed
+from gradrun.result import RunResult
+from tests.conftest import ROOT
+
+CONFIG = """\
+model:
+  source: python
+  target: nets/mine.py:Net
+data:
+  source: synthetic
+  inputs: {x: {shape: [64]}}
+  samples: 40
+  batch_size: 8
+run: {threads: 1, warmup: 0}
+measure: {processes: 2, budget: 2, precision: 0.5}
+output:
+  path: runs/mine
+"""
+NET = """\
+import torch
+from torch import nn
+
+import sizes
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(64, sizes.HIDDEN), nn.Linear(sizes.HIDDEN, 10)
+
+    def forward(self, x):
+        for _ in range(sizes.ROUNDS):
+            out = self.last(torch.relu(self.first(x)))
+        return out
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADRUN_TRUST_CODE", "1")
+    Path("nets").mkdir()
+    Path("nets/mine.py").write_text(NET)
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 1\n")
+    Path("gradrun.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def statuses(result: RunResult) -> dict[str, str]:
+    return {outcome.check: outcome.status for outcome in result.outcomes}
+
+
+def test_a_sound_model_passes_and_leaves_its_predictions(project):
+    result = gradrun.check("gradrun.yaml", sets=["check.limits.forward_peak=1 MiB"])
+    assert result.status == "pass"
+    assert [*statuses(result)] == [
+        *("runs", "predictions", "finite", "no graph", "grad agrees", "no_grad agrees"),
+        "forward peak",
+    ]
+    assert result.predictions == 40
+    (output,) = result.outputs
+    assert (output.shape, output.dtype) == ((10,), "float32")
+    assert RunResult.load(project / "runs" / "mine-check") == result
+    assert (project / "runs" / "mine-check" / "predictions.npy").exists()
+    assert not (project / "runs" / "mine").exists(), "what infer writes is left alone"
+
+
+@pytest.mark.parametrize(
+    ("body", "check", "reason"),
+    [
+        ("return self.last(torch.relu(self.first(x))) / 0", "finite", "NaN or an infinity"),
+        (
+            "with torch.inference_mode(False), torch.enable_grad():\n"
+            "            return self.last(self.first(x.clone()))",
+            "no graph",
+            "keeps a graph",
+        ),
+        (
+            "return self.last(self.first(x)) + torch.is_grad_enabled()",
+            "grad agrees",
+            "differ from inference_mode's by 1",
+        ),
+        ("raise ValueError('out of tune')", "runs", "out of tune"),
+    ],
+)
+def test_a_fault_fails_its_smoke_check(project, body, check, reason):
+    Path("nets/mine.py").write_text(NET.partition("for _")[0] + body + "\n")
+    result = gradrun.check("gradrun.yaml")
+    failed = {
+        outcome.check: outcome.reason for outcome in result.outcomes if outcome.status == "fail"
+    }
+    assert check in failed
+    assert reason in failed[check]
+    assert RunResult.load(project / "runs" / "mine-check").status == "fail"
+
+
+def test_smoke_can_be_left_out(project):
+    result = gradrun.check("gradrun.yaml", check={"smoke": False})
+    assert result.outcomes == ()
+    assert result.status == "pass"
+
+
+def test_golden_outputs_are_written_once_and_held_to(project, cli):
+    words = ["check", "gradrun.yaml", "--set", "check.expected=golden.safetensors"]
+    answer = cli(*words)
+    assert answer.code == 2
+    assert "--update-expected writes it" in answer.err
+    assert not Path("runs").exists(), "that is told before anything runs"
+    assert cli(*words, "--update-expected").code == 0
+    assert cli(*words).code == 0
+    Path("nets/mine.py").write_text(NET.replace("manual_seed(0)", "manual_seed(1)"))
+    answer = cli(*words)
+    assert answer.code == 3
+    assert "differs in 40 samples of 40" in answer.out
+    assert cli("check", "gradrun.yaml", "--update-expected").code == 2
+
+
+def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(project, cli):
+    limits = ["--set", "check.regression.time=999999%"]
+    answer = cli("check", "gradrun.yaml", "--save-baseline", "base.json", *limits)
+    assert answer.code == 0, answer.text
+    base = RunResult.load("base.json")
+    assert len({m.process for m in base.measurements}) >= 2, "one process supports no interval"
+    answer = cli("check", "gradrun.yaml", "--baseline", "base.json", *limits)
+    assert answer.code == 0, answer.text
+    assert "time against base.json" in answer.out
+
+    other = json.loads(Path("base.json").read_text())
+    other["environment"]["cpu"] = "another"
+    Path("other.json").write_text(json.dumps(other))
+    words = ["check", "gradrun.yaml", "--baseline", "other.json"]
+    answer = cli(*words)
+    assert answer.code == 4, answer.text
+    assert "cpu another, here" in answer.out.replace("\n  ", " ")
+    assert cli(*words, "--inconclusive", "pass").code == 0
+    assert cli(*words, "--inconclusive", "fail").code == 3
+
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 160, 1\n")
+    answer = cli(*words, "--json", "said.json", "--junit", "said.xml")
+    assert answer.code == 3
+    found = statuses(RunResult.load("said.json"))
+    assert found["forward peak against other.json"] == "fail"
+    assert found["outputs against other.json"] == "fail"
+    assert found["time against other.json"] == "inconclusive"
+    assert 'failures="2"' in Path("said.xml").read_text()
+
+
+def git(*words: str) -> None:
+    subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        check=True,
+        capture_output=True,
+    )
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+
+
+@needs_git
+def test_a_revision_runs_beside_with_its_own_helpers(project):
+    git("init", "-q")
+    git("add", "nets", "gradrun.yaml")
+    git("commit", "-qm", "one")
+    # 16 times the work, in a helper: the model's own file is the same on both sides.
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 16\n")
+    result = gradrun.check("gradrun.yaml", against="HEAD")
+    found = {outcome.check: outcome for outcome in result.outcomes}
+    assert found["time against HEAD"].status == "fail"
+    assert found["outputs against HEAD"].status == "pass"
+    worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
+    assert len(worktrees.stdout.splitlines()) == 1, "the revision's folder is gone"
+
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 132, 1\n")
+    result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
+    found = statuses(result)
+    assert found["forward peak against HEAD"] == "fail", "3 % more, exact to the byte"
+    assert found["outputs against HEAD"] == "fail"
+
+
+@needs_git
+def test_a_package_is_imported_from_the_revision(project):
+    Path("nets/__init__.py").touch()
+    Path("nets/mine.py").write_text(NET.replace("import sizes", "from nets import sizes"))
+    Path("gradrun.yaml").write_text(CONFIG.replace("nets/mine.py:Net", "nets.mine:Net"))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 256, 1\n")
+    result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
+    assert statuses(result)["forward peak against HEAD"] == "fail"
+
+
+def test_another_config_may_be_the_other_side(project):
+    Path("slow.yaml").write_text(CONFIG.replace("batch_size: 8", "batch_size: 4"))
+    result = gradrun.check(
+        "slow.yaml", against="gradrun.yaml", check={"regression": {"time": None, "outputs": False}}
+    )
+    (found,) = [o for o in result.outcomes if o.check.endswith("against gradrun.yaml")]
+    assert found.status == "pass"
+    assert found.value.startswith("-")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"against": "no-such-branch"}, "neither a file nor a revision|git"),
+        ({"against": "--output=x"}, "neither a file nor a revision|git"),
+        ({"against": "x", "baseline": "y"}, "choose one"),
+    ],
+)
+def test_what_cannot_be_compared_with_is_told_before_anything_runs(project, options, said):
+    if "against" in options and shutil.which("git"):
+        git("init", "-q")
+        git("add", "gradrun.yaml")
+        git("commit", "-qm", "one")
+    with pytest.raises(ConfigError, match=said):
+        gradrun.check("gradrun.yaml", **options)
+    assert not Path("runs").exists()
+
+
+def test_a_baseline_in_another_mode_is_told_before_anything_runs(project):
+    gradrun.infer("gradrun.yaml", **{"run.mode": "grad"})
+    with pytest.raises(ConfigError, match="no measurement in inference_mode"):
+        gradrun.check("gradrun.yaml", baseline="runs/mine")
+
+
+def test_the_other_side_that_cannot_run_is_no_verdict(project):
+    Path("broken.yaml").write_text(CONFIG.replace("shape: [64]", "shape: [65]"))
+    with pytest.raises((RunFailed, ConfigError), match="65"):
+        gradrun.check("gradrun.yaml", against="broken.yaml")
+
+
+def test_on_github_annotations_point_to_the_config(project, cli, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    Path("gradrun.yaml").write_text(CONFIG + "check:\n  limits:\n    retained: 1 B\n")
+    answer = cli("check", "gradrun.yaml")
+    assert answer.code == 3
+    assert "::error file=gradrun.yaml,line=15,title=gradrun%3A retained::" in answer.err
+
+
+@pytest.mark.parametrize(("limit", "status"), [(">= 0.97", "pass"), (">= 0.999", "fail")])
+def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status):
+    pytest.importorskip("torchmetrics")
+    result = gradrun.check(
+        ROOT / "configs" / "digits.yaml",
+        output={"path": str(tmp_path / "run"), "transform": "none"},
+        check={"smoke": False, "limits": {"accuracy": limit}},
+        **{"data.labels": {"key": "labels"}},
+    )
+    (found,) = result.outcomes
+    assert (found.check, found.status, found.value) == ("accuracy", status, "0.9960")
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"retaned": "1 MiB"}, "nothing called retaned to limit; allowed: weights, forward_peak"),
+        ({"accuracy": "0.97"}, "'0.97' is no limit; one is written '>= 0.97'"),
+        ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),
+    ],
+)
+def test_a_wrong_limit_is_told_with_what_is_allowed(project, limits, said):
+    with pytest.raises(ConfigError, match=said):
+        gradrun.check("gradrun.yaml", check={"limits": limits})
+
+
+def test_the_bundled_example_passes(process):
+    answer = process("check", ROOT / "configs" / "digits.yaml", "--set", "output.path=runs/digits")
+    assert answer.code == 0, answer.text
+    assert "6 passed" in answer.out

@@ -1,0 +1,221 @@
+"""Metrics against labels: as scikit-learn computes them, whatever the files are called."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accuracy_score
+
+import gradrun
+from gradrun.errors import ConfigError, Interrupted
+from gradrun.result import RunResult
+from gradrun.sinks import READERS, SINKS
+from tests.conftest import Command
+
+SAMPLES, CLASSES = 2_500, 7
+DRAWN = np.random.default_rng(3)
+LABELS = DRAWN.integers(0, CLASSES, SAMPLES)
+SCORES = (DRAWN.normal(size=(SAMPLES, CLASSES)) + 1.5 * np.eye(CLASSES)[LABELS]).astype(np.float32)
+PROBABLE = np.exp(SCORES) / np.exp(SCORES).sum(1, keepdims=True)
+CHOSEN = SCORES.argmax(1)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    np.savez(tmp_path / "data.npz", x=SCORES, y=LABELS.astype(np.uint8))
+    return {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {
+            "source": "arrays",
+            "path": str(tmp_path / "data.npz"),
+            "inputs": {"x": {"key": "x"}},
+            "labels": {"key": "y"},
+            "batch_size": 64,
+        },
+        "measure": {"memory": False},
+        "run": {"warmup": 0, "threads": 1},
+        "output": {"path": str(tmp_path / "out")},
+        "metrics": ["accuracy"],
+    }
+
+
+def values(result: RunResult) -> dict[str, float]:
+    assert {metric.samples for metric in result.metrics} == {SAMPLES}
+    return {metric.name: metric.value for metric in result.metrics}
+
+
+ALL = [
+    "accuracy",
+    {"name": "accuracy", "top_k": 3},
+    {"name": "accuracy", "average": "macro", "called": "balanced"},
+    "f1",
+    {"name": "f1", "average": "weighted", "called": "f1_weighted"},
+    "auroc",
+]
+
+
+@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("transform", ["none", "softmax"])
+def test_metrics_of_scores_are_those_of_scikit_learn(
+    config: dict[str, Any], form: str, transform: str
+) -> None:
+    output = {"format": form, "transform": transform}
+    found = values(gradrun.infer(config, output=output, metrics=ALL))
+    right = {
+        "accuracy": accuracy_score(LABELS, CHOSEN),
+        "accuracy_top3": top_k_accuracy_score(LABELS, SCORES, k=3),
+        "balanced": np.mean([(c == CHOSEN)[c == LABELS].mean() for c in range(CLASSES)]),
+        "f1": f1_score(LABELS, CHOSEN, average="macro"),
+        "f1_weighted": f1_score(LABELS, CHOSEN, average="weighted"),
+        "auroc": roc_auc_score(LABELS, PROBABLE, multi_class="ovr", average="macro"),
+    }
+    assert found == pytest.approx(right, abs=1e-6)
+    kept = RunResult.load(config["output"]["path"])
+    assert {metric.name: metric.value for metric in kept.metrics} == found
+
+
+def test_every_sink_is_read_back() -> None:
+    assert READERS.keys() == SINKS.keys()
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_metrics_of_the_likeliest_class_alone(config: dict[str, Any], form: str) -> None:
+    output = {"transform": "argmax", "format": form}
+    found = values(gradrun.infer(config, output=output, metrics=["accuracy", "f1"]))
+    right = {
+        "accuracy": accuracy_score(LABELS, CHOSEN),
+        "f1": f1_score(LABELS, CHOSEN, average="macro"),
+    }
+    assert found == pytest.approx(right, abs=1e-6)
+
+
+def test_metrics_of_the_likeliest_few(config: dict[str, Any]) -> None:
+    asked = ["accuracy", {"name": "accuracy", "top_k": 3}]
+    found = values(gradrun.infer(config, output={"transform": "topk", "k": 4}, metrics=asked))
+    right = {
+        "accuracy": accuracy_score(LABELS, CHOSEN),
+        "accuracy_top3": top_k_accuracy_score(LABELS, SCORES, k=3),
+    }
+    assert found == pytest.approx(right, abs=1e-6)
+
+
+def test_one_score_for_two_classes(config: dict[str, Any], tmp_path: Path) -> None:
+    # Far beyond where a sigmoid in float32 is 1: the order must still be seen.
+    scores, truth = 100 * SCORES[:, 0] + 50, (LABELS == 0).astype(np.int64)
+    np.savez(tmp_path / "data.npz", x=scores, y=truth)
+    asked = [
+        {"name": "accuracy", "threshold": 50},
+        {"name": "f1", "threshold": 50},
+        "auroc",
+        {"name": "auroc", "thresholds": 500, "called": "auroc_binned"},
+    ]
+    found = values(gradrun.infer(config, metrics=asked))
+    assert found["accuracy"] == pytest.approx(accuracy_score(truth, scores > 50), abs=1e-6)
+    assert found["f1"] == pytest.approx(f1_score(truth, scores > 50), abs=1e-6)
+    assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
+    assert 0.5 < found["auroc_binned"] <= 1
+
+
+def test_the_squared_error_of_values(config: dict[str, Any], tmp_path: Path) -> None:
+    truth = SCORES + DRAWN.normal(size=SCORES.shape).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=SCORES, y=truth)
+    found = values(gradrun.infer(config, metrics=["mse"]))
+    assert found["mse"] == pytest.approx(((truth - SCORES) ** 2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, form: str) -> None:
+    spoiled = SCORES.copy()
+    spoiled[::9] = np.nan
+    np.savez(tmp_path / "data.npz", x=spoiled, y=LABELS)
+    run = {"on_nonfinite": "quarantine", "warmup": 0}
+    result = gradrun.infer(config, run=run, output={"format": form})
+    good = np.arange(SAMPLES) % 9 != 0
+    (metric,) = result.metrics
+    assert metric.samples == good.sum()
+    assert metric.value == pytest.approx(accuracy_score(LABELS[good], CHOSEN[good]), abs=1e-6)
+
+
+def test_a_resumed_run_has_the_metrics_of_all_samples(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradrun.runner._BEAT_NS", 0)
+    with pytest.raises(Interrupted):
+        gradrun.infer(config, progress=stop)
+    result = gradrun.infer(config, resume=True)
+    assert 0 < result.resumed_at < SAMPLES
+    assert values(result) == {"accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))}
+
+
+def test_labels_of_records_may_be_names(config: dict[str, Any], tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
+    rows = [
+        {"x": row.tolist(), "y": names[label]} for row, label in zip(SCORES, LABELS, strict=True)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config["data"] = {
+        "source": "records",
+        "path": str(tmp_path / "data.jsonl"),
+        "inputs": {"x": {"columns": ["x"]}},
+        "labels": "y",
+        "classes": names,
+    }
+    assert values(gradrun.infer(config)) == {
+        "accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))
+    }
+    with pytest.raises(ConfigError, match=r"data\.jsonl:\d+  the label '\w+' is not one of"):
+        gradrun.infer(config, overwrite=True, **{"data.classes": names[:-1]})
+
+
+WRONG = {
+    "no labels": ({"data.labels": None}, "data.labels is not set"),
+    "argmax keeps no scores": (
+        {"output.transform": "argmax", "metrics": ["auroc"]},
+        r"auroc needs a score for each class, which output\.transform does not leave",
+    ),
+    "too few were kept": (
+        {"output": {"transform": "topk", "k": 2}, "metrics": [{"name": "accuracy", "top_k": 3}]},
+        "top_k is 3, and the predictions hold 2",
+    ),
+    "an argument of another": (
+        {"metrics": [{"name": "mse", "top_k": 3}]},
+        r"metrics\.0: mse has no top_k; it takes no arguments",
+    ),
+    "an unknown argument": (
+        {"metrics": [{"name": "accuracy", "topk": 3}]},
+        r"metrics\.0\.topk: unknown key; did you mean top_k\?",
+    ),
+    "an unknown metric": ({"metrics": ["acuracy"]}, r"did you mean accuracy\?"),
+    "one name for two": ({"metrics": ["f1", "f1"]}, "two metrics are called f1"),
+    "another output": ({"metrics": [{"name": "f1", "output": "logits"}]}, "say by `output` which"),
+    "more classes than scores": ({"data.labels": {"key": "z"}}, "labels lie from 0 to 9"),
+    "fewer labels than samples": ({"data.labels": {"key": "short"}}, "3 labels for 2,500 samples"),
+    "no such array": ({"data.labels": {"key": "labels"}}, "has no array 'labels'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_compared_is_an_error_before_the_run(
+    config: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    changes, said = WRONG[name]
+    many = np.arange(SAMPLES) % 10
+    np.savez(tmp_path / "data.npz", x=SCORES, y=LABELS, z=many, short=many[:3])
+    with pytest.raises(ConfigError, match=said):
+        gradrun.infer(config, **changes)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_shows_them(config: dict[str, Any], tmp_path: Path, cli: Command) -> None:
+    (tmp_path / "c.yaml").write_text(json.dumps(config))
+    answer = cli("infer", tmp_path / "c.yaml")
+    assert answer.code == 0
+    assert f"{accuracy_score(LABELS, CHOSEN):.4f}" in answer.out
+    assert "of 2,500 samples" in answer.out

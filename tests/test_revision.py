@@ -1,0 +1,88 @@
+"""A git revision checked out beside, and every trace of it removed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from gradrun.errors import ConfigError
+from gradrun.revision import checked_out
+
+pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+
+
+def git(*words: str) -> str:
+    words = ("-c", "user.name=a", "-c", "user.email=a@b", *words)
+    return subprocess.run(["git", *words], check=True, capture_output=True, text=True).stdout
+
+
+def check_out(revision: str, beside: Path) -> None:
+    with checked_out(revision, beside, []):
+        pass
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q")
+    Path("in").mkdir()
+    Path("in/kept").write_text("old")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    Path("in/kept").write_text("new")
+    return tmp_path
+
+
+def test_the_folder_holds_the_revision_and_goes_with_the_block(repository):
+    with checked_out("HEAD", Path("in"), []) as folder:
+        assert (folder / "kept").read_text() == "old"
+        assert folder.name == "in"
+    assert not folder.exists()
+    assert Path("in/kept").read_text() == "new"
+    assert len(git("worktree", "list").splitlines()) == 1
+
+
+def test_it_goes_when_the_block_fails(repository):
+    with pytest.raises(KeyboardInterrupt), checked_out("HEAD", Path("in"), []) as folder:
+        raise KeyboardInterrupt
+    assert not folder.exists()
+    assert len(git("worktree", "list").splitlines()) == 1
+
+
+def test_files_that_git_does_not_track_are_lent(repository, tmp_path_factory):
+    Path("in/data.npy").write_bytes(b"much")
+    outside = tmp_path_factory.mktemp("outside") / "far"
+    outside.touch()
+    lent = [Path("in/data.npy").resolve(), Path("in/kept").resolve(), outside]
+    with checked_out("HEAD", Path("in"), lent) as folder:
+        assert (folder / "data.npy").read_bytes() == b"much"
+        assert (folder / "kept").read_text() == "old", "what the revision has is its own"
+    assert Path("in/data.npy").read_bytes() == b"much"
+
+
+def test_no_hook_of_the_repository_runs(repository):
+    hook = Path(".git/hooks/post-checkout")
+    hook.write_text(f"#!/bin/sh\ntouch {repository}/ran\n")
+    hook.chmod(0o755)
+    with checked_out("HEAD", Path("in"), []):
+        pass
+    assert not (repository / "ran").exists()
+
+
+@pytest.mark.parametrize("revision", ["nope", "--all", "-h", "HEAD~5", "", "HEAD:in"])
+def test_what_is_no_revision_is_told(repository, revision):
+    with pytest.raises(ConfigError, match="neither a file nor a revision"):
+        check_out(revision, Path("in"))
+
+
+def test_without_a_repository_or_git_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(ConfigError, match="git rev-parse failed"):
+        check_out("HEAD", tmp_path)
+    monkeypatch.setenv("PATH", os.devnull)
+    with pytest.raises(ConfigError, match="takes git"), checked_out("HEAD", tmp_path, []):
+        pass

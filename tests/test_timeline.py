@@ -1,0 +1,149 @@
+"""What is live while a forward pass runs: exact at its peak, thin, and named for a module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import gradrun
+from gradrun.bundled import bundled
+from gradrun.gradmode import GradMode
+from gradrun.meters.forward import thinned
+from gradrun.meters.tensors import forward_memory
+from gradrun.model_sources.python import import_file
+from gradrun.modes import grad_mode
+from gradrun.result import Memory
+
+INPUTS = {
+    "mlp": (32, 64),
+    "digits_cnn": (4, 1, 8, 8),
+    "resnet18": (1, 3, 64, 64),
+    "transformer_encoder": (2, 16, 256),
+}
+
+
+def zoo(name: str) -> nn.Module:
+    model: nn.Module = import_file(bundled("models") / f"{name}.py").build()
+    return model.eval()
+
+
+@pytest.mark.parametrize("mode", GradMode)
+@pytest.mark.parametrize("name", INPUTS)
+def test_watching_the_modules_changes_no_byte(name: str, mode: GradMode) -> None:
+    model, batch = zoo(name), torch.randn(INPUTS[name])
+    with grad_mode(mode):
+        alone = forward_memory(lambda: model(batch))
+        watched = forward_memory(lambda: model(batch), model)
+    assert watched[:3] == alone[:3]
+    assert alone.peak_module is None
+    assert watched.timeline
+    assert max(watched.timeline) == watched.peak
+    assert (watched.timeline[0], watched.timeline[-1]) == (0, watched.retained)
+    assert len(watched.timeline) <= 200
+    path, _, kind = (watched.peak_module or "").rpartition(" ")
+    module = model if path == "(the model)" else model.get_submodule(path)
+    assert kind == f"({type(module).__name__})"
+
+
+class Swells(nn.Module):
+    """Holds 1,000 floats, asks `inner` for its result, and lets go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.wide = nn.Linear(8, 5_000)
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        held = torch.ones(1000)
+        x = self.inner(x) + held[0]
+        del held
+        self.wide(x)
+        return self.last(x)
+
+
+def test_the_peak_is_named_for_the_innermost_module_that_made_it() -> None:
+    model = Swells().eval()
+    with torch.no_grad():
+        assert forward_memory(lambda: model(torch.ones(1, 8)), model).peak_module == "wide (Linear)"
+        model.wide = nn.Linear(8, 8)
+        own = forward_memory(lambda: model(torch.ones(1, 8)), model)
+    assert own.peak_module == "(the model) (Swells)", "what a module makes itself is its own"
+
+
+def test_a_module_that_raised_and_was_caught_does_not_get_the_peak() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    class Catches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fails, self.wide = Fails(), nn.Linear(8, 5_000)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            try:
+                self.fails(x)
+            except ValueError:
+                return self.wide(x)
+
+    model = Catches()
+    with torch.no_grad():
+        found = forward_memory(lambda: model(torch.ones(1, 8)), model)
+    assert found.peak_module == "wide (Linear)"
+
+
+def test_a_compiled_model_is_not_watched() -> None:
+    model = nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="eager")
+    batch = torch.ones(1, 4)
+    compiled(batch)
+    found = forward_memory(lambda: compiled(batch), compiled)
+    assert found.peak_module is None
+    assert found.peak
+
+
+@given(st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=2_000))
+def test_a_thinned_timeline_keeps_its_ends_its_extremes_and_its_order(points: list[int]) -> None:
+    kept = thinned(points, 60)
+    assert len(kept) <= 60
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    assert (min(kept), max(kept)) == (min(points), max(points))
+    rest = iter(points)
+    assert all(point in rest for point in kept), "what is kept comes in the same order"
+
+
+CONFIG: dict[str, Any] = {
+    "model": {
+        "source": "layers",
+        "layers": [{"Linear": [64, 1024]}, "ReLU", {"Linear": [1024, 8]}],
+    },
+    "data": {
+        "source": "synthetic",
+        "inputs": {"x": {"shape": [64]}},
+        "samples": 64,
+        "batch_size": 32,
+    },
+    "run": {"threads": 1},
+    "measure": {"budget": 4, "processes": 2, "precision": 0.5},
+}
+
+
+def assert_whole(memory: Memory) -> None:
+    assert memory.timeline
+    assert max(memory.timeline) == memory.forward_peak
+    assert memory.timeline[-1] == memory.retained
+    assert memory.peak_module == "1 (ReLU)"
+
+
+def test_every_job_tells_the_timeline(tmp_path: Any) -> None:
+    config = CONFIG | {"output": {"path": str(tmp_path / "out")}}
+    assert_whole(gradrun.infer(config).measurements[0].memory)
+    assert_whole(gradrun.audit(config, compile=False).measurements[-1].memory)
+    for found in gradrun.compare(config, "no_grad,inference_mode").result.measurements:
+        assert_whole(found.memory)
