@@ -694,7 +694,7 @@ RUNS = {
         "over 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
     ),
     "a result of brackets": _run(
-        "nested too deeply",
+        "recursion",
         "finished",
         {"result.json": lambda _: b"[" * 100_000},
         RESUME,
@@ -707,10 +707,10 @@ RUNS = {
         SHOWN, lambda result: result["environment"].update(device_name=SCREEN), code=0
     ),
     "a result without a config": _result(
-        "model.source is missing", lambda result: result.update(config={}), **DAMAGED
+        "has no model.source", lambda result: result.update(config={}), **DAMAGED
     ),
     "a result of unequal lists": _result(
-        "differ in length",
+        "not of the same length",
         lambda result: result["measurements"][0].update(batch_sizes=[1]),
         **DAMAGED,
     ),
@@ -728,7 +728,7 @@ RUNS = {
         "predictions", lambda result: result.update(kind="check"), code=0
     ),
     "a result without measurements": _result(
-        "predictions", lambda result: result.update(measurements=[]), code=0
+        "without a measurement", lambda result: result.update(measurements=[]), **DAMAGED
     ),
 }
 
