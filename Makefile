@@ -17,6 +17,7 @@ help: ## show this list
 
 .venv/.dev: .venv/.runtime
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	@touch $@
 
 install: .venv/.dev ## make .venv with gradrun and what its tests need

@@ -6,6 +6,7 @@ yamlfile.py hands to the validators.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     PrivateAttr,
     ValidationInfo,
     field_validator,
@@ -44,6 +46,15 @@ def _input_file(path: Path, info: ValidationInfo) -> Path:
     return info.context.input_file(path) if info.context else path
 
 
+def _input_path(path: Path, info: ValidationInfo) -> Path:
+    if info.context is None:
+        return path
+    try:
+        return info.context.input_folder(path)  # type: ignore[no-any-return]
+    except ValueError:
+        return _input_file(path, info)
+
+
 def _output_folder(path: Path, info: ValidationInfo) -> Path:
     return info.context.output_folder(path) if info.context else path
 
@@ -62,8 +73,30 @@ def _input_folder(path: Path, info: ValidationInfo) -> Path:
 
 
 InputFolder = Annotated[Path, AfterValidator(_input_folder)]
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def _pretrained(name: Path | str, info: ValidationInfo) -> Path | str:
+    """A folder where there is one; else the name on the hub that the text can be."""
+    if info.context is None:
+        return name
+    try:
+        folder: Path = info.context.input_folder(Path(name))
+    except ValueError:
+        if _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise
+    return folder
+
+
 InputFile = Annotated[Path, AfterValidator(_input_file)]
+InputPath = Annotated[Path, AfterValidator(_input_path)]
+"""A file or a folder."""
 OutputFolder = Annotated[Path, AfterValidator(_output_folder)]
+Pretrained = Annotated[Path | str, AfterValidator(_pretrained)]
+"""A folder of save_pretrained (a Path), or a name on the hub (text)."""
 Size = Annotated[int, Field(gt=0, le=2**40)]
 Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
 FloatType = Literal["float32", "float64", "float16", "bfloat16"]
@@ -163,8 +196,82 @@ class ExportedModel(_Model):
     path: InputFile
 
 
+class HuggingFaceModel(EagerModel):
+    """A model of transformers, from a folder or from the hub."""
+
+    source: Literal["huggingface"]
+    path: Pretrained = Field(description="a folder of save_pretrained, or a name on the hub")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
+    auto_class: Literal[
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+    ] = Field("AutoModel", description="which head the model has")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="how attention is computed; default: what transformers chooses"
+    )
+    random_weights: bool = Field(
+        False, description="draw weights that the files lack from run.seed; default: an error"
+    )
+
+
+_WEIGHTS_BY = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments by which the libraries fetch or unpickle files, which could run code."""
+
+
+def _no_weights(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if found := sorted(_WEIGHTS_BY & args.keys()):
+        raise PydanticCustomError(
+            "weights_in_args",
+            "{key} is no argument to give: model.weights names a file of weights, and "
+            "model.pretrained asks for the library's own",
+            {"key": found[0]},
+        )
+    return args
+
+
+class _LibraryModel(WeightedModel):
+    """An architecture by its name in a library of image models."""
+
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="resnet18, as the library calls it")
+    pretrained: bool = Field(False, description="download the library's own weights")
+    args: Annotated[dict[str, JsonValue], AfterValidator(_no_weights)] = Field(
+        {}, description="keyword arguments: {num_classes: 10}"
+    )
+
+
+class TimmModel(_LibraryModel):
+    """A model of timm, by name."""
+
+    source: Literal["timm"]
+
+
+class TorchvisionModel(_LibraryModel):
+    """A model of torchvision, by name."""
+
+    source: Literal["torchvision"]
+
+
 ModelConfig = Annotated[
-    ZooModel | LayersModel | PythonModel | TorchScriptModel | ExportedModel,
+    ZooModel
+    | LayersModel
+    | PythonModel
+    | TorchScriptModel
+    | ExportedModel
+    | HuggingFaceModel
+    | TimmModel
+    | TorchvisionModel,
     Field(discriminator="source"),
 ]
 
@@ -242,13 +349,13 @@ class RecordInput(_Input):
     """One input from columns, side by side."""
 
     columns: tuple[str, ...] = Field(
-        min_length=1, description="numeric columns (or .jsonl fields that hold lists), in order"
+        min_length=1, description="numeric columns (or fields that hold lists), in order"
     )
     dtype: DType = "float32"
 
 
 class RecordsData(_Data):
-    """Rows of a .csv or .jsonl file with numeric columns."""
+    """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
     path: InputFile
@@ -258,7 +365,120 @@ class RecordsData(_Data):
     classes: Classes = None
 
 
-DataConfig = Annotated[SyntheticData | ArraysData | RecordsData, Field(discriminator="source")]
+class TextData(_Data):
+    """Texts through a tokenizer: the lines of a .txt file, or a field of .csv or .jsonl."""
+
+    source: Literal["text"]
+    path: InputFile
+    field: str | None = Field(None, description="the column that holds the text; .txt has none")
+    id: str | None = Field(None, description="the column that names each sample in the outputs")
+    tokenizer: Pretrained | None = Field(
+        None, description="a folder or a name on the hub; default: the huggingface model's own"
+    )
+    revision: str | None = Field(None, description="the tokenizer's branch, tag or commit")
+    inputs: tuple[str, ...] = Field(
+        (), description="which of the tokenizer's outputs the model gets; default: all"
+    )
+    max_length: Size | None = Field(
+        None, description="longer texts are cut to so many tokens; default: the tokenizer's limit"
+    )
+    padding: Literal["longest", "max_length"] = Field(
+        "longest", description="fill up to the longest text of the batch, or always to max_length"
+    )
+    group_by_length: Literal["auto"] | bool = Field(
+        "auto", description="run texts of like length together; auto: where it saves a tenth"
+    )
+
+    _of_model: tuple[Path | str, str | None] | None = PrivateAttr(None)
+
+    @property
+    def vocabulary(self) -> tuple[Path | str, str | None]:
+        """Where the tokenizer comes from, and its revision; needs `beside`."""
+        return self._of_model if self.tokenizer is None else (self.tokenizer, self.revision)  # type: ignore[return-value]
+
+    def beside(self, model: Any) -> Self:
+        if self.padding == "max_length" and self.max_length is None:
+            raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+        if self.tokenizer is not None:
+            return self
+        if not isinstance(model, HuggingFaceModel):
+            raise PydanticCustomError(
+                "tokenizer",
+                "data.tokenizer is missing: a folder or a name on the hub; only a huggingface "
+                "model brings its own",
+            )
+        # Apart from what was asked for: another model.path brings another tokenizer.
+        copy = self.model_copy()
+        copy._of_model = (model.path, model.revision)
+        return copy
+
+
+Side = Annotated[int, Field(gt=0, le=16_384)]
+
+
+class ImagesData(_Data):
+    """Pictures in files: those below a folder, or those that a list names."""
+
+    source: Literal["images"]
+    path: InputPath = Field(description="a folder; or a .txt or .csv file that lists pictures")
+    pattern: str | None = Field(
+        None, description='which files of the folder: "*/*.jpg"; default: every picture below it'
+    )
+    column: str | None = Field(
+        None, description="of a .csv list: that of the files; default: first"
+    )
+    labels: str | None = Field(
+        None,
+        description="folder: the name of the one a picture lies in; or a column of a .csv list",
+    )
+    classes: Classes = None
+    input: str = Field("image", description="the input's name, where the model gets it by name")
+    preprocess: Literal["none", "imagenet", "timm", "processor"] = Field(
+        "none", description="steps by name, which the keys below change; none: only those"
+    )
+    architecture: str | None = Field(None, description="timm: whose steps; default: the model's")
+    processor: InputPath | None = Field(
+        None, description="a preprocessor_config.json, or its folder; default: the model's"
+    )
+    mode: Literal["RGB", "L"] | None = Field(None, description="colours (default), or grey")
+    resize: Side | tuple[Side, Side] | None = Field(
+        None, description="the shorter side in pixels, or [height, width]"
+    )
+    crop: Side | tuple[Side, Side] | None = Field(None, description="the middle of it that is kept")
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    scale: float | None = Field(None, description="multiply pixels by this; default: 1/255")
+    mean: tuple[float, ...] | None = Field(None, description="of each channel, which is taken off")
+    std: tuple[float, ...] | None = Field(None, description="of each channel, divided by")
+
+    _of_model: str | Path | None = PrivateAttr(None)
+
+    @property
+    def steps_of(self) -> str | Path | None:
+        """Whose steps `preprocess` means: an architecture of timm, or a processor's place."""
+        own = self.architecture if self.preprocess == "timm" else self.processor
+        return own or self._of_model
+
+    def beside(self, model: Any) -> Self:
+        if self.preprocess not in {"timm", "processor"} or self.steps_of:
+            return self
+        wanted, key = {"timm": ("timm", "architecture"), "processor": ("huggingface", "processor")}[
+            self.preprocess
+        ]
+        if model.source != wanted:
+            raise PydanticCustomError(
+                "steps_of",
+                "preprocess: {name} needs data.{key}; only a {wanted} model brings its own",
+                {"name": self.preprocess, "key": key, "wanted": wanted},
+            )
+        # Apart from what was asked for: another model brings other steps.
+        copy = self.model_copy()
+        copy._of_model = model.name if wanted == "timm" else model.path
+        return copy
+
+
+DataConfig = Annotated[
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData, Field(discriminator="source")
+]
 
 
 # --- run, measure, output ----------------------------------------------------------------------
@@ -334,6 +554,12 @@ def _listed(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
+def _word(transforms: tuple[str, ...]) -> str | list[str]:
+    """One transform as the word that it was written as."""
+    return transforms[0] if len(transforms) == 1 else list(transforms)
+
+
+Transform = Literal["none", "softmax", "argmax", "topk", "mean_pool", "cls", "normalize"]
 OutputName = Annotated[str, AfterValidator(_selected)]
 
 
@@ -341,12 +567,16 @@ class OutputSection(Section):
     """Which outputs are kept, how, and where."""
 
     path: OutputFolder = Field(description="the run's folder; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv", "parquet"] = "npy"
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_listed, json_schema_input_type=str | int | tuple[str | int, ...]),
     ] = Field((), description="names (or positions) of the outputs to keep; default: all")
-    transform: Literal["none", "softmax", "argmax", "topk"] = "none"
+    transform: Annotated[
+        tuple[Transform, ...],
+        BeforeValidator(_listed, json_schema_input_type=Transform | tuple[Transform, ...]),
+        PlainSerializer(_word),
+    ] = Field(("none",), description="one or several in order: [mean_pool, normalize]")
     dim: int = Field(-1, description="the dimension that holds the classes; default: the last")
     k: Size = Field(5, description="how many classes topk keeps")
 

@@ -6,6 +6,7 @@ Knows outputs and modules; not what the variants are for.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -42,7 +43,10 @@ class Side(Protocol):
 def equivalence(base: Side, candidate: Side) -> Equivalence:
     """The candidate's outputs beside the baseline's, on the batches that both have."""
     greatest, bitwise, equal = 0.0, True, True
-    alike = base.batches[0].size == candidate.batches[0].size
+    alike = all(
+        list(ours.ids) == list(theirs.ids)
+        for ours, theirs in zip(base.batches, candidate.batches, strict=False)
+    )
     for ours, theirs in _batchwise(base, candidate) if alike else _samplewise(base, candidate):
         if [(name, t.shape) for name, t in ours] != [(name, t.shape) for name, t in theirs]:
             greatest, bitwise, equal = math.inf, False, False
@@ -84,17 +88,39 @@ def _batchwise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
 
 
 def _samplewise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
-    """The samples that both have, once, where they come in batches of different sizes."""
-    count = min(sum(batch.size for batch in side.batches) for side in (base, candidate))
-    yield _samples(base, count), _samples(candidate, count)
+    """The samples that both have, where they come in other batches: of other size or order."""
+    ours, theirs = _samples(base), _samples(candidate)
+    shared = [sample for sample in ours if sample in theirs]
+    for name in next(iter(ours.values())):
+        if any(name not in theirs[sample] for sample in shared):
+            yield [(name, ours[shared[0]][name])], []
+            continue
+        pairs = [_cropped(ours[sample][name], theirs[sample][name]) for sample in shared]
+        if len({row.shape for pair in pairs for row in pair}) == 1:
+            pairs = [(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]))]
+        for mine, its in pairs:
+            yield [(name, mine)], [(name, its)]
 
 
-def _samples(side: Side, count: int) -> _Named:
-    parts = [_outputs(side, number) for number in range(len(side.batches))]
-    return [
-        (name, torch.cat([part[i][1] for part in parts])[:count] if tensor.ndim else tensor)
-        for i, (name, tensor) in enumerate(parts[0])
-    ]
+def _samples(side: Side) -> dict[Any, dict[str, torch.Tensor]]:
+    """Each sample's row of every output, by its id; of samples with one id by their order."""
+    found: dict[Any, dict[str, torch.Tensor]] = {}
+    seen: Counter[int | str] = Counter()
+    for number, batch in enumerate(side.batches):
+        outputs = _outputs(side, number)
+        for row, name in enumerate(batch.ids):
+            seen[name] += 1
+            rows = {called: t[row] if t.ndim else t for called, t in outputs}
+            found[name, seen[name]] = rows
+    return found
+
+
+def _cropped(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both without what only one has: the padding to the longest text of another batch."""
+    if one.ndim != other.ndim:
+        return one, other
+    shared = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+    return one[shared], other[shared]
 
 
 def first_difference(base: Side, candidate: Side) -> str | None:

@@ -36,6 +36,10 @@ class ModelRefused(ConfigError):
     """The model raised on its first batch: config and model do not go together."""
 
 
+class SampleFault(Exception):
+    """One sample that cannot be read, as a sentence; `run.on_error` says what becomes of it."""
+
+
 class RunFailed(GradrunError):
     """The run began and could not end; what was written before stays valid."""
 

@@ -10,8 +10,15 @@ from typing import Any
 
 from gradrun.errors import ConfigError
 
-EXTRAS = {"torchmetrics": "metrics"}
-"""library -> the extra that installs it."""
+EXTRAS = {
+    "torchmetrics": ("torchmetrics", "metrics"),
+    "pyarrow": ("pyarrow", "parquet"),
+    "PIL": ("Pillow", "images"),
+    "transformers": ("transformers", "hf"),
+    "timm": ("timm", "timm"),
+    "torchvision": ("torchvision", "timm"),
+}
+"""library as it is imported -> its name, and the extra that installs it."""
 
 
 def library(name: str, key: str, part: str = "") -> Any:
@@ -25,11 +32,15 @@ def library(name: str, key: str, part: str = "") -> Any:
     Raises:
         ConfigError: it is not installed, or is and cannot be imported.
     """
+    package, extra = EXTRAS[name]
     try:
         return importlib.import_module(f"{name}.{part}" if part else name)
-    except Exception as error:  # a library built for another torch raises RuntimeError
-        first = str(error).partition("\n")[0]
-        said = "" if isinstance(error, ImportError) else f", which failed with: {first}"
+    except ImportError as error:
+        raise ConfigError(f"this needs {package}; pip install 'gradrun[{extra}]'", key) from error
+    except Exception as error:  # what was built for another torch fails in its own way
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ConfigError(
-            f"this needs {name}{said}; pip install 'gradrun[{EXTRAS[name]}]'", key
+            f"{package} is installed and cannot be imported ({said}): it, or what it needs, does "
+            f"not fit this torch; pip install 'gradrun[{extra}]' from where torch came from",
+            key,
         ) from error

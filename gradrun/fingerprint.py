@@ -40,7 +40,9 @@ def fingerprint(config: RunConfig, samples: int, version: str) -> Head:
         gradrun=version,
         samples=samples,
         config=dumped,
-        files={os.fspath(path): _described(path) for path in sorted(files)},
+        files={
+            os.fspath(path): _described(path) for place in sorted(files) for path in _within(place)
+        },
     )
 
 
@@ -61,8 +63,17 @@ def differences(before: Head, now: Head) -> list[str]:
     return found
 
 
+def _within(place: Path) -> list[Path]:
+    """A file itself; of a folder the files that lie in it."""
+    if not place.is_dir():
+        return [place]
+    return sorted(path for path in place.iterdir() if path.is_file())
+
+
 def _described(path: Path) -> dict[str, Any]:
     try:
+        if path.is_dir():
+            return _listing(path)
         status = path.stat()
         return {
             "size": status.st_size,
@@ -71,6 +82,19 @@ def _described(path: Path) -> dict[str, Any]:
         }
     except OSError as error:  # it was there when it was opened
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    """How many files there are below a folder, and a checksum of their names, sizes and times."""
+    count = found = 0
+    for here, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(here, name)
+            status = path.stat()
+            line = f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            count, found = count + 1, zlib.crc32(os.fsencode(line), found)
+    return {"files": count, "names, sizes and times": found}
 
 
 def _sampled_checksum(path: Path, size: int) -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradrun.complaints import choices
 from gradrun.config import OutputSection
@@ -22,21 +24,26 @@ UNNAMED = "prediction"
 Named = dict[str, torch.Tensor]
 """Output name to a tensor [size, ...] on the CPU that needs no gradient."""
 
+_NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
 
 
-def reader(config: OutputSection) -> Callable[[Any, int], Named]:
-    """A function (what the model returned, batch size) to the outputs that are kept.
+Inputs = Mapping[str, torch.Tensor]
+"""What the model was called with by name; a transform may need its attention_mask."""
+
+
+def reader(config: OutputSection) -> Callable[..., Named]:
+    """A function (what the model returned, batch size, its inputs) to the outputs that are kept.
 
     It raises ConfigError where there are no such outputs or they are not one row a sample.
     """
-    transform = _TRANSFORMS[config.transform]
+    transform = _chain([_TRANSFORMS[word] for word in config.transform])
 
-    def read(returned: Any, size: int) -> Named:
+    def read(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Named:
         kept: Named = {}
         for name, tensor in _select(returned, config.select):
             _check_rows(name, tensor, size)
-            for kept_name, value in transform(name, tensor, config):
+            for kept_name, value in transform(name, tensor, config, inputs):
                 if value.is_conj() or value.is_neg():
                     value = value.resolve_conj().resolve_neg()
                 if value.requires_grad:
@@ -95,6 +102,32 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield from tensors_in(item, f"{name}.{key}" if name else str(key))
 
 
+class Spelling:
+    """What a model calls its classes, for the outputs that hold their numbers."""
+
+    def __init__(self, config: OutputSection | None = None, classes: Sequence[str] = ()) -> None:
+        # Over another dimension than the last a number may be that of something else.
+        numbered = config is not None and config.dim == -1
+        self.word = config.transform[-1] if config and numbered and classes else ""
+        self.classes = classes
+
+    def columns(self, names: Iterable[str]) -> dict[str, str]:
+        """Of each output of class numbers, the name of the column that spells them out."""
+        if self.word == "argmax":
+            return {name: "label" if name == UNNAMED else f"{name}.label" for name in names}
+        if self.word == "topk":
+            ranked = [name for name in names if name.endswith("indices")]
+            return {name: f"{name.removesuffix('indices')}labels" for name in ranked}
+        return {}
+
+    def spelled(self, numbers: Any) -> Any:
+        """The names for a nest of numbers; a number that has none stays itself, as text."""
+        if isinstance(numbers, list):
+            return [self.spelled(number) for number in numbers]
+        known = 0 <= numbers < len(self.classes)
+        return self.classes[numbers] if known else str(numbers)
+
+
 def nonfinite_rows(tensors: Iterable[torch.Tensor]) -> int:
     """How many rows hold a NaN or an infinity in any of some tensors [n, ...]."""
     bad: torch.Tensor | None = None
@@ -124,27 +157,74 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
 
 # --- transforms --------------------------------------------------------------------------------
 
-_Transform = Callable[[str, torch.Tensor, OutputSection], list[tuple[str, torch.Tensor]]]
+_Kept = list[tuple[str, torch.Tensor]]
+_Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Kept]
 
 
-def _none(name: str, tensor: torch.Tensor, config: OutputSection) -> list[tuple[str, torch.Tensor]]:
+def _chain(steps: list[_Transform]) -> _Transform:
+    """One transform after the other, each on what the one before it gave."""
+    first, *others = steps or [_none]
+    if not others:
+        return first
+    rest = _chain(others)
+
+    def chained(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+        made = first(name, tensor, config, inputs)
+        return [kept for item in made for kept in rest(*item, config, inputs)]
+
+    return chained
+
+
+def _none(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
     return [(name, tensor)]
 
 
-def _softmax(
-    name: str, tensor: torch.Tensor, config: OutputSection
-) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.softmax(tensor, _class_dim(name, tensor, config)))]
+def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    return [(name, torch.softmax(tensor, _class_dim("softmax", name, tensor, config)))]
 
 
-def _argmax(
-    name: str, tensor: torch.Tensor, config: OutputSection
-) -> list[tuple[str, torch.Tensor]]:
-    return [(name, torch.argmax(tensor, _class_dim(name, tensor, config)))]
+def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    return [(name, torch.argmax(tensor, _class_dim("argmax", name, tensor, config)))]
 
 
-def _topk(name: str, tensor: torch.Tensor, config: OutputSection) -> list[tuple[str, torch.Tensor]]:
-    dim = _class_dim(name, tensor, config)
+def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    """To length 1, as a cosine needs it."""
+    dim = _class_dim("normalize", name, tensor, config)
+    return [(name, nn.functional.normalize(tensor, dim=dim))]
+
+
+def _mean_pool(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    """The mean over the tokens that are no padding: [size, tokens, width] to [size, width]."""
+    mask = _mask("mean_pool", name, tensor, inputs).unsqueeze(-1).to(tensor.dtype)
+    return [(name, (tensor * mask).sum(1) / mask.sum(1).clamp(min=1))]
+
+
+def _cls(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    """The first token that is no padding: [size, tokens, width] to [size, width]."""
+    first = _mask("cls", name, tensor, inputs).argmax(1)
+    return [(name, tensor[torch.arange(len(tensor), device=tensor.device), first])]
+
+
+def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """Which tokens of an output are no padding, [size, tokens]."""
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        raise ConfigError(
+            f"{step} needs to know which tokens are padding, and the model gets no input called "
+            "attention_mask",
+            "output.transform",
+        )
+    if tensor.ndim != 3 or tensor.shape[:2] != mask.shape:
+        raise ConfigError(
+            f"{step} takes an output of a row a token, {[*mask.shape]} and a width, and output "
+            f"{name!r} has shape {[*tensor.shape]}; output.select: last_hidden_state keeps one",
+            "output.transform",
+        )
+    return mask
+
+
+def _topk(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    dim = _class_dim("topk", name, tensor, config)
     if config.k > tensor.shape[dim]:
         raise ConfigError(
             f"top {config.k} of {tensor.shape[dim]} classes (output {name!r} has shape "
@@ -156,11 +236,11 @@ def _topk(name: str, tensor: torch.Tensor, config: OutputSection) -> list[tuple[
     return [(f"{prefix}values", values), (f"{prefix}indices", indices)]
 
 
-def _class_dim(name: str, tensor: torch.Tensor, config: OutputSection) -> int:
+def _class_dim(step: str, name: str, tensor: torch.Tensor, config: OutputSection) -> int:
     dim = config.dim if config.dim >= 0 else tensor.ndim + config.dim
     if not 0 < dim < tensor.ndim:
         raise ConfigError(
-            f"{config.transform} over dimension {config.dim} of output {name!r}, which has shape "
+            f"{step} over dimension {config.dim} of output {name!r}, which has shape "
             f"{list(tensor.shape)}; dimension 0 is the batch's, and classes lie in one behind it",
             "output.dim" if tensor.ndim > 1 else "output.transform",
         )
@@ -172,4 +252,7 @@ _TRANSFORMS: dict[str, _Transform] = {
     "softmax": _softmax,
     "argmax": _argmax,
     "topk": _topk,
+    "mean_pool": _mean_pool,
+    "cls": _cls,
+    "normalize": _normalize,
 }

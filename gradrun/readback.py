@@ -1,6 +1,6 @@
 """What is really in a run's files: each committed range read back and held against its checksum.
 
-Knows the layout of the three formats, and needs neither torch nor the model.
+Knows the layout of each format, and needs neither torch nor the model.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import IO
 import numpy as np
 
 from gradrun import disk
+from gradrun.extras import library
 from gradrun.journal import Committed, Kept
 
 _MOST_HEADER = 100_000_000
@@ -41,9 +43,14 @@ def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
     before: Committed | None = None
     for committed in kept.commits:
         for file, expected in committed.files.items():
+            path = folder / file
+            check = _CHECKS.get(path.suffix, _of_another)
+            # Of a part, or, while it is not full, of the plain rows beside it.
+            rest = path.with_name(f"{file}.rest")
+            if not path.exists() and rest.exists():
+                check, path = _of_rest, rest
             try:
-                check = _CHECKS.get(Path(file).suffix, _of_another)
-                found = check(folder / file, committed, before)
+                found = check(path, committed, before)
             except OSError as error:
                 what = error.strerror or str(error)
             except _DamagedError as error:
@@ -70,7 +77,7 @@ def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
         return disk.checksum(file.fileno(), begin + committed.start * row, end)
 
 
-def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int:
     begin = before.end or 0 if before else 0
     end = committed.end or 0
     with _opened(path) as file:
@@ -79,10 +86,6 @@ def _of_jsonl(path: Path, committed: Committed, before: Committed | None) -> int
 
 
 def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
-    """Of the part, or, while it is not full, of the plain rows beside it."""
-    rest = path.with_name(f"{path.name}.rest")
-    if not path.exists() and rest.exists():
-        return _of_rest(rest, committed, before)
     with _opened(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MOST_HEADER:
@@ -100,6 +103,26 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
                 raise _DamagedError(f"it holds {rows} samples of its part")
             found = disk.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
         return found
+
+
+def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> int:
+    """Of the rows as the sink held them: each output's bytes by its name, then a line an id."""
+    arrow, parquet = library("pyarrow", ""), library("pyarrow", "", "parquet")
+    with _opened(path) as file:
+        table = parquet.read_table(arrow.BufferReader(file.read()))
+    first = int(table.schema.metadata[b"start"])
+    start, count = committed.start - first, committed.stop - committed.start
+    if start + count > table.num_rows:
+        raise _DamagedError(f"it holds {table.num_rows} samples of its part")
+    found = 0
+    for name in sorted(set(table.column_names) - {"id"}):
+        values = table.column(name).slice(start, count).combine_chunks()
+        while arrow.types.is_list(values.type):
+            values = values.flatten()
+        found = zlib.crc32(values.to_numpy(zero_copy_only=False).tobytes(), found)
+    for name in table.column("id").slice(start, count).to_pylist():
+        found = zlib.crc32(json.dumps(name).encode() + b"\n", found)
+    return found
 
 
 def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
@@ -126,6 +149,8 @@ def _check_size(descriptor: int, end: int) -> None:
 
 _CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
     ".npy": _of_npy,
-    ".jsonl": _of_jsonl,
+    ".jsonl": _of_lines,
+    ".csv": _of_lines,
     ".safetensors": _of_safetensors,
+    ".parquet": _of_parquet,
 }

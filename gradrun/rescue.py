@@ -18,7 +18,7 @@ import torch
 from gradrun import disk
 from gradrun.config import RunSection
 from gradrun.data_sources.batches import Batch, cut_batch
-from gradrun.errors import GradrunError, RunFailed
+from gradrun.errors import GradrunError, RunFailed, SampleFault
 from gradrun.model_sources.refusals import first_line, memory_asked, ran_out_of_memory
 from gradrun.outputs import Named, nonfinite_rows
 from gradrun.units import count_text
@@ -102,6 +102,8 @@ class Rescue:
         """Outputs of some batch, for their names, shapes and types."""
         self.most: int | None = None
         """Samples that fit in memory at once, where a batch did not."""
+        self.place: Callable[[int], int] = lambda at: at
+        """Where in the input the sample stands that is run as the at-th."""
         self.cut_at = 0
         """The sample from which on batches are no larger than that."""
 
@@ -126,6 +128,27 @@ class Rescue:
         missing: set[int] = set()
         self._apart(at, at, size, error, pieces, missing)
         return self._whole(size, pieces), missing
+
+    def unreadable(self, at: int, batch: Batch) -> tuple[Named, set[int]]:
+        """Outputs for a batch of which some samples could not be read, and their positions.
+
+        Raises:
+            Exception: as `failed` does.
+        """
+        if self.run.on_error != "quarantine":
+            batch.check()
+        sound = [row for row in range(batch.size) if row not in batch.faults]
+        try:
+            outputs = self.predict(batch.picked(sound)) if sound else {}
+        except Exception as error:  # others fail for another reason, or are too many
+            return self.failed(at, batch.size, error)
+        for row in sorted(batch.faults):
+            self._set_apart(at + row, batch.ids[row], str(batch.faults[row]), "")
+        pieces = [
+            (row, {name: tensor[i : i + 1] for name, tensor in outputs.items()})
+            for i, row in enumerate(sound)
+        ]
+        return self._whole(batch.size, pieces), set(batch.faults)
 
     def check(self, at: int, batch: Batch, outputs: Named) -> tuple[Named, set[int]]:
         """The outputs, and the positions where one of them is NaN or infinite.
@@ -161,7 +184,7 @@ class Rescue:
             for row in range(batch.size)
             if self._failure(cut_batch(batch, row, row + 1)) is None
         ]
-        return batch._replace(size=len(rows)).map(lambda tensor: tensor[rows]) if rows else None
+        return batch.picked(rows) if rows else None
 
     def _failure(self, batch: Batch) -> Exception | None:
         try:
@@ -195,14 +218,16 @@ class Rescue:
             raise error
         if ran_out_of_memory(error):
             if size == 1:
-                raise _too_large(at, error)
+                raise _too_large(self.place(at), error)
             if self.most is None or size // 2 < self.most:
-                self.most, self.cut_at = size // 2, at
+                self.most, self.cut_at = size // 2, self.place(at)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.empty_cache()
         elif size == 1:
             batch = self.again(at, 1)
             said = f"{type(error).__name__}: {first_line(error)}"
+            if isinstance(error, SampleFault):
+                said, details = str(error), ""
             self._set_apart(at, batch.ids[0], said, details)
             missing.add(at - first)
             return
@@ -222,7 +247,7 @@ class Rescue:
         return None
 
     def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
-        self.quarantine.add(at, name, error, details)
+        self.quarantine.add(self.place(at), name, error, details)
         most = self.run.max_errors
         if most is not None and self.quarantine.count > most:
             raise RunFailed(

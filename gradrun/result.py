@@ -91,6 +91,24 @@ class Memory(_Noun):
     device_reserved: Count | None = None
 
 
+class Padding(_Noun):
+    """Tokens of texts that were filled up to the longest of their batch."""
+
+    tokens: int = 0
+    """Of the texts themselves."""
+    run: int = 0
+    """That the model computed, padding included."""
+    ungrouped: int = 0
+    """That it would have computed in the order of the input."""
+
+    def __add__(self, other: Padding) -> Padding:
+        return Padding(
+            tokens=self.tokens + other.tokens,
+            run=self.run + other.run,
+            ungrouped=self.ungrouped + other.ungrouped,
+        )
+
+
 class Measurement(_Noun):
     """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
 
@@ -104,6 +122,8 @@ class Measurement(_Noun):
     memory: Memory
     batch_limit: Count | None = None
     """The largest batch that fitted in memory, where the one asked for did not."""
+    padding: Padding | None = None
+    """Of texts and their like."""
 
     @model_validator(mode="after")
     def _a_time_for_each_batch(self) -> Self:

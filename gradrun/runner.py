@@ -19,10 +19,10 @@ from torch import nn
 
 from gradrun import stats
 from gradrun.config import EagerModel, RunConfig, RunSection
-from gradrun.data_sources.batches import Batch, Data, cut_batch, mover
+from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
-from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed, SampleFault
 from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.meters.forward import Forward
@@ -31,7 +31,7 @@ from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
-from gradrun.result import Measurement, Memory, Phases, Warning
+from gradrun.result import Measurement, Memory, Padding, Phases, Warning
 from gradrun.sinks import Sink
 
 WARM_UP_SECONDS = 0.3
@@ -39,6 +39,8 @@ WARM_UP_SECONDS = 0.3
 
 _BEAT_NS = 200_000_000
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+
+_SETS_APART = "; run.on_error: quarantine sets such samples apart and goes on"
 
 Beat = Callable[[int], None]
 """Told how many samples are done, a few times a second."""
@@ -87,6 +89,7 @@ class Runner:
         self.ahead = False
         quarantine = Quarantine(config.output.path)
         self.rescue = Rescue(config.run, self._predicted, self._again, quarantine)
+        self.rescue.place = lambda at: place_in_input(data, at)
 
     def prepare(self) -> Named:
         """Run the first batch, then warm up; nothing of it is kept.
@@ -150,9 +153,11 @@ class Runner:
         next_beat = began + _BEAT_NS
         try:
             for batch in batches:
-                args, kwargs, size, ids = batch
+                args, kwargs, size, ids, faults = batch
                 read_ns = now() - mark
                 try:
+                    if faults:
+                        batch.check()
                     start()
                     returned = model(*args, **kwargs)
                     stop()
@@ -165,9 +170,9 @@ class Runner:
                 # is in the file. One that is not is forgotten by trim().
                 sizes.append(size)
                 if checked:
-                    self._write_checked(batch, read(returned, size), sink, gathered)
+                    self._write_checked(batch, read(returned, size, kwargs), sink, gathered)
                 else:
-                    write(read(returned, size), ids)
+                    write(read(returned, size, kwargs), ids)
                 # The graph that grad mode keeps must not live into the next forward.
                 del returned
                 gathered.data_ns += read_ns
@@ -185,7 +190,11 @@ class Runner:
 
     def _rescued(self, batch: Batch, error: Exception, sink: Sink, gathered: Pass) -> None:
         """Write what can be made of a batch that failed, untimed."""
-        outputs, missing = self.rescue.failed(gathered.start + gathered.done, batch.size, error)
+        at = gathered.start + gathered.done
+        if batch.faults:
+            outputs, missing = self.rescue.unreadable(at, batch)
+        else:
+            outputs, missing = self.rescue.failed(at, batch.size, error)
         sink.write(outputs, batch.ids, missing)
         gathered.apart += batch.size
         gathered.done += batch.size
@@ -197,8 +206,10 @@ class Runner:
 
     def _again(self, at: int, size: int) -> Batch:
         """A batch of any place and size, read anew."""
-        batch = next(self.data.batches(at))
-        batch = batch if batch.size == size else cut_batch(batch, 0, size)
+        # From the whole batch: texts are padded to its longest, whatever piece is run again.
+        ahead = at % self.data.batch_size
+        batch = next(self.data.batches(at - ahead))
+        batch = batch if batch.size == size else cut_batch(batch, ahead, ahead + size)
         return self.move(batch) if self.move else batch
 
     def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
@@ -221,6 +232,7 @@ class Runner:
         return Measurement(
             mode=self.mode,
             batch_limit=self.rescue.most,
+            padding=self._padding(gathered),
             batch_seconds=seconds,
             batch_sizes=sizes,
             phases=Phases(
@@ -246,16 +258,24 @@ class Runner:
             ),
         )
 
+    def _padding(self, gathered: Pass) -> Padding | None:
+        if not isinstance(self.data, Uneven):
+            return None
+        return self.data.padding(gathered.start, gathered.start + gathered.done)
+
     def _stop(self, error: BaseException, gathered: Pass) -> GradrunError:
         """What ended the pass, as the error to raise once everything is saved."""
         if isinstance(error, GradrunError):
             text = str(error)
+        elif isinstance(error, SampleFault):
+            text = f"{error}{_SETS_APART}"
         elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
             at = gathered.start + gathered.done
+            first = place_in_input(self.data, at)
             text = (
-                f"batch {at // self.data.batch_size}, which begins at sample {at:,}, failed: "
+                f"batch {at // self.data.batch_size}, which begins at sample {first:,}, failed: "
                 f"{reason(error, self.mode)}"
             )
         stopped = RunFailed(text)
@@ -275,7 +295,7 @@ class Runner:
     # --- the steps -----------------------------------------------------------------------------
 
     def _first_batch(self) -> Batch:
-        batch = next(iter(self.data.batches()))
+        batch = self._first_readable()
         try:
             # A copy: the window that it lies in is given back when the run moves on.
             return (self.move(batch) if self.move else batch).map(torch.clone)
@@ -285,8 +305,22 @@ class Runner:
                 "data.batch_size",
             ) from error
 
+    def _first_readable(self) -> Batch:
+        """The first batch, without the samples at fault where these are set apart."""
+        for batch in self.data.batches():
+            sound = [row for row in range(batch.size) if row not in batch.faults]
+            fault = next(iter(batch.faults.values()), None)
+            if fault is None:
+                return batch
+            if self.config.run.on_error != "quarantine":
+                raise ConfigError(f"{fault}{_SETS_APART}", "data.path") from fault
+            if sound:
+                return batch.picked(sound)
+        raise ConfigError(f"no sample can be read; the last: {fault}", "data.path")
+
     def _predicted(self, batch: Batch) -> Named:
-        return self.read(self.model(*batch.args, **batch.kwargs), batch.size)
+        batch.check()
+        return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _first_returned(self) -> Any:
         try:
@@ -308,13 +342,14 @@ class Runner:
         returned = self._first_returned()
         self._note_graph(returned)
         try:
-            self.rescue.like = self.read(returned, self.first.size)
+            self.rescue.like = self.read(returned, self.first.size, self.first.kwargs)
             return self.rescue.like
         except GradrunError:
             raise
         except Exception as error:  # torch has many ways to say that it cannot
+            words = ", ".join(self.config.output.transform)
             raise ConfigError(
-                f"{self.config.output.transform} cannot take this output: {first_line(error)}",
+                f"{words} cannot take this output: {first_line(error)}",
                 "output.transform",
             ) from error
 

@@ -26,11 +26,11 @@ JOURNAL = "journal.jsonl"
 _BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
 """What a process leaves behind that died before its run had begun."""
 
-_PART = "predictions-[0-9][0-9][0-9][0-9][0-9].safetensors"
+_PARTS = [f"predictions-{'[0-9]' * 5}.{suffix}" for suffix in ("safetensors", "parquet")]
 _OURS = (
     *(RESULT, f"{RESULT}.tmp", "quarantine.jsonl", "quarantine.jsonl.tmp"),
-    *("predictions.npy", "predictions.*.npy", "predictions.jsonl"),
-    *(_PART, f"{_PART}.tmp", f"{_PART}.rest"),
+    *("predictions.npy", "predictions.*.npy", "predictions.jsonl", "predictions.csv"),
+    *(f"{part}{ending}" for part in _PARTS for ending in ("", ".tmp", ".rest")),
     *(f"{JOURNAL}.tmp", JOURNAL),  # last: it says whose the others are
 )
 

@@ -86,7 +86,7 @@ class Runnable:
         with self.active():
             self._settle()
             began = time.perf_counter_ns()
-            for args, kwargs, _, _ in chosen:
+            for args, kwargs, _, _, _ in chosen:
                 model(*args, **kwargs)
             self._settle()
             return (time.perf_counter_ns() - began) * 1e-9 / count
@@ -185,18 +185,27 @@ def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
 
 
 def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
-    """The first few whole batches, copied out of their file and moved to the device."""
+    """The first few whole batches, copied out of their file and moved to the device.
+
+    Raises:
+        ConfigError: there is none all of whose samples can be read.
+    """
     data = open_data(config.data, config.run.seed)
     move = mover(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
-    held = 0
+    held, fault = 0, ""
     for batch in data.batches():
+        if batch.faults:
+            fault = str(next(iter(batch.faults.values())))
+            continue
         if batches and batch.size < batches[0].size:
             break
         batches.append((move(batch) if move else batch).map(torch.clone))
         held += tensors.storage_bytes(batches[-1].tensors())
         if len(batches) == _MOST_BATCHES or held > _MOST_BYTES:
             break
+    if not batches:
+        raise ConfigError(f"no batch is without a fault: {fault}", "data.path")
     return batches
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gradrun import disk
 from gradrun.result import RunResult
-from gradrun.sinks import safetensors as safetensors_sink
+from gradrun.sinks import parts
 from gradrun.sinks.jsonl import JsonlSink
 
 ROOT = Path(__file__).parent.parent
@@ -418,7 +418,7 @@ def test_a_disk_with_too_little_room_is_told_before_the_first_batch(cli, small_d
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
-    monkeypatch.setattr(safetensors_sink, "PART_BYTES", 8192)
+    monkeypatch.setattr(parts, "PART_BYTES", 8192)
     monkeypatch.setattr(disk, "check_room", lambda *_: None)  # another process takes it later
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]

@@ -375,8 +375,9 @@ def test_the_schema_is_one(schema):
 def test_the_schema_accepts_every_example_and_refuses_a_mistyped_key(schema, path):
     config = yaml.safe_load(path.read_text())
     jsonschema.Draft202012Validator(schema).validate(config)
-    for section in [name for name in config if isinstance(config[name], dict)]:
-        assert not accepts(schema, config | {section: config[section] | {"mistyped": 1}})
+    for section, value in config.items():
+        spoiled = [*value, {"mistyped": 1}] if isinstance(value, list) else value | {"mistyped": 1}
+        assert not accepts(schema, config | {section: spoiled})
     assert not accepts(schema, config | {"mistyped": {}})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 from gradrun.config import RunConfig
@@ -52,7 +54,8 @@ def sides(
     model: nn.Module, *modes: str, shape: tuple[int, ...] = (4, 4), **measure: float
 ) -> tuple[Side, Side]:
     torch.manual_seed(7)
-    batches = [Batch((torch.randn(shape),), {}, shape[0], range(shape[0])) for _ in range(2)]
+    size = shape[0]
+    batches = [Batch((torch.randn(shape),), {}, size, range(at, at + size)) for at in (0, size)]
     one, other = modes or ("grad", "inference_mode")
     return (
         Side(one, model.eval(), config(one, **measure), batches),
@@ -236,10 +239,12 @@ def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> N
 def in_batches(side: Side, *sizes: int) -> Side:
     """The same samples, cut otherwise."""
     whole = torch.cat([batch.args[0] for batch in side.batches])
-    parts = torch.split(whole, list(sizes))
-    return Side(
-        side.name, side.model, side.config, [Batch((x,), {}, len(x), range(len(x))) for x in parts]
-    )
+    ends = list(itertools.accumulate(sizes))
+    batches = [
+        Batch((whole[end - size : end],), {}, size, range(end - size, end))
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    return Side(side.name, side.model, side.config, batches)
 
 
 def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
@@ -255,6 +260,37 @@ def test_a_difference_is_still_found_where_batches_differ_in_size() -> None:
     found = equivalence(one, in_batches(other, 3, 5))
     assert not found.equal
     assert found.max_abs_diff == pytest.approx(1.0)
+
+
+class Twice(nn.Module):
+    """As a model of texts: as many rows a sample as the longest of its batch has."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize(("changed", "equal"), [(0.0, True), (0.5, False)])
+def test_samples_are_found_by_their_id_in_whatever_order_and_padded_to_whatever_length(
+    changed: float, equal: bool
+) -> None:
+    one, other = sides(Twice(), "grad", "grad")
+    torch.manual_seed(0)
+    texts = [torch.rand(length, 3) for length in (4, 1, 3, 2)]
+
+    def batch(*which: int, pad: int) -> Batch:
+        rows = torch.stack(
+            [functional.pad(texts[i], (0, 0, 0, pad - len(texts[i]))) for i in which]
+        )
+        return Batch((rows,), {}, len(which), list(which))
+
+    one.batches = [batch(0, 1, pad=4), batch(2, 3, pad=3)]
+    other.batches = [batch(0, 2, pad=4), batch(3, 1, pad=2)]
+    assert equivalence(one, other).equal
+    texts[2][0, 0] += changed
+    other.batches = [batch(0, 2, pad=4), batch(3, 1, pad=2)]
+    found = equivalence(one, other)
+    assert found.equal is equal
+    assert found.max_abs_diff == pytest.approx(2 * changed)
 
 
 def test_a_model_that_marks_its_input_leaves_the_batch_as_it_was() -> None:

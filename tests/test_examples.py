@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,12 +18,16 @@ from gradrun.bundled import bundled, examples
 from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
 from gradrun.result import RunResult
+from tests.small_models import named_classes, save_bert
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+COUNTS = {"records": 50, "embeddings": 20, "sentiment": 20}
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]
+
+COUNTS = {"records": 50, "parquet": 50, "images": 20}
 
 Run = Callable[..., RunResult]
 
@@ -42,10 +47,15 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     assert examples() == NAMES
     configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
     sources = {config.model.source for config in configs}
-    assert sources == {"zoo", "layers", "python", "torchscript", "exported"}
-    assert {config.data.source for config in configs} == {"arrays", "synthetic", "records"}
-    assert {config.output.format for config in configs} == {"npy", "safetensors", "jsonl"}
-    assert {config.output.transform for config in configs} == {"none", "softmax", "argmax", "topk"}
+    assert sources == {"zoo", "layers", "python", "torchscript", "exported", "huggingface"}
+    assert {config.data.source for config in configs} == {
+        *("arrays", "synthetic", "records", "text", "images"),
+    }
+    assert {config.output.format for config in configs} == {
+        *("npy", "safetensors", "jsonl", "csv", "parquet"),
+    }
+    transforms = {word for config in configs for word in config.output.transform}
+    assert transforms == {"none", "softmax", "argmax", "topk", "mean_pool", "normalize"}
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 
@@ -64,14 +74,23 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None:
-    result = run(name)
+    result = run(name, **stand_in(name, tmp_path))
     samples = result.measurements[0].samples
     config = gradrun.load_config(CONFIGS / f"{name}.yaml")
-    assert samples == getattr(config.data, "samples", 50 if name == "records" else 500)
+    assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
     on_disk = {path.name for path in (tmp_path / name).iterdir()}
     assert on_disk == {*result.files, "journal.jsonl", "result.json"}
     for file in result.files:
         assert rows(tmp_path / name / file) == samples
+
+
+def stand_in(name: str, folder: Path) -> dict[str, str]:
+    """A small model in the place of one that would be downloaded."""
+    kinds = {"embeddings": "BertModel", "sentiment": "BertForSequenceClassification"}
+    if name not in kinds:
+        return {}
+    save_bert(folder / "bert", kinds[name], **named_classes())
+    return {"model.path": str(folder / "bert")}
 
 
 def rows(path: Path) -> int:
@@ -79,7 +98,9 @@ def rows(path: Path) -> int:
         return len(np.load(path))
     if path.suffix == ".safetensors":
         return len(load_file(path)["prediction"])
-    return len(path.read_text().splitlines())
+    if path.suffix == ".parquet":
+        return len(pandas.read_parquet(path))
+    return len(path.read_text().splitlines()) - (path.suffix == ".csv")
 
 
 @pytest.mark.parametrize("name", ["digits", "torchscript", "exported"])
@@ -117,6 +138,32 @@ def test_the_records_example_names_each_row_and_reads_its_digit(run: Run, tmp_pa
     found = np.array([answer["prediction"] for answer in answers])
     assert np.allclose(found.sum(1), 1, atol=1e-6)
     assert (found.argmax(1) == [int(row["digit"]) for row in table]).mean() >= 0.97
+
+
+def test_the_parquet_example_reads_a_table_of_digits_and_writes_one(
+    run: Run, tmp_path: Path
+) -> None:
+    run("parquet")
+    found = pandas.read_parquet(tmp_path / "parquet" / "predictions-00000.parquet")
+    table = pandas.read_parquet(CONFIGS / "digits.parquet")
+    assert np.array_equal(np.stack(table["pixels"]), np.load(CONFIGS / "digits.npz")["images"][:50])
+    assert found["id"].tolist() == table["id"].tolist()
+    assert (np.stack(found["indices"])[:, 0] == table["digit"]).mean() >= 0.97
+
+
+def test_the_images_example_reads_the_digits_in_its_folders(run: Run, tmp_path: Path) -> None:
+    run("images")
+    lines = (tmp_path / "images" / "predictions.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["prediction"] for answer in answers] == [
+        int(Path(answer["id"]).parent.name) for answer in answers
+    ]
+
+
+def test_the_metrics_example_says_how_often_the_digit_is_right(run: Run) -> None:
+    found = {metric.name: metric.value for metric in run("metrics").metrics}
+    assert found.keys() == {"accuracy", "top3", "f1", "auroc"}
+    assert min(found.values()) >= 0.97
 
 
 def test_the_layers_example_gives_probabilities(run: Run, tmp_path: Path) -> None:

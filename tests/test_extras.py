@@ -23,8 +23,8 @@ main()
 """
 
 
-def config(library: str, folder: Path) -> dict[str, Any]:
-    """A config that needs a library."""
+def config(case: str, folder: Path) -> dict[str, Any]:
+    """A config that needs a library: the first word of the case."""
     np.savez(folder / "data.npz", x=np.zeros((4, 2), np.float32), y=np.zeros(4, int))
     base = {
         "model": {"source": "layers", "layers": ["Identity"]},
@@ -32,14 +32,29 @@ def config(library: str, folder: Path) -> dict[str, Any]:
         "output": {"path": "out"},
     }
     labelled = base["data"] | {"labels": {"key": "y"}}  # type: ignore[operator]
-    return base | {"torchmetrics": {"data": labelled, "metrics": ["accuracy"]}}[library]
+    (folder / "rows.parquet").touch()
+    records = {"source": "records", "path": "rows.parquet", "inputs": {"x": {"columns": ["x"]}}}
+    needs: dict[str, dict[str, Any]] = {
+        "torchmetrics": {"data": labelled, "metrics": ["accuracy"]},
+        "pyarrow": {"data": records},
+        "PIL": {"data": {"source": "images", "path": "."}},
+        "transformers": {"model": {"source": "huggingface", "path": "some/model"}},
+        "timm": {
+            "data": {"source": "images", "path": ".", "preprocess": "timm", "architecture": "vit"}
+        },
+        "torchvision": {"model": {"source": "torchvision", "name": "resnet18"}},
+        "timm model": {"model": {"source": "timm", "name": "resnet18"}},
+        "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},
+    }
+    return base | needs[case]
 
 
-@pytest.mark.parametrize("library", EXTRAS)
+@pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write", "timm model"])
 def test_a_missing_library_is_one_sentence_that_says_what_to_install(
-    tmp_path: Path, library: str
+    tmp_path: Path, case: str
 ) -> None:
-    (tmp_path / "c.yaml").write_text(json.dumps(config(library, tmp_path)))
+    library = case.split()[0]
+    (tmp_path / "c.yaml").write_text(json.dumps(config(case, tmp_path)))
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, library, "infer", "c.yaml"],
         cwd=tmp_path,
@@ -50,6 +65,7 @@ def test_a_missing_library_is_one_sentence_that_says_what_to_install(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert f"needs {library}; pip install 'gradrun[{EXTRAS[library]}]'" in done.stderr
+    package, extra = EXTRAS[library]
+    assert f"needs {package}; pip install 'gradrun[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -163,3 +163,49 @@ def test_outputs_lose_their_graph() -> None:
     for transform in ("none", "softmax", "topk"):
         found = kept(leaf * 2, transform=transform, k=2)
         assert not any(tensor.requires_grad for tensor in found.values())
+
+
+# --- sequences ---------------------------------------------------------------------------------
+
+STATES = torch.randn(SIZE, 5, 6, generator=torch.Generator().manual_seed(1))
+LENGTHS = [5, 3, 1, 4]
+MASK = torch.tensor([[int(i < length) for i in range(5)] for length in LENGTHS])
+
+
+def of_tokens(returned: Any, mask: torch.Tensor, *words: str) -> torch.Tensor:
+    read = reader(OutputSection(path=Path("x"), transform=words))
+    return read(returned, SIZE, {"attention_mask": mask})[UNNAMED]
+
+
+def test_a_mean_is_over_the_tokens_that_are_no_padding() -> None:
+    found = of_tokens(STATES, MASK, "mean_pool")
+    expected = [row[:length].mean(0) for row, length in zip(STATES, LENGTHS, strict=True)]
+    assert torch.allclose(found, torch.stack(expected), atol=1e-7)
+
+
+def test_the_first_token_is_taken_on_whichever_side_the_padding_is() -> None:
+    assert torch.equal(of_tokens(STATES, MASK, "cls"), STATES[:, 0])
+    found = of_tokens(STATES, MASK.flip(1), "cls")
+    expected = [row[5 - length] for row, length in zip(STATES, LENGTHS, strict=True)]
+    assert torch.equal(found, torch.stack(expected))
+
+
+def test_transforms_follow_one_another() -> None:
+    found = of_tokens(STATES, MASK, "mean_pool", "normalize")
+    assert torch.allclose(found.norm(dim=1), torch.ones(SIZE))
+    assert torch.allclose(
+        of_tokens(STATES, MASK, "mean_pool", "softmax", "argmax"),
+        of_tokens(STATES, MASK, "mean_pool").argmax(1),
+    )
+    assert torch.equal(
+        kept(LOGITS, transform=("softmax", "topk"), k=2)["indices"], LOGITS.topk(2).indices
+    )
+
+
+@pytest.mark.parametrize("word", ["mean_pool", "cls"])
+def test_pooling_says_what_it_lacks(word: str) -> None:
+    error = refused(STATES, transform=(word,))
+    assert "attention_mask" in str(error)
+    assert error.key == "output.transform"
+    with pytest.raises(ConfigError, match=r"takes an output of a row a token, \[4, 5\] and a w"):
+        of_tokens(LOGITS, MASK, word)

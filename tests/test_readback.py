@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pyarrow import parquet
 
 from gradrun import journal
 from gradrun.config import OutputSection
@@ -17,7 +18,7 @@ from gradrun.jobs.verify import verify
 from gradrun.journal import Head, Journal
 from gradrun.outputs import UNNAMED
 from gradrun.readback import faults
-from gradrun.sinks import SINKS, open_sink, safetensors
+from gradrun.sinks import SINKS, open_sink, parts
 from tests.conftest import ROOT, Command
 
 SAMPLES, BATCH = 40, 4
@@ -51,7 +52,8 @@ def run(
 @pytest.fixture(params=["one part", "many parts"])
 def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many parts":
-        monkeypatch.setattr(safetensors, "PART_BYTES", 11 * 12)
+        monkeypatch.setattr(parts, "PART_BYTES", 11 * 12)
+        monkeypatch.setattr(parts, "ID_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_parts")
@@ -81,6 +83,9 @@ def test_a_changed_byte_is_found_in_its_range(
     place = body + int(at * (len(data) - body))
     data[place] ^= 1
     file.write_bytes(data)
+    if form == "parquet":  # packed: a byte may stand for many rows, or for none
+        assert all(fault.what for fault in faults(tmp_path, kept))
+        return
     (fault,) = faults(tmp_path, kept)
     assert fault.what == "its checksum differs"
     if form != "jsonl":
@@ -93,14 +98,26 @@ def test_a_file_that_is_cut_off_or_gone_is_found(tmp_path: Path, form: str) -> N
     (file,) = tmp_path.glob("predictions*")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * 0.8)])
-    assert {fault.what for fault in faults(tmp_path, kept)} == {"the file is cut off"}
+    said = "the file is damaged" if form == "parquet" else "the file is cut off"
+    assert {fault.what for fault in faults(tmp_path, kept)} == {said}
     file.unlink()
     gone = list(faults(tmp_path, kept))
     assert len(gone) == len(kept.commits)
     assert {fault.what for fault in gone} == {"No such file or directory"}
 
 
-@pytest.mark.parametrize("form", ["npy", "safetensors"])
+def test_a_changed_row_of_parquet_is_found_in_its_range(tmp_path: Path) -> None:
+    kept = run(tmp_path, "parquet")
+    (file,) = tmp_path.glob("predictions*")
+    table = parquet.read_table(file)
+    ids = [-1 if i == 21 else i for i in range(SAMPLES)]
+    parquet.write_table(table.set_column(0, "id", [ids]), file)
+    (fault,) = faults(tmp_path, kept)
+    assert fault.start <= 21 < fault.stop
+    assert fault.what == "its checksum differs"
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "parquet"])
 @pytest.mark.parametrize("junk", [b"", b"junk", b"\xff" * 200])
 def test_a_file_of_another_kind_is_a_fault_and_no_traceback(
     tmp_path: Path, form: str, junk: bytes

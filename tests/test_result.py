@@ -104,6 +104,7 @@ def test_the_json_has_the_keys_of_the_design() -> None:
     assert measured.keys() == {
         "mode", "process", "variant", "batch_seconds", "batch_sizes", "phases", "memory",
         "batch_limit",
+        "padding",
     }  # fmt: skip
     assert {
         "load_model", "open_data", "first_batch", "data", "forward", "output"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +20,7 @@ from gradrun.config import OutputSection
 from gradrun.journal import Committed, Head, Kept
 from gradrun.outputs import UNNAMED, Named
 from gradrun.readback import Fault, faults
-from gradrun.sinks import SINKS, Sink, jsonl, npy, open_sink, safetensors
+from gradrun.sinks import READERS, SINKS, Sink, lines, npy, open_sink, parts
 
 SAMPLES, BATCH = 23, 5
 
@@ -42,8 +45,29 @@ def kept(folder: Path, form: str, name: str = UNNAMED) -> torch.Tensor:
     if form == "safetensors":
         parts = sorted(folder.glob("predictions-*.safetensors"))
         return torch.cat([load_file(part)[name] for part in parts])
+    if form == "csv":
+        return table(folder, name)
+    if form == "parquet":
+        return torch.cat([rows[name] for _, rows in READERS["parquet"](folder)])
     lines = (folder / "predictions.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)[name] for line in lines])
+
+
+def table(folder: Path, name: str) -> torch.Tensor:
+    """An output's columns in the shape that their names tell of."""
+    with (folder / "predictions.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    own = [i for i, called in enumerate(header) if called == name or called.startswith(f"{name}.")]
+    last = header[own[-1]].removeprefix(name).split(".")[1:]
+    read = {"True": True, "False": False}
+    values = [
+        [read[row[i]] if row[i] in read else json_number(row[i]) for i in own] for row in rows
+    ]
+    return torch.tensor(values).reshape(len(rows), *(int(i) + 1 for i in last))
+
+
+def json_number(text: str) -> float:
+    return {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.get(text) or json.loads(text)
 
 
 def file_name(name: str) -> str:
@@ -59,7 +83,8 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every sink once with room for all, and once with room for seven rows at a time."""
     if request.param == "in windows":
         monkeypatch.setattr(npy, "BUFFER_BYTES", 7 * 16)
-        monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 16)
+        monkeypatch.setattr(parts, "PART_BYTES", 7 * 16)
+        monkeypatch.setattr(parts, "ID_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_windows")
@@ -89,7 +114,8 @@ def test_a_sink_closed_before_the_first_batch_holds_nothing(tmp_path: Path, form
         assert np.load(tmp_path / "predictions.npy").shape == (0, 3)
     else:
         assert target.files() == []
-        assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+        header = "id,prediction.0,prediction.1,prediction.2\n" if form == "csv" else ""
+        assert all(path.read_text() == header for path in tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("form", SINKS)
@@ -131,10 +157,10 @@ def test_a_type_is_kept_and_one_that_numpy_lacks_is_widened(
     rows = (numbered(3) / (3 if kind.is_floating_point else 1)).to(kind)
     fill(sink(tmp_path, form), {UNNAMED: rows})
     found = kept(tmp_path, form)
-    if form == "jsonl":  # json has one kind of number; each must be the very same
+    if form in ("jsonl", "csv"):  # text has one kind of number; each must be the very same
         assert torch.equal(found.to(kind).double(), rows.double())
     else:
-        widened = form == "npy" and dtype in {"bfloat16", "float8_e4m3fn"}
+        widened = form in {"npy", "parquet"} and dtype in {"bfloat16", "float8_e4m3fn"}
         assert found.dtype == (torch.float32 if widened else kind)
         assert torch.equal(found.double(), rows.double())
 
@@ -182,7 +208,7 @@ def test_rows_that_change_their_shape_are_refused_or_kept_as_they_are(
     if form == "jsonl":
         target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
     else:
-        with pytest.raises(ValueError, match=r"rows of shape \[2\].*jsonl"):
+        with pytest.raises(ValueError, match=r"(rows of shape \[2\]|began with 2 numbers).*jsonl"):
             target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
     target.close()
     if form == "jsonl":
@@ -199,6 +225,10 @@ def test_rows_of_one_number_or_none_are_rows(
 ) -> None:
     rows = torch.ones(SAMPLES, *shape)
     fill(sink(tmp_path, form), {UNNAMED: rows}, 13)
+    if form == "csv" and 0 in shape:
+        text = (tmp_path / "predictions.csv").read_text()
+        assert text.splitlines() == ["id", *map(str, range(13))]
+        return
     assert kept(tmp_path, form).shape == (13, *shape)
 
 
@@ -225,7 +255,8 @@ def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form:
 def test_safetensors_parts_say_which_samples_they_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors, "PART_BYTES", 12 * 8)
+    monkeypatch.setattr(parts, "PART_BYTES", 12 * 8)
+    monkeypatch.setattr(parts, "ID_BYTES", 0)
     rows = numbered(2)
     target = sink(tmp_path, "safetensors")
     fill(target, {UNNAMED: rows})
@@ -258,6 +289,30 @@ def test_an_npy_sets_its_whole_room_aside_at_once(tmp_path: Path) -> None:
     target.close()
     assert status.st_size >= 800_000
     assert status.st_blocks * 512 >= 800_000, "set aside, not only named: a full disk shows now"
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (
+            "jsonl",
+            '{"id": 0, "prediction": 1, "label": "b"}\n'
+            '{"id": 1, "prediction": null, "label": null}\n'
+            '{"id": 2, "prediction": 7, "label": "7"}\n',
+        ),
+        ("csv", "id,prediction,label\n0,1,b\n1,,\n2,7,7\n"),
+    ],
+)
+def test_classes_are_spelled_out_and_a_missing_one_is_left_out(
+    tmp_path: Path, form: str, expected: str
+) -> None:
+    config = OutputSection(path=tmp_path, format=form, transform=("argmax",))
+    target = open_sink(config, 3, ("a", "b"))
+    numbers = {UNNAMED: torch.tensor([1, torch.iinfo(torch.int64).min, 7])}
+    target.open(numbers)
+    target.write(numbers, range(3), {1})
+    target.close()
+    assert "".join(contents(tmp_path)[f"predictions.{form}"].decode()) == expected
 
 
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
@@ -418,7 +473,8 @@ def test_going_on_leaves_files_alone_that_are_only_named_like_ours(tmp_path: Pat
 def test_going_on_drops_the_rest_of_a_part_that_was_begun_too_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors, "PART_BYTES", 7 * 32)
+    monkeypatch.setattr(parts, "PART_BYTES", 7 * 32)
+    monkeypatch.setattr(parts, "ID_BYTES", 0)
     target = begun(tmp_path, "safetensors", SEVERAL)
     write(target, SEVERAL, 0, 5)
     told = target.commit()
@@ -442,11 +498,11 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    if form == "jsonl":
-        monkeypatch.setattr(jsonl, "nonfinite_rows", interrupt)
+    if form in ("jsonl", "csv"):
+        monkeypatch.setattr(lines, "nonfinite_rows", interrupt)
     batch = numbered(2)[10:15]
     batch.numpy = batch.__len__ = interrupt  # type: ignore[method-assign]
-    if form == "safetensors":
+    if form in {"safetensors", "parquet"}:
         monkeypatch.setattr(torch.Tensor, "__setitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
         target.write({UNNAMED: batch}, range(10, 15))
@@ -458,6 +514,33 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
 
 
 def test_parts_of_the_same_rows_have_the_same_bytes(tmp_path: Path) -> None:
-    for i in range(8):
-        fill(sink(tmp_path / str(i), "safetensors"), SEVERAL)
-    assert len({b"".join(contents(tmp_path / str(i)).values()) for i in range(8)}) == 1
+    for form in ("safetensors", "parquet"):
+        for i in range(8):
+            fill(sink(tmp_path / f"{form}{i}", form), SEVERAL)
+        assert len({b"".join(contents(tmp_path / f"{form}{i}").values()) for i in range(8)}) == 1
+
+
+def test_parquet_parts_are_tables_that_pandas_reads_with_the_right_types(tmp_path: Path) -> None:
+    target = sink(tmp_path, "parquet", samples=2)
+    outputs = {
+        "best": torch.tensor([3, 4]),
+        "embedding": numbered(3)[:2],
+        "grid": numbered(2, 2)[:2].double(),
+        "sure": torch.tensor([True, False]),
+    }
+    target.open(outputs)
+    target.write(outputs, ["a", 'ü"\n'])
+    target.close()
+    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    assert list(found.columns) == ["id", "best", "embedding", "grid", "sure"]
+    assert found["id"].tolist() == ["a", 'ü"\n']
+    assert (found["best"].dtype, found["sure"].dtype) == (np.int64, np.bool_)
+    assert [row.dtype for row in found["embedding"]] == [np.float32, np.float32]
+    assert np.array_equal(np.stack(found["embedding"]), numbered(3)[:2])
+    assert [[float(x) for x in row] for row in found["grid"][1]] == [[4, 5], [6, 7]]
+
+
+def test_numbered_samples_have_whole_numbers_for_ids_in_parquet(tmp_path: Path) -> None:
+    fill(sink(tmp_path, "parquet"), {UNNAMED: numbered(2)})
+    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    assert (found["id"].dtype, found["id"].tolist()) == (np.int64, list(range(SAMPLES)))

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from gradrun.config import DataConfig
-from gradrun.data_sources import arrays, records, synthetic
+from gradrun.data_sources import arrays, images, records, synthetic, text
 from gradrun.data_sources.batches import Data
 from gradrun.errors import ConfigError
 from gradrun.units import bytes_text
@@ -20,6 +20,8 @@ SOURCES: dict[str, Callable[[Any, int], Data]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
+    "text": text.open_data,
+    "images": images.open_data,
 }
 """source -> opener: (config section, seed) to Data."""
 

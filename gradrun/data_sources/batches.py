@@ -6,12 +6,14 @@ Knows tensors and sizes; not where they come from.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
 from gradrun.config import ArrayInput, RecordInput
-from gradrun.errors import ConfigError
+from gradrun.errors import ConfigError, SampleFault
+from gradrun.result import Padding
 
 WINDOW_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""
@@ -24,6 +26,19 @@ class Batch(NamedTuple):
     kwargs: dict[str, torch.Tensor]
     size: int
     ids: Sequence[int | str]
+    faults: Mapping[int, SampleFault] = MappingProxyType({})
+    """Positions that could not be read, where the tensors hold nothing of worth."""
+
+    def check(self) -> None:
+        """Raise the first SampleFault, if there is any."""
+        for fault in self.faults.values():
+            raise fault
+
+    def picked(self, rows: Sequence[int]) -> Batch:
+        """A batch of some of the samples, none of them at fault."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        picked = self.map(lambda tensor: tensor[index.to(tensor.device)])
+        return picked._replace(size=len(rows), ids=[self.ids[row] for row in rows], faults={})
 
     def tensors(self) -> list[torch.Tensor]:
         """Every input, in order."""
@@ -44,6 +59,7 @@ def cut_batch(batch: Batch, begin: int, end: int) -> Batch:
         {name: tensor[begin:end] for name, tensor in batch.kwargs.items()},
         end - begin,
         batch.ids[begin:end],
+        {row - begin: fault for row, fault in batch.faults.items() if begin <= row < end},
     )
 
 
@@ -69,6 +85,31 @@ class Labelled(Protocol):
         Raises:
             ConfigError: they cannot be read, or the config names none.
         """
+
+
+@runtime_checkable
+class Uneven(Protocol):
+    """Data whose samples differ in length, so that batches of them are padded.
+
+    Where they are `grouped`, they are run in another order than that of the input. It is changed
+    only inside a window of so many samples, which are whole batches.
+    """
+
+    grouped: bool
+    window: int
+
+    def places(self, start: int, stop: int) -> Sequence[int]:
+        """Where in the input the samples stand that are run as start to stop, of one window."""
+
+    def padding(self, start: int, stop: int) -> Padding:
+        """How many tokens are computed for samples start to stop, whole windows that were read."""
+
+
+def place_in_input(data: Data, at: int) -> int:
+    """Where in the input the sample stands that is run as the at-th."""
+    if isinstance(data, Uneven) and data.grouped:
+        return data.places(at, at + 1)[0]
+    return at
 
 
 class Rows(Protocol):

@@ -1,6 +1,6 @@
-"""Rows of .csv and .jsonl files whose columns are numbers.
+"""Rows of .csv, .jsonl and .parquet files whose columns are numbers.
 
-Knows the two formats; reads one batch of rows at a time.
+Knows the three formats; reads one batch of rows at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from gradrun.data_sources.batches import (
     no_labels,
 )
 from gradrun.errors import ConfigError
+from gradrun.extras import library
+
+_PARQUET_ROWS = 1024
+_BUFFER_BYTES = 256 * 1024
 
 _LABELS = 4096
 """How many labels are read at once."""
@@ -46,15 +50,15 @@ def open_data(config: RecordsData, seed: int) -> Data:
 
 class _Records:
     def __init__(self, config: RecordsData) -> None:
-        if config.path.suffix not in _READERS:
+        if config.path.suffix not in READERS:
             raise ConfigError(
-                f"{config.path.name} is no .csv or .jsonl file; arrays are read with "
+                f"{config.path.name} is no .csv, .jsonl or .parquet file; arrays are read with "
                 "source: arrays",
                 "data.path",
             )
         self.path, self.id, self.inputs = config.path, config.id, config.inputs
         self.truth, self.classes = config.labels, config.classes
-        self.read = _READERS[config.path.suffix]
+        self.read = READERS[config.path.suffix]
         self.batch_size = config.batch_size
         self.by_position = by_position(config.call, len(config.inputs))
         self.samples, self.sample_bytes = 0, 0
@@ -147,12 +151,10 @@ class _Records:
         for column in spec.columns:
             value = fields.get(column)
             try:
-                flat = (
-                    [value]
-                    if isinstance(value, str)
-                    else np.ravel(np.array(value, object)).tolist()
-                )
-                row += [number(item) for item in flat]
+                if isinstance(value, list):
+                    row += [number(item) for item in np.ravel(np.array(value, object)).tolist()]
+                else:
+                    row.append(number(value))
             except (ValueError, TypeError, OverflowError):
                 what = f"{value!r:.60}, which is no {spec.dtype} number"
                 raise ConfigError(
@@ -221,4 +223,20 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             yield number, fields
 
 
-_READERS = {".csv": _read_csv, ".jsonl": _read_jsonl}
+def _read_parquet(path: Path) -> Iterator[Record]:
+    parquet = library("pyarrow", "data.path", "parquet")
+    try:
+        # Not read ahead: that would hold a row group, which may be the file, in memory.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                names = batch.schema.names
+                columns = [column.to_pylist() for column in batch.columns]
+                for row in zip(*columns, strict=True):
+                    yield next(numbers), dict(zip(names, row, strict=True))
+    except Exception as error:  # a damaged file fails in any of a dozen ways
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+"""File suffix to what reads its records."""

@@ -23,9 +23,10 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
-from gradrun.model_sources import load_model
+from gradrun.model_sources import class_names, load_model
 from gradrun.model_sources.refusals import first_line
 from gradrun.outputs import Named
+from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
@@ -87,10 +88,11 @@ def infer(
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
         compute = metrics.prepared(config, data, outputs)
-        sink = open_sink(config.output, data.samples)
+        sink = open_sink(config.output, data.samples, class_names(model))
+        sink, unit = in_input_order(sink, data)
         environment = machine.environment(device)
         with folder.writing():
-            keeper = _opened(runner, folder, head, sink, outputs)
+            keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
@@ -132,12 +134,13 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - began
 
 
-def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named) -> Keeper:
+def _opened(
+    runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named, unit: int
+) -> Keeper:
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
-    batch_size = runner.config.data.batch_size
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
-        journal, kept = folder.journal(head, batch_size)
+        journal, kept = folder.journal(head, unit)
         try:
             sink.open(outputs, kept)
             runner.rescue.quarantine.keep_before(sink.written)
@@ -155,7 +158,7 @@ def _opened(runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: 
         failed = _unwritten(error)
         failed.resumable = bool(folder.kept and folder.kept.stop)
         raise failed from error
-    return Keeper(sink, journal, batch_size, row_bytes)
+    return Keeper(sink, journal, unit, row_bytes)
 
 
 def _predict(

@@ -14,7 +14,16 @@ from torch import nn
 
 from gradrun.config import EagerModel, ModelConfig, WeightedModel
 from gradrun.errors import ConfigError
-from gradrun.model_sources import exported, layers, python, torchscript, zoo
+from gradrun.model_sources import (
+    exported,
+    huggingface,
+    layers,
+    python,
+    timm,
+    torchscript,
+    torchvision,
+    zoo,
+)
 from gradrun.model_sources.refusals import first_line
 from gradrun.model_sources.weights import load_weights
 
@@ -24,6 +33,9 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "python": python.open_model,
     "torchscript": torchscript.open_model,
     "exported": exported.open_model,
+    "huggingface": huggingface.open_model,
+    "timm": timm.open_model,
+    "torchvision": torchvision.open_model,
 }
 """source -> opener: (config section, *, trust_code: bool) to the module, on the CPU."""
 
@@ -51,6 +63,11 @@ def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = 
         text = f"cannot be brought to {device} as the config asks: {first_line(error)}"
         raise ConfigError(text, "model") from error
     return _compiled(module) if config.compile else module
+
+
+def class_names(model: nn.Module) -> tuple[str, ...]:
+    """What a model calls its classes, in order, where its source has said so."""
+    return tuple(getattr(model, "class_names", ()))
 
 
 def _compiled(module: nn.Module) -> nn.Module:

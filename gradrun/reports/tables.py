@@ -13,7 +13,7 @@ from statistics import median
 from gradrun import stats
 from gradrun.conclusion import ratio_digits
 from gradrun.gradmode import GradMode
-from gradrun.result import Comparison, Equivalence, Measurement, Memory, RunResult
+from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
 from gradrun.safety import errors_in
 from gradrun.units import bytes_text, count_text, number_text, seconds_text, seconds_within
 
@@ -69,6 +69,7 @@ def timing(result: RunResult) -> Table:
             f"model {load}, data {opened}, first batch {first}",
         ),
         *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
+        *([_padding(measured.padding)] if measured.padding else []),
     ]
     if measured.samples:
         whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
@@ -78,6 +79,22 @@ def timing(result: RunResult) -> Table:
             ("bound by", bound, split),
         ]
     return Table("Time", ("", ""), tuple(rows))
+
+
+def _padding(padding: Padding) -> tuple[str, str, str]:
+    """What was computed for nothing, and what grouping by length has saved of it."""
+    share = 1 - padding.tokens / max(1, padding.run)
+    if padding.run == padding.ungrouped:
+        return "padding", f"{share:.0%}", f"of {padding.run:,} tokens"
+    before = padding.ungrouped - padding.tokens
+    less = 1 - (padding.run - padding.tokens) / max(1, before)
+    fewer = 1 - padding.run / max(1, padding.ungrouped)
+    return (
+        "padding",
+        f"{share:.0%}",
+        f"of {padding.run:,} tokens; grouped by length: {less:.0%} less padding, "
+        f"{fewer:.0%} fewer tokens",
+    )
 
 
 def _latency(name: str, q: float, estimate: stats.Estimate | None) -> tuple[str, str, str]:

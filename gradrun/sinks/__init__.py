@@ -13,7 +13,8 @@ import torch
 
 from gradrun.config import OutputSection
 from gradrun.journal import Committed
-from gradrun.sinks import jsonl, npy, safetensors
+from gradrun.outputs import Spelling
+from gradrun.sinks import csv, jsonl, npy, parquet, safetensors
 
 
 class Sink(Protocol):
@@ -24,6 +25,9 @@ class Sink(Protocol):
 
     nonfinite: int
     """Of the samples committed, those that hold a NaN or an infinity."""
+
+    spelling: Spelling
+    """What the numbers of classes are called, for a format that holds text."""
 
     def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
         """Make room for the run, given the first batch's outputs [size, ...] (written later).
@@ -67,6 +71,8 @@ SINKS: dict[str, Callable[[Path, int], Any]] = {
     "npy": npy.NpySink,
     "safetensors": safetensors.SafetensorsSink,
     "jsonl": jsonl.JsonlSink,
+    "csv": csv.CsvSink,
+    "parquet": parquet.ParquetSink,
 }
 """format -> (folder, samples) to Sink."""
 
@@ -78,6 +84,8 @@ READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     "npy": npy.read,
     "safetensors": safetensors.read,
     "jsonl": jsonl.read,
+    "csv": csv.read,
+    "parquet": parquet.read,
 }
 """format -> what reads a finished run's folder back, about a MiB at a time.
 
@@ -85,7 +93,11 @@ Of samples that were set apart a reader gives what lies in their place, or leave
 """
 
 
-def open_sink(config: OutputSection, samples: int) -> Sink:
-    """The sink that a config names; nothing is written before its `open`."""
+def open_sink(config: OutputSection, samples: int, classes: Sequence[str] = ()) -> Sink:
+    """The sink that a config names; nothing is written before its `open`.
+
+    `classes` are what the model calls them; a format that holds text writes their names.
+    """
     sink: Sink = SINKS[config.format](config.path, samples)
+    sink.spelling = Spelling(config, classes)
     return sink

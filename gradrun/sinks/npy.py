@@ -166,7 +166,8 @@ class _NpyFile:
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(
                 f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)} and now "
-                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any"
+                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any, and "
+                "output.transform: mean_pool or cls makes one row of a sequence"
             )
         stop = at + len(rows)
         if stop - self.begin > self.step:

@@ -19,6 +19,8 @@ from statistics import median
 
 import loop_by_hand
 import numpy as np
+import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +35,7 @@ from gradrun.model_sources import load_model
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink
 from gradrun.yamlfile import load_config
+from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 21
@@ -51,6 +54,9 @@ def main() -> None:
             ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
             ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
+            ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
+            ("memory: the same of a million rows of Parquet", 1.05, flat_parquet),
+            ("images: whole run against the longer of decode and compute", 1.15, overlap),
         ):
             ratios = measure(folder)
             rows.append((title, bar, ratios))
@@ -192,6 +198,106 @@ def flat(folder: Path) -> list[float]:
     sizes = json.loads(_output("-c", code, json.dumps(config)))
     tenth = next(size for share, size in sizes if share >= 0.1)
     return [max(size for _, size in sizes) / tenth]
+
+
+def grouping(folder: Path) -> list[float]:
+    """1,000 texts of which a tenth is long through a small BERT, read to written."""
+    small_models.save_bert(folder / "bert", hidden_size=128, intermediate_size=512)
+    (folder / "t.txt").write_text("\n".join(small_models.skewed(1_000)) + "\n")
+
+    def run(grouped: bool) -> Callable[[], float]:
+        config = {
+            "model": {"source": "huggingface", "path": str(folder / "bert")},
+            "data": {
+                "source": "text",
+                "path": str(folder / "t.txt"),
+                "batch_size": 16,
+                "group_by_length": grouped,
+            },
+            "run": {"warmup": 1},
+            "measure": {"memory": False},
+            "output": {
+                "path": str(folder / f"grouped-{grouped}"),
+                "select": "last_hidden_state",
+                "transform": "mean_pool",
+            },
+        }
+        return lambda: gradrun.infer(config, overwrite=True).measurements[0].seconds
+
+    ratios = _in_turn(run(True), run(False), 7)
+    ours, theirs = (np.load(folder / f"grouped-{g}/predictions.npy") for g in (True, False))
+    assert np.allclose(ours, theirs, atol=1e-5), "the order has changed"
+    return ratios
+
+
+def flat_parquet(folder: Path) -> list[float]:
+    """The resident set at the end of a run over a million rows of Parquet, against a tenth."""
+    said = _output(str(ROOT / "tests" / "bench" / "parquet_rows.py"), str(folder))
+    sizes = dict(map(int, line.split()) for line in said.splitlines())
+    return [max(sizes.values()) / sizes[1]]
+
+
+def overlap(folder: Path) -> list[float]:
+    """160 JPEGs of 640 x 480 through resnet18 on one thread: decoding takes its time beside it."""
+    drawn = np.random.default_rng(0)
+    for i in range(160):
+        coarse = drawn.integers(0, 256, (30, 40, 3), np.uint8)
+        path = folder / "pictures" / f"{i:03}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((640, 480)).save(path)
+    config = load_config(
+        {
+            "model": {"source": "zoo", "name": "resnet18"},
+            "data": {
+                "source": "images",
+                "path": str(folder / "pictures"),
+                "preprocess": "imagenet",
+                "resize": 128,
+                "crop": 112,
+                "batch_size": 8,
+            },
+            "run": {"threads": 1},
+            "output": {"path": str(folder / "overlap")},
+        }
+    )
+    ratios = []
+    with machine.prepared(config.run) as device, torch.inference_mode():
+        model, data = load_model(config.model, device), open_data(config.data, 0)
+        held = [*data.batches()]
+
+        def decode() -> None:
+            for _ in data.batches():
+                pass
+
+        def compute() -> None:
+            for batch in held:
+                model(*batch.args)
+
+        def both() -> None:
+            runner = Runner(model, data, config, device)
+            outputs = runner.prepare()
+            for old in config.output.path.glob("*"):
+                old.unlink()
+            config.output.path.mkdir(exist_ok=True)
+            sink = open_sink(config.output, data.samples)
+            sink.open(outputs)
+            seconds.append(-time.perf_counter())
+            runner.run(sink)
+            seconds[-1] += time.perf_counter()
+            sink.close()
+
+        compute()
+        for _ in range(5):
+            seconds: list[float] = []
+            both()
+            for alone in (decode, compute):
+                began = time.perf_counter()
+                alone()
+                seconds.append(time.perf_counter() - began)
+            total, decoding, computing = seconds
+            print(f"whole {total:.2f} s, decode {decoding:.2f} s, compute {computing:.2f} s")
+            ratios.append(total / max(decoding, computing))
+    return ratios
 
 
 def _loop_config(source: Path, target: Path) -> RunConfig:

@@ -38,7 +38,7 @@ from gradrun import journal, keeping, readback, runner
 from gradrun.errors import GradrunError
 from gradrun.lock import NAME as LOCK
 from gradrun.result import RunResult
-from gradrun.sinks import SINKS, npy, safetensors
+from gradrun.sinks import READERS, SINKS, npy, parts
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8
 FORMATS = [*SINKS]
@@ -186,7 +186,8 @@ def commits_at_every_batch() -> Iterator[None]:
             (keeping, "SECONDS", 0.0),
             (keeping, "_SHARE", float("inf")),
             (runner, "_BEAT_NS", 0),
-            (safetensors, "PART_BYTES", 11 * ROW_BYTES),
+            (parts, "PART_BYTES", 11 * ROW_BYTES),
+            (parts, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),
             (os, "fsync", lambda _: None),  # nobody cuts our own power
         ):
@@ -236,8 +237,11 @@ class Trial:
         if self.form == "safetensors":
             from safetensors.torch import load_file
 
-            parts = [load_file(folder / name) for name in sorted(self.right)]
-            return {key: torch.cat([p[key] for p in parts]).numpy() for key in parts[0]}
+            held = [load_file(folder / name) for name in sorted(self.right)]
+            return {key: torch.cat([part[key] for part in held]).numpy() for key in held[0]}
+        if self.form == "parquet":
+            read = [rows for _, rows in READERS["parquet"](folder)]
+            return {key: torch.cat([rows[key] for rows in read]).numpy() for key in read[0]}
         return {}
 
     def _stopped(self, fault: str) -> dict[str, bytes]:
@@ -324,16 +328,20 @@ class Trial:
                     for name, rows in self.rows.items()
                 }
                 assert committed.files == right
-            elif self.form == "safetensors":
+            elif self.form in {"safetensors", "parquet"}:
                 found = 0
                 for rows in self.rows.values():
                     found = zlib.crc32(rows[committed.start : committed.stop], found)
+                if self.form == "parquet":
+                    ids = range(committed.start, committed.stop)
+                    found = zlib.crc32("".join(f"{name}\n" for name in ids).encode(), found)
                 assert [*committed.files.values()] == [found]
             else:
-                lines = self.right["predictions.jsonl"]
-                assert lines[: committed.end].count(b"\n") == committed.stop
-                found = zlib.crc32(lines[begin : committed.end])
-                assert committed.files == {"predictions.jsonl": found}
+                (name,) = self.right
+                lines = self.right[name]
+                headings = name.endswith(".csv")
+                assert lines[: committed.end].count(b"\n") == committed.stop + headings
+                assert committed.files == {name: zlib.crc32(lines[begin : committed.end])}
                 begin = committed.end or 0
         return kept.stop
 

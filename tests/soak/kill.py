@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SINKS = ("npy", "jsonl", "safetensors")
+SINKS = ("npy", "jsonl", "safetensors", "parquet")
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
 """Of a process: up to the model, up to the files, the files made, predictions between commits, a
 commit, the last one and the files' end, memory and result; and how often each is aimed at."""
@@ -65,11 +65,11 @@ _processes = multiprocessing.get_context("forkserver")
 def hurry() -> None:
     """Make commits so frequent, and parts so small, that a short run has many."""
     from gradrun import keeping, runner
-    from gradrun.sinks import npy, safetensors
+    from gradrun.sinks import npy, parts
 
     keeping.SECONDS, keeping._SHARE = 0.02, 1.0
     runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
-    safetensors.PART_BYTES, npy.BUFFER_BYTES = 50 * 12, 40 * 12
+    parts.PART_BYTES, parts.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
 
 
 class Folder:

@@ -1,0 +1,92 @@
+"""A sink for samples that are run in another order than that of the input: files keep the input's.
+
+Holds the outputs of one window until the window is whole. Knows no file and no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from gradrun.data_sources.batches import Data, Uneven
+from gradrun.journal import Committed
+from gradrun.outputs import Named
+from gradrun.sinks import Sink
+
+
+def in_input_order(sink: Sink, data: Data) -> tuple[Sink, int]:
+    """The sink to write to, and how many samples belong together when predictions are made safe.
+
+    A resume begins with such a whole number of samples, so that batches are cut as they were.
+    """
+    if isinstance(data, Uneven) and data.grouped:
+        return InOrder(sink, data, data.samples), data.window
+    return sink, data.batch_size
+
+
+class InOrder:
+    """Passes whole windows on, sorted; what a fault cuts off of a window is made again."""
+
+    def __init__(self, sink: Sink, data: Uneven, samples: int) -> None:
+        self.sink, self.data, self.samples = sink, data, samples
+        self.spelling = sink.spelling
+        self.written = self.nonfinite = 0
+        self._held: list[Named] = []
+        self._ids: list[int | str] = []
+        self._missing: set[int] = set()
+
+    def open(self, outputs: Named, kept: Sequence[Committed] = ()) -> None:
+        self.sink.open(outputs, kept)
+        self._look()
+
+    def write(
+        self, outputs: Named, ids: Sequence[int | str], missing: Collection[int] = ()
+    ) -> None:
+        # A copy: a model may return the same memory with every batch.
+        self._held.append({name: tensor.clone() for name, tensor in outputs.items()})
+        self._missing.update(len(self._ids) + row for row in missing)
+        self._ids += ids
+        stop = self.written + len(self._ids)
+        if len(self._ids) >= self.data.window or stop >= self.samples:
+            self._pass_on(stop)
+
+    def _pass_on(self, stop: int) -> None:
+        places = self.data.places(self.written, stop)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        ids, missing = [self._ids[i] for i in order], self._missing
+        held, self._held, self._ids, self._missing = self._held, [], [], set()
+        alike = all(_row_shapes(part) == _row_shapes(held[0]) for part in held)
+        if alike:
+            whole = {name: torch.cat([part[name] for part in held])[order] for name in held[0]}
+            self.sink.write(whole, ids, {new for new, old in enumerate(order) if old in missing})
+        else:  # sequences as long as the longest of their batch
+            rows = [_row(part, i) for part in held for i in range(len(next(iter(part.values()))))]
+            for old, name in zip(order, ids, strict=True):
+                self.sink.write(rows[old], [name], {0} if old in missing else ())
+        self._look()
+
+    def commit(self) -> list[Committed]:
+        commits = self.sink.commit()
+        self._look()
+        return commits
+
+    def close(self) -> list[Committed]:
+        try:
+            return self.sink.close()
+        finally:
+            self._look()
+
+    def files(self) -> list[str]:
+        return self.sink.files()
+
+    def _look(self) -> None:
+        self.written, self.nonfinite = self.sink.written, self.sink.nonfinite
+
+
+def _row_shapes(outputs: Named) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape[1:]) for name, tensor in outputs.items()]
+
+
+def _row(outputs: Named, row: int) -> Named:
+    return {name: tensor[row : row + 1] for name, tensor in outputs.items()}

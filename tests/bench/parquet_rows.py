@@ -1,0 +1,53 @@
+"""Run a million rows of Parquet through a small model; prints the resident set in bytes along the
+way, one line a tenth. Run by bench.py in a process of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from pyarrow import parquet
+
+import gradrun
+
+ROWS = int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000
+FORMAT = sys.argv[3] if len(sys.argv) > 3 else "npy"
+folder = Path(sys.argv[1])
+
+file = folder / f"rows-{ROWS}.parquet"
+if not file.exists():
+    drawn = np.random.default_rng(0)
+    with parquet.ParquetWriter(file, pa.schema({name: pa.float32() for name in "abcd"})) as out:
+        for _ in range(0, ROWS, 100_000):  # as a table too large to be held would be written
+            group = {
+                name: drawn.normal(size=min(ROWS, 100_000)).astype(np.float32) for name in "abcd"
+            }
+            out.write_table(pa.table(group))
+
+config = {
+    "model": {"source": "layers", "layers": [{"Linear": [4, 3]}]},
+    "data": {
+        "source": "records",
+        "path": str(file),
+        "inputs": {"x": {"columns": list("abcd")}},
+        "batch_size": 256,
+    },
+    "run": {"threads": 1},
+    "output": {"path": str(folder / "out"), "format": FORMAT},
+}
+process, seen = psutil.Process(), dict[int, int]()
+
+
+def look(done: int, of: int) -> None:
+    """Note the resident set at each tenth."""
+    seen.setdefault(10 * done // of, process.memory_info().rss)
+
+
+gradrun.infer(config, progress=look, overwrite=True)
+seen[10] = process.memory_info().rss
+for tenth, resident in sorted(seen.items()):
+    print(tenth, resident)
