@@ -312,6 +312,11 @@ def _older(state: object) -> bytes:
     return saved(state, _use_new_zipfile_serialization=False)
 
 
+def laughs() -> bytes:
+    """Opcodes for a tuple that holds a tuple twice that holds a tuple twice, and so on."""
+    return b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(100))
+
+
 CALLERS = {
     "builtins exec": _pickle("builtins", "exec", "import os; os.mkdir('evil')"),
     "builtins eval": _pickle("builtins", "eval", "__import__('os').mkdir('evil')"),
@@ -345,6 +350,33 @@ WEIGHTS = {
     "a tensor longer than its storage": _weights(
         "no checkpoint|does not fit",
         _changed(saved(STATE), {"data.pkl": lambda d: d.replace(b"K\x03K\x04", b"K\xffK\xff", 1)}),
+    ),
+    "tuples within tuples as a key": _weights(
+        "tuples within tuples",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."}),
+    ),
+    "tuples within tuples": _weights(
+        "grow without end",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b"."}),
+    ),
+    "tuples within tuples, called": _weights(
+        "no checkpoint",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b")R."}),
+    ),
+    "tuples within tuples in an older checkpoint": _weights(
+        "tuples within tuples",
+        b"".join(map(pickle.dumps, (0x1950A86A20F9469CFC6C, 1001, {})))
+        + b"\x80\x02}"
+        + laughs()
+        + b"K\x01s.",
+    ),
+    "a list within itself": _weights(
+        "grow without end",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02]q\x00h\x00a."}),
+    ),
+    "a pickle with a place for everything": _weights(
+        "no checkpoint|no state dict",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}r\xff\xff\xff\x7f."}),
     ),
     "keys that drive the terminal": _weights(SHOWN, saved({SCREEN: torch.ones(1)})),
     "weights of a terabyte": _weights(
@@ -395,6 +427,12 @@ SCRIPTS = {
         "claims a tensor of shape",
         _changed(LINEAR_SCRIPT, {"data.pkl": lambda d: d.replace(b"K\x04K\x01", b"K\xffK\x01", 1)}),
     ),
+    "a program of tuples within tuples": _scripted(
+        "no TorchScript archive|no possible shape|tuples",
+        _changed(
+            LINEAR_SCRIPT, {"data.pkl": lambda d: b"\x80\x02}" + laughs() + b"K\x01s" + d[2:]}
+        ),
+    ),
     "a text of 4 GiB in a program": _scripted(
         "no TorchScript archive",
         _changed(
@@ -435,7 +473,18 @@ def _exported(crafted: pt2.Attack) -> Attack:
     return Attack(lay_out, "run with --trust-code")
 
 
-EXPORTS = {attack.__name__.replace("_", " "): _exported(attack) for attack in pt2.RUN} | {
+def samples_without_end(members: Files, program: Any, marker: Path) -> None:
+    """Tuples within tuples for the inputs that the program was exported with."""
+    members[pt2.SAMPLES] = _changed(
+        members[pt2.SAMPLES],
+        {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."},
+    )
+
+
+EXPORTS = {
+    attack.__name__.replace("_", " "): _exported(attack)
+    for attack in (*pt2.RUN, samples_without_end)
+} | {
     "a packed program": attack(
         "would unpack to",
         config("{source: exported, path: m.pt2}")
@@ -645,7 +694,7 @@ RUNS = {
         "over 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
     ),
     "a result of brackets": _run(
-        "nested too deeply",
+        "recursion",
         "finished",
         {"result.json": lambda _: b"[" * 100_000},
         RESUME,
@@ -658,10 +707,10 @@ RUNS = {
         SHOWN, lambda result: result["environment"].update(device_name=SCREEN), code=0
     ),
     "a result without a config": _result(
-        "model.source is missing", lambda result: result.update(config={}), **DAMAGED
+        "has no model.source", lambda result: result.update(config={}), **DAMAGED
     ),
     "a result of unequal lists": _result(
-        "differ in length",
+        "not of the same length",
         lambda result: result["measurements"][0].update(batch_sizes=[1]),
         **DAMAGED,
     ),
@@ -679,7 +728,7 @@ RUNS = {
         "predictions", lambda result: result.update(kind="check"), code=0
     ),
     "a result without measurements": _result(
-        "predictions", lambda result: result.update(measurements=[]), code=0
+        "without a measurement", lambda result: result.update(measurements=[]), **DAMAGED
     ),
 }
 

@@ -5,44 +5,46 @@ Knows zip files, as zipfile and as torch see them; not what the members mean.
 
 from __future__ import annotations
 
+import os
 import zipfile
-from pathlib import Path
+from typing import IO, Any
 
 import torch
 
-from gradrun.errors import ConfigError
 from gradrun.units import bytes_text
 
 _MOST_PACKED = 256 * 2**20
 
 
-def check_unpacked(path: Path, key: str) -> None:
-    """See that a zip archive does not grow when it is read.
+class HostileError(Exception):
+    """What is wrong with a file, as the end of a sentence that begins with its path."""
 
-    Args:
-        path: what is no archive raises what zipfile or torch raise.
-        key: the config's key that names it.
+
+def opened(file: IO[bytes]) -> Any:
+    """torch's reader of a zip archive that does not grow when it is read.
 
     Raises:
-        ConfigError: it would unpack to far more than the file holds.
+        HostileError: it would unpack to far more than it is.
+        Exception: it is no archive, as zipfile or torch say in any of a dozen ways.
     """
-    with zipfile.ZipFile(path) as archive:
-        check_claim(path, key, sum(member.file_size for member in archive.infolist()))
+    held = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        check_claim(held, sum(member.file_size for member in archive.infolist()))
+    file.seek(0)
     # A crafted file shows each of them other members.
-    reader = torch._C.PyTorchFileReader(str(path))
-    check_claim(path, key, sum(map(reader.get_record_size, reader.get_all_records())))
+    reader = torch._C.PyTorchFileReader(file)
+    check_claim(held, sum(map(reader.get_record_size, reader.get_all_records())))
+    return reader
 
 
-def check_claim(path: Path, key: str, claimed: int) -> None:
-    """See that members of so many bytes are not packed: torch packs a program's code alone.
+def check_claim(held: int, claimed: int) -> None:
+    """See that members are not packed, given their bytes and the archive's.
 
     Raises:
-        ConfigError: they are.
+        HostileError: they are; torch packs a program's code alone.
     """
-    held = path.stat().st_size
     if claimed > held + _MOST_PACKED:
-        raise ConfigError(
-            f"{path} has {bytes_text(held)} and would unpack to {bytes_text(claimed)}, as nothing "
-            "does that torch writes; save it again",
-            key,
+        raise HostileError(
+            f"has {bytes_text(held)} and would unpack to {bytes_text(claimed)}, as nothing does "
+            "that torch writes"
         )

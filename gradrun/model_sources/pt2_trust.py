@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from gradrun.errors import ConfigError
-from gradrun.model_sources.archives import check_claim
+from gradrun.model_sources.archives import HostileError, check_claim
+from gradrun.model_sources.pickles import check_checkpoint
 
 
 def _each(prefix: str, names: str) -> set[str]:
@@ -118,7 +119,7 @@ def inspect(path: Path) -> None:
             _refuse_other_kinds(path, members)
             for member in members:
                 _check_member(member, read)
-    except _DangerError as danger:
+    except (_DangerError, HostileError) as danger:
         text = f"{path} {danger}; if you trust the file, run with --trust-code"
         raise ConfigError(text, "model.path") from None
     except ConfigError:
@@ -154,7 +155,7 @@ def _views(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
         names = archive.namelist()
         if len(names) > _MOST_MEMBERS:
             raise _DangerError(f"has {len(names)} members, more than can be looked through")
-        check_claim(path, "model.path", sum(info.file_size for info in archive.infolist()))
+        check_claim(path.stat().st_size, sum(info.file_size for info in archive.infolist()))
         root = f"{names[0].split('/')[0]}/"
         root = root if all(name.startswith(root) for name in names) else ""
 
@@ -169,7 +170,7 @@ def _views(path: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
         members = reader.get_all_records()
     except RuntimeError:
         return  # the older layout, which torch reads with zipfile alone
-    check_claim(path, "model.path", sum(map(reader.get_record_size, members)))
+    check_claim(path.stat().st_size, sum(map(reader.get_record_size, members)))
     yield members, reader.get_record
 
 
@@ -257,6 +258,7 @@ def _check_tree(text: str) -> None:
 def _check_samples(data: bytes) -> None:
     """The keys of the sample inputs: torch pastes them into the source of the guards."""
     try:
+        check_checkpoint(io.BytesIO(data))
         pending = [torch.load(io.BytesIO(data), "cpu", weights_only=True)] if data else []
     except Exception:  # whatever torch says of it: it does not load without unpickling
         raise _DangerError("has sample inputs that only unpickling can read") from None

@@ -14,8 +14,8 @@ from torch import nn
 
 from gradrun.config import TorchScriptModel
 from gradrun.errors import ConfigError
-from gradrun.model_sources.archives import check_unpacked
-from gradrun.model_sources.storages import OutOfBoundsError, check_storages
+from gradrun.model_sources.archives import HostileError, opened
+from gradrun.model_sources.pickles import check_storages
 
 # TorchScript is no Python: what it can do to the world outside, it does through these operators
 # and those that extensions register.
@@ -53,16 +53,15 @@ def _inspect(path: Path) -> None:
 
     Read as torch's own reader sees the archive, before torch.jit sees it.
     """
-    check_unpacked(path, "model.path")
-    reader = torch._C.PyTorchFileReader(str(path))
     try:
-        check_storages(reader)
-    except OutOfBoundsError as error:
+        with path.open("rb") as file:
+            reader = opened(file)
+            check_storages(reader)
+    except HostileError as error:
         raise ConfigError(
-            f"{path} {error}, which could read memory that is not the model's; if you trust the "
-            "file, run with --trust-code",
-            "model.path",
+            f"{path} {error}; if you trust the file, run with --trust-code", "model.path"
         ) from error
+    reader = torch._C.PyTorchFileReader(str(path))
     for name in reader.get_all_records():
         if not name.endswith(".py"):
             continue

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from gradrun.errors import ConfigError
-from gradrun.model_sources.archives import check_unpacked
+from gradrun.model_sources.archives import HostileError
+from gradrun.model_sources.pickles import check_checkpoint
 from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
@@ -76,12 +77,12 @@ def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
 def _checkpoint(path: Path) -> Any:
     try:
         with path.open("rb") as file:
-            packed = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
-        if packed:
-            check_unpacked(path, _KEY)
+            check_checkpoint(file)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
+    except HostileError as error:
+        raise ConfigError(
+            f"{path} {error}; save a .safetensors file and name that", _KEY
+        ) from error
     except pickle.UnpicklingError as error:
         with path.open("rb") as file:
             begins = file.read(2)

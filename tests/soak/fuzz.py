@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
 from gradrun.errors import GradrunError
+from gradrun.gradmode import GradMode
+from gradrun.result import Comparison, Equivalence, Finding, Kept, Outcome
+from tests import results
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
 
@@ -166,11 +170,43 @@ def _run_files(folder: Path) -> Iterator[Seed]:
                 yield Seed(kind, files, place, RESUME)
 
 
+def _results() -> Iterator[Seed]:
+    """A result of each kind, by every report."""
+    first = results.measurement(4, variant="grad")
+    second = results.measurement(4, mode=GradMode.NO_GRAD, variant="no_grad")
+    pair: dict[str, Any] = {"baseline": "grad", "candidate": "no_grad"}
+    told: dict[str, Any] = {
+        "infer": {},
+        "compare": {
+            "measurements": (first, second),
+            "comparisons": (Comparison(**pair, ratio=1.2, low=1.1, high=1.3, verdict="faster"),),
+            "equivalence": (Equivalence(**pair, bitwise=True, max_abs_diff=0.0, equal=True),),
+        },
+        "audit": {
+            "findings": (
+                Finding(severity="error", code="x", text="it does", advice="do not", cost=7),
+            ),
+            "kept": (Kept(module="0 (Linear)", bytes=64),),
+        },
+        "check": {
+            "outcomes": (Outcome(check="runs", limit="yes", value="yes", status="pass"),),
+        },
+    }
+    forms = [
+        ["report", "out", "-o", f"out/report.{form}"] for form in ("html", "md", "csv", "json")
+    ]
+    for kind, parts in told.items():
+        data = results.run_result(first, kind=kind, **parts).to_json().encode()
+        yield Seed(
+            "reports", {"out/result.json": data}, "out/result.json", [*forms, ["report", "out"]]
+        )
+
+
 def seeds(folder: Path) -> dict[str, list[Seed]]:
     """Kind of file to what there is of it."""
     torch.manual_seed(0)
     kinds = defaultdict(list)
-    for seed in itertools.chain(_plain(), _programs(), _run_files(folder)):
+    for seed in itertools.chain(_plain(), _programs(), _results(), _run_files(folder)):
         kinds[seed.kind].append(seed)
     return kinds
 

@@ -189,6 +189,9 @@ def _warm_up() -> None:
 
     from gradrun.cli import app
 
+    with contextlib.suppress(ImportError):
+        import matplotlib.pyplot  # noqa: F401 - makes a folder of its own at home
+
     with tempfile.TemporaryDirectory() as folder:
         words = ["infer", str(ROOT / "configs/exported.yaml"), "--output", f"{folder}/out"]
         for more in (words, ["verify", f"{folder}/out"]):
