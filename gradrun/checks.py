@@ -128,18 +128,21 @@ def speedup_limits(
 def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Outcome]:
     """Limits on what was computed from labels."""
     found = {metric.name: metric.value for metric in metrics}
-    for name, limit in _limits(asked):
-        if name in found:
-            bound, value = number_bound(limit), found[name]
-            status = "fail" if math.isnan(value) else bound.status(value, value)
-            yield Outcome(
-                check=_spoken(name),
-                limit=limit,
-                value=f"{value:.4f}",
-                status=status,
-                reason="" if status == "pass" else "the predictions are worse than the limit",
-                key=f"check.limits.{name}",
-            )
+    for name in asked.limits.of_metrics():
+        limit = dict(_limits(asked))[name]
+        value = found.get(name, math.nan)
+        status = "fail" if math.isnan(value) else number_bound(limit).status(value, value)
+        reasons = {"fail": "the predictions are worse than the limit"}
+        if math.isnan(value):
+            reasons["fail"] = "the predictions gave no such figure"
+        yield Outcome(
+            check=_spoken(name),
+            limit=limit,
+            value="–" if math.isnan(value) else f"{value:.4f}",
+            status=status,
+            reason=reasons.get(status, ""),
+            key=f"check.limits.{name}",
+        )
 
 
 def modes_timed(asked: CheckSection) -> list[GradMode]:

@@ -109,7 +109,11 @@ def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> i
     """Of the rows as the sink held them: each output's bytes by its name, then a line an id."""
     arrow, parquet = library("pyarrow", ""), library("pyarrow", "", "parquet")
     with _opened(path) as file:
-        table = parquet.read_table(arrow.BufferReader(file.read()))
+        data = file.read()
+    try:
+        table = parquet.read_table(arrow.BufferReader(data))
+    except Exception as error:  # in any of a dozen ways
+        raise _DamagedError("the file is damaged") from error
     first = int(table.schema.metadata[b"start"])
     start, count = committed.start - first, committed.stop - committed.start
     if start + count > table.num_rows:

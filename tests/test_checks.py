@@ -9,7 +9,7 @@ import pytest
 from gradrun import checks
 from gradrun.config import CheckSection
 from gradrun.gradmode import GradMode
-from gradrun.result import Equivalence, Output, RunResult, Warning
+from gradrun.result import Equivalence, Metric, Output, RunResult, Warning
 from gradrun.stats import Estimate
 from tests.results import CONFIG, MACHINE, MEMORY, measurement
 
@@ -128,6 +128,17 @@ def test_an_interval_on_both_sides_of_a_limit_is_inconclusive():
     (found,) = checks.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
     assert found.status == "inconclusive"
     assert "both sides" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "status"),
+    [(0.98, ">= 0.97", "pass"), (0.96, ">= 0.97", "fail"), (0.2, "<= 0.3", "pass"),
+     (math.nan, ">= 0.97", "fail"), (None, ">= 0.97", "fail")],
+)  # fmt: skip
+def test_a_metric_keeps_its_limit_and_one_that_is_not_there_does_not(value, limit, status):
+    metrics = [] if value is None else [Metric(name="accuracy", value=value, samples=9)]
+    (found,) = checks.metric_limits(asked(limits={"accuracy": limit}), metrics)
+    assert (found.check, found.status) == ("accuracy", status)
 
 
 # --- regression --------------------------------------------------------------------------------

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from gradrun.modes import assert_restored
 from tests.conftest import ROOT, Command
@@ -124,3 +128,66 @@ def test_what_a_block_raises_unannounced_comes_out(empty_folder: Path, cli: Comm
     (block,) = blocks_of("```python\n1 / 0\n```\n")
     with pytest.raises(ZeroDivisionError):
         run_block(block, {}, cli)
+
+
+def test_the_page_for_ci_is_true(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, cli: Command
+) -> None:
+    """Its config checks, its test file passes in pytest, and its YAML is what the tools take."""
+    monkeypatch.setenv("GRADRUN_TRUST_CODE", "1")
+    blocks = {
+        block.code.partition("\n")[0].removeprefix("# "): block
+        for block in blocks_of((ROOT / "docs" / "ci.md").read_text())
+    }
+    assert [*blocks] == [
+        "gradrun.yaml",
+        ".github/workflows/model.yml",
+        ".pre-commit-config.yaml",
+        "test_model.py",
+    ]
+    Path("nets").mkdir()
+    Path("nets/mine.py").write_text(
+        "from torch import nn\n\nNet = nn.Sequential(nn.Linear(64, 4))\n"
+    )
+    config = blocks["gradrun.yaml"].code
+    quick = "measure: {processes: 2, budget: 2, precision: 0.5}\n"
+    Path("gradrun.yaml").write_text(config.replace('">= 1.0"', '">= 0.0001"') + quick)
+    answer = cli("check", "gradrun.yaml", "--update-expected")
+    assert answer.code == 0, answer.text
+    Path("test_model.py").write_text(blocks["test_model.py"].code)
+    words = [sys.executable, "-m", "pytest", "-q", "test_model.py"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+
+    inputs = yaml.safe_load((ROOT / "action.yml").read_text())["inputs"]
+    workflow = yaml.safe_load(blocks[".github/workflows/model.yml"].code)
+    steps = workflow["jobs"]["check"]["steps"]
+    (ours,) = [step for step in steps if step.get("uses", "").startswith("gradrun/")]
+    assert ours["with"].keys() <= inputs.keys()
+    (hook,) = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    asked = yaml.safe_load(blocks[".pre-commit-config.yaml"].code)["repos"][0]["hooks"]
+    assert [wanted["id"] for wanted in asked] == [hook["id"]]
+    assert re.search(hook["files"], "a/gradrun.yaml")
+    assert not re.search(hook["files"], "a/docker.yaml")
+
+
+def test_the_action_passes_every_input_on_and_none_as_text_of_a_script(tmp_path: Path) -> None:
+    action = yaml.safe_load((ROOT / "action.yml").read_text())
+    *_, step = action["runs"]["steps"]
+    assert all("${{" not in step["run"] for step in action["runs"]["steps"] if "run" in step)
+    told = tmp_path / "told"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {told}\n')
+    python.chmod(0o755)
+    values = {
+        "config": "my config.yaml", "against": "origin/main; touch x", "baseline": "",
+        "junit": "out.xml", "inconclusive": "fail", "args": "--trust-code --quiet",
+    }  # fmt: skip
+    names = {name: re.search(r"inputs\.([\w-]+)", text)[1] for name, text in step["env"].items()}  # type: ignore[index]
+    environment = {name: values[wanted] for name, wanted in names.items()}
+    environment["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-euo", "pipefail", "-c", step["run"]], env=environment, check=True)
+    assert told.read_text().splitlines() == [
+        *("-m", "gradrun", "check", "my config.yaml", "--against", "origin/main; touch x"),
+        *("--junit", "out.xml", "--inconclusive", "fail", "--trust-code", "--quiet"),
+    ]

@@ -1,4 +1,7 @@
-"""The pytest plugin, in test runs of its own."""
+"""The pytest plugin, in test runs and processes of its own.
+
+In this process they would leave modules of gradrun behind that are not those of other tests.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ def test_unmarked():
     model()(torch.ones(1, 2))
 """
     )
-    done = pytester.runpytest("--strict-markers")
+    done = pytester.runpytest_subprocess("--strict-markers")
     done.assert_outcomes(passed=4, failed=4)
     done.stdout.fnmatch_lines(["*1 output keeps a graph, the first of Sequential*"])
     done.stdout.fnmatch_lines(["*1 output keeps a graph, the first of Outer*"])
@@ -91,7 +94,7 @@ def test_bad(gradrun_check, tmp_path):
     )
 """
     )
-    done = pytester.runpytest()
+    done = pytester.runpytest_subprocess()
     done.assert_outcomes(passed=1, failed=1)
     done.stdout.fnmatch_lines(["gradrun check:", "forward peak: * too much*"])
 
