@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 
 from gradrun import disk
+from gradrun.errors import GradrunError
 from gradrun.extras import library
 from gradrun.journal import Committed, Kept
 
@@ -55,6 +56,8 @@ def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
                 what = error.strerror or str(error)
             except _DamagedError as error:
                 what = str(error)
+            except GradrunError:  # the library that reads it is missing: nothing is known of it
+                raise
             except Exception:  # a damaged header fails in any of a dozen ways
                 what = "its header is damaged"
             else:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from gradrun import journal
 from gradrun.config import OutputSection
+from gradrun.errors import ConfigError
 from gradrun.jobs.verify import verify
 from gradrun.journal import Head, Journal
 from gradrun.outputs import UNNAMED
@@ -98,12 +99,21 @@ def test_a_file_that_is_cut_off_or_gone_is_found(tmp_path: Path, form: str) -> N
     (file,) = tmp_path.glob("predictions*")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * 0.8)])
-    said = "the file is damaged" if form == "parquet" else "the file is cut off"
+    said = "its header is damaged" if form == "parquet" else "the file is cut off"
     assert {fault.what for fault in faults(tmp_path, kept)} == {said}
     file.unlink()
     gone = list(faults(tmp_path, kept))
     assert len(gone) == len(kept.commits)
     assert {fault.what for fault in gone} == {"No such file or directory"}
+
+
+def test_where_pyarrow_is_missing_verify_says_so_and_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = run(tmp_path, "parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="this needs pyarrow"):
+        list(faults(tmp_path, kept))
 
 
 def test_a_changed_row_of_parquet_is_found_in_its_range(tmp_path: Path) -> None:
