@@ -14,8 +14,10 @@ import pickle
 import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -492,6 +494,34 @@ EXPORTS = {
     ),
 }
 
+# --- pictures ----------------------------------------------------------------------------------
+
+
+def _picture(said: str, data: bytes, name: str = "a.png") -> Attack:
+    asked = config(data="{source: images, path: pictures}")
+    return attack(said, asked | {f"pictures/{name}": data})
+
+
+def _png(width: int, height: int) -> bytes:
+    """A picture of many pixels in few bytes."""
+    parts = ((b"IHDR", struct.pack(">2L5B", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+PICTURES = {
+    "a picture of ten gigapixels": _picture("no picture can be read", _png(100_000, 100_000)),
+    "a picture beyond all numbers": _picture("no picture can be read", _png(2**31 - 1, 2**31 - 1)),
+    "a program for a picture": _picture(
+        "is no picture of the formats", b"%!PS-Adobe-3.0 EPSF-3.0\n(evil) (w) file closefile\n"
+    ),
+    "a picture that drives the terminal": _picture(
+        SHOWN, b"no picture", f"{SCREEN.replace('/', '_')}.png"
+    ),
+}
+
 # --- output folders ----------------------------------------------------------------------------
 
 NAMES = [
@@ -739,6 +769,7 @@ KINDS_OF_ATTACK: dict[str, dict[str, Attack]] = {
     "weights": WEIGHTS,
     "TorchScript": SCRIPTS,
     "exported programs": EXPORTS,
+    **({"pictures": PICTURES} if find_spec("PIL") else {}),
     "output folders": FOLDERS,
     "folders of runs": RUNS,
 }

@@ -36,7 +36,7 @@ from tests.test_properties import mutate
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 
 SECONDS = 30.0
-FUZZED = 180
+FUZZED = 132
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,33 @@ def _run_files(folder: Path) -> Iterator[Seed]:
                 yield Seed(kind, files, place, RESUME)
 
 
+def _pictures() -> Iterator[Seed]:
+    """A picture of each format, beside one that stays as it is."""
+    if find_spec("PIL") is None:
+        return
+    from PIL import Image
+
+    pixels = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    for form in ("png", "jpeg", "bmp", "gif", "tiff", "webp", "ppm"):
+        buffer = io.BytesIO()
+        pixels.save(buffer, form)
+        files = config(data="{source: images, path: pictures, batch_size: 2}")
+        places = {name: f"pictures/{name}.{form}" for name in ("a", "b")}
+        files |= dict.fromkeys(places.values(), buffer.getvalue())
+        yield Seed("pictures", files, places["b"], [INFER])
+
+
+def _parquet() -> Iterator[Seed]:
+    if find_spec("pyarrow") is None:
+        return
+    data = (ROOT / "configs/digits.parquet").read_bytes()
+    text = (ROOT / "configs/parquet.yaml").read_text()
+    text = re.sub(r"(?ms)^output:.*", "output: {path: out}\n", text)
+    yield Seed(
+        "parquet", {"c.yaml": text.encode(), "digits.parquet": data}, "digits.parquet", [INFER]
+    )
+
+
 def _results() -> Iterator[Seed]:
     """A result of each kind, by every report."""
     first = results.measurement(4, variant="grad")
@@ -206,7 +234,9 @@ def seeds(folder: Path) -> dict[str, list[Seed]]:
     """Kind of file to what there is of it."""
     torch.manual_seed(0)
     kinds = defaultdict(list)
-    for seed in itertools.chain(_plain(), _programs(), _results(), _run_files(folder)):
+    for seed in itertools.chain(
+        _plain(), _programs(), _pictures(), _parquet(), _results(), _run_files(folder)
+    ):
         kinds[seed.kind].append(seed)
     return kinds
 
@@ -371,7 +401,8 @@ class Fuzzer:
         lay_out(folder, files)
         ending = victim.run(folder, seed.commands)
         there = {str(path.relative_to(folder)) for path in folder.rglob("*")}
-        if strange := [name for name in there - {*files, "out"} if not name.startswith("out/")]:
+        known = {*files, *(name.partition("/")[0] for name in files), "out"}
+        if strange := [name for name in there - known if not name.startswith("out/")]:
             ending.wrong.append(f"{strange} came to be")
         return seed.kind, ending
 

@@ -191,6 +191,8 @@ def _warm_up() -> None:
 
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401 - makes a folder of its own at home
+    with contextlib.suppress(ImportError):
+        import pyarrow.parquet  # noqa: F401 - takes room for its threads
 
     with tempfile.TemporaryDirectory() as folder:
         words = ["infer", str(ROOT / "configs/exported.yaml"), "--output", f"{folder}/out"]
