@@ -6,7 +6,7 @@ Here stands what they share. Knows no parts itself, so that a job imports only w
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from gradrun.yamlfile import load_config
 
 
 def resolved(
-    config: RunConfig | str | Path | Mapping[str, Any], overrides: Mapping[str, Any]
+    config: RunConfig | str | Path | Mapping[str, Any],
+    overrides: Mapping[str, Any] | Sequence[str],
 ) -> RunConfig:
-    """A config from whatever a caller gave, with the overrides in it."""
+    """A config from whatever a caller gave, with the overrides (or --set texts) in it."""
     if not isinstance(config, RunConfig):
         return load_config(config, overrides)
     return load_config(config.model_dump(mode="json"), overrides) if overrides else config

@@ -65,7 +65,7 @@ def check(
         save_baseline: where to write the result as a baseline for later.
         update_expected: write the golden outputs instead of comparing with them.
         trust_code: let a `python` model run the code that the config names, on both sides.
-        sets: changes as on the command line, "key.path=value", on both sides.
+        sets: changes as on the command line, "key.path=value", on both sides; or overrides.
         progress: told what is being done, and how much of it is done of how much.
         overrides: as for `infer`.
 
@@ -79,13 +79,16 @@ def check(
     """
     if baseline and against:
         raise ConfigError("--baseline and --against both name what to compare with: choose one")
-    whole = resolved(load_config(config, sets) if sets else config, overrides)  # type: ignore[arg-type]
+    if sets and overrides:
+        raise TypeError("changes are told as sets or as overrides, not both")
+    changes = sets or overrides
+    whole = resolved(config, changes)
     subject = _subject(whole)
     earlier = RunResult.load(baseline) if baseline else None
     with located(whole):
-        _see_that_it_can_be_told(subject, earlier, update_expected)
+        _refuse_early(subject, earlier, update_expected)
     tell = progress or (lambda *_: None)
-    with located(whole), _rival(whole, earlier, baseline, against, sets, overrides) as rival:
+    with located(whole), _rival(whole, earlier, baseline, against, changes) as rival:
         try:
             predicted = infer(
                 subject,
@@ -116,10 +119,7 @@ def _subject(config: RunConfig) -> RunConfig:
     missing = [MetricSection.model_validate({"name": name}) for name in limited]
     return config.model_copy(
         update={
-            "metrics": (
-                *config.metrics,
-                *missing,
-            ),
+            "metrics": (*config.metrics, *missing),
             "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
             "output": config.output.model_copy(
                 update={"path": path.with_name(f"{path.name}-check"), "format": "npy"}
@@ -128,9 +128,7 @@ def _subject(config: RunConfig) -> RunConfig:
     )
 
 
-def _see_that_it_can_be_told(
-    config: RunConfig, earlier: RunResult | None, update_expected: bool
-) -> None:
+def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected: bool) -> None:
     """Find out before a long run what would be found out after it."""
     expected, mode = config.check.expected, config.run.mode
     if earlier and not _of_mode(earlier.measurements, mode):
@@ -175,15 +173,14 @@ def _rival(
     earlier: RunResult | None,
     baseline: str | Path | None,
     against: str | Path | None,
-    sets: Sequence[str],
-    overrides: Mapping[str, Any],
+    changes: Mapping[str, Any] | Sequence[str],
 ) -> Iterator[Rival | None]:
     if earlier:
         yield Rival(Path(str(baseline)).name, result=earlier)
     elif against is None:
         yield None
     elif Path(against).is_file():
-        other = resolved(load_config(Path(against), sets), overrides)
+        other = load_config(Path(against), changes)
         yield Rival(Path(against).name, config=_subject(other))
     else:
         own = Path(whole._origin.name) if whole._origin else None
@@ -192,7 +189,7 @@ def _rival(
         with checked_out(str(against), own.parent, whole.input_files()) as folder:
             if not (folder / own.name).is_file():
                 raise ConfigError(f"--against {against}: {own.name} is not in that revision")
-            other = resolved(load_config(folder / own.name, sets), overrides)
+            other = load_config(folder / own.name, changes)
             yield Rival(str(against), config=_subject(_imported_from(other, own, folder)))
 
 
