@@ -57,6 +57,14 @@ def test_a_traced_program_with_constants_passes() -> None:
     check_storages(opened(buffer))
 
 
+def test_a_program_traced_with_a_module_passes() -> None:
+    """The shapes of its example inputs are kept, and their bytes are not."""
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(nn.Linear(4, 2), torch.ones(256, 4)), buffer)
+    assert opened(buffer).get_record_size("traced_inputs/0") == 0
+    check_storages(opened(buffer))
+
+
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     net[1].weight = net[0].weight

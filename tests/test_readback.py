@@ -99,7 +99,7 @@ def test_a_file_that_is_cut_off_or_gone_is_found(tmp_path: Path, form: str) -> N
     (file,) = tmp_path.glob("predictions*")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * 0.8)])
-    said = "its header is damaged" if form == "parquet" else "the file is cut off"
+    said = "the file is damaged" if form == "parquet" else "the file is cut off"
     assert {fault.what for fault in faults(tmp_path, kept)} == {said}
     file.unlink()
     gone = list(faults(tmp_path, kept))
