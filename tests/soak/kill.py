@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SINKS = ("npy", "jsonl", "safetensors", "parquet")
+SINKS = ("npy", "jsonl", "csv", "safetensors", "parquet")
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
 """Of a process: up to the model, up to the files, the files made, predictions between commits, a
 commit, the last one and the files' end, memory and result; and how often each is aimed at."""
@@ -261,9 +261,16 @@ def kill_and_resume(
         if course.code == -signal.SIGKILL:
             yield course.phases[-1][0], check_truth(folder, out)
         elif course.code:
-            raise SystemExit(f"{out}: {(folder.path / 'said.txt').read_text()}")
-    if follow(folder.path, words).code:
-        raise SystemExit(f"{out}: {(folder.path / 'said.txt').read_text()}")
+            raise SystemExit(f"{out}: {_ended_badly(folder.path, course)}")
+    course = follow(folder.path, words)
+    if course.code:
+        raise SystemExit(f"{out}: {_ended_badly(folder.path, course)}")
+
+
+def _ended_badly(folder: Path, course: Course) -> str:
+    said = folder / "said.txt"
+    phases = [phase for phase, _ in course.phases]
+    return f"exit code {course.code} after {phases}: {said.read_text() if said.exists() else ''}"
 
 
 def check_truth(folder: Folder, out: str) -> int:
@@ -303,7 +310,7 @@ def run(path: Path, kills: int, seed: int) -> list[Kill]:
             words = folder.words(sink, f"{sink}-whole", "--set", f"data.samples={SHORT}")
             courses[sink] = follow(path, words)
             if courses[sink].code:
-                raise SystemExit((path / "said.txt").read_text())
+                raise SystemExit(_ended_badly(path, courses[sink]))
         number = 0
         while len(landed) < kills:
             sink = SINKS[number % len(SINKS)]
