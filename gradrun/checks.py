@@ -226,7 +226,7 @@ def time_regression(
             value["value"] = f"{slowdown.value - 1:+.1%}"
             value["reason"] = "one process supports no interval; --save-baseline takes several"
     yield Outcome(
-        check=f"time against {rival}",
+        check=f"time vs {rival}",
         limit=f"at most +{asked.regression.time}",
         key="check.regression.time",
         **value,
@@ -251,7 +251,7 @@ def memory_regression(
                 "reason": f"it was {bytes_text(old)}" if over else "",
             }
         yield Outcome(
-            check=f"{_spoken(name)} against {rival}",
+            check=f"{_spoken(name)} vs {rival}",
             limit=f"at most +{limit}",
             key=f"check.regression.{name}",
             **found,
@@ -294,7 +294,7 @@ def same_outputs(asked: CheckSection, rival: str, found: Equivalence) -> Iterato
 
 def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:
     return Outcome(
-        check=f"outputs against {rival}",
+        check=f"outputs vs {rival}",
         limit=limit,
         value="changed" if reason else value,
         status="fail" if reason else "pass",

@@ -229,7 +229,7 @@ class Outcome(_Noun):
     """What one check of `gradrun check` came to."""
 
     check: str
-    """Its name: "runs", "forward_peak", "time against main"."""
+    """Its name: "runs", "forward_peak", "time vs main"."""
     limit: str
     """What is allowed, in words: "at most 60.0 MiB", ">= 1.0"."""
     value: str

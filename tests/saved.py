@@ -23,7 +23,7 @@ OUTCOMES = (
         key="check.limits.latency_p99",
     ),
     Outcome(
-        check="time against main",
+        check="time vs main",
         limit=">= 1.0",
         value="0.99 (0.90 to 1.08)",
         status="inconclusive",

@@ -137,7 +137,7 @@ def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(
     assert len({m.process for m in base.measurements}) >= 2, "one process supports no interval"
     answer = cli("check", "gradrun.yaml", "--baseline", "base.json", *limits)
     assert answer.code == 0, answer.text
-    assert "time against" in answer.out
+    assert "time vs" in answer.out
 
     other = json.loads(Path("base.json").read_text())
     other["environment"]["cpu"] = "another"
@@ -153,9 +153,9 @@ def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(
     answer = cli(*words, "--json", "said.json", "--junit", "said.xml")
     assert answer.code == 3
     found = statuses(RunResult.load("said.json"))
-    assert found["forward peak against other.json"] == "fail"
-    assert found["outputs against other.json"] == "fail"
-    assert found["time against other.json"] == "inconclusive"
+    assert found["forward peak vs other.json"] == "fail"
+    assert found["outputs vs other.json"] == "fail"
+    assert found["time vs other.json"] == "inconclusive"
     assert 'failures="2"' in Path("said.xml").read_text()
 
 
@@ -179,16 +179,16 @@ def test_a_revision_runs_beside_with_its_own_helpers(project):
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 16\n")
     result = gradrun.check("gradrun.yaml", against="HEAD")
     found = {outcome.check: outcome for outcome in result.outcomes}
-    assert found["time against HEAD"].status == "fail"
-    assert found["outputs against HEAD"].status == "pass"
+    assert found["time vs HEAD"].status == "fail"
+    assert found["outputs vs HEAD"].status == "pass"
     worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
     assert len(worktrees.stdout.splitlines()) == 1, "the revision's folder is gone"
 
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 132, 1\n")
     result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
     found = statuses(result)
-    assert found["forward peak against HEAD"] == "fail", "3 % more, exact to the byte"
-    assert found["outputs against HEAD"] == "fail"
+    assert found["forward peak vs HEAD"] == "fail", "3 % more, exact to the byte"
+    assert found["outputs vs HEAD"] == "fail"
 
 
 @needs_git
@@ -201,7 +201,7 @@ def test_a_package_is_imported_from_the_revision(project):
     git("commit", "-qm", "one")
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 256, 1\n")
     result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
-    assert statuses(result)["forward peak against HEAD"] == "fail"
+    assert statuses(result)["forward peak vs HEAD"] == "fail"
 
 
 def test_another_config_may_be_the_other_side(project):
@@ -209,7 +209,7 @@ def test_another_config_may_be_the_other_side(project):
     result = gradrun.check(
         "slow.yaml", against="gradrun.yaml", check={"regression": {"time": None, "outputs": False}}
     )
-    (found,) = [o for o in result.outcomes if o.check.endswith("against gradrun.yaml")]
+    (found,) = [o for o in result.outcomes if o.check.endswith("vs gradrun.yaml")]
     assert found.status == "pass"
     assert found.value.startswith("-")
 

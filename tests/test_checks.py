@@ -151,7 +151,7 @@ def test_a_metric_keeps_its_limit_and_one_that_is_not_there_does_not(value, limi
 def test_time_fails_only_where_the_whole_interval_is_beyond(low, high, status):
     slowdown = Estimate((low + high) / 2, low, high)
     (found,) = checks.time_regression(asked(), "main", slowdown)
-    assert (found.status, found.check) == (status, "time against main")
+    assert (found.status, found.check) == (status, "time vs main")
 
 
 def test_times_of_another_machine_are_not_compared_and_memory_is():

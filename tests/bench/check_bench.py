@@ -93,7 +93,7 @@ def _plant(blocks: int, extra: int) -> None:
 
 def _told(expected: str) -> str:
     result = gradrun.check("gradrun.yaml", against="HEAD")
-    failed = {o.check.partition(" against")[0] for o in result.outcomes if o.status == "fail"}
+    failed = {o.check.partition(" vs ")[0] for o in result.outcomes if o.status == "fail"}
     if expected == "pass":
         return "as planted" if result.status == "pass" else _why(result.status, failed)
     return "as planted" if expected in failed else _why(result.status, failed)
