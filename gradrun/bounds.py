@@ -43,7 +43,8 @@ def bytes_bound(text: str) -> Bound:
     """
     found = _BOUND.fullmatch(text.strip())
     unit = found[3] or "B" if found else ""
-    if not found or unit not in _BYTES or found[1] == ">=":
+    most = 2.0**63
+    if not found or unit not in _BYTES or found[1] == ">=" or float(found[2]) * _BYTES[unit] > most:
         raise ValueError(f"{text!r} is no limit of bytes, which is written 60 MiB or 1048576")
     return Bound(float(found[2]) * _BYTES[unit], at_least=False)
 

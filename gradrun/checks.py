@@ -30,6 +30,9 @@ from gradrun.units import bytes_text, count_text
 SPEEDUP = "speedup_over_"
 """How limits on the time of another mode begin."""
 
+_WIDE = 3.0
+"""Times the value that an interval may reach before its ends say nothing."""
+
 _MACHINE = ("cpu", "cpus", "threads", "device", "device_name", "torch")
 """What must be the same for times to be compared."""
 
@@ -47,7 +50,7 @@ def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcom
     outcomes = [
         _smoke("runs", "no error", batches),
         _smoke("predictions", "one row a sample", count_text(rows, "row"), apart or short),
-        _clean("finite", "no NaN, no infinity", found.get("nonfinite", "")),
+        _clean("finite", "no NaN or infinity kept", found.get("nonfinite", "")),
     ]
     if measured.mode is not GradMode.GRAD:
         outcomes.append(_clean("no graph", "no output keeps one", found.get("graph_kept", "")))
@@ -86,7 +89,7 @@ def _smoke(check: str, limit: str, value: str, reason: str = "") -> Outcome:
 def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
     """The absolute limits on memory."""
     for name, limit in _limits(asked):
-        if name.startswith(SPEEDUP) or not hasattr(memory, name):
+        if name.startswith(SPEEDUP):
             continue
         bound, value = bytes_bound(limit), getattr(memory, name)
         yield Outcome(
@@ -99,7 +102,7 @@ def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
 
 def _bytes_found(bound: Bound, value: int | None) -> dict[str, str]:
     if value is None:
-        reason = "nothing here measures it; leave the limit out where there is no such device"
+        reason = "nothing measured it: there is no such device here, or measure.memory is off"
         return {"value": "–", "status": "inconclusive", "reason": reason}
     over = value - bound.value
     return {
@@ -128,8 +131,7 @@ def speedup_limits(
 def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Outcome]:
     """Limits on what was computed from labels."""
     found = {metric.name: metric.value for metric in metrics}
-    for name in asked.limits.of_metrics():
-        limit = dict(_limits(asked))[name]
+    for name, limit in (asked.limits.model_extra or {}).items():
         value = found.get(name, math.nan)
         status = "fail" if math.isnan(value) else number_bound(limit).status(value, value)
         reasons = {"fail": "the predictions are worse than the limit"}
@@ -152,7 +154,9 @@ def modes_timed(asked: CheckSection) -> list[GradMode]:
 
 
 def _limits(asked: CheckSection) -> list[tuple[str, str]]:
-    return list(asked.limits.model_dump(exclude_none=True).items())
+    """Those that are not of metrics."""
+    fields = ((name, getattr(asked.limits, name)) for name in type(asked.limits).model_fields)
+    return [(name, limit) for name, limit in fields if limit is not None]
 
 
 def _ratio_found(bound: Bound, found: Estimate | None) -> dict[str, str]:
@@ -167,7 +171,7 @@ def _why(status: Status) -> str:
     if status == "inconclusive":
         return (
             "the interval lies on both sides of the limit; quiet the machine, or raise "
-            "measure.budget"
+            "measure.budget or measure.processes"
         )
     return "the whole interval lies beyond the limit" if status == "fail" else ""
 
@@ -189,7 +193,7 @@ def paired(measurements: Sequence[Measurement], base: str, other: str) -> Estima
 def apart(before: Sequence[Measurement], now: Sequence[Measurement]) -> Estimate | None:
     """Time now / time before, of processes that did not run side by side."""
     groups = [[median(m.seconds_per_sample) for m in ms if m.batch_seconds] for ms in (now, before)]
-    return stats.apart(*groups) if all(groups) else None
+    return stats.apart(*groups) if all(g and min(g) > 0 for g in groups) else None
 
 
 def inverse(ratio: Estimate | None) -> Estimate | None:
@@ -223,7 +227,6 @@ def time_regression(
         status = bound.status(slowdown.low, slowdown.high)
         value = {"value": _change(slowdown), "status": status, "reason": _why(status)}
         if math.isinf(slowdown.high):
-            value["value"] = f"{slowdown.value - 1:+.1%}"
             value["reason"] = "one process supports no interval; --save-baseline takes several"
     yield Outcome(
         check=f"time vs {rival}",
@@ -242,7 +245,7 @@ def memory_regression(
             continue
         old, new = getattr(before, name), getattr(now, name)
         found = {"value": "–", "status": "inconclusive", "reason": "one side has no such figure"}
-        if old is not None and new is not None:
+        if old is not None and new is not None and old >= 0:
             grown = (new / old - 1 if old else math.inf) if new != old else 0.0
             over = grown > share(limit)
             found = {
@@ -262,7 +265,13 @@ def outputs_regression(
     asked: CheckSection, rival: str, before: Sequence[Output], now: Sequence[Output]
 ) -> Iterator[Outcome]:
     """Whether outputs have the rival's names, types, shapes, means and spreads."""
-    if not asked.regression.outputs or not before:
+    if not asked.regression.outputs:
+        return
+    if not before:
+        reason = "the baseline holds none; --save-baseline writes one that does"
+        yield _outputs(rival, "same types, shapes, means", reason, "–").model_copy(
+            update={"status": "inconclusive", "value": "–"}
+        )
         return
     old, new = {o.name: o for o in before}, {o.name: o for o in now}
     reasons = [f"there is no {name} any more" for name in old.keys() - new.keys()]
@@ -279,7 +288,8 @@ def _difference(asked: CheckSection, old: Output, new: Output) -> Iterator[str]:
         return
     for what in ("mean", "spread"):
         was, now = getattr(old, what), getattr(new, what)
-        if not (was == now or math.isclose(was, now, rel_tol=asked.rtol, abs_tol=asked.atol)):
+        same = was == now or (math.isnan(was) and math.isnan(now))
+        if not (same or math.isclose(was, now, rel_tol=asked.rtol, abs_tol=asked.atol)):
             yield f"{new.name}'s {what} was {was:.6g} and is {now:.6g}"
 
 
@@ -289,7 +299,7 @@ def same_outputs(asked: CheckSection, rival: str, found: Equivalence) -> Iterato
         where = f", first in {found.first_module}" if found.first_module else ""
         reason = "" if found.equal else f"they differ by up to {found.max_abs_diff:.2g}{where}"
         text = "same to the bit" if found.bitwise else f"within ±{found.max_abs_diff:.1g}"
-        yield _outputs(rival, "the same", reason, text)
+        yield _outputs(rival, "the same in the first batches", reason, text)
 
 
 def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:
@@ -300,6 +310,18 @@ def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:
         status="fail" if reason else "pass",
         reason=reason,
         key="check.regression.outputs",
+    )
+
+
+def golden_written(file: str) -> Outcome:
+    """That the expected file has been written, and nothing was compared with it."""
+    key = "check.expected"
+    return Outcome(
+        check="expected outputs",
+        limit=f"written to {file}",
+        value="written",
+        status="pass",
+        key=key,
     )
 
 
@@ -339,10 +361,12 @@ def _spoken(name: str) -> str:
 
 
 def _interval(found: Estimate) -> str:
-    if math.isinf(found.high):
-        return f"{found.value:.2f}"
+    if found.high > _WIDE * found.value:
+        return f"about {found.value:.1f}"
     return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _change(slowdown: Estimate) -> str:
+    if slowdown.high > _WIDE * slowdown.value:
+        return f"about {slowdown.value - 1:+.0%}"
     return f"{slowdown.value - 1:+.1%} ({slowdown.low - 1:+.1%} to {slowdown.high - 1:+.1%})"

@@ -86,11 +86,16 @@ class Session:
 
     def look(self) -> Compared:
         """What one process says of outputs and tensor memory; its few times say nothing."""
-        job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
-        (report,) = self._ask([job])
-        self._note_failures(report)
-        self.found.environment, self.found.equivalence = report.environment, [*report.equivalence]
-        self._keep(0, report)
+        while self.variants:
+            job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
+            (report,) = self._ask([job])
+            self._note_failures(report)
+            if report.trials:
+                self.found.environment = report.environment
+                self.found.equivalence = [*report.equivalence]
+                self._keep(0, report)
+                break
+            # A variant that ended the process took the others with it: ask those again.
         return self.found
 
     # --- the steps -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ yamlfile.py hands to the validators.
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -753,15 +754,18 @@ class RunConfig(Section):
     def _limits_of_metrics(cls, check: CheckSection, info: ValidationInfo) -> CheckSection:
         known = {*_ARGUMENTS, *(metric.title for metric in info.data.get("metrics", ()))}
         for name, limit in (check.limits.model_extra or {}).items():
-            if name in known:
+            allowed = [*LimitsSection.model_fields, *sorted(known)]
+            close = get_close_matches(name, allowed, n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            problem = "" if name in known else f"nothing is called so; {meant}(allowed: "
+            problem = problem and f"{problem}{', '.join(allowed)})"
+            try:
                 bounds.number_bound(limit)
-            else:
-                allowed = [*LimitsSection.model_fields, *sorted(known)]
-                raise PydanticCustomError(
-                    "limit",
-                    "there is nothing called {name} to limit; allowed: {allowed}",
-                    {"name": name, "allowed": ", ".join(allowed)},
-                )
+            except ValueError as error:
+                problem = problem or str(error)
+            if problem:
+                context = {"name": name, "problem": problem}
+                raise PydanticCustomError("limit", "limits.{name}: {problem}", context)
         return check
 
     @field_validator("data")

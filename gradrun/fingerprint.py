@@ -37,7 +37,9 @@ def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[
     for key in ("labels", "classes"):
         dumped["data"].pop(key, None)
     dumped["output"].pop("path")  # a folder may be moved
-    dumped["run"].pop("warmup")
+    # Neither is what is done about a sample that fails: those behind the last commit are run anew.
+    for key in ("warmup", "on_error", "max_errors"):
+        dumped["run"].pop(key)
     files = config.input_files()
     if isinstance(config.model, PythonModel):
         place = Path(config.model.target.rpartition(":")[0])

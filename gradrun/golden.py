@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from gradrun.errors import ConfigError, GradrunError
 from gradrun.result import Output
@@ -25,9 +25,9 @@ Array = np.ndarray[Any, Any]
 
 
 def predictions(folder: Path, files: tuple[str, ...]) -> dict[str, Array]:
-    """Output name to rows [samples, ...], mapped from a run's .npy files."""
+    """Output name to rows [samples, ...], mapped from a run's .npy files; of others nothing."""
     found = {}
-    for file in files:
+    for file in (file for file in files if file.endswith(".npy")):
         name = file.removesuffix(".npy").removeprefix("predictions").lstrip(".") or "prediction"
         found[name] = np.load(folder / file, mmap_mode="r")
     return found
@@ -81,7 +81,8 @@ def write(path: Path, outputs: Mapping[str, Array]) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: np.ascontiguousarray(rows) for name, rows in outputs.items()}, draft)
+        data = save({name: np.ascontiguousarray(rows) for name, rows in outputs.items()})
+        draft.write_bytes(data)
         draft.replace(path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):

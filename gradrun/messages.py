@@ -25,6 +25,8 @@ class Variant(_Message):
 
     name: str
     config: dict[str, Any]
+    moved: tuple[str, str] | None = None
+    """A folder, and the one in whose place its code is imported from."""
 
 
 class Job(_Message):

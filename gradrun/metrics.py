@@ -20,6 +20,7 @@ from gradrun.outputs import Named
 from gradrun.rescue import numbers_apart
 from gradrun.result import Metric
 from gradrun.sinks import READERS
+from gradrun.units import count_text
 
 Compute = Callable[[Path], tuple[Metric, ...]]
 """The metrics of the predictions in a run's folder."""
@@ -155,7 +156,8 @@ class _Asked:
         """
         width = self.width if self.spec.name == "mse" else 1
         if labels[:1].numel() != width:
-            text = f"a label is {labels[:1].numel()} numbers, and {self.spec.title} needs {width}"
+            held = count_text(labels[:1].numel(), "number")
+            text = f"a label holds {held}, and {self.spec.title} needs {width}"
             raise ConfigError(text, "data.labels")
         if self.spec.name == "mse":
             return

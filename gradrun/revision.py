@@ -10,14 +10,27 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class CheckedOut:
+    """A repository's folder, and the one that holds it as it was in a revision."""
+
+    top: Path
+    tree: Path
+
+    def of(self, folder: Path) -> Path:
+        """The place in the revision of a folder of the repository."""
+        return self.tree / folder.relative_to(self.top)
+
+
 @contextmanager
-def checked_out(revision: str, beside: Path, borrowed: Iterable[Path]) -> Iterator[Path]:
-    """The folder that holds, in a revision, what the folder `beside` holds now.
+def checked_out(revision: str, beside: Path, borrowed: Iterable[Path]) -> Iterator[CheckedOut]:
+    """A repository as it was in a revision, as long as the block runs.
 
     Args:
         revision: a branch, a tag or a commit.
@@ -38,20 +51,23 @@ def checked_out(revision: str, beside: Path, borrowed: Iterable[Path]) -> Iterat
         tree = Path(made).resolve() / "tree"
         # No hook of the repository's: nobody asked for it to run.
         plain = ("-c", f"core.hooksPath={os.devnull}")
+        _git(beside, "worktree", "prune")
         _git(beside, *plain, "worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
             for file in borrowed:
                 _lend(file, top, tree)
-            yield tree / beside.relative_to(top)
+            yield CheckedOut(top, tree)
         finally:
             _git(beside, "worktree", "remove", "--force", str(tree))
 
 
 def _lend(file: Path, top: Path, tree: Path) -> None:
-    if not file.resolve().is_relative_to(top):
+    # By where it lies, and not by where a link leads: it may lead out of the repository.
+    held = file.parent.resolve() / file.name
+    if not held.is_relative_to(top):
         return
-    place = tree / file.resolve().relative_to(top)
-    if not place.exists():
+    place = tree / held.relative_to(top)
+    if not place.exists() and not place.is_symlink():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(file.resolve())
 
@@ -63,10 +79,13 @@ def _git(folder: Path, *words: str, otherwise: str = "") -> str:
             capture_output=True,
             text=True,
             check=False,
+            # In a hook git names the index of the commit that is being made; it is not ours.
+            env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
         )
     except OSError as error:
         raise ConfigError(f"--against a revision takes git: {error.strerror}") from error
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise ConfigError(otherwise or f"git {words[0]} failed: {said[-1] if said else 'silently'}")
+        command = next(word for word in words if word[0] != "-" and "=" not in word)
+        raise ConfigError(otherwise or f"git {command} failed: {said[-1] if said else 'silently'}")
     return done.stdout.strip()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gradrun import journal
+from gradrun import journal, readback
 from gradrun.errors import ConfigError, GradrunError, RunFailed
 from gradrun.fingerprint import differences
 from gradrun.journal import Committed, Head, Journal, Kept
@@ -123,6 +123,11 @@ class RunFolder:
         except GradrunError as error:
             text = f"{error}; the predictions are whole: remove that file, and --resume writes it"
             raise GradrunError(text) from error
+        if damaged := next(readback.faults(self.path, self.kept), None):
+            raise GradrunError(
+                f"{self.path / damaged.file} is not what this finished run wrote ({damaged.what}); "
+                "--overwrite makes it anew, and gradrun verify tells what is left"
+            )
         # It tells of fewer where a resume was killed between its last commit and its result.
         whole = result.predictions == self.kept.head.samples and result.measurements
         return result if whole and result.kind == "infer" else None

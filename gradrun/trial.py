@@ -31,6 +31,7 @@ from gradrun.gradmode import GradMode
 from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
 from gradrun.model_sources import load_model
+from gradrun.model_sources.python import ImportSpace
 from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Memory, Phases
@@ -53,8 +54,11 @@ _WARM_ORDER = list(GradMode)
 class Runnable:
     """A variant with its model and batches, ready to be run in blocks."""
 
-    def __init__(self, index: int, name: str, config: RunConfig, marker: Marker) -> None:
+    def __init__(
+        self, index: int, name: str, config: RunConfig, marker: Marker, space: ImportSpace
+    ) -> None:
         self.index, self.name, self.config, self.marker = index, name, config, marker
+        self.space = space
         self.device: torch.device
         run = config.run
         self.threads = available_cpus() if run.threads == "auto" else run.threads
@@ -69,7 +73,7 @@ class Runnable:
         """The variant's threads, mode and autocast."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        with active(self.config.run, self.device):
+        with self.space.entered(), active(self.config.run, self.device):
             yield
 
     def call(self, number: int) -> Any:
@@ -106,8 +110,10 @@ def carry_out(job: Job) -> Report:
     for runnable in _in_warm_order(job, marker):
         with _noted(failures, runnable, marker):
             marker.at(runnable.index, 0)  # a model's code may fail before its first batch
-            _load(runnable, ready, job.trust_code)
+            with runnable.space.entered():
+                _load(runnable, ready, job.trust_code)
             _warm_up(runnable)
+            runnable.space.check()
             ready.append(runnable)
     ready.sort(key=lambda runnable: runnable.index)
     gc.freeze()  # the collector need not walk torch's modules between blocks
@@ -135,9 +141,15 @@ def carry_out(job: Job) -> Report:
 
 def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:
     """In grad first: what a model makes lazily there is an ordinary tensor, fit for every mode."""
+    apart = any(variant.moved for variant in job.variants)
+    spaces = {moved: ImportSpace(moved, apart) for moved in {v.moved for v in job.variants}}
     runnables = [
         Runnable(
-            index, variant.name, RunConfig.model_validate(variant.config, strict=False), marker
+            index,
+            variant.name,
+            RunConfig.model_validate(variant.config, strict=False),
+            marker,
+            spaces[variant.moved],
         )
         for index, variant in enumerate(job.variants)
     ]
@@ -167,7 +179,11 @@ def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
     config = runnable.config
     device = runnable.device = machine.resolve(config.run.device)
     seed = config.run.seed  # draws weights and data
-    alike = [r for r in loaded if r.device == device and r.config.run.seed == seed]
+    alike = [
+        r
+        for r in loaded
+        if r.device == device and r.config.run.seed == seed and r.space is runnable.space
+    ]
     twin = next((r for r in alike if r.config.model == config.model), None)
     if twin:
         runnable.model, runnable.load_seconds = twin.model, twin.load_seconds

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -204,6 +207,115 @@ def test_a_package_is_imported_from_the_revision(project):
     assert statuses(result)["forward peak vs HEAD"] == "fail"
 
 
+WITHOUT = NET.replace("import sizes\n", "").replace("sizes.HIDDEN", "128")
+LATE = {
+    "in the constructor": WITHOUT.replace("sizes.ROUNDS", "self.rounds").replace(
+        "        super()",
+        "        import sizes\n\n        self.rounds = sizes.ROUNDS\n        super()",
+    ),
+    "in the forward": WITHOUT.replace("        for _", "        import sizes\n\n        for _"),
+    "from the current folder": NET.replace("import sizes", "from nets import sizes"),
+}
+
+
+@needs_git
+@pytest.mark.parametrize("late", LATE)
+def test_whatever_a_side_imports_late_is_its_own(project, late, monkeypatch):
+    monkeypatch.syspath_prepend(str(project))  # as a command finds the current folder
+    Path("nets/mine.py").write_text(LATE[late])
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 16\n")
+    result = gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
+    assert statuses(result)["time vs HEAD"] == "fail"
+
+
+@needs_git
+def test_code_that_cannot_be_had_from_the_revision_is_no_verdict(project, monkeypatch):
+    """As of a package that is installed in a way that names its folder."""
+    Path("finder").mkdir()
+    Path("finder/sitecustomize.py").write_text(
+        "import importlib.util, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'sizes':\n"
+        f"            place = {str(project / 'nets' / 'sizes.py')!r}\n"
+        "            return importlib.util.spec_from_file_location(name, place)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{project / 'finder'}:{ROOT}")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    with pytest.raises(
+        (ConfigError, RunFailed), match=r"imports sizes from .*, which is this side's"
+    ):
+        gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
+
+
+def test_a_run_of_the_user_s_own_is_not_overwritten(project):
+    gradrun.infer("gradrun.yaml", output={"path": "runs/mine-check"})
+    before = Path("runs/mine-check/result.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run that is no check's"):
+        gradrun.check("gradrun.yaml")
+    assert Path("runs/mine-check/result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("body", "failed"),
+    [
+        (
+            "assert not torch.is_grad_enabled()\n        return self.last(self.first(x))",
+            "grad agrees",
+        ),
+        (
+            "import os\n        if torch.is_grad_enabled(): os.abort()\n"
+            "        return self.last(self.first(x))",
+            "grad agrees",
+        ),
+        (
+            "import os\n        if os.getppid() != PARENT: raise ValueError('no')\n"
+            "        return self.last(self.first(x))",
+            "runs again",
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_that_fails_elsewhere_fails_the_check_and_nothing_breaks(project, body, failed):
+    source = NET.partition("for _")[0].replace(
+        "import sizes", f"import sizes\nPARENT = {os.getppid()}"
+    )
+    Path("nets/mine.py").write_text(source + body + "\n")
+    result = gradrun.check("gradrun.yaml")
+    assert statuses(result)[failed] == "fail"
+    assert statuses(result)["runs"] == "pass"
+
+
+def test_rows_of_many_shapes_are_checked_in_jsonl(project):
+    Path("nets/mine.py").write_text(
+        NET.partition("for _")[0] + "return self.last(self.first(x))[:, : 1 + int(x[0, 0] > 0)]\n"
+    )
+    result = gradrun.check("gradrun.yaml", output={"format": "jsonl", "path": "runs/mine"})
+    assert result.status == "pass", result.outcomes
+
+
+@needs_git
+def test_sigterm_leaves_nothing_checked_out(project):
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    words = [sys.executable, "-m", "gradrun", "check", "gradrun.yaml", "--against", "HEAD"]
+    running = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=-1)
+    deadline = time.monotonic() + 60
+    while not list(Path(".git").glob("worktrees/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    running.terminate()
+    running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert not list(Path(".git").glob("worktrees/*"))
+
+
 def test_another_config_may_be_the_other_side(project):
     Path("slow.yaml").write_text(CONFIG.replace("batch_size: 8", "batch_size: 4"))
     result = gradrun.check(
@@ -268,7 +380,10 @@ def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status)
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        ({"retaned": "1 MiB"}, "nothing called retaned to limit; allowed: weights, forward_peak"),
+        (
+            {"retaned": "1 MiB"},
+            r"limits.retaned: nothing is called so; did you mean retained\? \(allowed: weights",
+        ),
         ({"accuracy": "0.97"}, "'0.97' is no limit; one is written '>= 0.97'"),
         ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),
     ],

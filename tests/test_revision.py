@@ -38,7 +38,8 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_folder_holds_the_revision_and_goes_with_the_block(repository):
-    with checked_out("HEAD", Path("in"), []) as folder:
+    with checked_out("HEAD", Path("in"), []) as out:
+        folder = out.of(Path("in").resolve())
         assert (folder / "kept").read_text() == "old"
         assert folder.name == "in"
     assert not folder.exists()
@@ -47,9 +48,9 @@ def test_the_folder_holds_the_revision_and_goes_with_the_block(repository):
 
 
 def test_it_goes_when_the_block_fails(repository):
-    with pytest.raises(KeyboardInterrupt), checked_out("HEAD", Path("in"), []) as folder:
+    with pytest.raises(KeyboardInterrupt), checked_out("HEAD", Path("in"), []) as out:
         raise KeyboardInterrupt
-    assert not folder.exists()
+    assert not out.tree.exists()
     assert len(git("worktree", "list").splitlines()) == 1
 
 
@@ -58,7 +59,8 @@ def test_files_that_git_does_not_track_are_lent(repository, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "far"
     outside.touch()
     lent = [Path("in/data.npy").resolve(), Path("in/kept").resolve(), outside]
-    with checked_out("HEAD", Path("in"), lent) as folder:
+    with checked_out("HEAD", Path("in"), lent) as out:
+        folder = out.of(Path("in").resolve())
         assert (folder / "data.npy").read_bytes() == b"much"
         assert (folder / "kept").read_text() == "old", "what the revision has is its own"
     assert Path("in/data.npy").read_bytes() == b"much"
@@ -71,6 +73,15 @@ def test_no_hook_of_the_repository_runs(repository):
     with checked_out("HEAD", Path("in"), []):
         pass
     assert not (repository / "ran").exists()
+
+
+def test_the_commit_that_a_hook_runs_for_is_left_alone(repository, monkeypatch):
+    git("add", ".")
+    monkeypatch.setenv("GIT_INDEX_FILE", str(repository / ".git" / "index"))
+    before = git("ls-files", "--stage")
+    with checked_out("HEAD", Path("in"), []) as out:
+        assert (out.tree / "in" / "kept").read_text() == "old"
+    assert git("ls-files", "--stage") == before
 
 
 @pytest.mark.parametrize("revision", ["nope", "--all", "-h", "HEAD~5", "", "HEAD:in"])

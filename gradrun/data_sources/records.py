@@ -94,7 +94,9 @@ class _Records:
             return class_number(str(value), self.classes) if self.classes else float(value)  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
             text = str(error) if self.classes else f"the label {value!r:.60} is no number"
-            raise ConfigError(f"{self.path}:{line}  {text}", "data.classes") from None
+            raise ConfigError(
+                f"{self.path}:{line}  {text}", "data.classes" if self.classes else "data.labels"
+            ) from None
 
     def _records(self) -> Generator[Record]:
         try:

@@ -6,9 +6,8 @@ a figure is judged stands in checks.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,15 +15,16 @@ from typing import Any
 
 from gradrun import __version__, checks, comparison, golden
 from gradrun import device as machine
-from gradrun.config import MetricSection, PythonModel, RunConfig
-from gradrun.errors import ConfigError, GradrunError, ModelRefused, RunFailed
+from gradrun.config import MetricSection, RunConfig
+from gradrun.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
 from gradrun.gradmode import GradMode
+from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.jobs.infer import infer
-from gradrun.messages import Variant
+from gradrun.messages import Failure, Variant
 from gradrun.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
-from gradrun.store import RunFolder
+from gradrun.store import RESULT, RunFolder
 from gradrun.yamlfile import load_config, located
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
@@ -37,6 +37,8 @@ class Rival:
     name: str
     result: RunResult | None = None
     config: RunConfig | None = None
+    moved: tuple[str, str] | None = None
+    """Of a revision: the repository, and the folder that stands in its place."""
 
     @property
     def variant(self) -> str:
@@ -88,7 +90,11 @@ def check(
     with located(whole):
         _refuse_early(subject, earlier, update_expected)
     tell = progress or (lambda *_: None)
-    with located(whole), _rival(whole, earlier, baseline, against, changes) as rival:
+    with (
+        _heard(),
+        located(whole),
+        _rival(whole, earlier, baseline, against, changes) as rival,
+    ):
         try:
             predicted = infer(
                 subject,
@@ -111,9 +117,22 @@ def check(
     return result
 
 
+@contextmanager
+def _heard() -> Iterator[None]:
+    """Let SIGTERM end a check in order too: what was checked out must not stay behind."""
+    with Interruption() as interruption:
+        try:
+            yield
+        except Interrupted as error:
+            error.exit_code = interruption.exit_code
+            raise
+
+
 def _subject(config: RunConfig) -> RunConfig:
     """The config as it is checked: in the mode asked for, in a folder of its own."""
     path = config.output.path
+    # Rows of one shape are compared best; only jsonl takes others.
+    form = "jsonl" if config.output.format == "jsonl" else "npy"
     known = {metric.title for metric in config.metrics}
     limited = [name for name in config.check.limits.of_metrics() if name not in known]
     missing = [MetricSection.model_validate({"name": name}) for name in limited]
@@ -122,7 +141,7 @@ def _subject(config: RunConfig) -> RunConfig:
             "metrics": (*config.metrics, *missing),
             "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
             "output": config.output.model_copy(
-                update={"path": path.with_name(f"{path.name}-check"), "format": "npy"}
+                update={"path": path.with_name(f"{path.name}-check"), "format": form}
             ),
         }
     )
@@ -133,10 +152,30 @@ def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected:
     expected, mode = config.check.expected, config.run.mode
     if earlier and not _of_mode(earlier.measurements, mode):
         raise ConfigError(f"the baseline holds no measurement in {mode}", "check.mode")
+    _see_whose(config.output.path)
+    if expected and config.output.format == "jsonl":
+        text = "golden outputs are rows of one shape; output.format: npy holds such"
+        raise ConfigError(text, "check.expected")
+    if expected and any(place.is_file() for place in expected.parents):
+        raise ConfigError(f"{expected} lies below a file", "check.expected")
     if update_expected and expected is None:
         raise ConfigError("--update-expected takes a check.expected to write")
     if expected and not update_expected and not expected.exists():
         raise ConfigError(f"there is no {expected}; --update-expected writes it", "check.expected")
+
+
+def _see_whose(folder: Path) -> None:
+    """Refuse a folder whose result another command has written."""
+    if not (folder / RESULT).exists():
+        return
+    with suppress(GradrunError):
+        if RunResult.load(folder).kind == "check":
+            return
+    raise ConfigError(
+        f"{folder} holds a run that is no check's, and a check would overwrite it; choose another "
+        "output.path",
+        "output.path",
+    )
 
 
 def _save(result: RunResult, path: Path) -> None:
@@ -186,21 +225,13 @@ def _rival(
         own = Path(whole._origin.name) if whole._origin else None
         if own is None or not own.is_file():
             raise ConfigError("--against a revision takes a config that is a file")
-        with checked_out(str(against), own.parent, whole.input_files()) as folder:
-            if not (folder / own.name).is_file():
+        beside = own.parent.resolve()
+        with checked_out(str(against), beside, whole.input_files()) as out:
+            file = out.of(beside) / own.name
+            if not file.is_file():
                 raise ConfigError(f"--against {against}: {own.name} is not in that revision")
-            other = load_config(folder / own.name, changes)
-            yield Rival(str(against), config=_subject(_imported_from(other, own, folder)))
-
-
-def _imported_from(config: RunConfig, own: Path, folder: Path) -> RunConfig:
-    """Let a package target be imported from the revision, and not from here."""
-    model = config.model
-    if not isinstance(model, PythonModel) or model.root or ".py:" in model.target:
-        return config
-    # The current folder's place in the revision: as far from the config as it is here.
-    root = (folder / os.path.relpath(Path.cwd(), own.parent)).resolve()
-    return config.model_copy(update={"model": model.model_copy(update={"root": root})})
+            config = _subject(load_config(file, changes))
+            yield Rival(str(against), config=config, moved=(str(out.top), str(out.tree)))
 
 
 # --- the steps ---------------------------------------------------------------------------------
@@ -226,6 +257,8 @@ class _Work:
         outputs = golden.predictions(self.config.output.path, self.predicted.files)
         described = golden.described(outputs)
         looked = self._session(self._looked_at()).look()
+        if failed := [f for f in looked.failures if f.variant in (self.name, "")]:
+            return self._without_figures(described, failed[0])
         self._see_that_both_ran(looked)
         measured = self._timed() if timed or self._needs_time() else looked
         memory = next(m.memory for m in measured.measurements if m.variant == self.name)
@@ -255,6 +288,14 @@ class _Work:
             warnings=tuple(measured.warnings),
         )
 
+    def _without_figures(self, described: Any, failure: Failure) -> RunResult:
+        """What a model came to that ran over the data, and not in a fresh process."""
+        outcomes = checks.smoke(self.predicted, []) if self.asked.smoke else []
+        ended = checks.failed_smoke("runs again", comparison.sentence(failure))
+        return self.predicted.model_copy(
+            update={"kind": "check", "outputs": described, "outcomes": (*outcomes, ended)}
+        )
+
     # --- measuring -----------------------------------------------------------------------------
 
     def _session(self, variants: Sequence[Variant]) -> comparison.Session:
@@ -268,7 +309,8 @@ class _Work:
         variants = [self._variant(self.mode)]
         if self.rival and self.rival.config:
             dumped = self.rival.config.model_dump(mode="json")
-            variants.append(Variant(name=self.rival.variant, config=dumped))
+            dumped["measure"] |= {"rtol": self.asked.rtol, "atol": self.asked.atol}
+            variants.append(Variant(name=self.rival.variant, config=dumped, moved=self.rival.moved))
         return variants
 
     def _looked_at(self) -> list[Variant]:
@@ -345,6 +387,7 @@ class _Work:
             return []
         if update:
             golden.write(asked.expected, outputs)
+            return [checks.golden_written(asked.expected.name)]
         found = golden.differences(asked.expected, outputs, asked.rtol, asked.atol)
         return [checks.golden(found, asked.expected.name)]
 

@@ -109,13 +109,85 @@ def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]
         own |= {name for name in sys.modules.keys() - known if _is_own(sys.modules[name])}
 
 
+class ImportSpace:
+    """The user's own modules of one side of a comparison, apart from those of the other.
+
+    Two revisions of a model have modules of the same names, and import some of them late: inside
+    a constructor or a forward. What a side imports is found where its folder lies, and is in
+    sys.modules only while that side is at work.
+    """
+
+    def __init__(self, moved: tuple[str, str] | None, apart: bool) -> None:
+        """Make one.
+
+        Args:
+            moved: a folder, and the one that stands in its place for this side.
+            apart: whether there are others; a side that is alone keeps its modules where they are.
+        """
+        self.moved, self.apart = moved, apart
+        self._modules: dict[str, ModuleType] = {}
+        self._path: list[str] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Let imports be this side's."""
+        if not self.apart:
+            yield
+            return
+        path, known = list(sys.path), set(sys.modules)
+        sys.path[:] = [self._place(entry) for entry in path] if self._path is None else self._path
+        sys.modules.update(self._modules)
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            self._path = list(sys.path)
+            for name in sys.modules.keys() - known:
+                if name in self._modules or _is_own(sys.modules[name]):
+                    self._modules[name] = sys.modules.pop(name)
+            sys.path[:] = path
+
+    def _place(self, entry: str) -> str:
+        if self.moved is None:
+            return entry
+        top, tree = map(Path, self.moved)
+        held = Path(entry).resolve()  # "" is the current folder
+        return str(tree / held.relative_to(top)) if held.is_relative_to(top) else entry
+
+    def check(self) -> None:
+        """See that this side has nothing of the folder in whose place another stands.
+
+        Raises:
+            ConfigError: it has, so that a comparison would be with itself.
+        """
+        if self.moved is None:
+            return
+        top, tree = map(Path, self.moved)
+        for name, module in self._modules.items():
+            file = (_place(module) or tree).resolve()
+            if file.is_relative_to(top) and not file.is_relative_to(tree):
+                raise ConfigError(
+                    f"the other side imports {name} from {file}, which is this side's; install "
+                    "the package in no way that names the folder, or set model.root",
+                    _KEY,
+                )
+
+
 def _is_own(module: ModuleType) -> bool:
     """Whether it is the user's, and not of Python's or a library's that is installed."""
-    file = getattr(module, "__file__", None)
+    place = _place(module)
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    return file is not None and not any(
-        Path(file).is_relative_to(sysconfig.get_path(k)) for k in kinds
+    return place is not None and not any(
+        place.is_relative_to(sysconfig.get_path(kind)) for kind in kinds
     )
+
+
+def _place(module: ModuleType) -> Path | None:
+    """Where it lies; of a package without a file of its own, its folder."""
+    file = getattr(module, "__file__", None)
+    if file is None and hasattr(module, "__path__"):
+        file = next(iter(module.__path__), None)
+    return Path(file) if file else None
 
 
 def _user_error(error: BaseException) -> str:

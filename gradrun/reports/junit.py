@@ -17,11 +17,12 @@ def xml(result: RunResult) -> str:
     """The document."""
     outcomes = result.outcomes
     count = [outcome.status for outcome in outcomes].count
+    name = _clean(model_name(result))
     suites = ElementTree.Element("testsuites", name="gradrun check")
     suite = ElementTree.SubElement(
         suites,
         "testsuite",
-        name=model_name(result),
+        name=name,
         tests=str(len(outcomes)),
         failures=str(count("fail")),
         errors="0",
@@ -30,7 +31,7 @@ def xml(result: RunResult) -> str:
         timestamp=result.started_at.partition("+")[0],
     )
     for outcome in outcomes:
-        _case(suite, outcome, model_name(result))
+        _case(suite, outcome, name)
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -45,7 +46,8 @@ def _case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
         failure.set("type", "limit")
         failure.text = _clean(f"allowed: {allowed}\n{outcome.source or ''}".strip())
     elif outcome.status == "inconclusive":
-        ElementTree.SubElement(case, "skipped", message=_clean(f"inconclusive: {outcome.reason}"))
+        said = f"inconclusive: {outcome.reason} (allowed: {allowed})"
+        ElementTree.SubElement(case, "skipped", message=_clean(said))
     else:
         ElementTree.SubElement(case, "system-out").text = _clean(f"allowed: {allowed}")
 
