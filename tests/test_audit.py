@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import gradrun
-from gradrun.errors import ConfigError
+from gradrun.errors import ConfigError, GradrunError
 from gradrun.gradmode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.result import Finding, RunResult
@@ -393,3 +394,20 @@ def test_on_cuda_the_modes_are_audited_too(tmp_path: Path) -> None:
     )
     assert torch.device(result.environment.device).type == "cuda"
     assert not failed(result)
+
+
+def test_a_model_that_fails_on_a_later_batch_is_a_sentence(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.repeat([1, 1, 9, 1], 8).astype(np.float32)[:, None])
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self):\n"
+        "        super().__init__(1, 1)\n\n    def forward(self, x):\n"
+        "        if x.max() > 5:\n            raise ValueError('too loud')\n"
+        "        return super().forward(x)\n"
+    )
+    config = {
+        "model": {"source": "python", "target": str(tmp_path / "net.py:Net")},
+        "data": {"source": "arrays", "path": str(tmp_path / "x.npy"), "batch_size": 8},
+        "output": {"path": str(tmp_path / "o")},
+    }
+    with pytest.raises(GradrunError, match="too loud"):
+        gradrun.audit(config, compile=False, trust_code=True)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gradrun
-from gradrun.config import ModelConfig
+from gradrun.config import ModelConfig, PythonModel
 from gradrun.errors import ConfigError
 from gradrun.gradmode import GradMode
 from gradrun.model_sources import load_model
@@ -581,3 +581,15 @@ def test_torchscript_that_writes_files_needs_trust(tmp_path: Path) -> None:
     trusted = model("torchscript", path=str(tmp_path / "m.pt"), trust_code=True)
     trusted(torch.ones(1))
     assert marker.exists(), "the attack is real"
+
+
+def test_a_root_that_was_in_the_path_before_stays_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "a")])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "net.py").write_text("from torch import nn\n\nNet = nn.ReLU\n")
+        config = {"source": "python", "target": f"{tmp_path / name / 'net.py'}:Net"}
+        load_model(PythonModel.model_validate(config), torch.device("cpu"), trust_code=True)
+    assert str(tmp_path / "a") in sys.path

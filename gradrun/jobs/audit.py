@@ -20,7 +20,7 @@ from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
 from gradrun.config import RunConfig
 from gradrun.data_sources.batches import Batch
-from gradrun.errors import GradrunError
+from gradrun.errors import GradrunError, RunFailed
 from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
 from gradrun.meters import FORWARD_MEMORY, tensors
@@ -89,8 +89,15 @@ def audit(
         for step, mode in enumerate(modes):
             tell(mode, step, len(modes) + compile)
             subject, load_seconds = _loaded(whole, mode, device, batches, trusted(trust_code))
-            if _looked_at(subject, found, load_seconds, last=base is None and mode is modes[-1]):
-                base = _compared(base, subject, found)
+            try:
+                last = base is None and mode is modes[-1]
+                if _looked_at(subject, found, load_seconds, last=last):
+                    base = _compared(base, subject, found)
+            except GradrunError:
+                raise
+            except Exception as error:  # it ran one batch, and fails on another
+                text = f"the model failed while it was looked at: {reason(error, mode)}"
+                raise RunFailed(text) from error
         if compile and base:
             tell("torch.compile", len(modes), len(modes) + 1)
             found.findings += compiled.compiled(base, [m.mode for m in found.measurements])

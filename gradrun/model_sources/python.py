@@ -82,6 +82,9 @@ def import_file(path: Path) -> ModuleType:
 _imported: dict[Path, set[str]] = {}
 """Root to the modules of the user's own that were imported from there."""
 
+_added: set[Path] = set()
+"""The roots that are in sys.path because of us."""
+
 
 @contextmanager
 def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]:
@@ -92,7 +95,7 @@ def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]
     Modules already in use stay alive in their users.
     """
     for other, names in _imported.items():
-        if other != root:
+        if other != root and other in _added:
             sys.path[:] = [place for place in sys.path if place != str(other)]
         if other != root or anew:
             for name in names:
@@ -100,6 +103,7 @@ def _imports_from(root: Path, *, anew: bool, before_all: bool) -> Iterator[None]
             names.clear()
     if str(root) not in sys.path:
         sys.path.insert(0 if before_all else len(sys.path), str(root))
+        _added.add(root)
     importlib.invalidate_caches()
     known = set(sys.modules)
     own = _imported.setdefault(root, set())
@@ -163,11 +167,12 @@ class ImportSpace:
         if self.moved is None:
             return
         top, tree = map(Path, self.moved)
-        for name, module in self._modules.items():
-            file = (_place(module) or tree).resolve()
-            if file.is_relative_to(top) and not file.is_relative_to(tree):
+        with self.entered():  # where a package has no file, its place follows sys.path
+            places = {name: _place(module) for name, module in self._modules.items()}
+        for name, place in places.items():
+            if place and place.resolve().is_relative_to(top) and not place.is_relative_to(tree):
                 raise ConfigError(
-                    f"the other side imports {name} from {file}, which is this side's; install "
+                    f"the other side imports {name} from {place}, which is this side's; install "
                     "the package in no way that names the folder, or set model.root",
                     _KEY,
                 )
