@@ -14,6 +14,7 @@ from gradrun import stats
 from gradrun.bounds import Bound, Status, bytes_bound, number_bound, share
 from gradrun.config import CheckSection
 from gradrun.gradmode import GradMode
+from gradrun.ratios import paired
 from gradrun.result import (
     Environment,
     Equivalence,
@@ -55,11 +56,9 @@ def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcom
     if measured.mode is not GradMode.GRAD:
         outcomes.append(_clean("no graph", "no output keeps one", found.get("graph_kept", "")))
     for other in agreement:
-        text = "same to the bit" if other.bitwise else f"within ±{other.max_abs_diff:.1g}"
-        where = f", first in {other.first_module}" if other.first_module else ""
-        reason = f"outputs differ from {other.baseline}'s by {other.max_abs_diff:.2g}{where}"
+        reason = f"outputs differ from {other.baseline}'s by {_distance(other)}"
         name = f"{other.candidate} agrees"
-        outcomes.append(_smoke(name, "same outputs", text, "" if other.equal else reason))
+        outcomes.append(_smoke(name, "same outputs", _agreed(other), "" if other.equal else reason))
     return outcomes
 
 
@@ -179,17 +178,6 @@ def _why(status: Status) -> str:
 # --- regression --------------------------------------------------------------------------------
 
 
-def paired(measurements: Sequence[Measurement], base: str, other: str) -> Estimate | None:
-    """Time of variant `base` / time of variant `other`, which took turns in each process."""
-    by_process = {m.process: m for m in measurements if m.variant == other}
-    ratios = [
-        stats.paired_ratio(m.seconds_per_sample, by_process[m.process].seconds_per_sample)
-        for m in measurements
-        if m.variant == base and m.process in by_process
-    ]
-    return stats.over_processes(ratios) if ratios else None
-
-
 def apart(before: Sequence[Measurement], now: Sequence[Measurement]) -> Estimate | None:
     """Time now / time before, of processes that did not run side by side."""
     groups = [[median(m.seconds_per_sample) for m in ms if m.batch_seconds] for ms in (now, before)]
@@ -296,10 +284,8 @@ def _difference(asked: CheckSection, old: Output, new: Output) -> Iterator[str]:
 def same_outputs(asked: CheckSection, rival: str, found: Equivalence) -> Iterator[Outcome]:
     """Whether outputs are the rival's, batch by batch."""
     if asked.regression.outputs:
-        where = f", first in {found.first_module}" if found.first_module else ""
-        reason = "" if found.equal else f"they differ by up to {found.max_abs_diff:.2g}{where}"
-        text = "same to the bit" if found.bitwise else f"within ±{found.max_abs_diff:.1g}"
-        yield _outputs(rival, "the same in the first batches", reason, text)
+        reason = "" if found.equal else f"they differ by up to {_distance(found)}"
+        yield _outputs(rival, "the same in the first batches", reason, _agreed(found))
 
 
 def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:
@@ -358,6 +344,15 @@ def placed(outcomes: Sequence[Outcome], place: Callable[[str], str | None]) -> t
 def _spoken(name: str) -> str:
     over = name.removeprefix(SPEEDUP)
     return name.replace("_", " ") if over == name else f"speedup over {over}"
+
+
+def _agreed(found: Equivalence) -> str:
+    return "same to the bit" if found.bitwise else f"within ±{found.max_abs_diff:.1g}"
+
+
+def _distance(found: Equivalence) -> str:
+    where = f", first in {found.first_module}" if found.first_module else ""
+    return f"{found.max_abs_diff:.2g}{where}"
 
 
 def _interval(found: Estimate) -> str:

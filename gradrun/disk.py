@@ -76,7 +76,7 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, data: str | bytes) -> None:
     """Write a file whole or not at all: what was there stays until the new one is on the disk.
 
     Raises:
@@ -86,7 +86,7 @@ def replace_file(path: Path, text: str) -> None:
     descriptor = open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         try:
-            write_all(descriptor, text.encode())
+            write_all(descriptor, data.encode() if isinstance(data, str) else data)
             sync(descriptor)
         finally:
             os.close(descriptor)

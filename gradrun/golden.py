@@ -6,7 +6,6 @@ Knows .npy predictions and .safetensors; needs no torch. Looks at a window of ro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from gradrun.disk import replace_file
 from gradrun.errors import ConfigError, GradrunError
 from gradrun.result import Output
 from gradrun.units import count_text
@@ -78,15 +78,11 @@ def write(path: Path, outputs: Mapping[str, Array]) -> None:
     Raises:
         GradrunError: the file cannot be written.
     """
-    draft = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = save({name: np.ascontiguousarray(rows) for name, rows in outputs.items()})
-        draft.write_bytes(data)
-        draft.replace(path)
+        replace_file(path, data)
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            draft.unlink()
         reason = getattr(error, "strerror", None) or error
         raise GradrunError(f"{path} cannot be written: {reason}") from error
 

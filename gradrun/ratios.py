@@ -20,17 +20,11 @@ def compare_measured(measurements: Sequence[Measurement], precision: float) -> l
     A process counts once, with the median of its paired rounds; the interval is over processes.
     """
     names = list(dict.fromkeys(m.variant for m in measurements))
-    by_name = {n: {m.process: m for m in measurements if m.variant == n} for n in names}
     compared = []
     for name in names[1:]:
-        ratios = [
-            stats.paired_ratio(base.seconds_per_sample, other.seconds_per_sample)
-            for process, base in by_name[names[0]].items()
-            if (other := by_name[name].get(process))
-        ]
-        if not ratios:
+        ratio = paired(measurements, names[0], name)
+        if ratio is None:
             continue
-        ratio = stats.over_processes(ratios)
         compared.append(
             Comparison(
                 baseline=names[0],
@@ -42,6 +36,17 @@ def compare_measured(measurements: Sequence[Measurement], precision: float) -> l
             )
         )
     return compared
+
+
+def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.Estimate | None:
+    """Time of variant `base` / time of variant `other`, which took turns in each process."""
+    by_process = {m.process: m for m in measurements if m.variant == other}
+    ratios = [
+        stats.paired_ratio(m.seconds_per_sample, by_process[m.process].seconds_per_sample)
+        for m in measurements
+        if m.variant == base and m.process in by_process
+    ]
+    return stats.over_processes(ratios) if ratios else None
 
 
 def recomputed(result: RunResult) -> RunResult:

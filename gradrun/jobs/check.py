@@ -22,6 +22,7 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.jobs.infer import infer
 from gradrun.messages import Failure, Variant
+from gradrun.ratios import paired
 from gradrun.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
 from gradrun.store import RESULT, RunFolder
@@ -357,7 +358,7 @@ class _Work:
             return self._since(self.rival.result, measured, described)
         name, variant, asked = self.rival.name, self.rival.variant, self.asked
         by_name = {m.variant: m.memory for m in measured.measurements}
-        slowdown = checks.paired(measured.measurements, self.name, variant)
+        slowdown = paired(measured.measurements, self.name, variant)
         agreement = [found for found in looked.equivalence if found.candidate == variant]
         return [
             *checks.time_regression(asked, name, slowdown),
