@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +15,7 @@ from typing import Any
 
 import torch
 
-from gradrun.sinks.lines import Columns, LineSink
-
-_LINES = 1024
-"""How many are read back at once."""
+from gradrun.sinks.lines import Columns, LineSink, numbered_lots
 
 _TRUTHS = {"True", "False"}
 
@@ -64,8 +60,7 @@ def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         places = _places(next(rows)[1:])
-        numbered = enumerate(rows)
-        while taken := list(itertools.islice(numbered, _LINES)):
+        for taken in numbered_lots(rows):
             whole = [(number, cells[1:]) for number, cells in taken if "" not in cells]
             if whole:
                 outputs = {

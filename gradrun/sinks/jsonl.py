@@ -6,7 +6,6 @@ written as Python reads them (NaN, Infinity), for which JSON proper has no word.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,10 +13,7 @@ from typing import Any
 
 import torch
 
-from gradrun.sinks.lines import Columns, LineSink
-
-_LINES = 1024
-"""How many are read back at once."""
+from gradrun.sinks.lines import Columns, LineSink, numbered_lots
 
 
 class JsonlSink(LineSink):
@@ -40,8 +36,7 @@ def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
         ValueError: rows are not of one shape.
     """
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        numbered = enumerate(map(json.loads, file))
-        while taken := list(itertools.islice(numbered, _LINES)):
+        for taken in numbered_lots(map(json.loads, file)):
             whole = [(number, line) for number, line in taken if None not in line.values()]
             if whole:
                 # What classes are called is no output of the model's.

@@ -5,17 +5,22 @@ Knows the file and what classes are called; not how a line is written.
 
 from __future__ import annotations
 
+import itertools
 import os
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gradrun import disk
 from gradrun.journal import Committed
 from gradrun.outputs import Spelling, nonfinite_rows
+
+T = TypeVar("T")
+
+_READ_AT_ONCE = 1024
 
 Columns = dict[str, list[Any]]
 """Output name to a number, a nest of lists, a text or None for each sample."""
@@ -124,3 +129,10 @@ class LineSink:
 
     def files(self) -> list[str]:
         return [self.path.name] if self.written else []
+
+
+def numbered_lots(rows: Iterable[T]) -> Iterator[list[tuple[int, T]]]:
+    """Rows that are read back, each with its number, some at a time."""
+    numbered = enumerate(rows)
+    while taken := list(itertools.islice(numbered, _READ_AT_ONCE)):
+        yield taken
