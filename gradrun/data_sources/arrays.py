@@ -80,7 +80,7 @@ class _ConvertedRows:
 
 
 class _NpyRows(_Stored):
-    """A .npy file, mapped anew for each window so that pages already read are given back."""
+    """A .npy file, read a window at a time."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -90,18 +90,14 @@ class _NpyRows(_Stored):
         self.header.check(path.stat().st_size - self.offset, path)
 
     def window(self, start: int, stop: int) -> torch.Tensor:
-        # Reading beyond the end of a mapped file would kill the process.
-        self.header.check(self.path.stat().st_size - self.offset, self.path)
-        mapped = np.memmap(
-            self.path,
-            self.header.dtype,
-            mode="r",
-            offset=self.offset + start * self.header.row_bytes,
-            shape=(stop - start, *self.shape),
-        )
-        # A copy, so that the disk is waited for here and not in the model's first touch of a page,
-        # and so that a model may write to its input.
-        return torch.from_numpy(np.array(mapped))
+        # Read and not mapped, so that the disk is waited for here and not in the model's first
+        # touch of a page, and so that a model may write to its input.
+        header, begin = self.header, start * self.header.row_bytes
+        count = (stop - start) * math.prod(self.shape)
+        rows = np.fromfile(self.path, header.dtype, count, offset=self.offset + begin)
+        if rows.size < count:  # it was cut off while it was read
+            header.check(begin + rows.nbytes, self.path)
+        return torch.from_numpy(rows.reshape(stop - start, *self.shape))
 
 
 class _NpzRows(_Stored):

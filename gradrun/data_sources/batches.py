@@ -170,10 +170,10 @@ class WindowedData:
             windows = [
                 torch.split(row.window(begin, stop), self.batch_size) for row in self.rows.values()
             ]
-            for i, tensors in enumerate(zip(*windows, strict=True)):
-                first = begin + i * self.batch_size
-                size = min(self.batch_size, stop - first)
-                ids = range(first, first + size)
+            firsts = range(begin, stop, self.batch_size)
+            for first, tensors in zip(firsts, zip(*windows, strict=True), strict=True):
+                ids = range(first, min(first + self.batch_size, stop))
+                size = len(ids)
                 if self.by_position:
                     yield Batch(tensors, {}, size, ids)
                 else:

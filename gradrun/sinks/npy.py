@@ -1,4 +1,4 @@
-"""One .npy file an output, its whole size set aside at the start and filled a MiB at a time.
+"""One .npy file an output, its whole size set aside at the start and filled some rows at a time.
 
 Knows numpy's file format.
 """
@@ -24,9 +24,11 @@ from gradrun.journal import Committed
 from gradrun.outputs import UNNAMED
 from gradrun.units import bytes_text
 
-BUFFER_BYTES = 1024 * 1024
-"""How many rows are gathered for one write: a page fault for every few rows would cost more."""
+BUFFER_BYTES = 128 * 1024
+"""How much is gathered for one write: a call for every few rows would cost more, and what is much
+larger has left the processor's cache when it is written."""
 
+_WINDOW_BYTES = 1024 * 1024
 
 _NUMPY_FLOATS = {torch.float16, torch.float32, torch.float64}
 
@@ -99,7 +101,7 @@ def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
     }
     first = [np.load(path, mmap_mode="r") for path in files.values()]
     row_bytes = sum(array[:1].nbytes for array in first)
-    samples, step = len(first[0]), max(1, BUFFER_BYTES // max(1, row_bytes))
+    samples, step = len(first[0]), max(1, _WINDOW_BYTES // max(1, row_bytes))
     del first
     for begin in range(0, samples, step):
         # Mapped anew, so that pages already read are given back.

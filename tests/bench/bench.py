@@ -113,7 +113,7 @@ def loop(folder: Path) -> list[float]:
                 raise gathered.stopped
             return time.perf_counter() - began
 
-        ratios = _in_turn(by_gradrun, by_hand, ROUNDS)
+        ratios = _in_turn(by_gradrun, by_hand, 2 * ROUNDS)
     ours, theirs = np.load(folder / "loop" / "predictions.npy"), np.load(folder / "by_hand.npy")
     assert np.array_equal(ours, theirs), "the two loops disagree"
     return ratios
