@@ -146,6 +146,11 @@ def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Ou
         )
 
 
+def something(asked: CheckSection) -> bool:
+    """Whether a check looks at anything by itself, with nothing to compare with."""
+    return bool(asked.smoke or asked.expected or asked.limits.model_dump(exclude_none=True))
+
+
 def modes_timed(asked: CheckSection) -> list[GradMode]:
     """The modes whose time a limit asks for."""
     names = [name.removeprefix(SPEEDUP) for name, _ in _limits(asked) if name.startswith(SPEEDUP)]
@@ -281,11 +286,20 @@ def _difference(asked: CheckSection, old: Output, new: Output) -> Iterator[str]:
             yield f"{new.name}'s {what} was {was:.6g} and is {now:.6g}"
 
 
-def same_outputs(asked: CheckSection, rival: str, found: Equivalence) -> Iterator[Outcome]:
-    """Whether outputs are the rival's, batch by batch."""
-    if asked.regression.outputs:
-        reason = "" if found.equal else f"they differ by up to {_distance(found)}"
-        yield _outputs(rival, "the same in the first batches", reason, _agreed(found))
+def same_outputs(
+    asked: CheckSection, rival: str, differences: Mapping[str, str], module: str | None
+) -> Iterator[Outcome]:
+    """Whether what is kept of every sample is what the rival keeps.
+
+    Args:
+        asked: what is allowed.
+        rival: what it is compared with, in a word or two.
+        differences: of each output that is not the same, how.
+        module: the first whose output differs, where one was found.
+    """
+    reason = "; ".join(f"{name} {text}" for name, text in differences.items())
+    where = f", first in {module}" if reason and module else ""
+    yield _outputs(rival, "the same for every sample", f"{reason}{where}", "the same")
 
 
 def _outputs(rival: str, limit: str, reason: str, value: str) -> Outcome:

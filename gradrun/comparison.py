@@ -88,7 +88,7 @@ class Session:
         """What one process says of outputs and tensor memory; its few times say nothing."""
         while self.variants:
             job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
-            (report,) = self._ask([job])
+            (report,) = self._ask([job], self.measure.timeout)
             self._note_failures(report)
             if report.trials:
                 self.found.environment = report.environment
@@ -97,6 +97,11 @@ class Session:
                 break
             # A variant that ended the process took the others with it: ask those again.
         return self.found
+
+    def predict(self) -> list[Failure]:
+        """Let the one variant that there is fill its folder, however long that takes."""
+        (report,) = self._ask([self._job("predict", self.variants, 0)], timeout=None)
+        return list(report.failures)
 
     # --- the steps -----------------------------------------------------------------------------
 
@@ -110,17 +115,17 @@ class Session:
             trust_code=self.trust_code,
         )
 
-    def _ask(self, jobs: Sequence[Job]) -> list[Report]:
+    def _ask(self, jobs: Sequence[Job], timeout: float | None) -> list[Report]:
         """The reports of jobs that run at once."""
         with ExitStack() as stack:
             workers = [stack.enter_context(Worker(job, threads=self.threads)) for job in jobs]
-            return [worker.report(self.measure.timeout) for worker in workers]
+            return [worker.report(timeout) for worker in workers]
 
     def _weigh(self) -> None:
         """Each variant's peak in a process that runs nothing else; untimed, so some at once."""
         jobs = [self._job("weigh", [variant], 0) for variant in self.variants]
         for begin in range(0, len(jobs), _WEIGHED_AT_ONCE):
-            for report in self._ask(jobs[begin : begin + _WEIGHED_AT_ONCE]):
+            for report in self._ask(jobs[begin : begin + _WEIGHED_AT_ONCE], self.measure.timeout):
                 self._note_failures(report)
                 for trial in report.trials:
                     self.peaks[trial.variant] = trial.memory
@@ -129,7 +134,8 @@ class Session:
         """One process with all variants; kept, or to be done again."""
         began = time.monotonic()
         process, self.asked = self.asked, self.asked + 1
-        (report,) = self._ask([self._job("time", self.variants, process)])
+        job = self._job("time", self.variants, process)
+        (report,) = self._ask([job], self.measure.timeout)
         self._note_failures(report)
         if not report.trials:
             return

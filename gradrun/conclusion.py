@@ -84,6 +84,11 @@ def _narrow(comparison: Comparison) -> bool:
 
 
 def _difference(found: Equivalence) -> str:
+    if not found.compared:
+        return (
+            f"{found.candidate} ran no sample that {found.baseline} ran, so nothing is known of "
+            "whether their outputs are the same."
+        )
     where = f", first in {found.first_module}" if found.first_module else ""
     return (
         f"{found.candidate} gives other outputs than {found.baseline} (by up to "

@@ -42,28 +42,31 @@ class Side(Protocol):
 
 def equivalence(base: Side, candidate: Side) -> Equivalence:
     """The candidate's outputs beside the baseline's, on the batches that both have."""
-    greatest, bitwise, equal = 0.0, True, True
+    greatest, bitwise, equal, compared = 0.0, True, True, False
     alike = all(
         list(ours.ids) == list(theirs.ids)
         for ours, theirs in zip(base.batches, candidate.batches, strict=False)
     )
     for ours, theirs in _batchwise(base, candidate) if alike else _samplewise(base, candidate):
+        compared = True
         if [(name, t.shape) for name, t in ours] != [(name, t.shape) for name, t in theirs]:
             greatest, bitwise, equal = math.inf, False, False
             break
         for (_, one), (_, other) in zip(ours, theirs, strict=True):
             bitwise &= one.dtype == other.dtype and _same_bits(one, other)
-            wide = _wide(one), _wide(other)
+            wide = _wide(one, other), _wide(other, one)
             greatest = max(greatest, _greatest_difference(*wide))
             rtol, atol = _tolerance(candidate.config, wide[0])
             equal &= torch.allclose(*wide, rtol=rtol, atol=atol, equal_nan=True)
+    bitwise &= compared
     return Equivalence(
         baseline=base.name,
         candidate=candidate.name,
         bitwise=bitwise,
-        max_abs_diff=greatest,
-        equal=bitwise or equal,
+        max_abs_diff=greatest if compared else math.inf,
+        equal=compared and (bitwise or equal),
         first_module=None if bitwise or not alike else first_difference(base, candidate),
+        compared=compared,
     )
 
 
@@ -91,6 +94,8 @@ def _samplewise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
     """The samples that both have, where they come in other batches: of other size or order."""
     ours, theirs = _samples(base), _samples(candidate)
     shared = [sample for sample in ours if sample in theirs]
+    if not shared:
+        return
     for name in next(iter(ours.values())):
         if any(name not in theirs[sample] for sample in shared):
             yield [(name, ours[shared[0]][name])], []
@@ -202,8 +207,10 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one == other) | (one.isnan() & other.isnan())
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+def _wide(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """In double precision, and complex where one of the two is."""
+    either = tensor.is_complex() or other.is_complex()
+    return tensor.to(torch.complex128 if either else torch.float64)
 
 
 def _greatest_difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -5,7 +5,9 @@ Knows .npy predictions and .safetensors; needs no torch. Looks at a window of ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ _KEY = "check.expected"
 Array = np.ndarray[Any, Any]
 
 
-def predictions(folder: Path, files: tuple[str, ...]) -> dict[str, Array]:
+def predictions(folder: Path, files: Iterable[str]) -> dict[str, Array]:
     """Output name to rows [samples, ...], mapped from a run's .npy files; of others nothing."""
     found = {}
     for file in (file for file in files if file.endswith(".npy")):
@@ -95,18 +97,74 @@ def differences(
     Raises:
         ConfigError: it is no safetensors file.
     """
-    found: dict[str, str] = {}
     try:
         with safe_open(path, framework="np") as file:
-            golden = set(file.keys())
-            found |= dict.fromkeys(sorted(outputs.keys() - golden), "is not in it")
-            found |= dict.fromkeys(sorted(golden - outputs.keys()), "is missing")
-            for name in sorted(golden & outputs.keys()):
-                text = _difference(file.get_tensor(name), outputs[name], rtol, atol)
-                found |= {name: text} if text else {}
+            return _differences(set(file.keys()), file.get_tensor, outputs, rtol, atol)
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no safetensors file: {error}", _KEY) from error
+
+
+def differences_from(
+    folder: Path, own: Path, files: Iterable[str], rtol: float, atol: float
+) -> dict[str, str]:
+    """Output name to how it differs from another run's; empty where none does.
+
+    Args:
+        folder: of the other run.
+        own: of the run that is looked at.
+        files: the names of its files.
+        rtol: how much may differ, relative to the other's values.
+        atol: how much more, absolute.
+    """
+    there = [path.name for path in folder.glob("predictions*")]
+    lines = "predictions.jsonl"
+    if lines in there and lines in files:
+        text = _of_lines(own / lines, folder / lines, rtol, atol)
+        return {lines: text} if text else {}
+    other = predictions(folder, there)
+    outputs = predictions(own, files)
+    return _differences(set(other), other.__getitem__, outputs, rtol, atol)
+
+
+def _differences(
+    golden: set[str],
+    get: Callable[[str], Array],
+    outputs: Mapping[str, Array],
+    rtol: float,
+    atol: float,
+) -> dict[str, str]:
+    found = dict.fromkeys(sorted(outputs.keys() - golden), "is new")
+    found |= dict.fromkeys(sorted(golden - outputs.keys()), "is missing")
+    for name in sorted(golden & outputs.keys()):
+        text = _difference(get(name), outputs[name], rtol, atol)
+        found |= {name: text} if text else {}
     return found
+
+
+def _of_lines(own: Path, other: Path, rtol: float, atol: float) -> str:
+    """How rows of many shapes differ, in words; empty where they do not."""
+    count, bad, first = 0, 0, -1
+    with own.open(encoding="utf-8") as ours, other.open(encoding="utf-8") as theirs:
+        for one, two in zip_longest(ours, theirs):
+            if one is None or two is None:
+                return f"has {'fewer' if one is None else 'more'} samples than the other side's"
+            if one != two and not _same_line(json.loads(two), json.loads(one), rtol, atol):
+                first, bad = first if first >= 0 else count, bad + 1
+            count += 1
+    return f"differs in {count_text(bad, 'sample')} of {count:,}, first {first}" if bad else ""
+
+
+def _same_line(golden: dict[str, Any], row: dict[str, Any], rtol: float, atol: float) -> bool:
+    return golden.keys() == row.keys() and all(
+        _same_value(value, row[name], rtol, atol) for name, value in golden.items()
+    )
+
+
+def _same_value(golden: Any, value: Any, rtol: float, atol: float) -> bool:
+    old, new = np.asarray(golden), np.asarray(value)
+    if "O" in {old.dtype.kind, new.dtype.kind} or "U" in {old.dtype.kind, new.dtype.kind}:
+        return bool(golden == value)
+    return not _difference(np.atleast_1d(old), np.atleast_1d(new), rtol, atol)
 
 
 def _difference(golden: Array, rows: Array, rtol: float, atol: float) -> str:

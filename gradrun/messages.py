@@ -30,9 +30,10 @@ class Variant(_Message):
 
 
 class Job(_Message):
-    """What a worker is asked: time variants against each other, or run one and be weighed."""
+    """What a worker is asked: time variants against each other, run one and be weighed, or let one
+    predict all of its data into its folder."""
 
-    kind: Literal["time", "weigh"]
+    kind: Literal["time", "weigh", "predict"]
     variants: tuple[Variant, ...]
     """The first is the baseline."""
     seed: int

@@ -16,7 +16,7 @@ from gradrun.config import MetricSection, RunConfig
 from gradrun.data_sources.batches import Data, Labelled
 from gradrun.errors import ConfigError
 from gradrun.extras import library
-from gradrun.outputs import Named
+from gradrun.outputs import NO_CLASS, Named
 from gradrun.rescue import numbers_apart
 from gradrun.result import Metric
 from gradrun.sinks import READERS
@@ -207,7 +207,9 @@ class _Asked:
             right = kept[:, : self.spec.top_k or 1] == truth[:, None]
             return (right.any(1).double(),)
         if self.form == "class":
-            return kept[:, 0].long(), truth
+            # Where scores gave no class, any other than the true one says that it is wrong.
+            wrong = (truth + 1) % self.classes
+            return torch.where(kept[:, 0] == NO_CLASS, wrong, kept[:, 0].long()), truth
         kept = kept.double()
         if self.spec.name == "auroc":
             return self._ranking(kept), truth

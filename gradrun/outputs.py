@@ -21,6 +21,9 @@ from gradrun.errors import ConfigError
 UNNAMED = "prediction"
 """The name of a model's only output."""
 
+NO_CLASS = torch.iinfo(torch.int64).min
+"""What argmax gives of scores of which a NaN or an infinity is the greatest."""
+
 Named = dict[str, torch.Tensor]
 """Output name to a tensor [size, ...] on the CPU that needs no gradient."""
 
@@ -142,15 +145,24 @@ class Spelling:
 
 
 def nonfinite_rows(tensors: Iterable[torch.Tensor]) -> int:
-    """How many rows hold a NaN or an infinity in any of some tensors [n, ...]."""
+    """How many rows hold a NaN, an infinity or NO_CLASS in any of some tensors [n, ...]."""
     bad: torch.Tensor | None = None
     for tensor in tensors:
-        if tensor.is_floating_point() or tensor.is_complex():
-            # float8 has no isfinite of its own.
-            wide = tensor if tensor.element_size() > 1 else tensor.float()
-            here = ~wide.isfinite().reshape(len(wide), -1).all(1)
+        if can_be_missing(tensor.dtype):
+            good = _finite(tensor) if tensor.dtype != torch.int64 else tensor != NO_CLASS
+            here = ~good.reshape(len(good), -1).all(1)
             bad = here if bad is None else bad | here
     return 0 if bad is None else int(bad.sum())
+
+
+def can_be_missing(dtype: torch.dtype) -> bool:
+    """Whether a value of this type can say that there is none."""
+    return dtype.is_floating_point or dtype.is_complex or dtype == torch.int64
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    # float8 has no isfinite of its own.
+    return (tensor if tensor.element_size() > 1 else tensor.float()).isfinite()
 
 
 def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
@@ -197,7 +209,9 @@ def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inp
 
 
 def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
-    return [(name, torch.argmax(tensor, _class_dim("argmax", name, tensor, config)))]
+    best, place = torch.max(tensor, _class_dim("argmax", name, tensor, config))
+    # A NaN wins over every number, and its place would pass for a class.
+    return [(name, place.masked_fill(~_finite(best), NO_CLASS))]
 
 
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:

@@ -198,6 +198,8 @@ class Equivalence(_Noun):
     """Bitwise, or within measure.rtol and measure.atol."""
     first_module: str | None = None
     """The first module whose output differs, as "path (Type)"."""
+    compared: bool = True
+    """Whether the two ran a sample in common; if not, they are not equal, and that says nothing."""
 
 
 class Finding(_Noun):

@@ -70,6 +70,10 @@ def _lend(file: Path, top: Path, tree: Path) -> None:
     if not place.exists() and not place.is_symlink():
         place.parent.mkdir(parents=True, exist_ok=True)
         place.symlink_to(file.resolve())
+    elif place.is_dir() and held.is_dir():  # tracked in part
+        untracked = _git(held, "ls-files", "-z", "--others").split("\0")
+        for name in filter(None, untracked):
+            _lend(held / name, top, tree)
 
 
 def _git(folder: Path, *words: str, otherwise: str = "") -> str:

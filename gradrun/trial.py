@@ -30,12 +30,14 @@ from gradrun.errors import ConfigError, GradrunError
 from gradrun.gradmode import GradMode
 from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
-from gradrun.model_sources import load_model
+from gradrun.model_sources import class_names, load_model
 from gradrun.model_sources.python import ImportSpace
 from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
+from gradrun.reordering import in_input_order
 from gradrun.result import Memory, Phases
-from gradrun.runner import active
+from gradrun.runner import Runner, active
+from gradrun.sinks import open_sink
 
 BLOCK_SECONDS = 0.01
 """A block is as many batches as take at least this long: clock reads and jitter vanish in it."""
@@ -107,6 +109,11 @@ def carry_out(job: Job) -> Report:
     marker = Marker(Path(job.marker))
     failures: list[Failure] = []
     ready: list[Runnable] = []
+    if job.kind == "predict":
+        (runnable,) = _in_warm_order(job, marker)
+        with _noted(failures, runnable, marker):
+            _predict(runnable, job.trust_code)
+        return Report(failures=tuple(failures))
     for runnable in _in_warm_order(job, marker):
         with _noted(failures, runnable, marker):
             marker.at(runnable.index, 0)  # a model's code may fail before its first batch
@@ -137,6 +144,25 @@ def carry_out(job: Job) -> Report:
         disturbance=watch.found(),
         environment=machine.environment(ready[0].device) if ready else None,
     )
+
+
+def _predict(runnable: Runnable, trust_code: bool) -> None:
+    """Write predictions for all of a variant's data into its folder, with no journal."""
+    config = runnable.config
+    runnable.marker.at(runnable.index, 0)
+    with runnable.space.entered(), machine.prepared(config.run) as device:
+        model = load_model(config.model, device, trust_code=trust_code)
+        data = open_data(config.data, config.run.seed)
+        runner = Runner(model, data, config, device)
+        outputs = runner.prepare()
+        sink = open_sink(config.output, data.samples, class_names(model))
+        sink, _ = in_input_order(sink, data)
+        sink.open(outputs)
+        stopped = runner.run(sink).stopped
+        sink.close()
+    runnable.space.check()
+    if stopped:
+        raise stopped
 
 
 def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:

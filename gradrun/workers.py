@@ -52,8 +52,8 @@ class Worker:
         _end(self._process)
         self._folder.cleanup()
 
-    def report(self, timeout: float) -> Report:
-        """Wait, asleep, for the report; after `timeout` seconds the process is ended.
+    def report(self, timeout: float | None) -> Report:
+        """Wait, asleep, for the report; after `timeout` seconds, if any, the process is ended.
 
         A process that died gives a report with a Failure that names the variant and the batch.
         """

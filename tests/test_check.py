@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import gradrun
+from gradrun.data_sources import open_data
 from gradrun.errors import ConfigError, RunFailed
 from gradrun.result import RunResult
 from tests.conftest import ROOT
@@ -111,10 +115,32 @@ def test_a_fault_fails_its_smoke_check(project, body, check, reason):
     assert RunResult.load(project / "runs" / "mine-check").status == "fail"
 
 
-def test_smoke_can_be_left_out(project):
-    result = gradrun.check("gradrun.yaml", check={"smoke": False})
-    assert result.outcomes == ()
-    assert result.status == "pass"
+def test_a_nan_is_found_behind_an_argmax_and_wherever_in_the_data_it_is(project):
+    Path("nets/mine.py").write_text(
+        NET.replace("return out", "out[x[:, 0] == LAST] = torch.nan\n        return out").replace(
+            "class Net", f"LAST = {float(last_of_the_data()):.9g}\n\n\nclass Net"
+        )
+    )
+    result = gradrun.check("gradrun.yaml", output={"transform": "argmax", "path": "runs/mine"})
+    assert statuses(result)["finite"] == "fail"
+    assert result.predictions == 40
+    least = np.iinfo(np.int64).min
+    assert (np.load("runs/mine-check/predictions.npy") == least).nonzero()[0].tolist() == [39]
+
+
+def last_of_the_data() -> torch.Tensor:
+    """The first value of the last sample that the config draws."""
+    config = gradrun.load_config("gradrun.yaml")
+    return [*open_data(config.data, config.run.seed).batches()][-1].args[0][-1, 0]
+
+
+def test_smoke_can_be_left_out_where_something_else_is_asked(project):
+    result = gradrun.check(
+        "gradrun.yaml", check={"smoke": False, "limits": {"forward_peak": "1 MiB"}}
+    )
+    assert statuses(result) == {"forward peak": "pass"}
+    with pytest.raises(ConfigError, match="nothing is asked"):
+        gradrun.check("gradrun.yaml", check={"smoke": False})
 
 
 def test_golden_outputs_are_written_once_and_held_to(project, cli):
@@ -314,6 +340,44 @@ def test_sigterm_leaves_nothing_checked_out(project):
     running.communicate(timeout=60)
     assert running.returncode == 143
     assert not list(Path(".git").glob("worktrees/*"))
+
+
+UNTIMED = {"regression": {"time": None}}
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (("return out", "return out + (x[:, :1] == LAST) * 1.0"), "differs in 1 sample of 80"),
+        (("return out", "return out.double()"), r"is \[80, 10\] float64, where \[80, 10\] float32"),
+        (("return out", "return torch.complex(out, out)"), "complex64, where"),
+        (("return out", "return {'a': out, 'b': out}"), "a is new; b is new; prediction is miss"),
+        (("return out", "return out[:, :5]"), r"is \[80, 5\] float32, where \[80, 10\]"),
+    ],
+)
+def test_every_sample_of_the_other_side_is_compared_as_it_is_kept(project, own, said):
+    longer = CONFIG.replace("samples: 40", "samples: 80")  # more than a worker takes for timing
+    Path("gradrun.yaml").write_text(longer)
+    last = f"LAST = {float(last_of_the_data()):.9g}\n\n\nclass Net"
+    Path("nets/other.py").write_text(NET.replace(*own).replace("class Net", last))
+    Path("mine.yaml").write_text(longer.replace("mine.py", "other.py"))
+    result = gradrun.check("mine.yaml", against="gradrun.yaml", check=UNTIMED)
+    (found,) = [o for o in result.outcomes if o.check.startswith("outputs vs")]
+    assert found.status == "fail"
+    assert re.search(said, found.reason), found.reason
+    assert not [*Path("runs").glob("*against*")], "the other side's predictions are gone"
+
+
+@pytest.mark.parametrize(("samples", "status"), [(40, "pass"), (39, "fail")])
+@pytest.mark.parametrize("form", ["npy", "jsonl"])
+def test_the_number_of_samples_is_compared_too(project, form, samples, status):
+    fewer = CONFIG.replace("samples: 40", f"samples: {samples}")
+    Path("fewer.yaml").write_text(fewer)
+    output = {"format": form, "path": "runs/mine"}
+    result = gradrun.check("fewer.yaml", against="gradrun.yaml", check=UNTIMED, output=output)
+    found = statuses(result)
+    assert found["outputs vs gradrun.yaml"] == status
+    assert not result.comparisons, "nobody asked for times"
 
 
 def test_another_config_may_be_the_other_side(project):

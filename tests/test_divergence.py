@@ -19,6 +19,7 @@ from gradrun.config import RunConfig
 from gradrun.data_sources.batches import Batch
 from gradrun.divergence import equivalence, first_difference
 from gradrun.modes import grad_mode
+from gradrun.reports.tables import outputs_text
 
 
 def config(mode: str, **measure: float) -> RunConfig:
@@ -152,6 +153,11 @@ def test_complex_outputs_are_compared_whole() -> None:
     assert (found.equal, found.max_abs_diff) == (False, pytest.approx(0.25))
 
 
+def test_complex_outputs_beside_real_ones_are_compared_as_numbers() -> None:
+    found = equivalence(*sides(InGrad(lambda x: torch.complex(x, torch.full_like(x, 0.25)))))
+    assert (found.equal, found.max_abs_diff) == (False, pytest.approx(0.25))
+
+
 @pytest.mark.parametrize("change", [lambda x: x[:, :2], lambda x: (x, x), lambda x: {"y": x}])
 def test_outputs_of_another_shape_or_name_are_infinitely_far(change: Any) -> None:
     found = equivalence(*sides(InGrad(change)))
@@ -253,6 +259,15 @@ def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
     assert found.equal
     assert found.max_abs_diff < 1e-5
     assert found.first_module is None
+
+
+def test_sides_without_a_common_sample_are_not_called_the_same() -> None:
+    one, other = sides(nn.Linear(4, 3), "no_grad", "no_grad")
+    strangers = [batch._replace(ids=[f"x{n}" for n in batch.ids]) for batch in other.batches]
+    found = equivalence(one, Side(other.name, other.model, other.config, strangers))
+    assert (found.compared, found.equal, found.bitwise) == (False, False, False)
+    assert found.first_module is None
+    assert outputs_text(found) == "no common sample"
 
 
 def test_a_difference_is_still_found_where_batches_differ_in_size() -> None:

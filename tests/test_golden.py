@@ -39,7 +39,7 @@ def test_differences_name_the_first_sample_how_many_and_how_far(tmp_path, monkey
         "a": "differs in 2 samples of 50, first 13, by 0.5",
         "b": "is missing",
         "c": "differs in 1 sample of 50, first 49, by 49",
-        "d": "is not in it",
+        "d": "is new",
     }
 
 

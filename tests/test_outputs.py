@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 
 from gradrun.config import OutputSection
 from gradrun.errors import ConfigError
-from gradrun.outputs import UNNAMED, Named, reader
+from gradrun.outputs import NO_CLASS, UNNAMED, Named, nonfinite_rows, reader
 
 SIZE = 4
 LOGITS = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
@@ -130,6 +131,15 @@ def test_transforms_are_those_of_torch_over_the_dimension_named(dim: int) -> Non
     assert list(found) == ["values", "indices"]
     assert torch.equal(found["values"], best.values)
     assert torch.equal(found["indices"], best.indices)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_scores_that_are_no_numbers_have_no_class(odd: float, dtype: torch.dtype) -> None:
+    values = torch.tensor([[1.0, 2.0], [odd, 1.0], [-math.inf, 0.0]], dtype=dtype)
+    found = kept(values, size=3, transform="argmax")[UNNAMED]
+    assert found.tolist() == [1, NO_CLASS, 1], "a class may be ruled out by -inf"
+    assert nonfinite_rows([found]) == 1
 
 
 def test_transforms_apply_to_every_output() -> None:

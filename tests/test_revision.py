@@ -66,6 +66,20 @@ def test_files_that_git_does_not_track_are_lent(repository, tmp_path_factory):
     assert Path("in/data.npy").read_bytes() == b"much"
 
 
+def test_of_a_folder_that_is_tracked_in_part_the_rest_is_lent(repository):
+    Path(".gitignore").write_text("*.bin\n")
+    Path("in/far").mkdir()
+    for name in ("in/model.bin", "in/far/model.bin", "in/plain.txt"):
+        Path(name).write_text("much")
+    Path("in/later").write_text("tracked since")
+    git("add", "in/later")
+    with checked_out("HEAD", Path("in"), [Path("in").resolve()]) as out:
+        folder = out.of(Path("in").resolve())
+        found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+        assert found == ["far", "far/model.bin", "kept", "model.bin", "plain.txt"]
+        assert (folder / "kept").read_text() == "old"
+
+
 def test_no_hook_of_the_repository_runs(repository):
     hook = Path(".git/hooks/post-checkout")
     hook.write_text(f"#!/bin/sh\ntouch {repository}/ran\n")

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradrun import __version__, checks, comparison, golden
@@ -90,6 +91,9 @@ def check(
     earlier = RunResult.load(baseline) if baseline else None
     with located(whole):
         _refuse_early(subject, earlier, update_expected)
+        if not (checks.something(subject.check) or earlier or against or save_baseline):
+            text = "nothing is asked: smoke is off, and there is no limit and nothing to compare"
+            raise ConfigError(f"{text} with; --baseline or --against names one", "check.smoke")
     tell = progress or (lambda *_: None)
     with (
         _heard(),
@@ -320,8 +324,9 @@ class _Work:
 
     def _needs_time(self) -> bool:
         limits = self.asked.limits.model_dump(exclude_none=True)
-        of_a_process = any(name in limits for name in _OF_A_PROCESS)
-        return bool(self.rival or checks.modes_timed(self.asked) or of_a_process)
+        grown = self.asked.regression.model_dump(exclude_none=True) if self.rival else {}
+        of_a_process = any(name in limits or name in grown for name in _OF_A_PROCESS)
+        return bool("time" in grown or checks.modes_timed(self.asked) or of_a_process)
 
     def _timed(self) -> comparison.Compared:
         others = [mode for mode in checks.modes_timed(self.asked) if mode is not self.mode]
@@ -359,12 +364,31 @@ class _Work:
         name, variant, asked = self.rival.name, self.rival.variant, self.asked
         by_name = {m.variant: m.memory for m in measured.measurements}
         slowdown = paired(measured.measurements, self.name, variant)
-        agreement = [found for found in looked.equivalence if found.candidate == variant]
+        parting = [e.first_module for e in looked.equivalence if e.candidate == variant]
         return [
             *checks.time_regression(asked, name, slowdown),
             *checks.memory_regression(asked, name, by_name[variant], by_name[self.name]),
-            *(o for found in agreement for o in checks.same_outputs(asked, name, found)),
+            *(
+                checks.same_outputs(asked, name, self._differences(), next(iter(parting), None))
+                if asked.regression.outputs
+                else ()
+            ),
         ]
+
+    def _differences(self) -> dict[str, str]:
+        """How the predictions differ from those that the rival makes of all of its data."""
+        own = self.config.output
+        _, rival = self._own_and_rival()
+        with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
+            output = rival.config["output"] | {"path": folder, "format": own.format}
+            rival = rival.model_copy(update={"config": rival.config | {"output": output}})
+            self.tell("predicting with the other side", 0, 1)
+            for failure in self._session([rival]).predict():
+                raise RunFailed(comparison.sentence(failure))
+            files = self.predicted.files
+            return golden.differences_from(
+                Path(folder), own.path, files, self.asked.rtol, self.asked.atol
+            )
 
     def _since(
         self, before: RunResult, measured: comparison.Compared, described: Any

@@ -26,7 +26,7 @@ from gradrun.journal import Head
 from gradrun.keeping import Keeper
 from gradrun.model_sources import class_names, load_model
 from gradrun.model_sources.refusals import first_line
-from gradrun.outputs import Named
+from gradrun.outputs import Named, can_be_missing
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue
 from gradrun.result import RunResult, Warning
@@ -220,12 +220,12 @@ def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named
                 "wrong; their places in the predictions hold no value",
             )
         )
-    floats = any(tensor.is_floating_point() for tensor in outputs.values())
-    if (bad := sink.nonfinite - (apart if floats else 0)) > 0:
+    counted = any(can_be_missing(tensor.dtype) for tensor in outputs.values())
+    if (bad := sink.nonfinite - (apart if counted else 0)) > 0:
         found.append(
             Warning(
                 code="nonfinite",
-                text=f"{count_text(bad, 'prediction')} hold NaN or an infinity; "
+                text=f"{count_text(bad, 'prediction')} hold NaN or an infinity, or come of one; "
                 "run.on_nonfinite: quarantine or stop says which",
             )
         )

@@ -107,6 +107,7 @@ def _memory(mode: str, measured: Measurement) -> Iterable[Row]:
 
 def _outputs(e: Equivalence) -> Row:
     status = "same to the bit" if e.bitwise else "within tolerance" if e.equal else "different"
+    status = status if e.compared else "no common sample"
     difference, where = _finite(e.max_abs_diff), e.first_module or ""
     return Row(
         e.candidate, "greatest_difference", "output_units", difference, status=status, text=where

@@ -237,6 +237,8 @@ def outputs_text(found: Equivalence | None) -> str:
     """How far a variant's outputs are from the baseline's."""
     if found is None:
         return "baseline"
+    if not found.compared:
+        return "no common sample"
     if found.bitwise:
         return "same to the bit"
     if found.equal:

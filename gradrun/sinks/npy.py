@@ -21,7 +21,7 @@ import torch
 
 from gradrun import disk
 from gradrun.journal import Committed
-from gradrun.outputs import UNNAMED
+from gradrun.outputs import NO_CLASS, UNNAMED
 from gradrun.units import bytes_text
 
 BUFFER_BYTES = 128 * 1024
@@ -198,16 +198,17 @@ class _NpyFile:
         disk.sync(self.descriptor)
 
     def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
-        """CRC-32 of the rows start to stop; marks in `bad` those that hold no finite number."""
+        """CRC-32 of the rows start to stop; marks in `bad` those that hold a NaN or the like."""
         begin, end = self._offset(start), self._offset(stop)
         floats, found, row = self.dtype.kind in "fc", 0, 0
         for piece in disk.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
             found = zlib.crc32(piece, found)
-            if floats:
-                finite = np.isfinite(np.frombuffer(piece, self.dtype))
+            if floats or self.dtype == np.int64:
+                values = np.frombuffer(piece, self.dtype)
+                good = np.isfinite(values) if floats else values != NO_CLASS
                 rows = len(piece) // self.row_bytes
-                if not finite.all():
-                    bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
+                if not good.all():
+                    bad[row : row + rows] |= ~good.reshape(rows, -1).all(axis=1)
                 row += rows
         return found
 
