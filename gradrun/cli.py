@@ -279,6 +279,7 @@ def check(
         with _quick_imports():
             from gradrun.jobs.check import check as run
         from gradrun.reports.progress import status
+        from gradrun.reports.terminal import nearest
 
         with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
             result = run(
@@ -292,6 +293,10 @@ def check(
                 progress=progress,
             )
         _answer(result, console, json_file)
+        held = update_expected and any(o.key == "check.expected" for o in result.outcomes)
+        expected = result.config["check"]["expected"] if held else None
+        for made in filter(None, (save_baseline, expected)):
+            _say(console, f"wrote {nearest(made)}")
         _tell_ci(result, junit)
         undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
         codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}

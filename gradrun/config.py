@@ -373,6 +373,8 @@ class TextData(_Data):
     path: InputFile
     field: str | None = Field(None, description="the column that holds the text; .txt has none")
     id: str | None = Field(None, description="the column that names each sample in the outputs")
+    labels: str | None = Field(None, description="the column with each text's true class or value")
+    classes: Classes = None
     tokenizer: Pretrained | None = Field(
         None, description="a folder or a name on the hub; default: the huggingface model's own"
     )
@@ -560,7 +562,9 @@ def _word(transforms: tuple[str, ...]) -> str | list[str]:
     return transforms[0] if len(transforms) == 1 else list(transforms)
 
 
-Transform = Literal["none", "softmax", "argmax", "topk", "mean_pool", "cls", "normalize"]
+Transform = Literal[
+    "none", "softmax", "argmax", "classify", "topk", "mean_pool", "cls", "normalize"
+]
 OutputName = Annotated[str, AfterValidator(_selected)]
 
 

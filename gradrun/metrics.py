@@ -114,7 +114,9 @@ class _Asked:
         self.spec, self.key = spec, key
         parts = {name.rpartition(".")[2] for name in outputs}
         ranked = parts == {"values", "indices"}  # as topk leaves them
-        self.output = self._chosen(outputs, "indices" if ranked else "")
+        classified = parts == {"class", "score"}
+        part = "indices" if ranked else "class" if classified else ""
+        self.output = self._chosen(outputs, part)
         tensor = outputs[self.output]
         self.width, self.form = tensor[:1].numel(), _form(tensor, ranked=ranked)
         self.classes = {"scores": self.width, "score": 2}.get(self.form, 0)
@@ -137,7 +139,7 @@ class _Asked:
             )
 
     def _chosen(self, outputs: Named, part: str) -> str:
-        """The name of the output that is meant; of a topk, its part with the classes."""
+        """The name of the output that is meant; of a topk or classify, the classes."""
         names = [name for name in outputs if not part or name.rpartition(".")[2] == part]
         ending = f".{part}" if part else ""
         wanted = self.spec.output and f"{self.spec.output}{ending}"

@@ -40,7 +40,8 @@ def reader(config: OutputSection) -> Callable[..., Named]:
 
     It raises ConfigError where there are no such outputs or they are not one row a sample.
     """
-    transform = _chain([_TRANSFORMS[word] for word in config.transform])
+    steps = [_TRANSFORMS[word] for word in config.transform if word != "none"]
+    transform = _chain(steps)
 
     def read(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Named:
         kept: Named = {}
@@ -51,14 +52,13 @@ def reader(config: OutputSection) -> Callable[..., Named]:
         return kept
 
     def read_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Named:
-        # The commonest case by far, for which the lists above would take a third of the loop's
-        # own time.
+        # The commonest case by far, in which the lists above would take much of the loop's time.
         if not isinstance(returned, torch.Tensor):
             return read(returned, size, inputs)
         _check_rows(UNNAMED, returned, size)
         return {UNNAMED: _plain(returned)}
 
-    return read if config.select or config.transform else read_one
+    return read if config.select or steps else read_one
 
 
 def _plain(value: torch.Tensor) -> torch.Tensor:
@@ -131,15 +131,18 @@ class Spelling:
         """Of each output of class numbers, the name of the column that spells them out."""
         if self.word == "argmax":
             return {name: "label" if name == UNNAMED else f"{name}.label" for name in names}
-        if self.word == "topk":
-            ranked = [name for name in names if name.endswith("indices")]
-            return {name: f"{name.removesuffix('indices')}labels" for name in ranked}
+        for word, ending, called in (("topk", "indices", "labels"), ("classify", "class", "label")):
+            if self.word == word:
+                numbers = [name for name in names if name.endswith(ending)]
+                return {name: f"{name.removesuffix(ending)}{called}" for name in numbers}
         return {}
 
     def spelled(self, numbers: Any) -> Any:
-        """The names for a nest of numbers; a number that has none stays itself, as text."""
+        """The names for a nest of numbers; one that has none stays a number, as text."""
         if isinstance(numbers, list):
             return [self.spelled(number) for number in numbers]
+        if numbers == NO_CLASS:
+            return ""
         known = 0 <= numbers < len(self.classes)
         return self.classes[numbers] if known else str(numbers)
 
@@ -209,9 +212,21 @@ def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inp
 
 
 def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
-    best, place = torch.max(tensor, _class_dim("argmax", name, tensor, config))
-    # A NaN wins over every number, and its place would pass for a class.
-    return [(name, place.masked_fill(~_finite(best), NO_CLASS))]
+    return [(name, _likeliest(tensor, _class_dim("argmax", name, tensor, config))[1])]
+
+
+def _classify(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
+    """The likeliest class and its probability."""
+    dim = _class_dim("classify", name, tensor, config)
+    score, place = _likeliest(torch.softmax(tensor, dim), dim)
+    prefix = "" if name == UNNAMED else f"{name}."
+    return [(f"{prefix}class", place), (f"{prefix}score", score)]
+
+
+def _likeliest(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest score and its place; a NaN wins over every number, and has no class."""
+    best, place = torch.max(scores, dim)
+    return best, place.masked_fill(~_finite(best), NO_CLASS)
 
 
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
@@ -275,9 +290,9 @@ def _class_dim(step: str, name: str, tensor: torch.Tensor, config: OutputSection
 
 
 _TRANSFORMS: dict[str, _Transform] = {
-    "none": _none,
     "softmax": _softmax,
     "argmax": _argmax,
+    "classify": _classify,
     "topk": _topk,
     "mean_pool": _mean_pool,
     "cls": _cls,

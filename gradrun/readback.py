@@ -122,7 +122,8 @@ def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> i
     if start + count > table.num_rows:
         raise _DamagedError(f"it holds {table.num_rows} samples of its part")
     found = 0
-    for name in sorted(set(table.column_names) - {"id"}):
+    told = table.schema.metadata
+    for name in sorted(name for name in table.column_names if f"shape.{name}".encode() in told):
         values = table.column(name).slice(start, count).combine_chunks()
         while arrow.types.is_list(values.type):
             values = values.flatten()

@@ -291,6 +291,8 @@ class RunResult(_Noun):
     """The predictions, by name in the run's folder."""
     predictions: Count | None = None
     """Samples in those files; None where none were asked for."""
+    apart: Count = 0
+    """Of these, such that no prediction could be made for; quarantine.jsonl says why."""
     metrics: tuple[Metric, ...] = ()
     """Over all predictions, in the order of the config."""
     resumed_at: Count = 0
@@ -358,7 +360,9 @@ class RunResult(_Noun):
             _check_format(path, told)
             return cls.model_validate(told)
         except OSError as error:
-            raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
+            unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
+            hint = "; the run there has not ended: infer --resume goes on" if unfinished else ""
+            raise GradrunError(f"{path} cannot be read: {error.strerror}{hint}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

@@ -41,7 +41,7 @@ run:
 
 output:
   path: runs/first         # a new folder for predictions.npy and result.json
-  transform: none          # or softmax, argmax, topk
+  transform: none          # or softmax, argmax, classify, topk
 """
 
 

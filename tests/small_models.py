@@ -21,7 +21,8 @@ CLASSES = ["good", "bad", "neither"]
 
 def sentences(count: int) -> list[str]:
     """Real sentences: this project's own pages, taken apart."""
-    text = " ".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = " ".join(page.read_text(encoding="utf-8") for page in pages)
     found = re.split(r"(?<=[.:;!?])\s+", re.sub(r"\s+", " ", text))
     return [sentence for sentence in found if sentence][:count]
 

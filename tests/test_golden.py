@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -48,6 +50,56 @@ def test_another_shape_or_type_is_told_as_such(tmp_path, now):
     golden.write(tmp_path / "g.safetensors", {"a": np.zeros((50, 3), np.float32)})
     (said,) = golden.differences(tmp_path / "g.safetensors", {"a": now}, 1, 1).values()
     assert "where [50, 3] float32 is expected" in said
+
+
+FILES = ("predictions.a.npy", "predictions.b.npy")
+
+
+def test_a_run_is_compared_with_another_file_by_file(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    rows = RNG.standard_normal((50, 3)).astype(np.complex64)
+    for folder in (one, other):
+        folder.mkdir()
+        np.save(folder / "predictions.a.npy", rows)
+    assert golden.differences_from(other, one, FILES[:1], 0, 0) == {}
+    rows[17] *= 1j  # as long as before
+    np.save(one / "predictions.a.npy", rows)
+    np.save(one / "predictions.b.npy", rows)
+    found = golden.differences_from(other, one, FILES, 1e-4, 1e-5)
+    assert found["a"].startswith("differs in 1 sample of 50, first 17, by ")
+    assert not found["a"].endswith("by 0")
+    assert found["b"] == "is new"
+
+
+LINES = [
+    {"id": 0, "prediction": [1.0, 2.0]},
+    {"id": 1, "prediction": [3.0], "label": "cat"},
+    {"id": 2, "prediction": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"id": 1, "prediction": [3.0000001], "label": "cat"}, ""),
+        ({"id": 1, "prediction": [3.1], "label": "cat"}, "differs in 1 sample of 3, first 1"),
+        ({"id": 1, "prediction": [3.0, 0.0], "label": "cat"}, "differs in 1 sample of 3, first 1"),
+        ({"id": 1, "prediction": [3.0], "label": "dog"}, "differs in 1 sample of 3, first 1"),
+        ({"id": 1, "prediction": None, "label": "cat"}, "differs in 1 sample of 3, first 1"),
+        ({"id": 1, "prediction": [3.0]}, "differs in 1 sample of 3, first 1"),
+        (None, "has fewer samples than the other side's"),
+    ],
+)
+def test_rows_of_many_shapes_are_compared_line_by_line(tmp_path, line, said):
+    changed = [LINES[0], *([line] if line else []), LINES[2]]
+    for name, lines in (("one", changed), ("other", LINES)):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(each) + "\n" for each in lines)
+        (tmp_path / name / "predictions.jsonl").write_text(text)
+    found = golden.differences_from(
+        tmp_path / "other", tmp_path / "one", ("predictions.jsonl",), 1e-4, 1e-5
+    )
+    assert found == ({"predictions.jsonl": said} if said else {})
 
 
 def test_a_file_that_is_none_is_a_sentence(tmp_path):

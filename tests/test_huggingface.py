@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -18,7 +19,15 @@ import gradrun
 from gradrun.errors import ConfigError
 from gradrun.pretrained import library
 from tests.conftest import Command
-from tests.small_models import CLASSES, WIDTH, bert, named_classes, save_bert, sentences
+from tests.small_models import (
+    CLASSES,
+    WIDTH,
+    bert,
+    named_classes,
+    save_bert,
+    sentences,
+    skewed,
+)
 
 TEXT = {"source": "text", "batch_size": 8}
 
@@ -200,6 +209,40 @@ def test_the_likeliest_classes_are_called_so_too(folder: Path, tmp_path: Path) -
     ]
     assert [row["labels.0"] for row in table] == [row["labels"][0] for row in rows]
     assert [float(row["values.0"]) for row in table] == [row["values"][0] for row in rows]
+
+
+def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_against_the_file(
+    folder: Path, tmp_path: Path, cli: Command
+) -> None:
+    save_bert(tmp_path / "bert", "BertForSequenceClassification", **named_classes())
+    texts = skewed(40)  # so that they are run in another order
+    truth = [CLASSES[number % 3] for number in range(40)]
+    rows = [{"t": t, "is": name, "n": f"s{i}"} for i, (t, name) in enumerate(zip(texts, truth))]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"field": "t", "id": "n", "labels": "is", "classes": CLASSES}
+    asked = {
+        "model": {
+            "source": "huggingface",
+            "path": str(tmp_path / "bert"),
+            "auto_class": "AutoModelForSequenceClassification",
+        },
+        "data": {**TEXT, "path": str(tmp_path / "t.jsonl"), **columns, "group_by_length": True},
+        "output": {"path": str(tmp_path / "out"), "format": "parquet", "transform": "classify"},
+        "metrics": ["accuracy"],
+    }
+    result = gradrun.infer(asked)
+    found = pandas.read_parquet(tmp_path / "out")
+    assert [*found.columns] == ["id", "class", "label", "score"]
+    assert found["id"].tolist() == [row["n"] for row in rows]
+    assert found["label"].tolist() == [CLASSES[number] for number in found["class"]]
+    assert found["score"].dtype == np.float32
+    assert found["score"].between(1 / 3, 1).all()
+    (metric,) = result.metrics
+    assert metric.value == pytest.approx(np.mean(found["label"] == truth))
+    assert cli("verify", tmp_path / "out").code == 0
+    columns["labels"] = "t"
+    asked["data"] |= columns
+    assert "t.jsonl:1  the label" in refused(asked, overwrite=True)
 
 
 def test_classes_that_the_model_only_counts_are_not_called_anything(

@@ -12,7 +12,7 @@ import torch
 
 from gradrun.config import OutputSection
 from gradrun.errors import ConfigError
-from gradrun.outputs import NO_CLASS, UNNAMED, Named, nonfinite_rows, reader
+from gradrun.outputs import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
 
 SIZE = 4
 LOGITS = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
@@ -140,6 +140,18 @@ def test_scores_that_are_no_numbers_have_no_class(odd: float, dtype: torch.dtype
     found = kept(values, size=3, transform="argmax")[UNNAMED]
     assert found.tolist() == [1, NO_CLASS, 1], "a class may be ruled out by -inf"
     assert nonfinite_rows([found]) == 1
+
+
+def test_classify_keeps_the_likeliest_class_and_its_probability() -> None:
+    found = kept({"a": LOGITS, "b": OTHER}, transform="classify")
+    assert list(found) == ["a.class", "a.score", "b.class", "b.score"]
+    found = kept(LOGITS, transform="classify")
+    assert torch.equal(found["class"], LOGITS.argmax(1))
+    assert torch.equal(found["score"], LOGITS.softmax(1).amax(1))
+    called = Spelling(OutputSection(path=Path("x"), transform="classify"), ["cat", "dog"])
+    assert called.columns(["a.class", "a.score"]) == {"a.class": "a.label"}
+    assert called.columns(["class", "score"]) == {"class": "label"}
+    assert called.spelled([1, NO_CLASS, 7]) == ["dog", "", "7"]
 
 
 def test_transforms_apply_to_every_output() -> None:

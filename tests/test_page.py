@@ -34,7 +34,7 @@ TITLES = {
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if not CHROMIUM:
-        pytest.skip("there is no Chromium here; `make browser` installs it where apt can")
+        pytest.skip("there is no Chromium here; `make tools` installs it where apt can")
     opened = Browser(tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()

@@ -81,22 +81,8 @@ class _Records:
                 yield self._batch(taken, range(first, first + len(taken)))
 
     def labels(self) -> Iterator[torch.Tensor]:
-        if self.truth is None:
-            raise no_labels()
         with closing(self._records()) as records:
-            while taken := list(itertools.islice(records, _LABELS)):
-                yield torch.tensor([self._label(record) for record in taken], dtype=torch.float64)
-
-    def _label(self, record: Record) -> float:
-        line, fields = record
-        value = fields.get(str(self.truth))
-        try:
-            return class_number(str(value), self.classes) if self.classes else float(value)  # type: ignore[arg-type]
-        except (ValueError, TypeError) as error:
-            text = str(error) if self.classes else f"the label {value!r:.60} is no number"
-            raise ConfigError(
-                f"{self.path}:{line}  {text}", "data.classes" if self.classes else "data.labels"
-            ) from None
+            yield from labels_in(records, self.path, self.truth, self.classes)
 
     def _records(self) -> Generator[Record]:
         try:
@@ -164,6 +150,32 @@ class _Records:
                     f"{'missing' if value is None else what}"
                 ) from None
         return row
+
+
+def labels_in(
+    records: Iterator[Record], path: Path, column: str | None, classes: Sequence[str] | None
+) -> Iterator[torch.Tensor]:
+    """A column's classes or values in order, some at a time: [n], float64.
+
+    Raises:
+        ConfigError: no column is named, or one of its fields is neither a number nor a class.
+    """
+    if column is None:
+        raise no_labels()
+    while taken := list(itertools.islice(records, _LABELS)):
+        found = [_label(record, path, column, classes) for record in taken]
+        yield torch.tensor(found, dtype=torch.float64)
+
+
+def _label(record: Record, path: Path, column: str, classes: Sequence[str] | None) -> float:
+    line, fields = record
+    value = fields.get(column)
+    try:
+        return class_number(str(value), classes) if classes else float(value)  # type: ignore[arg-type]
+    except (ValueError, TypeError) as error:
+        text = str(error) if classes else f"the label {value!r:.60} is no number"
+        key = "data.classes" if classes else "data.labels"
+        raise ConfigError(f"{path}:{line}  {text}", key) from None
 
 
 @functools.cache

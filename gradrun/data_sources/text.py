@@ -20,7 +20,7 @@ import torch
 from gradrun.complaints import choices
 from gradrun.config import TextData
 from gradrun.data_sources.batches import Batch, Data, by_position
-from gradrun.data_sources.records import READERS
+from gradrun.data_sources.records import READERS, labels_in
 from gradrun.errors import ConfigError
 from gradrun.pretrained import library, opening
 from gradrun.result import Padding
@@ -100,6 +100,11 @@ class Texts:
         if first not in self._orders:
             next(self.batches(first))
         return [first + place for place in self._orders[first][start - first : stop - first]]
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        path = self.config.path
+        records = READERS[path.suffix](path) if path.suffix in READERS else iter(())
+        return labels_in(records, path, self.config.labels, self.config.classes)
 
     def padding(self, start: int, stop: int) -> Padding:
         return sum(
@@ -193,7 +198,7 @@ class Texts:
             raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
 
     def _lines(self, path: Path) -> Iterator[_Text]:
-        for key in ("field", "id"):
+        for key in ("field", "id", "labels"):
             if getattr(self.config, key):
                 raise ConfigError("the lines of a .txt file have no columns", f"data.{key}")
         with path.open(encoding="utf-8-sig") as file:
@@ -219,7 +224,8 @@ class Texts:
             raise ConfigError(
                 f"{name} has columns; name the one with the text; {hint}", "data.field"
             )
-        for key, column in (("field", self.config.field), ("id", self.config.id)):
+        for key in ("field", "id", "labels"):
+            column = getattr(self.config, key)
             if column is not None and column not in fields:
                 hint = choices(column, fields)
                 raise ConfigError(f"{name} has no column {column!r}; {hint}", f"data.{key}")

@@ -287,6 +287,7 @@ class _Work:
             equivalence=tuple(looked.equivalence),
             files=self.predicted.files,
             predictions=self.predicted.predictions,
+            apart=self.predicted.apart,
             metrics=self.predicted.metrics,
             outputs=described,
             outcomes=tuple(outcomes),

@@ -110,6 +110,7 @@ def infer(
                 measurements=(measured,),
                 files=tuple(sink.files()),
                 predictions=sink.written,
+                apart=runner.rescue.quarantine.count,
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,

@@ -85,9 +85,12 @@ def _closing(result: RunResult, measured: Measurement) -> RichTable:
     grid.add_column(overflow="fold")
     count = measured.samples if result.predictions is None else result.predictions
     grid.add_row(
-        Text(count_text(count, "prediction"), "bold green"),
+        Text(count_text(count - result.apart, "prediction"), "bold green"),
         Text(printable("\n".join(files) + (f"\nand {more} more" if more else ""))),
     )
+    if result.apart:
+        apart = f"{count_text(result.apart, 'sample')} apart"
+        grid.add_row(Text(apart, "bold yellow"), Text(printable(str(folder / "quarantine.jsonl"))))
     if result.resumed_at:
         earlier = f"the first {result.resumed_at:,} by the run before"
         grid.add_row("resumed", Text(earlier))

@@ -25,7 +25,7 @@ _ROWS = 16 * 1024
 
 
 class ParquetSink(PartsSink):
-    """One column an output in every part, and one of the ids."""
+    """One column an output in every part, one of the ids, and what classes are called."""
 
     suffix = "parquet"
     keeps_ids = True
@@ -56,9 +56,13 @@ class ParquetSink(PartsSink):
     def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
         arrow, parquet = _arrow(), _arrow("parquet")
         names = list(ids) if all(isinstance(name, int) for name in ids) else [*map(str, ids)]
-        table = arrow.table(
-            {"id": names, **{name: _column(arrow, rows) for name, rows in columns.items()}}
-        )
+        spelled = self.spelling.columns(columns)
+        held: dict[str, Any] = {"id": names}
+        for name, rows in columns.items():
+            held[name] = _column(arrow, rows)
+            if name in spelled:
+                held[spelled[name]] = self.spelling.spelled(rows.tolist())
+        table = arrow.table(held)
         shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
         told = {"start": str(start), **shapes}
         buffer = arrow.BufferOutputStream()
@@ -104,9 +108,10 @@ def _columns(table: Any) -> Columns:
     """A part's columns as the tensors that they were written from."""
     columns: Columns = {}
     for name in table.column_names:
-        if name == "id":
-            continue
-        shape = [int(size) for size in table.schema.metadata[f"shape.{name}".encode()].split()]
+        said = table.schema.metadata.get(f"shape.{name}".encode())
+        if said is None:
+            continue  # the id, or what classes are called
+        shape = [int(size) for size in said.split()]
         values = table.column(name).combine_chunks()
         for _ in shape:
             values = values.flatten()

@@ -18,7 +18,7 @@ import torch
 
 from gradrun import disk
 from gradrun.journal import Committed
-from gradrun.outputs import nonfinite_rows
+from gradrun.outputs import Spelling, nonfinite_rows
 
 PART_BYTES = 64 * 1024 * 1024
 ID_BYTES = 256
@@ -36,6 +36,7 @@ class PartsSink(ABC):
 
     suffix: str
     keeps_ids = False
+    spelling = Spelling()
 
     def prepared(self, outputs: Columns) -> Columns:
         """The outputs in types that the format holds; ValueError where it holds none such."""

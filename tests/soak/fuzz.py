@@ -38,7 +38,7 @@ import gradrun
 from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
 from gradrun.result import Comparison, Equivalence, Finding, Kept, Outcome
-from tests import results
+from tests import results, small_models
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
 
@@ -198,6 +198,26 @@ def _parquet() -> Iterator[Seed]:
     )
 
 
+def _pretrained(folder: Path) -> Iterator[Seed]:
+    """A small BERT with its tokenizer, and texts of each kind of file."""
+    if find_spec("transformers") is None:
+        return
+    small_models.save_bert(folder / "bert", hidden_size=8, intermediate_size=8)
+    model = {f"bert/{path.name}": path.read_bytes() for path in (folder / "bert").iterdir()}
+    texts = small_models.sentences(6)
+    rows = [json.dumps({"text": text, "is": i % 2}) for i, text in enumerate(texts)]
+    table = ["text,is", *(f'"{text}",{i % 2}' for i, text in enumerate(texts))]
+    lists = {"t.txt": texts, "t.jsonl": rows, "t.csv": table}
+    for name, lines in lists.items():
+        field = "" if name == "t.txt" else ", field: text, labels: is"
+        data = f"{{source: text, path: {name}, batch_size: 2{field}}}"
+        files = config("{source: huggingface, path: bert}", data, "jsonl") | model
+        files[name] = "\n".join(lines).encode()
+        yield Seed("text", files, name, [INFER])
+    for place in model:
+        yield Seed("huggingface", files, place, [INFER])
+
+
 def _results() -> Iterator[Seed]:
     """A result of each kind, by every report."""
     first = results.measurement(4, variant="grad")
@@ -235,7 +255,13 @@ def seeds(folder: Path) -> dict[str, list[Seed]]:
     torch.manual_seed(0)
     kinds = defaultdict(list)
     for seed in itertools.chain(
-        _plain(), _programs(), _pictures(), _parquet(), _results(), _run_files(folder)
+        _plain(),
+        _programs(),
+        _pictures(),
+        _parquet(),
+        _pretrained(folder),
+        _results(),
+        _run_files(folder),
     ):
         kinds[seed.kind].append(seed)
     return kinds
