@@ -6,7 +6,7 @@ Knows torchmetrics and the shapes that classes and scores have; not how either w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ _TAKES = {
 """metric -> the forms of output that it takes (see _form), and the same in words."""
 
 
-def prepared(config: RunConfig, data: Data, outputs: Named) -> Compute | None:
+def prepared(
+    config: RunConfig, data: Data, outputs: Named, called: Sequence[str] = ()
+) -> Compute | None:
     """What computes the metrics that a config asks for; None where it asks for none.
 
     Args:
         config: the run's.
         data: the run's; its labels are looked through once.
         outputs: some batch's, for their names, shapes and types.
+        called: what the model calls its classes, where it does.
 
     Raises:
         ConfigError: torchmetrics is missing, the data have no labels, or the outputs kept are not
@@ -55,6 +58,7 @@ def prepared(config: RunConfig, data: Data, outputs: Named) -> Compute | None:
     if form not in READERS:
         text = f"metrics are taken from the files, and {form} is not read back; choose one of "
         raise ConfigError(text + ", ".join(READERS), "output.format")
+    _check_order(data.classes, called)
     asked = [_Asked(spec, f"metrics.{i}", outputs) for i, spec in enumerate(config.metrics)]
     for labels in data.labels():  # all of them: after a night's run it would be late to complain
         for metric in asked:
@@ -77,6 +81,16 @@ def prepared(config: RunConfig, data: Data, outputs: Named) -> Compute | None:
         )
 
     return compute
+
+
+def _check_order(classes: Sequence[str] | None, called: Sequence[str]) -> None:
+    """Refuse labels whose classes are the model's, in another order: each would be another's."""
+    if classes and sorted(classes) == sorted(called) and list(classes) != list(called):
+        raise ConfigError(
+            f"the model counts its classes in another order than the labels are counted in; "
+            f"set data.classes: [{', '.join(called)}]",
+            "data.classes",
+        )
 
 
 def _pairs(
@@ -182,7 +196,7 @@ class _Asked:
         spec, binary = self.spec, self.form == "score"
         metrics = library("torchmetrics", self.key)
         kinds = library("torchmetrics", self.key, "classification")
-        classes = {"num_classes": self.classes, "average": spec.average or "macro"}
+        classes = {"num_classes": max(2, self.classes), "average": spec.average or "macro"}
         match spec.name:
             case "mse":
                 return metrics.MeanSquaredError()
@@ -205,19 +219,26 @@ class _Asked:
         if self.spec.name == "mse":
             return kept.double(), truth.reshape(len(truth), -1).double()
         truth = truth.reshape(-1).long()
+        # What was predicted of a sample whose scores are no numbers is any class but the true one.
+        wrong = (truth + 1) % max(2, self.classes)
         if self.form == "ranked":
+            best = rows[self.output.removesuffix("indices") + "values"].reshape(len(truth), -1)[
+                :, 0
+            ]
             right = kept[:, : self.spec.top_k or 1] == truth[:, None]
-            return (right.any(1).double(),)
+            return ((right.any(1) & best.isfinite()).double(),)
         if self.form == "class":
-            # Where scores gave no class, any other than the true one says that it is wrong.
-            wrong = (truth + 1) % self.classes
             return torch.where(kept[:, 0] == NO_CLASS, wrong, kept[:, 0].long()), truth
         kept = kept.double()
+        lost = ~kept.amax(1).isfinite()
+        if self.form == "scores":
+            none = torch.nn.functional.one_hot(wrong, self.width).double()
+            kept = torch.where(lost[:, None], none, kept)
         if self.spec.name == "auroc":
             return self._ranking(kept), truth
         if self.form == "score":
             bound = 0.5 if self.spec.threshold is None else self.spec.threshold
-            return (kept[:, 0] > bound).long(), truth
+            return torch.where(lost, wrong, (kept[:, 0] > bound).long()), truth
         return kept, truth
 
     def _ranking(self, scores: torch.Tensor) -> torch.Tensor:

@@ -61,7 +61,7 @@ class Quarantine:
 
 
 def numbers_apart(folder: Path) -> set[int]:
-    """The numbers of the samples in a run's folder that no prediction could be made for."""
+    """The numbers, by their place in the input, of the samples that were set apart in a folder."""
     path = folder / FILE
     if not path.exists():
         return set()

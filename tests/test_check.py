@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -362,7 +361,9 @@ def test_every_sample_of_the_other_side_is_compared_as_it_is_kept(project):
     assert not [*Path("runs").glob("*against*")], "the other side's predictions are gone"
 
 
-@pytest.mark.parametrize(("form", "samples", "status"), [("npy", 39, "fail"), ("jsonl", 40, "pass")])
+@pytest.mark.parametrize(
+    ("form", "samples", "status"), [("npy", 39, "fail"), ("jsonl", 40, "pass")]
+)
 def test_the_number_of_samples_is_compared_too(project, form, samples, status):
     fewer = CONFIG.replace("samples: 40", f"samples: {samples}")
     Path("fewer.yaml").write_text(fewer)

@@ -154,7 +154,9 @@ def test_the_page_for_ci_is_true(
     )
     config = blocks["gradrun.yaml"].code
     quick = "measure: {processes: 2, budget: 2, precision: 0.5}\n"
-    Path("gradrun.yaml").write_text(config.replace('">= 1.0"', '">= 0.0001"') + quick)
+    # Without the limit on a ratio, which two processes on a busy machine cannot decide.
+    limits = "".join(line for line in config.splitlines(True) if "speedup_over" not in line)
+    Path("gradrun.yaml").write_text(limits + quick)
     answer = cli("check", "gradrun.yaml", "--update-expected")
     assert answer.code == 0, answer.text
     Path("test_model.py").write_text(blocks["test_model.py"].code)

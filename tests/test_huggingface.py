@@ -217,7 +217,10 @@ def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_agains
     save_bert(tmp_path / "bert", "BertForSequenceClassification", **named_classes())
     texts = skewed(40)  # so that they are run in another order
     truth = [CLASSES[number % 3] for number in range(40)]
-    rows = [{"t": t, "is": name, "n": f"s{i}"} for i, (t, name) in enumerate(zip(texts, truth))]
+    rows = [
+        {"t": t, "is": name, "n": f"s{i}"}
+        for i, (t, name) in enumerate(zip(texts, truth, strict=True))
+    ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"field": "t", "id": "n", "labels": "is", "classes": CLASSES}
     asked = {
@@ -231,8 +234,8 @@ def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_agains
         "metrics": ["accuracy"],
     }
     result = gradrun.infer(asked)
-    found = pandas.read_parquet(tmp_path / "out")
-    assert [*found.columns] == ["id", "class", "label", "score"]
+    found = pandas.read_parquet(tmp_path / "out/predictions-00000.parquet")
+    assert [*found.columns] == ["id", "class", "score", "label"]
     assert found["id"].tolist() == [row["n"] for row in rows]
     assert found["label"].tolist() == [CLASSES[number] for number in found["class"]]
     assert found["score"].dtype == np.float32
@@ -243,6 +246,11 @@ def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_agains
     columns["labels"] = "t"
     asked["data"] |= columns
     assert "t.jsonl:1  the label" in refused(asked, overwrite=True)
+    asked["data"] |= {"labels": "is", "classes": CLASSES[::-1]}
+    assert "set data.classes: [good, bad, neither]" in refused(asked, overwrite=True)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / "bert" / name).unlink(missing_ok=True)
+    assert "holds no vocabulary; data.tokenizer names" in refused(asked, overwrite=True)
 
 
 def test_classes_that_the_model_only_counts_are_not_called_anything(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accuracy_score
 
 import gradrun
@@ -101,6 +102,43 @@ def test_metrics_of_the_likeliest_few(config: dict[str, Any]) -> None:
         "accuracy_top3": top_k_accuracy_score(LABELS, SCORES, k=3),
     }
     assert found == pytest.approx(right, abs=1e-6)
+
+
+class Named(torch.nn.Module):
+    """Gives back its input as the scores of classes, of which one is called nothing."""
+
+    class_names = ("", "1", "2", "3+", "d", "e", "f")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+TRANSFORMS = ("none", "softmax", "argmax", "classify", "topk")
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_scores_that_are_no_numbers_are_wrong_however_they_are_kept(
+    config: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    scores = SCORES.copy()
+    lost = np.arange(0, SAMPLES, 10)
+    scores[lost, LABELS[lost]] = np.where(lost % 20, np.nan, np.inf)  # where they seem right
+    np.savez(tmp_path / "data.npz", x=scores, y=LABELS)
+    right = CHOSEN == LABELS
+    right[lost] = False
+    config["model"] = {"source": "python", "target": f"{__file__}:Named"}
+    for transform in TRANSFORMS:
+        output = {"format": form, "transform": transform, "k": 1}
+        found = gradrun.infer(config, output=output, overwrite=True, trust_code=True)
+        assert values(found) == {"accuracy": pytest.approx(right.mean())}, transform
+
+
+def test_one_class_alone_is_no_reason_to_have_no_metric(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", x=[[1.0, 0.0], [np.nan, 0.0]], y=[0, 0])
+    result = gradrun.infer(config, output={"transform": "argmax"})
+    assert [metric.value for metric in result.metrics] == [0.5]
 
 
 def test_one_score_for_two_classes(config: dict[str, Any], tmp_path: Path) -> None:

@@ -80,6 +80,10 @@ class Data(Protocol):
 class Labelled(Protocol):
     """Data whose config may name labels."""
 
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """What labels are called that are no numbers, in the order in which they are counted."""
+
     def labels(self) -> Iterator[torch.Tensor]:
         """The true class or value of every sample, in order, some at a time: [n] or [n, ...].
 
@@ -136,6 +140,8 @@ class WindowedData:
     One call of split costs a hundredth of slicing each batch out of a memory map, and dropping a
     window gives its pages back, so the resident set stays flat however long the file is.
     """
+
+    classes = None
 
     def __init__(
         self, rows: Mapping[str, Rows], batch_size: int, call: str, truth: Rows | None = None
@@ -194,7 +200,8 @@ def class_number(name: str, classes: Sequence[str]) -> int:
         ValueError: it is not among them.
     """
     if name not in classes:
-        raise ValueError(f"the label {name!r:.60} is not one of data.classes")
+        listed = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+        raise ValueError(f"the label {name!r:.60} is not one of data.classes: {listed}")
     return classes.index(name)
 
 

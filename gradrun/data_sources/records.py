@@ -170,10 +170,13 @@ def labels_in(
 def _label(record: Record, path: Path, column: str, classes: Sequence[str] | None) -> float:
     line, fields = record
     value = fields.get(column)
+    if value is None:
+        raise ConfigError(f"{path}:{line}  the label {column!r} is missing", "data.labels")
     try:
-        return class_number(str(value), classes) if classes else float(value)  # type: ignore[arg-type]
+        return class_number(str(value), classes) if classes else float(value)
     except (ValueError, TypeError) as error:
-        text = str(error) if classes else f"the label {value!r:.60} is no number"
+        text = f"the label {value!r:.60} is no number; data.classes: [...] counts names"
+        text = str(error) if classes else text
         key = "data.classes" if classes else "data.labels"
         raise ConfigError(f"{path}:{line}  {text}", key) from None
 

@@ -69,6 +69,7 @@ class Texts:
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
         self.samples = 0
+        self.classes = config.classes
         with closing(self._texts()) as texts:
             window = self._tokenized(list(itertools.islice(texts, self.window)))
             self.samples = len(window.ids) + sum(1 for _ in texts)
@@ -237,6 +238,12 @@ def _tokenizer(config: TextData) -> Any:
     with opening(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # What transformers makes of a folder without one: every text would be unknown words.
+        raise ConfigError(
+            f"{place} holds no vocabulary; data.tokenizer names a folder or a hub name that does",
+            "data.tokenizer",
         )
     if tokenizer.pad_token is None:
         # GPT-2 and its like have none; what is filled up is masked, whatever stands there.

@@ -88,6 +88,8 @@ def check(
     changes = sets or overrides
     whole = resolved(config, changes)
     subject = _subject(whole)
+    if baseline and not Path(baseline).exists():
+        raise ConfigError(f"--baseline {baseline}: there is none; --save-baseline writes it")
     earlier = RunResult.load(baseline) if baseline else None
     with located(whole):
         _refuse_early(subject, earlier, update_expected)
@@ -159,7 +161,7 @@ def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected:
         raise ConfigError(f"the baseline holds no measurement in {mode}", "check.mode")
     _see_whose(config.output.path)
     if expected and config.output.format == "jsonl":
-        text = "golden outputs are rows of one shape; output.format: npy holds such"
+        text = "output.format is jsonl, whose rows may differ in shape; golden outputs take npy"
         raise ConfigError(text, "check.expected")
     if expected and any(place.is_file() for place in expected.parents):
         raise ConfigError(f"{expected} lies below a file", "check.expected")

@@ -28,7 +28,7 @@ from gradrun.model_sources import class_names, load_model
 from gradrun.model_sources.refusals import first_line
 from gradrun.outputs import Named, can_be_missing
 from gradrun.reordering import in_input_order
-from gradrun.rescue import Rescue
+from gradrun.rescue import Rescue, numbers_apart
 from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
@@ -89,8 +89,9 @@ def infer(
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        compute = metrics.prepared(config, data, outputs)
-        sink = open_sink(config.output, data.samples, class_names(model))
+        classes = class_names(model)
+        compute = metrics.prepared(config, data, outputs, classes)
+        sink = open_sink(config.output, data.samples, classes)
         sink, unit = in_input_order(sink, data)
         environment = machine.environment(device)
         with folder.writing():
@@ -110,7 +111,8 @@ def infer(
                 measurements=(measured,),
                 files=tuple(sink.files()),
                 predictions=sink.written,
-                apart=runner.rescue.quarantine.count,
+                # Of a batch that was not finished more may have been noted than is in the files.
+                apart=sum(number < sink.written for number in numbers_apart(folder.path)),
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,

@@ -61,12 +61,13 @@ def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
         rows = csv.reader(file)
         places = _places(next(rows)[1:])
         for taken in numbered_lots(rows):
-            whole = [(number, cells[1:]) for number, cells in taken if "" not in cells]
+            # Of what was set apart every cell is empty; a class may be called nothing.
+            whole = [(number, cells[1:]) for number, cells in taken if any(cells[1:])]
             if whole:
                 outputs = {
                     name: _tensor([[cells[i] for i in columns] for _, cells in whole], shape)
                     for name, (columns, shape) in places.items()
-                    if not _is_text(whole[0][1][columns[0]])
+                    if not any(_is_text(cells[columns[0]]) for _, cells in whole)
                 }
                 yield torch.tensor([number for number, _ in whole]), outputs
 

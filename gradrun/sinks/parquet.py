@@ -56,12 +56,9 @@ class ParquetSink(PartsSink):
     def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
         arrow, parquet = _arrow(), _arrow("parquet")
         names = list(ids) if all(isinstance(name, int) for name in ids) else [*map(str, ids)]
-        spelled = self.spelling.columns(columns)
-        held: dict[str, Any] = {"id": names}
-        for name, rows in columns.items():
-            held[name] = _column(arrow, rows)
-            if name in spelled:
-                held[spelled[name]] = self.spelling.spelled(rows.tolist())
+        held = {"id": names, **{name: _column(arrow, rows) for name, rows in columns.items()}}
+        for name, called in self.spelling.columns(columns).items():
+            held[called] = self.spelling.spelled(columns[name].tolist())
         table = arrow.table(held)
         shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
         told = {"start": str(start), **shapes}
