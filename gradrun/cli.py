@@ -561,12 +561,17 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
         warnings.simplefilter("ignore")
     try:
         _check_target("--json", json_file)
-        yield console
+        try:
+            yield console
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()  # what cannot be written fails here, not when Python ends
     except KeyboardInterrupt:
         _tell(Interrupted("interrupted"))
     except OSError as error:
         if debug or isinstance(error, BrokenPipeError):
             raise
+        _drop_stdout()
         _tell(GradrunError(f"the report cannot be printed: {error.strerror or error}"))
     except GradrunError as error:
         if debug:
@@ -576,6 +581,14 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
             with suppress(GradrunError, OSError, KeyboardInterrupt):
                 _answer(error.result, console, json_file)
         _tell(error)
+
+
+def _drop_stdout() -> None:
+    """Let what is still held for stdout go nowhere: Python would try it once more as it ends."""
+    with suppress(OSError, ValueError, AttributeError):  # a notebook's has no descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _tell(error: GradrunError) -> None:
