@@ -102,6 +102,8 @@ def infer(
             measured = runner.finish(gathered, load_seconds, open_seconds)
             if isinstance(gathered.stopped, Interrupted):
                 gathered.stopped.exit_code = interruption.exit_code
+            # Of a batch that was not finished more may have been noted than is in the files.
+            apart = sum(number < sink.written for number in numbers_apart(folder.path))
             result = RunResult(
                 kind="infer",
                 gradrun=environment.gradrun,
@@ -111,12 +113,11 @@ def infer(
                 measurements=(measured,),
                 files=tuple(sink.files()),
                 predictions=sink.written,
-                # Of a batch that was not finished more may have been noted than is in the files.
-                apart=sum(number < sink.written for number in numbers_apart(folder.path)),
+                apart=apart,
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,
-                    *_told_of_files(folder, sink, runner.rescue, outputs),
+                    *_told_of_files(folder, sink, runner.rescue, outputs, apart),
                     # What to do about figures is no help with a run that did not come to its end.
                     *(() if gathered.stopped else advice(config, measured, environment)),
                 ),
@@ -202,8 +203,10 @@ def _unwritten(error: Exception) -> RunFailed:
     return RunFailed(f"the predictions cannot be written: {reason}{f' ({file})' if file else ''}")
 
 
-def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named) -> list[Warning]:
-    """What a reader of the predictions must know."""
+def _told_of_files(
+    folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named, apart: int
+) -> list[Warning]:
+    """What a reader of the predictions must know; `apart`: samples in them that have none."""
     found = []
     if rescue.most:
         found.append(
@@ -213,14 +216,14 @@ def _told_of_files(folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named
                 f"{rescue.most}; set data.batch_size to that",
             )
         )
-    apart = rescue.quarantine.count
     if apart:
+        verb, places = ("is", "its place") if apart == 1 else ("are", "their places")
         found.append(
             Warning(
                 code="quarantined",
-                text=f"{count_text(apart, 'sample')} could not be predicted and "
-                f"{'is' if apart == 1 else 'are'} in {rescue.quarantine.path.name}, with what was "
-                "wrong; their places in the predictions hold no value",
+                text=f"{count_text(apart, 'sample')} could not be predicted and {verb} in "
+                f"{rescue.quarantine.path.name}, with what was wrong; there is no value in "
+                f"{places} in the predictions",
             )
         )
     counted = any(can_be_missing(tensor.dtype) for tensor in outputs.values())
