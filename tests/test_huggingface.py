@@ -114,6 +114,30 @@ def test_an_image_classifier_takes_arrays(tmp_path: Path) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
+    folder: Path, tmp_path: Path, grouped: bool
+) -> None:
+    texts = sentences(200)
+    (tmp_path / "t.txt").write_text("\n".join(texts) + "\n")
+    asked = config(folder, tmp_path / "out")
+    asked["data"] |= {"path": str(tmp_path / "t.txt"), "group_by_length": grouped}
+    gradrun.infer(asked)
+    tokenizer = library("").AutoTokenizer.from_pretrained(folder / "bert")
+    expected = []
+    for begin in range(0, 200, 8):
+        given = tokenizer(
+            texts[begin : begin + 8], padding=True, truncation=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            states = bert()(**given).last_hidden_state
+        mask = given["attention_mask"].unsqueeze(-1)
+        expected.append((states * mask).sum(1) / mask.sum(1))
+    found = torch.from_numpy(np.load(tmp_path / "out/predictions.npy"))
+    assert len(found) == 200
+    assert (found - torch.cat(expected)).abs().max() <= 1e-6
+
+
 def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
     from gradrun.model_sources import load_model
     from gradrun.yamlfile import load_config
