@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from gradrun import stats
 from gradrun.bounds import Bound, Status, bytes_bound, number_bound, share
@@ -99,7 +100,7 @@ def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
         )
 
 
-def _bytes_found(bound: Bound, value: int | None) -> dict[str, str]:
+def _bytes_found(bound: Bound, value: int | None) -> dict[str, Any]:
     if value is None:
         reason = "nothing measured it: there is no such device here, or measure.memory is off"
         return {"value": "–", "status": "inconclusive", "reason": reason}
@@ -163,7 +164,7 @@ def _limits(asked: CheckSection) -> list[tuple[str, str]]:
     return [(name, limit) for name, limit in fields if limit is not None]
 
 
-def _ratio_found(bound: Bound, found: Estimate | None) -> dict[str, str]:
+def _ratio_found(bound: Bound, found: Estimate | None) -> dict[str, Any]:
     if found is None:
         reason = "it could not be measured"
         return {"value": "–", "status": "inconclusive", "reason": reason}
@@ -210,7 +211,11 @@ def time_regression(
     if asked.regression.time is None:
         return
     bound = Bound(1 + share(asked.regression.time), at_least=False)
-    value = {"value": "–", "status": "inconclusive", "reason": "time could not be measured"}
+    value: dict[str, Any] = {
+        "value": "–",
+        "status": "inconclusive",
+        "reason": "time could not be measured",
+    }
     if differs:
         value["reason"] = (
             f"measured on another machine ({'; '.join(differs)}), whose times say nothing of this "
@@ -237,7 +242,8 @@ def memory_regression(
         if limit is None:
             continue
         old, new = getattr(before, name), getattr(now, name)
-        found = {"value": "–", "status": "inconclusive", "reason": "one side has no such figure"}
+        found: dict[str, Any] = {"value": "–", "status": "inconclusive"}
+        found["reason"] = "one side has no such figure"
         if old is not None and new is not None and old >= 0:
             grown = (new / old - 1 if old else math.inf) if new != old else 0.0
             over = grown > share(limit)
@@ -262,8 +268,8 @@ def outputs_regression(
         return
     if not before:
         reason = "the baseline holds none; --save-baseline writes one that does"
-        yield _outputs(rival, "same types, shapes, means", reason, "–").model_copy(
-            update={"status": "inconclusive", "value": "–"}
+        yield _outputs(rival, "same types, shapes, means", reason, "–").replace(
+            status="inconclusive", value="–"
         )
         return
     old, new = {o.name: o for o in before}, {o.name: o for o in now}
@@ -349,7 +355,7 @@ def machines_differ(before: Environment, now: Environment) -> list[str]:
 
 def placed(outcomes: Sequence[Outcome], place: Callable[[str], str | None]) -> tuple[Outcome, ...]:
     """The outcomes with the places of their keys."""
-    return tuple(o.model_copy(update={"source": place(o.key)}) for o in outcomes)
+    return tuple(o.replace(source=place(o.key)) for o in outcomes)
 
 
 # --- words -------------------------------------------------------------------------------------

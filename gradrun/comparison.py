@@ -87,7 +87,7 @@ class Session:
     def look(self) -> Compared:
         """What one process says of outputs and tensor memory; its few times say nothing."""
         while self.variants:
-            job = self._job("time", self.variants, 0).model_copy(update={"seconds": 0.0})
+            job = self._job("time", self.variants, 0).replace(seconds=0.0)
             (report,) = self._ask([job], self.measure.timeout)
             self._note_failures(report)
             if report.trials:
@@ -193,7 +193,7 @@ class Session:
     def _with_peak(self, variant: str, memory: Any) -> Any:
         weighed = self.peaks.get(variant)
         fields = ("process_peak", "process_method", "device_allocated", "device_reserved")
-        return memory.model_copy(update={f: getattr(weighed, f) for f in fields} if weighed else {})
+        return memory.replace(**{f: getattr(weighed, f) for f in fields}) if weighed else memory
 
     def _note_failures(self, report: Report) -> None:
         """Leave out what failed; a config at fault ends the comparison."""

@@ -10,17 +10,11 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from gradrun.nouns import Noun
 from gradrun.result import Environment, Equivalence, Memory, Phases
 
 
-class _Message(BaseModel):
-    # An infinite difference is a figure too, and JSON has no word for it but null.
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
-
-
-class Variant(_Message):
+class Variant(Noun, frozen=True, kw_only=True):
     """One side of a comparison: its name and its whole config."""
 
     name: str
@@ -29,7 +23,7 @@ class Variant(_Message):
     """A folder, and the one in whose place its code is imported from."""
 
 
-class Job(_Message):
+class Job(Noun, frozen=True, kw_only=True):
     """What a worker is asked: time variants against each other, run one and be weighed, or let one
     predict all of its data into its folder."""
 
@@ -44,7 +38,7 @@ class Job(_Message):
     """The file of a Marker."""
 
 
-class Failure(_Message):
+class Failure(Noun, frozen=True, kw_only=True):
     """A variant that could not be run: what was raised, or how its process ended."""
 
     variant: str
@@ -56,7 +50,7 @@ class Failure(_Message):
     """Set where the config is at fault: the key, or empty."""
 
 
-class Trial(_Message):
+class Trial(Noun, frozen=True, kw_only=True):
     """What one process found of one variant; `batch_seconds` has one entry a round."""
 
     variant: str
@@ -66,7 +60,7 @@ class Trial(_Message):
     memory: Memory
 
 
-class Disturbance(_Message):
+class Disturbance(Noun, frozen=True, kw_only=True):
     """How much of the machine others took while the worker measured."""
 
     steal: float = 0.0
@@ -77,7 +71,7 @@ class Disturbance(_Message):
     """Involuntary context switches a second."""
 
 
-class Report(_Message):
+class Report(Noun, frozen=True, kw_only=True):
     """What one process sends back."""
 
     trials: tuple[Trial, ...] = ()

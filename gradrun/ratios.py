@@ -58,4 +58,4 @@ def recomputed(result: RunResult) -> RunResult:
     if not isinstance(precision, float) or not 0 < precision <= 1:
         precision = _PRECISION
     compared = compare_measured(result.measurements, precision)
-    return result.model_copy(update={"comparisons": tuple(compared)})
+    return result.replace(comparisons=tuple(compared))

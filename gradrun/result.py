@@ -6,42 +6,35 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticSerializationError
+from msgspec import Meta, ValidationError
 
 from gradrun import stats
 from gradrun.disk import replace_file
 from gradrun.errors import GradrunError
 from gradrun.gradmode import GradMode
-
-
-class _Noun(BaseModel):
-    # "Infinity" (outputs of other shapes; an interval with an open end) is read back as it was.
-    model_config = ConfigDict(
-        frozen=True, extra="ignore", ser_json_inf_nan="strings", defer_build=True
-    )
-
+from gradrun.nouns import Noun
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=-(2**62), le=2**62)]
+Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
+Count = Annotated[int, Meta(ge=-(2**62), le=2**62)]
 """Of bytes or samples, as a machine can have them."""
 
 _MOST_BYTES = 2**30
 
 
-class Warning(_Noun):
+class Warning(Noun, frozen=True, kw_only=True):
     """Something a reader of the figures must know; the text says what to do about it."""
 
     code: str
     text: str
 
 
-class Environment(_Noun):
+class Environment(Noun, frozen=True, kw_only=True):
     """The machine and the versions; `memory` in bytes, `cpus` is what the process may use."""
 
     gradrun: str
@@ -58,7 +51,7 @@ class Environment(_Noun):
     device_name: str | None = None
 
 
-class Phases(_Noun):
+class Phases(Noun, frozen=True, kw_only=True):
     """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
 
     load_model: Seconds
@@ -70,7 +63,7 @@ class Phases(_Noun):
     output: Seconds
 
 
-class Memory(_Noun):
+class Memory(Noun, frozen=True, kw_only=True):
     """Count; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
@@ -91,7 +84,7 @@ class Memory(_Noun):
     device_reserved: Count | None = None
 
 
-class Padding(_Noun):
+class Padding(Noun, frozen=True, kw_only=True):
     """Tokens of texts that were filled up to the longest of their batch."""
 
     tokens: int = 0
@@ -109,7 +102,7 @@ class Padding(_Noun):
         )
 
 
-class Measurement(_Noun):
+class Measurement(Noun, frozen=True, kw_only=True):
     """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
 
     mode: GradMode
@@ -117,7 +110,7 @@ class Measurement(_Noun):
     """What tells it from others in a comparison; empty in a run of its own."""
     process: int = 0
     batch_seconds: tuple[Seconds, ...]
-    batch_sizes: tuple[Annotated[int, Field(ge=1, le=2**40)], ...]
+    batch_sizes: tuple[Annotated[int, Meta(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
     batch_limit: Count | None = None
@@ -125,11 +118,9 @@ class Measurement(_Noun):
     padding: Padding | None = None
     """Of texts and their like."""
 
-    @model_validator(mode="after")
-    def _a_time_for_each_batch(self) -> Self:
+    def __post_init__(self) -> None:
         if len(self.batch_seconds) != len(self.batch_sizes):
             raise ValueError("batch_seconds and batch_sizes are not of the same length")
-        return self
 
     @property
     def samples(self) -> int:
@@ -168,7 +159,7 @@ class Measurement(_Noun):
         return max(shares, key=lambda name: shares[name]), shares
 
 
-class Comparison(_Noun):
+class Comparison(Noun, frozen=True, kw_only=True):
     """One variant against the baseline: baseline time / candidate time, above 1 is faster.
 
     `low` and `high` bound the ratio's 95 % interval over processes.
@@ -187,7 +178,7 @@ class Comparison(_Noun):
         return (self.high - self.low) / 2 / self.ratio
 
 
-class Equivalence(_Noun):
+class Equivalence(Noun, frozen=True, kw_only=True):
     """A variant's outputs against the baseline's, on the same batches."""
 
     baseline: str
@@ -202,10 +193,13 @@ class Equivalence(_Noun):
     """Whether the two ran a sample in common; if not, they are not equal, and that says nothing."""
 
 
-class Finding(_Noun):
+Severity = Literal["error", "warning", "info"]
+
+
+class Finding(Noun, frozen=True, kw_only=True):
     """Something that an audit found in a model."""
 
-    severity: Literal["error", "warning", "info"]
+    severity: Severity
     code: str
     modes: tuple[GradMode, ...] = ()
     """In which it was seen; none where it has nothing to do with a mode."""
@@ -220,14 +214,14 @@ class Finding(_Noun):
     """Count: held, or lost with each batch."""
 
 
-class Kept(_Noun):
+class Kept(Noun, frozen=True, kw_only=True):
     """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
     bytes: Count
 
 
-class Outcome(_Noun):
+class Outcome(Noun, frozen=True, kw_only=True):
     """What one check of `gradrun check` came to."""
 
     check: str
@@ -245,7 +239,7 @@ class Outcome(_Noun):
     """Where that stands, as "file:line:column"; None where it is a default."""
 
 
-class Output(_Noun):
+class Output(Noun, frozen=True, kw_only=True):
     """One of the outputs that a model gave, over all samples."""
 
     name: str
@@ -257,7 +251,7 @@ class Output(_Noun):
     """The standard deviation; both are of all values, and NaN where there are such."""
 
 
-class Metric(_Noun):
+class Metric(Noun, frozen=True, kw_only=True):
     """How well predictions agree with the labels."""
 
     name: str
@@ -266,7 +260,7 @@ class Metric(_Noun):
     """That it was taken over; those set apart are not among them."""
 
 
-class RunResult(_Noun):
+class RunResult(Noun, frozen=True, kw_only=True):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
@@ -299,41 +293,20 @@ class RunResult(_Noun):
     """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
-    @field_validator("config")
-    @classmethod
-    def _of_a_run(cls, config: dict[str, Any]) -> dict[str, Any]:
-        model, output = config.get("model"), config.get("output")
-        if not isinstance(model, dict) or not isinstance(model.get("source"), str):
-            raise ValueError("it has no model.source")
-        if not isinstance(output, dict) or not isinstance(output.get("path"), str):
-            raise ValueError("it has no output.path")
-        run = config.get("run")
-        if not isinstance(run, dict) or not isinstance(run.get("mode"), str):
-            raise ValueError("it has no run.mode")
-        return config
-
-    @model_validator(mode="after")
-    def _measured_as_its_kind_is(self) -> Self:
+    def __post_init__(self) -> None:
+        _check_config(self.config)
         if self.kind == "infer" and not self.measurements:
             raise ValueError("an infer run without a measurement")
         if self.kind == "compare":
             rounds = [m.batch_seconds for m in self.measurements]
             if not all(rounds) or not all(1e-12 < t < 1e9 for times in rounds for t in times):
                 raise ValueError("a comparison with rounds that no clock gives")
-        return self
 
     @property
     def status(self) -> str:
         """Of a check: fail where any failed, else inconclusive where any is, else pass."""
         found = {outcome.status for outcome in self.outcomes}
         return next((s for s in ("fail", "inconclusive") if s in found), "pass")
-
-    def to_json(self) -> str:
-        """As result.json holds it."""
-        try:
-            return self.model_dump_json(indent=1)
-        except PydanticSerializationError:  # a file name that is no UTF-8, say: JSON can escape it
-            return json.dumps(self.model_dump(), indent=1, default=str)
 
     def save(self, path: Path) -> None:
         """Write to `path`, whole or not at all.
@@ -358,17 +331,23 @@ class RunResult(_Noun):
                 raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
             told = json.loads(path.read_bytes())
             _check_format(path, told)
-            return cls.model_validate(told)
+            return cls.of(told)
         except OSError as error:
             unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
             hint = "; the run there has not ended: infer --resume goes on" if unfinished else ""
             raise GradrunError(f"{path} cannot be read: {error.strerror}{hint}") from error
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise GradrunError(f"{path} is no result of gradrun: {where} {first['msg']}") from error
+            raise GradrunError(f"{path} is no result of gradrun: {error}") from error
         except (ValueError, RecursionError) as error:
             raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """Hold that a config has what every report asks of it."""
+    for section, key in (("model", "source"), ("output", "path"), ("run", "mode")):
+        told = config.get(section)
+        if not isinstance(told, dict) or not isinstance(told.get(key), str):
+            raise ValueError(f"config has no {section}.{key}")
 
 
 def _check_format(path: Path, told: Any) -> None:
@@ -383,7 +362,7 @@ def _check_format(path: Path, told: Any) -> None:
         )
 
 
-class Fact(_Noun):
+class Fact(Noun, frozen=True, kw_only=True):
     """What one question about the gradient modes gave, when it was run."""
 
     topic: str
@@ -404,7 +383,7 @@ class Fact(_Noun):
         return self.observed in (self.expected, None)
 
 
-class ModeFacts(_Noun):
+class ModeFacts(Noun, frozen=True, kw_only=True):
     """What each gradient mode does on the installed torch and a device."""
 
     format: Literal[1] = 1
@@ -417,7 +396,3 @@ class ModeFacts(_Noun):
     def differing(self) -> tuple[Fact, ...]:
         """The facts that are not as expected."""
         return tuple(fact for fact in self.facts if not fact.holds)
-
-    def to_json(self) -> str:
-        """As --json gives it."""
-        return self.model_dump_json(indent=1)

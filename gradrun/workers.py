@@ -18,8 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from pydantic import ValidationError
-
 from gradrun.messages import Failure, Job, Marker, Report
 
 _TAIL_LINES = 12
@@ -33,7 +31,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="gradrun-")
         self._marker = Path(self._folder.name) / "marker"
         self._marker.write_bytes(bytes(Marker.SIZE))
-        self.job = job.model_copy(update={"marker": str(self._marker)})
+        self.job = job.replace(marker=str(self._marker))
         # A session of its own: Ctrl-C reaches us alone, and we end whatever the worker started.
         self._process = subprocess.Popen(  # noqa: S603 - the words are our own
             [sys.executable, "-m", "gradrun.workers", str(os.getpid())],
@@ -58,15 +56,15 @@ class Worker:
         A process that died gives a report with a Failure that names the variant and the batch.
         """
         try:
-            asked = self.job.model_dump_json().encode()
+            asked = self.job.to_json().encode()
             out, printed = self._process.communicate(asked, timeout=timeout)
         except subprocess.TimeoutExpired:
             return self._failed(f"did not return within {timeout:g} s (measure.timeout)", b"")
         if self._process.returncode:
             return self._failed(_how_it_ended(self._process.returncode), printed)
         try:
-            return Report.model_validate_json(out)
-        except ValidationError:
+            return Report.from_json(out)
+        except ValueError:
             return self._failed("ended without a report", printed)
 
     def _failed(self, cause: str, printed: bytes) -> Report:
@@ -133,10 +131,10 @@ def main() -> None:
     _die_with_parent()
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a model prints must not mix with the report
-    job = Job.model_validate_json(sys.stdin.buffer.read())
+    job = Job.from_json(sys.stdin.buffer.read())
     from gradrun.trial import carry_out
 
-    replies.write(carry_out(job).model_dump_json().encode())
+    replies.write(carry_out(job).to_json().encode())
     replies.flush()
     # No clean-up of torch's: the report is out, and the next worker waits.
     os._exit(0)

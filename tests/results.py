@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from gradrun.config import RunConfig
+from gradrun.gradmode import GradMode
 from gradrun.result import Environment, Measurement, Memory, Phases, RunResult
 
 CONFIG = RunConfig.model_validate_json(
@@ -54,14 +55,15 @@ def skewed(batches: int) -> tuple[float, ...]:
 def measurement(batches: int = 125, last: int = 2, **changes: Any) -> Measurement:
     """`batches` batches of four samples, the last of `last`."""
     sizes = (*(4,) * (batches - 1), last)[:batches]
-    given = {
+    given: dict[str, Any] = {
         "mode": "inference_mode",
         "batch_seconds": skewed(batches),
         "batch_sizes": sizes,
         "phases": PHASES,
         "memory": MEMORY,
     }
-    return Measurement(**(given | changes))
+    given |= changes
+    return Measurement(**given | {"mode": GradMode(given["mode"])})
 
 
 def run_result(measured: Measurement | None = None, **changes: Any) -> RunResult:

@@ -10,7 +10,7 @@ from tests.test_comparison_report import RESULTS as COMPARED
 
 KIB = 1024
 TIMELINE = (0, 16 * KIB, 66_048, 32 * KIB, 48 * KIB, 160)
-WATCHED = MEMORY.model_copy(update={"timeline": TIMELINE, "peak_module": "stage2.0 (Conv2d)"})
+WATCHED = MEMORY.replace(timeline=TIMELINE, peak_module="stage2.0 (Conv2d)")
 OUTCOMES = (
     Outcome(check="runs", limit="no error", value="498 samples", status="pass"),
     Outcome(check="forward_peak", limit="at most 64.0 MiB", value="64.5 KiB", status="pass"),
@@ -58,11 +58,13 @@ NASTY = f"{TAGS} {LINKS} =cmd|' /C calc'!A0"
 
 def hostile(kind: str) -> RunResult:
     """A result in which every text that a file can hold is meant to do harm."""
-    memory = WATCHED.model_copy(update={"peak_module": NASTY, "process_method": NASTY})
-    machine = MACHINE.model_copy(
-        update=dict.fromkeys(
-            ("gradrun", "torch", "numpy", "python", "platform", "cpu", "device", "device_name"),
-            NASTY,
+    memory = WATCHED.replace(peak_module=NASTY, process_method=NASTY)
+    machine = MACHINE.replace(
+        **(
+            dict.fromkeys(
+                ("gradrun", "torch", "numpy", "python", "platform", "cpu", "device", "device_name"),
+                NASTY,
+            )
         )
     )
     config = CONFIG.model_dump(mode="json") | {
@@ -71,39 +73,27 @@ def hostile(kind: str) -> RunResult:
     }
     base = RESULTS[kind]
     variants = {m.variant: f"{i} {NASTY}" for i, m in enumerate(base.measurements) if m.variant}
-    return base.model_copy(
-        update={
-            "config": config,
-            "environment": machine,
-            "started_at": NASTY,
-            "measurements": tuple(
-                m.model_copy(update={"memory": memory, "variant": variants.get(m.variant, "")})
-                for m in base.measurements
-            ),
-            "comparisons": tuple(
-                c.model_copy(
-                    update={
-                        "baseline": variants[c.baseline],
-                        "candidate": variants[c.candidate],
-                    }
-                )
-                for c in base.comparisons
-            ),
-            "findings": tuple(
-                f.model_copy(
-                    update=dict.fromkeys(("code", "module", "source", "text", "advice"), NASTY)
-                )
-                for f in base.findings
-            ),
-            "kept": tuple(k.model_copy(update={"module": NASTY}) for k in base.kept),
-            "outcomes": tuple(
-                o.model_copy(
-                    update=dict.fromkeys(("check", "limit", "value", "reason", "key"), NASTY)
-                )
-                for o in base.outcomes
-            ),
-            "failures": (NASTY,),
-            "files": (NASTY,),
-            "warnings": (Warning(code=NASTY, text=NASTY),),
-        }
+    return base.replace(
+        config=config,
+        environment=machine,
+        started_at=NASTY,
+        measurements=tuple(
+            m.replace(memory=memory, variant=variants.get(m.variant, "")) for m in base.measurements
+        ),
+        comparisons=tuple(
+            c.replace(baseline=variants[c.baseline], candidate=variants[c.candidate])
+            for c in base.comparisons
+        ),
+        findings=tuple(
+            f.replace(**dict.fromkeys(("code", "module", "source", "text", "advice"), NASTY))
+            for f in base.findings
+        ),
+        kept=tuple(k.replace(module=NASTY) for k in base.kept),
+        outcomes=tuple(
+            o.replace(**dict.fromkeys(("check", "limit", "value", "reason", "key"), NASTY))
+            for o in base.outcomes
+        ),
+        failures=(NASTY,),
+        files=(NASTY,),
+        warnings=(Warning(code=NASTY, text=NASTY),),
     )

@@ -20,7 +20,7 @@ EXPORTED = RunConfig.model_validate_json(
 
 def found(measured: Measurement, config: RunConfig = CONFIG, **machine: Any) -> dict[str, str]:
     """The warnings by their code."""
-    warnings = advice(config, measured, MACHINE.model_copy(update=machine))
+    warnings = advice(config, measured, MACHINE.replace(**machine))
     assert len({warning.code for warning in warnings}) == len(warnings)
     return {warning.code: warning.text for warning in warnings}
 

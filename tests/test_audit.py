@@ -352,7 +352,7 @@ def test_the_command_exits_3_on_an_error_and_0_without(process: Command, tmp_pat
         file.write_text(json.dumps(config(tmp_path, fault)))
         answer = process("audit", file, "--trust-code", "--no-compile", "--json", "-")
         assert answer.code == code, answer.text
-        result = RunResult.model_validate_json(answer.out)
+        result = RunResult.from_json(answer.out)
         assert result.kind == "audit"
         assert RunResult.load(tmp_path / "run-audit") == result
         assert "Run it in" in answer.err

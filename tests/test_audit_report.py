@@ -21,7 +21,7 @@ PATH = {**CONFIG.model_dump(mode="json"), "output": {"path": "runs/digits-audit"
 
 
 def in_mode(mode: str, **memory: int | None) -> Any:
-    return measurement(0, mode=mode, variant=mode, memory=MEMORY.model_copy(update=memory))
+    return measurement(0, mode=mode, variant=mode, memory=MEMORY.replace(**memory))
 
 
 GRAD = in_mode("grad", forward_peak=9 * MIB, retained=8 * MIB)
@@ -31,7 +31,7 @@ SAME = tuple(
     Equivalence(baseline="grad", candidate=mode, bitwise=True, max_abs_diff=0.0, equal=True)
     for mode in ("no_grad", "inference_mode")
 )
-DIFFERS = SAME[0].model_copy(update={"bitwise": False, "max_abs_diff": 0.25, "equal": False})
+DIFFERS = SAME[0].replace(bitwise=False, max_abs_diff=0.25, equal=False)
 
 
 def finding(severity: str, **changes: Any) -> Finding:
@@ -88,8 +88,7 @@ RESULTS = {
     ),
     "unmeasured": audit(
         measurements=tuple(
-            m.model_copy(update={"memory": Memory(weights=0, inputs=16)})
-            for m in (GRAD, NO_GRAD, INFERENCE)
+            m.replace(memory=Memory(weights=0, inputs=16)) for m in (GRAD, NO_GRAD, INFERENCE)
         ),
         kept=(),
     ),
@@ -109,9 +108,7 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
-    result = RESULTS[name].model_copy(
-        update={"kept": (Kept(module="a." * 60 + "b (Block)", bytes=8 * MIB),)}
-    )
+    result = RESULTS[name].replace(kept=(Kept(module="a." * 60 + "b (Block)", bytes=8 * MIB),))
     assert max(map(cell_len, printed(show, result, width).splitlines())) <= width
 
 

@@ -64,14 +64,14 @@ def test_a_check_looks_as_it_is_meant_to(name, width):
 
 
 def test_no_name_drives_the_terminal():
-    evil = FAILED.model_copy(update={"check": EVIL, "limit": EVIL, "value": EVIL, "reason": EVIL})
+    evil = FAILED.replace(check=EVIL, limit=EVIL, value=EVIL, reason=EVIL)
     text = without_style(printed(check.show, result(evil), 120, terminal=True))
     assert "[bold red]" in text
     assert not any(char in text for char in "\x1b\x07\x9b\u202e")
 
 
 def test_junit_keeps_to_the_schema_and_counts_right():
-    evil = FAILED.model_copy(update={"check": f"<&\"'{EVIL}", "reason": f"]]>{EVIL}\x00"})
+    evil = FAILED.replace(check=f"<&\"'{EVIL}", reason=f"]]>{EVIL}\x00")
     text = junit.xml(result(PASSED, FAILED, UNCLEAR, evil))
     xmlschema.XMLSchema(ROOT / "tests" / "junit.xsd").validate(text)
     suite = ElementTree.fromstring(text.encode()).find("testsuite")
@@ -110,9 +110,7 @@ def test_github_is_told_of_what_did_not_pass_at_its_line():
 
 
 def test_no_text_is_a_command_of_its_own():
-    evil = FAILED.model_copy(
-        update={"check": "a,line=9::b\n::error::c", "reason": "x\r\n::set-output name=a::b\x1b"}
-    )
+    evil = FAILED.replace(check="a,line=9::b\n::error::c", reason="x\r\n::set-output name=a::b\x1b")
     (line,) = github.commands(result(evil))
     assert "\n" not in line
     assert "\r" not in line

@@ -119,10 +119,7 @@ def test_a_speedup_is_time_of_the_other_over_time_of_this(seconds, limit, status
 
 
 def test_an_interval_on_both_sides_of_a_limit_is_inconclusive():
-    noisy = [
-        m.model_copy(update={"batch_seconds": (1.0 + 0.1 * m.process,) * 5})
-        for m in trials("grad", 1.0)
-    ]
+    noisy = [m.replace(batch_seconds=(1.0 + 0.1 * m.process,) * 5) for m in trials("grad", 1.0)]
     section = asked(limits={"speedup_over_grad": ">= 1.15"})
     measured = [*trials("inference_mode", 1.0), *noisy]
     (found,) = checks.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
@@ -155,13 +152,13 @@ def test_time_fails_only_where_the_whole_interval_is_beyond(low, high, status):
 
 
 def test_times_of_another_machine_are_not_compared_and_memory_is():
-    before = MACHINE.model_copy(update={"cpu": "Xeon", "threads": 8})
+    before = MACHINE.replace(cpu="Xeon", threads=8)
     differs = checks.machines_differ(before, MACHINE)
     assert differs == ["cpu Xeon, here AMD EPYC", "threads 8, here 2"]
     (found,) = checks.time_regression(asked(), "b.json", Estimate(2, 1.9, 2.1), differs)
     assert found.status == "inconclusive"
     assert "--against" in found.reason
-    grown = MEMORY.model_copy(update={"forward_peak": 67_400})
+    grown = MEMORY.replace(forward_peak=67_400)
     (found,) = checks.memory_regression(asked(), "b.json", MEMORY, grown)
     assert found.status == "fail"
 
@@ -177,20 +174,20 @@ def test_one_process_of_a_baseline_supports_no_interval():
     ("grown", "status"), [(0, "pass"), (660, "pass"), (661, "fail"), (-5000, "pass")]
 )
 def test_memory_may_grow_by_its_share_and_no_byte_more(grown, status):
-    now = MEMORY.model_copy(update={"forward_peak": 66_048 + grown})
+    now = MEMORY.replace(forward_peak=66_048 + grown)
     (found,) = checks.memory_regression(asked(), "main", MEMORY, now)
     assert found.status == status
 
 
 def test_memory_that_came_from_nothing_fails_and_nothing_to_nothing_passes():
-    none = MEMORY.model_copy(update={"retained": 0})
+    none = MEMORY.replace(retained=0)
     section = asked(regression={"retained": "10%", "forward_peak": None})
     assert next(checks.memory_regression(section, "m", none, MEMORY)).status == "fail"
     assert next(checks.memory_regression(section, "m", none, none)).status == "pass"
 
 
 def test_a_figure_that_one_side_lacks_is_inconclusive():
-    unknown = MEMORY.model_copy(update={"forward_peak": None})
+    unknown = MEMORY.replace(forward_peak=None)
     (found,) = checks.memory_regression(asked(), "m", unknown, MEMORY)
     assert found.status == "inconclusive"
 
@@ -210,7 +207,7 @@ OUTPUT = Output(name="prediction", dtype="float32", shape=(10,), mean=0.5, sprea
     ],
 )
 def test_outputs_are_known_by_type_shape_mean_and_spread(change, said):
-    now = OUTPUT.model_copy(update=change)
+    now = OUTPUT.replace(**change)
     (found,) = checks.outputs_regression(asked(), "b.json", [OUTPUT], [now])
     assert found.status == ("fail" if said else "pass")
     assert said in found.reason
@@ -236,4 +233,4 @@ def test_one_failure_fails_and_one_doubt_without_failure_is_inconclusive():
         ([*good, unclear], "inconclusive"),
         ([unclear, bad], "fail"),
     ):
-        assert result.model_copy(update={"outcomes": tuple(outcomes)}).status == status
+        assert result.replace(outcomes=tuple(outcomes)).status == status

@@ -194,7 +194,7 @@ def test_a_file_in_the_place_of_the_results_folder_is_said_before_anything_runs(
 
 def test_json_on_stdout_is_alone_there(cli: Command, asked: Asked, folder: Path) -> None:
     answer = cli("compare", "c.yaml", "--json", "-")
-    result = RunResult.model_validate_json(answer.out)
+    result = RunResult.from_json(answer.out)
     assert result == RunResult.load(folder / "runs" / "out-compare")
     assert (result.kind, len(result.comparisons)) == ("compare", 2)
     assert "inference_mode" in answer.err

@@ -72,7 +72,7 @@ def trial(name: str, seconds: float, **memory: Any) -> Trial:
         batch_seconds=(seconds,) * 5,
         batch_sizes=(4,) * 5,
         phases=PHASES,
-        memory=MEMORY.model_copy(update={"process_peak": None} | memory),
+        memory=MEMORY.replace(**{"process_peak": None} | memory),
     )
 
 
@@ -162,7 +162,7 @@ def near_the_edge(job: Job, number: int) -> Report:
     if job.kind == "weigh":
         return report
     other = trial("no_grad", 0.0013 * (1 + 0.014 * (number % 2)))
-    return report.model_copy(update={"trials": (report.trials[0], other)})
+    return report.replace(trials=(report.trials[0], other))
 
 
 def test_a_ratio_at_the_edge_of_no_difference_takes_half_the_width(run: Run) -> None:
@@ -223,7 +223,7 @@ def test_memory_that_differs_between_processes_is_a_warning(run: Run) -> None:
         if job.kind == "weigh":
             return report
         drift = trial("no_grad", 0.001, forward_peak=1024 * (1 + number))
-        return report.model_copy(update={"trials": (report.trials[0], drift, report.trials[2])})
+        return report.replace(trials=(report.trials[0], drift, report.trials[2]))
 
     found, _ = run(drifting)
     (warning,) = found.warnings
@@ -242,8 +242,8 @@ def disturbed_at(*numbers: int, noise: Disturbance = NOISY) -> Callable[[Job, in
         report = all_well(job, number, disturbance=here)
         if here is QUIET:
             return report
-        slow = [t.model_copy(update={"batch_seconds": (9.0,) * 5}) for t in report.trials]
-        return report.model_copy(update={"trials": tuple(slow)})
+        slow = [t.replace(batch_seconds=(9.0,) * 5) for t in report.trials]
+        return report.replace(trials=tuple(slow))
 
     return answer
 
@@ -267,10 +267,10 @@ def slow_at(*numbers: int, times: float) -> Callable[[Job, int], Report]:
         if job.kind != "time" or number not in numbers:
             return report
         slow = [
-            t.model_copy(update={"batch_seconds": tuple(times * s for s in t.batch_seconds)})
+            t.replace(batch_seconds=tuple(times * s for s in t.batch_seconds))
             for t in report.trials
         ]
-        return report.model_copy(update={"trials": tuple(slow)})
+        return report.replace(trials=tuple(slow))
 
     return answer
 

@@ -68,7 +68,7 @@ def compared(*sides: list[Measurement], **changes: Any) -> RunResult:
 
 
 def of(**update: Any) -> Memory:
-    return MEMORY.model_copy(update=update)
+    return MEMORY.replace(**update)
 
 
 GRAD = side("grad", 9.13e-4, 0.001, of(forward_peak=9 * MIB, retained=8 * MIB), "grad")
@@ -111,7 +111,7 @@ RESULTS = {
     "gpu": compared(
         side("grad", 9.13e-4, 0.001, ON_GPU, "grad"),
         side("no_grad", 7.1e-4, 0.003, ON_GPU, "no_grad"),
-        environment=MACHINE.model_copy(update={"device": "cuda", "device_name": "NVIDIA H200"}),
+        environment=MACHINE.replace(device="cuda", device_name="NVIDIA H200"),
         equivalence=(agreed("no_grad"),),
     ),
     "threads": compared(
@@ -152,7 +152,7 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
     long = {**PATH, "output": {"path": "/somewhere/" + "far/" * 30 + "away"}}
-    result = RESULTS[name].model_copy(update={"config": long})
+    result = RESULTS[name].replace(config=long)
     assert max(map(cell_len, shown(result, width).splitlines())) <= width
 
 
@@ -251,14 +251,12 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
 @pytest.mark.parametrize(
     "result",
     [
-        RESULTS["modes"].model_copy(
-            update={"config": PATH | {"model": {"source": "python", "target": f"{EVIL}:Net"}}}
+        RESULTS["modes"].replace(
+            config=PATH | {"model": {"source": "python", "target": f"{EVIL}:Net"}}
         ),
-        RESULTS["modes"].model_copy(update={"config": PATH | {"output": {"path": EVIL}}}),
-        RESULTS["modes"].model_copy(update={"warnings": (Warning(code="x", text=EVIL),)}),
-        RESULTS["modes"].model_copy(
-            update={"environment": MACHINE.model_copy(update={"device_name": EVIL})}
-        ),
+        RESULTS["modes"].replace(config=PATH | {"output": {"path": EVIL}}),
+        RESULTS["modes"].replace(warnings=(Warning(code="x", text=EVIL),)),
+        RESULTS["modes"].replace(environment=MACHINE.replace(device_name=EVIL)),
         compared(GRAD, side(EVIL, 7e-4, 0.001, MEMORY, "no_grad"), equivalence=(agreed(EVIL),)),
         compared(
             GRAD,

@@ -15,7 +15,7 @@ KIB = 1024
 
 
 def side(name: str, peak: int | None = 64 * KIB, mode: str = "grad") -> Any:
-    memory = MEMORY.model_copy(update={"forward_peak": peak})
+    memory = MEMORY.replace(forward_peak=peak)
     return measurement(5, last=4, mode=mode, variant=name, memory=memory)
 
 
@@ -115,7 +115,7 @@ def test_where_all_others_are_slower_the_baseline_stays() -> None:
 
 @pytest.mark.parametrize("others", [(UNSURE,), (SLOWER, UNSURE)])
 def test_a_noisy_machine_is_said_to_be_one_and_what_to_do(others: tuple[Comparison, ...]) -> None:
-    unsure = UNSURE.model_copy(update={"candidate": "inference_mode"})
+    unsure = UNSURE.replace(candidate="inference_mode")
     text = conclusion(result(*others[:-1], unsure))
     assert text.startswith("This machine was too noisy to tell: inference_mode / grad lies")
     assert "0.7 to 1.4" in text

@@ -91,7 +91,7 @@ def test_ratios_that_a_file_claims_count_for_nothing() -> None:
     claim = Comparison(
         baseline="grad", candidate="no_grad", ratio=9, low=9, high=9, verdict="faster"
     )
-    forged = honest.model_copy(update={"comparisons": (claim,)})
+    forged = honest.replace(comparisons=(claim,))
     assert recomputed(forged) == honest
 
 
@@ -121,10 +121,10 @@ def test_the_verdict_comes_before_every_figure(format: str) -> None:
 
 
 def test_beside_each_other_stand_figures_of_the_same_kind_and_what_else_differs() -> None:
-    other = RESULTS["short run"].environment.model_copy(update={"cpu": "another", "threads": 1})
+    other = RESULTS["short run"].environment.replace(cpu="another", threads=1)
     pair = [
         ("a", RESULTS["run"]),
-        ("b", RESULTS["short run"].model_copy(update={"environment": other})),
+        ("b", RESULTS["short run"].replace(environment=other)),
     ]
     text = " ".join(printed(reports.show, pair, 120).split())
     assert "batch median 685 ± 9 µs 680 ± 48 µs" in text
@@ -160,8 +160,8 @@ def test_a_plot_takes_its_colours_and_type_from_the_page(name: str) -> None:
 def test_batches_too_slow_to_draw_are_told_of() -> None:
     run = RESULTS["run"]
     slow = (*run.measurements[0].batch_seconds[:-1], 0.5)
-    measured = run.measurements[0].model_copy(update={"batch_seconds": slow})
-    one, *_ = plots(run.model_copy(update={"measurements": (measured,)}))
+    measured = run.measurements[0].replace(batch_seconds=slow)
+    one, *_ = plots(run.replace(measurements=(measured,)))
     assert "Not drawn: 1 time above" in one.note
     assert "up to 500 ms" in one.note
 
@@ -230,9 +230,7 @@ def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
 
 
 def test_scores_against_labels_are_figures_too() -> None:
-    scored = RESULTS["run"].model_copy(
-        update={"metrics": (Metric(name="accuracy", value=0.9731, samples=498),)}
-    )
+    scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
     text = reports.written([("a", scored)], "csv")
     (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
     assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
 
 from gradrun.messages import Disturbance, Failure, Job, Marker, Report, Trial, Variant
 from gradrun.result import Equivalence
@@ -47,22 +46,22 @@ REPORT = Report(
 
 
 def test_a_job_arrives_as_it_was_sent() -> None:
-    assert Job.model_validate_json(JOB.model_dump_json()) == JOB
+    assert Job.from_json(JOB.to_json()) == JOB
 
 
 def test_a_report_arrives_as_it_was_sent_to_the_last_bit() -> None:
-    assert Report.model_validate_json(REPORT.model_dump_json()) == REPORT
+    assert Report.from_json(REPORT.to_json()) == REPORT
 
 
 def test_a_message_cannot_be_changed_on_its_way() -> None:
-    with pytest.raises(ValidationError):
+    with pytest.raises(AttributeError):
         JOB.seed = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "dance"}', "Loading model...\n{}"])
 def test_what_is_no_message_is_refused(text: str) -> None:
-    with pytest.raises(ValidationError):
-        Job.model_validate_json(text)
+    with pytest.raises(ValueError, match=r"Expect|Invalid"):
+        Job.from_json(text)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch, one_topic: None) -> None:
 def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
     answer = process("modes", "--json", "-")
     assert answer.code == 0, answer.text
-    proven = ModeFacts.model_validate_json(answer.out)
+    proven = ModeFacts.from_json(answer.out)
     assert {fact.topic for fact in proven.facts} == set(probes.TOPICS)
     assert not proven.differing
     # The page goes to stderr, and what torch warns of goes nowhere.

@@ -65,8 +65,7 @@ COMPILED = row(
     "gradrun's guard, fullgraph=True", "1 graph", "1 graph", "1 graph", topic="torch.compile"
 )
 NO_COMPILE = tuple(
-    known.model_copy(update={"observed": None, "untried": "torch.compile is turned off here"})
-    for known in COMPILED
+    known.replace(observed=None, untried="torch.compile is turned off here") for known in COMPILED
 )
 WORKS_NOW = fact("r.add_(1)", "RuntimeError", "works", mode="inference_mode")
 BROKEN = fact(
@@ -80,7 +79,7 @@ RESULTS = {
     ),
     "gpu": proven(
         *AFTER,
-        environment=MACHINE.model_copy(update={"device": "cuda", "device_name": "NVIDIA H200"}),
+        environment=MACHINE.replace(device="cuda", device_name="NVIDIA H200"),
     ),
     "mixed": proven(*AFTER, fact("alone", "yes")),
     "untried": proven(*AFTER, *NO_COMPILE),
@@ -222,7 +221,7 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e"
         proven(fact(EVIL, "works")),
         proven(fact("r", "works", topic=EVIL)),
         proven(fact("r", "works", None, untried=EVIL)),
-        proven(*AFTER, environment=MACHINE.model_copy(update={"torch": EVIL})),
+        proven(*AFTER, environment=MACHINE.replace(torch=EVIL)),
     ],
     ids=["seen", "raised", "question", "topic", "untried", "torch"],
 )

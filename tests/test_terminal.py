@@ -35,12 +35,14 @@ RESULTS = {
         measurement(
             2_000,
             mode="grad",
-            memory=MEMORY.model_copy(
-                update={"device_allocated": 54_001_664, "device_reserved": 67_108_864}
-                | {"forward_peak": None, "retained": None}
+            memory=MEMORY.replace(
+                device_allocated=54_001_664,
+                device_reserved=67_108_864,
+                forward_peak=None,
+                retained=None,
             ),
         ),
-        environment=MACHINE.model_copy(update={"device": "cuda", "device_name": "NVIDIA H200"}),
+        environment=MACHINE.replace(device="cuda", device_name="NVIDIA H200"),
         files=tuple(f"predictions-{i:05}.safetensors" for i in range(5)),
     ),
     "nothing": run_result(measurement(0), files=()),
@@ -75,9 +77,7 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
     long = {"path": "/somewhere/" + "far/" * 30 + "away"}
     result = RESULTS[name]
-    result = result.model_copy(
-        update={"config": {**result.config, "output": {**result.config["output"], **long}}}
-    )
+    result = result.replace(config={**result.config, "output": {**result.config["output"], **long}})
     assert max(map(cell_len, shown(result, width).splitlines())) <= width
 
 
@@ -164,7 +164,7 @@ CONFIG = RESULTS["digits"].config
 EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
 
 
-ODD = MEMORY.model_copy(update={"process_method": EVIL})
+ODD = MEMORY.replace(process_method=EVIL)
 
 
 @pytest.mark.parametrize("terminal", [False, True])
@@ -175,7 +175,7 @@ ODD = MEMORY.model_copy(update={"process_method": EVIL})
         {"config": CONFIG | {"output": {"path": EVIL}}},
         {"files": (EVIL,)},
         {"warnings": (Warning(code="x", text=EVIL),)},
-        {"environment": MACHINE.model_copy(update={"device_name": EVIL})},
+        {"environment": MACHINE.replace(device_name=EVIL)},
         {"measurements": (measurement(memory=ODD),)},
     ],
     ids=["model", "folder", "file", "warning", "device", "method"],

@@ -22,7 +22,7 @@ from gradrun.audits.subject import Calls, Subject, source_of, watched
 from gradrun.gradmode import GradMode
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import ModeState, observe
-from gradrun.result import Finding
+from gradrun.result import Finding, Severity
 from gradrun.units import bytes_text
 
 _GUARDS: list[Any] = [
@@ -101,6 +101,7 @@ def switches(subject: Subject) -> Iterable[Finding]:
 
 def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Finding:
     before, after = switch.before, switch.after
+    severity: Severity
     if after.records:
         severity, code = "warning", "tracks"
         saves = f", and saves {bytes_text(cost)} for a backward not to come" if cost else ""

@@ -237,11 +237,9 @@ def _merged(findings: list[Finding]) -> tuple[Finding, ...]:
         merged[key] = (
             finding
             if known is None
-            else known.model_copy(
-                update={
-                    "modes": (*known.modes, *finding.modes),
-                    "cost": max(filter(None, (known.cost, finding.cost)), default=None),
-                }
+            else known.replace(
+                modes=(*known.modes, *finding.modes),
+                cost=max(filter(None, (known.cost, finding.cost)), default=None),
             )
         )
     ranks = ["error", "warning", "info"]

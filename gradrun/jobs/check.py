@@ -115,7 +115,7 @@ def check(
             work = _Work(subject, predicted, rival, trusted(trust_code), tell)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
     place = whole._origin.where if whole._origin else lambda _: None
-    result = result.model_copy(update={"outcomes": checks.placed(result.outcomes, place)})
+    result = result.replace(outcomes=checks.placed(result.outcomes, place))
     folder = RunFolder(subject.output.path, overwrite=True)
     with folder.writing():
         folder.save(result)
@@ -300,9 +300,7 @@ class _Work:
         """What a model came to that ran over the data, and not in a fresh process."""
         outcomes = checks.smoke(self.predicted, []) if self.asked.smoke else []
         ended = checks.failed_smoke("runs again", comparison.sentence(failure))
-        return self.predicted.model_copy(
-            update={"kind": "check", "outputs": described, "outcomes": (*outcomes, ended)}
-        )
+        return self.predicted.replace(kind="check", outputs=described, outcomes=(*outcomes, ended))
 
     # --- measuring -----------------------------------------------------------------------------
 
@@ -384,7 +382,7 @@ class _Work:
         _, rival = self._own_and_rival()
         with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
             output = rival.config["output"] | {"path": folder, "format": own.format}
-            rival = rival.model_copy(update={"config": rival.config | {"output": output}})
+            rival = rival.replace(config=rival.config | {"output": output})
             self.tell("predicting with the other side", 0, 1)
             for failure in self._session([rival]).predict():
                 raise RunFailed(comparison.sentence(failure))

@@ -129,7 +129,7 @@ def infer(
                     folder.save(ended.result)
                 raise ended
             if compute:
-                result = result.model_copy(update=_agreement(compute, result, folder))
+                result = result.replace(**_agreement(compute, result, folder))
             with interruption.waits():
                 folder.save(result)
     return result
@@ -266,5 +266,5 @@ def _ended_early(
     ended.__cause__ = error.__cause__  # what --debug shows
     ended.exit_code = error.exit_code
     ended.resumable = True
-    ended.result = result.model_copy(update={"warnings": (*result.warnings, note)})
+    ended.result = result.replace(warnings=(*result.warnings, note))
     return ended

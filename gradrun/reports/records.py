@@ -55,7 +55,7 @@ def json_text(results: Sequence[Named]) -> str:
             "verdict": words.verdict(result),
             "figures": [asdict(row) for row in rows(result)],
             "notices": words.notices(result),
-            "environment": result.environment.model_dump(),
+            "environment": result.environment.as_dict(),
             "started_at": result.started_at,
         }
         for name, result in results
