@@ -44,7 +44,11 @@ app = typer.Typer(
     # Plain help: Rich panels import Markdown and tracebacks, which doubles the time of --help.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Off, where Typer has None: to read None it imports pydantic, the half of a short command.
+        "default_map": dict.fromkeys(("help", "install_completion", "show_completion"), False),
+    },
 )
 
 Sets = Annotated[
@@ -364,7 +368,22 @@ def verify(
             raise typer.Exit(CheckFailed.exit_code)
 
 
-@app.command()
+class _WordsAsTheyAre(typer.core.TyperCommand):
+    """Parses as ever, but makes Paths of words without Typer's pydantic."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Leave to Typer what is no report: --help, completion, and a path too few."""
+        told, _, _ = self.make_parser(ctx).parse_args(args=[*args])
+        if ctx.resilient_parsing or "help" in told or not told.get("results"):
+            return super().parse_args(ctx, args)
+        told["results"] = [Path(word) for word in told["results"]]
+        if told.get("output") is not None:
+            told["output"] = Path(told["output"])
+        ctx.params = told
+        return []
+
+
+@app.command(cls=_WordsAsTheyAre)
 def report(
     results: Annotated[
         list[Path],

@@ -60,10 +60,13 @@ def _plain(value: Any) -> int | float | str:
     return float(value) if isinstance(value, numbers.Real) else str(value)
 
 
+_WORDS = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
+
+
 def _spelled(told: Any) -> Any:
     """JSON has no infinity and no NaN: they are words, which `of` reads as the numbers again."""
     if isinstance(told, float):
-        return told if math.isfinite(told) else str(told).replace("inf", "Infinity")
+        return told if math.isfinite(told) else _WORDS[str(told)]
     if isinstance(told, dict):
         return {key: _spelled(value) for key, value in told.items()}
     if isinstance(told, list | tuple):

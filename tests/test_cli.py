@@ -16,10 +16,13 @@ import yaml
 
 from gradrun import __version__
 from gradrun.result import RunResult
+from tests.results import run_result
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "configs").glob("*.yaml"))
-COMMANDS = ["infer", "modes", "validate", "init", "schema"]
+COMMANDS = [
+    "infer", "compare", "modes", "audit", "check", "verify", "report", "validate", "init", "schema",
+]  # fmt: skip
 
 CONFIG = """\
 model:
@@ -81,13 +84,21 @@ def loaded(*words: str) -> set[str]:
     return set(re.findall(r"'(\S+)'", done.stderr.rpartition("LOADED")[2]))
 
 
-def test_help_loads_neither_torch_nor_pydantic():
-    assert not loaded("--help")
+HELPS = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)]
 
 
-@pytest.mark.parametrize("words", [["--version"], *([command, "--help"] for command in COMMANDS)])
-def test_the_help_of_a_command_loads_none_of_our_parts(words):
-    assert not loaded(*words) - {"pydantic"}, "typer itself loads pydantic"
+@pytest.mark.parametrize("words", HELPS)
+def test_help_loads_neither_torch_nor_pydantic(words):
+    assert not loaded(*words)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--format", "csv"], ["--format=json", "-q"], ["-o", "r.md"]]
+)
+def test_a_report_loads_neither_torch_nor_pydantic(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    run_result().save(Path("result.json"))
+    assert not loaded("report", *words, "result.json")
 
 
 @pytest.mark.parametrize("words", [["validate", "c.yaml"], ["schema"], ["init"]])

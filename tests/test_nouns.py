@@ -1,0 +1,92 @@
+"""Records to JSON and back: every figure as it was, and what is no such record refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradrun.nouns import Noun
+
+
+class Figures(Noun, frozen=True, kw_only=True):
+    floats: tuple[float, ...] = ()
+    count: int = 0
+    words: dict[str, str] | None = None
+    inner: Figures | None = None
+
+
+@given(st.lists(st.floats(), max_size=20), st.integers(-(2**70), 2**70), st.text())
+def test_what_was_written_is_read_bit_for_bit(floats, count, text):
+    noun = Figures(floats=tuple(floats), count=count, inner=Figures(words={text: text}))
+    back = Figures.from_json(noun.to_json())
+    assert [repr(f) for f in back.floats] == [repr(f) for f in floats]
+    assert (back.count, back.inner) == (count, noun.inner)
+
+
+def test_numbers_that_json_has_no_word_for_are_words():
+    text = Figures(floats=(math.inf, -math.inf, math.nan)).to_json()
+    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert told["floats"] == ["Infinity", "-Infinity", "NaN"]
+    positive, negative, none = Figures.from_json(text).floats
+    assert (positive, negative) == (math.inf, -math.inf)
+    assert math.isnan(none)
+
+
+def test_figures_of_numpy_are_figures():
+    noun = Figures(floats=(np.float64(0.1), np.float32(0.5)), count=np.int64(3))
+    assert Figures.from_json(noun.to_json()) == Figures(floats=(0.1, 0.5), count=3)
+
+
+def test_a_name_that_is_no_utf8_does_not_lose_the_rest():
+    noun = Figures(words={"file": "a\udcff"}, floats=(math.inf,))
+    assert noun.to_json().isascii()
+    assert Figures.from_json(noun.to_json()) == noun
+
+
+def test_a_changed_copy_leaves_the_first_as_it_was():
+    first = Figures(count=1)
+    assert first.replace(count=2) == Figures(count=2)
+    assert first.count == 1
+    with pytest.raises(TypeError, match="weight"):
+        first.replace(weight=2)
+    with pytest.raises(AttributeError, match="immutable"):
+        first.count = 2
+
+
+@pytest.mark.parametrize(
+    ("told", "where"),
+    [
+        ({"floats": [1.0, "x"]}, r"\$\.floats\[1\]"),
+        ({"inner": {"count": 1.5}}, r"\$\.inner\.count"),
+        ({"inner": []}, r"\$\.inner"),
+        ([], "Expected `object`"),
+    ],
+)
+def test_another_type_is_refused_with_its_place(told, where):
+    with pytest.raises(msgspec.ValidationError, match=where):
+        Figures.of(told)
+
+
+def test_unknown_keys_are_passed_over():
+    assert Figures.of({"count": 2, "moon": "full"}) == Figures(count=2)
+
+
+def test_a_record_needs_no_pydantic_to_be_read():
+    code = "import sys, gradrun.result, gradrun.messages; print('pydantic' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
