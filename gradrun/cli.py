@@ -187,7 +187,7 @@ def compare(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put the gradient modes side by side: time, memory, outputs, advice."""
+    """Put gradient modes side by side: time, memory, outputs, advice."""
     with _errors(debug, json_file, quiet) as console:
         from gradrun.bundled import bundled
         from gradrun.yamlfile import load_config
@@ -227,7 +227,7 @@ def audit(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Is the model safe and lean under each mode, and which module costs what?"""
+    """Find what is unsafe in a mode, and which module costs what."""
     with _errors(debug, json_file, quiet) as console:
         from gradrun.yamlfile import load_config
 
@@ -276,7 +276,10 @@ def check(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """The CI gate: limits and regressions; exit code 3 where one is broken, 4 where unclear."""
+    """Guard a CI: limits, golden outputs and regressions.
+
+    Ends with exit code 3 where one is broken, and 4 where one cannot be decided.
+    """
     with _errors(debug, json_file, quiet) as console:
         for option, file in (("--junit", junit), ("--save-baseline", save_baseline)):
             _check_target(option, str(file) if file else None)
@@ -334,7 +337,7 @@ def modes(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Prove what each gradient mode does on the torch that is installed."""
+    """Prove what each gradient mode does on the installed torch."""
     with _errors(debug, json_file, quiet) as console:
         with _quick_imports():
             from gradrun.jobs.modes import prove_modes
@@ -355,7 +358,10 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check every prediction of a run against the journal's checksums; say what is missing."""
+    """Hold a run's predictions against its journal's checksums.
+
+    Says which samples are missing or differ; exit code 3 where there are such.
+    """
     with _errors(debug, json_file, quiet) as console:
         from gradrun.jobs.verify import verify as run
         from gradrun.reports.verified import show

@@ -92,6 +92,11 @@ def test_help_loads_neither_torch_nor_pydantic(words):
     assert not loaded(*words)
 
 
+def test_no_summary_of_a_command_is_cut_in_a_terminal_of_80_columns(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "..." not in cli("--help").out.partition("Commands:")[2]
+
+
 @pytest.mark.parametrize("words", ["", "--format csv", "--format=json -q", "-o r.md"])
 def test_a_report_loads_neither_torch_nor_pydantic(words):
     run_result().save(Path("result.json"))
