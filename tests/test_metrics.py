@@ -202,6 +202,38 @@ def test_a_resumed_run_has_the_metrics_of_all_samples(
     assert values(result) == {"accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))}
 
 
+def test_a_finished_run_is_scored_anew_where_other_metrics_are_asked_for(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = config["data"].pop("labels")
+    first = gradrun.infer(config | {"metrics": []})
+    monkeypatch.setattr("gradrun.runner.Runner.run", lambda *_: pytest.fail("it ran anew"))
+
+    config["data"]["labels"] = labels
+    scored = gradrun.infer(config, resume=True)
+    assert values(scored) == {"accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))}
+    assert scored.measurements == first.measurements
+    assert RunResult.load(config["output"]["path"]) == scored
+    assert gradrun.infer(config, resume=True) == scored
+
+    both = gradrun.infer(config | {"metrics": ["accuracy", "f1"]}, resume=True)
+    assert list(values(both)) == ["accuracy", "f1"]
+    assert gradrun.infer(config | {"metrics": []}, resume=True).metrics == ()
+
+
+def test_what_could_not_be_scored_is_tried_again_by_a_resume(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr("torchmetrics.Metric.compute", lambda _: 1 / 0)
+        broken.setattr("torchmetrics.classification.MulticlassAccuracy.compute", lambda _: 1 / 0)
+        failed = gradrun.infer(config)
+    assert "no_metrics" in {warning.code for warning in failed.warnings}
+    scored = gradrun.infer(config, resume=True)
+    assert values(scored) == {"accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))}
+    assert "no_metrics" not in {warning.code for warning in scored.warnings}
+
+
 def test_labels_of_records_may_be_names(config: dict[str, Any], tmp_path: Path) -> None:
     names = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
     rows = [

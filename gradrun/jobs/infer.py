@@ -41,6 +41,8 @@ Progress = Callable[[int, int], None]
 
 T = TypeVar("T")
 
+_NO_METRICS = "no_metrics"
+
 
 def infer(
     config: RunConfig | str | Path | Mapping[str, Any],
@@ -63,7 +65,7 @@ def infer(
 
     Returns:
         What was measured: times in seconds, memory in bytes. It is in result.json too. Of a run
-        that was finished already, its result.
+        that was finished already, its result, with the metrics that are asked for now.
 
     Raises:
         ConfigError: the config, model or data are wrong, or a resume would go on with another
@@ -85,12 +87,15 @@ def infer(
         listed = data.listed if isinstance(data, Listing) else ()
         head = fingerprint(config, data.samples, __version__, listed)
         folder.check_same(head)
-        if finished := folder.finished():
+        finished = folder.finished()
+        if finished and _scored_alike(finished, config):
             return finished
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
         classes = class_names(model)
         compute = metrics.prepared(config, data, outputs, classes)
+        if finished:
+            return _scored_anew(finished, config, compute, folder)
         sink = open_sink(config.output, data.samples, classes)
         sink, unit = in_input_order(sink, data)
         environment = machine.environment(device)
@@ -128,8 +133,7 @@ def infer(
                 with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
                     folder.save(ended.result)
                 raise ended
-            if compute:
-                result = result.replace(**_agreement(compute, result, folder))
+            result = _scored(result, compute, folder)
             with interruption.waits():
                 folder.save(result)
     return result
@@ -246,13 +250,42 @@ def _told_of_files(
     return found
 
 
-def _agreement(compute: metrics.Compute, result: RunResult, folder: RunFolder) -> dict[str, Any]:
-    """The metrics; or why there are none, for the predictions are there all the same."""
+def _scored(result: RunResult, compute: metrics.Compute | None, folder: RunFolder) -> RunResult:
+    """With its metrics; or with why there are none, for the predictions are there all the same."""
+    if compute is None:
+        return result
     try:
-        return {"metrics": compute(folder.path)}
+        return result.replace(metrics=compute(folder.path))
     except Exception as error:
         said = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
-        return {"warnings": (*result.warnings, Warning(code="no_metrics", text=said))}
+        return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=said)))
+
+
+def _scored_alike(finished: RunResult, config: RunConfig) -> bool:
+    """Whether an earlier run has the metrics that this config asks for."""
+    dumped = config.model_dump(mode="json")
+
+    def asked(told: dict[str, Any]) -> list[Any]:
+        return [told.get("metrics"), *(told["data"].get(key) for key in ("labels", "classes"))]
+
+    failed = any(warning.code == _NO_METRICS for warning in finished.warnings)
+    return asked(finished.config) == asked(dumped) and not failed
+
+
+def _scored_anew(
+    finished: RunResult, config: RunConfig, compute: metrics.Compute | None, folder: RunFolder
+) -> RunResult:
+    """An earlier run's result with other metrics, saved; nothing is predicted or measured."""
+    dumped = config.model_dump(mode="json")
+    result = finished.replace(
+        config=finished.config | {key: dumped[key] for key in ("metrics", "data")},
+        metrics=(),
+        warnings=tuple(w for w in finished.warnings if w.code != _NO_METRICS),
+    )
+    with folder.writing():
+        result = _scored(result, compute, folder)
+        folder.save(result)
+    return result
 
 
 def _ended_early(
