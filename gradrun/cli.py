@@ -303,7 +303,8 @@ def check(
         held = update_expected and any(o.key == "check.expected" for o in result.outcomes)
         expected = result.config["check"]["expected"] if held else None
         for made in filter(None, (save_baseline, expected)):
-            _say(console, f"wrote {nearest(made)}")
+            failed = made == save_baseline and result.status == "fail"
+            _say(console, f"wrote {nearest(made)}{', of a check that failed' if failed else ''}")
         _tell_ci(result, junit)
         undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
         codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}

@@ -159,6 +159,19 @@ def test_golden_outputs_are_written_once_and_held_to(project, cli):
     assert cli("check", "gradrun.yaml", "--update-expected").code == 2
 
 
+def test_a_baseline_of_a_check_that_failed_is_told_of(project, cli):
+    answer = cli(
+        "check",
+        "gradrun.yaml",
+        "--save-baseline",
+        "base.json",
+        "--set",
+        "check.limits.retained=1 B",
+    )
+    assert answer.code == 3
+    assert "wrote base.json, of a check that failed\n" in answer.out
+
+
 def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(project, cli):
     limits = ["--set", "check.regression.time=999999%"]
     answer = cli("check", "gradrun.yaml", "--save-baseline", "base.json", *limits)

@@ -227,7 +227,7 @@ def _told_of_files(
                 code="quarantined",
                 text=f"{count_text(apart, 'sample')} could not be predicted and {verb} in "
                 f"{rescue.quarantine.path.name}, with what was wrong; there is no value in "
-                f"{places} in the predictions",
+                f"{places} in the predictions, and batches that failed are not timed",
             )
         )
     counted = any(can_be_missing(tensor.dtype) for tensor in outputs.values())
