@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import gradrun
 from gradrun.errors import ConfigError, RunFailed
+from gradrun.outputs import NO_CLASS
 from gradrun.result import RunResult
+from gradrun.sinks import READERS
 from tests.conftest import Command
 
 MODEL = '''
@@ -154,6 +157,22 @@ def test_of_whole_numbers_the_least_marks_the_place(infer: Any, tmp_path: Path) 
     infer(**QUARANTINE, output={"path": str(tmp_path / "run"), "transform": "argmax"})
     found = rows(tmp_path)
     assert found[BAD].tolist() == [np.iinfo(np.int64).min] * 3
+
+
+@pytest.mark.parametrize("transform", ["argmax", "topk"])
+def test_in_parquet_there_is_no_class_at_the_place(
+    infer: Any, tmp_path: Path, transform: str
+) -> None:
+    output = {"path": str(tmp_path / "run"), "transform": transform, "format": "parquet"}
+    infer(**QUARANTINE, output=output | ({"k": 2} if transform == "topk" else {}))
+    name = {"argmax": "prediction", "topk": "indices"}[transform]
+    table = pandas.read_parquet(tmp_path / "run" / "predictions-00000.parquet")
+    values = np.array(table[name].tolist(), dtype=float).reshape(SAMPLES, -1)
+    assert np.isnan(values).all(1).nonzero()[0].tolist() == BAD
+    ((_, read),) = READERS["parquet"](tmp_path / "run")
+    assert read[name].dtype == torch.int64
+    assert (read[name] == NO_CLASS).reshape(SAMPLES, -1).all(1).nonzero().flatten().tolist() == BAD
+    assert gradrun.verify(tmp_path / "run").complete
 
 
 def test_more_bad_samples_than_allowed_end_the_run(infer: Any, tmp_path: Path) -> None:

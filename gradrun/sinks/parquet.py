@@ -15,6 +15,7 @@ import torch
 
 from gradrun.extras import library
 from gradrun.journal import Committed
+from gradrun.outputs import NO_CLASS
 from gradrun.sinks.parts import Columns, PartsSink
 
 _WIDENED = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
@@ -92,8 +93,9 @@ def _arrow(part: str = "") -> Any:
 
 
 def _column(arrow: Any, rows: torch.Tensor) -> Any:
-    """A tensor [n, ...] as numbers, or as lists (of lists) of numbers."""
-    values = arrow.array(rows.contiguous().numpy().reshape(-1))
+    """A tensor [n, ...] as numbers, or as lists (of lists) of numbers; null for no class."""
+    flat = rows.contiguous().numpy().reshape(-1)
+    values = arrow.array(flat, mask=flat == NO_CLASS if flat.dtype == np.int64 else None)
     for depth in range(rows.ndim - 1, 0, -1):
         lists, size = math.prod(rows.shape[:depth]), rows.shape[depth]
         ends = arrow.array(np.arange(lists + 1, dtype=np.int32) * np.int32(size))
@@ -112,6 +114,8 @@ def _columns(table: Any) -> Columns:
         values = table.column(name).combine_chunks()
         for _ in shape:
             values = values.flatten()
+        if values.null_count:
+            values = values.fill_null(NO_CLASS)
         flat = torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
         columns[name] = flat.reshape(table.num_rows, *shape)
     return columns
