@@ -197,6 +197,12 @@ def inverse(ratio: Estimate | None) -> Estimate | None:
     return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else math.inf)
 
 
+def batches_differ(before: Sequence[Measurement], now: Sequence[Measurement]) -> list[str]:
+    """In what the batches of two measurements differ: their figures are not of the same work."""
+    old, new = (max(ms[0].batch_sizes, default=0) for ms in (before, now))
+    return [f"batches of {old}, here {new}"] if old != new and old and new else []
+
+
 def time_regression(
     asked: CheckSection, rival: str, slowdown: Estimate | None, differs: Sequence[str] = ()
 ) -> Iterator[Outcome]:
@@ -206,7 +212,7 @@ def time_regression(
         asked: what is allowed.
         rival: what it is compared with, in a word or two.
         slowdown: time now / time of the rival.
-        differs: what differs between the machines, where the rival was not measured here.
+        differs: what was otherwise where the rival was measured.
     """
     if asked.regression.time is None:
         return
@@ -218,8 +224,8 @@ def time_regression(
     }
     if differs:
         value["reason"] = (
-            f"measured on another machine ({'; '.join(differs)}), whose times say nothing of this "
-            "one's; --against runs both sides here"
+            f"measured otherwise ({'; '.join(differs)}), and such times say nothing of these; "
+            "--against runs both sides here"
         )
     elif slowdown:
         status = bound.status(slowdown.low, slowdown.high)
@@ -235,16 +241,21 @@ def time_regression(
 
 
 def memory_regression(
-    asked: CheckSection, rival: str, before: Memory, now: Memory
+    asked: CheckSection, rival: str, before: Memory, now: Memory, differs: Sequence[str] = ()
 ) -> Iterator[Outcome]:
-    """Whether memory grew by more than it may; to the byte, whatever the machine."""
+    """Whether memory grew by more than it may; to the byte, whatever the machine.
+
+    `differs` says in what the two did not do the same work.
+    """
     for name, limit in asked.regression.model_dump(exclude={"time", "outputs"}).items():
         if limit is None:
             continue
         old, new = getattr(before, name), getattr(now, name)
         found: dict[str, Any] = {"value": "–", "status": "inconclusive"}
         found["reason"] = "one side has no such figure"
-        if old is not None and new is not None and old >= 0:
+        if differs:
+            found["reason"] = f"measured with {'; '.join(differs)}; --save-baseline makes a new one"
+        elif old is not None and new is not None and old >= 0:
             grown = (new / old - 1 if old else math.inf) if new != old else 0.0
             over = grown > share(limit)
             found = {

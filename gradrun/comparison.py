@@ -16,6 +16,7 @@ from typing import Any
 from gradrun.config import RunConfig
 from gradrun.cpus import available_cpus
 from gradrun.errors import ConfigError
+from gradrun.gradmode import GradMode
 from gradrun.messages import Disturbance, Failure, Job, Report, Variant
 from gradrun.ratios import compare_measured
 from gradrun.result import Comparison, Environment, Equivalence, Measurement, Warning
@@ -151,7 +152,7 @@ class Session:
                 self._drop(slow)
 
     def _keep(self, process: int, report: Report) -> None:
-        modes = {variant.name: variant.config["run"]["mode"] for variant in self.variants}
+        modes = {v.name: GradMode(v.config["run"]["mode"]) for v in self.variants}
         trials = [trial for trial in report.trials if trial.variant in modes]
         for trial in trials:
             self.found.measurements.append(

@@ -97,7 +97,7 @@ def environment(device: torch.device) -> Environment:
     """What a reader of the result must know to compare it with another."""
     return Environment(
         gradrun=_gradrun_version(),
-        torch=torch.__version__,
+        torch=str(torch.__version__),  # not torch's own kind of text: a result needs no torch
         numpy=numpy.__version__,
         python=platform.python_version(),
         platform=platform.platform(terse=True),

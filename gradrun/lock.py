@@ -24,8 +24,9 @@ NAME = ".gradrun.lock"
 class FolderLock:
     """Held from `take` to `release`, and no longer than the process lives."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+    def __init__(self, folder: Path, name: str = NAME, *, stays: bool = False) -> None:
+        """`stays`: the file does, empty, to say whose the folder is."""
+        self.path, self._stays = folder / name, stays
         self._descriptor = -1
 
     def take(self) -> None:
@@ -57,7 +58,10 @@ class FolderLock:
             return
         try:
             with suppress(OSError):  # the folder may be gone; a file that stays holds nobody up
-                self.path.unlink()
+                if self._stays:
+                    os.ftruncate(self._descriptor, 0)
+                else:
+                    self.path.unlink()
         finally:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -51,7 +51,7 @@ def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.
 
 def recomputed(result: RunResult) -> RunResult:
     """The result with its ratios and verdicts drawn from its raw times once more."""
-    if result.kind != "compare":
+    if not result.comparisons:
         return result
     asked = result.config.get("measure")
     precision = asked.get("precision") if isinstance(asked, dict) else None

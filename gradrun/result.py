@@ -6,11 +6,10 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from msgspec import Meta, ValidationError
+from msgspec import Meta
 
 from gradrun import stats
 from gradrun.disk import replace_file
@@ -20,9 +19,11 @@ from gradrun.nouns import Noun
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.
-Seconds = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
-Count = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Count = Annotated[int, Meta(ge=0, le=2**62)]
 """Of bytes or samples, as a machine can have them."""
+Growth = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+"""Bytes; below 0 where more was given back than taken."""
 
 _MOST_BYTES = 2**30
 
@@ -64,7 +65,7 @@ class Phases(Noun, frozen=True, kw_only=True):
 
 
 class Memory(Noun, frozen=True, kw_only=True):
-    """Count; None where no meter could tell.
+    """Bytes; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
     the outputs and, with gradients on, what their graph keeps.
@@ -72,9 +73,9 @@ class Memory(Noun, frozen=True, kw_only=True):
 
     weights: Count
     inputs: Count
-    forward_peak: Count | None = None
-    retained: Count | None = None
-    timeline: tuple[Count, ...] | None = None
+    forward_peak: Growth | None = None
+    retained: Growth | None = None
+    timeline: tuple[Growth, ...] | None = None
     """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
     peak_module: str | None = None
     """The module that was running at the peak, as "path (Type)"."""
@@ -87,11 +88,11 @@ class Memory(Noun, frozen=True, kw_only=True):
 class Padding(Noun, frozen=True, kw_only=True):
     """Tokens of texts that were filled up to the longest of their batch."""
 
-    tokens: int = 0
+    tokens: Count = 0
     """Of the texts themselves."""
-    run: int = 0
+    run: Count = 0
     """That the model computed, padding included."""
-    ungrouped: int = 0
+    ungrouped: Count = 0
     """That it would have computed in the order of the input."""
 
     def __add__(self, other: Padding) -> Padding:
@@ -210,12 +211,12 @@ class Finding(Noun, frozen=True, kw_only=True):
     text: str
     advice: str
     """What to do about it; empty where there is nothing to be done."""
-    cost: Count | None = None
-    """Count: held, or lost with each batch."""
+    cost: Growth | None = None
+    """Bytes: held, or lost with each batch."""
 
 
 class Kept(Noun, frozen=True, kw_only=True):
-    """Count that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
     bytes: Count
@@ -260,11 +261,15 @@ class Metric(Noun, frozen=True, kw_only=True):
     """That it was taken over; those set apart are not among them."""
 
 
+Kind = Literal["infer", "compare", "audit", "check"]
+KINDS = get_args(Kind)
+
+
 class RunResult(Noun, frozen=True, kw_only=True):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
-    kind: Literal["infer", "compare", "audit", "check"]
+    kind: Kind
     gradrun: str
     started_at: str
     config: dict[str, Any]
@@ -297,10 +302,11 @@ class RunResult(Noun, frozen=True, kw_only=True):
         _check_config(self.config)
         if self.kind == "infer" and not self.measurements:
             raise ValueError("an infer run without a measurement")
-        if self.kind == "compare":
-            rounds = [m.batch_seconds for m in self.measurements]
-            if not all(rounds) or not all(1e-12 < t < 1e9 for times in rounds for t in times):
-                raise ValueError("a comparison with rounds that no clock gives")
+        rounds = [m.batch_seconds for m in self.measurements]
+        if self.kind == "compare" and not all(rounds):
+            raise ValueError("a comparison without rounds")
+        if self.kind != "infer" and any(t < 1e-12 for times in rounds for t in times):
+            raise ValueError("rounds that took no time, which no clock gives")
 
     @property
     def status(self) -> str:
@@ -330,16 +336,17 @@ class RunResult(Noun, frozen=True, kw_only=True):
             if path.stat().st_size > _MOST_BYTES:
                 raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
             told = json.loads(path.read_bytes())
-            _check_format(path, told)
-            return cls.of(told)
         except OSError as error:
             unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
             hint = "; the run there has not ended: infer --resume goes on" if unfinished else ""
             raise GradrunError(f"{path} cannot be read: {error.strerror}{hint}") from error
-        except ValidationError as error:
-            raise GradrunError(f"{path} is no result of gradrun: {error}") from error
         except (ValueError, RecursionError) as error:
             raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
+        _check_format(path, told)
+        try:
+            return cls.of(told)
+        except ValueError as error:  # of a name that is no UTF-8, too
+            raise GradrunError(f"{path} is no result of gradrun: {error}") from error
 
 
 def _check_config(config: dict[str, Any]) -> None:
@@ -352,13 +359,18 @@ def _check_config(config: dict[str, Any]) -> None:
 
 def _check_format(path: Path, told: Any) -> None:
     """Say what to do about a result that another version wrote in another way."""
-    told = told if isinstance(told, dict) else {}
+    told = told if isinstance(told, dict) else {"kind": "infer"}
     version, writer = told.get("format", 1), str(told.get("gradrun", "unknown"))
     if isinstance(version, int) and version != 1:
         todo = "a newer gradrun reads it" if version > 1 else "run it again to report it"
         raise GradrunError(
             f"{path} is of format {version}, written by gradrun {writer}; this one reads format 1: "
             f"{todo}"
+        )
+    if told.get("kind") not in KINDS:
+        raise GradrunError(
+            f"{path} is no result of gradrun: its kind is {told.get('kind')!r}, where those that "
+            f"are shown are of {', '.join(KINDS)}"
         )
 
 

@@ -228,7 +228,7 @@ class Runner:
         seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
         sizes = tuple(gathered.sizes[: len(seconds)])
         data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
-        forward = sum(seconds)
+        forward = float(sum(seconds))
         return Measurement(
             mode=self.mode,
             batch_limit=self.rescue.most,

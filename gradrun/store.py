@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from gradrun.units import bytes_text, count_text
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"
+CHECKED = ".gradrun.check"
+"""In the folder of a check, from its beginning on."""
 
 _BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
 """What a process leaves behind that died before its run had begun."""
@@ -160,17 +162,9 @@ class RunFolder:
             ConfigError: another process holds it, or has run in it since it was looked at.
             RunFailed: it cannot be written.
         """
-        lock = FolderLock(self.path)
-        try:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock.take()
-            except OSError as error:
-                raise RunFailed(f"{self.path} cannot be written: {error.strerror}") from error
+        with _held(FolderLock(self.path)):
             self.kept = self._look()
             yield
-        finally:
-            lock.release()
 
     def journal(self, head: Head, batch_size: int) -> tuple[Journal, list[Committed]]:
         """The journal, open, and what it tells of an earlier run; only inside `writing`.
@@ -227,3 +221,45 @@ class RunFolder:
             failed = RunFailed(text)
             failed.resumable = True
             raise failed from error
+
+
+@contextmanager
+def checking(folder: Path) -> Iterator[None]:
+    """Hold the folder of a check over all of its runs, and mark it as one.
+
+    Raises:
+        ConfigError: another check holds it, or what lies there is no check's.
+        RunFailed: it cannot be written.
+    """
+    _see_whose(folder)
+    with _held(FolderLock(folder, CHECKED, stays=True)):
+        yield
+
+
+def _see_whose(folder: Path) -> None:
+    """Refuse a folder whose result another command has written."""
+    # A check that was ended early leaves its infer's result, or none.
+    if (folder / CHECKED).exists() or not (folder / RESULT).exists():
+        return
+    with suppress(GradrunError):
+        if RunResult.load(folder).kind == "check":
+            return
+    raise ConfigError(
+        f"{folder} holds a run that is no check's, and a check would overwrite it; choose another "
+        "output.path",
+        "output.path",
+    )
+
+
+@contextmanager
+def _held(lock: FolderLock) -> Iterator[None]:
+    folder = lock.path.parent
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.take()
+        except OSError as error:
+            raise RunFailed(f"{folder} cannot be written: {error.strerror}") from error
+        yield
+    finally:
+        lock.release()

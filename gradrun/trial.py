@@ -317,7 +317,7 @@ def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
             first_batch=runnable.first_seconds,
             warm_up=runnable.warm_seconds,
             data=0.0,
-            forward=sum(runnable.rounds),
+            forward=float(sum(runnable.rounds)),
             output=0.0,
         ),
         memory=Memory(

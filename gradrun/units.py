@@ -26,6 +26,12 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
     return f"{number_text(value, None if uncertainty is None else uncertainty / scale)} {unit}"
 
 
+def seconds_shown(seconds: float, uncertainty: float) -> float:
+    """The seconds that `seconds_text` lets one read."""
+    text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)
+    return float(text.replace(",", "")) * {name: scale for scale, name in SECOND_UNITS}[unit]
+
+
 def seconds_within(seconds: float, uncertainty: float) -> str:
     """`0.000375, 0.000002` as "375 ± 2 µs", both in the same unit and to the same digit."""
     text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)

@@ -202,6 +202,43 @@ def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(
     assert 'failures="2"' in Path("said.xml").read_text()
 
 
+def test_a_baseline_of_other_batches_decides_nothing_but_outputs(project, cli):
+    assert cli("check", "gradrun.yaml", "--save-baseline", "base.json").code == 0
+    words = ["--set", "data.batch_size=4", "--set", "check.regression.time=999999%"]
+    answer = cli("check", "gradrun.yaml", "--baseline", "base.json", "--json", "s.json", *words)
+    assert answer.code == 4, answer.text
+    found = {o.check: o for o in RunResult.load("s.json").outcomes}
+    for check in ("time vs base.json", "forward peak vs base.json"):
+        assert found[check].status == "inconclusive"
+        assert "batches of 8, here 4" in found[check].reason
+    assert found["outputs vs base.json"].status == "pass"
+
+
+def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(project, cli):
+    def stop(what: str, done: int, of: int) -> None:
+        if what != "predicting":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gradrun.check("gradrun.yaml", progress=stop, save_baseline="base.json")
+    assert RunResult.load("runs/mine-check").kind == "infer"
+    answer = cli("check", "gradrun.yaml")
+    assert answer.code == 0, answer.text
+    assert RunResult.load("runs/mine-check").kind == "check"
+
+
+def test_two_checks_do_not_write_into_one_folder(project, cli):
+    def second(what: str, done: int, of: int) -> None:
+        answer = cli("check", "gradrun.yaml")
+        assert answer.code == 2
+        assert f"process {os.getpid()} on" in answer.err
+        assert "is writing into" in answer.err
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gradrun.check("gradrun.yaml", progress=second)
+
+
 def git(*words: str) -> None:
     subprocess.run(
         ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],

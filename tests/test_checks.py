@@ -163,6 +163,17 @@ def test_times_of_another_machine_are_not_compared_and_memory_is():
     assert found.status == "fail"
 
 
+def test_figures_of_other_batches_are_no_regression():
+    before, now = [measurement(3, 4)], [measurement(3, 8, batch_sizes=(8, 8, 8))]
+    assert checks.batches_differ(before, before) == []
+    differs = checks.batches_differ(before, now)
+    assert differs == ["batches of 4, here 8"]
+    grown = MEMORY.replace(forward_peak=132_096)
+    (found,) = checks.memory_regression(asked(), "base", MEMORY, grown, differs)
+    assert (found.status, found.value) == ("inconclusive", "–")
+    assert "measured with batches of 4, here 8; --save-baseline" in found.reason
+
+
 def test_one_process_of_a_baseline_supports_no_interval():
     before, now = trials("grad", 1.0)[:1], trials("grad", 2.0)
     (found,) = checks.time_regression(asked(), "b.json", checks.apart(before, now))

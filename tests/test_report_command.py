@@ -182,6 +182,17 @@ def test_what_no_run_leaves_is_refused(cli: Command, saved: Path, change: dict[s
     assert "odd.json is no result of gradrun" in answer.err
 
 
+@pytest.mark.parametrize("name", ["check", "comparison"])
+def test_rounds_that_took_no_time_are_refused(cli: Command, saved: Path, name: str) -> None:
+    told = json.loads(RESULTS[name].to_json())
+    for measured in told["measurements"][:1]:
+        measured["batch_seconds"] = [0.0] * len(measured["batch_seconds"])
+    (saved / "odd.json").write_text(json.dumps(told))
+    answer = cli("report", "odd.json", "--format", "csv")
+    assert answer.code == 1
+    assert "rounds that took no time" in answer.err
+
+
 def test_a_name_from_a_file_drives_no_terminal_through_an_error(cli: Command, saved: Path) -> None:
     told = json.loads(RESULTS["run"].to_json()) | {"format": 2, "gradrun": "\x1b]0;gone\x07"}
     (saved / "other.json").write_text(json.dumps(told))
@@ -192,7 +203,24 @@ def test_a_name_from_a_file_drives_no_terminal_through_an_error(cli: Command, sa
     assert cli("report", "deep.json").code == 1
 
 
-ODD = (0, -1, 5e-324, 1e300, 10**40, math.inf, math.nan, "", "Infinity", None, [], {}, True, "x|y")
+ODD = (
+    0,
+    -1,
+    5e-324,
+    1e300,
+    1e308,
+    10**40,
+    10**400,
+    math.inf,
+    math.nan,
+    "",
+    "Infinity",
+    None,
+    [],
+    {},
+    True,
+    "x|y",
+)
 
 
 def changed(told: Any, rng: random.Random) -> Any:

@@ -26,7 +26,7 @@ def test_a_saved_result_comes_back_whole(tmp_path: Path) -> None:
 def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
     rng = random.Random(7)
     times = [rng.random() * 10.0 ** rng.randint(-12, 4) for _ in range(5_000)]
-    times += [0.1 + 0.2, 5e-324, 1e308, 1 / 3, 0.0]
+    times += [0.1 + 0.2, 5e-324, 1e9, 1 / 3, 0.0]
     sizes = (1,) * len(times)
     result = run_result(measurement(batch_seconds=tuple(times), batch_sizes=sizes))
     result.save(tmp_path / "result.json")
@@ -45,8 +45,15 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
         (lambda text: "", "JSON"),
         (lambda text: "[]", ""),
         (lambda text: "{}", "kind"),
+        (lambda text: text.replace('"kind"', '"\\ud800": 1, "kind"'), "surrogates"),
+        (lambda text: text.replace('"infer"', '"modes"'), "those that are shown are of infer,"),
+        (lambda text: text.replace('"weights": 263464', '"weights": -5'), "weights"),
+        (lambda text: text.replace('"forward": 0.09', '"forward": 1.7e308'), "forward"),
     ],
-    ids=["version", "kind", "cut off", "type", "mode", "empty", "list", "no keys"],
+    ids=[
+        "version", "kind", "cut off", "type", "mode", "empty", "list", "no keys", "no UTF-8",
+        "another command", "below 0", "longer than a life",
+    ],
 )  # fmt: skip
 def test_what_is_no_result_is_a_sentence_that_names_the_file(
     tmp_path: Path, change, complaint: str

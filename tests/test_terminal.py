@@ -8,15 +8,18 @@ from __future__ import annotations
 import io
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
 from gradrun.reports.printable import printable
-from gradrun.reports.tables import DASH
+from gradrun.reports.tables import DASH, timing
 from gradrun.reports.terminal import nearest, show
 from gradrun.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
@@ -207,3 +210,18 @@ def test_a_path_is_told_as_one_would_type_it_here(
     monkeypatch.chdir(tmp_path)
     assert nearest(tmp_path / "runs" / "digits") == str(Path("runs", "digits"))
     assert nearest("/x") == "/x"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e-1), min_size=25, max_size=150))
+def test_a_quantile_never_reads_as_less_than_the_one_before_it(times):
+    measured = measurement(len(times), 4, batch_seconds=tuple(times))
+    rows = {row[0]: row[1] for row in timing(run_result(measured)).rows}
+    units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+    shown = [
+        float(number.replace(",", "")) * units[unit]
+        for name in ("batch median", "batch p90", "batch p95", "batch p99")
+        if rows[name] != DASH
+        for number, unit in [rows[name].split()]
+    ]
+    assert all(one <= other * (1 + 1e-9) for one, other in pairwise(shown))

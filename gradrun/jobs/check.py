@@ -7,7 +7,7 @@ a figure is judged stands in checks.py.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from gradrun.messages import Failure, Variant
 from gradrun.ratios import paired
 from gradrun.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
-from gradrun.store import RESULT, RunFolder
+from gradrun.store import RunFolder, checking
 from gradrun.yamlfile import load_config, located
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
@@ -101,6 +101,7 @@ def check(
         _heard(),
         located(whole),
         _rival(whole, earlier, baseline, against, changes) as rival,
+        checking(subject.output.path),
     ):
         try:
             predicted = infer(
@@ -114,11 +115,11 @@ def check(
         else:
             work = _Work(subject, predicted, rival, trusted(trust_code), tell)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
-    place = whole._origin.where if whole._origin else lambda _: None
-    result = result.replace(outcomes=checks.placed(result.outcomes, place))
-    folder = RunFolder(subject.output.path, overwrite=True)
-    with folder.writing():
-        folder.save(result)
+        place = whole._origin.where if whole._origin else lambda _: None
+        result = result.replace(outcomes=checks.placed(result.outcomes, place))
+        folder = RunFolder(subject.output.path, overwrite=True)
+        with folder.writing():
+            folder.save(result)
     if save_baseline:
         _save(result, Path(save_baseline))
     return result
@@ -159,7 +160,6 @@ def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected:
     expected, mode = config.check.expected, config.run.mode
     if earlier and not _of_mode(earlier.measurements, mode):
         raise ConfigError(f"the baseline holds no measurement in {mode}", "check.mode")
-    _see_whose(config.output.path)
     if expected and config.output.format == "jsonl":
         text = "output.format is jsonl, whose rows may differ in shape; golden outputs take npy"
         raise ConfigError(text, "check.expected")
@@ -169,20 +169,6 @@ def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected:
         raise ConfigError("--update-expected takes a check.expected to write")
     if expected and not update_expected and not expected.exists():
         raise ConfigError(f"there is no {expected}; --update-expected writes it", "check.expected")
-
-
-def _see_whose(folder: Path) -> None:
-    """Refuse a folder whose result another command has written."""
-    if not (folder / RESULT).exists():
-        return
-    with suppress(GradrunError):
-        if RunResult.load(folder).kind == "check":
-            return
-    raise ConfigError(
-        f"{folder} holds a run that is no check's, and a check would overwrite it; choose another "
-        "output.path",
-        "output.path",
-    )
 
 
 def _save(result: RunResult, path: Path) -> None:
@@ -399,11 +385,12 @@ class _Work:
         assert measured.environment
         old = _of_mode(before.measurements, self.mode)
         now = _of_mode(measured.measurements, self.mode)
-        differs = checks.machines_differ(before.environment, measured.environment)
+        batches = checks.batches_differ(old, now)
+        differs = [*checks.machines_differ(before.environment, measured.environment), *batches]
         name, asked = self.rival.name, self.asked
         return [
             *checks.time_regression(asked, name, checks.apart(old, now), differs),
-            *checks.memory_regression(asked, name, old[0].memory, now[0].memory),
+            *checks.memory_regression(asked, name, old[0].memory, now[0].memory, batches),
             *checks.outputs_regression(asked, name, before.outputs, described),
         ]
 
@@ -420,4 +407,4 @@ class _Work:
 
 def _of_mode(measurements: Sequence[Measurement], mode: GradMode) -> list[Measurement]:
     """Of variants of the model itself, and not of what it was compared with."""
-    return [m for m in measurements if m.mode is mode and m.variant in {"", str(mode)}]
+    return [m for m in measurements if m.mode == mode and m.variant in {"", str(mode)}]

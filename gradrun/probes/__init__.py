@@ -58,7 +58,7 @@ def _fact(
         question=probe.question,
         mode=mode,
         expected=expected,
-        observed=observed,
+        observed=None if observed is None else str(observed),
         why=probe.why,
         untried=untried,
     )

@@ -26,7 +26,7 @@ def text(results: Sequence[Named]) -> str:
     for name, result in results:
         figures = _figures(result)
         parts += [
-            f"### {_escaped(words.model_name(result))}, {_escaped(name)}",
+            f"### {', '.join(_escaped(word) for word in (words.model_name(result), name) if word)}",
             f"**{_escaped(words.verdict(result))}**",
             *([_folded("Figures", figures)] if len(results) > 1 else figures),
             _folded("Machine", [_machine(result)]),

@@ -6,7 +6,7 @@ Knows results and units; not how a table is drawn, nor what any mark-up would ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,7 +15,14 @@ from gradrun.conclusion import ratio_digits
 from gradrun.gradmode import GradMode
 from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
 from gradrun.safety import errors_in
-from gradrun.units import bytes_text, count_text, number_text, seconds_text, seconds_within
+from gradrun.units import (
+    bytes_text,
+    count_text,
+    number_text,
+    seconds_shown,
+    seconds_text,
+    seconds_within,
+)
 
 DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
@@ -68,7 +75,7 @@ def timing(result: RunResult) -> Table:
             seconds_text(measured.cold_start),
             f"model {load}, data {opened}, first batch {first}",
         ),
-        *(_latency(name, q, measured.latency(q)) for name, q in _QUANTILES.items()),
+        *_latencies(measured),
         *([_padding(measured.padding)] if measured.padding else []),
     ]
     if measured.samples:
@@ -97,12 +104,23 @@ def _padding(padding: Padding) -> tuple[str, str, str]:
     )
 
 
-def _latency(name: str, q: float, estimate: stats.Estimate | None) -> tuple[str, str, str]:
-    if estimate is None:
-        return f"batch {name}", DASH, f"takes {round(1 / (1 - q))} batches to tell"
+def _latencies(measured: Measurement) -> Iterator[tuple[str, str, str]]:
+    shown = blur = 0.0
+    for name, q in _QUANTILES.items():
+        estimate = measured.latency(q)
+        if estimate is None:
+            yield f"batch {name}", DASH, f"takes {round(1 / (1 - q))} batches to tell"
+            continue
+        # Rounded more than the quantile before it, one may fall below that: then both alike.
+        if seconds_shown(estimate.value, estimate.uncertainty) >= shown:
+            blur = estimate.uncertainty
+        shown = seconds_shown(estimate.value, blur)
+        yield _latency(name, estimate, blur)
+
+
+def _latency(name: str, estimate: stats.Estimate, blur: float) -> tuple[str, str, str]:
     value, low, high = (
-        seconds_text(seconds, estimate.uncertainty)
-        for seconds in (estimate.value, estimate.low, estimate.high)
+        seconds_text(seconds, blur) for seconds in (estimate.value, estimate.low, estimate.high)
     )
     above, below = estimate.low > 0, math.isfinite(estimate.high)
     if above and below:
@@ -149,6 +167,8 @@ def against_labels(result: RunResult) -> Table:
 
 
 def _share(value: float) -> str:
+    if not math.isfinite(value):
+        return DASH
     return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
 
 
