@@ -229,6 +229,8 @@ def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(proj
 
 def test_two_checks_do_not_write_into_one_folder(project, cli):
     def second(what: str, done: int, of: int) -> None:
+        if what == "predicting":
+            return
         answer = cli("check", "gradrun.yaml")
         assert answer.code == 2
         assert f"process {os.getpid()} on" in answer.err
@@ -236,7 +238,7 @@ def test_two_checks_do_not_write_into_one_folder(project, cli):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        gradrun.check("gradrun.yaml", progress=second)
+        gradrun.check("gradrun.yaml", progress=second, save_baseline="base.json")
 
 
 def git(*words: str) -> None:
