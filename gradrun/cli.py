@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -288,7 +288,11 @@ def check(
         from gradrun.reports.progress import status
         from gradrun.reports.terminal import nearest
 
-        with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
+        with (
+            _refusal_told(junit),
+            _stdout_kept(json_file),
+            status(_console(stderr=True, quiet=quiet)) as progress,
+        ):
             result = run(
                 config,
                 baseline=baseline,
@@ -314,19 +318,40 @@ def check(
 
 def _tell_ci(result: RunResult, junit: Path | None) -> None:
     """Say a check's outcomes to a CI server, in its own words."""
-    from gradrun.reports import github
+    from gradrun.reports import github, written
     from gradrun.reports.junit import xml
 
     if junit:
         _write(xml(result), junit, "--junit")
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in github.commands(result):
-            sys.stderr.write(f"{line}\n")
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        from gradrun.reports import written
+    _tell_github(github.commands(result), lambda: written([("", result)], "markdown"))
 
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(written([("", result)], "markdown"))
+
+@contextmanager
+def _refusal_told(junit: Path | None) -> Iterator[None]:
+    """Say to a CI server too why a check could not begin or end."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except GradrunError as error:
+        from gradrun.reports import github, markdown
+        from gradrun.reports.junit import refusal
+
+        said = str(error)
+        if junit:
+            _write(refusal(said), junit, "--junit")
+        _tell_github([github.refusal(said)], lambda: markdown.refusal(said))
+        raise
+
+
+def _tell_github(lines: Iterable[str], summary: Callable[[], str]) -> None:
+    """Annotations for the runner, and a text for the step's summary, where there are such."""
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in lines:
+            sys.stderr.write(f"{line}\n")
+    if place := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(place).open("a", encoding="utf-8") as file:
+            file.write(summary())
 
 
 @app.command()

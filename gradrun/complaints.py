@@ -63,6 +63,9 @@ def complaint(problem: Any, data: Any) -> Complaint:
     if kind == "union_tag_invalid":
         text = f"unknown source {context['tag']!r}; {choices(context['tag'], _sources(key[-1]))}"
         return Complaint((*key, "source"), text)
+    if kind == "limit":  # its name is held against the metrics, where the section is read
+        place = (*key, "limits", context["name"])
+        return Complaint(place, context["problem"], about_key=context["unknown"])
     return Complaint(key, _value_text(problem, str(key[-1]) if key else ""))
 
 

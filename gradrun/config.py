@@ -760,16 +760,16 @@ class RunConfig(Section):
         for name, limit in (check.limits.model_extra or {}).items():
             allowed = [*LimitsSection.model_fields, *sorted(known)]
             close = get_close_matches(name, allowed, n=1)
-            meant = f"did you mean {close[0]}? " if close else ""
-            problem = "" if name in known else f"nothing is called so; {meant}(allowed: "
-            problem = problem and f"{problem}{', '.join(allowed)})"
+            context = {"name": name, "problem": "", "unknown": name not in known}
+            if name not in known:
+                meant = f"did you mean {close[0]}? " if close else ""
+                context["problem"] = f"unknown limit; {meant}(allowed: {', '.join(allowed)})"
+                raise PydanticCustomError("limit", "{problem}", context)
             try:
                 bounds.number_bound(limit)
             except ValueError as error:
-                problem = problem or str(error)
-            if problem:
-                context = {"name": name, "problem": problem}
-                raise PydanticCustomError("limit", "limits.{name}: {problem}", context)
+                context["problem"] = str(error)
+                raise PydanticCustomError("limit", "{problem}", context) from error
         return check
 
     @field_validator("data")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xmlschema
 
 import gradrun
 from gradrun.data_sources import open_data
@@ -474,6 +475,22 @@ def test_on_github_annotations_point_to_the_config(project, cli, monkeypatch):
     assert "::error file=gradrun.yaml,line=15,title=gradrun%3A retained::" in answer.err
 
 
+def test_a_check_that_cannot_begin_is_told_to_the_server_too(project, cli, monkeypatch):
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(project))
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project / "summary.md"))
+    (project / "below").mkdir()
+    monkeypatch.chdir(project / "below")
+    Path("../gradrun.yaml").write_text(CONFIG + "check:\n  limits:\n    acuracy: '>= 1'\n")
+    answer = cli("check", "../gradrun.yaml", "--junit", "j.xml")
+    assert answer.code == 2
+    assert "../gradrun.yaml:15:5  check.limits.acuracy: unknown limit; did you mean" in answer.err
+    assert "::error file=gradrun.yaml,line=15,title=gradrun::" in answer.err
+    assert "    ../gradrun.yaml:15:5  check.limits" in (project / "summary.md").read_text()
+    xmlschema.XMLSchema(ROOT / "tests" / "junit.xsd").validate("j.xml")
+    assert 'errors="1"' in Path("j.xml").read_text()
+
+
 @pytest.mark.parametrize(("limit", "status"), [(">= 0.97", "pass"), (">= 0.999", "fail")])
 def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status):
     pytest.importorskip("torchmetrics")
@@ -492,7 +509,7 @@ def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status)
     [
         (
             {"retaned": "1 MiB"},
-            r"limits.retaned: nothing is called so; did you mean retained\? \(allowed: weights",
+            r"limits.retaned: unknown limit; did you mean retained\? \(allowed: weights",
         ),
         ({"accuracy": "0.97"}, "'0.97' is no limit; one is written '>= 0.97'"),
         ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),

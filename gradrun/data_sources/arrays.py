@@ -46,9 +46,14 @@ def _open_input(spec: ArrayInput, path: Path | None, key: str) -> Rows:
         raise ConfigError(
             f"{path.name} is no .npy, .npz or .safetensors file; "
             "text files are read with source: records",
-            "data.path",
+            f"{key}.path" if spec.path else "data.path",
         )
-    stored = _OPENERS[path.suffix](path, spec.key, key)
+    try:
+        stored = _OPENERS[path.suffix](path, spec.key, key)
+    except ConfigError as error:
+        if spec.path and error.key == "data.path":
+            error.key = f"{key}.path"
+        raise
     return _ConvertedRows(stored, spec, key)
 
 

@@ -6,10 +6,11 @@ documentation) and its escapes; the step summary is reports/markdown.py's text.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 
 from gradrun.reports.printable import printable
-from gradrun.reports.terminal import nearest
 from gradrun.result import Outcome, RunResult
 
 
@@ -25,10 +26,27 @@ def _annotation(outcome: Outcome) -> str:
     places = {"title": f"gradrun: {outcome.check}"}
     file, line = _place(outcome.source)
     if file:
-        places = {"file": nearest(file), "line": line, **places}
+        places = {"file": _in_repository(file), "line": line, **places}
     said = f"{outcome.reason} (allowed: {outcome.limit}; found: {outcome.value})"
+    return _command(kind, places, said)
+
+
+def refusal(said: str) -> str:
+    """The line for a check that could not begin: what was said, at the place that it names."""
+    places = {"title": "gradrun"}
+    if found := re.match(r"(.+?):(\d+):\d+  ", said):
+        places = {"file": _in_repository(found[1]), "line": found[2], **places}
+    return _command("error", places, said)
+
+
+def _command(kind: str, places: dict[str, str], said: str) -> str:
     where = ",".join(f"{key}={_property(value)}" for key, value in places.items())
     return f"::{kind} {where}::{_data(said)}"
+
+
+def _in_repository(file: str) -> str:
+    """A path as GitHub knows it, wherever in the checkout the command runs."""
+    return os.path.relpath(file, os.environ.get("GITHUB_WORKSPACE") or None)
 
 
 def _place(source: str | None) -> tuple[str, str]:

@@ -6,6 +6,7 @@ no word for inconclusive, so that is a skipped test with its reason.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from xml.etree import ElementTree
 
 from gradrun.reports.printable import printable
@@ -32,6 +33,25 @@ def xml(result: RunResult) -> str:
     )
     for outcome in outcomes:
         _case(suite, outcome, name)
+    return _text(suites)
+
+
+def refusal(said: str) -> str:
+    """The document of a check that could not begin: one test case, in error."""
+    suites = ElementTree.Element("testsuites", name="gradrun check")
+    counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0", "time": "0"}
+    stamp = datetime.now(UTC).isoformat(timespec="seconds").partition("+")[0]
+    suite = ElementTree.SubElement(
+        suites, "testsuite", {"name": "gradrun", "timestamp": stamp} | counts
+    )
+    case = ElementTree.SubElement(suite, "testcase", name="runs", classname="gradrun", time="0")
+    error = ElementTree.SubElement(case, "error", message=_clean(said.partition("\n")[0]))
+    error.set("type", "error")
+    error.text = _clean(said)
+    return _text(suites)
+
+
+def _text(suites: ElementTree.Element) -> str:
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 

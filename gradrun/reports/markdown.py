@@ -34,6 +34,11 @@ def text(results: Sequence[Named]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+def refusal(said: str) -> str:
+    """Why a check could not begin, as it stands; indented lines have no markup."""
+    return "".join(f"    {line}\n" for line in printable(said).splitlines()) + "\n"
+
+
 def _figures(result: RunResult) -> list[str]:
     about = ", ".join(filter(None, (words.mode(result), words.facts(result))))
     findings = [
