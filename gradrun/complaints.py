@@ -66,7 +66,13 @@ def complaint(problem: Any, data: Any) -> Complaint:
     if kind == "limit":  # its name is held against the metrics, where the section is read
         place = (*key, "limits", context["name"])
         return Complaint(place, context["problem"], about_key=context["unknown"])
-    return Complaint(key, _value_text(problem, str(key[-1]) if key else ""))
+    text = _value_text(problem, str(key[-1]) if key else "")
+    if kind in {"model_type", "model_attributes_type"} and key and section:
+        field = section.model_fields.get(str(key[-1]))
+        members = _members(field) if field else []
+        if len(members) == 1:
+            text += f": {', '.join(members[0].model_fields)}"
+    return Complaint(key, text)
 
 
 def choices(given: str, allowed: Iterable[str]) -> str:

@@ -34,6 +34,7 @@ data:
   batch_size: 64
   # source: arrays
   # path: inputs.npy
+  # labels: {path: labels.npy}         # what metrics hold the predictions against
 
 run:
   mode: inference_mode     # or no_grad, grad
@@ -42,6 +43,9 @@ run:
 output:
   path: runs/first         # a new folder for predictions.npy and result.json
   transform: none          # or softmax, argmax, classify, topk
+
+# metrics: [accuracy]      # or f1, auroc, mse
+# check: {limits: {forward_peak: 60 MiB, accuracy: ">= 0.97"}}     # for gradrun check
 """
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -362,7 +363,8 @@ def test_modes_that_fail_are_told_in_one_sentence_each_with_their_batch(
     assert answer.code == 1
     assert "Traceback" not in answer.err
     raised, killed = answer.err.strip().splitlines()
-    assert raised == "error: grad, batch 2: ValueError: no 16 in grad"
+    said = r"error: grad, batch 2: ValueError: no 16 in grad \(/.*/nets\.py:9\)"
+    assert re.fullmatch(said, raised)
     assert killed.startswith("no_grad, batch 3: was killed by SIGKILL")
     assert list(result.failures) == [raised.removeprefix("error: "), killed]
 

@@ -527,7 +527,8 @@ def test_a_backward_that_fails_in_grad_is_no_fault_of_the_mode() -> None:
                 return super().forward(x)
 
     error = error_of(Frozen("backward"), GradMode.GRAD)
-    assert reason(error, GradMode.GRAD) == f"RuntimeError: {error}"
+    line = WAYS_BACK["backward"].__code__.co_firstlineno
+    assert reason(error, GradMode.GRAD) == f"RuntimeError: {error} ({__file__}:{line})"
     assert "refuses the input" in str(refusal(Frozen("grad"), (X,), {}, error, GradMode.GRAD))
 
 

@@ -303,7 +303,8 @@ def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
     assert len(rounds) == 1
     assert rounds.pop() > 28, "the time is theirs now"
     (failure,) = report.failures
-    assert (failure.variant, failure.error) == ("no_grad", "ValueError: enough")
+    assert failure.variant == "no_grad"
+    assert failure.error.startswith("ValueError: enough (")
     assert "fail_late" in failure.details
     assert [e.candidate for e in report.equivalence] == ["inference_mode"]
 

@@ -235,7 +235,7 @@ def _told_of_files(
         found.append(
             Warning(
                 code="nonfinite",
-                text=f"{count_text(bad, 'prediction')} hold NaN or an infinity, or come of one; "
+                text=f"{count_text(bad, 'prediction')} with NaN or an infinity, or of one; "
                 "run.on_nonfinite: quarantine or stop says which",
             )
         )

@@ -61,9 +61,9 @@ def refusal(
 
 
 def reason(error: BaseException, mode: GradMode) -> str:
-    """What a model that ran in `mode` raised; of a backward() without a graph, why and where."""
+    """What a model that ran in `mode` raised, and where; of a backward() without a graph, why."""
     if not _is_of_the_mode(error, mode):
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}{_raised_at(error)}"
     # Inference mode records nothing, whatever the grad flag says.
     below = "" if mode is GradMode.NO_GRAD else "run.mode=no_grad with "
     return (
@@ -111,6 +111,17 @@ def _asked_at(error: BaseException) -> str:
         if not Path(caller.filename).is_relative_to(_TORCH):
             return f"{called.name}() at {caller.filename}:{caller.lineno}"
     return "backward()"
+
+
+def _raised_at(error: BaseException) -> str:
+    """The last line outside of torch that led to it: " (/home/me/net.py:13)"."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_relative_to(_GRADRUN):
+            break
+        if path.is_file() and not path.is_relative_to(_TORCH):
+            return f" ({path}:{frame.lineno})"
+    return ""
 
 
 def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
