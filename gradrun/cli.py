@@ -313,6 +313,9 @@ def check(
         undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
         codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}
         if code := codes.get(result.status, 0):
+            if quiet:
+                missed = [o.check for o in result.outcomes if o.status == result.status]
+                _say(_console(stderr=True), f"{result.status}: {', '.join(missed)}")
             raise typer.Exit(code)
 
 

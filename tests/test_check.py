@@ -160,6 +160,14 @@ def test_golden_outputs_are_written_once_and_held_to(project, cli):
     assert cli("check", "gradrun.yaml", "--update-expected").code == 2
 
 
+def test_a_check_that_fails_quietly_says_what_failed(project, cli):
+    words = ["check", "gradrun.yaml", "-q", "--set", "check.limits.retained=1 B"]
+    answer = cli(*words)
+    assert (answer.code, answer.out) == (3, "")
+    assert answer.err == "fail: retained\n"
+    assert cli(*words[:3]).text == ""
+
+
 def test_a_baseline_of_a_check_that_failed_is_told_of(project, cli):
     answer = cli(
         "check",

@@ -222,7 +222,7 @@ def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     text = reports.written(evil, "csv")
     assert printable(text) == text
     for row in csv.reader(io.StringIO(text)):
-        assert len(row) == 15
+        assert len(row) == 16
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(reports.show, evil, 120), printed(reports.show, evil[:1], 120)):
         assert printable(console) == console

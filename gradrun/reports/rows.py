@@ -42,6 +42,8 @@ class Row:
     """What the figure says: a verdict, or how a check ended."""
     text: str = ""
     """The figure in words, where it is no number."""
+    limit: str = ""
+    """What is allowed, in words; of a check alone."""
 
 
 def rows(result: RunResult) -> list[Row]:
@@ -49,7 +51,7 @@ def rows(result: RunResult) -> list[Row]:
     compared = {c.candidate: c for c in result.comparisons}
     agreed = {e.candidate: e for e in result.equivalence}
     found = [
-        Row("", f"check {o.check}", "words", status=o.status, text=f"{o.value} (limit: {o.limit})")
+        Row("", f"check {o.check}", "words", status=o.status, text=o.value, limit=o.limit)
         for o in result.outcomes
     ]
     found += (Row("", m.name, "score", _finite(m.value)) for m in result.metrics)
