@@ -313,7 +313,23 @@ class _Work:
         limits = self.asked.limits.model_dump(exclude_none=True)
         grown = self.asked.regression.model_dump(exclude_none=True) if self.rival else {}
         of_a_process = any(name in limits or name in grown for name in _OF_A_PROCESS)
-        return bool("time" in grown or checks.modes_timed(self.asked) or of_a_process)
+        grows = "time" in grown and not self._measured_otherwise()
+        return bool(grows or checks.modes_timed(self.asked) or of_a_process)
+
+    def _measured_otherwise(self) -> list[str]:
+        """What was otherwise where the earlier result was measured: its times say nothing here."""
+        if not (self.rival and self.rival.result):
+            return []
+        before, now = self.rival.result, self.predicted
+        return [
+            *checks.machines_differ(before.environment, now.environment),
+            *self._batches_differ(before),
+        ]
+
+    def _batches_differ(self, before: RunResult) -> list[str]:
+        return checks.batches_differ(
+            _of_mode(before.measurements, self.mode), self.predicted.measurements
+        )
 
     def _timed(self) -> comparison.Compared:
         others = [mode for mode in checks.modes_timed(self.asked) if mode is not self.mode]
@@ -382,11 +398,9 @@ class _Work:
     ) -> list[Outcome]:
         """Regressions since an earlier result."""
         assert self.rival
-        assert measured.environment
         old = _of_mode(before.measurements, self.mode)
         now = _of_mode(measured.measurements, self.mode)
-        batches = checks.batches_differ(old, now)
-        differs = [*checks.machines_differ(before.environment, measured.environment), *batches]
+        batches, differs = self._batches_differ(before), self._measured_otherwise()
         name, asked = self.rival.name, self.asked
         return [
             *checks.time_regression(asked, name, checks.apart(old, now), differs),
