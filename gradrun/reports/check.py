@@ -22,7 +22,7 @@ _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 
 def show(result: RunResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
-    mode = f"  {result.config['run']['mode']}"
+    mode = f"  {words.mode(result)}"
     name, facts = printable(words.model_name(result)), printable(f"  {words.facts(result)}")
     console.print()
     console.print(Text.assemble((name, "bold"), mode, (facts, "dim")))

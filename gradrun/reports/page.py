@@ -78,11 +78,12 @@ def _article(name: str, result: RunResult, salt: str) -> str:
     told = [*map(_table, tables(result))]
     # What was asked for comes before what was measured.
     first, then = (told, []) if result.outcomes else ([], told)
+    tone = _tone(result.status) if result.outcomes else ""
     parts = [
         f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>',
         f"<h1>{_text(words.model_name(result))}</h1>",
         f'<p class="facts">{_text(about)}</p>',
-        f'<p class="verdict">{_UNIT.sub("&nbsp;", _text(words.verdict(result)))}</p>',
+        f"<p{_class('verdict', tone)}>{_UNIT.sub('&nbsp;', _text(words.verdict(result)))}</p>",
         *first,
         _list("Why", (f"<li>{_text(reason)}</li>" for reason in words.reasons(result))),
         f'<div class="plots">\n{drawn}\n</div>' if drawn else "",

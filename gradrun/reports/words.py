@@ -25,7 +25,9 @@ def model_name(result: RunResult) -> str:
 
 
 def mode(result: RunResult) -> str:
-    """The mode of a run; empty where there are several."""
+    """The mode of a run or check; empty where there are several."""
+    if result.kind == "check":  # it measures others too, or none where the model did not run
+        return str(result.config["run"]["mode"])
     return result.measurements[0].mode.value if result.kind == "infer" else ""
 
 
