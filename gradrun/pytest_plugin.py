@@ -34,9 +34,14 @@ def gradrun_check() -> Callable[..., RunResult]:
     def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> RunResult:
         import warnings
 
+        from gradrun.errors import GradrunError
         from gradrun.jobs.check import check
 
-        result = check(config, **options)
+        __tracebackhide__ = True
+        try:
+            result = check(config, **options)
+        except GradrunError as error:  # a sentence for a person, without the way that it came
+            raise error.with_traceback(None) from None
         bad = ["fail"] if inconclusive == "pass" else ["fail", "inconclusive"]
         lines = [
             f"{o.check}: {o.reason} (allowed: {o.limit}; found: {o.value})"

@@ -99,6 +99,18 @@ def test_bad(gradrun_check, tmp_path):
     done.stdout.fnmatch_lines(["gradrun check:", "forward peak: * too much*"])
 
 
+def test_what_is_wrong_with_a_config_is_a_sentence_and_no_tour_of_gradrun(pytester):
+    pytester.makefile(".yaml", wrong="model: {source: zoo, nam: mlp}\n")
+    pytester.makepyfile("def test_wrong(gradrun_check):\n    gradrun_check('wrong.yaml')\n")
+    found = pytester.runpytest_subprocess()
+    found.assert_outcomes(failed=1)
+    text = found.stdout.str()
+    assert "unknown key; did you mean name?" in text
+    assert "gradrun_check('wrong.yaml')" in text
+    assert "yamlfile.py" not in text
+    assert "jobs/check.py" not in text
+
+
 def test_the_plugin_costs_no_torch_where_nobody_asks(pytester):
     pytester.makepyfile(
         """

@@ -1,4 +1,4 @@
-"""`make bench`: does `gradrun check --against` find what is planted, and nothing where nothing is?
+"""By hand, in half an hour: does `gradrun check --against` find what is planted, and nothing else?
 
 A model of linear layers stands in a git repository of its own; its working copy is slower,
 quicker, larger or the same. Prints how often each was called what; exits 1 where not often enough.
