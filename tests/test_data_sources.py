@@ -576,3 +576,13 @@ def test_records_are_read_a_batch_at_a_time(tmp_path: Path) -> None:
     assert [next(found).size, next(found).size] == [5, 5]
     with pytest.raises(ConfigError, match=":12"):
         next(found)
+
+
+def test_labels_that_are_no_numbers_are_blamed_on_their_own_file(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((3, 2), np.float32))
+    np.save(tmp_path / "y.npy", np.array(["a", "b", "c"]))
+    keys = {"source": "arrays", "path": tmp_path / "x.npy", "labels": {"path": tmp_path / "y.npy"}}
+    config = TypeAdapter(DataConfig).validate_json(json.dumps(keys, default=str))
+    with pytest.raises(ConfigError, match=r"y\.npy holds <U1") as caught:
+        open_data(config, 0)
+    assert caught.value.key == "data.labels.path"

@@ -212,3 +212,8 @@ def test_a_run_on_the_cpu_leaves_the_gpus_random_numbers() -> None:
 @pytest.mark.cuda
 def test_the_environment_names_the_gpu() -> None:
     assert device.environment(torch.device("cuda")).device_name
+
+
+def test_an_environment_is_of_plain_words_and_numbers() -> None:
+    told = device.environment(torch.device("cpu")).as_dict()
+    assert {type(value) for value in told.values()} <= {str, int, type(None)}

@@ -146,4 +146,5 @@ def test_every_job_tells_the_timeline(tmp_path: Any) -> None:
     assert_whole(gradrun.infer(config).measurements[0].memory)
     assert_whole(gradrun.audit(config, compile=False).measurements[-1].memory)
     for found in gradrun.compare(config, "no_grad,inference_mode").result.measurements:
+        assert type(found.mode) is gradrun.GradMode
         assert_whole(found.memory)
