@@ -63,9 +63,12 @@ def complaint(problem: Any, data: Any) -> Complaint:
     if kind == "union_tag_invalid":
         text = f"unknown source {context['tag']!r}; {choices(context['tag'], _sources(key[-1]))}"
         return Complaint((*key, "source"), text)
-    if kind == "limit":  # its name is held against the metrics, where the section is read
-        place = (*key, "limits", context["name"])
-        return Complaint(place, context["problem"], about_key=context["unknown"])
+    # Limits are held against the metrics, so it is their section that these are told of.
+    if kind == "unknown_limit":
+        text = f"unknown limit; {choices(context['name'], context['allowed'])}"
+        return Complaint((*key, "limits", context["name"]), text, about_key=True)
+    if kind == "limit":
+        return Complaint((*key, "limits", context["name"]), context["problem"])
     text = _value_text(problem, str(key[-1]) if key else "")
     if kind in {"model_type", "model_attributes_type"} and key and section:
         field = section.model_fields.get(str(key[-1]))

@@ -7,7 +7,6 @@ yamlfile.py hands to the validators.
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, Self
 
@@ -758,17 +757,14 @@ class RunConfig(Section):
     def _limits_of_metrics(cls, check: CheckSection, info: ValidationInfo) -> CheckSection:
         known = {*_ARGUMENTS, *(metric.title for metric in info.data.get("metrics", ()))}
         for name, limit in (check.limits.model_extra or {}).items():
-            allowed = [*LimitsSection.model_fields, *sorted(known)]
-            close = get_close_matches(name, allowed, n=1)
-            context = {"name": name, "problem": "", "unknown": name not in known}
             if name not in known:
-                meant = f"did you mean {close[0]}? " if close else ""
-                context["problem"] = f"unknown limit; {meant}(allowed: {', '.join(allowed)})"
-                raise PydanticCustomError("limit", "{problem}", context)
+                allowed = [*LimitsSection.model_fields, *sorted(known)]
+                context = {"name": name, "allowed": allowed}
+                raise PydanticCustomError("unknown_limit", "unknown limit {name}", context)
             try:
                 bounds.number_bound(limit)
             except ValueError as error:
-                context["problem"] = str(error)
+                context = {"name": name, "problem": str(error)}
                 raise PydanticCustomError("limit", "{problem}", context) from error
         return check
 

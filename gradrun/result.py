@@ -359,7 +359,8 @@ def _check_config(config: dict[str, Any]) -> None:
 
 def _check_format(path: Path, told: Any) -> None:
     """Say what to do about a result that another version wrote in another way."""
-    told = told if isinstance(told, dict) else {"kind": "infer"}
+    if not isinstance(told, dict):
+        return
     version, writer = told.get("format", 1), str(told.get("gradrun", "unknown"))
     if isinstance(version, int) and version != 1:
         todo = "a newer gradrun reads it" if version > 1 else "run it again to report it"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +104,33 @@ def _is_of_the_mode(error: BaseException, mode: GradMode) -> bool:
 
 def _asked_at(error: BaseException) -> str:
     """The user's line that asked torch for gradients: "backward() at /home/me/net.py:13"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for called, caller in pairwise(reversed(frames)):
-        if Path(caller.filename).is_relative_to(_GRADRUN):
-            break  # a TorchScript program has no lines of Python
-        if not Path(caller.filename).is_relative_to(_TORCH):
-            return f"{called.name}() at {caller.filename}:{caller.lineno}"
+    for called, place, line in _lines_outside(error):
+        if called:
+            return f"{called}() at {place}:{line}"
     return "backward()"
 
 
 def _raised_at(error: BaseException) -> str:
     """The last line outside of torch that led to it: " (/home/me/net.py:13)"."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_relative_to(_GRADRUN):
-            break
-        if path.is_file() and not path.is_relative_to(_TORCH):
-            return f" ({path}:{frame.lineno})"
+    for _, place, line in _lines_outside(error):
+        if place.is_file():
+            return f" ({place}:{line})"
     return ""
+
+
+def _lines_outside(error: BaseException) -> Iterator[tuple[str, Path, int | None]]:
+    """(what was called there, file, line) of the model's lines outside of torch, the last first.
+
+    A TorchScript program has no lines of Python, so there may be none.
+    """
+    called = ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        place = Path(frame.filename)
+        if place.is_relative_to(_GRADRUN):
+            return
+        if not place.is_relative_to(_TORCH):
+            yield called, place, frame.lineno
+        called = frame.name
 
 
 def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

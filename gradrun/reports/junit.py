@@ -19,17 +19,12 @@ def xml(result: RunResult) -> str:
     outcomes = result.outcomes
     count = [outcome.status for outcome in outcomes].count
     name = _clean(model_name(result))
-    suites = ElementTree.Element("testsuites", name="gradrun check")
-    suite = ElementTree.SubElement(
-        suites,
-        "testsuite",
-        name=name,
-        tests=str(len(outcomes)),
-        failures=str(count("fail")),
-        errors="0",
-        skipped=str(count("inconclusive")),
-        time="0",
-        timestamp=result.started_at.partition("+")[0],
+    suites, suite = _suite(
+        name,
+        result.started_at,
+        tests=len(outcomes),
+        failures=count("fail"),
+        skipped=count("inconclusive"),
     )
     for outcome in outcomes:
         _case(suite, outcome, name)
@@ -38,17 +33,32 @@ def xml(result: RunResult) -> str:
 
 def refusal(said: str) -> str:
     """The document of a check that could not begin: one test case, in error."""
-    suites = ElementTree.Element("testsuites", name="gradrun check")
-    counts = {"tests": "1", "failures": "0", "errors": "1", "skipped": "0", "time": "0"}
-    stamp = datetime.now(UTC).isoformat(timespec="seconds").partition("+")[0]
-    suite = ElementTree.SubElement(
-        suites, "testsuite", {"name": "gradrun", "timestamp": stamp} | counts
-    )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    suites, suite = _suite("gradrun", now, tests=1, errors=1)
     case = ElementTree.SubElement(suite, "testcase", name="runs", classname="gradrun", time="0")
     error = ElementTree.SubElement(case, "error", message=_clean(said.partition("\n")[0]))
     error.set("type", "error")
     error.text = _clean(said)
     return _text(suites)
+
+
+def _suite(
+    name: str, started_at: str, *, tests: int, failures: int = 0, errors: int = 0, skipped: int = 0
+) -> tuple[ElementTree.Element, ElementTree.Element]:
+    """A document, and its one suite to be filled."""
+    suites = ElementTree.Element("testsuites", name="gradrun check")
+    suite = ElementTree.SubElement(
+        suites,
+        "testsuite",
+        name=name,
+        tests=str(tests),
+        failures=str(failures),
+        errors=str(errors),
+        skipped=str(skipped),
+        time="0",
+        timestamp=started_at.partition("+")[0],
+    )
+    return suites, suite
 
 
 def _text(suites: ElementTree.Element) -> str:

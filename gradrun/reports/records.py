@@ -18,18 +18,8 @@ from gradrun.reports.rows import Row, rows
 from gradrun.reports.side_by_side import Named
 
 _UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score")
-_HEADER = (
-    "result",
-    "kind",
-    "mode",
-    "metric",
-    *_UNITS,
-    "low_95",
-    "high_95",
-    "status",
-    "text",
-    "limit",
-)
+_WORDS = ("status", "text", "limit")
+_HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", *_WORDS)
 """A figure stands in the column of its unit; its interval is in the same unit."""
 
 
@@ -46,7 +36,7 @@ def csv_text(results: Sequence[Named]) -> str:
 
 def _cells(row: Row) -> list[Any]:
     values = [row.value if row.unit == unit else None for unit in _UNITS]
-    words = [_word(row.status), _word(row.text), _word(row.limit)]
+    words = [_word(getattr(row, name)) for name in _WORDS]
     return [_word(row.mode), _word(row.metric), *values, row.low, row.high, *words]
 
 
