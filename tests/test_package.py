@@ -79,7 +79,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The commands of a clean environment that has the wheel and what it asks for."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
-    commands = folder / ("Scripts" if os.name == "nt" else "bin")
+    commands = folder / "bin"
     run(
         commands / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt",
         wheel,
