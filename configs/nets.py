@@ -1,19 +1,19 @@
-"""A network in a file of the user's own, for python.yaml: digits_cnn with a second answer.
+"""The model of python.yaml: digits_cnn with a second output.
 
-Its layers are named as in models/digits_cnn.py, so that the weights trained there load here.
+Its layers have the names used in models/digits_cnn.py, so that the same weights can be loaded.
 """
 
 from torch import Tensor, nn
 
 
 def stage(inputs: int, outputs: int) -> nn.Sequential:
-    """A 3x3 convolution, batch norm and ReLU."""
+    """Return a 3x3 convolution with batch norm and ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class DigitNet(nn.Module):
-    """Images [N, 1, 8, 8] to `logits` [N, classes] and the `features` [N, 256] behind them."""
+    """Maps images [N, 1, 8, 8] to `logits` [N, classes] and `features` [N, 256]."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A small convolutional classifier for 8x8 grey images of digits: [N, 1, 8, 8] in, ten logits out.
+"""A small convolutional classifier: grayscale digits [N, 1, 8, 8] in 0..1 to logits [N, 10].
 
-It knows neither its weights (train_digits.py writes them) nor how pixels are scaled to 0..1.
+train_digits.py trains it and writes its weights.
 """
 
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def _stage(inputs: int, outputs: int) -> nn.Sequential:
-    # BatchNorm has its own shift, so a bias on the convolution would be redundant.
+    # BatchNorm adds a bias, so the convolution does not need one.
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -18,7 +18,7 @@ def _stage(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def build() -> nn.Module:
-    """The network, with random weights."""
+    """Return the network with random weights."""
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             stage1=_stage(1, 32),
@@ -27,7 +27,7 @@ def build() -> nn.Module:
             stage3=_stage(32, 64),
             pool2=nn.MaxPool2d(2),
             flatten=nn.Flatten(),
-            # The positions are kept, not averaged away: where a stroke lies tells 6 from 9.
+            # No average pooling: the positions of strokes distinguish 6 from 9.
             fc=nn.Linear(64 * 2 * 2, 10),
         )
     )

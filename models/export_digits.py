@@ -1,6 +1,6 @@
-"""Write the trained digits_cnn as TorchScript and as an exported program, and 50 digits as a table.
+"""Write the trained digits_cnn as TorchScript and as exported program, and 50 digits as CSV.
 
-Reads what train_digits.py wrote. A second run with the same torch writes the same bytes.
+Reads the files written by train_digits.py. Runs with the same torch write the same bytes.
 """
 
 import csv
@@ -18,23 +18,23 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "models" / "digits_cnn.safetensors"
 CONFIGS = ROOT / "configs"
 
-BATCH = 16  # the one batch size that the exported program takes
+BATCH = 16  # the only batch size that the exported program accepts
 ROWS = 50
 
 
 def trained() -> nn.Module:
-    """The digits network as train_digits.py left it, in eval mode."""
+    """Return the trained network in eval mode."""
     model = build()
     model.load_state_dict(load_file(WEIGHTS))
     return model.eval().requires_grad_(False)
 
 
 def save_torchscript(model: nn.Module, path: Path) -> None:
-    """A trace of the network, which takes any batch size."""
+    """Write a trace of the network, which accepts any batch size."""
     buffer = io.BytesIO()
     traced = torch.jit.trace(model, torch.zeros(BATCH, 1, 8, 8))  # type: ignore[no-untyped-call]
     torch.jit.save(traced, buffer)
-    # Without the .debug_pkl files, which name paths of this machine, and the checksum over them.
+    # Omit the .debug_pkl files, which contain paths of this machine, and their checksum.
     with zipfile.ZipFile(buffer) as whole, zipfile.ZipFile(path, "w") as lean:
         for item in whole.infolist():
             if not item.filename.endswith((".debug_pkl", "/serialization_id")):
@@ -42,15 +42,15 @@ def save_torchscript(model: nn.Module, path: Path) -> None:
 
 
 def save_exported(model: nn.Module, path: Path) -> None:
-    """The network as a program for batches of BATCH."""
+    """Write the network as a program for batches of BATCH."""
     program = torch.export.export(model, (torch.zeros(BATCH, 1, 8, 8),))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it too names paths
+        node.meta.pop("stack_trace", None)  # contains paths
     torch.export.save(program, path)
 
 
 def save_table(path: Path) -> None:
-    """The first held-out images: an id, the true digit, and the pixels by row and column."""
+    """Write the first test images: an id, the true digit, and the pixels by row and column."""
     digits = np.load(CONFIGS / "digits.npz")
     with path.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

@@ -1,7 +1,6 @@
-"""ResNet-18 (He et al. 2015, arXiv:1512.03385): [N, 3, 224, 224] in, one logit per class out.
+"""ResNet-18 (He et al. 2015, arXiv:1512.03385): images [N, 3, 224, 224] to logits [N, classes].
 
-It knows no weights or class names; its parameters are named as torchvision names them, so that
-checkpoints saved there load here.
+The parameters have the names used by torchvision, so that its checkpoints can be loaded.
 """
 
 from collections import OrderedDict
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-    # A BatchNorm follows every convolution and brings the bias.
+    # The BatchNorm after every convolution adds the bias.
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions whose result is added to their input, resized first if need be."""
+    """Two 3x3 convolutions with a residual connection, which changes the size if necessary."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -24,7 +23,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = _conv(outputs, outputs, 3, 1)
         self.bn2 = nn.BatchNorm2d(outputs)
-        # An Identity has no parameters, so it adds no key that a checkpoint would lack.
+        # nn.Identity has no parameters, so it does not add a key to the state dict.
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             self.downsample = nn.Sequential(
@@ -41,7 +40,7 @@ def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 def build(classes: int = 1000) -> nn.Module:
-    """The network, with random weights; its state dict has the usual key names."""
+    """Return the network with random weights."""
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             conv1=_conv(3, 64, 7, 2),

@@ -1,7 +1,7 @@
-"""Train digits_cnn on scikit-learn's 8x8 digits; write its weights and the images held out.
+"""Train digits_cnn on the 8x8 digits of scikit-learn; write its weights and the test images.
 
-The held-out images play no part in training, which stops after a fixed number of epochs.
-A second run on the same machine writes the same bytes; another processor may round otherwise.
+The test images are not used in training, which stops after a fixed number of epochs. Runs on the
+same machine write the same bytes; another processor may round differently.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ HELD_OUT = ROOT / "configs" / "digits.npz"
 SEED = 0
 HELD_OUT_IMAGES = 500
 SCALE = 0.0625  # pixels are 0..16
-EPOCHS = 20  # this and the rate: cross-validated among the training images alone
+EPOCHS = 20  # chosen, like the rate, by cross-validation on the training images
 BATCH = 64
 PEAK_RATE = 0.01
 
 
 def to_input(pixels: Tensor) -> Tensor:
-    """Raw [N, 64] pixels as the model takes them."""
+    """Convert raw pixels [N, 64] to inputs of the model."""
     return pixels.float().mul(SCALE).view(-1, 1, 8, 8)
 
 
 def train(images: Tensor, labels: Tensor) -> nn.Module:
-    """A network trained on [N, 1, 8, 8] images and [N] labels, in eval mode."""
+    """Return a network trained on images [N, 1, 8, 8] and labels [N], in eval mode."""
     model = build().train()
     steps = EPOCHS * -(-len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
@@ -49,15 +49,15 @@ def train(images: Tensor, labels: Tensor) -> nn.Module:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose label the model finds."""
+    """Return the fraction of images that are classified correctly."""
     return float((model(images).argmax(dim=1) == labels).float().mean())
 
 
 def main() -> None:
-    """Train, tell the accuracy on the images held out, and write both files."""
+    """Train, print the accuracy on the test images, and write both files."""
     torch.manual_seed(SEED)
     torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # sums split among threads would round as the machine's cores do
+    torch.set_num_threads(1)  # the order of sums, and so rounding, depends on the threads
 
     digits = load_digits()
     pixels, held_pixels, labels, held_labels = train_test_split(
