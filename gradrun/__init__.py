@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from gradrun.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gradrun import modes
     from gradrun.config import RunConfig
-    from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
-    from gradrun.gradmode import GradMode
+    from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+    from gradrun.core.grad_mode import GradMode
     from gradrun.jobs.audit import audit
     from gradrun.jobs.check import check
     from gradrun.jobs.compare import compare
@@ -53,15 +53,15 @@ _HOMES = {
     "prove_modes": "jobs.modes",
     "Comparison": "result",
     "load_config": "yamlfile",
-    "GradMode": "gradmode",
+    "GradMode": "core.grad_mode",
     "modes": "modes",
     "RunConfig": "config",
     "Measurement": "result",
     "RunResult": "result",
-    "ConfigError": "errors",
-    "GradrunError": "errors",
-    "Interrupted": "errors",
-    "RunFailed": "errors",
+    "ConfigError": "core.errors",
+    "GradrunError": "core.errors",
+    "Interrupted": "core.errors",
+    "RunFailed": "core.errors",
 }
 
 

@@ -6,8 +6,8 @@ Knows results; each warning has a code and says what to do.
 from __future__ import annotations
 
 from gradrun.config import RunConfig
+from gradrun.core.units import count_text
 from gradrun.result import Environment, Measurement, Warning
-from gradrun.units import count_text
 
 _SPREAD = 2.0
 _P99_BATCHES = 100

@@ -14,7 +14,8 @@ from typing import Any
 from gradrun import stats
 from gradrun.bounds import Bound, Status, bytes_bound, number_bound, share
 from gradrun.config import CheckSection
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import bytes_text, count_text
 from gradrun.ratios import paired
 from gradrun.result import (
     Environment,
@@ -27,7 +28,6 @@ from gradrun.result import (
     RunResult,
 )
 from gradrun.stats import Estimate
-from gradrun.units import bytes_text, count_text
 
 SPEEDUP = "speedup_over_"
 """How limits on the time of another mode begin."""

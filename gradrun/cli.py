@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from gradrun import __version__
-from gradrun.errors import CheckFailed, ConfigError, GradrunError, Inconclusive, Interrupted
+from gradrun.core.errors import CheckFailed, ConfigError, GradrunError, Inconclusive, Interrupted
+from gradrun.core.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -189,7 +189,7 @@ def compare(
 ) -> None:
     """Put gradient modes side by side: time, memory, outputs, advice."""
     with _errors(debug, json_file, quiet) as console:
-        from gradrun.bundled import bundled
+        from gradrun.core.resources import bundled
         from gradrun.yamlfile import load_config
 
         if over and modes:
@@ -463,9 +463,9 @@ def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -
     from gradrun.reports import FORMATS, SUFFIXES
 
     if form is not None and form not in FORMATS:
-        from gradrun.complaints import choices
+        from gradrun.core.suggest import suggest
 
-        raise ConfigError(f"there is no format {form!r}; {choices(form, FORMATS)}")
+        raise ConfigError(f"there is no format {form!r}; {suggest(form, FORMATS)}")
     if output is None:
         return form or "table"
     if output.is_dir():
@@ -559,8 +559,8 @@ def schema() -> None:
 
 def _chosen_config(config: Path | None, example: str | None) -> tuple[Path, Path | None]:
     """The config's path, and where a relative output.path starts if not beside the config."""
-    from gradrun.bundled import bundled, examples
-    from gradrun.complaints import choices
+    from gradrun.core.resources import bundled, examples
+    from gradrun.core.suggest import suggest
 
     if config and example:
         raise ConfigError("name a config or --example, not both")
@@ -569,7 +569,7 @@ def _chosen_config(config: Path | None, example: str | None) -> tuple[Path, Path
     if not example:
         raise ConfigError("no config; name a YAML file, or try --example digits")
     if example not in examples():
-        raise ConfigError(f"there is no example {example!r}; {choices(example, examples())}")
+        raise ConfigError(f"there is no example {example!r}; {suggest(example, examples())}")
     return bundled("configs") / f"{example}.yaml", Path.cwd()
 
 
@@ -720,7 +720,7 @@ def _write_json(text: str, file: str) -> None:
 
 
 def _write(text: str, file: Path, option: str) -> None:
-    from gradrun.disk import replace_file
+    from gradrun.core.files import replace_file
 
     try:
         if file.exists() and not file.is_file():  # a device or a pipe takes what it is given

@@ -14,13 +14,13 @@ from statistics import geometric_mean, median
 from typing import Any
 
 from gradrun.config import RunConfig
-from gradrun.cpus import available_cpus
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import count_text
 from gradrun.messages import Disturbance, Failure, Job, Report, Variant
 from gradrun.ratios import compare_measured
 from gradrun.result import Comparison, Environment, Equivalence, Measurement, Warning
-from gradrun.units import count_text
 from gradrun.workers import Worker
 
 STEAL, OTHERS = 0.02, 0.2

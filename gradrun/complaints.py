@@ -5,15 +5,15 @@ Knows the models of config.py, and nothing of files or YAML.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gradrun.config import RunConfig
+from gradrun.core.suggest import suggest
 
 Key = tuple[str | int, ...]
 
@@ -54,18 +54,18 @@ def complaint(problem: Any, data: Any) -> Complaint:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = sorted(section.model_fields, key="source".__ne__) if section else []
-        return Complaint(key, f"unknown key; {choices(str(key[-1]), allowed)}", about_key=True)
+        return Complaint(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
     if kind == "missing":
         return Complaint(key, "is missing" + _meaning(section, key), about_key=True)
     if kind == "union_tag_not_found":
         sources = ", ".join(_sources(key[-1]))
         return Complaint((*key, "source"), f"is missing; one of {sources}", about_key=True)
     if kind == "union_tag_invalid":
-        text = f"unknown source {context['tag']!r}; {choices(context['tag'], _sources(key[-1]))}"
+        text = f"unknown source {context['tag']!r}; {suggest(context['tag'], _sources(key[-1]))}"
         return Complaint((*key, "source"), text)
     # Limits are held against the metrics, so it is their section that these are told of.
     if kind == "unknown_limit":
-        text = f"unknown limit; {choices(context['name'], context['allowed'])}"
+        text = f"unknown limit; {suggest(context['name'], context['allowed'])}"
         return Complaint((*key, "limits", context["name"]), text, about_key=True)
     if kind == "limit":
         return Complaint((*key, "limits", context["name"]), context["problem"])
@@ -78,21 +78,6 @@ def complaint(problem: Any, data: Any) -> Complaint:
     return Complaint(key, text)
 
 
-def choices(given: str, allowed: Iterable[str]) -> str:
-    """`"nograd"` against the modes as "did you mean no_grad? (allowed: grad, ...)"."""
-    names = list(allowed)
-    close = did_you_mean(given, names)
-    listed = "allowed: " + ", ".join(names)
-    return f"{close} ({listed})" if close else listed
-
-
-def did_you_mean(given: str, allowed: Iterable[str]) -> str:
-    """`"Liner"` against the layers as "did you mean Linear?"; empty where nothing is close."""
-    spelled = {name.lower(): name for name in allowed}
-    close = get_close_matches(given.lower(), spelled, n=1, cutoff=0.6)
-    return f"did you mean {spelled[close[0]]}?" if close else ""
-
-
 def _value_text(problem: Any, name: str) -> str:
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if name in _ALLOWED:
@@ -103,7 +88,7 @@ def _value_text(problem: Any, name: str) -> str:
         allowed = [
             word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")
         ]
-        return f"unknown value {_shown(given)}; {choices(str(given), allowed)}"
+        return f"unknown value {_shown(given)}; {suggest(str(given), allowed)}"
     if kind == "value_error":
         return str(context["error"])
     for bound, words in _BOUNDS.items():

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from gradrun.core.units import bytes_text
 from gradrun.result import Comparison, Equivalence, Memory, RunResult
-from gradrun.units import bytes_text
 
 _WORTH_BYTES = 1024
 _WORTH_SHARE = 0.01

@@ -26,7 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gradrun import bounds
-from gradrun.gradmode import GradMode as GradMode
+from gradrun.core.grad_mode import GradMode as GradMode
 
 
 class Paths(Protocol):

@@ -17,8 +17,9 @@ import psutil
 import torch
 
 from gradrun.config import RunSection
-from gradrun.cpus import available_cpus
-from gradrun.errors import ConfigError
+from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import ConfigError
+from gradrun.core.version import __version__
 from gradrun.result import Environment
 
 
@@ -96,7 +97,7 @@ def _deterministic(asked: bool) -> Iterator[None]:
 def environment(device: torch.device) -> Environment:
     """What a reader of the result must know to compare it with another."""
     return Environment(
-        gradrun=_gradrun_version(),
+        gradrun=__version__,
         torch=str(torch.__version__),  # not torch's own kind of text: a result needs no torch
         numpy=numpy.__version__,
         python=platform.python_version(),
@@ -109,12 +110,6 @@ def environment(device: torch.device) -> Environment:
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     )
-
-
-def _gradrun_version() -> str:
-    from gradrun import __version__
-
-    return __version__
 
 
 def _cpu_model() -> str:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from gradrun.config import RunConfig
+from gradrun.core.errors import ConfigError
 from gradrun.data_sources.batches import Batch
-from gradrun.errors import ConfigError
 from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Equivalence

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradrun.config import PythonModel, RunConfig
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.journal import Head
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096

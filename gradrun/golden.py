@@ -15,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gradrun.disk import replace_file
-from gradrun.errors import ConfigError, GradrunError
+from gradrun.core.errors import ConfigError, GradrunError
+from gradrun.core.files import replace_file
+from gradrun.core.units import count_text
 from gradrun.result import Output
-from gradrun.units import count_text
 
 _WINDOW_BYTES = 16 * 1024 * 1024
 _KEY = "check.expected"

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
-from gradrun import disk
-from gradrun.errors import GradrunError
+from gradrun.core import files
+from gradrun.core.errors import GradrunError
 
 FORMAT = 1
 
@@ -97,7 +97,7 @@ def read(path: Path) -> Kept:
             has written it in a format of its own.
     """
     try:
-        lines = [*disk.lines(path)]
+        lines = [*files.lines(path)]
     except OSError as error:
         raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
     size = sum(map(len, lines))
@@ -163,14 +163,14 @@ class Journal:
         # Under another name until its head is whole: a journal always says whose it is.
         place = path if kept else draft(path)
         flags = os.O_RDWR | os.O_APPEND | (0 if kept else os.O_CREAT)
-        self._descriptor = disk.open_plain(place, flags)
+        self._descriptor = files.open_plain(place, flags)
         self._size = kept.size if kept else 0
         try:
             os.ftruncate(self._descriptor, self._size)
             if kept is None:
                 self._add(head)
                 place.replace(path)
-                disk.sync_folder(path.parent)
+                files.sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
@@ -189,8 +189,8 @@ class Journal:
         data = json.dumps(line.model_dump(mode="python", exclude_none=True), default=str)
         encoded = data.encode() + b"\n"
         try:
-            disk.write_all(self._descriptor, encoded)
-            disk.sync(self._descriptor)
+            files.write_all(self._descriptor, encoded)
+            files.sync(self._descriptor)
         except BaseException:  # Ctrl-C too: the line will be added once more
             os.ftruncate(self._descriptor, self._size)
             raise

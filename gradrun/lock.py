@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
-from gradrun import disk
-from gradrun.errors import ConfigError
+from gradrun.core import files
+from gradrun.core.errors import ConfigError
 
 NAME = ".gradrun.lock"
 
@@ -37,7 +37,7 @@ class FolderLock:
             OSError: the folder cannot be written.
         """
         while self._descriptor < 0:
-            descriptor = disk.open_plain(self.path, os.O_RDWR | os.O_CREAT)
+            descriptor = files.open_plain(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if not _locked(descriptor, self.path):
                     raise _held(self.path)
@@ -75,7 +75,7 @@ def check_free(folder: Path) -> None:
     """
     path = folder / NAME
     try:
-        descriptor = disk.open_plain(path, os.O_RDWR)
+        descriptor = files.open_plain(path, os.O_RDWR)
     except OSError:
         return
     try:

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
-from gradrun.nouns import Noun
+from gradrun.core.record import Noun
 from gradrun.result import Environment, Equivalence, Memory, Phases
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from gradrun.config import MetricSection, RunConfig
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import library
+from gradrun.core.units import count_text
 from gradrun.data_sources.batches import Data, Labelled
-from gradrun.errors import ConfigError
-from gradrun.extras import library
 from gradrun.outputs import NO_CLASS, Named
 from gradrun.rescue import numbers_apart
 from gradrun.result import Metric
 from gradrun.sinks import READERS
-from gradrun.units import count_text
 
 Compute = Callable[[Path], tuple[Metric, ...]]
 """The metrics of the predictions in a run's folder."""

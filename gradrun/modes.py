@@ -31,7 +31,7 @@ from torch import (
 )
 from torch.autograd.grad_mode import _enter_inference_mode, _exit_inference_mode
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 
 __all__ = [
     "GradMode",

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.complaints import choices
 from gradrun.config import OutputSection
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
+from gradrun.core.suggest import suggest
 
 UNNAMED = "prediction"
 """The name of a model's only output."""
@@ -87,7 +87,7 @@ def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Ten
         raise ConfigError(f"the model returns two outputs that are called {twice!r}", "model")
     if unknown := [name for name in wanted if name not in found]:
         raise ConfigError(
-            f"the model has no output {unknown[0]!r}; {choices(unknown[0], found)}", "output.select"
+            f"the model has no output {unknown[0]!r}; {suggest(unknown[0], found)}", "output.select"
         )
     selected = [(name, found[name]) for name in wanted or found]
     if unsafe := [name for name, _ in selected if not _SAFE_NAME.fullmatch(name)]:

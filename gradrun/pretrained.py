@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradrun import extras
-from gradrun.errors import ConfigError
+from gradrun.core import optional
+from gradrun.core.errors import ConfigError
 
 NEEDS_TRUST = "which would run with your rights; if you trust it, run with --trust-code"
 
@@ -26,7 +26,7 @@ def library(key: str) -> Any:
     # Bars and advice of its own would stand among our tables; what matters of it raises.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    transformers = extras.library("transformers", key)
+    transformers = optional.library("transformers", key)
     said: Any = transformers.logging
     said.set_verbosity_error()
     said.disable_progress_bar()

@@ -34,7 +34,7 @@ def gradrun_check() -> Callable[..., RunResult]:
     def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> RunResult:
         import warnings
 
-        from gradrun.errors import GradrunError
+        from gradrun.core.errors import GradrunError
         from gradrun.jobs.check import check
 
         __tracebackhide__ = True

@@ -16,9 +16,9 @@ from typing import IO
 
 import numpy as np
 
-from gradrun import disk
-from gradrun.errors import GradrunError
-from gradrun.extras import library
+from gradrun.core import files
+from gradrun.core.errors import GradrunError
+from gradrun.core.optional import library
 from gradrun.journal import Committed, Kept
 
 _MOST_HEADER = 100_000_000
@@ -77,7 +77,7 @@ def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
             row *= size
         end = begin + committed.stop * row
         _check_size(file.fileno(), end)
-        return disk.checksum(file.fileno(), begin + committed.start * row, end)
+        return files.checksum(file.fileno(), begin + committed.start * row, end)
 
 
 def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int:
@@ -85,7 +85,7 @@ def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int
     end = committed.end or 0
     with _opened(path) as file:
         _check_size(file.fileno(), end)
-        return disk.checksum(file.fileno(), begin, end)
+        return files.checksum(file.fileno(), begin, end)
 
 
 def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
@@ -104,7 +104,7 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
             _check_size(file.fileno(), begin + stop * row)
             if stop > rows:
                 raise _DamagedError(f"it holds {rows} samples of its part")
-            found = disk.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
+            found = files.checksum(file.fileno(), begin + start * row, begin + stop * row, found)
         return found
 
 
@@ -141,7 +141,7 @@ def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
     end = committed.end or 0
     with _opened(path) as file:
         _check_size(file.fileno(), end)
-        return disk.checksum(file.fileno(), begin, end)
+        return files.checksum(file.fileno(), begin, end)
 
 
 def _of_another(path: Path, committed: Committed, before: Committed | None) -> int:
@@ -149,11 +149,11 @@ def _of_another(path: Path, committed: Committed, before: Committed | None) -> i
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return os.fdopen(disk.open_plain(path, os.O_RDONLY), "rb")
+    return os.fdopen(files.open_plain(path, os.O_RDONLY), "rb")
 
 
 def _check_size(descriptor: int, end: int) -> None:
-    if disk.size(descriptor) < end:
+    if files.size(descriptor) < end:
         raise _DamagedError("the file is cut off")
 
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from gradrun import disk
 from gradrun.config import RunSection
+from gradrun.core import files
+from gradrun.core.errors import GradrunError, RunFailed, SampleFault, first_line
+from gradrun.core.units import count_text
 from gradrun.data_sources.batches import Batch, cut_batch
-from gradrun.errors import GradrunError, RunFailed, SampleFault
-from gradrun.model_sources.refusals import first_line, memory_asked, ran_out_of_memory
+from gradrun.model_sources.refusals import memory_asked, ran_out_of_memory
 from gradrun.outputs import Named, nonfinite_rows
-from gradrun.units import count_text
 
 FILE = "quarantine.jsonl"
 
@@ -42,7 +42,7 @@ class Quarantine:
         if not self.path.exists():
             return
         kept = []
-        for line in disk.lines(self.path):
+        for line in files.lines(self.path):
             try:
                 known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
             except (ValueError, KeyError, TypeError, RecursionError):
@@ -65,14 +65,14 @@ def numbers_apart(folder: Path) -> set[int]:
     path = folder / FILE
     if not path.exists():
         return set()
-    return {json.loads(line)["sample"] for line in disk.lines(path)}
+    return {json.loads(line)["sample"] for line in files.lines(path)}
 
 
 def _write(path: Path, data: bytes, flag: int) -> None:
-    descriptor = disk.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
+    descriptor = files.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
     try:
-        disk.write_all(descriptor, data)
-        disk.sync(descriptor)
+        files.write_all(descriptor, data)
+        files.sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, get_args
 from msgspec import Meta
 
 from gradrun import stats
-from gradrun.disk import replace_file
-from gradrun.errors import GradrunError
-from gradrun.gradmode import GradMode
-from gradrun.nouns import Noun
+from gradrun.core.errors import GradrunError
+from gradrun.core.files import replace_file
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.record import Noun
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,21 @@ from torch import nn
 
 from gradrun import stats
 from gradrun.config import EagerModel, RunConfig, RunSection
+from gradrun.core.errors import (
+    ConfigError,
+    GradrunError,
+    Interrupted,
+    RunFailed,
+    SampleFault,
+    first_line,
+)
+from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
-from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed, SampleFault
-from gradrun.gradmode import GradMode
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.meters.forward import Forward
-from gradrun.model_sources.refusals import first_line, reason, refusal
+from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader, tensors_in

@@ -12,13 +12,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun import journal, readback
-from gradrun.errors import ConfigError, GradrunError, RunFailed
+from gradrun.core.errors import ConfigError, GradrunError, RunFailed
+from gradrun.core.units import bytes_text, count_text
 from gradrun.fingerprint import differences
 from gradrun.journal import Committed, Head, Journal, Kept
 from gradrun.lock import NAME as LOCK
 from gradrun.lock import FolderLock, check_free
 from gradrun.result import RunResult
-from gradrun.units import bytes_text, count_text
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"

@@ -22,12 +22,12 @@ from torch import nn
 from gradrun import device as machine
 from gradrun import stats
 from gradrun.config import RunConfig
-from gradrun.cpus import available_cpus
+from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import ConfigError, GradrunError
+from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Batch, mover
 from gradrun.divergence import equivalence
-from gradrun.errors import ConfigError, GradrunError
-from gradrun.gradmode import GradMode
 from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
 from gradrun.model_sources import class_names, load_model

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from gradrun.complaints import complaint
 from gradrun.config import RunConfig
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 
 Key = tuple[str | int, ...]
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from gradrun.config import RunConfig
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.result import Environment, Measurement, Memory, Phases, RunResult
 
 CONFIG = RunConfig.model_validate_json(

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from gradrun.config import ArraysData
+from gradrun.core.errors import GradrunError
 from gradrun.data_sources import open_data
-from gradrun.errors import GradrunError
 from gradrun.jobs.verify import verify
 from gradrun.reports import terminal
 from gradrun.reports.verified import show as show_verified

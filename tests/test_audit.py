@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import gradrun
-from gradrun.errors import ConfigError, GradrunError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError, GradrunError
+from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.result import Finding, RunResult
 from gradrun.safety import errors_in, failed, leanest, verdict

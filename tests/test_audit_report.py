@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.reports.audit import show
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import DASH

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradrun import disk
+from gradrun.core import files
 from gradrun.result import RunResult
 from gradrun.sinks import parts
 from gradrun.sinks.jsonl import JsonlSink
@@ -373,7 +373,7 @@ def test_data_that_fails_half_way_leaves_the_predictions_before(cli):
 @pytest.fixture
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
+    files.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
     try:
         subprocess.run(words, check=True, capture_output=True)
@@ -419,7 +419,7 @@ def test_a_disk_with_too_little_room_is_told_before_the_first_batch(cli, small_d
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
     monkeypatch.setattr(parts, "PART_BYTES", 8192)
-    monkeypatch.setattr(disk, "check_room", lambda *_: None)  # another process takes it later
+    monkeypatch.setattr(files, "check_room", lambda *_: None)  # another process takes it later
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
     answer = cli("infer", config(data, model("pass")), *words)

@@ -16,8 +16,8 @@ import torch
 import xmlschema
 
 import gradrun
+from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.data_sources import open_data
-from gradrun.errors import ConfigError, RunFailed
 from gradrun.result import RunResult
 from tests.conftest import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 
 from gradrun import checks
 from gradrun.config import CheckSection
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.result import Equivalence, Metric, Output, RunResult, Warning
 from gradrun.stats import Estimate
 from tests.results import CONFIG, MACHINE, MEMORY, measurement

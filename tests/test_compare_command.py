@@ -19,7 +19,7 @@ import pytest
 import gradrun
 from gradrun import comparison
 from gradrun.comparison import Compared
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.ratios import compare_measured
 from gradrun.result import RunResult
 from tests.conftest import ROOT, Answer, Command

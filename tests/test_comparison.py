@@ -11,7 +11,7 @@ import pytest
 from gradrun import comparison
 from gradrun.comparison import Compared, Session, sentence
 from gradrun.config import RunConfig
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.messages import Disturbance, Failure, Job, Report, Trial, Variant
 from gradrun.ratios import compare_measured
 from gradrun.result import Equivalence

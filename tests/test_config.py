@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from gradrun.config import LimitsSection, RunConfig
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 
 GOOD = {
     "model": {"source": "layers", "layers": [{"Linear": [4, 3]}, "ReLU"]},

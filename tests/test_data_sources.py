@@ -17,9 +17,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from gradrun.config import DataConfig
+from gradrun.core.errors import ConfigError
 from gradrun.data_sources import batches, open_data
 from gradrun.data_sources.batches import Batch, Data
-from gradrun.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

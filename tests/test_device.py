@@ -13,7 +13,7 @@ import torch
 
 from gradrun import device
 from gradrun.config import RunSection
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

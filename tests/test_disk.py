@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun import disk
+from gradrun.core import files
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_all_is_written_though_the_system_takes_a_little_at_a_time(
         return write(descriptor, data[:7])
 
     monkeypatch.setattr(os, "write", short)
-    disk.write_all(file, bytes(range(100)))
+    files.write_all(file, bytes(range(100)))
     assert (tmp_path / "file").read_bytes() == bytes(range(100))
     assert len(sizes) == 15
 
@@ -41,25 +41,25 @@ def test_a_failing_write_or_sync_is_raised(file: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "write", refuse)
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
-        disk.write_all(file, b"x")
+        files.write_all(file, b"x")
     with pytest.raises(OSError, match="No space"):
-        disk.sync(file)
+        files.sync(file)
 
 
 def test_a_folder_can_be_synced(tmp_path: Path) -> None:
-    disk.sync_folder(tmp_path)
+    files.sync_folder(tmp_path)
     with pytest.raises(FileNotFoundError):
-        disk.sync_folder(tmp_path / "gone")
+        files.sync_folder(tmp_path / "gone")
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 3_000_000), (5, 6), (7, 7), (1_048_570, 1_048_580)])
 def test_a_checksum_is_of_the_stretch_asked_for(file: int, begin: int, end: int) -> None:
     data = os.urandom(3_000_000)
-    disk.write_all(file, data)
-    assert disk.checksum(file, begin, end) == zlib.crc32(data[begin:end])
-    assert disk.size(file) == len(data)
+    files.write_all(file, data)
+    assert files.checksum(file, begin, end) == zlib.crc32(data[begin:end])
+    assert files.size(file) == len(data)
 
 
 def test_beyond_the_end_there_is_nothing(file: int) -> None:
-    disk.write_all(file, b"abc")
-    assert b"".join(disk.pieces(file, 1, 100)) == b"bc"
+    files.write_all(file, b"abc")
+    assert b"".join(files.pieces(file, 1, 100)) == b"bc"

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import gradrun
-from gradrun.bundled import bundled, examples
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.resources import bundled, examples
 from gradrun.result import RunResult
 from tests.small_models import named_classes, save_bert
 

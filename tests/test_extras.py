@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradrun.extras import EXTRAS
+from gradrun.core.optional import EXTRAS
 
 ROOT = Path(__file__).parent.parent
 WITHOUT = """\

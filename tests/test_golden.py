@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradrun import golden
-from gradrun.errors import ConfigError, GradrunError
+from gradrun.core.errors import ConfigError, GradrunError
 
 RNG = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import gradrun
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.pretrained import library
 from tests.conftest import Command
 from tests.small_models import (

@@ -18,10 +18,10 @@ from PIL import Image
 
 import gradrun
 from gradrun.config import ImagesData
+from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Data
 from gradrun.data_sources.preprocess import Steps, steps
-from gradrun.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.result import RunResult
 from gradrun.sinks import SINKS
 from gradrun.trial import first_batches

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from gradrun.errors import Interrupted
+from gradrun.core.errors import Interrupted
 from gradrun.interruption import Interruption
 from tests.conftest import ROOT
 

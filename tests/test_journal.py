@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gradrun import disk, journal
-from gradrun.errors import GradrunError
+from gradrun import journal
+from gradrun.core import files
+from gradrun.core.errors import GradrunError
 from gradrun.journal import Committed, Head, Journal
 
 HEAD = Head(gradrun="0.1.0", samples=100, config={"run": {"seed": 0}}, files={})
@@ -119,7 +120,7 @@ def test_a_line_that_could_not_be_synced_is_taken_back(
     def refuse(_: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(disk, "sync", refuse)
+    monkeypatch.setattr(files, "sync", refuse)
     with pytest.raises(OSError, match="Input/output"):
         lines.add([Committed(start=10, stop=20, files={})])
     lines.close()

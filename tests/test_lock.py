@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.lock import NAME, FolderLock, check_free
 from tests.conftest import ROOT
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import gradrun
-from gradrun.bundled import bundled
+from gradrun.core.resources import bundled
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.python import import_file
 from gradrun.modes import grad_mode

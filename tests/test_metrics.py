@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accuracy_score
 
 import gradrun
-from gradrun.errors import ConfigError, Interrupted
+from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.result import RunResult
 from gradrun.sinks import READERS, SINKS
 from tests.conftest import Command

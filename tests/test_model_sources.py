@@ -17,10 +17,10 @@ from torch import nn
 
 import gradrun
 from gradrun.config import ModelConfig, PythonModel
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import first_line, reason, refusal
+from gradrun.model_sources.refusals import reason, refusal
 from gradrun.modes import grad_mode
 
 # torch.jit announces its retirement; its files stay in use.

@@ -20,7 +20,7 @@ import torch
 
 import gradrun
 from gradrun import modes
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.modes import (
     ModeGuard,
     assert_restored,
@@ -84,7 +84,7 @@ def test_the_library_costs_no_more_than_torch() -> None:
         check=True,
         cwd=Path(__file__).parents[1],
     )
-    assert set(done.stdout.split()) <= {"gradrun", "gradrun.modes", "gradrun.gradmode"}
+    assert set(done.stdout.split()) <= {"gradrun", "gradrun.modes", "gradrun.core.grad_mode"}
 
 
 # --- grad_mode ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.reports.modes import show
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import TABLE_WIDTH

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradrun.nouns import Noun
+from gradrun.core.record import Noun
 
 
 class Figures(Noun, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gradrun.config import OutputSection
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.outputs import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
 
 SIZE = 4

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gradrun import reports
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.reports import page
 from tests.browser import CHROMIUM, Browser
 from tests.saved import NASTY, RESULTS, hostile

@@ -17,9 +17,9 @@ from pyarrow import parquet
 
 import gradrun
 from gradrun.config import RecordsData
+from gradrun.core.errors import ConfigError
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Data
-from gradrun.errors import ConfigError
 from gradrun.journal import Committed
 from gradrun.sinks.parquet import ParquetSink
 from tests.conftest import ROOT, Command

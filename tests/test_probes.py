@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from gradrun import probes
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
 from gradrun.jobs.modes import prove_modes
 from gradrun.modes import assert_restored
 from gradrun.probes import compiled, prove

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources import pt2_trust
 
 Members = dict[str, bytes]

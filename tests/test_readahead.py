@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from gradrun.core.errors import ConfigError
 from gradrun.data_sources import readahead
 from gradrun.data_sources.batches import Batch
 from gradrun.data_sources.readahead import pays_off, read_ahead
-from gradrun.errors import ConfigError
 
 
 def batch(value: int) -> Batch:

@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from gradrun import journal
 from gradrun.config import OutputSection
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.jobs.verify import verify
 from gradrun.journal import Head, Journal
 from gradrun.outputs import UNNAMED

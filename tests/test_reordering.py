@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 import gradrun
 from gradrun import journal, keeping, runner
+from gradrun.core.errors import RunFailed
 from gradrun.data_sources.text import WINDOW_BATCHES
-from gradrun.errors import RunFailed
 from gradrun.pretrained import library
 from gradrun.result import RunResult
 from tests.conftest import ROOT, Command

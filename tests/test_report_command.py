@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradrun import reports
-from gradrun.errors import GradrunError
+from gradrun.core.errors import GradrunError
 from gradrun.ratios import recomputed
 from gradrun.result import RunResult
 from tests.conftest import ROOT, Command

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import gradrun
-from gradrun.errors import ConfigError, RunFailed
+from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.outputs import NO_CLASS
 from gradrun.result import RunResult
 from gradrun.sinks import READERS

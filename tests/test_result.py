@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradrun.errors import GradrunError
+from gradrun.core.errors import GradrunError
 from gradrun.result import Memory, Phases, RunResult, Warning
 from tests.results import MEMORY, PHASES, measurement, run_result
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.revision import checked_out
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")

@@ -15,8 +15,8 @@ from torch import nn
 
 from gradrun import runner as the_runner
 from gradrun.config import RunConfig
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data_sources.batches import Batch
-from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.meters import clock as the_clock
 from gradrun.result import Measurement
 from gradrun.runner import Pass, Runner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.result import RunResult
 from gradrun.safety import errors_in, failed, leanest, verdict
 from tests.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.errors import ConfigError, GradrunError, RunFailed
+from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.journal import Committed, Head
 from gradrun.result import RunResult
 from gradrun.store import RunFolder

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradrun
-from gradrun.bundled import bundled
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.resources import bundled
 from gradrun.meters.forward import thinned
 from gradrun.meters.tensors import forward_memory
 from gradrun.model_sources.python import import_file

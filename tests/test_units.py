@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gradrun.units import bytes_text, count_text, number_text, seconds_text
+from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
 
 
 @pytest.mark.parametrize(

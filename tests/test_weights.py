@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources.weights import load_weights
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
 from gradrun.yamlfile import load_config, located
 
 CONFIG = """\

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gradrun.config import ZooModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources import load_model
 
 MODELS = Path(__file__).parent.parent / "models"

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from gradrun.audits.subject import Subject
-from gradrun.gradmode import GradMode
-from gradrun.model_sources.refusals import first_line
+from gradrun.core.errors import first_line
+from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Finding
 

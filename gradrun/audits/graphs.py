@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from gradrun.audits.subject import Subject, source_of
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import bytes_text
 from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Finding
-from gradrun.units import bytes_text
 
 _SETTLING, _WATCHED = 2, 3
 """Batches that may fill caches, and batches that must not hold on to anything."""

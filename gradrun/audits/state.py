@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from gradrun.audits.subject import Subject, source_of, users_line, watched
-from gradrun.errors import ConfigError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.result import Finding

@@ -22,8 +22,8 @@ from torch.nn.modules.module import (
 
 from gradrun import device as machine
 from gradrun.config import RunConfig
+from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch
-from gradrun.gradmode import GradMode
 from gradrun.runner import active
 
 T = TypeVar("T")

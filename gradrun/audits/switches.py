@@ -19,11 +19,11 @@ from torch.utils import _contextlib
 from gradrun import modes
 from gradrun.audits.saved import saved_in_vain
 from gradrun.audits.subject import Calls, Subject, source_of, watched
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import bytes_text
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import ModeState, observe
 from gradrun.result import Finding, Severity
-from gradrun.units import bytes_text
 
 _GUARDS: list[Any] = [
     torch.no_grad,

@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 
 from gradrun.config import DataConfig
+from gradrun.core.errors import ConfigError
+from gradrun.core.units import bytes_text
 from gradrun.data_sources import arrays, images, records, synthetic, text
 from gradrun.data_sources.batches import Data
-from gradrun.errors import ConfigError
-from gradrun.units import bytes_text
 
 SOURCES: dict[str, Callable[[Any, int], Data]] = {
     "arrays": arrays.open_data,

@@ -14,10 +14,10 @@ import numpy as np
 import safetensors
 import torch
 
-from gradrun.complaints import choices
 from gradrun.config import ArrayInput, ArraysData
+from gradrun.core.errors import ConfigError
+from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Data, Rows, WindowedData, converter
-from gradrun.errors import ConfigError
 
 _MOST_HEADER = 64 * 1024
 _LISTED = 8
@@ -283,7 +283,7 @@ def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
         )
     if name not in names:
         raise ConfigError(
-            f"{path.name} has no array {name!r}; {choices(name, names)}", f"{key}.key"
+            f"{path.name} has no array {name!r}; {suggest(name, names)}", f"{key}.key"
         )
     return name
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from gradrun.config import ArrayInput, RecordInput
-from gradrun.errors import ConfigError, SampleFault
+from gradrun.core.errors import ConfigError, SampleFault
 from gradrun.result import Padding
 
 WINDOW_BYTES = 1024 * 1024

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.complaints import choices
 from gradrun.config import ImagesData
-from gradrun.cpus import available_cpus
+from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import ConfigError, SampleFault
+from gradrun.core.optional import library
+from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Batch, Data, by_position, class_number, no_labels
 from gradrun.data_sources.preprocess import steps
-from gradrun.errors import ConfigError, SampleFault
-from gradrun.extras import library
 
 _FORMATS = {
     "PNG": (".png",),
@@ -240,7 +240,7 @@ def _in_table(config: ImagesData) -> tuple[list[str], list[str]]:
         for key, column in (("column", config.column), ("labels", config.labels)):
             if column is not None and column not in columns:
                 raise ConfigError(
-                    f"{config.path.name} has no column {column!r}; {choices(column, columns)}",
+                    f"{config.path.name} has no column {column!r}; {suggest(column, columns)}",
                     f"data.{key}",
                 )
         rows = list(reader)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from gradrun.config import ImagesData
-from gradrun.errors import ConfigError
-from gradrun.extras import library
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import library
 
 Size = int | tuple[int, int] | None
 """The shorter side, or (height, width)."""

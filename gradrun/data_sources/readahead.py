@@ -12,8 +12,8 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
 
+from gradrun.core.errors import GradrunError
 from gradrun.data_sources.batches import Batch, Data
-from gradrun.errors import GradrunError
 
 WORTH_SECONDS = 0.001
 """Handing a batch from thread to thread costs about a tenth of this; less is not worth it."""

@@ -17,8 +17,10 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from gradrun.complaints import choices
 from gradrun.config import RecordInput, RecordsData
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import library
+from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import (
     Batch,
     Data,
@@ -27,8 +29,6 @@ from gradrun.data_sources.batches import (
     converter,
     no_labels,
 )
-from gradrun.errors import ConfigError
-from gradrun.extras import library
 
 _PARQUET_ROWS = 1024
 _BUFFER_BYTES = 256 * 1024
@@ -99,7 +99,7 @@ class _Records:
         named = [("data.id", self.id), ("data.labels", self.truth)]
         for key, column in [*wanted, *((key, column) for key, column in named if column)]:
             if column not in fields:
-                hint = choices(column, fields)
+                hint = suggest(column, fields)
                 raise ConfigError(f"{self.path.name} has no column {column!r}; {hint}", key)
 
     def _batch(self, records: list[Record], rows: range) -> Batch:

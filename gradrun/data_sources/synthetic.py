@@ -10,8 +10,8 @@ import math
 import torch
 
 from gradrun.config import SyntheticData, SyntheticInput
+from gradrun.core.errors import ConfigError
 from gradrun.data_sources.batches import Data, WindowedData
-from gradrun.errors import ConfigError
 
 _BLOCK_BYTES = 256 * 1024
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradrun.complaints import choices
 from gradrun.config import TextData
+from gradrun.core.errors import ConfigError
+from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Batch, Data, by_position
 from gradrun.data_sources.records import READERS, labels_in
-from gradrun.errors import ConfigError
 from gradrun.pretrained import library, opening
 from gradrun.result import Padding
 
@@ -143,7 +143,7 @@ class Texts:
         given = [name for name in self.tokenizer.model_input_names if name in window.tokens]
         for name in self.config.inputs:
             if name not in given:
-                hint = choices(name, given)
+                hint = suggest(name, given)
                 raise ConfigError(f"the tokenizer makes no {name!r}; {hint}", "data.inputs")
         return list(self.config.inputs) or given
 
@@ -221,14 +221,14 @@ class Texts:
     def _check_columns(self, fields: dict[str, Any]) -> None:
         name = self.config.path.name
         if self.config.field is None:
-            hint = choices("", fields)
+            hint = suggest("", fields)
             raise ConfigError(
                 f"{name} has columns; name the one with the text; {hint}", "data.field"
             )
         for key in ("field", "id", "labels"):
             column = getattr(self.config, key)
             if column is not None and column not in fields:
-                hint = choices(column, fields)
+                hint = suggest(column, fields)
                 raise ConfigError(f"{name} has no column {column!r}; {hint}", f"data.{key}")
 
 

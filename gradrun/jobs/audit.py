@@ -19,13 +19,13 @@ from gradrun import device as machine
 from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
 from gradrun.config import RunConfig
+from gradrun.core.errors import GradrunError, RunFailed, first_line
+from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch
-from gradrun.errors import GradrunError, RunFailed
-from gradrun.gradmode import GradMode
 from gradrun.jobs import resolved, trusted
 from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import first_line, reason, refusal
+from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.result import Equivalence, Finding, Kept, Measurement, Memory, Phases, RunResult
 from gradrun.store import RunFolder

@@ -14,11 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradrun import __version__, checks, comparison, golden
+from gradrun import checks, comparison, golden
 from gradrun import device as machine
 from gradrun.config import MetricSection, RunConfig
-from gradrun.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.version import __version__
 from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.jobs.infer import infer

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from gradrun import comparison
-from gradrun.complaints import choices
 from gradrun.config import RunConfig
-from gradrun.errors import ConfigError, GradrunError, Interrupted, RunFailed
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.suggest import suggest
 from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
 from gradrun.result import Comparison, RunResult
@@ -105,7 +105,7 @@ def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) 
     if key == "run.mode":
         for value in values:
             if value not in list(GradMode):
-                raise ConfigError(f"there is no mode {value!r}; {choices(str(value), GradMode)}")
+                raise ConfigError(f"there is no mode {value!r}; {suggest(str(value), GradMode)}")
     if len(values) < 2:
         raise ConfigError(f"a comparison takes two values of {key} or more")
     base = config.model_dump(mode="json") | {

@@ -12,20 +12,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun import __version__, disk, metrics
 from gradrun import device as machine
+from gradrun import metrics
 from gradrun.advice import advice
 from gradrun.config import RunConfig
+from gradrun.core import files
+from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
+from gradrun.core.units import count_text
+from gradrun.core.version import __version__
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Listing
-from gradrun.errors import GradrunError, Interrupted, RunFailed
 from gradrun.fingerprint import fingerprint
 from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
 from gradrun.model_sources import class_names, load_model
-from gradrun.model_sources.refusals import first_line
 from gradrun.outputs import Named, can_be_missing
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue, numbers_apart
@@ -33,7 +35,6 @@ from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
 from gradrun.store import RunFolder
-from gradrun.units import count_text
 from gradrun.yamlfile import located
 
 Progress = Callable[[int, int], None]
@@ -292,7 +293,7 @@ def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
-    if disk.is_full(error):
+    if files.is_full(error):
         error.args = (f"{error}; {folder.room(kept, samples)}",)
     note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
     ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gradrun import device as machine
 from gradrun.config import RunSection
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.probes import prove
 from gradrun.result import ModeFacts
 

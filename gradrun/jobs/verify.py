@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradrun import journal
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.readback import Fault, faults
 from gradrun.store import JOURNAL
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradrun.config import EagerModel, ModelConfig, WeightedModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError, first_line
 from gradrun.model_sources import (
     exported,
     huggingface,
@@ -24,7 +24,6 @@ from gradrun.model_sources import (
     torchvision,
     zoo,
 )
-from gradrun.model_sources.refusals import first_line
 from gradrun.model_sources.weights import load_weights
 
 SOURCES: dict[str, Callable[..., nn.Module]] = {

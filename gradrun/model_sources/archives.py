@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from gradrun.units import bytes_text
+from gradrun.core.units import bytes_text
 
 _MOST_PACKED = 256 * 2**20
 

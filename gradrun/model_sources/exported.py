@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradrun.config import ExportedModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources.pt2_trust import inspect, weights_only_loads
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gradrun.config import HuggingFaceModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.pretrained import NEEDS_TRUST, library, opening
 
 _KEY = "model.path"

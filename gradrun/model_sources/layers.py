@@ -11,11 +11,10 @@ import psutil
 import torch
 from torch import nn
 
-from gradrun.complaints import did_you_mean
 from gradrun.config import LayersModel
-from gradrun.errors import ConfigError
-from gradrun.model_sources.refusals import first_line
-from gradrun.units import bytes_text
+from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.suggest import did_you_mean
+from gradrun.core.units import bytes_text
 
 _LAYERS = {
     name: kind

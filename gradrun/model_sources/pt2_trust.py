@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources.archives import HostileError, check_claim
 from gradrun.model_sources.pickles import check_checkpoint
 

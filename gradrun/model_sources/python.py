@@ -18,9 +18,9 @@ from typing import Any
 
 from torch import nn
 
-from gradrun.complaints import choices
 from gradrun.config import PythonModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
+from gradrun.core.suggest import suggest
 
 _KEY = "model.target"
 
@@ -43,7 +43,7 @@ def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
         raise ConfigError(f"importing {place} failed: {_user_error(error)}", _KEY) from error
     public = [known for known in vars(module) if not known.startswith("_")]
     if not hasattr(module, name):
-        raise ConfigError(f"{place} has no {name!r}; {choices(name, public)}", _KEY)
+        raise ConfigError(f"{place} has no {name!r}; {suggest(name, public)}", _KEY)
     return build(getattr(module, name), config.args, config.target)
 
 

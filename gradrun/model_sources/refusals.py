@@ -20,9 +20,9 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from gradrun.errors import ModelRefused
-from gradrun.gradmode import GradMode
-from gradrun.units import bytes_text
+from gradrun.core.errors import ModelRefused, first_line
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import bytes_text
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 """How torch says that nothing was recorded to go back through."""
@@ -86,16 +86,6 @@ def memory_asked(error: BaseException) -> str:
     free = bytes_text(psutil.virtual_memory().available)
     said = f"torch asked for {bytes_text(int(asked[1]))}" if asked else first_line(error)
     return f"{said}, and {free} of the machine's memory are free"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what torch says; the rest is a C++ or Python traceback."""
-    try:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-    except Exception:  # an exception of the user's may fail to say what it is
-        return type(error).__name__
-    # The interpreter of TorchScript puts its traceback first and the reason last.
-    return lines[-1 if "TorchScript interpreter" in lines[0] else 0]
 
 
 def _is_of_the_mode(error: BaseException, mode: GradMode) -> bool:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from gradrun.complaints import did_you_mean
 from gradrun.config import TimmModel
-from gradrun.errors import ConfigError
-from gradrun.extras import library
+from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.optional import library
+from gradrun.core.suggest import did_you_mean
 from gradrun.model_sources.python import build
-from gradrun.model_sources.refusals import first_line
 
 
 def open_model(config: TimmModel, *, trust_code: bool) -> nn.Module:

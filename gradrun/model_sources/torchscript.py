@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradrun.config import TorchScriptModel
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 from gradrun.model_sources.archives import HostileError, opened
 from gradrun.model_sources.pickles import check_storages
 

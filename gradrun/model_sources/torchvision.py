@@ -9,12 +9,11 @@ import inspect
 
 from torch import nn
 
-from gradrun.complaints import did_you_mean
 from gradrun.config import TorchvisionModel
-from gradrun.errors import ConfigError
-from gradrun.extras import library
+from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.optional import library
+from gradrun.core.suggest import did_you_mean
 from gradrun.model_sources.python import build
-from gradrun.model_sources.refusals import first_line
 
 
 def open_model(config: TorchvisionModel, *, trust_code: bool) -> nn.Module:

@@ -15,10 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError, first_line
 from gradrun.model_sources.archives import HostileError
 from gradrun.model_sources.pickles import check_checkpoint
-from gradrun.model_sources.refusals import first_line
 
 _KEY = "model.weights"
 _USUAL_KEYS = ("state_dict", "model", "model_state_dict")

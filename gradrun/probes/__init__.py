@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.probes import compiled, decorators, scopes, tensors
 from gradrun.probes.probe import Probe, Untried
 from gradrun.result import Fact

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
 from gradrun.probes.probe import BLOCKS, Ask, Probe, Untried, block, contrast, here, outcome, same
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.modes import observe
 
 BLOCKS: dict[GradMode, type[Any]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
 from gradrun.probes.probe import BLOCKS, Ask, Probe, block, contrast, here, on, same
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradrun.gradmode import GradMode
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import count_text
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import TABLE_WIDTH, hanging
 from gradrun.result import Fact, ModeFacts
-from gradrun.units import count_text
 
 _MARK = "✗"
 _DIFFERS = "bold red"

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from gradrun.errors import ConfigError
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import batch_sizes, by_variant
-from gradrun.result import Measurement, RunResult
-from gradrun.units import (
+from gradrun.core.errors import ConfigError
+from gradrun.core.units import (
     BYTE_UNITS,
     SECOND_UNITS,
     bytes_text,
@@ -25,6 +22,9 @@ from gradrun.units import (
     number_text,
     seconds_text,
 )
+from gradrun.reports.printable import printable
+from gradrun.reports.tables import batch_sizes, by_variant
+from gradrun.result import Measurement, RunResult
 
 SERIES = 6
 """Colours that the page has; further series begin anew."""

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from gradrun.units import number_text
+from gradrun.core.units import number_text
 
 
 class _Rate(TextColumn):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradrun.conclusion import decimals
+from gradrun.core.units import bytes_text, number_text, seconds_text, seconds_within
 from gradrun.reports.rows import Row, rows
 from gradrun.reports.tables import DASH, Table
 from gradrun.reports.words import environment, model_name
 from gradrun.result import RunResult
-from gradrun.units import bytes_text, number_text, seconds_text, seconds_within
 
 Named = tuple[str, RunResult]
 

@@ -12,10 +12,8 @@ from statistics import median
 
 from gradrun import stats
 from gradrun.conclusion import ratio_digits
-from gradrun.gradmode import GradMode
-from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
-from gradrun.safety import errors_in
-from gradrun.units import (
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import (
     bytes_text,
     count_text,
     number_text,
@@ -23,6 +21,8 @@ from gradrun.units import (
     seconds_text,
     seconds_within,
 )
+from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
+from gradrun.safety import errors_in
 
 DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}

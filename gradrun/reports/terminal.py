@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gradrun.core.units import count_text
 from gradrun.reports import tables, words
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
 from gradrun.result import Measurement, RunResult
-from gradrun.units import count_text
 
 TABLE_WIDTH = 79
 _SHOWN_FILES = 3

@@ -10,10 +10,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
+from gradrun.core.units import count_text
 from gradrun.readback import Fault
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import hanging, nearest
-from gradrun.units import count_text
 
 _SHOWN = 20
 

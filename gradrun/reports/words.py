@@ -10,9 +10,9 @@ from pathlib import PurePath
 
 from gradrun import safety
 from gradrun.conclusion import conclusion
+from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
 from gradrun.reports.tables import batch_sizes, by_variant
 from gradrun.result import RunResult
-from gradrun.units import bytes_text, count_text, number_text, seconds_text
 
 _ENDED = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
 

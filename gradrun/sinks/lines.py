@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gradrun import disk
+from gradrun.core import files
 from gradrun.journal import Committed
 from gradrun.outputs import Spelling, nonfinite_rows
 
@@ -51,20 +51,20 @@ class LineSink:
         rows = max((len(values) for values in columns.values()), default=0)
         row_bytes = len(self.lines(columns, range(rows))) / max(1, rows)
         left = self.samples - (kept[-1].stop if kept else 0)
-        disk.check_room(self.path.parent, int(row_bytes * left), self.path.name)
+        files.check_room(self.path.parent, int(row_bytes * left), self.path.name)
         # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._descriptor = disk.open_plain(self.path, flags | os.O_APPEND)
+        self._descriptor = files.open_plain(self.path, flags | os.O_APPEND)
         if kept:
             self.written = self._committed = kept[-1].stop
             self._size = kept[-1].end or 0
             self.nonfinite = self._bad = sum(committed.nonfinite for committed in kept)
-            disk.check_size(self._descriptor, self._size, self.path)
+            files.check_size(self._descriptor, self._size, self.path)
         else:
-            disk.sync_folder(self.path.parent)
+            files.sync_folder(self.path.parent)
         os.ftruncate(self._descriptor, self._size)
         if header and not kept:
-            disk.write_all(self._descriptor, header)
+            files.write_all(self._descriptor, header)
             self._size, self._checksum = len(header), zlib.crc32(header)
 
     def write(
@@ -78,7 +78,7 @@ class LineSink:
         checksum = zlib.crc32(data, self._checksum)
         bad, size = self._bad + nonfinite_rows(outputs.values()), self._size + len(data)
         written = self.written + len(ids)
-        disk.write_all(self._descriptor, data)
+        files.write_all(self._descriptor, data)
         # Nothing is called from here on, so that Ctrl-C leaves all of these or none.
         self._size, self._checksum, self._bad, self.written = size, checksum, bad, written
 
@@ -106,7 +106,7 @@ class LineSink:
     def commit(self) -> list[Committed]:
         if self.written == self._committed:
             return []
-        disk.sync(self._descriptor)
+        files.sync(self._descriptor)
         committed = Committed(
             start=self._committed,
             stop=self.written,

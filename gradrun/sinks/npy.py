@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun import disk
+from gradrun.core import files
+from gradrun.core.units import bytes_text
 from gradrun.journal import Committed
 from gradrun.outputs import NO_CLASS, UNNAMED
-from gradrun.units import bytes_text
 
 BUFFER_BYTES = 128 * 1024
 """How much is gathered for one write: a call for every few rows would cost more, and what is much
@@ -50,7 +50,7 @@ class NpySink:
             self._arrays[name] = array
             array.open(self.written)
         if not kept:
-            disk.sync_folder(self.folder)
+            files.sync_folder(self.folder)
 
     def write(
         self,
@@ -135,13 +135,13 @@ class _NpyFile:
         """Make the file, or take one with so many rows; then set the whole size aside."""
         self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.descriptor = disk.open_plain(self.path, flags)
+        self.descriptor = files.open_plain(self.path, flags)
         try:
             if kept:
-                disk.check_size(self.descriptor, self._offset(kept), self.path)
+                files.check_size(self.descriptor, self._offset(kept), self.path)
             else:
                 # Of no samples yet: what a kill leaves must not be zeros that look like results.
-                disk.write_all(self.descriptor, self._header(0))
+                files.write_all(self.descriptor, self._header(0))
             self._reserve(self._offset(self.samples))
         except OSError:
             os.close(self.descriptor)
@@ -189,19 +189,19 @@ class _NpyFile:
     def _write_rows(self, at: int, rows: np.ndarray[Any, Any]) -> None:
         if rows.nbytes:
             data = np.ascontiguousarray(rows).view(np.uint8).data
-            disk.write_at(self.descriptor, data, self._offset(at))
+            files.write_at(self.descriptor, data, self._offset(at))
 
     def sync(self, written: int) -> None:
         """Say in the header how many rows are there, and bring both to the disk."""
         self.flush(written)
         self._count(written)
-        disk.sync(self.descriptor)
+        files.sync(self.descriptor)
 
     def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
         """CRC-32 of the rows start to stop; marks in `bad` those that hold a NaN or the like."""
         begin, end = self._offset(start), self._offset(stop)
         floats, found, row = self.dtype.kind in "fc", 0, 0
-        for piece in disk.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
+        for piece in files.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
             found = zlib.crc32(piece, found)
             if floats or self.dtype == np.int64:
                 values = np.frombuffer(piece, self.dtype)
@@ -213,7 +213,7 @@ class _NpyFile:
         return found
 
     def _count(self, written: int) -> None:
-        disk.write_at(self.descriptor, self._header(written), 0)
+        files.write_at(self.descriptor, self._header(written), 0)
 
     def close(self, written: int) -> None:
         if self.descriptor < 0:
@@ -232,7 +232,7 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                disk.check_room(self.path.parent, size, self.path.name)
+                files.check_room(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:

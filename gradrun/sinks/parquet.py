@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.extras import library
+from gradrun.core.optional import library
 from gradrun.journal import Committed
 from gradrun.outputs import NO_CLASS
 from gradrun.sinks.parts import Columns, PartsSink

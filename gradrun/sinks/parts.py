@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from gradrun import disk
+from gradrun.core import files
 from gradrun.journal import Committed
 from gradrun.outputs import Spelling, nonfinite_rows
 
@@ -82,7 +82,7 @@ class PartsSink(ABC):
         self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
         left = self.samples - (kept[-1].stop if kept else 0)
         # While a part is written its plain rows still lie beside it.
-        disk.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
+        files.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in sorted(outputs.items())
@@ -132,17 +132,17 @@ class PartsSink(ABC):
             part = self._committed // self._rows
             committed, data = self._range(self._committed, self.written)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = disk.open_plain(self._rest(part), flags)
+            descriptor = files.open_plain(self._rest(part), flags)
             size = os.fstat(descriptor).st_size
             try:
-                disk.write_all(descriptor, data)
-                disk.sync(descriptor)
+                files.write_all(descriptor, data)
+                files.sync(descriptor)
             except BaseException:  # Ctrl-C too: what comes next is added behind it
                 os.ftruncate(descriptor, size)
                 raise
             finally:
                 os.close(descriptor)
-            disk.sync_folder(self.folder)
+            files.sync_folder(self.folder)
             self._tell(committed)
         told, self._told = self._told, []
         return told
@@ -174,18 +174,18 @@ class PartsSink(ABC):
         tensors = {key: buffer[:rows] for key, buffer in self._buffers.items()}
         data = self.encode(tensors, self._ids[:rows], start)
         draft = self.folder / f"{name}.tmp"
-        descriptor = disk.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = files.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
-                disk.write_all(descriptor, data)
-                disk.sync(descriptor)
+                files.write_all(descriptor, data)
+                files.sync(descriptor)
             finally:
                 os.close(descriptor)
             draft.replace(self.folder / name)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
-        disk.sync_folder(self.folder)
+        files.sync_folder(self.folder)
         if committed:
             self._tell(committed)
         self._rest(part).unlink(missing_ok=True)
@@ -254,24 +254,24 @@ class PartsSink(ABC):
 
     def _read_rest(self, part: int, end: int) -> bytes:
         """The committed rows, of so many bytes; what follows them is cut off."""
-        descriptor = disk.open_plain(self._rest(part), os.O_RDWR)
+        descriptor = files.open_plain(self._rest(part), os.O_RDWR)
         try:
-            disk.check_size(descriptor, end, self._rest(part))
+            files.check_size(descriptor, end, self._rest(part))
             os.ftruncate(descriptor, end)
-            return b"".join(disk.pieces(descriptor, 0, end))
+            return b"".join(files.pieces(descriptor, 0, end))
         finally:
             os.close(descriptor)
 
     def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
         ranges = self._of_part(part, kept)
         data = b"".join(self._range(c.start, c.stop)[1] for c in ranges)
-        descriptor = disk.open_plain(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = files.open_plain(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
-            disk.write_all(descriptor, data)
-            disk.sync(descriptor)
+            files.write_all(descriptor, data)
+            files.sync(descriptor)
         finally:
             os.close(descriptor)
-        disk.sync_folder(self.folder)
+        files.sync_folder(self.folder)
 
     def _of_part(self, part: int, kept: Sequence[Committed]) -> list[Committed]:
         return [committed for committed in kept if committed.start // self._rows == part]

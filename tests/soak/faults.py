@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
 from gradrun import journal, keeping, readback, runner
-from gradrun.errors import GradrunError
+from gradrun.core.errors import GradrunError
 from gradrun.lock import NAME as LOCK
 from gradrun.result import RunResult
 from gradrun.sinks import READERS, SINKS, npy, parts

@@ -35,8 +35,8 @@ from safetensors.torch import save
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
-from gradrun.errors import GradrunError
-from gradrun.gradmode import GradMode
+from gradrun.core.errors import GradrunError
+from gradrun.core.grad_mode import GradMode
 from gradrun.result import Comparison, Equivalence, Finding, Kept, Outcome
 from tests import results, small_models
 from tests.soak import faults

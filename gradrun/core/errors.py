@@ -62,3 +62,13 @@ class Interrupted(GradrunError):
     """The user stopped the run; what was written before stays valid."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without the C++ or Python traceback in it."""
+    try:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+    except Exception:  # __str__ of a user's exception may raise
+        return type(error).__name__
+    # The TorchScript interpreter puts its traceback first and the reason last.
+    return lines[-1 if "TorchScript interpreter" in lines[0] else 0]

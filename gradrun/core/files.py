@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradrun.units import bytes_text
+from gradrun.core.units import bytes_text
 
 _PIECE = 1024 * 1024
 _LONGEST_LINE = 16 * 1024 * 1024

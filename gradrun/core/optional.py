@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gradrun.errors import ConfigError
+from gradrun.core.errors import ConfigError
 
 EXTRAS = {
     "torchmetrics": ("torchmetrics", "metrics"),
