@@ -12,7 +12,8 @@ from gradrun.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gradrun import modes
-    from gradrun.config import RunConfig
+    from gradrun.config.load import load_config
+    from gradrun.config.schema import RunConfig
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
     from gradrun.jobs.audit import audit
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from gradrun.jobs.modes import prove_modes
     from gradrun.jobs.verify import verify
     from gradrun.result import Comparison, Measurement, RunResult
-    from gradrun.yamlfile import load_config
 
 __all__ = [
     "Comparison",
@@ -52,10 +52,10 @@ _HOMES = {
     "verify": "jobs.verify",
     "prove_modes": "jobs.modes",
     "Comparison": "result",
-    "load_config": "yamlfile",
+    "load_config": "config.load",
     "GradMode": "core.grad_mode",
     "modes": "modes",
-    "RunConfig": "config",
+    "RunConfig": "config.schema",
     "Measurement": "result",
     "RunResult": "result",
     "ConfigError": "core.errors",

@@ -5,7 +5,7 @@ Knows results; each warning has a code and says what to do.
 
 from __future__ import annotations
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.units import count_text
 from gradrun.result import Environment, Measurement, Warning
 

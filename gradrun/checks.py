@@ -12,8 +12,8 @@ from statistics import median
 from typing import Any
 
 from gradrun import stats
-from gradrun.bounds import Bound, Status, bytes_bound, number_bound, share
-from gradrun.config import CheckSection
+from gradrun.config.limits import Bound, Status, bytes_bound, number_bound, share
+from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text, count_text
 from gradrun.ratios import paired

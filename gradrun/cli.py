@@ -105,7 +105,7 @@ def infer(
 ) -> None:
     """Run all data through the model; keep and measure everything."""
     with _errors(debug, json_file, quiet) as console:
-        from gradrun.yamlfile import load_config
+        from gradrun.config.load import load_config
 
         path, output_base = _chosen_config(config, example)
         changes = [*(sets or []), *([f"output.path={_quoted(output)}"] if output else [])]
@@ -189,8 +189,8 @@ def compare(
 ) -> None:
     """Put gradient modes side by side: time, memory, outputs, advice."""
     with _errors(debug, json_file, quiet) as console:
+        from gradrun.config.load import load_config
         from gradrun.core.resources import bundled
-        from gradrun.yamlfile import load_config
 
         if over and modes:
             raise ConfigError("--over compares along one key, --modes along run.mode: name one")
@@ -229,7 +229,7 @@ def audit(
 ) -> None:
     """Find what is unsafe in a mode, and which module costs what."""
     with _errors(debug, json_file, quiet) as console:
-        from gradrun.yamlfile import load_config
+        from gradrun.config.load import load_config
 
         settings = load_config(config, sets or [])
         with _quick_imports():
@@ -493,7 +493,7 @@ def validate(
 ) -> None:
     """Check configs without running them: every error, with its line."""
     with _errors(debug, json_file, quiet) as console:
-        from gradrun.yamlfile import load_config
+        from gradrun.config.load import load_config
 
         checked: dict[str, Any] = {}
         problems: list[str] = []
@@ -523,7 +523,7 @@ def init(
 ) -> None:
     """Write a commented starter config; asks nothing."""
     with _errors(debug, None, quiet) as console:
-        from gradrun.starter import starter
+        from gradrun.config.template import starter
 
         if target:
             place, colon, name = target.rpartition(":")
@@ -548,7 +548,7 @@ def init(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a config, for editors."""
-    from gradrun.config import RunConfig
+    from gradrun.config.schema import RunConfig
 
     described = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     typer.echo(json.dumps(described | RunConfig.model_json_schema(), indent=1))

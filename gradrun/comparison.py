@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode

@@ -16,7 +16,7 @@ import numpy
 import psutil
 import torch
 
-from gradrun.config import RunSection
+from gradrun.config.schema import RunSection
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 from gradrun.core.version import __version__

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data_sources.batches import Batch
 from gradrun.model_sources.state import state_kept

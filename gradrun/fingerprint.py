@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrun.config import PythonModel, RunConfig
+from gradrun.config.schema import PythonModel, RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.journal import Head
 

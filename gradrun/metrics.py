@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradrun.config import MetricSection, RunConfig
+from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.units import count_text

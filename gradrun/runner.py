@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from gradrun import stats
-from gradrun.config import EagerModel, RunConfig, RunSection
+from gradrun.config.schema import EagerModel, RunConfig, RunSection
 from gradrun.core.errors import (
     ConfigError,
     GradrunError,

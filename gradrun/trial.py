@@ -21,7 +21,7 @@ from torch import nn
 
 from gradrun import device as machine
 from gradrun import stats
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 from gradrun.result import Environment, Measurement, Memory, Phases, RunResult
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gradrun.advice import advice
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.result import Measurement
 from tests.results import CONFIG, MACHINE, measurement
 

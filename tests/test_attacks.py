@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gradrun.config import ArraysData
+from gradrun.config.schema import ArraysData
 from gradrun.core.errors import GradrunError
 from gradrun.data_sources import open_data
 from gradrun.jobs.verify import verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradrun.bounds import Bound, bytes_bound, number_bound, share
+from gradrun.config.limits import Bound, bytes_bound, number_bound, share
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from gradrun import checks
-from gradrun.config import CheckSection
+from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.result import Equivalence, Metric, Output, RunResult, Warning
 from gradrun.stats import Estimate

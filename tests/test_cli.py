@@ -67,7 +67,7 @@ sys.argv = ["gradrun", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = {"torch", "pydantic", "numpy", "safetensors", "yaml", "gradrun.config"}
+    heavy = {"torch", "pydantic", "numpy", "safetensors", "yaml", "gradrun.config.schema"}
     print("LOADED", sorted(heavy & sys.modules.keys()), file=sys.stderr)
 """
 

@@ -10,7 +10,7 @@ import pytest
 
 from gradrun import comparison
 from gradrun.comparison import Compared, Session, sentence
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.messages import Disturbance, Failure, Job, Report, Trial, Variant
 from gradrun.ratios import compare_measured

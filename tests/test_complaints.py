@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from gradrun.complaints import choices, complaint
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
+from gradrun.config.validation_errors import suggest, complaint
 
 GOOD: dict[str, Any] = {
     "model": {"source": "layers", "layers": ["ReLU"]},
@@ -126,4 +126,4 @@ def test_a_long_value_is_cut():
     ],
 )
 def test_choices_proposes_the_nearest_name_whatever_its_case(given, hint):
-    assert choices(given, ["no_grad", "Linear"]) == hint
+    assert suggest(given, ["no_grad", "Linear"]) == hint

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gradrun.config import LimitsSection, RunConfig
+from gradrun.config.schema import LimitsSection, RunConfig
 from gradrun.core.grad_mode import GradMode
 
 GOOD = {
@@ -106,6 +106,8 @@ def test_other_targets_are_refused(target):
 
 
 def test_the_nouns_need_no_torch():
-    code = "import gradrun.config, gradrun.yamlfile, sys; sys.exit('torch' in sys.modules)"
+    code = (
+        "import gradrun.config.schema, gradrun.config.load, sys; sys.exit('torch' in sys.modules)"
+    )
     root = Path(__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from gradrun.config import DataConfig
+from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data_sources import batches, open_data
 from gradrun.data_sources.batches import Batch, Data

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.data_sources.batches import Batch
 from gradrun.divergence import equivalence, first_difference
 from gradrun.modes import grad_mode

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gradrun.config.load import load_config
 from gradrun.fingerprint import differences, fingerprint
 from gradrun.journal import Head
-from gradrun.yamlfile import load_config
 
 
 @pytest.fixture

@@ -139,8 +139,8 @@ def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
 
 
 def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
+    from gradrun.config.load import load_config
     from gradrun.model_sources import load_model
-    from gradrun.yamlfile import load_config
 
     asked = config(folder, Path("/tmp/out"), dtype="bfloat16", attention="eager")
     model: Any = load_model(load_config(asked).model, torch.device("cpu"))
@@ -387,8 +387,8 @@ def test_its_noise_reaches_no_one(folder: Path, tmp_path: Path, process: Command
 
 
 def test_another_weight_in_the_folder_is_another_run(folder: Path, tmp_path: Path) -> None:
+    from gradrun.config.load import load_config
     from gradrun.fingerprint import differences, fingerprint
-    from gradrun.yamlfile import load_config
 
     shutil.copytree(folder / "bert", tmp_path / "bert")
     loaded = load_config(config(folder, tmp_path / "out", path=str(tmp_path / "bert")))

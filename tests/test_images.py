@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.config import ImagesData
+from gradrun.config.load import load_config
+from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Data
@@ -25,7 +26,6 @@ from gradrun.data_sources.preprocess import Steps, steps
 from gradrun.result import RunResult
 from gradrun.sinks import SINKS
 from gradrun.trial import first_batches
-from gradrun.yamlfile import load_config
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gradrun
-from gradrun.config import ModelConfig, PythonModel
+from gradrun.config.schema import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources import load_model

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gradrun.config import OutputSection
+from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.outputs import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
 

@@ -16,7 +16,7 @@ import torch
 from pyarrow import parquet
 
 import gradrun
-from gradrun.config import RecordsData
+from gradrun.config.schema import RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Data

@@ -13,7 +13,7 @@ import torch
 from pyarrow import parquet
 
 from gradrun import journal
-from gradrun.config import OutputSection
+from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.jobs.verify import verify
 from gradrun.journal import Head, Journal

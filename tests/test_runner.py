@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gradrun import runner as the_runner
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data_sources.batches import Batch
 from gradrun.meters import clock as the_clock

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gradrun.config import OutputSection
+from gradrun.config.schema import OutputSection
 from gradrun.journal import Committed, Head, Kept
 from gradrun.outputs import UNNAMED, Named
 from gradrun.readback import Fault, faults

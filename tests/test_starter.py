@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gradrun.config import PythonModel
-from gradrun.starter import starter
-from gradrun.yamlfile import load_config
+from gradrun.config.load import load_config
+from gradrun.config.schema import PythonModel
+from gradrun.config.template import starter
 
 
 def test_the_starter_is_valid_and_says_what_else_there_is(tmp_path):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from gradrun.config import DataConfig
+from gradrun.config.load import load_config
+from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Batch, place_in_input
 from gradrun.data_sources.text import WINDOW_BATCHES, Texts
 from gradrun.pretrained import library
-from gradrun.yamlfile import load_config
 from tests.small_models import save_bert, save_tokenizer, sentences, skewed
 
 LINES = skewed(300)

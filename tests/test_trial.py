@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from gradrun import trial
+from gradrun.config.load import load_config
 from gradrun.messages import Job, Marker, Report, Variant
 from gradrun.workers import Worker
-from gradrun.yamlfile import load_config
 
 MODES = ("grad", "no_grad", "inference_mode")
 

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from gradrun import workers
+from gradrun.config.load import load_config
 from gradrun.messages import Job, Report, Variant
 from gradrun.workers import Worker
-from gradrun.yamlfile import load_config
 from tests.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's own signals")

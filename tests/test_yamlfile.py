@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gradrun.config.load import load_config, located
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-from gradrun.yamlfile import load_config, located
 
 CONFIG = """\
 model:

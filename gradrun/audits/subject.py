@@ -21,7 +21,7 @@ from torch.nn.modules.module import (
 )
 
 from gradrun import device as machine
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch
 from gradrun.runner import active

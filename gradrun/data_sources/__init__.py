@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from gradrun.config import DataConfig
+from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import bytes_text
 from gradrun.data_sources import arrays, images, records, synthetic, text

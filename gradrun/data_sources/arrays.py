@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import torch
 
-from gradrun.config import ArrayInput, ArraysData
+from gradrun.config.schema import ArrayInput, ArraysData
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Data, Rows, WindowedData, converter

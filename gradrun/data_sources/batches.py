@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from gradrun.config import ArrayInput, RecordInput
+from gradrun.config.schema import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleFault
 from gradrun.result import Padding
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.config import ImagesData
+from gradrun.config.schema import ImagesData
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleFault
 from gradrun.core.optional import library

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradrun.config import ImagesData
+from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 

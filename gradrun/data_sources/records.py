@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from gradrun.config import RecordInput, RecordsData
+from gradrun.config.schema import RecordInput, RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.suggest import suggest

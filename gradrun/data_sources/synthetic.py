@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from gradrun.config import SyntheticData, SyntheticInput
+from gradrun.config.schema import SyntheticData, SyntheticInput
 from gradrun.core.errors import ConfigError
 from gradrun.data_sources.batches import Data, WindowedData
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradrun.config import TextData
+from gradrun.config.schema import TextData
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Batch, Data, by_position

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrun.config import RunConfig
-from gradrun.yamlfile import load_config
+from gradrun.config.load import load_config
+from gradrun.config.schema import RunConfig
 
 
 def resolved(

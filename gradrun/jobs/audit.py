@@ -18,7 +18,8 @@ import torch
 from gradrun import device as machine
 from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
-from gradrun.config import RunConfig
+from gradrun.config.load import located
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch
@@ -30,7 +31,6 @@ from gradrun.model_sources.state import state_kept
 from gradrun.result import Equivalence, Finding, Kept, Measurement, Memory, Phases, RunResult
 from gradrun.store import RunFolder
 from gradrun.trial import first_batches
-from gradrun.yamlfile import located
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being looked at, steps done, steps in all)."""

@@ -16,7 +16,8 @@ from typing import Any
 
 from gradrun import checks, comparison, golden
 from gradrun import device as machine
-from gradrun.config import MetricSection, RunConfig
+from gradrun.config.load import load_config, located
+from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
@@ -28,7 +29,6 @@ from gradrun.ratios import paired
 from gradrun.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
 from gradrun.store import RunFolder, checking
-from gradrun.yamlfile import load_config, located
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
 

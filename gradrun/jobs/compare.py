@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradrun import comparison
-from gradrun.config import RunConfig
+from gradrun.config.load import load_config, located
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
@@ -19,7 +20,6 @@ from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
 from gradrun.result import Comparison, RunResult
 from gradrun.store import RunFolder
-from gradrun.yamlfile import load_config, located
 
 
 class Comparisons(list[Comparison]):

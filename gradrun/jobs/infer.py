@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from gradrun import device as machine
 from gradrun import metrics
 from gradrun.advice import advice
-from gradrun.config import RunConfig
+from gradrun.config.load import located
+from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
 from gradrun.core.units import count_text
@@ -35,7 +36,6 @@ from gradrun.result import RunResult, Warning
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
 from gradrun.store import RunFolder
-from gradrun.yamlfile import located
 
 Progress = Callable[[int, int], None]
 """Told (samples done, samples in all), a few times a second."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from gradrun import device as machine
-from gradrun.config import RunSection
+from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.probes import prove
 from gradrun.result import ModeFacts

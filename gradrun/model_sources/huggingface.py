@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config import HuggingFaceModel
+from gradrun.config.schema import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.pretrained import NEEDS_TRUST, library, opening
 

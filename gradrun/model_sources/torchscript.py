@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradrun.config import TorchScriptModel
+from gradrun.config.schema import TorchScriptModel
 from gradrun.core.errors import ConfigError
 from gradrun.model_sources.archives import HostileError, opened
 from gradrun.model_sources.pickles import check_storages

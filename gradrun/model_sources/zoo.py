@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gradrun.config import ZooModel
+from gradrun.config.schema import ZooModel
 from gradrun.core.resources import bundled
 from gradrun.model_sources.python import build, import_file
 from gradrun.model_sources.weights import load_weights

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gradrun.config import OutputSection
+from gradrun.config.schema import OutputSection
 from gradrun.journal import Committed
 from gradrun.outputs import Spelling
 from gradrun.sinks import csv, jsonl, npy, parquet, safetensors

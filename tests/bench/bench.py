@@ -27,7 +27,8 @@ from rich.table import Table
 import gradrun
 from gradrun import device as machine
 from gradrun import stats
-from gradrun.config import RunConfig
+from gradrun.config.load import load_config
+from gradrun.config.schema import RunConfig
 from gradrun.data_sources import open_data
 from gradrun.fingerprint import fingerprint
 from gradrun.journal import Journal
@@ -35,7 +36,6 @@ from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink
-from gradrun.yamlfile import load_config
 from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
 from gradrun.core.suggest import suggest
 
 Key = tuple[str | int, ...]

@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gradrun.complaints import complaint
-from gradrun.config import RunConfig
+from gradrun.config.schema import RunConfig
+from gradrun.config.validation_errors import complaint
 from gradrun.core.errors import ConfigError
 
 Key = tuple[str | int, ...]

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gradrun import bounds
+from gradrun.config import limits
 from gradrun.core.grad_mode import GradMode as GradMode
 
 
@@ -589,17 +589,17 @@ class OutputSection(Section):
 
 
 def _bound(text: str) -> str:
-    bounds.number_bound(text)
+    limits.number_bound(text)
     return text
 
 
 def _byte_bound(text: str) -> str:
-    bounds.bytes_bound(text)
+    limits.bytes_bound(text)
     return text
 
 
 def _share(text: str) -> str:
-    bounds.share(text)
+    limits.share(text)
     return text
 
 
@@ -762,7 +762,7 @@ class RunConfig(Section):
                 context = {"name": name, "allowed": allowed}
                 raise PydanticCustomError("unknown_limit", "unknown limit {name}", context)
             try:
-                bounds.number_bound(limit)
+                limits.number_bound(limit)
             except ValueError as error:
                 context = {"name": name, "problem": str(error)}
                 raise PydanticCustomError("limit", "{problem}", context) from error
