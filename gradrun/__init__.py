@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gradrun.jobs.infer import infer
     from gradrun.jobs.modes import prove_modes
     from gradrun.jobs.verify import verify
-    from gradrun.result import Comparison, Measurement, RunResult
+    from gradrun.results.result import Comparison, Measurement, RunResult
 
 __all__ = [
     "Comparison",
@@ -51,13 +51,13 @@ _HOMES = {
     "check": "jobs.check",
     "verify": "jobs.verify",
     "prove_modes": "jobs.modes",
-    "Comparison": "result",
+    "Comparison": "results.result",
     "load_config": "config.load",
     "GradMode": "core.grad_mode",
     "modes": "modes",
     "RunConfig": "config.schema",
-    "Measurement": "result",
-    "RunResult": "result",
+    "Measurement": "results.result",
+    "RunResult": "results.result",
     "ConfigError": "core.errors",
     "GradrunError": "core.errors",
     "Interrupted": "core.errors",

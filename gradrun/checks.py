@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from gradrun import stats
 from gradrun.config.limits import Bound, Status, bytes_bound, number_bound, share
 from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text, count_text
-from gradrun.ratios import paired
-from gradrun.result import (
+from gradrun.results import stats
+from gradrun.results.ratios import paired
+from gradrun.results.result import (
     Environment,
     Equivalence,
     Measurement,
@@ -27,7 +27,7 @@ from gradrun.result import (
     Output,
     RunResult,
 )
-from gradrun.stats import Estimate
+from gradrun.results.stats import Estimate
 
 SPEEDUP = "speedup_over_"
 """How limits on the time of another mode begin."""

@@ -33,7 +33,7 @@ from gradrun.core.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gradrun.result import RunResult
+    from gradrun.results.result import RunResult
 
 _ALL_MODES = "grad,no_grad,inference_mode"
 
@@ -235,7 +235,7 @@ def audit(
         with _quick_imports():
             from gradrun.jobs.audit import audit as run
         from gradrun.reports.progress import status
-        from gradrun.safety import failed
+        from gradrun.results.safety import failed
 
         with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
@@ -441,9 +441,9 @@ def report(
     with _errors(debug, None, quiet) as console:
         with _quick_imports():
             from gradrun import reports
-            from gradrun.ratios import recomputed
             from gradrun.reports.terminal import nearest
-            from gradrun.result import RunResult
+            from gradrun.results.ratios import recomputed
+            from gradrun.results.result import RunResult
 
         chosen = _chosen_format(form, output, results)
         named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]

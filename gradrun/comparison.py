@@ -19,8 +19,8 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import count_text
 from gradrun.messages import Disturbance, Failure, Job, Report, Variant
-from gradrun.ratios import compare_measured
-from gradrun.result import Comparison, Environment, Equivalence, Measurement, Warning
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Comparison, Environment, Equivalence, Measurement, Warning
 from gradrun.workers import Worker
 
 STEAL, OTHERS = 0.02, 0.2

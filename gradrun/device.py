@@ -20,7 +20,7 @@ from gradrun.config.schema import RunSection
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 from gradrun.core.version import __version__
-from gradrun.result import Environment
+from gradrun.results.result import Environment
 
 
 def resolve(name: str) -> torch.device:

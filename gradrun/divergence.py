@@ -20,7 +20,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.data_sources.batches import Batch
 from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
-from gradrun.result import Equivalence
+from gradrun.results.result import Equivalence
 
 _Named = list[tuple[str, torch.Tensor]]
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.units import count_text
-from gradrun.result import Output
+from gradrun.results.result import Output
 
 _WINDOW_BYTES = 16 * 1024 * 1024
 _KEY = "check.expected"

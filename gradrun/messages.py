@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradrun.core.record import Noun
-from gradrun.result import Environment, Equivalence, Memory, Phases
+from gradrun.results.result import Environment, Equivalence, Memory, Phases
 
 
 class Variant(Noun, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from gradrun.core.units import count_text
 from gradrun.data_sources.batches import Data, Labelled
 from gradrun.outputs import NO_CLASS, Named
 from gradrun.rescue import numbers_apart
-from gradrun.result import Metric
+from gradrun.results.result import Metric
 from gradrun.sinks import READERS
 
 Compute = Callable[[Path], tuple[Metric, ...]]

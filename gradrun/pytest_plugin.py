@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from gradrun.result import RunResult
+    from gradrun.results.result import RunResult
 
 _MARKER = "no_graph: fails when a model called in the test returns a tensor that keeps a graph"
 

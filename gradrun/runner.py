@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun import stats
 from gradrun.config.schema import EagerModel, RunConfig, RunSection
 from gradrun.core.errors import (
     ConfigError,
@@ -38,7 +37,8 @@ from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
-from gradrun.result import Measurement, Memory, Padding, Phases, Warning
+from gradrun.results import stats
+from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
 from gradrun.sinks import Sink
 
 WARM_UP_SECONDS = 0.3

@@ -18,7 +18,7 @@ from gradrun.fingerprint import differences
 from gradrun.journal import Committed, Head, Journal, Kept
 from gradrun.lock import NAME as LOCK
 from gradrun.lock import FolderLock, check_free
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from gradrun import device as machine
-from gradrun import stats
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
@@ -35,7 +34,8 @@ from gradrun.model_sources.python import ImportSpace
 from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
 from gradrun.reordering import in_input_order
-from gradrun.result import Memory, Phases
+from gradrun.results import stats
+from gradrun.results.result import Memory, Phases
 from gradrun.runner import Runner, active
 from gradrun.sinks import open_sink
 

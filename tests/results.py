@@ -7,7 +7,7 @@ from typing import Any
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
-from gradrun.result import Environment, Measurement, Memory, Phases, RunResult
+from gradrun.results.result import Environment, Measurement, Memory, Phases, RunResult
 
 CONFIG = RunConfig.model_validate_json(
     """{"model": {"source": "zoo", "name": "digits_cnn"},

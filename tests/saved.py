@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradrun.result import Outcome, RunResult, Warning
+from gradrun.results.result import Outcome, RunResult, Warning
 from tests.reporting import EVIL
 from tests.results import CONFIG, MACHINE, MEMORY, measurement, run_result
 from tests.test_audit_report import RESULTS as AUDITED

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from gradrun.advice import advice
 from gradrun.config.schema import RunConfig
-from gradrun.result import Measurement
+from gradrun.results.result import Measurement
+from gradrun.results.run_warnings import advice
 from tests.results import CONFIG, MACHINE, measurement
 
 TRAINING = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"training": True})})

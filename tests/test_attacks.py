@@ -26,7 +26,7 @@ from gradrun.data_sources import open_data
 from gradrun.jobs.verify import verify
 from gradrun.reports import terminal
 from gradrun.reports.verified import show as show_verified
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests import results
 from tests.attack_files import KINDS_OF_ATTACK, Attack, npy
 from tests.soak.fuzz import Fuzzer, config, lay_out

@@ -15,8 +15,8 @@ import gradrun
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
-from gradrun.result import Finding, RunResult
-from gradrun.safety import errors_in, failed, leanest, verdict
+from gradrun.results.result import Finding, RunResult
+from gradrun.results.safety import errors_in, failed, leanest, verdict
 from tests.conftest import ROOT, Command
 
 PLANTED = ROOT / "tests" / "planted.py"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradrun.core import files
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from gradrun.sinks import parts
 from gradrun.sinks.jsonl import JsonlSink
 

@@ -18,7 +18,7 @@ import xmlschema
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.data_sources import open_data
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 
 CONFIG = """\

@@ -8,7 +8,7 @@ import pytest
 import xmlschema
 
 from gradrun.reports import check, github, junit
-from gradrun.result import Outcome, RunResult, Warning
+from gradrun.results.result import Outcome, RunResult, Warning
 from tests.conftest import ROOT
 from tests.reporting import EVIL, assert_golden, printed, without_style
 from tests.results import CONFIG, MACHINE, measurement

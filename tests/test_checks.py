@@ -9,8 +9,8 @@ import pytest
 from gradrun import checks
 from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
-from gradrun.result import Equivalence, Metric, Output, RunResult, Warning
-from gradrun.stats import Estimate
+from gradrun.results.result import Equivalence, Metric, Output, RunResult, Warning
+from gradrun.results.stats import Estimate
 from tests.results import CONFIG, MACHINE, MEMORY, measurement
 
 

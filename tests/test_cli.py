@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from gradrun import __version__
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.results import run_result
 
 ROOT = Path(__file__).parent.parent

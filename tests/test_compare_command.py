@@ -20,8 +20,8 @@ import gradrun
 from gradrun import comparison
 from gradrun.comparison import Compared
 from gradrun.core.errors import ConfigError
-from gradrun.ratios import compare_measured
-from gradrun.result import RunResult
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
 from tests.results import MACHINE, measurement
 

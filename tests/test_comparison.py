@@ -13,8 +13,8 @@ from gradrun.comparison import Compared, Session, sentence
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.messages import Disturbance, Failure, Job, Report, Trial, Variant
-from gradrun.ratios import compare_measured
-from gradrun.result import Equivalence
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Equivalence
 from tests.results import CONFIG, MACHINE, MEMORY, PHASES, measurement
 
 QUIET, NOISY = Disturbance(), Disturbance(others=1.5)

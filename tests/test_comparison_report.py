@@ -15,11 +15,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.ratios import compare_measured
 from gradrun.reports.comparison import show
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import DASH
-from gradrun.result import Equivalence, Measurement, Memory, RunResult, Warning
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Equivalence, Measurement, Memory, RunResult, Warning
 from tests.results import CONFIG, MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gradrun.config.schema import RunConfig
-from gradrun.config.validation_errors import suggest, complaint
+from gradrun.config.validation_errors import complaint, suggest
 
 GOOD: dict[str, Any] = {
     "model": {"source": "layers", "layers": ["ReLU"]},

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from gradrun.conclusion import conclusion, ratio_digits
-from gradrun.result import Comparison, Equivalence, RunResult
-from gradrun.stats import Verdict
+from gradrun.results.result import Comparison, Equivalence, RunResult
+from gradrun.results.stats import Verdict
+from gradrun.results.summary import conclusion, ratio_digits
 from tests.results import MEMORY, measurement, run_result
 
 KIB = 1024

@@ -17,7 +17,7 @@ import gradrun
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled, examples
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.small_models import named_classes, save_bert
 
 ROOT = Path(__file__).parent.parent

@@ -17,10 +17,10 @@ import pytest
 from rich.cells import cell_len
 
 from gradrun import reports
-from gradrun.ratios import recomputed
 from gradrun.reports.plots import plots
 from gradrun.reports.printable import printable
-from gradrun.result import Comparison, Metric, RunResult
+from gradrun.results.ratios import recomputed
+from gradrun.results.result import Comparison, Metric, RunResult
 from tests.reporting import assert_golden, printed
 from tests.saved import NASTY, OUTCOMES, RESULTS, hostile
 

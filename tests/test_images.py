@@ -23,7 +23,7 @@ from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Data
 from gradrun.data_sources.preprocess import Steps, steps
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from gradrun.sinks import SINKS
 from gradrun.trial import first_batches
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out

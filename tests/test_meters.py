@@ -20,7 +20,7 @@ from gradrun.core.resources import bundled
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.model_sources.python import import_file
 from gradrun.modes import grad_mode
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 
 CPU = torch.device("cpu")
 MODES = ["grad", "no_grad", "inference_mode"]

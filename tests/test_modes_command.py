@@ -11,7 +11,7 @@ import torch
 
 from gradrun import probes
 from gradrun.probes.probe import same
-from gradrun.result import ModeFacts
+from gradrun.results.result import ModeFacts
 from tests.conftest import Command
 
 TOPIC = "r after the block"

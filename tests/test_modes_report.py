@@ -19,7 +19,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.reports.modes import show
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import TABLE_WIDTH
-from gradrun.result import Fact, ModeFacts
+from gradrun.results.result import Fact, ModeFacts
 from tests.results import MACHINE
 
 GOLDEN = Path(__file__).parent / "golden"

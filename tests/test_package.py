@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import gradrun
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 
 

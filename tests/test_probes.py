@@ -21,7 +21,7 @@ from gradrun.jobs.modes import prove_modes
 from gradrun.modes import assert_restored
 from gradrun.probes import compiled, prove
 from gradrun.probes.probe import BLOCKS, Probe, Untried, outcome, same
-from gradrun.result import Fact, ModeFacts
+from gradrun.results.result import Fact, ModeFacts
 from tests.results import MACHINE
 
 CPU = torch.device("cpu")

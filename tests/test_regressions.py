@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 import gradrun
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
 
 CONFIG: dict[str, Any] = {

@@ -19,7 +19,7 @@ from gradrun import journal, keeping, runner
 from gradrun.core.errors import RunFailed
 from gradrun.data_sources.text import WINDOW_BATCHES
 from gradrun.pretrained import library
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from gradrun import reports
 from gradrun.core.errors import GradrunError
-from gradrun.ratios import recomputed
-from gradrun.result import RunResult
+from gradrun.results.ratios import recomputed
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.saved import RESULTS
 

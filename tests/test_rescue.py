@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.outputs import NO_CLASS
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from gradrun.sinks import READERS
 from tests.conftest import Command
 

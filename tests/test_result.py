@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gradrun.core.errors import GradrunError
-from gradrun.result import Memory, Phases, RunResult, Warning
+from gradrun.results.result import Memory, Phases, RunResult, Warning
 from tests.results import MEMORY, PHASES, measurement, run_result
 
 

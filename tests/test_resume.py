@@ -20,7 +20,7 @@ import pytest
 import gradrun
 from gradrun import journal, runner
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 from tests.soak import kill
 

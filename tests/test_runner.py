@@ -18,7 +18,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data_sources.batches import Batch
 from gradrun.meters import clock as the_clock
-from gradrun.result import Measurement
+from gradrun.results.result import Measurement
 from gradrun.runner import Pass, Runner
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.result import RunResult
-from gradrun.safety import errors_in, failed, leanest, verdict
+from gradrun.results.result import RunResult
+from gradrun.results.safety import errors_in, failed, leanest, verdict
 from tests.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 
 MIB = 1024**2

@@ -8,7 +8,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from gradrun import stats
+from gradrun.results import stats
 
 EXPERIMENTS = 2_000
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from gradrun import stats
+from gradrun.results import stats
 
 EXPERIMENTS, ROUNDS = 2_000, 25
 

@@ -10,7 +10,7 @@ import pytest
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.journal import Committed, Head
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from gradrun.store import RunFolder
 from tests.results import run_result
 

@@ -21,7 +21,7 @@ from rich.console import Console
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import DASH, timing
 from gradrun.reports.terminal import nearest, show
-from gradrun.result import Memory, RunResult, Warning
+from gradrun.results.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parent / "golden"

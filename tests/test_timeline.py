@@ -17,7 +17,7 @@ from gradrun.meters.forward import thinned
 from gradrun.meters.tensors import forward_memory
 from gradrun.model_sources.python import import_file
 from gradrun.modes import grad_mode
-from gradrun.result import Memory
+from gradrun.results.result import Memory
 
 INPUTS = {
     "mlp": (32, 64),

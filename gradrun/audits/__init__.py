@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from gradrun.audits import graphs, state, switches
 from gradrun.audits.subject import Subject
-from gradrun.result import Finding
+from gradrun.results.result import Finding
 
 LOOKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
     state.first_run,

@@ -20,7 +20,7 @@ from gradrun.audits.subject import Subject
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources.state import state_kept
-from gradrun.result import Finding
+from gradrun.results.result import Finding
 
 _OF_MODES = re.compile(
     r"\b(no_grad|enable_grad|set_grad_enabled|inference_mode|__enter__|__exit__)\b|context manager"

@@ -18,7 +18,7 @@ from gradrun.core.units import bytes_text
 from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
-from gradrun.result import Finding
+from gradrun.results.result import Finding
 
 _SETTLING, _WATCHED = 2, 3
 """Batches that may fill caches, and batches that must not hold on to anything."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from gradrun.audits.subject import Subject, source_of
 from gradrun.divergence import equivalence
-from gradrun.result import Equivalence, Finding
+from gradrun.results.result import Equivalence, Finding
 
 _FUSED = (
     "nn.TransformerEncoderLayer takes a fused path when gradients are off: the same mathematics in "

@@ -18,7 +18,7 @@ from gradrun.data_sources.batches import Batch
 from gradrun.meters.tensors import storages
 from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
-from gradrun.result import Kept
+from gradrun.results.result import Kept
 
 OUTPUTS = "(outputs)"
 

@@ -19,7 +19,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
-from gradrun.result import Finding
+from gradrun.results.result import Finding
 
 _TRAIN = nn.Module.train.__code__
 

@@ -23,7 +23,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
 from gradrun.model_sources.state import state_kept
 from gradrun.modes import ModeState, observe
-from gradrun.result import Finding, Severity
+from gradrun.results.result import Finding, Severity
 
 _GUARDS: list[Any] = [
     torch.no_grad,

@@ -14,7 +14,7 @@ import torch
 
 from gradrun.config.schema import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleFault
-from gradrun.result import Padding
+from gradrun.results.result import Padding
 
 WINDOW_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""

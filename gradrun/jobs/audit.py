@@ -28,7 +28,15 @@ from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.model_sources import load_model
 from gradrun.model_sources.refusals import reason, refusal
 from gradrun.model_sources.state import state_kept
-from gradrun.result import Equivalence, Finding, Kept, Measurement, Memory, Phases, RunResult
+from gradrun.results.result import (
+    Equivalence,
+    Finding,
+    Kept,
+    Measurement,
+    Memory,
+    Phases,
+    RunResult,
+)
 from gradrun.store import RunFolder
 from gradrun.trial import first_batches
 

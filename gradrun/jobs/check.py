@@ -25,8 +25,8 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.jobs.infer import infer
 from gradrun.messages import Failure, Variant
-from gradrun.ratios import paired
-from gradrun.result import Measurement, Outcome, RunResult
+from gradrun.results.ratios import paired
+from gradrun.results.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
 from gradrun.store import RunFolder, checking
 

@@ -18,7 +18,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
 from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
-from gradrun.result import Comparison, RunResult
+from gradrun.results.result import Comparison, RunResult
 from gradrun.store import RunFolder
 
 

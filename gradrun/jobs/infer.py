@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from gradrun import device as machine
 from gradrun import metrics
-from gradrun.advice import advice
 from gradrun.config.load import located
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
@@ -32,7 +31,8 @@ from gradrun.model_sources import class_names, load_model
 from gradrun.outputs import Named, can_be_missing
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue, numbers_apart
-from gradrun.result import RunResult, Warning
+from gradrun.results.result import RunResult, Warning
+from gradrun.results.run_warnings import advice
 from gradrun.runner import Pass, Runner
 from gradrun.sinks import Sink, open_sink
 from gradrun.store import RunFolder

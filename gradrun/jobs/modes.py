@@ -11,7 +11,7 @@ from gradrun import device as machine
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.probes import prove
-from gradrun.result import ModeFacts
+from gradrun.results.result import ModeFacts
 
 
 def prove_modes(device: str = "auto") -> ModeFacts:

@@ -14,7 +14,7 @@ import torch
 from gradrun.core.grad_mode import GradMode
 from gradrun.probes import compiled, decorators, scopes, tensors
 from gradrun.probes.probe import Probe, Untried
-from gradrun.result import Fact
+from gradrun.results.result import Fact
 
 TOPICS: dict[str, tuple[Probe, ...]] = {
     "Inside the block": tensors.INSIDE,

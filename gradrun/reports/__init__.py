@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gradrun.result import RunResult
+    from gradrun.results.result import RunResult
 
 _WRITERS = {
     "markdown": "markdown:text",

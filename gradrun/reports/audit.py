@@ -19,8 +19,8 @@ from gradrun.reports.comparison import words_text
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
 from gradrun.reports.terminal import model_name, nearest
-from gradrun.result import Finding, RunResult
-from gradrun.safety import verdict
+from gradrun.results.result import Finding, RunResult
+from gradrun.results.safety import verdict
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 

@@ -14,7 +14,7 @@ from gradrun.reports import tables, words
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
 from gradrun.reports.terminal import hanging, nearest
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "bold yellow"}
 _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.conclusion import conclusion
 from gradrun.reports import tables, words
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
 from gradrun.reports.terminal import hanging, model_name, nearest
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
+from gradrun.results.summary import conclusion
 
 _BOLD, _DIM = ("a batch", "a sample", "ratio"), ("95 %",)
 _WORDS = {

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from gradrun.reports.printable import printable
-from gradrun.result import Outcome, RunResult
+from gradrun.results.result import Outcome, RunResult
 
 
 def commands(result: RunResult) -> Iterator[str]:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from gradrun.reports.printable import printable
 from gradrun.reports.words import model_name
-from gradrun.result import Outcome, RunResult
+from gradrun.results.result import Outcome, RunResult
 
 
 def xml(result: RunResult) -> str:

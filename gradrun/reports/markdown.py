@@ -12,7 +12,7 @@ from gradrun.reports import words
 from gradrun.reports.printable import printable
 from gradrun.reports.side_by_side import Named, side_by_side
 from gradrun.reports.tables import Table, tables
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 
 _LOUD = {"fail", "inconclusive", "slower", "cannot run"}
 _SPECIAL = re.compile(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])|(?<=://)|(?<=[wW]{3})(?=\.)")

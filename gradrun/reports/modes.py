@@ -14,7 +14,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import count_text
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import TABLE_WIDTH, hanging
-from gradrun.result import Fact, ModeFacts
+from gradrun.results.result import Fact, ModeFacts
 
 _MARK = "✗"
 _DIFFERS = "bold red"

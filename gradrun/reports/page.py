@@ -15,7 +15,7 @@ from gradrun.reports.plots import Plot, plots
 from gradrun.reports.printable import printable
 from gradrun.reports.side_by_side import Named, side_by_side
 from gradrun.reports.tables import Table, tables
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 
 _STYLE = Path(__file__).with_name("page.css")
 _TONES = {

@@ -24,7 +24,7 @@ from gradrun.core.units import (
 )
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import batch_sizes, by_variant
-from gradrun.result import Measurement, RunResult
+from gradrun.results.result import Measurement, RunResult
 
 SERIES = 6
 """Colours that the page has; further series begin anew."""

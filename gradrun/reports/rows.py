@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from gradrun import stats
 from gradrun.reports.tables import by_variant
-from gradrun.result import Comparison, Equivalence, Measurement, RunResult
+from gradrun.results import stats
+from gradrun.results.result import Comparison, Equivalence, Measurement, RunResult
 
 Unit = Literal[
     "seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score", "words"

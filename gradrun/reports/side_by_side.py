@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradrun.conclusion import decimals
 from gradrun.core.units import bytes_text, number_text, seconds_text, seconds_within
 from gradrun.reports.rows import Row, rows
 from gradrun.reports.tables import DASH, Table
 from gradrun.reports.words import environment, model_name
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
+from gradrun.results.summary import decimals
 
 Named = tuple[str, RunResult]
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from gradrun import stats
-from gradrun.conclusion import ratio_digits
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
     bytes_text,
@@ -21,8 +19,10 @@ from gradrun.core.units import (
     seconds_text,
     seconds_within,
 )
-from gradrun.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
-from gradrun.safety import errors_in
+from gradrun.results import stats
+from gradrun.results.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
+from gradrun.results.safety import errors_in
+from gradrun.results.summary import ratio_digits
 
 DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}

@@ -17,7 +17,7 @@ from gradrun.core.units import count_text
 from gradrun.reports import tables, words
 from gradrun.reports.printable import printable
 from gradrun.reports.tables import Table
-from gradrun.result import Measurement, RunResult
+from gradrun.results.result import Measurement, RunResult
 
 TABLE_WIDTH = 79
 _SHOWN_FILES = 3

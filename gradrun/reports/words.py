@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import PurePath
 
-from gradrun import safety
-from gradrun.conclusion import conclusion
 from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
 from gradrun.reports.tables import batch_sizes, by_variant
-from gradrun.result import RunResult
+from gradrun.results import safety
+from gradrun.results.result import RunResult
+from gradrun.results.summary import conclusion
 
 _ENDED = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
 

@@ -26,7 +26,6 @@ from rich.table import Table
 
 import gradrun
 from gradrun import device as machine
-from gradrun import stats
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.data_sources import open_data
@@ -34,6 +33,7 @@ from gradrun.fingerprint import fingerprint
 from gradrun.journal import Journal
 from gradrun.keeping import Keeper
 from gradrun.model_sources import load_model
+from gradrun.results import stats
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink
 from tests import small_models

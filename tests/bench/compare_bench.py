@@ -25,7 +25,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from gradrun.result import Comparison, RunResult
+from gradrun.results.result import Comparison, RunResult
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

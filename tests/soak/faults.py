@@ -37,7 +37,7 @@ import gradrun
 from gradrun import journal, keeping, readback, runner
 from gradrun.core.errors import GradrunError
 from gradrun.lock import NAME as LOCK
-from gradrun.result import RunResult
+from gradrun.results.result import RunResult
 from gradrun.sinks import READERS, SINKS, npy, parts
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.result import Comparison, Equivalence, Finding, Kept, Outcome
+from gradrun.results.result import Comparison, Equivalence, Finding, Kept, Outcome
 from tests import results, small_models
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text, count_text
-from gradrun.result import Finding, Measurement, RunResult
+from gradrun.results.result import Finding, Measurement, RunResult
 
 _LEAST_OVERHEAD = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
 """Where memory is equal: inference_mode also saves version counters and view tracking."""

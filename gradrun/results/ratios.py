@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradrun import stats
-from gradrun.result import Comparison, Measurement, RunResult
+from gradrun.results import stats
+from gradrun.results.result import Comparison, Measurement, RunResult
 
 _PRECISION = 0.01
 """What was asked for where a result does not say; the default of measure.precision."""

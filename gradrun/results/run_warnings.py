@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.units import count_text
-from gradrun.result import Environment, Measurement, Warning
+from gradrun.results.result import Environment, Measurement, Warning
 
 _SPREAD = 2.0
 _P99_BATCHES = 100

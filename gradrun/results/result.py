@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta
 
-from gradrun import stats
 from gradrun.core.errors import GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.record import Noun
+from gradrun.results import stats
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
 # nobody further on need expect it.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 from gradrun.core.units import bytes_text
-from gradrun.result import Comparison, Equivalence, Memory, RunResult
+from gradrun.results.result import Comparison, Equivalence, Memory, RunResult
 
 _WORTH_BYTES = 1024
 _WORTH_SHARE = 0.01

@@ -1,0 +1,1 @@
+"""Measurements and their meaning: records, statistics, verdicts and warnings."""
