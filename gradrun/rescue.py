@@ -20,7 +20,7 @@ from gradrun.core import files
 from gradrun.core.errors import GradrunError, RunFailed, SampleFault, first_line
 from gradrun.core.units import count_text
 from gradrun.data_sources.batches import Batch, cut_batch
-from gradrun.model_sources.refusals import memory_asked, ran_out_of_memory
+from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
 from gradrun.outputs import Named, nonfinite_rows
 
 FILE = "quarantine.jsonl"

@@ -30,10 +30,10 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.data_sources.readahead import pays_off, read_ahead
 from gradrun.device import seed
+from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.module_state import state_kept
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.meters.forward import Forward
-from gradrun.model_sources.refusals import reason, refusal
-from gradrun.model_sources.state import state_kept
 from gradrun.modes import grad_mode
 from gradrun.outputs import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue

@@ -27,12 +27,12 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Batch, mover
 from gradrun.divergence import equivalence
+from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.module_state import state_kept
 from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
-from gradrun.model_sources import class_names, load_model
-from gradrun.model_sources.python import ImportSpace
-from gradrun.model_sources.refusals import reason, refusal
-from gradrun.model_sources.state import state_kept
+from gradrun.models import class_names, load_model
+from gradrun.models.python import ImportSpace
 from gradrun.reordering import in_input_order
 from gradrun.results import stats
 from gradrun.results.result import Memory, Phases

@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported: no test re
 
 import torch
 
-from gradrun.pretrained import library
+from gradrun.models.pretrained import library
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 32

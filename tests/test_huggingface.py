@@ -17,7 +17,7 @@ import torch
 
 import gradrun
 from gradrun.core.errors import ConfigError
-from gradrun.pretrained import library
+from gradrun.models.pretrained import library
 from tests.conftest import Command
 from tests.small_models import (
     CLASSES,
@@ -140,7 +140,7 @@ def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
 
 def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
     from gradrun.config.load import load_config
-    from gradrun.model_sources import load_model
+    from gradrun.models import load_model
 
     asked = config(folder, Path("/tmp/out"), dtype="bfloat16", attention="eager")
     model: Any = load_model(load_config(asked).model, torch.device("cpu"))

@@ -18,7 +18,7 @@ from torch import nn
 import gradrun
 from gradrun.core.resources import bundled
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
-from gradrun.model_sources.python import import_file
+from gradrun.models.python import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import RunResult
 

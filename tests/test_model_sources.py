@@ -19,8 +19,8 @@ import gradrun
 from gradrun.config.schema import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import reason, refusal
+from gradrun.inference.diagnosis import reason, refusal
+from gradrun.models import load_model
 from gradrun.modes import grad_mode
 
 # torch.jit announces its retirement; its files stay in use.

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradrun.model_sources.archives import HostileError, check_claim, opened
-from gradrun.model_sources.pickles import check_checkpoint, check_storages
+from gradrun.models.archives import HostileError, check_claim, opened
+from gradrun.models.pickles import check_checkpoint, check_storages
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.export import Dim
 
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources import pt2_trust
+from gradrun.models import pt2_trust
 
 Members = dict[str, bytes]
 PROGRAM = "archive/models/model.json"

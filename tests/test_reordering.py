@@ -18,7 +18,7 @@ import gradrun
 from gradrun import journal, keeping, runner
 from gradrun.core.errors import RunFailed
 from gradrun.data_sources.text import WINDOW_BATCHES
-from gradrun.pretrained import library
+from gradrun.models.pretrained import library
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed

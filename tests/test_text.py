@@ -17,7 +17,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.data_sources import open_data
 from gradrun.data_sources.batches import Batch, place_in_input
 from gradrun.data_sources.text import WINDOW_BATCHES, Texts
-from gradrun.pretrained import library
+from gradrun.models.pretrained import library
 from tests.small_models import save_bert, save_tokenizer, sentences, skewed
 
 LINES = skewed(300)

@@ -15,7 +15,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled
 from gradrun.meters.forward import thinned
 from gradrun.meters.tensors import forward_memory
-from gradrun.model_sources.python import import_file
+from gradrun.models.python import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources.weights import load_weights
+from gradrun.models.weights import load_weights
 
 
 def net(width: int = 3) -> nn.Module:

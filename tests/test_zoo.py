@@ -14,7 +14,7 @@ from torch import nn
 
 from gradrun.config.schema import ZooModel
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources import load_model
+from gradrun.models import load_model
 
 MODELS = Path(__file__).parent.parent / "models"
 CONFIGS = MODELS.parent / "configs"

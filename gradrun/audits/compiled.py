@@ -19,7 +19,7 @@ import torch
 from gradrun.audits.subject import Subject
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.model_sources.state import state_kept
+from gradrun.inference.module_state import state_kept
 from gradrun.results.result import Finding
 
 _OF_MODES = re.compile(

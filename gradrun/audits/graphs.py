@@ -15,8 +15,8 @@ import torch
 from gradrun.audits.subject import Subject, source_of
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
+from gradrun.inference.module_state import TABLES, state_kept
 from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
-from gradrun.model_sources.state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.results.result import Finding
 

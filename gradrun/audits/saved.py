@@ -15,8 +15,8 @@ from torch import nn
 
 from gradrun.audits.subject import Subject, watched
 from gradrun.data_sources.batches import Batch
+from gradrun.inference.module_state import state_kept
 from gradrun.meters.tensors import storages
-from gradrun.model_sources.state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.results.result import Kept
 

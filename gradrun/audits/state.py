@@ -17,7 +17,7 @@ from torch import nn
 from gradrun.audits.subject import Subject, source_of, users_line, watched
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-from gradrun.model_sources.state import TABLES, state_kept
+from gradrun.inference.module_state import TABLES, state_kept
 from gradrun.outputs import tensors_in
 from gradrun.results.result import Finding
 

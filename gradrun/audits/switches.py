@@ -21,7 +21,7 @@ from gradrun.audits.saved import saved_in_vain
 from gradrun.audits.subject import Calls, Subject, source_of, watched
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
-from gradrun.model_sources.state import state_kept
+from gradrun.inference.module_state import state_kept
 from gradrun.modes import ModeState, observe
 from gradrun.results.result import Finding, Severity
 

@@ -22,7 +22,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data_sources.batches import Batch, Data, by_position
 from gradrun.data_sources.records import READERS, labels_in
-from gradrun.pretrained import library, opening
+from gradrun.models.pretrained import library, opening
 from gradrun.results.result import Padding
 
 WINDOW_BATCHES = 16

@@ -23,11 +23,11 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.data_sources.batches import Batch
+from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.module_state import state_kept
 from gradrun.jobs import resolved, trusted
 from gradrun.meters import FORWARD_MEMORY, tensors
-from gradrun.model_sources import load_model
-from gradrun.model_sources.refusals import reason, refusal
-from gradrun.model_sources.state import state_kept
+from gradrun.models import load_model
 from gradrun.results.result import (
     Equivalence,
     Finding,

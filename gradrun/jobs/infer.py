@@ -27,7 +27,7 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.journal import Head
 from gradrun.keeping import Keeper
-from gradrun.model_sources import class_names, load_model
+from gradrun.models import class_names, load_model
 from gradrun.outputs import Named, can_be_missing
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue, numbers_apart

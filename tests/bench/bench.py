@@ -32,7 +32,7 @@ from gradrun.data_sources import open_data
 from gradrun.fingerprint import fingerprint
 from gradrun.journal import Journal
 from gradrun.keeping import Keeper
-from gradrun.model_sources import load_model
+from gradrun.models import load_model
 from gradrun.results import stats
 from gradrun.runner import Runner
 from gradrun.sinks import open_sink

@@ -14,8 +14,8 @@ from torch import nn
 
 from gradrun.config.schema import TorchScriptModel
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources.archives import HostileError, opened
-from gradrun.model_sources.pickles import check_storages
+from gradrun.models.archives import HostileError, opened
+from gradrun.models.pickles import check_storages
 
 # TorchScript is no Python: what it can do to the world outside, it does through these operators
 # and those that extensions register.

@@ -9,8 +9,8 @@ from torch import nn
 
 from gradrun.config.schema import ZooModel
 from gradrun.core.resources import bundled
-from gradrun.model_sources.python import build, import_file
-from gradrun.model_sources.weights import load_weights
+from gradrun.models.python import build, import_file
+from gradrun.models.weights import load_weights
 
 
 def open_model(config: ZooModel, *, trust_code: bool) -> nn.Module:

@@ -11,7 +11,7 @@ from gradrun.config.schema import TimmModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import library
 from gradrun.core.suggest import did_you_mean
-from gradrun.model_sources.python import build
+from gradrun.models.python import build
 
 
 def open_model(config: TimmModel, *, trust_code: bool) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import nn
 
 from gradrun.config.schema import ExportedModel
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources.pt2_trust import inspect, weights_only_loads
+from gradrun.models.pt2_trust import inspect, weights_only_loads
 
 
 def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO, Any, ClassVar, Self
 
-from gradrun.model_sources.archives import HostileError, opened
+from gradrun.models.archives import HostileError, opened
 
 _MOST_VALUES = 20_000_000
 """In a pickle, each counted as often as it is referred to."""

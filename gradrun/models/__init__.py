@@ -14,7 +14,7 @@ from torch import nn
 
 from gradrun.config.schema import EagerModel, ModelConfig, WeightedModel
 from gradrun.core.errors import ConfigError, first_line
-from gradrun.model_sources import (
+from gradrun.models import (
     exported,
     huggingface,
     layers,
@@ -24,7 +24,7 @@ from gradrun.model_sources import (
     torchvision,
     zoo,
 )
-from gradrun.model_sources.weights import load_weights
+from gradrun.models.weights import load_weights
 
 SOURCES: dict[str, Callable[..., nn.Module]] = {
     "zoo": zoo.open_model,

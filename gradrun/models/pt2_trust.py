@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from gradrun.core.errors import ConfigError
-from gradrun.model_sources.archives import HostileError, check_claim
-from gradrun.model_sources.pickles import check_checkpoint
+from gradrun.models.archives import HostileError, check_claim
+from gradrun.models.pickles import check_checkpoint
 
 
 def _each(prefix: str, names: str) -> set[str]:

@@ -13,7 +13,7 @@ from gradrun.config.schema import TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import library
 from gradrun.core.suggest import did_you_mean
-from gradrun.model_sources.python import build
+from gradrun.models.python import build
 
 
 def open_model(config: TorchvisionModel, *, trust_code: bool) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gradrun.config.schema import HuggingFaceModel
 from gradrun.core.errors import ConfigError
-from gradrun.pretrained import NEEDS_TRUST, library, opening
+from gradrun.models.pretrained import NEEDS_TRUST, library, opening
 
 _KEY = "model.path"
 _LISTED = 4

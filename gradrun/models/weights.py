@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from gradrun.core.errors import ConfigError, first_line
-from gradrun.model_sources.archives import HostileError
-from gradrun.model_sources.pickles import check_checkpoint
+from gradrun.models.archives import HostileError
+from gradrun.models.pickles import check_checkpoint
 
 _KEY = "model.weights"
 _USUAL_KEYS = ("state_dict", "model", "model_state_dict")

@@ -1,0 +1,1 @@
+"""One model over one data source, measured."""
