@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.inference.module_state import state_kept
 from gradrun.outputs import tensors_in
 from gradrun.results.result import Equivalence

@@ -16,7 +16,7 @@ from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.units import count_text
-from gradrun.data_sources.batches import Data, Labelled
+from gradrun.data.source import Data, Labelled
 from gradrun.outputs import NO_CLASS, Named
 from gradrun.rescue import numbers_apart
 from gradrun.results.result import Metric

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from gradrun.data_sources.batches import Data, Uneven
+from gradrun.data.source import Data, Uneven
 from gradrun.journal import Committed
 from gradrun.outputs import Named
 from gradrun.sinks import Sink

@@ -27,8 +27,8 @@ from gradrun.core.errors import (
     first_line,
 )
 from gradrun.core.grad_mode import GradMode
-from gradrun.data_sources.batches import Batch, Data, Uneven, cut_batch, mover, place_in_input
-from gradrun.data_sources.readahead import pays_off, read_ahead
+from gradrun.data.prefetch import pays_off, read_ahead
+from gradrun.data.source import Batch, Data, Uneven, cut_batch, mover, place_in_input
 from gradrun.device import seed
 from gradrun.inference.diagnosis import reason, refusal
 from gradrun.inference.module_state import state_kept

@@ -24,8 +24,8 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.data_sources import open_data
-from gradrun.data_sources.batches import Batch, mover
+from gradrun.data import open_data
+from gradrun.data.source import Batch, mover
 from gradrun.divergence import equivalence
 from gradrun.inference.diagnosis import reason, refusal
 from gradrun.inference.module_state import state_kept

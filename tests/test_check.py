@@ -17,7 +17,7 @@ import xmlschema
 
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.data_sources import open_data
+from gradrun.data import open_data
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 

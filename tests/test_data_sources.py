@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources import batches, open_data
-from gradrun.data_sources.batches import Batch, Data
+from gradrun.data import open_data, source
+from gradrun.data.source import Batch, Data
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,7 +167,7 @@ def test_an_array_comes_back_bit_for_bit_and_again_and_from_any_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, window: int | None
 ) -> None:
     if window:
-        monkeypatch.setattr(batches, "WINDOW_BYTES", window)
+        monkeypatch.setattr(source, "WINDOW_BYTES", window)
     rows = torch.from_numpy(ROWS)
     source = opened(stored(tmp_path, form))
     assert source.samples == 103

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
 from gradrun.config.schema import RunConfig
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.divergence import equivalence, first_difference
 from gradrun.modes import grad_mode
 from gradrun.reports.tables import outputs_text

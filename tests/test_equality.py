@@ -22,7 +22,7 @@ from torch import nn
 
 import gradrun
 from gradrun import runner
-from gradrun.data_sources import readahead
+from gradrun.data import prefetch
 
 # torch.jit announces its retirement; its files stay in use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -409,11 +409,11 @@ def test_reading_ahead_changes_no_bit(
     }
     threads = []
     monkeypatch.setattr(
-        runner, "read_ahead", lambda *given: threads.append(1) or readahead.read_ahead(*given)
+        runner, "read_ahead", lambda *given: threads.append(1) or prefetch.read_ahead(*given)
     )
     expected = loop(files.by_hand("layers"), files.batches(), "inference_mode")
     for worth, used in ((float("inf"), 0), (0.0, 1)):
-        monkeypatch.setattr(readahead, "WORTH_SECONDS", worth)
+        monkeypatch.setattr(prefetch, "WORTH_SECONDS", worth)
         ours = predict(files.model("layers"), data=records if data == "records" else {})
         assert len(threads) == used
         assert_same_bits(ours, expected)

@@ -20,9 +20,9 @@ import gradrun
 from gradrun.config.load import load_config
 from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
-from gradrun.data_sources import open_data
-from gradrun.data_sources.batches import Data
-from gradrun.data_sources.preprocess import Steps, steps
+from gradrun.data import open_data
+from gradrun.data.image_transforms import Steps, steps
+from gradrun.data.source import Data
 from gradrun.results.result import RunResult
 from gradrun.sinks import SINKS
 from gradrun.trial import first_batches

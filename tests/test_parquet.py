@@ -18,8 +18,8 @@ from pyarrow import parquet
 import gradrun
 from gradrun.config.schema import RecordsData
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources import open_data
-from gradrun.data_sources.batches import Data
+from gradrun.data import open_data
+from gradrun.data.source import Data
 from gradrun.journal import Committed
 from gradrun.sinks.parquet import ParquetSink
 from tests.conftest import ROOT, Command

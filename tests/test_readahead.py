@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources import readahead
-from gradrun.data_sources.batches import Batch
-from gradrun.data_sources.readahead import pays_off, read_ahead
+from gradrun.data import prefetch
+from gradrun.data.prefetch import pays_off, read_ahead
+from gradrun.data.source import Batch
 
 
 def batch(value: int) -> Batch:
@@ -128,7 +128,7 @@ def test_it_pays_off_where_reading_and_forward_both_take_a_while(
 ) -> None:
     source = Source(1000, reading)
     assert pays_off(source, forward) is worth
-    assert source.read * reading <= 2 * readahead._TRIAL_SECONDS, "the trial is short"
+    assert source.read * reading <= 2 * prefetch._TRIAL_SECONDS, "the trial is short"
 
 
 def test_it_does_not_pay_off_without_data() -> None:
@@ -139,6 +139,6 @@ def test_data_that_is_broken_further_on_is_left_for_the_run_to_find(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Two batches are soon read, unless another process is given the processor meanwhile.
-    monkeypatch.setattr(readahead, "WORTH_SECONDS", 0.05)
+    monkeypatch.setattr(prefetch, "WORTH_SECONDS", 0.05)
     assert not pays_off(Source(fails_at=2), forward_seconds=1.0)
     assert pays_off(Source(4, seconds=0.06, fails_at=2), forward_seconds=1.0)

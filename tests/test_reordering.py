@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 import gradrun
 from gradrun import journal, keeping, runner
 from gradrun.core.errors import RunFailed
-from gradrun.data_sources.text import WINDOW_BATCHES
+from gradrun.data.text import WINDOW_BATCHES
 from gradrun.models.pretrained import library
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command

@@ -16,7 +16,7 @@ from torch import nn
 from gradrun import runner as the_runner
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.meters import clock as the_clock
 from gradrun.results.result import Measurement
 from gradrun.runner import Pass, Runner

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from gradrun.config.load import load_config
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources import open_data
-from gradrun.data_sources.batches import Batch, place_in_input
-from gradrun.data_sources.text import WINDOW_BATCHES, Texts
+from gradrun.data import open_data
+from gradrun.data.source import Batch, place_in_input
+from gradrun.data.text import WINDOW_BATCHES, Texts
 from gradrun.models.pretrained import library
 from tests.small_models import save_bert, save_tokenizer, sentences, skewed
 

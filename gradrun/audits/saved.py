@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gradrun.audits.subject import Subject, watched
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.inference.module_state import state_kept
 from gradrun.meters.tensors import storages
 from gradrun.outputs import tensors_in

@@ -23,7 +23,7 @@ from torch.nn.modules.module import (
 from gradrun import device as machine
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.runner import active
 
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from gradrun.config.load import located
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.data_sources.batches import Batch
+from gradrun.data.source import Batch
 from gradrun.inference.diagnosis import reason, refusal
 from gradrun.inference.module_state import state_kept
 from gradrun.jobs import resolved, trusted

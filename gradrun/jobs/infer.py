@@ -20,8 +20,8 @@ from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
 from gradrun.core.units import count_text
 from gradrun.core.version import __version__
-from gradrun.data_sources import open_data
-from gradrun.data_sources.batches import Listing
+from gradrun.data import open_data
+from gradrun.data.source import Listing
 from gradrun.fingerprint import fingerprint
 from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted

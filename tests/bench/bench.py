@@ -28,7 +28,7 @@ import gradrun
 from gradrun import device as machine
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
-from gradrun.data_sources import open_data
+from gradrun.data import open_data
 from gradrun.fingerprint import fingerprint
 from gradrun.journal import Journal
 from gradrun.keeping import Keeper

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 from gradrun.core.errors import GradrunError
-from gradrun.data_sources.batches import Batch, Data
+from gradrun.data.source import Batch, Data
 
 WORTH_SECONDS = 0.001
 """Handing a batch from thread to thread costs about a tenth of this; less is not worth it."""

@@ -11,7 +11,7 @@ import torch
 
 from gradrun.config.schema import SyntheticData, SyntheticInput
 from gradrun.core.errors import ConfigError
-from gradrun.data_sources.batches import Data, WindowedData
+from gradrun.data.source import Data, WindowedData
 
 _BLOCK_BYTES = 256 * 1024
 

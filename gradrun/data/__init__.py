@@ -13,8 +13,8 @@ import psutil
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import bytes_text
-from gradrun.data_sources import arrays, images, records, synthetic, text
-from gradrun.data_sources.batches import Data
+from gradrun.data import arrays, images, records, synthetic, text
+from gradrun.data.source import Data
 
 SOURCES: dict[str, Callable[[Any, int], Data]] = {
     "arrays": arrays.open_data,

@@ -21,14 +21,7 @@ from gradrun.config.schema import RecordInput, RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.suggest import suggest
-from gradrun.data_sources.batches import (
-    Batch,
-    Data,
-    by_position,
-    class_number,
-    converter,
-    no_labels,
-)
+from gradrun.data.source import Batch, Data, by_position, class_number, converter, no_labels
 
 _PARQUET_ROWS = 1024
 _BUFFER_BYTES = 256 * 1024

@@ -25,8 +25,8 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleFault
 from gradrun.core.optional import library
 from gradrun.core.suggest import suggest
-from gradrun.data_sources.batches import Batch, Data, by_position, class_number, no_labels
-from gradrun.data_sources.preprocess import steps
+from gradrun.data.image_transforms import steps
+from gradrun.data.source import Batch, Data, by_position, class_number, no_labels
 
 _FORMATS = {
     "PNG": (".png",),

@@ -17,7 +17,7 @@ import torch
 from gradrun.config.schema import ArrayInput, ArraysData
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
-from gradrun.data_sources.batches import Data, Rows, WindowedData, converter
+from gradrun.data.source import Data, Rows, WindowedData, converter
 
 _MOST_HEADER = 64 * 1024
 _LISTED = 8

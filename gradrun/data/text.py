@@ -20,8 +20,8 @@ import torch
 from gradrun.config.schema import TextData
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
-from gradrun.data_sources.batches import Batch, Data, by_position
-from gradrun.data_sources.records import READERS, labels_in
+from gradrun.data.records import READERS, labels_in
+from gradrun.data.source import Batch, Data, by_position
 from gradrun.models.pretrained import library, opening
 from gradrun.results.result import Padding
 
