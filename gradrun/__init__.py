@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradrun.jobs.compare import compare
     from gradrun.jobs.infer import infer
     from gradrun.jobs.modes import prove_modes
-    from gradrun.jobs.verify import verify
+    from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
 
 __all__ = [
@@ -49,7 +49,7 @@ _HOMES = {
     "compare": "jobs.compare",
     "audit": "jobs.audit",
     "check": "jobs.check",
-    "verify": "jobs.verify",
+    "verify": "output.verification",
     "prove_modes": "jobs.modes",
     "Comparison": "results.result",
     "load_config": "config.load",

@@ -392,7 +392,7 @@ def verify(
     Says which samples are missing or differ; exit code 3 where there are such.
     """
     with _errors(debug, json_file, quiet) as console:
-        from gradrun.jobs.verify import verify as run
+        from gradrun.output.verification import verify as run
         from gradrun.reports.verified import show
 
         found = run(folder)

@@ -19,7 +19,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data.source import Batch
 from gradrun.inference.module_state import state_kept
-from gradrun.outputs import tensors_in
+from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Equivalence
 
 _Named = list[tuple[str, torch.Tensor]]

@@ -17,10 +17,10 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.units import count_text
 from gradrun.data.source import Data, Labelled
-from gradrun.outputs import NO_CLASS, Named
+from gradrun.output.formats import READERS
+from gradrun.output.transforms import NO_CLASS, Named
 from gradrun.rescue import numbers_apart
 from gradrun.results.result import Metric
-from gradrun.sinks import READERS
 
 Compute = Callable[[Path], tuple[Metric, ...]]
 """The metrics of the predictions in a run's folder."""

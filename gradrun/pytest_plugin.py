@@ -83,7 +83,7 @@ def _watched() -> Iterator[list[str]]:
         register_module_forward_pre_hook,
     )
 
-    from gradrun.outputs import tensors_in
+    from gradrun.output.transforms import tensors_in
 
     entered: list[Any] = []
     kept: list[str] = []

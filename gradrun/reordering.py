@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 import torch
 
 from gradrun.data.source import Data, Uneven
-from gradrun.journal import Committed
-from gradrun.outputs import Named
-from gradrun.sinks import Sink
+from gradrun.output.formats import Sink
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import Named
 
 
 def in_input_order(sink: Sink, data: Data) -> tuple[Sink, int]:

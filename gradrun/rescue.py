@@ -21,7 +21,7 @@ from gradrun.core.errors import GradrunError, RunFailed, SampleFault, first_line
 from gradrun.core.units import count_text
 from gradrun.data.source import Batch, cut_batch
 from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
-from gradrun.outputs import Named, nonfinite_rows
+from gradrun.output.transforms import Named, nonfinite_rows
 
 FILE = "quarantine.jsonl"
 

@@ -35,11 +35,11 @@ from gradrun.inference.module_state import state_kept
 from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
 from gradrun.meters.forward import Forward
 from gradrun.modes import grad_mode
-from gradrun.outputs import Named, reader, tensors_in
+from gradrun.output.formats import Sink
+from gradrun.output.transforms import Named, reader, tensors_in
 from gradrun.rescue import Quarantine, Rescue
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
-from gradrun.sinks import Sink
 
 WARM_UP_SECONDS = 0.3
 """Warm-up goes on until the time is steady, and no longer than this."""

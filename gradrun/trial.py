@@ -33,11 +33,11 @@ from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
 from gradrun.models import class_names, load_model
 from gradrun.models.python import ImportSpace
+from gradrun.output.formats import open_sink
 from gradrun.reordering import in_input_order
 from gradrun.results import stats
 from gradrun.results.result import Memory, Phases
 from gradrun.runner import Runner, active
-from gradrun.sinks import open_sink
 
 BLOCK_SECONDS = 0.01
 """A block is as many batches as take at least this long: clock reads and jitter vanish in it."""

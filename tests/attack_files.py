@@ -528,7 +528,7 @@ NAMES = [
     *("predictions.npy", "predictions.x.npy", "predictions.jsonl", "predictions-00000.safetensors"),
     *("predictions-00000.safetensors.tmp", "predictions-00000.safetensors.rest", "result.json"),
     *("result.json.tmp", "journal.jsonl", "journal.jsonl.tmp", "quarantine.jsonl"),
-    *("quarantine.jsonl.tmp", ".gradrun.lock"),
+    *("quarantine.jsonl.tmp", ".gradrun.output.lock"),
 ]
 KINDS: dict[str, Callable[[Path], None]] = {
     "a link": lambda path: path.symlink_to("../precious"),

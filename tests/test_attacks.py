@@ -23,7 +23,7 @@ from rich.console import Console
 from gradrun.config.schema import ArraysData
 from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
-from gradrun.jobs.verify import verify
+from gradrun.output.verification import verify
 from gradrun.reports import terminal
 from gradrun.reports.verified import show as show_verified
 from gradrun.results.result import RunResult

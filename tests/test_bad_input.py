@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradrun.core import files
+from gradrun.output.formats import sharded_writer
+from gradrun.output.formats.jsonl import JsonlSink
 from gradrun.results.result import RunResult
-from gradrun.sinks import parts
-from gradrun.sinks.jsonl import JsonlSink
 
 ROOT = Path(__file__).parent.parent
 FORMATS = ["npy", "jsonl", "safetensors"]
@@ -325,7 +325,7 @@ def predictions(folder: Path | str) -> np.ndarray:
         assert [row["id"] for row in rows] == list(range(len(rows)))
         return np.array([row["prediction"] for row in rows], np.float32)
     parts = [load_file(part)["prediction"] for part in sorted(folder.glob("*.safetensors"))]
-    return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+    return torch.cat(sharded_writer).numpy() if parts else np.zeros(0, np.float32)
 
 
 def doubles(count: int, width: int = 1) -> tuple[tuple[str, str], np.ndarray]:
@@ -418,7 +418,7 @@ def test_a_disk_with_too_little_room_is_told_before_the_first_batch(cli, small_d
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 8192)
+    monkeypatch.setattr(sharded_writer, "PART_BYTES", 8192)
     monkeypatch.setattr(files, "check_room", lambda *_: None)  # another process takes it later
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gradrun.config.load import load_config
-from gradrun.fingerprint import differences, fingerprint
-from gradrun.journal import Head
+from gradrun.output.fingerprint import differences, fingerprint
+from gradrun.output.journal import Head
 
 
 @pytest.fixture

@@ -388,7 +388,7 @@ def test_its_noise_reaches_no_one(folder: Path, tmp_path: Path, process: Command
 
 def test_another_weight_in_the_folder_is_another_run(folder: Path, tmp_path: Path) -> None:
     from gradrun.config.load import load_config
-    from gradrun.fingerprint import differences, fingerprint
+    from gradrun.output.fingerprint import differences, fingerprint
 
     shutil.copytree(folder / "bert", tmp_path / "bert")
     loaded = load_config(config(folder, tmp_path / "out", path=str(tmp_path / "bert")))

@@ -23,8 +23,8 @@ from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
 from gradrun.data import open_data
 from gradrun.data.image_transforms import Steps, steps
 from gradrun.data.source import Data
+from gradrun.output.formats import SINKS
 from gradrun.results.result import RunResult
-from gradrun.sinks import SINKS
 from gradrun.trial import first_batches
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gradrun import journal
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
-from gradrun.journal import Committed, Head, Journal
+from gradrun.output import journal
+from gradrun.output.journal import Committed, Head, Journal
 
 HEAD = Head(gradrun="0.1.0", samples=100, config={"run": {"seed": 0}}, files={})
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gradrun import keeping
-from gradrun.journal import Committed
-from gradrun.keeping import Keeper
+from gradrun.output import checkpointer
+from gradrun.output.checkpointer import Keeper
+from gradrun.output.journal import Committed
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Paper:
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(keeping, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    monkeypatch.setattr(checkpointer, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     return clock
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gradrun.core.errors import ConfigError
-from gradrun.lock import NAME, FolderLock, check_free
+from gradrun.output.lock import NAME, FolderLock, check_free
 from tests.conftest import ROOT
 
 
@@ -50,7 +50,7 @@ def test_what_a_dead_process_left_holds_nobody_up(tmp_path: Path, content: bytes
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from gradrun.lock import FolderLock; "
+        "import sys, time; from pathlib import Path; from gradrun.output.lock import FolderLock; "
         "FolderLock(Path(sys.argv[1])).take(); print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(

@@ -13,8 +13,8 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accur
 
 import gradrun
 from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.output.formats import READERS, SINKS
 from gradrun.results.result import RunResult
-from gradrun.sinks import READERS, SINKS
 from tests.conftest import Command
 
 SAMPLES, CLASSES = 2_500, 7

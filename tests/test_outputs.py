@@ -12,7 +12,7 @@ import torch
 
 from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
-from gradrun.outputs import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
+from gradrun.output.transforms import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
 
 SIZE = 4
 LOGITS = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))

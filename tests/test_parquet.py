@@ -20,8 +20,8 @@ from gradrun.config.schema import RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.source import Data
-from gradrun.journal import Committed
-from gradrun.sinks.parquet import ParquetSink
+from gradrun.output.formats.parquet import ParquetSink
+from gradrun.output.journal import Committed
 from tests.conftest import ROOT, Command
 
 ROWS = 50

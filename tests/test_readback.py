@@ -12,14 +12,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gradrun import journal
 from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
-from gradrun.jobs.verify import verify
-from gradrun.journal import Head, Journal
-from gradrun.outputs import UNNAMED
-from gradrun.readback import faults
-from gradrun.sinks import SINKS, open_sink, parts
+from gradrun.output import journal
+from gradrun.output.formats import SINKS, open_sink, sharded_writer
+from gradrun.output.journal import Head, Journal
+from gradrun.output.readback import faults
+from gradrun.output.transforms import UNNAMED
+from gradrun.output.verification import verify
 from tests.conftest import ROOT, Command
 
 SAMPLES, BATCH = 40, 4
@@ -53,8 +53,8 @@ def run(
 @pytest.fixture(params=["one part", "many parts"])
 def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many parts":
-        monkeypatch.setattr(parts, "PART_BYTES", 11 * 12)
-        monkeypatch.setattr(parts, "ID_BYTES", 0)
+        monkeypatch.setattr(sharded_writer, "PART_BYTES", 11 * 12)
+        monkeypatch.setattr(sharded_writer, "ID_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_parts")
@@ -184,7 +184,7 @@ def test_without_a_journal_that_can_be_read_it_is_one_sentence(
 def test_it_needs_no_torch(tmp_path: Path) -> None:
     run(tmp_path / "run", "safetensors")
     code = (
-        "import sys; from gradrun.jobs.verify import verify; "
+        "import sys; from gradrun.output.verification import verify; "
         f"assert verify({str(tmp_path / 'run')!r}).complete; print('torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -15,10 +15,11 @@ import torch
 from torch.nn.functional import normalize
 
 import gradrun
-from gradrun import journal, keeping, runner
+from gradrun import runner
 from gradrun.core.errors import RunFailed
 from gradrun.data.text import WINDOW_BATCHES
 from gradrun.models.pretrained import library
+from gradrun.output import checkpointer, journal
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed
@@ -282,8 +283,8 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
 def test_commits_end_with_windows(
     config: Config, tmp_path: Path, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "SECONDS", 0)
-    monkeypatch.setattr(keeping, "_SHARE", 1e9)
+    monkeypatch.setattr(checkpointer, "SECONDS", 0)
+    monkeypatch.setattr(checkpointer, "_SHARE", 1e9)
     monkeypatch.setattr(runner, "_BEAT_NS", 0)
     infer(config())
     kept = journal.read(tmp_path / "out/journal.jsonl")

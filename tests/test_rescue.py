@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.outputs import NO_CLASS
+from gradrun.output.formats import READERS
+from gradrun.output.transforms import NO_CLASS
 from gradrun.results.result import RunResult
-from gradrun.sinks import READERS
 from tests.conftest import Command
 
 MODEL = '''

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 import gradrun
-from gradrun import journal, runner
+from gradrun import runner
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.output import journal
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 from tests.soak import kill

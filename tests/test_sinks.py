@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gradrun.config.schema import OutputSection
-from gradrun.journal import Committed, Head, Kept
-from gradrun.outputs import UNNAMED, Named
-from gradrun.readback import Fault, faults
-from gradrun.sinks import READERS, SINKS, Sink, lines, npy, open_sink, parts
+from gradrun.output.formats import READERS, SINKS, Sink, npy, open_sink, sharded_writer, text_writer
+from gradrun.output.journal import Committed, Head, Kept
+from gradrun.output.readback import Fault, faults
+from gradrun.output.transforms import UNNAMED, Named
 
 SAMPLES, BATCH = 23, 5
 
@@ -83,8 +83,8 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every sink once with room for all, and once with room for seven rows at a time."""
     if request.param == "in windows":
         monkeypatch.setattr(npy, "BUFFER_BYTES", 7 * 16)
-        monkeypatch.setattr(parts, "PART_BYTES", 7 * 16)
-        monkeypatch.setattr(parts, "ID_BYTES", 0)
+        monkeypatch.setattr(sharded_writer, "PART_BYTES", 7 * 16)
+        monkeypatch.setattr(sharded_writer, "ID_BYTES", 0)
 
 
 @pytest.mark.usefixtures("_windows")
@@ -255,8 +255,8 @@ def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form:
 def test_safetensors_parts_say_which_samples_they_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 12 * 8)
-    monkeypatch.setattr(parts, "ID_BYTES", 0)
+    monkeypatch.setattr(sharded_writer, "PART_BYTES", 12 * 8)
+    monkeypatch.setattr(sharded_writer, "ID_BYTES", 0)
     rows = numbered(2)
     target = sink(tmp_path, "safetensors")
     fill(target, {UNNAMED: rows})
@@ -473,8 +473,8 @@ def test_going_on_leaves_files_alone_that_are_only_named_like_ours(tmp_path: Pat
 def test_going_on_drops_the_rest_of_a_part_that_was_begun_too_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", 7 * 32)
-    monkeypatch.setattr(parts, "ID_BYTES", 0)
+    monkeypatch.setattr(sharded_writer, "PART_BYTES", 7 * 32)
+    monkeypatch.setattr(sharded_writer, "ID_BYTES", 0)
     target = begun(tmp_path, "safetensors", SEVERAL)
     write(target, SEVERAL, 0, 5)
     told = target.commit()
@@ -499,7 +499,7 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
         raise KeyboardInterrupt
 
     if form in ("jsonl", "csv"):
-        monkeypatch.setattr(lines, "nonfinite_rows", interrupt)
+        monkeypatch.setattr(text_writer, "nonfinite_rows", interrupt)
     batch = numbered(2)[10:15]
     batch.numpy = batch.__len__ = interrupt  # type: ignore[method-assign]
     if form in {"safetensors", "parquet"}:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
-from gradrun.journal import Committed, Head
+from gradrun.output.journal import Committed, Head
+from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import RunResult
-from gradrun.store import RunFolder
 from tests.results import run_result
 
 
@@ -168,7 +168,9 @@ def test_where_nothing_whole_was_committed_a_resume_begins_anew(
     assert names(tmp_path) == {"journal.jsonl"}
 
 
-@pytest.mark.parametrize("left", [(), (".gradrun.lock",), (".gradrun.lock", "journal.jsonl.tmp")])
+@pytest.mark.parametrize(
+    "left", [(), (".gradrun.output.lock",), (".gradrun.output.lock", "journal.jsonl.tmp")]
+)
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_a_process_leaves_that_died_before_its_run_began_is_nothing(
     tmp_path: Path, left: tuple[str, ...], resume: bool
@@ -271,7 +273,7 @@ def test_where_one_writes_no_other_may_whatever_it_asks_for(
             RunFolder(tmp_path, **options)
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), before.writing():
             pass
-        assert names(tmp_path) == {".gradrun.lock"}
+        assert names(tmp_path) == {".gradrun.output.lock"}
     with before.writing():
         pass
 

@@ -17,7 +17,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
 from gradrun.inference.module_state import TABLES, state_kept
 from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
-from gradrun.outputs import tensors_in
+from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Finding
 
 _SETTLING, _WATCHED = 2, 3

@@ -17,7 +17,7 @@ from gradrun.audits.subject import Subject, watched
 from gradrun.data.source import Batch
 from gradrun.inference.module_state import state_kept
 from gradrun.meters.tensors import storages
-from gradrun.outputs import tensors_in
+from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Kept
 
 OUTPUTS = "(outputs)"

@@ -18,7 +18,7 @@ from gradrun.audits.subject import Subject, source_of, users_line, watched
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.inference.module_state import TABLES, state_kept
-from gradrun.outputs import tensors_in
+from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Finding
 
 _TRAIN = nn.Module.train.__code__

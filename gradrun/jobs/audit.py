@@ -28,6 +28,7 @@ from gradrun.inference.module_state import state_kept
 from gradrun.jobs import resolved, trusted
 from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.models import load_model
+from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
     Equivalence,
     Finding,
@@ -37,7 +38,6 @@ from gradrun.results.result import (
     Phases,
     RunResult,
 )
-from gradrun.store import RunFolder
 from gradrun.trial import first_batches
 
 Progress = Callable[[str, int, int], None]

@@ -25,10 +25,10 @@ from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.jobs.infer import infer
 from gradrun.messages import Failure, Variant
+from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
 from gradrun.results.result import Measurement, Outcome, RunResult
 from gradrun.revision import checked_out
-from gradrun.store import RunFolder, checking
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
 

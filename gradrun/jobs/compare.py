@@ -18,8 +18,8 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
 from gradrun.jobs import resolved, trusted
 from gradrun.messages import Variant
+from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import Comparison, RunResult
-from gradrun.store import RunFolder
 
 
 class Comparisons(list[Comparison]):

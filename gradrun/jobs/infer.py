@@ -22,20 +22,20 @@ from gradrun.core.units import count_text
 from gradrun.core.version import __version__
 from gradrun.data import open_data
 from gradrun.data.source import Listing
-from gradrun.fingerprint import fingerprint
 from gradrun.interruption import Interruption
 from gradrun.jobs import resolved, trusted
-from gradrun.journal import Head
-from gradrun.keeping import Keeper
 from gradrun.models import class_names, load_model
-from gradrun.outputs import Named, can_be_missing
+from gradrun.output.checkpointer import Keeper
+from gradrun.output.fingerprint import fingerprint
+from gradrun.output.formats import Sink, open_sink
+from gradrun.output.journal import Head
+from gradrun.output.run_folder import RunFolder
+from gradrun.output.transforms import Named, can_be_missing
 from gradrun.reordering import in_input_order
 from gradrun.rescue import Rescue, numbers_apart
 from gradrun.results.result import RunResult, Warning
 from gradrun.results.run_warnings import advice
 from gradrun.runner import Pass, Runner
-from gradrun.sinks import Sink, open_sink
-from gradrun.store import RunFolder
 
 Progress = Callable[[int, int], None]
 """Told (samples done, samples in all), a few times a second."""

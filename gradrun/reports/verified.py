@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradrun.core.units import count_text
-from gradrun.readback import Fault
+from gradrun.output.readback import Fault
 from gradrun.reports.printable import printable
 from gradrun.reports.terminal import hanging, nearest
 

@@ -34,11 +34,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
-from gradrun import journal, keeping, readback, runner
+from gradrun import runner
 from gradrun.core.errors import GradrunError
-from gradrun.lock import NAME as LOCK
+from gradrun.output import checkpointer, journal, readback
+from gradrun.output.formats import READERS, SINKS, npy, sharded_writer
+from gradrun.output.lock import NAME as LOCK
 from gradrun.results.result import RunResult
-from gradrun.sinks import READERS, SINKS, npy, parts
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8
 FORMATS = [*SINKS]
@@ -92,14 +93,14 @@ class Disk:
             for name, (home, attribute, number) in CALLS.items():
                 wrapped = self._wrapped(name, getattr(home, attribute), number)
                 stack.enter_context(mock.patch.object(home, attribute, wrapped))
-            look, batches = keeping.Keeper.look, itertools.count(1)
+            look, batches = checkpointer.Keeper.look, itertools.count(1)
 
-            def at_times(keeper: keeping.Keeper) -> None:
+            def at_times(keeper: checkpointer.Keeper) -> None:
                 """Commit after every so many batches: the clock may cut ranges anywhere."""
                 if next(batches) % self.every == 0:
                     look(keeper)
 
-            stack.enter_context(mock.patch.object(keeping.Keeper, "look", at_times))
+            stack.enter_context(mock.patch.object(checkpointer.Keeper, "look", at_times))
             yield
 
     def _wrapped(self, name: str, real: Callable[..., Any], number: int) -> Any:
@@ -183,11 +184,11 @@ def commits_at_every_batch() -> Iterator[None]:
     """Make commits, parts and windows small, so that little data meet every seam; sync nothing."""
     with ExitStack() as stack:
         for home, name, value in (
-            (keeping, "SECONDS", 0.0),
-            (keeping, "_SHARE", float("inf")),
+            (checkpointer, "SECONDS", 0.0),
+            (checkpointer, "_SHARE", float("inf")),
             (runner, "_BEAT_NS", 0),
-            (parts, "PART_BYTES", 11 * ROW_BYTES),
-            (parts, "ID_BYTES", 0),
+            (sharded_writer, "PART_BYTES", 11 * ROW_BYTES),
+            (sharded_writer, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),
             (os, "fsync", lambda _: None),  # nobody cuts our own power
         ):

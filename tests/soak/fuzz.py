@@ -157,7 +157,7 @@ def runs(folder: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
             gradrun.infer(folder / "c.yaml")
         faults.close_below(out)
         assert killed.left
-        killed.left.pop(".gradrun.lock")
+        killed.left.pop(".gradrun.output.lock")
         for state, files in (("finished", finished), ("killed", killed.left)):
             yield form, state, asked | {f"out/{name}": data for name, data in files.items()}
 

@@ -64,12 +64,13 @@ _processes = multiprocessing.get_context("forkserver")
 
 def hurry() -> None:
     """Make commits so frequent, and parts so small, that a short run has many."""
-    from gradrun import keeping, runner
-    from gradrun.sinks import npy, parts
+    from gradrun import runner
+    from gradrun.output import checkpointer
+    from gradrun.output.formats import npy, sharded_writer
 
-    keeping.SECONDS, keeping._SHARE = 0.02, 1.0
+    checkpointer.SECONDS, checkpointer._SHARE = 0.02, 1.0
     runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
-    parts.PART_BYTES, parts.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
+    sharded_writer.PART_BYTES, sharded_writer.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
 
 
 class Folder:
@@ -140,8 +141,9 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    from gradrun import cli, keeping
+    from gradrun import cli
     from gradrun.jobs import infer
+    from gradrun.output import checkpointer
 
     def told(home: Any, name: str, before: str, after: str) -> None:
         real: Callable[..., Any] = getattr(home, name)
@@ -163,8 +165,8 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     hurry()
     told(infer, "load_model", "load", "load")
     told(infer, "_opened", "open", "run")
-    told(keeping.Keeper, "commit", "commit", "run")
-    told(keeping.Keeper, "close", "close", "end")
+    told(checkpointer.Keeper, "commit", "commit", "run")
+    told(checkpointer.Keeper, "close", "close", "end")
     sys.argv = ["gradrun", *words]
     cli.main()
 
@@ -275,7 +277,7 @@ def _ended_badly(folder: Path, course: Course) -> str:
 
 def check_truth(folder: Folder, out: str) -> int:
     """See that what the journal says is in the files; how many samples that is."""
-    from gradrun import journal, readback
+    from gradrun.output import journal, readback
 
     path = folder.path / out
     if not (path / "journal.jsonl").exists():

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from gradrun.core import files
-from gradrun.journal import Committed
-from gradrun.outputs import Spelling, nonfinite_rows
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import Spelling, nonfinite_rows
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradrun.config.schema import PythonModel, RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.journal import Head
+from gradrun.output.journal import Head
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gradrun.sinks.lines import Columns, LineSink, numbered_lots
+from gradrun.output.formats.text_writer import Columns, LineSink, numbered_lots
 
 
 class JsonlSink(LineSink):

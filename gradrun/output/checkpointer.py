@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from gradrun.journal import Committed, Journal
-from gradrun.sinks import Sink
+from gradrun.output.formats import Sink
+from gradrun.output.journal import Committed, Journal
 
 SECONDS = 1.0
 BYTES = 64 * 1024 * 1024

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from gradrun.core import files
-from gradrun.journal import Committed
-from gradrun.outputs import Spelling, nonfinite_rows
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import Spelling, nonfinite_rows
 
 PART_BYTES = 64 * 1024 * 1024
 ID_BYTES = 256

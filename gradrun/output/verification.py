@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradrun import journal
 from gradrun.core.errors import ConfigError
-from gradrun.readback import Fault, faults
-from gradrun.store import JOURNAL
+from gradrun.output import journal
+from gradrun.output.readback import Fault, faults
+from gradrun.output.run_folder import JOURNAL
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import psutil
 from gradrun.core import files
 from gradrun.core.errors import ConfigError
 
-NAME = ".gradrun.lock"
+NAME = ".gradrun.output.lock"
 
 
 class FolderLock:

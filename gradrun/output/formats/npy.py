@@ -21,8 +21,8 @@ import torch
 
 from gradrun.core import files
 from gradrun.core.units import bytes_text
-from gradrun.journal import Committed
-from gradrun.outputs import NO_CLASS, UNNAMED
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import NO_CLASS, UNNAMED
 
 BUFFER_BYTES = 128 * 1024
 """How much is gathered for one write: a call for every few rows would cost more, and what is much

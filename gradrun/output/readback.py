@@ -19,7 +19,7 @@ import numpy as np
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
 from gradrun.core.optional import library
-from gradrun.journal import Committed, Kept
+from gradrun.output.journal import Committed, Kept
 
 _MOST_HEADER = 100_000_000
 """Bytes that the format allows a header of a .safetensors file."""

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from gradrun.config.schema import OutputSection
-from gradrun.journal import Committed
-from gradrun.outputs import Spelling
-from gradrun.sinks import csv, jsonl, npy, parquet, safetensors
+from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import Spelling
 
 
 class Sink(Protocol):
@@ -71,7 +71,7 @@ SINKS: dict[str, Callable[[Path, int], Any]] = {
     "npy": npy.NpySink,
     "safetensors": safetensors.SafetensorsSink,
     "jsonl": jsonl.JsonlSink,
-    "csv": csv.CsvSink,
+    "csv": csv_table.CsvSink,
     "parquet": parquet.ParquetSink,
 }
 """format -> (folder, samples) to Sink."""
@@ -84,7 +84,7 @@ READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
     "npy": npy.read,
     "safetensors": safetensors.read,
     "jsonl": jsonl.read,
-    "csv": csv.read,
+    "csv": csv_table.read,
     "parquet": parquet.read,
 }
 """format -> what reads a finished run's folder back, about a MiB at a time.

@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from gradrun.journal import Committed
-from gradrun.sinks.parts import Columns, PartsSink
+from gradrun.output.formats.sharded_writer import Columns, PartsSink
+from gradrun.output.journal import Committed
 
 _WINDOW_BYTES = 1024 * 1024
 

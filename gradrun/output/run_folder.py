@@ -11,13 +11,13 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gradrun import journal, readback
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import bytes_text, count_text
-from gradrun.fingerprint import differences
-from gradrun.journal import Committed, Head, Journal, Kept
-from gradrun.lock import NAME as LOCK
-from gradrun.lock import FolderLock, check_free
+from gradrun.output import journal, readback
+from gradrun.output.fingerprint import differences
+from gradrun.output.journal import Committed, Head, Journal, Kept
+from gradrun.output.lock import NAME as LOCK
+from gradrun.output.lock import FolderLock, check_free
 from gradrun.results.result import RunResult
 
 RESULT = "result.json"

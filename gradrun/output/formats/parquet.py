@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from gradrun.core.optional import library
-from gradrun.journal import Committed
-from gradrun.outputs import NO_CLASS
-from gradrun.sinks.parts import Columns, PartsSink
+from gradrun.output.formats.sharded_writer import Columns, PartsSink
+from gradrun.output.journal import Committed
+from gradrun.output.transforms import NO_CLASS
 
 _WIDENED = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 """Parquet has no such types; float32 holds each of their values exactly."""
