@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from gradrun.config.schema import RunConfig
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
+    from gradrun.inference.infer import infer
     from gradrun.jobs.audit import audit
     from gradrun.jobs.check import check
     from gradrun.jobs.compare import compare
-    from gradrun.jobs.infer import infer
     from gradrun.jobs.modes import prove_modes
     from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "infer": "jobs.infer",
+    "infer": "inference.infer",
     "compare": "jobs.compare",
     "audit": "jobs.audit",
     "check": "jobs.check",

@@ -111,7 +111,7 @@ def infer(
         changes = [*(sets or []), *([f"output.path={_quoted(output)}"] if output else [])]
         settings = load_config(path, changes, output_base=output_base)
         with _quick_imports():
-            from gradrun.jobs.infer import infer as run
+            from gradrun.inference.infer import infer as run
         from gradrun.reports.progress import bar
 
         if overwrite and resume:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun import device as machine
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
@@ -27,17 +26,24 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.data import open_data
 from gradrun.data.source import Batch, mover
 from gradrun.divergence import equivalence
+from gradrun.inference import device as machine
 from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.meters import (
+    FORWARD_MEMORY,
+    cpu_memory,
+    device_memory,
+    process_memory,
+    system_load,
+)
 from gradrun.inference.module_state import state_kept
+from gradrun.inference.reordering import in_input_order
+from gradrun.inference.runner import Runner, active
 from gradrun.messages import Failure, Job, Marker, Report, Trial
-from gradrun.meters import FORWARD_MEMORY, accelerator, load, process, tensors
 from gradrun.models import class_names, load_model
 from gradrun.models.python import ImportSpace
 from gradrun.output.formats import open_sink
-from gradrun.reordering import in_input_order
 from gradrun.results import stats
 from gradrun.results.result import Memory, Phases
-from gradrun.runner import Runner, active
 
 BLOCK_SECONDS = 0.01
 """A block is as many batches as take at least this long: clock reads and jitter vanish in it."""
@@ -125,7 +131,7 @@ def carry_out(job: Job) -> Report:
     ready.sort(key=lambda runnable: runnable.index)
     gc.freeze()  # the collector need not walk torch's modules between blocks
     gc.enable()
-    with load.watched() as watch:
+    with system_load.watched() as watch:
         if job.kind == "time":
             _time_in_turns(ready, job, failures, marker)
     trials, agreed = [], []
@@ -243,7 +249,7 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
         if batches and batch.size < batches[0].size:
             break
         batches.append((move(batch) if move else batch).map(torch.clone))
-        held += tensors.storage_bytes(batches[-1].tensors())
+        held += cpu_memory.storage_bytes(batches[-1].tensors())
         if len(batches) == _MOST_BATCHES or held > _MOST_BYTES:
             break
     if not batches:
@@ -295,14 +301,14 @@ def _time_in_turns(
 def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
     """The variant's figures; what is weighed has its process to itself, so its peak counts."""
     first, memory, resident = runnable.batches[0], None, None
-    accelerator.reset(runnable.device)
+    device_memory.reset(runnable.device)
     method = "unavailable"
     if weigh:
         with runnable.active():
             for number in range(len(runnable.batches)):
                 runnable.call(number)
-        resident, method = process.peak_resident()
-    allocated, reserved = accelerator.peaks(runnable.device)
+        resident, method = process_memory.peak_resident()
+    allocated, reserved = device_memory.peaks(runnable.device)
     meter = FORWARD_MEMORY.get(runnable.device.type)
     if meter and not weigh and runnable.config.measure.memory:
         with runnable.active(), state_kept(runnable.model):
@@ -321,8 +327,8 @@ def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
             output=0.0,
         ),
         memory=Memory(
-            weights=tensors.weight_bytes(runnable.model),
-            inputs=tensors.storage_bytes(first.tensors()),
+            weights=cpu_memory.weight_bytes(runnable.model),
+            inputs=cpu_memory.storage_bytes(first.tensors()),
             forward_peak=memory and memory.peak,
             retained=memory and memory.retained,
             timeline=memory and memory.timeline,

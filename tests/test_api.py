@@ -113,7 +113,7 @@ def test_overrides_change_keys_and_leave_the_others(
 def test_progress_is_told_samples_done_and_in_all(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradrun.runner._BEAT_NS", -1)
+    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", -1)
     told: list[tuple[int, int]] = []
     gradrun.infer(written, progress=lambda done, samples: told.append((done, samples)))
     assert told == [(4, 10), (8, 10), (10, 10)]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from gradrun import device
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
+from gradrun.inference import device
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import gradrun
-from gradrun import runner
 from gradrun.data import prefetch
+from gradrun.inference import runner
 
 # torch.jit announces its retirement; its files stay in use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from gradrun.core.errors import Interrupted
-from gradrun.interruption import Interruption
+from gradrun.inference.signals import Interruption
 from tests.conftest import ROOT
 
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -53,7 +53,7 @@ def test_one_that_nobody_caught_becomes_the_error_with_its_exit_code(
 def test_a_second_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
-        "from gradrun.interruption import Interruption\n"
+        "from gradrun.inference.signals import Interruption\n"
         "with Interruption() as interruption:\n"
         "    with interruption.waits():\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

@@ -17,7 +17,13 @@ from torch import nn
 
 import gradrun
 from gradrun.core.resources import bundled
-from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
+from gradrun.inference.meters import (
+    FORWARD_MEMORY,
+    clock,
+    cpu_memory,
+    device_memory,
+    process_memory,
+)
 from gradrun.models.python import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import RunResult
@@ -60,8 +66,10 @@ def test_the_figures_of_the_perceptron_are_those_of_the_measurements() -> None:
 def test_the_perceptrons_memory_is_exact(mode: str) -> None:
     model, batch = zoo("mlp", width=1024), torch.randn(256, 1024)
     with grad_mode(mode):
-        assert tensors.forward_memory(lambda: model(batch))[:2] == MLP[mode]
-        assert tensors.forward_memory(lambda: model(batch))[:2] == MLP[mode], "and so is the second"
+        assert cpu_memory.forward_memory(lambda: model(batch))[:2] == MLP[mode]
+        assert cpu_memory.forward_memory(lambda: model(batch))[:2] == MLP[mode], (
+            "and so is the second"
+        )
 
 
 @pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
@@ -69,7 +77,7 @@ def test_a_sequential_drops_its_input_between_two_layers(mode: str) -> None:
     layers = [layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
     model, batch = nn.Sequential(*layers), torch.randn(256, 1024)
     with grad_mode(mode):
-        found = tensors.forward_memory(lambda: model(batch))[:2]
+        found = cpu_memory.forward_memory(lambda: model(batch))[:2]
     assert found == (2_097_152, 1_048_576) == (2 * ACTIVATION, ACTIVATION)
 
 
@@ -128,7 +136,7 @@ def resnet_peak_in_grad(model: nn.Module) -> int:
     """
     last = model.get_submodule("layer4.1.conv2")
     image = torch.randn(BATCH, 512, 7, 7)
-    peak = tensors.forward_memory(lambda: last(image)).peak
+    peak = cpu_memory.forward_memory(lambda: last(image)).peak
     assert peak in (STAGES[3], 2 * STAGES[3] + floats(512, 512, 3, 3))
     return RESNET_RETAINED - 2 * STAGES[3] - FEATURES - LOGITS + peak
 
@@ -136,7 +144,7 @@ def resnet_peak_in_grad(model: nn.Module) -> int:
 def test_resnets_memory_is_exact_in_grad() -> None:
     model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
     with grad_mode("grad"):
-        peak, retained = tensors.forward_memory(lambda: model(images))[:2]
+        peak, retained = cpu_memory.forward_memory(lambda: model(images))[:2]
         assert retained == RESNET_RETAINED == 172_653_824
         assert peak == resnet_peak_in_grad(model) == 182_042_624
 
@@ -145,7 +153,7 @@ def test_resnets_memory_is_exact_in_grad() -> None:
 def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
     model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
     with grad_mode(mode):
-        found = tensors.forward_memory(lambda: model(images))[:2]
+        found = cpu_memory.forward_memory(lambda: model(images))[:2]
     # The peak is in bn1: its input, its result, and a scale and a shift for each channel.
     assert found == (2 * STEM + 2 * floats(64), LOGITS) == (51_380_736, 32_000)
 
@@ -155,15 +163,15 @@ def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
 
 def test_what_was_live_before_the_call_is_not_counted() -> None:
     batch = torch.randn(1000)
-    assert tensors.forward_memory(lambda: batch)[:2] == (0, 0)
-    assert tensors.forward_memory(lambda: batch.neg())[:2] == (4000, 4000)
-    assert tensors.forward_memory(lambda: batch.neg().abs().sum())[:2] == (8000, 4)
+    assert cpu_memory.forward_memory(lambda: batch)[:2] == (0, 0)
+    assert cpu_memory.forward_memory(lambda: batch.neg())[:2] == (4000, 4000)
+    assert cpu_memory.forward_memory(lambda: batch.neg().abs().sum())[:2] == (8000, 4)
 
 
 def test_an_error_in_the_call_is_passed_on_and_the_meter_works_again() -> None:
     with pytest.raises(ZeroDivisionError):
-        tensors.forward_memory(lambda: 1 / 0)
-    assert tensors.forward_memory(lambda: torch.empty(10))[:2] == (40, 40)
+        cpu_memory.forward_memory(lambda: 1 / 0)
+    assert cpu_memory.forward_memory(lambda: torch.empty(10))[:2] == (40, 40)
 
 
 def test_kinetos_log_lines_stay_away_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +179,7 @@ def test_kinetos_log_lines_stay_away_from_stderr(capfd: pytest.CaptureFixture[st
         print("the model's own words", file=sys.stderr)
         return torch.empty(1)
 
-    tensors.forward_memory(speaks)
+    cpu_memory.forward_memory(speaks)
     out, err = capfd.readouterr()
     assert (out, err) == ("", "the model's own words\n")
 
@@ -190,7 +198,7 @@ def test_infer_leaves_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_a_process_without_stderr_is_measured_too() -> None:
     script = (
-        "import os, torch; from gradrun.meters import tensors; os.close(2); "
+        "import os, torch; from gradrun.inference.meters import tensors; os.close(2); "
         "print(tensors.forward_memory(lambda: torch.empty(10))[:2])"
     )
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
@@ -238,13 +246,13 @@ def one_row() -> nn.Module:
 def test_weights_are_the_bytes_behind_parameters_and_buffers(
     model: Callable[[], nn.Module], count: int
 ) -> None:
-    assert tensors.weight_bytes(model()) == count
+    assert cpu_memory.weight_bytes(model()) == count
 
 
 def test_a_batch_of_views_counts_their_storage_once() -> None:
     window = torch.zeros(100, 10)
-    assert tensors.storage_bytes(window.split(10)) == 4000
-    assert tensors.storage_bytes([]) == 0
+    assert cpu_memory.storage_bytes(window.split(10)) == 4000
+    assert cpu_memory.storage_bytes([]) == 0
 
 
 # --- the process -------------------------------------------------------------------------------
@@ -254,7 +262,7 @@ SLACK = 2**20
 
 
 def test_the_process_peak_is_in_bytes_and_says_how_it_was_read() -> None:
-    peak, method = process.peak_resident()
+    peak, method = process_memory.peak_resident()
     assert peak
     assert 50 * 2**20 < peak < 2**40
     assert method in {"VmHWM", "ru_maxrss", "peak working set"}
@@ -264,22 +272,22 @@ def test_the_process_peak_is_in_bytes_and_says_how_it_was_read() -> None:
 def test_the_process_peak_stays_when_the_process_shrinks() -> None:
     block = torch.ones(2**24)
     resident = psutil.Process().memory_info().rss
-    peak, method = process.peak_resident()
+    peak, method = process_memory.peak_resident()
     assert method == "VmHWM"
     assert peak
     assert peak >= resident - SLACK
     del block
-    assert process.peak_resident()[0] == pytest.approx(peak, abs=SLACK)
+    assert process_memory.peak_resident()[0] == pytest.approx(peak, abs=SLACK)
 
 
 def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
-    there, _ = process.peak_resident()
+    there, _ = process_memory.peak_resident()
 
     def absent(_: Path) -> str:
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "read_text", absent)
-    peak, method = process.peak_resident()
+    peak, method = process_memory.peak_resident()
     assert method == "ru_maxrss"
     assert there
     assert peak == pytest.approx(there, rel=0.1)
@@ -308,8 +316,8 @@ def test_each_device_has_its_clock(device: str, kind: type) -> None:
 
 
 def test_the_cpu_has_no_device_memory() -> None:
-    accelerator.reset(CPU)
-    assert accelerator.peaks(CPU) == (None, None)
+    device_memory.reset(CPU)
+    assert device_memory.peaks(CPU) == (None, None)
 
 
 # --- on a GPU ----------------------------------------------------------------------------------
@@ -358,12 +366,12 @@ def test_the_cuda_clock_holds_few_events_and_loses_none(gpu: torch.device) -> No
 def test_device_memory_is_the_peak_since_the_reset(gpu: torch.device) -> None:
     big = torch.empty(64 * 2**20, dtype=torch.uint8, device=gpu)
     del big
-    accelerator.reset(gpu)
-    floor, _ = accelerator.peaks(gpu)
+    device_memory.reset(gpu)
+    floor, _ = device_memory.peaks(gpu)
     assert floor is not None
     block = torch.empty(8 * 2**20, dtype=torch.uint8, device=gpu)
     del block
-    allocated, reserved = accelerator.peaks(gpu)
+    allocated, reserved = device_memory.peaks(gpu)
     assert allocated == floor + 8 * 2**20
     assert reserved
     assert reserved >= allocated
@@ -372,10 +380,10 @@ def test_device_memory_is_the_peak_since_the_reset(gpu: torch.device) -> None:
 @pytest.mark.cuda
 def test_a_forwards_memory_on_the_device_is_above_what_was_live(gpu: torch.device) -> None:
     block = torch.randn(2**18, device=gpu)
-    assert FORWARD_MEMORY["cuda"] is accelerator.forward_memory
-    assert accelerator.forward_memory(lambda: block)[:2] == (0, 0)
-    assert accelerator.forward_memory(lambda: block.neg())[:2] == (2**20, 2**20)
-    assert accelerator.forward_memory(lambda: block.neg().abs()[:1])[:2] == (2**21, 2**20)
+    assert FORWARD_MEMORY["cuda"] is device_memory.forward_memory
+    assert device_memory.forward_memory(lambda: block)[:2] == (0, 0)
+    assert device_memory.forward_memory(lambda: block.neg())[:2] == (2**20, 2**20)
+    assert device_memory.forward_memory(lambda: block.neg().abs()[:1])[:2] == (2**21, 2**20)
 
 
 @pytest.mark.cuda

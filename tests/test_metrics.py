@@ -194,7 +194,7 @@ def test_a_resumed_run_has_the_metrics_of_all_samples(
     def stop(done: int, of: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradrun.runner._BEAT_NS", 0)
+    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", 0)
     with pytest.raises(Interrupted):
         gradrun.infer(config, progress=stop)
     result = gradrun.infer(config, resume=True)
@@ -207,7 +207,9 @@ def test_a_finished_run_is_scored_anew_where_other_metrics_are_asked_for(
 ) -> None:
     labels = config["data"].pop("labels")
     first = gradrun.infer(config | {"metrics": []})
-    monkeypatch.setattr("gradrun.runner.Runner.run", lambda *_: pytest.fail("it ran anew"))
+    monkeypatch.setattr(
+        "gradrun.inference.runner.Runner.run", lambda *_: pytest.fail("it ran anew")
+    )
 
     config["data"]["labels"] = labels
     scored = gradrun.infer(config, resume=True)

@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import normalize
 
 import gradrun
-from gradrun import runner
 from gradrun.core.errors import RunFailed
 from gradrun.data.text import WINDOW_BATCHES
+from gradrun.inference import runner
 from gradrun.models.pretrained import library
 from gradrun.output import checkpointer, journal
 from gradrun.results.result import RunResult

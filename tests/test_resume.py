@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import gradrun
-from gradrun import runner
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.inference import runner
 from gradrun.output import journal
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from gradrun import runner as the_runner
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data.source import Batch
-from gradrun.meters import clock as the_clock
+from gradrun.inference import runner as the_runner
+from gradrun.inference.meters import clock as the_clock
+from gradrun.inference.runner import Pass, Runner
 from gradrun.results.result import Measurement
-from gradrun.runner import Pass, Runner
 
 CPU = torch.device("cpu")
 MODES = {"grad": (True, False), "no_grad": (False, False), "inference_mode": (False, True)}

@@ -13,8 +13,8 @@ from torch import nn
 import gradrun
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled
-from gradrun.meters.forward import thinned
-from gradrun.meters.tensors import forward_memory
+from gradrun.inference.meters.cpu_memory import forward_memory
+from gradrun.inference.meters.timeline import thinned
 from gradrun.models.python import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory

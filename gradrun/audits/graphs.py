@@ -15,8 +15,8 @@ import torch
 from gradrun.audits.subject import Subject, source_of
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
+from gradrun.inference.meters import FORWARD_MEMORY, ForwardMeter, cpu_memory
 from gradrun.inference.module_state import TABLES, state_kept
-from gradrun.meters import FORWARD_MEMORY, ForwardMeter, tensors
 from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Finding
 
@@ -124,7 +124,7 @@ def _held(subject: Subject) -> Iterator[tuple[str, int]]:
             values = (
                 value if isinstance(value, list | tuple | dict | torch.Tensor) else _items(value)
             )
-            held = tensors.storage_bytes(t for _, t in tensors_in(values))
+            held = cpu_memory.storage_bytes(t for _, t in tensors_in(values))
             if held:
                 yield f"{name}.{attribute}" if name else attribute, held
 

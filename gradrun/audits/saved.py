@@ -15,8 +15,8 @@ from torch import nn
 
 from gradrun.audits.subject import Subject, watched
 from gradrun.data.source import Batch
+from gradrun.inference.meters.cpu_memory import storages
 from gradrun.inference.module_state import state_kept
-from gradrun.meters.tensors import storages
 from gradrun.output.transforms import tensors_in
 from gradrun.results.result import Kept
 

@@ -20,11 +20,11 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from gradrun import device as machine
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.source import Batch
-from gradrun.runner import active
+from gradrun.inference import device as machine
+from gradrun.inference.runner import active
 
 T = TypeVar("T")
 

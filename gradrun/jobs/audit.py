@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from gradrun import device as machine
 from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
 from gradrun.config.load import located
@@ -23,10 +22,11 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.source import Batch
+from gradrun.inference import device as machine
 from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.meters import FORWARD_MEMORY, cpu_memory
 from gradrun.inference.module_state import state_kept
 from gradrun.jobs import resolved, trusted
-from gradrun.meters import FORWARD_MEMORY, tensors
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
@@ -226,8 +226,8 @@ def _measured(subject: Subject, load_seconds: float) -> Measurement:
             output=0.0,
         ),
         memory=Memory(
-            weights=tensors.weight_bytes(subject.model),
-            inputs=tensors.storage_bytes(batch.tensors()),
+            weights=cpu_memory.weight_bytes(subject.model),
+            inputs=cpu_memory.storage_bytes(batch.tensors()),
             forward_peak=memory and memory.peak,
             retained=memory and memory.retained,
             timeline=memory and memory.timeline,

@@ -15,15 +15,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradrun import checks, comparison, golden
-from gradrun import device as machine
 from gradrun.config.load import load_config, located
 from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
-from gradrun.interruption import Interruption
+from gradrun.inference import device as machine
+from gradrun.inference.infer import infer
+from gradrun.inference.signals import Interruption
 from gradrun.jobs import resolved, trusted
-from gradrun.jobs.infer import infer
 from gradrun.messages import Failure, Variant
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from gradrun import device as machine
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
+from gradrun.inference import device as machine
 from gradrun.probes import prove
 from gradrun.results.result import ModeFacts
 

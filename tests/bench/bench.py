@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 import gradrun
-from gradrun import device as machine
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.data import open_data
+from gradrun.inference import device as machine
+from gradrun.inference.runner import Runner
 from gradrun.models import load_model
 from gradrun.output.checkpointer import Keeper
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import open_sink
 from gradrun.output.journal import Journal
 from gradrun.results import stats
-from gradrun.runner import Runner
 from tests import small_models
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -34,8 +34,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
-from gradrun import runner
 from gradrun.core.errors import GradrunError
+from gradrun.inference import runner
 from gradrun.output import checkpointer, journal, readback
 from gradrun.output.formats import READERS, SINKS, npy, sharded_writer
 from gradrun.output.lock import NAME as LOCK

@@ -64,7 +64,7 @@ _processes = multiprocessing.get_context("forkserver")
 
 def hurry() -> None:
     """Make commits so frequent, and parts so small, that a short run has many."""
-    from gradrun import runner
+    from gradrun.inference import runner
     from gradrun.output import checkpointer
     from gradrun.output.formats import npy, sharded_writer
 
@@ -142,7 +142,7 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     os.dup2(said, 1)
     os.dup2(said, 2)
     from gradrun import cli
-    from gradrun.jobs import infer
+    from gradrun.inference import infer
     from gradrun.output import checkpointer
 
     def told(home: Any, name: str, before: str, after: str) -> None:
@@ -176,7 +176,9 @@ def _preloaded() -> Iterator[None]:
     """Have torch imported by the process that the others are forked from."""
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
-    _processes.set_forkserver_preload(["torch", "gradrun.cli", "gradrun.jobs.infer", "rich.table"])
+    _processes.set_forkserver_preload(
+        ["torch", "gradrun.cli", "gradrun.inference.infer", "rich.table"]
+    )
     try:
         yield
     finally:

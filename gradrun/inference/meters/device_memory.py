@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.meters.forward import Forward
+from gradrun.inference.meters.timeline import Forward
 
 
 def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> Forward:

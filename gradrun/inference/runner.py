@@ -29,15 +29,21 @@ from gradrun.core.errors import (
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.prefetch import pays_off, read_ahead
 from gradrun.data.source import Batch, Data, Uneven, cut_batch, mover, place_in_input
-from gradrun.device import seed
+from gradrun.inference.device import seed
 from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.meters import (
+    FORWARD_MEMORY,
+    clock,
+    cpu_memory,
+    device_memory,
+    process_memory,
+)
+from gradrun.inference.meters.timeline import Forward
 from gradrun.inference.module_state import state_kept
-from gradrun.meters import FORWARD_MEMORY, accelerator, clock, process, tensors
-from gradrun.meters.forward import Forward
+from gradrun.inference.recovery import Quarantine, Rescue
 from gradrun.modes import grad_mode
 from gradrun.output.formats import Sink
 from gradrun.output.transforms import Named, reader, tensors_in
-from gradrun.rescue import Quarantine, Rescue
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
 
@@ -127,7 +133,7 @@ class Runner:
 
         A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
         """
-        accelerator.reset(self.device)
+        device_memory.reset(self.device)
         seed(self.config.run.seed, self.device)  # dropout in training mode repeats
         gathered = Pass(start=sink.written)
         batches = self._batches(sink.written)
@@ -221,8 +227,8 @@ class Runner:
 
     def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
         """Read the meters, then count tensor memory in a pass of its own."""
-        resident, method = process.peak_resident()
-        allocated, reserved = accelerator.peaks(self.device)
+        resident, method = process_memory.peak_resident()
+        allocated, reserved = device_memory.peaks(self.device)
         if training := self._in_training():
             self._warn(
                 "training_inside",
@@ -252,8 +258,8 @@ class Runner:
                 output=max(0.0, total - data - forward),
             ),
             memory=Memory(
-                weights=tensors.weight_bytes(self.model),
-                inputs=tensors.storage_bytes(self.first.tensors()),
+                weights=cpu_memory.weight_bytes(self.model),
+                inputs=cpu_memory.storage_bytes(self.first.tensors()),
                 forward_peak=memory and memory.peak,
                 retained=memory and memory.retained,
                 timeline=memory and memory.timeline,

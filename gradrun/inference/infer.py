@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun import device as machine
-from gradrun import metrics
 from gradrun.config.load import located
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
@@ -22,7 +20,12 @@ from gradrun.core.units import count_text
 from gradrun.core.version import __version__
 from gradrun.data import open_data
 from gradrun.data.source import Listing
-from gradrun.interruption import Interruption
+from gradrun.inference import device as machine
+from gradrun.inference import metrics
+from gradrun.inference.recovery import Rescue, numbers_apart
+from gradrun.inference.reordering import in_input_order
+from gradrun.inference.runner import Pass, Runner
+from gradrun.inference.signals import Interruption
 from gradrun.jobs import resolved, trusted
 from gradrun.models import class_names, load_model
 from gradrun.output.checkpointer import Keeper
@@ -31,11 +34,8 @@ from gradrun.output.formats import Sink, open_sink
 from gradrun.output.journal import Head
 from gradrun.output.run_folder import RunFolder
 from gradrun.output.transforms import Named, can_be_missing
-from gradrun.reordering import in_input_order
-from gradrun.rescue import Rescue, numbers_apart
 from gradrun.results.result import RunResult, Warning
 from gradrun.results.run_warnings import advice
-from gradrun.runner import Pass, Runner
 
 Progress = Callable[[int, int], None]
 """Told (samples done, samples in all), a few times a second."""

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from gradrun.meters import accelerator, tensors
-from gradrun.meters.forward import Forward
+from gradrun.inference.meters import cpu_memory, device_memory
+from gradrun.inference.meters.timeline import Forward
 
 
 class ForwardMeter(Protocol):
@@ -22,8 +22,8 @@ class ForwardMeter(Protocol):
 
 
 FORWARD_MEMORY: dict[str, ForwardMeter] = {
-    "cpu": tensors.forward_memory,
-    "cuda": accelerator.forward_memory,
+    "cpu": cpu_memory.forward_memory,
+    "cuda": device_memory.forward_memory,
 }
 """device type -> meter of a forward pass's memory above the start.
 

@@ -19,7 +19,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from gradrun.meters.forward import Forward, thinned
+from gradrun.inference.meters.timeline import Forward, thinned
 
 _MARK = "gradrun module "
 

@@ -17,9 +17,9 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library
 from gradrun.core.units import count_text
 from gradrun.data.source import Data, Labelled
+from gradrun.inference.recovery import numbers_apart
 from gradrun.output.formats import READERS
 from gradrun.output.transforms import NO_CLASS, Named
-from gradrun.rescue import numbers_apart
 from gradrun.results.result import Metric
 
 Compute = Callable[[Path], tuple[Metric, ...]]
