@@ -12,6 +12,7 @@ from gradrun.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gradrun import modes
+    from gradrun.comparison.compare import compare
     from gradrun.config.load import load_config
     from gradrun.config.schema import RunConfig
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from gradrun.inference.infer import infer
     from gradrun.jobs.audit import audit
     from gradrun.jobs.check import check
-    from gradrun.jobs.compare import compare
     from gradrun.jobs.modes import prove_modes
     from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
@@ -46,7 +46,7 @@ __all__ = [
 
 _HOMES = {
     "infer": "inference.infer",
-    "compare": "jobs.compare",
+    "compare": "comparison.compare",
     "audit": "jobs.audit",
     "check": "jobs.check",
     "verify": "output.verification",

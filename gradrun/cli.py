@@ -201,7 +201,7 @@ def compare(
         path = config or bundled("configs") / "digits.yaml"
         settings = load_config(path, sets or [], output_base=None if config else Path.cwd())
         listed = [mode for words in modes or [_ALL_MODES] for mode in words.split(",") if mode]
-        from gradrun.jobs.compare import compare as run
+        from gradrun.comparison.compare import compare as run
         from gradrun.reports.progress import status
 
         with status(_console(stderr=True, quiet=quiet)) as progress:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import gradrun
-from gradrun import comparison
-from gradrun.comparison import Compared
+from gradrun.comparison import session
+from gradrun.comparison.session import Compared
 from gradrun.core.errors import ConfigError
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import RunResult
@@ -70,7 +70,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
             environment=MACHINE,
         )
 
-    monkeypatch.setattr(comparison.Session, "run", run)
+    monkeypatch.setattr(session.Session, "run", run)
     return found
 
 
@@ -389,14 +389,14 @@ def test_a_device_that_is_not_there_is_told_as_infer_tells_it(cli: Command, fold
 def test_ctrl_c_shows_and_saves_what_was_measured(
     cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enough = comparison.Session._enough
+    enough = session.Session._enough
 
     def stop(session: Any, cost: float) -> bool:
         if len(session.paces) == 2:
             raise KeyboardInterrupt
         return enough(session, cost)
 
-    monkeypatch.setattr(comparison.Session, "_enough", stop)
+    monkeypatch.setattr(session.Session, "_enough", stop)
     answer = cli("compare", "c.yaml", "--modes", "grad,no_grad")
     assert answer.code == 130, answer.text
     assert "error: interrupted" in answer.err

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from gradrun import comparison
-from gradrun.comparison import Compared, Session, sentence
+from gradrun.comparison import session
+from gradrun.comparison.protocol import Disturbance, Failure, Job, Report, Trial, Variant
+from gradrun.comparison.session import Compared, Session, sentence
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.messages import Disturbance, Failure, Job, Report, Trial, Variant
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence
 from tests.results import CONFIG, MACHINE, MEMORY, PHASES, measurement
@@ -110,8 +110,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     ) -> tuple[Compared, Paper]:
         paper = Paper(answer)
         papers.append(paper)
-        monkeypatch.setattr(comparison, "Worker", paper.worker)
-        monkeypatch.setattr(comparison, "time", paper)
+        monkeypatch.setattr(session, "Worker", paper.worker)
+        monkeypatch.setattr(session, "time", paper)
         section = CONFIG.measure.model_copy(update=measure)
         config: RunConfig = CONFIG.model_copy(update={"measure": section})
         session = Session([variant(mode) for mode in modes], config, trust_code=False)
@@ -383,7 +383,7 @@ def test_workers_get_the_threads_of_the_variant_that_wants_most(
     variants = [variant("grad"), variant("no_grad")]
     variants[0].config["run"]["threads"], variants[1].config["run"]["threads"] = 3, 1
     paper = Paper(all_well)
-    monkeypatch.setattr(comparison, "Worker", paper.worker)
+    monkeypatch.setattr(session, "Worker", paper.worker)
     Session(variants, CONFIG, trust_code=False).run()
     assert paper.threads == {3}
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
+from gradrun.comparison.equivalence import equivalence, first_difference
 from gradrun.config.schema import RunConfig
 from gradrun.data.source import Batch
-from gradrun.divergence import equivalence, first_difference
 from gradrun.modes import grad_mode
 from gradrun.reports.tables import outputs_text
 

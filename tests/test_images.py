@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import gradrun
+from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import load_config
 from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
@@ -25,7 +26,6 @@ from gradrun.data.image_transforms import Steps, steps
 from gradrun.data.source import Data
 from gradrun.output.formats import SINKS
 from gradrun.results.result import RunResult
-from gradrun.trial import first_batches
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out
 
 

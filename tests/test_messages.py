@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.messages import Disturbance, Failure, Job, Marker, Report, Trial, Variant
+from gradrun.comparison.protocol import Disturbance, Failure, Job, Marker, Report, Trial, Variant
 from gradrun.results.result import Equivalence
 from tests.results import MACHINE, MEMORY, PHASES
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradrun import trial
+from gradrun.comparison import benchmark
+from gradrun.comparison.protocol import Job, Marker, Report, Variant
+from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
-from gradrun.messages import Job, Marker, Report, Variant
-from gradrun.workers import Worker
 
 MODES = ("grad", "no_grad", "inference_mode")
 
@@ -28,7 +28,7 @@ MODES = ("grad", "no_grad", "inference_mode")
 def gc_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker freezes what it imported; these tests are no worker."""
     nothing = types.SimpleNamespace(freeze=lambda: None, enable=lambda: None)
-    monkeypatch.setattr(trial, "gc", nothing)
+    monkeypatch.setattr(benchmark, "gc", nothing)
 
 
 def variants(folder: Path, *modes: str, **changes: Any) -> tuple[Variant, ...]:
@@ -140,8 +140,8 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     made = Bench(FakeTime())
-    monkeypatch.setattr(trial, "time", made.time)
-    monkeypatch.setattr(trial, "load_model", made.load)
+    monkeypatch.setattr(benchmark, "time", made.time)
+    monkeypatch.setattr(benchmark, "load_model", made.load)
     return made
 
 
@@ -152,7 +152,7 @@ def rounds_of(report: Report) -> dict[str, tuple[float, ...]]:
 
 def test_every_variant_is_told_its_own_seconds_a_batch(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = {"grad": 0.006, "no_grad": 0.005, "inference_mode": 0.004}
-    found = rounds_of(trial.carry_out(job(tmp_path)))
+    found = rounds_of(benchmark.carry_out(job(tmp_path)))
     for mode, seconds in bench.seconds.items():
         assert found[mode] == pytest.approx([seconds] * len(found[mode]))
     assert len({len(rounds) for rounds in found.values()}) == 1, "a round has a block of each"
@@ -165,16 +165,16 @@ def test_every_block_takes_ten_milliseconds_or_more(
     bench: Bench, tmp_path: Path, fastest: float, count: int
 ) -> None:
     bench.seconds = {"grad": 2 * fastest, "no_grad": 1.5 * fastest, "inference_mode": fastest}
-    found = rounds_of(trial.carry_out(job(tmp_path)))
+    found = rounds_of(benchmark.carry_out(job(tmp_path)))
     rounds = len(found["grad"])
     for block in bench.blocks(count, rounds):
-        assert sum(bench.seconds[call.mode] for call in block) >= trial.BLOCK_SECONDS
+        assert sum(bench.seconds[call.mode] for call in block) >= benchmark.BLOCK_SECONDS
 
 
 def test_all_variants_run_the_same_model_over_the_same_batches(
     bench: Bench, tmp_path: Path
 ) -> None:
-    found = rounds_of(trial.carry_out(job(tmp_path, seconds=0.5)))
+    found = rounds_of(benchmark.carry_out(job(tmp_path, seconds=0.5)))
     blocks = bench.blocks(3, len(found["grad"]))
     assert len({call.model for call in bench.calls}) == 1
     assert len(bench.models) == 1
@@ -189,7 +189,7 @@ def test_all_variants_run_the_same_model_over_the_same_batches(
 def test_variants_of_two_models_each_have_their_own(bench: Bench, tmp_path: Path) -> None:
     one, other = variants(tmp_path, "grad", "no_grad")
     other.config["model"]["args"]["depth"] = 2
-    trial.carry_out(job(tmp_path, variants=(one, other)))
+    benchmark.carry_out(job(tmp_path, variants=(one, other)))
     assert len(bench.models) == 2
     assert {(c.mode, c.model) for c in bench.calls} == {
         ("grad", id(bench.models[0])),
@@ -209,13 +209,13 @@ def test_turns_are_taken_in_random_order_that_the_seed_decides(
     orders = []
     for seed in (1, 1, 2):
         bench.calls.clear()
-        orders.append(order_of(bench, trial.carry_out(job(tmp_path, seed=seed, seconds=1.0))))
+        orders.append(order_of(bench, benchmark.carry_out(job(tmp_path, seed=seed, seconds=1.0))))
     assert orders[0] == orders[1] != orders[2]
     assert len({tuple(turn) for turn in orders[0]}) == 6, "every order comes up"
 
 
 def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path) -> None:
-    report = trial.carry_out(job(tmp_path, "inference_mode", "no_grad", "grad"))
+    report = benchmark.carry_out(job(tmp_path, "inference_mode", "no_grad", "grad"))
     firsts = list(dict.fromkeys(call.mode for call in bench.calls))
     assert firsts == ["grad", "no_grad", "inference_mode"]
     assert [t.variant for t in report.trials] == ["inference_mode", "no_grad", "grad"]
@@ -226,39 +226,39 @@ def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path
 
 
 def test_it_goes_on_for_the_seconds_asked_for(bench: Bench, tmp_path: Path) -> None:
-    found = rounds_of(trial.carry_out(job(tmp_path, seconds=1.0)))
+    found = rounds_of(benchmark.carry_out(job(tmp_path, seconds=1.0)))
     assert len(found["grad"]) == 28  # of 3 blocks of 12 ms each; 27 take less than a second
 
 
 def test_a_slow_model_makes_few_rounds_but_at_least_one(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = dict.fromkeys(MODES, 0.02)
-    assert len(rounds_of(trial.carry_out(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
+    assert len(rounds_of(benchmark.carry_out(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
     bench.seconds = dict.fromkeys(MODES, 20.0)
-    assert len(rounds_of(trial.carry_out(job(tmp_path)))["grad"]) == 1
+    assert len(rounds_of(benchmark.carry_out(job(tmp_path)))["grad"]) == 1
 
 
 def test_a_mode_named_twice_is_measured_twice(bench: Bench, tmp_path: Path) -> None:
-    found = rounds_of(trial.carry_out(job(tmp_path, "grad", "grad")))
+    found = rounds_of(benchmark.carry_out(job(tmp_path, "grad", "grad")))
     assert list(found) == ["grad", "grad again"]
     assert len(found["grad"]) == len(found["grad again"]) >= 3
 
 
 def test_buffers_are_as_they_were_after_all_that(bench: Bench, tmp_path: Path) -> None:
-    trial.carry_out(job(tmp_path))
+    benchmark.carry_out(job(tmp_path))
     assert len(bench.calls) > 30
     assert bench.models[0].calls == 0
 
 
 def test_only_whole_batches_are_timed(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 43, "batch_size": 8}
-    report = trial.carry_out(job(tmp_path, config={"data": data}))
+    report = benchmark.carry_out(job(tmp_path, config={"data": data}))
     assert {size for found in report.trials for size in found.batch_sizes} == {8}
     assert len({call.batch for call in bench.calls}) == 5
 
 
 def test_a_short_batch_is_timed_where_there_is_no_other(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 3, "batch_size": 8}
-    report = trial.carry_out(job(tmp_path, config={"data": data}))
+    report = benchmark.carry_out(job(tmp_path, config={"data": data}))
     assert set(report.trials[0].batch_sizes) == {3}
 
 
@@ -269,7 +269,7 @@ def test_of_much_data_only_some_batches_are_held(bench: Bench, tmp_path: Path) -
         "samples": 8_000_000,
         "batch_size": 8,
     }
-    trial.carry_out(job(tmp_path, config={"data": data}))
+    benchmark.carry_out(job(tmp_path, config={"data": data}))
     assert len({call.batch for call in bench.calls}) == 8
 
 
@@ -280,7 +280,7 @@ def test_each_variants_threads_are_set_while_it_runs(bench: Bench, tmp_path: Pat
     bench.before = lambda call: seen.add((call.mode, torch.get_num_threads()))
     before = torch.get_num_threads()
     try:
-        trial.carry_out(job(tmp_path, variants=(one, two)))
+        benchmark.carry_out(job(tmp_path, variants=(one, two)))
     finally:
         torch.set_num_threads(before)
     assert seen == {("grad", 1), ("no_grad", 2)}
@@ -297,7 +297,7 @@ def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
             raise ValueError("enough\nof this")
 
     bench.before = fail_late
-    report = trial.carry_out(job(tmp_path, seconds=1.0))
+    report = benchmark.carry_out(job(tmp_path, seconds=1.0))
     assert [found.variant for found in report.trials] == ["grad", "inference_mode"]
     rounds = {len(found.batch_seconds) for found in report.trials}
     assert len(rounds) == 1
@@ -315,7 +315,7 @@ def test_a_first_batch_that_is_refused_is_the_configs_fault(bench: Bench, tmp_pa
             raise ValueError("not this")
 
     bench.before = refuse
-    report = trial.carry_out(job(tmp_path))
+    report = benchmark.carry_out(job(tmp_path))
     (failure,) = report.failures
     assert (failure.variant, failure.batch, failure.config_key) == ("grad", 0, "data.inputs")
     assert "not this" in failure.error
@@ -331,7 +331,7 @@ def test_a_backward_without_a_graph_names_the_mode_of_its_variant(
             (torch.ones(1, requires_grad=True) * 2).backward()
 
     bench.before = go_back
-    report = trial.carry_out(job(tmp_path, seconds=1.0))
+    report = benchmark.carry_out(job(tmp_path, seconds=1.0))
     assert [found.variant for found in report.trials] == ["grad"]
     for failure in report.failures:
         assert failure.error.startswith(f"backward() at {__file__}:")
@@ -345,7 +345,7 @@ def test_where_all_fail_there_is_a_report_all_the_same(bench: Bench, tmp_path: P
         raise ValueError("no")
 
     bench.before = fail
-    report = trial.carry_out(job(tmp_path))
+    report = benchmark.carry_out(job(tmp_path))
     assert [failure.variant for failure in report.failures] == list(MODES)
     assert (report.trials, report.equivalence, report.environment) == ((), (), None)
 
@@ -355,7 +355,7 @@ def test_the_marker_names_the_variant_and_batch_of_every_single_call_when_weighi
 ) -> None:
     seen: list[tuple[int, int]] = []
     bench.before = lambda call: seen.append(Marker.read(tmp_path / "marker"))
-    trial.carry_out(job(tmp_path, "grad", kind="weigh"))
+    benchmark.carry_out(job(tmp_path, "grad", kind="weigh"))
     assert seen[-5:] == [(0, number) for number in range(5)]
     assert {variant for variant, _ in seen} == {0}
 
@@ -368,8 +368,8 @@ def test_the_marker_is_at_the_variant_while_its_model_is_built(
         raise ValueError("no weights")
 
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(trial, "load_model", fail)
-    trial.carry_out(job(tmp_path, "inference_mode", "grad"))
+    monkeypatch.setattr(benchmark, "load_model", fail)
+    benchmark.carry_out(job(tmp_path, "inference_mode", "grad"))
     assert seen == [(1, 0), (0, 0)]
 
 
@@ -403,7 +403,7 @@ def test_tensor_memory_is_exact_to_the_byte(wide: Report) -> None:
 
 
 def test_tensor_memory_is_equal_from_process_to_process(wide: Report, tmp_path: Path) -> None:
-    here = trial.carry_out(job(tmp_path, seconds=0.01, config=WIDE))
+    here = benchmark.carry_out(job(tmp_path, seconds=0.01, config=WIDE))
     assert [(t.memory.forward_peak, t.memory.retained) for t in here.trials] == [
         (t.memory.forward_peak, t.memory.retained) for t in wide.trials
     ]
@@ -419,14 +419,14 @@ def test_the_process_peak_is_of_a_process_that_ran_that_variant_only(
     wide: Report, tmp_path: Path
 ) -> None:
     assert {found.memory.process_peak for found in wide.trials} == {None}
-    (weighed,) = trial.carry_out(job(tmp_path, "grad", kind="weigh")).trials
+    (weighed,) = benchmark.carry_out(job(tmp_path, "grad", kind="weigh")).trials
     assert weighed.memory.process_peak
     assert (weighed.memory.forward_peak, weighed.batch_seconds) == (None, ())
 
 
 def test_memory_that_nobody_asked_for_is_not_counted(tmp_path: Path) -> None:
     config = {"measure": {"memory": False}}
-    report = trial.carry_out(job(tmp_path, config=config, seconds=0.01))
+    report = benchmark.carry_out(job(tmp_path, config=config, seconds=0.01))
     assert {found.memory.forward_peak for found in report.trials} == {None}
 
 
@@ -447,7 +447,7 @@ def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_pat
             "batch_size": 8,
         },
     }
-    report = trial.carry_out(job(tmp_path, seconds=0.01, config=encoder))
+    report = benchmark.carry_out(job(tmp_path, seconds=0.01, config=encoder))
     off, inference = report.equivalence
     assert off.first_module == inference.first_module
     assert str(off.first_module).endswith("layers.0 (TransformerEncoderLayer)")
@@ -467,5 +467,5 @@ def test_the_order_of_turns_owes_nothing_to_pythons_own_random_state(
     bench: Bench, tmp_path: Path
 ) -> None:
     before = random.getstate()
-    trial.carry_out(job(tmp_path))
+    benchmark.carry_out(job(tmp_path))
     assert random.getstate() == before

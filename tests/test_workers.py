@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from gradrun import workers
+from gradrun.comparison import worker
+from gradrun.comparison.protocol import Job, Report, Variant
+from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
-from gradrun.messages import Job, Report, Variant
-from gradrun.workers import Worker
 from tests.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's own signals")
@@ -80,7 +80,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         file = tmp_path / "stub"
         file.write_text(with_python + textwrap.dedent(lines))
         file.chmod(0o755)
-        monkeypatch.setattr(workers.sys, "executable", str(file))
+        monkeypatch.setattr(worker.sys, "executable", str(file))
         return Worker(JOB, threads=1)
 
     yield make
@@ -334,7 +334,7 @@ def test_no_worker_outlives_a_parent_that_was_killed(
 def test_a_worker_whose_parent_is_gone_before_it_has_begun_ends_at_once() -> None:
     # Our own process plays the parent that is not the one which started it.
     done = subprocess.run(
-        [sys.executable, "-m", "gradrun.workers", "1234567890"],
+        [sys.executable, "-m", "gradrun.comparison.worker", "1234567890"],
         input=b"not even a job",
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

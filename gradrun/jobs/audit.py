@@ -17,6 +17,7 @@ import torch
 
 from gradrun.audits import LOOKS, compiled, outputs, saved
 from gradrun.audits.subject import Subject
+from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import located
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
@@ -38,7 +39,6 @@ from gradrun.results.result import (
     Phases,
     RunResult,
 )
-from gradrun.trial import first_batches
 
 Progress = Callable[[str, int, int], None]
 """Told (what is being looked at, steps done, steps in all)."""

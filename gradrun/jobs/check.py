@@ -14,7 +14,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradrun import checks, comparison, golden
+from gradrun import checks, golden
+from gradrun.comparison.protocol import Failure, Variant
+from gradrun.comparison.session import Compared, Progress, Session, sentence
 from gradrun.config.load import load_config, located
 from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
@@ -24,7 +26,6 @@ from gradrun.inference import device as machine
 from gradrun.inference.infer import infer
 from gradrun.inference.signals import Interruption
 from gradrun.jobs import resolved, trusted
-from gradrun.messages import Failure, Variant
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
 from gradrun.results.result import Measurement, Outcome, RunResult
@@ -58,7 +59,7 @@ def check(
     update_expected: bool = False,
     trust_code: bool = False,
     sets: Sequence[str] = (),
-    progress: comparison.Progress | None = None,
+    progress: Progress | None = None,
     **overrides: Any,
 ) -> RunResult:
     """Hold a model against the `check` section of its config.
@@ -240,7 +241,7 @@ class _Work:
         predicted: RunResult,
         rival: Rival | None,
         trust_code: bool,
-        tell: comparison.Progress,
+        tell: Progress,
     ) -> None:
         self.config, self.asked, self.predicted = config, config.check, predicted
         self.mode, self.rival, self.trust_code, self.tell = config.run.mode, rival, trust_code, tell
@@ -286,13 +287,13 @@ class _Work:
     def _without_figures(self, described: Any, failure: Failure) -> RunResult:
         """What a model came to that ran over the data, and not in a fresh process."""
         outcomes = checks.smoke(self.predicted, []) if self.asked.smoke else []
-        ended = checks.failed_smoke("runs again", comparison.sentence(failure))
+        ended = checks.failed_smoke("runs again", sentence(failure))
         return self.predicted.replace(kind="check", outputs=described, outcomes=(*outcomes, ended))
 
     # --- measuring -----------------------------------------------------------------------------
 
-    def _session(self, variants: Sequence[Variant]) -> comparison.Session:
-        return comparison.Session(variants, self.config, trust_code=self.trust_code)
+    def _session(self, variants: Sequence[Variant]) -> Session:
+        return Session(variants, self.config, trust_code=self.trust_code)
 
     def _variant(self, mode: GradMode) -> Variant:
         dumped = self.config.model_dump(mode="json")
@@ -332,23 +333,23 @@ class _Work:
             _of_mode(before.measurements, self.mode), self.predicted.measurements
         )
 
-    def _timed(self) -> comparison.Compared:
+    def _timed(self) -> Compared:
         others = [mode for mode in checks.modes_timed(self.asked) if mode is not self.mode]
         session = self._session([*self._own_and_rival(), *map(self._variant, others)])
         measured = session.run(self.tell)
         self._see_that_both_ran(measured)
         return measured
 
-    def _see_that_both_ran(self, found: comparison.Compared) -> None:
+    def _see_that_both_ran(self, found: Compared) -> None:
         """What failed, beside another mode in the smoke check, ends the check."""
         needed = [variant.name for variant in self._own_and_rival()]
         for failure in found.failures:
             if failure.variant in (*needed, ""):
-                raise RunFailed(comparison.sentence(failure))
+                raise RunFailed(sentence(failure))
 
     # --- judging -------------------------------------------------------------------------------
 
-    def _smoke(self, looked: comparison.Compared) -> list[Outcome]:
+    def _smoke(self, looked: Compared) -> list[Outcome]:
         if not self.asked.smoke:
             return []
         modes = [found for found in looked.equivalence if found.candidate in set(GradMode)]
@@ -358,9 +359,7 @@ class _Work:
             for failure in looked.failures
         ]
 
-    def _regression(
-        self, looked: comparison.Compared, measured: comparison.Compared, described: Any
-    ) -> list[Outcome]:
+    def _regression(self, looked: Compared, measured: Compared, described: Any) -> list[Outcome]:
         if self.rival is None:
             return []
         if self.rival.result:
@@ -388,15 +387,13 @@ class _Work:
             rival = rival.replace(config=rival.config | {"output": output})
             self.tell("predicting with the other side", 0, 1)
             for failure in self._session([rival]).predict():
-                raise RunFailed(comparison.sentence(failure))
+                raise RunFailed(sentence(failure))
             files = self.predicted.files
             return golden.differences_from(
                 Path(folder), own.path, files, self.asked.rtol, self.asked.atol
             )
 
-    def _since(
-        self, before: RunResult, measured: comparison.Compared, described: Any
-    ) -> list[Outcome]:
+    def _since(self, before: RunResult, measured: Compared, described: Any) -> list[Outcome]:
         """Regressions since an earlier result."""
         assert self.rival
         old = _of_mode(before.measurements, self.mode)

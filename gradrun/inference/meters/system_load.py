@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradrun.messages import Disturbance
+from gradrun.comparison.protocol import Disturbance
 
 
 class Watch:

@@ -10,14 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gradrun import comparison
+from gradrun.comparison.protocol import Variant
+from gradrun.comparison.session import Progress, Session, sentence
 from gradrun.config.load import load_config, located
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
 from gradrun.jobs import resolved, trusted
-from gradrun.messages import Variant
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import Comparison, RunResult
 
@@ -34,7 +34,7 @@ def compare(
     *,
     over: tuple[str, Sequence[Any]] | None = None,
     trust_code: bool = False,
-    progress: comparison.Progress | None = None,
+    progress: Progress | None = None,
     **overrides: Any,
 ) -> Comparisons:
     """Measure gradient modes, or the values of another key, side by side.
@@ -62,7 +62,7 @@ def compare(
     variants = _variants(whole, over or ("run.mode", listed), target)
     folder = RunFolder(target, overwrite=True)  # what is wrong with it is told before, not after
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    session = comparison.Session(variants, whole, trust_code=trusted(trust_code))
+    session = Session(variants, whole, trust_code=trusted(trust_code))
     stopped: GradrunError | None = None
     with located(whole):
         try:
@@ -70,7 +70,7 @@ def compare(
         except KeyboardInterrupt:
             found = session.conclude()
             stopped = Interrupted("interrupted")
-    failures = tuple(comparison.sentence(failure) for failure in found.failures)
+    failures = tuple(sentence(failure) for failure in found.failures)
     if failures:
         stopped = RunFailed("\n".join(failures))
     if found.environment is None:

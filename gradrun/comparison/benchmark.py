@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradrun.comparison.equivalence import equivalence
+from gradrun.comparison.protocol import Failure, Job, Marker, Report, Trial
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data import open_data
 from gradrun.data.source import Batch, mover
-from gradrun.divergence import equivalence
 from gradrun.inference import device as machine
 from gradrun.inference.diagnosis import reason, refusal
 from gradrun.inference.meters import (
@@ -38,7 +39,6 @@ from gradrun.inference.meters import (
 from gradrun.inference.module_state import state_kept
 from gradrun.inference.reordering import in_input_order
 from gradrun.inference.runner import Runner, active
-from gradrun.messages import Failure, Job, Marker, Report, Trial
 from gradrun.models import class_names, load_model
 from gradrun.models.python import ImportSpace
 from gradrun.output.formats import open_sink

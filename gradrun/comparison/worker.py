@@ -1,7 +1,7 @@
 """A trial in a fresh process: one typed message there, one back, or what became of the process.
 
 Knows processes, pipes and signals; what a trial does stands in trial.py. Run as
-`python -m gradrun.workers` it is the other side.
+`python -m gradrun.comparison.worker` it is the other side.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from gradrun.messages import Failure, Job, Marker, Report
+from gradrun.comparison.protocol import Failure, Job, Marker, Report
 
 _TAIL_LINES = 12
 
@@ -34,7 +34,7 @@ class Worker:
         self.job = job.replace(marker=str(self._marker))
         # A session of its own: Ctrl-C reaches us alone, and we end whatever the worker started.
         self._process = subprocess.Popen(  # noqa: S603 - the words are our own
-            [sys.executable, "-m", "gradrun.workers", str(os.getpid())],
+            [sys.executable, "-m", "gradrun.comparison.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -78,7 +78,7 @@ class Worker:
 def _environment(threads: int) -> dict[str, str]:
     count = str(threads)
     # The worker finds gradrun where we found it, also where that is no installed package.
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "OMP_NUM_THREADS": count,
@@ -132,7 +132,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a model prints must not mix with the report
     job = Job.from_json(sys.stdin.buffer.read())
-    from gradrun.trial import carry_out
+    from gradrun.comparison.benchmark import carry_out
 
     replies.write(carry_out(job).to_json().encode())
     replies.flush()

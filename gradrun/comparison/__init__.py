@@ -1,0 +1,1 @@
+"""Variants timed against each other in worker processes."""
