@@ -12,6 +12,7 @@ from gradrun.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gradrun import modes
+    from gradrun.checks.check import check
     from gradrun.comparison.compare import compare
     from gradrun.config.load import load_config
     from gradrun.config.schema import RunConfig
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from gradrun.core.grad_mode import GradMode
     from gradrun.inference.infer import infer
     from gradrun.jobs.audit import audit
-    from gradrun.jobs.check import check
     from gradrun.jobs.modes import prove_modes
     from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
@@ -48,7 +48,7 @@ _HOMES = {
     "infer": "inference.infer",
     "compare": "comparison.compare",
     "audit": "jobs.audit",
-    "check": "jobs.check",
+    "check": "checks.check",
     "verify": "output.verification",
     "prove_modes": "jobs.modes",
     "Comparison": "results.result",

@@ -284,7 +284,7 @@ def check(
         for option, file in (("--junit", junit), ("--save-baseline", save_baseline)):
             _check_target(option, str(file) if file else None)
         with _quick_imports():
-            from gradrun.jobs.check import check as run
+            from gradrun.checks.check import check as run
         from gradrun.reports.progress import status
         from gradrun.reports.terminal import nearest
 

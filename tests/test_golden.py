@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gradrun import golden
+from gradrun.checks import golden
 from gradrun.core.errors import ConfigError, GradrunError
 
 RNG = np.random.default_rng(0)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gradrun.checks.git_worktree import checked_out
 from gradrun.core.errors import ConfigError
-from gradrun.revision import checked_out
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
 

@@ -34,8 +34,8 @@ def gradrun_check() -> Callable[..., RunResult]:
     def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> RunResult:
         import warnings
 
+        from gradrun.checks.check import check
         from gradrun.core.errors import GradrunError
-        from gradrun.jobs.check import check
 
         __tracebackhide__ = True
         try:

@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradrun import checks, golden
+from gradrun.checks import evaluate, golden
+from gradrun.checks.git_worktree import checked_out
 from gradrun.comparison.protocol import Failure, Variant
 from gradrun.comparison.session import Compared, Progress, Session, sentence
 from gradrun.config.load import load_config, located
@@ -29,7 +30,6 @@ from gradrun.jobs import resolved, trusted
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
 from gradrun.results.result import Measurement, Outcome, RunResult
-from gradrun.revision import checked_out
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
 
@@ -95,7 +95,7 @@ def check(
     earlier = RunResult.load(baseline) if baseline else None
     with located(whole):
         _refuse_early(subject, earlier, update_expected)
-        if not (checks.something(subject.check) or earlier or against or save_baseline):
+        if not (evaluate.something(subject.check) or earlier or against or save_baseline):
             text = "nothing is asked: smoke is off, and there is no limit and nothing to compare"
             raise ConfigError(f"{text} with; --baseline or --against names one", "check.smoke")
     tell = progress or (lambda *_: None)
@@ -118,7 +118,7 @@ def check(
             work = _Work(subject, predicted, rival, trusted(trust_code), tell)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
         place = whole._origin.where if whole._origin else lambda _: None
-        result = result.replace(outcomes=checks.placed(result.outcomes, place))
+        result = result.replace(outcomes=evaluate.placed(result.outcomes, place))
         folder = RunFolder(subject.output.path, overwrite=True)
         with folder.writing():
             folder.save(result)
@@ -190,7 +190,7 @@ def _failed(config: RunConfig, error: GradrunError) -> RunResult:
         config=config.model_dump(mode="json"),
         environment=machine.environment(device),
         measurements=error.result.measurements if error.result else (),
-        outcomes=(checks.failed_smoke("runs", str(error)),),
+        outcomes=(evaluate.failed_smoke("runs", str(error)),),
     )
 
 
@@ -259,9 +259,9 @@ class _Work:
         memory = next(m.memory for m in measured.measurements if m.variant == self.name)
         outcomes = [
             *self._smoke(looked),
-            *checks.memory_limits(self.asked, memory),
-            *checks.speedup_limits(self.asked, self.mode, measured.measurements),
-            *checks.metric_limits(self.asked, self.predicted.metrics),
+            *evaluate.memory_limits(self.asked, memory),
+            *evaluate.speedup_limits(self.asked, self.mode, measured.measurements),
+            *evaluate.metric_limits(self.asked, self.predicted.metrics),
             *self._regression(looked, measured, described),
             *self._expected(outputs, update_expected),
         ]
@@ -286,8 +286,8 @@ class _Work:
 
     def _without_figures(self, described: Any, failure: Failure) -> RunResult:
         """What a model came to that ran over the data, and not in a fresh process."""
-        outcomes = checks.smoke(self.predicted, []) if self.asked.smoke else []
-        ended = checks.failed_smoke("runs again", sentence(failure))
+        outcomes = evaluate.smoke(self.predicted, []) if self.asked.smoke else []
+        ended = evaluate.failed_smoke("runs again", sentence(failure))
         return self.predicted.replace(kind="check", outputs=described, outcomes=(*outcomes, ended))
 
     # --- measuring -----------------------------------------------------------------------------
@@ -316,7 +316,7 @@ class _Work:
         grown = self.asked.regression.model_dump(exclude_none=True) if self.rival else {}
         of_a_process = any(name in limits or name in grown for name in _OF_A_PROCESS)
         grows = "time" in grown and not self._measured_otherwise()
-        return bool(grows or checks.modes_timed(self.asked) or of_a_process)
+        return bool(grows or evaluate.modes_timed(self.asked) or of_a_process)
 
     def _measured_otherwise(self) -> list[str]:
         """What was otherwise where the earlier result was measured: its times say nothing here."""
@@ -324,17 +324,17 @@ class _Work:
             return []
         before, now = self.rival.result, self.predicted
         return [
-            *checks.machines_differ(before.environment, now.environment),
+            *evaluate.machines_differ(before.environment, now.environment),
             *self._batches_differ(before),
         ]
 
     def _batches_differ(self, before: RunResult) -> list[str]:
-        return checks.batches_differ(
+        return evaluate.batches_differ(
             _of_mode(before.measurements, self.mode), self.predicted.measurements
         )
 
     def _timed(self) -> Compared:
-        others = [mode for mode in checks.modes_timed(self.asked) if mode is not self.mode]
+        others = [mode for mode in evaluate.modes_timed(self.asked) if mode is not self.mode]
         session = self._session([*self._own_and_rival(), *map(self._variant, others)])
         measured = session.run(self.tell)
         self._see_that_both_ran(measured)
@@ -353,9 +353,9 @@ class _Work:
         if not self.asked.smoke:
             return []
         modes = [found for found in looked.equivalence if found.candidate in set(GradMode)]
-        found = checks.smoke(self.predicted, modes)
+        found = evaluate.smoke(self.predicted, modes)
         return found + [
-            checks.failed_smoke(f"{failure.variant} agrees", failure.error)
+            evaluate.failed_smoke(f"{failure.variant} agrees", failure.error)
             for failure in looked.failures
         ]
 
@@ -369,10 +369,10 @@ class _Work:
         slowdown = paired(measured.measurements, self.name, variant)
         parting = [e.first_module for e in looked.equivalence if e.candidate == variant]
         return [
-            *checks.time_regression(asked, name, slowdown),
-            *checks.memory_regression(asked, name, by_name[variant], by_name[self.name]),
+            *evaluate.time_regression(asked, name, slowdown),
+            *evaluate.memory_regression(asked, name, by_name[variant], by_name[self.name]),
             *(
-                checks.same_outputs(asked, name, self._differences(), next(iter(parting), None))
+                evaluate.same_outputs(asked, name, self._differences(), next(iter(parting), None))
                 if asked.regression.outputs
                 else ()
             ),
@@ -401,9 +401,9 @@ class _Work:
         batches, differs = self._batches_differ(before), self._measured_otherwise()
         name, asked = self.rival.name, self.asked
         return [
-            *checks.time_regression(asked, name, checks.apart(old, now), differs),
-            *checks.memory_regression(asked, name, old[0].memory, now[0].memory, batches),
-            *checks.outputs_regression(asked, name, before.outputs, described),
+            *evaluate.time_regression(asked, name, evaluate.apart(old, now), differs),
+            *evaluate.memory_regression(asked, name, old[0].memory, now[0].memory, batches),
+            *evaluate.outputs_regression(asked, name, before.outputs, described),
         ]
 
     def _expected(self, outputs: Any, update: bool) -> list[Outcome]:
@@ -412,9 +412,9 @@ class _Work:
             return []
         if update:
             golden.write(asked.expected, outputs)
-            return [checks.golden_written(asked.expected.name)]
+            return [evaluate.golden_written(asked.expected.name)]
         found = golden.differences(asked.expected, outputs, asked.rtol, asked.atol)
-        return [checks.golden(found, asked.expected.name)]
+        return [evaluate.golden(found, asked.expected.name)]
 
 
 def _of_mode(measurements: Sequence[Measurement], mode: GradMode) -> list[Measurement]:

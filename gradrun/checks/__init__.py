@@ -1,0 +1,1 @@
+"""Compare a model with its limits, a baseline or another revision."""
