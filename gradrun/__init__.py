@@ -12,6 +12,8 @@ from gradrun.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gradrun import modes
+    from gradrun.audits.audit import audit
+    from gradrun.audits.mode_behavior import prove_modes
     from gradrun.checks.check import check
     from gradrun.comparison.compare import compare
     from gradrun.config.load import load_config
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
     from gradrun.inference.infer import infer
-    from gradrun.jobs.audit import audit
-    from gradrun.jobs.modes import prove_modes
     from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
 
@@ -47,10 +47,10 @@ __all__ = [
 _HOMES = {
     "infer": "inference.infer",
     "compare": "comparison.compare",
-    "audit": "jobs.audit",
+    "audit": "audits.audit",
     "check": "checks.check",
     "verify": "output.verification",
-    "prove_modes": "jobs.modes",
+    "prove_modes": "audits.mode_behavior",
     "Comparison": "results.result",
     "load_config": "config.load",
     "GradMode": "core.grad_mode",

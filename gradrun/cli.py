@@ -233,7 +233,7 @@ def audit(
 
         settings = load_config(config, sets or [])
         with _quick_imports():
-            from gradrun.jobs.audit import audit as run
+            from gradrun.audits.audit import audit as run
         from gradrun.reports.progress import status
         from gradrun.results.safety import failed
 
@@ -369,7 +369,7 @@ def modes(
     """Prove what each gradient mode does on the installed torch."""
     with _errors(debug, json_file, quiet) as console:
         with _quick_imports():
-            from gradrun.jobs.modes import prove_modes
+            from gradrun.audits.mode_behavior import prove_modes
         from gradrun.reports.modes import show
 
         proven = prove_modes(device)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradrun import probes
-from gradrun.probes.probe import same
+from gradrun.audits import behavior
+from gradrun.audits.behavior.probe import same
 from gradrun.results.result import ModeFacts
 from tests.conftest import Command
 
@@ -20,22 +20,22 @@ TOPIC = "r after the block"
 @pytest.fixture
 def one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask a few questions only."""
-    monkeypatch.setattr(probes, "TOPICS", {TOPIC: probes.TOPICS[TOPIC]})
+    monkeypatch.setattr(behavior, "TOPICS", {TOPIC: behavior.TOPICS[TOPIC]})
 
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch, one_topic: None) -> None:
     """Claim of one question what is not so in inference mode."""
-    first, *others = probes.TOPICS[TOPIC]
+    first, *others = behavior.TOPICS[TOPIC]
     claimed = dataclasses.replace(first, expected=same("works"))
-    monkeypatch.setattr(probes, "TOPICS", {TOPIC: (claimed, *others)})
+    monkeypatch.setattr(behavior, "TOPICS", {TOPIC: (claimed, *others)})
 
 
 def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
     answer = process("modes", "--json", "-")
     assert answer.code == 0, answer.text
     proven = ModeFacts.from_json(answer.out)
-    assert {fact.topic for fact in proven.facts} == set(probes.TOPICS)
+    assert {fact.topic for fact in proven.facts} == set(behavior.TOPICS)
     assert not proven.differing
     # The page goes to stderr, and what torch warns of goes nowhere.
     assert answer.err.lstrip().startswith(f"torch {torch.__version__}")
@@ -79,7 +79,7 @@ def test_a_device_that_is_not_there_is_exit_2_in_a_sentence(cli: Command, device
 def test_json_into_a_folder_that_is_not_there_is_an_error_before_anything_runs(
     cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probes, "TOPICS", {TOPIC: None})  # asking would fail
+    monkeypatch.setattr(behavior, "TOPICS", {TOPIC: None})  # asking would fail
     answer = cli("modes", "--json", "nowhere/modes.json")
     assert answer.code == 2
     assert "there is no folder nowhere" in answer.err

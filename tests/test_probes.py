@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from gradrun import probes
+from gradrun.audits import behavior
+from gradrun.audits.behavior import compiled, prove
+from gradrun.audits.behavior.probe import BLOCKS, Probe, Untried, outcome, same
+from gradrun.audits.mode_behavior import prove_modes
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-from gradrun.jobs.modes import prove_modes
 from gradrun.modes import assert_restored
-from gradrun.probes import compiled, prove
-from gradrun.probes.probe import BLOCKS, Probe, Untried, outcome, same
 from gradrun.results.result import Fact, ModeFacts
 from tests.results import MACHINE
 
 CPU = torch.device("cpu")
-ALL = [(topic, probe) for topic, probes_of in probes.TOPICS.items() for probe in probes_of]
-QUICK = {topic: rows for topic, rows in probes.TOPICS.items() if topic != "torch.compile"}
+ALL = [(topic, probe) for topic, probes_of in behavior.TOPICS.items() for probe in probes_of]
+QUICK = {topic: rows for topic, rows in behavior.TOPICS.items() if topic != "torch.compile"}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def facts() -> tuple[Fact, ...]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out torch.compile, which takes a second."""
-    monkeypatch.setattr(probes, "TOPICS", QUICK)
+    monkeypatch.setattr(behavior, "TOPICS", QUICK)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *asked: Probe) -> None:
-    monkeypatch.setattr(probes, "TOPICS", {"A topic": asked})
+    monkeypatch.setattr(behavior, "TOPICS", {"A topic": asked})
 
 
 def probe(**changes: Any) -> Probe:

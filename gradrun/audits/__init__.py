@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from gradrun.audits import graphs, state, switches
-from gradrun.audits.subject import Subject
+from gradrun.audits import mode_switches, retained_graphs, side_effects
+from gradrun.audits.target import Subject
 from gradrun.results.result import Finding
 
 LOOKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
-    state.first_run,
-    state.disturbed,
-    switches.switches,
-    graphs.kept_graphs,
-    graphs.growth,
+    side_effects.first_run,
+    side_effects.disturbed,
+    mode_switches.switches,
+    retained_graphs.kept_graphs,
+    retained_graphs.growth,
 )
 """In order. The first gets the model as it was loaded; each leaves it as it found it."""

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from gradrun.audits import LOOKS, compiled, outputs, saved
-from gradrun.audits.subject import Subject
+from gradrun.audits import LOOKS, agreement, saved_tensors, torch_compile
+from gradrun.audits.target import Subject
 from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import located
 from gradrun.config.schema import RunConfig
@@ -108,7 +108,7 @@ def audit(
                 raise RunFailed(text) from error
         if compile and base:
             tell("torch.compile", len(modes), len(modes) + 1)
-            found.findings += compiled.compiled(base, [m.mode for m in found.measurements])
+            found.findings += torch_compile.compiled(base, [m.mode for m in found.measurements])
         environment = machine.environment(device)
     result = RunResult(
         kind="audit",
@@ -166,12 +166,12 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
             )
         )
         return False
-    for look in (*others, outputs.repeated):
+    for look in (*others, agreement.repeated):
         with _noted(found, subject, look.__name__):
             found.findings += look(subject)
     if subject.mode is GradMode.GRAD:
         with _noted(found, subject, "kept_for_backward"):
-            found.kept = saved.kept_for_backward(subject)
+            found.kept = saved_tensors.kept_for_backward(subject)
     return True
 
 
@@ -199,7 +199,7 @@ def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subjec
         return subject
     same_model = Subject(subject.name, subject.config, subject.device, base.model, base.batches)
     steady = not any(finding.code == "not_deterministic" for finding in found.findings)
-    equivalence, findings = outputs.across(base, same_model, steady=steady)
+    equivalence, findings = agreement.across(base, same_model, steady=steady)
     found.equivalence.append(equivalence)
     found.findings += findings
     return base

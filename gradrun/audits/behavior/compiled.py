@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradrun.audits.behavior.probe import (
+    BLOCKS,
+    Ask,
+    Probe,
+    Untried,
+    block,
+    contrast,
+    here,
+    outcome,
+    same,
+)
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
-from gradrun.probes.probe import BLOCKS, Ask, Probe, Untried, block, contrast, here, outcome, same
 
 _FORGETS = torch.__version__ < "2.14"
 """Whether dynamo loses what a guard remembers that is entered by hand: 2.6 and 2.13 did."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.subject import Subject, source_of
+from gradrun.audits.target import Subject, source_of
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
 from gradrun.inference.meters import FORWARD_MEMORY, ForwardMeter, cpu_memory

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils import _contextlib
 
 from gradrun import modes
-from gradrun.audits.saved import saved_in_vain
-from gradrun.audits.subject import Calls, Subject, source_of, watched
+from gradrun.audits.saved_tensors import saved_in_vain
+from gradrun.audits.target import Calls, Subject, source_of, watched
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import bytes_text
 from gradrun.inference.module_state import state_kept

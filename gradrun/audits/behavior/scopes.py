@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from gradrun.audits.behavior.probe import BLOCKS, Ask, Probe, block, contrast, here, on, same
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
-from gradrun.probes.probe import BLOCKS, Ask, Probe, block, contrast, here, on, same
 
 _AS_MODES = (GradMode.GRAD.value, GradMode.NO_GRAD.value, GradMode.INFERENCE_MODE.value)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.subject import Subject, source_of, users_line, watched
+from gradrun.audits.target import Subject, source_of, users_line, watched
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.inference.module_state import TABLES, state_kept

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradrun.audits.subject import Subject, source_of
+from gradrun.audits.target import Subject, source_of
 from gradrun.comparison.equivalence import equivalence
 from gradrun.results.result import Equivalence, Finding
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from gradrun.audits.behavior.probe import BLOCKS, Ask, Probe, contrast, here, outcome, same, yes
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
-from gradrun.probes.probe import BLOCKS, Ask, Probe, contrast, here, outcome, same, yes
 
 Decorator = Callable[[Any], Any]
 Run = Callable[[Decorator], str]

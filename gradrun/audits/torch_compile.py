@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.subject import Subject
+from gradrun.audits.target import Subject
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.inference.module_state import state_kept

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+from gradrun.audits.behavior import prove
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.inference import device as machine
-from gradrun.probes import prove
 from gradrun.results.result import ModeFacts
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import backward
 
+from gradrun.audits.behavior.probe import Ask, Probe, block, contrast, outcome, same, yes
 from gradrun.core.grad_mode import GradMode
-from gradrun.probes.probe import Ask, Probe, block, contrast, outcome, same, yes
 
 _NO_GRAPH = "element 0 of tensors does not require grad and does not have a grad_fn"
 _UNCOUNTED = "Inference tensors do not track version counter"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.subject import Subject, watched
+from gradrun.audits.target import Subject, watched
 from gradrun.data.source import Batch
 from gradrun.inference.meters.cpu_memory import storages
 from gradrun.inference.module_state import state_kept

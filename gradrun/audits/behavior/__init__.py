@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from gradrun.audits.behavior import compiled, decorators, scopes, tensors
+from gradrun.audits.behavior.probe import Probe, Untried
 from gradrun.core.grad_mode import GradMode
-from gradrun.probes import compiled, decorators, scopes, tensors
-from gradrun.probes.probe import Probe, Untried
 from gradrun.results.result import Fact
 
 TOPICS: dict[str, tuple[Probe, ...]] = {
