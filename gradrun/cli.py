@@ -112,7 +112,7 @@ def infer(
         settings = load_config(path, changes, output_base=output_base)
         with _quick_imports():
             from gradrun.inference.infer import infer as run
-        from gradrun.reports.progress import bar
+        from gradrun.report.progress import bar
 
         if overwrite and resume:
             raise ConfigError("--overwrite begins anew, --resume goes on: choose one")
@@ -202,7 +202,7 @@ def compare(
         settings = load_config(path, sets or [], output_base=None if config else Path.cwd())
         listed = [mode for words in modes or [_ALL_MODES] for mode in words.split(",") if mode]
         from gradrun.comparison.compare import compare as run
-        from gradrun.reports.progress import status
+        from gradrun.report.progress import status
 
         with status(_console(stderr=True, quiet=quiet)) as progress:
             compared = run(
@@ -234,7 +234,7 @@ def audit(
         settings = load_config(config, sets or [])
         with _quick_imports():
             from gradrun.audits.audit import audit as run
-        from gradrun.reports.progress import status
+        from gradrun.report.progress import status
         from gradrun.results.safety import failed
 
         with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
@@ -285,8 +285,8 @@ def check(
             _check_target(option, str(file) if file else None)
         with _quick_imports():
             from gradrun.checks.check import check as run
-        from gradrun.reports.progress import status
-        from gradrun.reports.terminal import nearest
+        from gradrun.report.progress import status
+        from gradrun.report.terminal import nearest
 
         with (
             _refusal_told(junit),
@@ -321,8 +321,8 @@ def check(
 
 def _tell_ci(result: RunResult, junit: Path | None) -> None:
     """Say a check's outcomes to a CI server, in its own words."""
-    from gradrun.reports import github, written
-    from gradrun.reports.junit import xml
+    from gradrun.report import github, written
+    from gradrun.report.junit import xml
 
     if junit:
         _write(xml(result), junit, "--junit")
@@ -337,8 +337,8 @@ def _refusal_told(junit: Path | None) -> Iterator[None]:
     except Interrupted:
         raise
     except GradrunError as error:
-        from gradrun.reports import github, markdown
-        from gradrun.reports.junit import refusal
+        from gradrun.report import github, markdown
+        from gradrun.report.junit import refusal
 
         said = str(error)
         if junit:
@@ -370,7 +370,7 @@ def modes(
     with _errors(debug, json_file, quiet) as console:
         with _quick_imports():
             from gradrun.audits.mode_behavior import prove_modes
-        from gradrun.reports.modes import show
+        from gradrun.report.modes import show
 
         proven = prove_modes(device)
         show(proven, console)
@@ -393,7 +393,7 @@ def verify(
     """
     with _errors(debug, json_file, quiet) as console:
         from gradrun.output.verification import verify as run
-        from gradrun.reports.verified import show
+        from gradrun.report.verified import show
 
         found = run(folder)
         show(found, console)
@@ -440,17 +440,17 @@ def report(
     """Show saved results again, in any form; nothing is run."""
     with _errors(debug, None, quiet) as console:
         with _quick_imports():
-            from gradrun import reports
-            from gradrun.reports.terminal import nearest
+            from gradrun import report
+            from gradrun.report.terminal import nearest
             from gradrun.results.ratios import recomputed
             from gradrun.results.result import RunResult
 
         chosen = _chosen_format(form, output, results)
         named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]
         if chosen == "table" and output is None:
-            reports.show(named, console)
+            report.show(named, console)
             return
-        text = reports.table(named) if chosen == "table" else reports.written(named, chosen)
+        text = report.table(named) if chosen == "table" else report.written(named, chosen)
         if output is None:
             sys.stdout.write(text)
             return
@@ -460,7 +460,7 @@ def report(
 
 def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -> str:
     """The format that was named, or else the one of the file's suffix."""
-    from gradrun.reports import FORMATS, SUFFIXES
+    from gradrun.report import FORMATS, SUFFIXES
 
     if form is not None and form not in FORMATS:
         from gradrun.core.suggest import suggest
@@ -649,7 +649,7 @@ def _tell(error: GradrunError) -> None:
     """Print an error's sentence, and end with its exit code."""
     from rich.text import Text
 
-    from gradrun.reports.printable import printable
+    from gradrun.report.escaping import printable
 
     _console(stderr=True).print(
         Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
@@ -681,15 +681,15 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    from gradrun.reports.printable import printable
+    from gradrun.report.escaping import printable
 
     console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
-    from gradrun import reports
+    from gradrun import report
 
-    reports.show([("", result)], console)
+    report.show([("", result)], console)
     if json_file:
         _write_json(result.to_json(), json_file)
     _tell_of_reports(result, console, json_file)
@@ -699,8 +699,8 @@ def _tell_of_reports(result: RunResult, console: Console, json_file: str | None)
     """Print the command that shows a result otherwise, where it was saved."""
     from rich.text import Text
 
-    from gradrun.reports.printable import printable
-    from gradrun.reports.terminal import nearest
+    from gradrun.report.escaping import printable
+    from gradrun.report.terminal import nearest
 
     saved = Path(result.config["output"]["path"])
     if not (saved / "result.json").is_file():

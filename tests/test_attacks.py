@@ -24,8 +24,8 @@ from gradrun.config.schema import ArraysData
 from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
 from gradrun.output.verification import verify
-from gradrun.reports import terminal
-from gradrun.reports.verified import show as show_verified
+from gradrun.report import terminal
+from gradrun.report.verified import show as show_verified
 from gradrun.results.result import RunResult
 from tests import results
 from tests.attack_files import KINDS_OF_ATTACK, Attack, npy

@@ -9,9 +9,9 @@ import pytest
 from rich.cells import cell_len
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.reports.audit import show
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import DASH
+from gradrun.report.audit import show
+from gradrun.report.escaping import printable
+from gradrun.report.tables import DASH
 from gradrun.results.result import Equivalence, Finding, Kept, Memory, RunResult
 from tests.reporting import EVIL, assert_golden, printed, without_style
 from tests.results import CONFIG, MEMORY, measurement, run_result

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 import xmlschema
 
-from gradrun.reports import check, github, junit
+from gradrun.report import check, github, junit
 from gradrun.results.result import Outcome, RunResult, Warning
 from tests.conftest import ROOT
 from tests.reporting import EVIL, assert_golden, printed, without_style

@@ -15,9 +15,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.reports.comparison import show
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import DASH
+from gradrun.report.comparison import show
+from gradrun.report.escaping import printable
+from gradrun.report.tables import DASH
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, Measurement, Memory, RunResult, Warning
 from tests.results import CONFIG, MACHINE, MEMORY, measurement, run_result

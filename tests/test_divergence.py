@@ -19,7 +19,7 @@ from gradrun.comparison.equivalence import equivalence, first_difference
 from gradrun.config.schema import RunConfig
 from gradrun.data.source import Batch
 from gradrun.modes import grad_mode
-from gradrun.reports.tables import outputs_text
+from gradrun.report.tables import outputs_text
 
 
 def config(mode: str, **measure: float) -> RunConfig:

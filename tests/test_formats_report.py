@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from gradrun import reports
-from gradrun.reports.plots import plots
-from gradrun.reports.printable import printable
+from gradrun import report
+from gradrun.report.escaping import printable
+from gradrun.report.plots import plots
 from gradrun.results.ratios import recomputed
 from gradrun.results.result import Comparison, Metric, RunResult
 from tests.reporting import assert_golden, printed
@@ -36,7 +36,7 @@ def named(*names: str) -> list[tuple[str, RunResult]]:
 
 
 def rows(*names: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(reports.written(named(*names), "csv"))))
+    return list(csv.DictReader(io.StringIO(report.written(named(*names), "csv"))))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def rows(*names: str) -> list[dict[str, str]]:
     ],
 )
 def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
-    text = reports.written(named(*GROUPS[group]), format)
+    text = report.written(named(*GROUPS[group]), format)
     # What matplotlib draws differs from version to version, and the style is a file of its own.
     text = re.sub(
         r"(<svg[^>]*aria-label[^>]*?)( xmlns| viewBox).*?</svg>", r"\1/>", text, flags=re.S
@@ -61,7 +61,7 @@ def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("group", ["two runs", "every kind", "check", "empty check"])
 def test_the_table_is_that_of_the_golden_file(group: str, width: int) -> None:
-    text = printed(reports.show, named(*GROUPS[group]), width)
+    text = printed(report.show, named(*GROUPS[group]), width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert_golden(f"table-{group}-{width}", text)
 
@@ -98,14 +98,14 @@ def test_ratios_that_a_file_claims_count_for_nothing() -> None:
 def test_an_interval_with_an_open_end_is_no_number() -> None:
     (row,) = (row for row in rows("one process") if row["metric"] == "ratio")
     assert (row["low_95"], row["high_95"]) == ("", "")
-    text = reports.written(named(*RESULTS), "json")
+    text = report.written(named(*RESULTS), "json")
     told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [one["result"] for one in told["reports"]] == [name for name, _ in named(*RESULTS)]
 
 
 @pytest.mark.parametrize("format", ["markdown", "json", "html", "csv"])
 def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> None:
-    text = reports.written(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
+    text = report.written(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
     for outcome in OUTCOMES:
         for word in (outcome.check, outcome.limit, outcome.value, outcome.status):
             assert word in text or json.dumps(word)[1:-1] in text
@@ -116,7 +116,7 @@ def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> Non
 
 @pytest.mark.parametrize("format", ["markdown", "html"])
 def test_the_verdict_comes_before_every_figure(format: str) -> None:
-    text = reports.written(named("comparison"), format)
+    text = report.written(named("comparison"), format)
     assert text.index("Use inference_mode") < text.index("913")
 
 
@@ -126,10 +126,10 @@ def test_beside_each_other_stand_figures_of_the_same_kind_and_what_else_differs(
         ("a", RESULTS["run"]),
         ("b", RESULTS["short run"].replace(environment=other)),
     ]
-    text = " ".join(printed(reports.show, pair, 120).split())
+    text = " ".join(printed(report.show, pair, 120).split())
     assert "batch median 685 ± 9 µs 680 ± 48 µs" in text
     assert "These differ in processor (AMD EPYC | another), threads (2 | 1)" in text
-    assert "These differ" not in printed(reports.show, named("run", "run"), 120)
+    assert "These differ" not in printed(report.show, named("run", "run"), 120)
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ KINDS = ("run", "comparison", "audit", "check")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
     evil = [(NASTY, hostile(kind)), ("b", hostile(kind))]
-    page = reports.written(evil, "html")
+    page = report.written(evil, "html")
     tags = Tags(page).found
     assert not {"script", "img", "iframe", "link", "a", "object", "image"} & {t for t, _ in tags}
     assert not [a for _, attributes in tags for a in attributes if a.startswith("on")]
@@ -202,7 +202,7 @@ def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_is_markdown(kind: str) -> None:
-    text = reports.written([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
+    text = report.written([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
     plain = re.sub(r"\\.", "", text)
     assert printable(text) == text
     ours = re.sub(r"</?(details|summary)>|<!-- -->", "", plain)
@@ -219,22 +219,22 @@ def test_no_name_is_markdown(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     evil = [(f"={NASTY}", hostile(kind)), ("@b", hostile(kind))]
-    text = reports.written(evil, "csv")
+    text = report.written(evil, "csv")
     assert printable(text) == text
     for row in csv.reader(io.StringIO(text)):
         assert len(row) == 16
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
-    for console in (printed(reports.show, evil, 120), printed(reports.show, evil[:1], 120)):
+    for console in (printed(report.show, evil, 120), printed(report.show, evil[:1], 120)):
         assert printable(console) == console
-    json.loads(reports.written(evil, "json"))
+    json.loads(report.written(evil, "json"))
 
 
 def test_scores_against_labels_are_figures_too() -> None:
     scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
-    text = reports.written([("a", scored)], "csv")
+    text = report.written([("a", scored)], "csv")
     (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
     assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")
-    beside = printed(reports.show, [("a", scored), ("b", scored)], 100)
+    beside = printed(report.show, [("a", scored), ("b", scored)], 100)
     assert re.search(r"accuracy +0\.9731 +0\.9731", beside)
     for format in ("markdown", "html"):
-        assert "0.9731" in reports.written([("a", scored)], format)
+        assert "0.9731" in report.written([("a", scored)], format)

@@ -16,9 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.reports.modes import show
-from gradrun.reports.printable import printable
-from gradrun.reports.terminal import TABLE_WIDTH
+from gradrun.report.escaping import printable
+from gradrun.report.modes import show
+from gradrun.report.terminal import TABLE_WIDTH
 from gradrun.results.result import Fact, ModeFacts
 from tests.results import MACHINE
 

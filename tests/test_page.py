@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradrun import reports
+from gradrun import report
 from gradrun.core.errors import ConfigError
-from gradrun.reports import page
+from gradrun.report import html_page
 from tests.browser import CHROMIUM, Browser
 from tests.saved import NASTY, RESULTS, hostile
 
@@ -42,7 +42,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def written(folder: Path, name: str) -> Path:
     path = folder / f"{name}.html"
-    text = reports.written([(f"runs/{one}", RESULTS[one]) for one in PAGES[name]], "html")
+    text = report.written([(f"runs/{one}", RESULTS[one]) for one in PAGES[name]], "html")
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -79,7 +79,7 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
     browser: Browser, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "evil.html"
-    path.write_text(reports.written([(NASTY, hostile(kind))], "html"), encoding="utf-8")
+    path.write_text(report.written([(NASTY, hostile(kind))], "html"), encoding="utf-8")
     seen = browser.look(path, 390, 900)
     assert (seen.requests, seen.complaints) == ([], [])
     assert "<script>document.title='no'</script>" in seen.text
@@ -89,17 +89,17 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'gradrun\[report\]'"):
-        page.text([("a", RESULTS["run"])])
+        html_page.text([("a", RESULTS["run"])])
     for format in ("markdown", "csv", "json"):
-        assert reports.written([("a", RESULTS["run"])], format)
+        assert report.written([("a", RESULTS["run"])], format)
 
 
 def test_the_page_may_load_nothing_whatever_is_in_it() -> None:
-    text = page.text([("a", RESULTS["run"])])
+    text = html_page.text([("a", RESULTS["run"])])
     assert "default-src 'none'" in text
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 
 def test_the_same_result_makes_the_same_page() -> None:
     one = [("a", RESULTS["comparison"])]
-    assert page.text(one) == page.text(one)
+    assert html_page.text(one) == html_page.text(one)

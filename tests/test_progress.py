@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gradrun.reports.progress import bar
+from gradrun.report.progress import bar
 
 
 def console(*, terminal: bool, **settings: Any) -> Console:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradrun import reports
+from gradrun import report
 from gradrun.core.errors import GradrunError
 from gradrun.results.ratios import recomputed
 from gradrun.results.result import RunResult
@@ -69,7 +69,7 @@ def test_without_a_file_the_text_goes_to_stdout(cli: Command, saved: Path, forma
     assert answer.code == 0
     assert answer.err == ""
     results = [("runs/run", RESULTS["run"]), ("runs/comparison", RESULTS["comparison"])]
-    assert answer.out == reports.written(results, format)
+    assert answer.out == report.written(results, format)
 
 
 def test_a_format_that_is_named_counts_more_than_the_suffix(cli: Command, saved: Path) -> None:
@@ -243,10 +243,10 @@ def test_no_value_in_a_file_breaks_a_report(name: str, seed: int, tmp_path: Path
         results = [("a", recomputed(RunResult.load(file)))]
     except GradrunError:
         return
-    assert reports.table(results)
-    assert reports.table(results * 2)
+    assert report.table(results)
+    assert report.table(results * 2)
     for format in FORMATS:
-        assert reports.written(results, format)
+        assert report.written(results, format)
 
 
 # --- what it costs, and who tells of it --------------------------------------------------------

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import DASH, timing
-from gradrun.reports.terminal import nearest, show
+from gradrun.report.escaping import printable
+from gradrun.report.tables import DASH, timing
+from gradrun.report.terminal import nearest, show
 from gradrun.results.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
 

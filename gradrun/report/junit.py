@@ -9,8 +9,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from xml.etree import ElementTree
 
-from gradrun.reports.printable import printable
-from gradrun.reports.words import model_name
+from gradrun.report.escaping import printable
+from gradrun.report.wording import model_name
 from gradrun.results.result import Outcome, RunResult
 
 

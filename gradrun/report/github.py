@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from gradrun.reports.printable import printable
+from gradrun.report.escaping import printable
 from gradrun.results.result import Outcome, RunResult
 
 

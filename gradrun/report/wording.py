@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import PurePath
 
 from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
-from gradrun.reports.tables import batch_sizes, by_variant
+from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results import safety
 from gradrun.results.result import RunResult
 from gradrun.results.summary import conclusion

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gradrun.reports import words
-from gradrun.reports.printable import printable
-from gradrun.reports.rows import Row, rows
-from gradrun.reports.side_by_side import Named
+from gradrun.report import wording
+from gradrun.report.escaping import printable
+from gradrun.report.rows import Row, rows
+from gradrun.report.side_by_side import Named
 
 _UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score")
 _WORDS = ("status", "text", "limit")
@@ -52,10 +52,10 @@ def json_text(results: Sequence[Named]) -> str:
         {
             "result": name,
             "kind": result.kind,
-            "model": words.model_name(result),
-            "verdict": words.verdict(result),
+            "model": wording.model_name(result),
+            "verdict": wording.verdict(result),
             "figures": [asdict(row) for row in rows(result)],
-            "notices": words.notices(result),
+            "notices": wording.notices(result),
             "environment": result.environment.as_dict(),
             "started_at": result.started_at,
         }

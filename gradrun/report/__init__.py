@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 _WRITERS = {
     "markdown": "markdown:text",
-    "csv": "records:csv_text",
-    "json": "records:json_text",
-    "html": "page:text",
+    "csv": "export:csv_text",
+    "json": "export:json_text",
+    "html": "html_page:text",
 }
 """format -> what makes one text of results: a sequence of (name, RunResult)."""
 
@@ -73,5 +73,5 @@ def table(results: Sequence[tuple[str, RunResult]], width: int = 100) -> str:
 
 def _found(place: str) -> Callable[..., object]:
     module, _, name = place.partition(":")
-    found: Callable[..., object] = getattr(import_module(f"gradrun.reports.{module}"), name)
+    found: Callable[..., object] = getattr(import_module(f"gradrun.report.{module}"), name)
     return found

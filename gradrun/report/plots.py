@@ -22,8 +22,8 @@ from gradrun.core.units import (
     number_text,
     seconds_text,
 )
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import batch_sizes, by_variant
+from gradrun.report.escaping import printable
+from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results.result import Measurement, RunResult
 
 SERIES = 6

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.reports import words
-from gradrun.reports.printable import printable
-from gradrun.reports.side_by_side import Named, side_by_side
-from gradrun.reports.tables import Table
-from gradrun.reports.terminal import hanging
+from gradrun.report import wording
+from gradrun.report.escaping import printable
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import Table
+from gradrun.report.terminal import hanging
 
 
 def show_side_by_side(results: Sequence[Named], console: Console) -> None:
@@ -29,7 +29,7 @@ def show_side_by_side(results: Sequence[Named], console: Console) -> None:
             console.print(hanging("!", told.note))
     console.print()
     for name, result in results:
-        said = Text.assemble((printable(f"{name}: "), "dim"), printable(words.verdict(result)))
+        said = Text.assemble((printable(f"{name}: "), "dim"), printable(wording.verdict(result)))
         console.print(said)
 
 

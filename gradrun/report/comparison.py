@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.reports import tables, words
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import Table
-from gradrun.reports.terminal import hanging, model_name, nearest
+from gradrun.report import tables
+from gradrun.report.escaping import printable
+from gradrun.report.tables import Table
+from gradrun.report.terminal import hanging, model_name, nearest
 from gradrun.results.result import RunResult
 from gradrun.results.summary import conclusion
 

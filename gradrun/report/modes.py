@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import count_text
-from gradrun.reports.printable import printable
-from gradrun.reports.terminal import TABLE_WIDTH, hanging
+from gradrun.report.escaping import printable
+from gradrun.report.terminal import TABLE_WIDTH, hanging
 from gradrun.results.result import Fact, ModeFacts
 
 _MARK = "✗"

@@ -14,11 +14,11 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.reports import tables, words
-from gradrun.reports.comparison import words_text
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import Table
-from gradrun.reports.terminal import model_name, nearest
+from gradrun.report import tables
+from gradrun.report.comparison import words_text
+from gradrun.report.escaping import printable
+from gradrun.report.tables import Table
+from gradrun.report.terminal import model_name, nearest
 from gradrun.results.result import Finding, RunResult
 from gradrun.results.safety import verdict
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gradrun.core.units import count_text
 from gradrun.output.readback import Fault
-from gradrun.reports.printable import printable
-from gradrun.reports.terminal import hanging, nearest
+from gradrun.report.escaping import printable
+from gradrun.report.terminal import hanging, nearest
 
 _SHOWN = 20
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from gradrun.reports import words
-from gradrun.reports.printable import printable
-from gradrun.reports.side_by_side import Named, side_by_side
-from gradrun.reports.tables import Table, tables
+from gradrun.report import wording
+from gradrun.report.escaping import printable
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import Table, tables
 from gradrun.results.result import RunResult
 
 _LOUD = {"fail", "inconclusive", "slower", "cannot run"}
@@ -40,17 +40,17 @@ def refusal(said: str) -> str:
 
 
 def _figures(result: RunResult) -> list[str]:
-    about = ", ".join(filter(None, (words.mode(result), words.facts(result))))
+    about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
     findings = [
         f"- **{severity}** {_escaped(': '.join(filter(None, (where, said))))}"
-        for severity, where, said in words.findings(result)
+        for severity, where, said in wording.findings(result)
     ]
-    notices = [f"- {_escaped(notice)}" for notice in words.notices(result)]
+    notices = [f"- {_escaped(notice)}" for notice in wording.notices(result)]
     return [_escaped(about), *map(_table, tables(result)), "\n".join(findings), "\n".join(notices)]
 
 
 def _machine(result: RunResult) -> str:
-    return _escaped("; ".join(f"{key} {value}" for key, value in words.environment(result)))
+    return _escaped("; ".join(f"{key} {value}" for key, value in wording.environment(result)))
 
 
 def _folded(title: str, parts: list[str]) -> str:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.reports import tables, words
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import Table
-from gradrun.reports.terminal import hanging, nearest
+from gradrun.report import tables, wording
+from gradrun.report.escaping import printable
+from gradrun.report.tables import Table
+from gradrun.report.terminal import hanging, nearest
 from gradrun.results.result import RunResult
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "bold yellow"}
@@ -23,7 +23,7 @@ _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 def show(result: RunResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
     mode = f"  {words.mode(result)}"
-    name, facts = printable(words.model_name(result)), printable(f"  {words.facts(result)}")
+    name, facts = printable(wording.model_name(result)), printable(f"  {words.facts(result)}")
     console.print()
     console.print(Text.assemble((name, "bold"), mode, (facts, "dim")))
     console.print()
@@ -38,7 +38,7 @@ def show(result: RunResult, console: Console) -> None:
     if result.warnings or any(outcome.reason for outcome in result.outcomes):
         console.print()
     style = {"pass": "bold green"}.get(result.status, _STYLES[result.status])
-    console.print(Text(words.verdict(result), style))
+    console.print(Text(wording.verdict(result), style))
     saved = f"{nearest(result.config['output']['path'])}/result.json"
     console.print(Text(f"every figure in {printable(saved)}", "dim"))
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradrun.core.units import bytes_text, number_text, seconds_text, seconds_within
-from gradrun.reports.rows import Row, rows
-from gradrun.reports.tables import DASH, Table
-from gradrun.reports.words import environment, model_name
+from gradrun.report.rows import Row, rows
+from gradrun.report.tables import DASH, Table
+from gradrun.report.wording import environment, model_name
 from gradrun.results.result import RunResult
 from gradrun.results.summary import decimals
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
-from gradrun.reports.tables import by_variant
+from gradrun.report.tables import by_variant
 from gradrun.results import stats
 from gradrun.results.result import Comparison, Equivalence, Measurement, RunResult
 

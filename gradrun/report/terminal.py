@@ -14,9 +14,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradrun.core.units import count_text
-from gradrun.reports import tables, words
-from gradrun.reports.printable import printable
-from gradrun.reports.tables import Table
+from gradrun.report import tables, wording
+from gradrun.report.escaping import printable
+from gradrun.report.tables import Table
 from gradrun.results.result import Measurement, RunResult
 
 TABLE_WIDTH = 79
@@ -66,7 +66,7 @@ def _headline(result: RunResult) -> Text:
 
 def model_name(result: RunResult) -> str:
     """What the model is called: by its config, without folders."""
-    return printable(words.model_name(result))
+    return printable(wording.model_name(result))
 
 
 def hanging(mark: str, text: str, style: str = "bold yellow") -> RichTable:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from gradrun.reports import words
-from gradrun.reports.plots import Plot, plots
-from gradrun.reports.printable import printable
-from gradrun.reports.side_by_side import Named, side_by_side
-from gradrun.reports.tables import Table, tables
+from gradrun.report import wording
+from gradrun.report.escaping import printable
+from gradrun.report.plots import Plot, plots
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import Table, tables
 from gradrun.results.result import RunResult
 
-_STYLE = Path(__file__).with_name("page.css")
+_STYLE = Path(__file__).with_name("html_page.css")
 _TONES = {
     "faster": "good",
     "yes": "good",
@@ -59,7 +59,7 @@ def text(results: Sequence[Named]) -> str:
     several = len(results) > 1
     parts = [_beside(results)] if several else []
     parts += [_article(name, result, f"{place}-") for place, (name, result) in enumerate(results)]
-    names = dict.fromkeys(words.model_name(result) for _, result in results)
+    names = dict.fromkeys(wording.model_name(result) for _, result in results)
     return _PAGE.format(
         title=_text(f"{', '.join(names)}: gradrun"),
         style=_STYLE.read_text(encoding="utf-8"),
@@ -73,7 +73,7 @@ def _beside(results: Sequence[Named]) -> str:
 
 
 def _article(name: str, result: RunResult, salt: str) -> str:
-    about = ", ".join(filter(None, (words.mode(result), words.facts(result))))
+    about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
     drawn = "\n".join(map(_figure, plots(result, salt)))
     told = [*map(_table, tables(result))]
     # What was asked for comes before what was measured.
@@ -85,12 +85,12 @@ def _article(name: str, result: RunResult, salt: str) -> str:
         f'<p class="facts">{_text(about)}</p>',
         f"<p{_class('verdict', tone)}>{_UNIT.sub('&nbsp;', _text(words.verdict(result)))}</p>",
         *first,
-        _list("Why", (f"<li>{_text(reason)}</li>" for reason in words.reasons(result))),
+        _list("Why", (f"<li>{_text(reason)}</li>" for reason in wording.reasons(result))),
         f'<div class="plots">\n{drawn}\n</div>' if drawn else "",
         *then,
-        _list("Findings", (_finding(*found) for found in words.findings(result))),
+        _list("Findings", (_finding(*found) for found in wording.findings(result))),
         _machine(result),
-        _list("Warnings", (f"<li>{_text(warning)}</li>" for warning in words.warnings(result))),
+        _list("Warnings", (f"<li>{_text(warning)}</li>" for warning in wording.warnings(result))),
     ]
     return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
 
@@ -147,7 +147,7 @@ def _finding(severity: str, where: str, said: str) -> str:
 def _machine(result: RunResult) -> str:
     rows = "\n".join(
         f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
-        for name, value in words.environment(result)
+        for name, value in wording.environment(result)
     )
     return f"<section><h2>Machine</h2><dl>\n{rows}\n</dl></section>"
 
