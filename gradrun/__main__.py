@@ -1,5 +1,5 @@
 """`python -m gradrun`: the same as the `gradrun` command."""
 
-from gradrun.cli import main
+from gradrun.cli.app import main
 
 main()

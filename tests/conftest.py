@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gradrun.cli import app
+from gradrun.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 

@@ -62,7 +62,7 @@ def _in_a_folder_with_a_config(tmp_path, monkeypatch):
 
 LOADED = """
 import sys
-from gradrun.cli import main
+from gradrun.cli.app import main
 sys.argv = ["gradrun", *sys.argv[1:]]
 try:
     main()
@@ -370,7 +370,7 @@ def test_validate_gives_errors_as_json_too(cli):
 def schema():
     from typer.testing import CliRunner
 
-    from gradrun.cli import app
+    from gradrun.cli.app import app
 
     return json.loads(CliRunner().invoke(app, ["schema"]).stdout)
 

@@ -114,8 +114,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
         monkeypatch.setattr(session, "time", paper)
         section = CONFIG.measure.model_copy(update=measure)
         config: RunConfig = CONFIG.model_copy(update={"measure": section})
-        session = Session([variant(mode) for mode in modes], config, trust_code=False)
-        return session.run(progress), paper
+        under_test = session.Session([variant(mode) for mode in modes], config, trust_code=False)
+        return under_test.run(progress), paper
 
     yield of
     assert not any(paper.open for paper in papers), "a worker was not ended"

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data import open_data, source
+from gradrun.data import open_data
 from gradrun.data.source import Batch, Data
 
 ROOT = Path(__file__).parent.parent
@@ -167,7 +167,7 @@ def test_an_array_comes_back_bit_for_bit_and_again_and_from_any_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, window: int | None
 ) -> None:
     if window:
-        monkeypatch.setattr(source, "WINDOW_BYTES", window)
+        monkeypatch.setattr("gradrun.data.source.WINDOW_BYTES", window)
     rows = torch.from_numpy(ROWS)
     source = opened(stored(tmp_path, form))
     assert source.samples == 103
@@ -394,8 +394,8 @@ WATCHED = """
 import sys, time
 import torch
 from pathlib import Path
-from gradrun.config import ArraysData
-from gradrun.data_sources import open_data
+from gradrun.config.schema import ArraysData
+from gradrun.data import open_data
 
 def resident(field):
     lines = open("/proc/self/status").read().splitlines()

@@ -68,7 +68,9 @@ def test_a_cgroups_quota_limits_the_processors(
 def test_affinity_limits_the_processors_and_the_threads_of_a_run() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import torch; from gradrun import device; from gradrun.config.schema import RunSection\n"
+        "import torch\n"
+        "from gradrun.config.schema import RunSection\n"
+        "from gradrun.inference import device\n"
         "with device.prepared(RunSection(device='cpu')):\n"
         "    print(device.available_cpus(), torch.get_num_threads())\n"
     )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 WITHOUT = """\
 import sys
 sys.modules[sys.argv.pop(1)] = None
-from gradrun.cli import main
+from gradrun.cli.app import main
 main()
 """
 

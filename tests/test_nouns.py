@@ -81,7 +81,10 @@ def test_unknown_keys_are_passed_over():
 
 
 def test_a_record_needs_no_pydantic_to_be_read():
-    code = "import sys, gradrun.results.result, gradrun.comparison.protocol; print('pydantic' in sys.modules)"
+    code = (
+        "import sys, gradrun.results.result, gradrun.comparison.protocol\n"
+        "print('pydantic' in sys.modules)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent.parent,

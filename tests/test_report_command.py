@@ -254,7 +254,7 @@ def test_no_value_in_a_file_breaks_a_report(name: str, seed: int, tmp_path: Path
 
 def test_a_report_imports_no_torch(saved: Path) -> None:
     code = (
-        "import sys; from gradrun.cli import app\n"
+        "import sys; from gradrun.cli.app import app\n"
         "try: app(['report', 'runs/run', 'runs/comparison', '-o', 'out.md'])\n"
         "except SystemExit as end: assert end.code in (0, None), end.code\n"
         "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)"

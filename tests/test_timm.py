@@ -68,8 +68,8 @@ import torchvision
 from PIL import Image
 
 import gradrun
-from gradrun.config import ImagesData
-from gradrun.data_sources.preprocess import steps
+from gradrun.config.schema import ImagesData
+from gradrun.data.image_transforms import steps
 
 folder = Path(sys.argv[1])
 files = sorted(path for path in folder.rglob("*.*") if path.parent.name.isdigit())

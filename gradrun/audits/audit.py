@@ -19,6 +19,7 @@ from gradrun.audits import LOOKS, agreement, saved_tensors, torch_compile
 from gradrun.audits.target import Subject
 from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import located
+from gradrun.config.resolve import resolved, trusted
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
@@ -27,7 +28,6 @@ from gradrun.inference import device as machine
 from gradrun.inference.diagnosis import reason, refusal
 from gradrun.inference.meters import FORWARD_MEMORY, cpu_memory
 from gradrun.inference.module_state import state_kept
-from gradrun.jobs import resolved, trusted
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (

@@ -19,6 +19,7 @@ from gradrun.checks.git_worktree import checked_out
 from gradrun.comparison.protocol import Failure, Variant
 from gradrun.comparison.session import Compared, Progress, Session, sentence
 from gradrun.config.load import load_config, located
+from gradrun.config.resolve import resolved, trusted
 from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
 from gradrun.core.grad_mode import GradMode
@@ -26,7 +27,6 @@ from gradrun.core.version import __version__
 from gradrun.inference import device as machine
 from gradrun.inference.infer import infer
 from gradrun.inference.signals import Interruption
-from gradrun.jobs import resolved, trusted
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
 from gradrun.results.result import Measurement, Outcome, RunResult

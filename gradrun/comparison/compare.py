@@ -13,11 +13,11 @@ from typing import Any
 from gradrun.comparison.protocol import Variant
 from gradrun.comparison.session import Progress, Session, sentence
 from gradrun.config.load import load_config, located
+from gradrun.config.resolve import resolved, trusted
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
-from gradrun.jobs import resolved, trusted
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import Comparison, RunResult
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradrun.config.load import located
+from gradrun.config.resolve import resolved, trusted
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
@@ -26,7 +27,6 @@ from gradrun.inference.recovery import Rescue, numbers_apart
 from gradrun.inference.reordering import in_input_order
 from gradrun.inference.runner import Pass, Runner
 from gradrun.inference.signals import Interruption
-from gradrun.jobs import resolved, trusted
 from gradrun.models import class_names, load_model
 from gradrun.output.checkpointer import Keeper
 from gradrun.output.fingerprint import fingerprint

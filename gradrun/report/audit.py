@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.report import tables
+from gradrun.report import tables, wording
 from gradrun.report.comparison import words_text
 from gradrun.report.escaping import printable
 from gradrun.report.tables import Table
@@ -47,7 +47,7 @@ def show(result: RunResult, console: Console) -> None:
 
 
 def _headline(result: RunResult) -> Text:
-    told = printable(f"  {words.facts(result)}")
+    told = printable(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 

@@ -22,8 +22,8 @@ _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 
 def show(result: RunResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
-    mode = f"  {words.mode(result)}"
-    name, facts = printable(wording.model_name(result)), printable(f"  {words.facts(result)}")
+    mode = f"  {wording.mode(result)}"
+    name, facts = printable(wording.model_name(result)), printable(f"  {wording.facts(result)}")
     console.print()
     console.print(Text.assemble((name, "bold"), mode, (facts, "dim")))
     console.print()

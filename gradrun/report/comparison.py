@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.report import tables
+from gradrun.report import tables, wording
 from gradrun.report.escaping import printable
 from gradrun.report.tables import Table
 from gradrun.report.terminal import hanging, model_name, nearest
@@ -50,7 +50,7 @@ def show(result: RunResult, console: Console) -> None:
 
 
 def _headline(result: RunResult) -> Text:
-    told = printable(f"  {words.facts(result)}")
+    told = printable(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 

@@ -81,9 +81,9 @@ def _article(name: str, result: RunResult, salt: str) -> str:
     tone = _tone(result.status) if result.outcomes else ""
     parts = [
         f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>',
-        f"<h1>{_text(words.model_name(result))}</h1>",
+        f"<h1>{_text(wording.model_name(result))}</h1>",
         f'<p class="facts">{_text(about)}</p>',
-        f"<p{_class('verdict', tone)}>{_UNIT.sub('&nbsp;', _text(words.verdict(result)))}</p>",
+        f"<p{_class('verdict', tone)}>{_UNIT.sub('&nbsp;', _text(wording.verdict(result)))}</p>",
         *first,
         _list("Why", (f"<li>{_text(reason)}</li>" for reason in wording.reasons(result))),
         f'<div class="plots">\n{drawn}\n</div>' if drawn else "",

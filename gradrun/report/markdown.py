@@ -25,9 +25,10 @@ def text(results: Sequence[Named]) -> str:
         parts += ["### Side by side", *map(_table, side_by_side(results))]
     for name, result in results:
         figures = _figures(result)
+        title = ", ".join(_escaped(word) for word in (wording.model_name(result), name) if word)
         parts += [
-            f"### {', '.join(_escaped(word) for word in (words.model_name(result), name) if word)}",
-            f"**{_escaped(words.verdict(result))}**",
+            f"### {title}",
+            f"**{_escaped(wording.verdict(result))}**",
             *([_folded("Figures", figures)] if len(results) > 1 else figures),
             _folded("Machine", [_machine(result)]),
         ]

@@ -59,8 +59,8 @@ def _table(told: Table, width: int) -> RichTable:
 def _headline(result: RunResult) -> Text:
     return Text.assemble(
         (model_name(result), "bold"),
-        f"  {words.mode(result)}",
-        (printable(f"  {words.facts(result)}"), "dim"),
+        f"  {wording.mode(result)}",
+        (printable(f"  {wording.facts(result)}"), "dim"),
     )
 
 

@@ -54,7 +54,7 @@ class Net(nn.Module):
 _DRIVER = """\
 from tests.soak.kill import hurry
 hurry()
-from gradrun.cli import main
+from gradrun.cli.app import main
 main()
 """
 
@@ -141,7 +141,7 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    from gradrun import cli
+    from gradrun.cli import app
     from gradrun.inference import infer
     from gradrun.output import checkpointer
 
@@ -168,7 +168,7 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     told(checkpointer.Keeper, "commit", "commit", "run")
     told(checkpointer.Keeper, "close", "close", "end")
     sys.argv = ["gradrun", *words]
-    cli.main()
+    app.main()
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _preloaded() -> Iterator[None]:
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
     _processes.set_forkserver_preload(
-        ["torch", "gradrun.cli", "gradrun.inference.infer", "rich.table"]
+        ["torch", "gradrun.cli.app", "gradrun.inference.infer", "rich.table"]
     )
     try:
         yield

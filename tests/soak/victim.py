@@ -159,7 +159,7 @@ def _forget_peak() -> None:
 def _run(words: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
     from typer.testing import CliRunner
 
-    from gradrun.cli import app
+    from gradrun.cli.app import app
 
     _forget_peak()
     before, began = _peak(), time.monotonic()
@@ -192,7 +192,7 @@ def _warm_up() -> None:
     """Import what is imported late, so that no job is blamed for it."""
     from typer.testing import CliRunner
 
-    from gradrun.cli import app
+    from gradrun.cli.app import app
 
     with contextlib.suppress(ImportError):
         import matplotlib.pyplot  # noqa: F401 - makes a folder of its own at home
