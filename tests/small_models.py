@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported: no test re
 
 import torch
 
-from gradrun.models.pretrained import library
+from gradrun.core.optional import transformers_library
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 32
@@ -46,7 +46,9 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     vocab = folder / "vocab.txt"
     vocab.write_text("\n".join(tokens))
-    tokenizer = library("").BertTokenizerFast(str(vocab), **{"model_max_length": 64, **settings})
+    tokenizer = transformers_library("").BertTokenizerFast(
+        str(vocab), **{"model_max_length": 64, **settings}
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -54,7 +56,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
 def bert(kind: str = "BertModel", **settings: Any) -> Any:
     """A small BERT, in eval mode, of the seed's weights."""
     torch.manual_seed(0)
-    config = library("").BertConfig(
+    config = transformers_library("").BertConfig(
         **{
             "vocab_size": 250,
             "hidden_size": WIDTH,
@@ -65,7 +67,7 @@ def bert(kind: str = "BertModel", **settings: Any) -> Any:
             **settings,
         }
     )
-    return getattr(library(""), kind)(config).eval()
+    return getattr(transformers_library(""), kind)(config).eval()
 
 
 def save_bert(folder: Path, kind: str = "BertModel", **settings: Any) -> Any:

@@ -6,21 +6,13 @@ from typing import Any
 
 import pytest
 
-from gradrun.config.schema import RunConfig
 from gradrun.results.result import Measurement
 from gradrun.results.run_warnings import advice
-from tests.results import CONFIG, MACHINE, measurement
+from tests.results import MACHINE, measurement
 
-TRAINING = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"training": True})})
-EXPORTED = RunConfig.model_validate_json(
-    '{"model": {"source": "exported", "path": "m.pt2"},'
-    ' "data": {"source": "arrays", "path": "x.npy"}, "output": {"path": "out"}}'
-)
-
-
-def found(measured: Measurement, config: RunConfig = CONFIG, **machine: Any) -> dict[str, str]:
+def found(measured: Measurement, *, training: bool = False, **machine: Any) -> dict[str, str]:
     """The warnings by their code."""
-    warnings = advice(config, measured, MACHINE.replace(**machine))
+    warnings = advice(measured, MACHINE.replace(**machine), training=training)
     assert len({warning.code for warning in warnings}) == len(warnings)
     return {warning.code: warning.text for warning in warnings}
 

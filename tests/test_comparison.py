@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from gradrun.comparison import session
-from gradrun.comparison.protocol import Disturbance, Failure, Job, Report, Trial, Variant
+from gradrun.comparison.protocol import Failure, Job, Report, Trial, Variant
 from gradrun.comparison.session import Compared, Session, sentence
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Equivalence
+from gradrun.results.result import Disturbance, Equivalence
 from tests.results import CONFIG, MACHINE, MEMORY, PHASES, measurement
 
 QUIET, NOISY = Disturbance(), Disturbance(others=1.5)

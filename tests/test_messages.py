@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.comparison.protocol import Disturbance, Failure, Job, Marker, Report, Trial, Variant
-from gradrun.results.result import Equivalence
+from gradrun.comparison.protocol import Failure, Job, Marker, Report, Trial, Variant
+from gradrun.results.result import Disturbance, Equivalence
 from tests.results import MACHINE, MEMORY, PHASES
 
 JOB = Job(

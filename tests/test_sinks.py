@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from gradrun.config.schema import OutputSection
 from gradrun.output.formats import READERS, SINKS, Sink, npy, open_sink, sharded_writer, text_writer
 from gradrun.output.journal import Committed, Head, Kept
-from gradrun.output.readback import Fault, faults
+from gradrun.output.readback import faults
 from gradrun.output.transforms import UNNAMED, Named
+from gradrun.results.result import Fault
 
 SAMPLES, BATCH = 23, 5
 

@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 from gradrun.config.load import load_config
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.optional import transformers_library
 from gradrun.data import open_data
 from gradrun.data.source import Batch, place_in_input
 from gradrun.data.text import WINDOW_BATCHES, Texts
-from gradrun.models.pretrained import library
 from tests.small_models import save_bert, save_tokenizer, sentences, skewed
 
 LINES = skewed(300)
@@ -120,7 +120,7 @@ def test_padding_to_one_length_gives_rows_of_one_shape(folder: Path) -> None:
 @pytest.mark.parametrize("end", ["[SEP]", None])
 def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: str | None) -> None:
     made = save_tokenizer(folder / "unpadded")
-    plain = library("").PreTrainedTokenizerFast(
+    plain = transformers_library("").PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, unk_token="[UNK]", eos_token=end
     )
     assert plain.pad_token is None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradrun.core.record import Noun
-from gradrun.results.result import Environment, Equivalence, Memory, Phases
+from gradrun.results.result import Disturbance, Environment, Equivalence, Memory, Phases
 
 
 class Variant(Noun, frozen=True, kw_only=True):
@@ -58,17 +58,6 @@ class Trial(Noun, frozen=True, kw_only=True):
     batch_sizes: tuple[int, ...] = ()
     phases: Phases
     memory: Memory
-
-
-class Disturbance(Noun, frozen=True, kw_only=True):
-    """How much of the machine others took while the worker measured."""
-
-    steal: float = 0.0
-    """Share of the time that a hypervisor gave away."""
-    others: float = 0.0
-    """Processors that other processes kept busy."""
-    preemptions: float = 0.0
-    """Involuntary context switches a second."""
 
 
 class Report(Noun, frozen=True, kw_only=True):

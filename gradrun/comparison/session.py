@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
 
-from gradrun.comparison.protocol import Disturbance, Failure, Job, Report, Variant
+from gradrun.comparison.protocol import Failure, Job, Report, Variant
 from gradrun.comparison.worker import Worker
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
@@ -21,7 +21,14 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import count_text
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Comparison, Environment, Equivalence, Measurement, Warning
+from gradrun.results.result import (
+    Comparison,
+    Disturbance,
+    Environment,
+    Equivalence,
+    Measurement,
+    Warning,
+)
 
 STEAL, OTHERS = 0.02, 0.2
 """Shares of the machine's time and processors that others may take before a process is redone."""

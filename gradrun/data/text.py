@@ -19,10 +19,10 @@ import torch
 
 from gradrun.config.schema import TextData
 from gradrun.core.errors import ConfigError
+from gradrun.core.optional import opening, transformers_library
 from gradrun.core.suggest import suggest
 from gradrun.data.records import READERS, labels_in
 from gradrun.data.source import Batch, Data, by_position
-from gradrun.models.pretrained import library, opening
 from gradrun.results.result import Padding
 
 WINDOW_BATCHES = 16
@@ -234,7 +234,7 @@ class Texts:
 
 def _tokenizer(config: TextData) -> Any:
     place, revision = config.vocabulary
-    auto = library("data.tokenizer").AutoTokenizer
+    auto = transformers_library("data.tokenizer").AutoTokenizer
     with opening(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False

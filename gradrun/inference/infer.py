@@ -77,6 +77,8 @@ def infer(
     config = resolved(config, overrides)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
+    training = bool(getattr(config.model, "training", False))
+
     with Interruption() as interruption, located(config), machine.prepared(config.run) as device:
         folder = RunFolder(
             config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
@@ -125,7 +127,7 @@ def infer(
                     *runner.warnings,
                     *_told_of_files(folder, sink, runner.rescue, outputs, apart),
                     # What to do about figures is no help with a run that did not come to its end.
-                    *(() if gathered.stopped else advice(config, measured, environment)),
+                    *(() if gathered.stopped else advice(measured, environment, training=training)),
                 ),
             )
             if gathered.stopped:

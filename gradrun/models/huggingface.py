@@ -13,7 +13,7 @@ from torch import nn
 
 from gradrun.config.schema import HuggingFaceModel
 from gradrun.core.errors import ConfigError
-from gradrun.models.pretrained import NEEDS_TRUST, library, opening
+from gradrun.core.optional import NEEDS_TRUST, opening, transformers_library
 
 _KEY = "model.path"
 _LISTED = 4
@@ -21,7 +21,7 @@ _LISTED = 4
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
     """The model, which is data: code and pickles of its folder are for those who trust it."""
-    transformers = library(_KEY)
+    transformers = transformers_library(_KEY)
     auto = getattr(transformers, config.auto_class)
     settings: dict[str, Any] = {
         "revision": config.revision or "main",

@@ -10,7 +10,6 @@ import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,19 +19,10 @@ from gradrun.core import files
 from gradrun.core.errors import GradrunError
 from gradrun.core.optional import library
 from gradrun.output.journal import Committed, Kept
+from gradrun.results.result import Fault
 
 _MOST_HEADER = 100_000_000
 """Bytes that the format allows a header of a .safetensors file."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A range that is not what the journal says."""
-
-    start: int
-    stop: int
-    file: str
-    what: str
 
 
 class _DamagedError(Exception):

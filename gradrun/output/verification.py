@@ -11,8 +11,9 @@ from typing import Any
 
 from gradrun.core.errors import ConfigError
 from gradrun.output import journal
-from gradrun.output.readback import Fault, faults
+from gradrun.output.readback import faults
 from gradrun.output.run_folder import JOURNAL
+from gradrun.results.result import Fault
 
 
 @dataclass(frozen=True)

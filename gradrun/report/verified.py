@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from gradrun.core.units import count_text
-from gradrun.output.readback import Fault
 from gradrun.report.escaping import printable
 from gradrun.report.terminal import hanging, nearest
+from gradrun.results.result import Fault
 
 _SHOWN = 20
 

@@ -6,6 +6,7 @@ Raw figures only; every statistic is computed from them. Knows no torch and no t
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -192,6 +193,17 @@ class Equivalence(Noun, frozen=True, kw_only=True):
     """The first module whose output differs, as "path (Type)"."""
     compared: bool = True
     """Whether the two ran a sample in common; if not, they are not equal, and that says nothing."""
+
+
+class Disturbance(Noun, frozen=True, kw_only=True):
+    """How much of the machine others took while the worker measured."""
+
+    steal: float = 0.0
+    """Share of the time that a hypervisor gave away."""
+    others: float = 0.0
+    """Processors that other processes kept busy."""
+    preemptions: float = 0.0
+    """Involuntary context switches a second."""
 
 
 Severity = Literal["error", "warning", "info"]
@@ -409,3 +421,13 @@ class ModeFacts(Noun, frozen=True, kw_only=True):
     def differing(self) -> tuple[Fact, ...]:
         """The facts that are not as expected."""
         return tuple(fact for fact in self.facts if not fact.holds)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A committed range whose files are missing or changed."""
+
+    start: int
+    stop: int
+    file: str
+    what: str

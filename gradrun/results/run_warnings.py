@@ -5,7 +5,6 @@ Knows results; each warning has a code and says what to do.
 
 from __future__ import annotations
 
-from gradrun.config.schema import RunConfig
 from gradrun.core.units import count_text
 from gradrun.results.result import Environment, Measurement, Warning
 
@@ -13,7 +12,7 @@ _SPREAD = 2.0
 _P99_BATCHES = 100
 
 
-def advice(config: RunConfig, measured: Measurement, machine: Environment) -> list[Warning]:
+def advice(measured: Measurement, machine: Environment, *, training: bool) -> list[Warning]:
     """The warnings that one measurement of a run deserves."""
     found: list[Warning] = []
 
@@ -41,7 +40,7 @@ def advice(config: RunConfig, measured: Measurement, machine: Environment) -> li
             f"{machine.threads} threads share {count_text(machine.cpus, 'processor')}; "
             "run.threads: auto takes as many as there are",
         )
-    if getattr(config.model, "training", False):
+    if training:
         warn(
             "training_mode",
             "model.training is on: dropout and batch norm work as in training, so predictions "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradrun.comparison.protocol import Disturbance
+from gradrun.results.result import Disturbance
 
 
 class Watch:
