@@ -13,7 +13,7 @@ from gradrun.core.version import __version__ as __version__
 if TYPE_CHECKING:
     from gradrun import modes
     from gradrun.audits.audit import audit
-    from gradrun.audits.mode_behavior import prove_modes
+    from gradrun.audits.mode_behavior import mode_behavior
     from gradrun.checks.check import check
     from gradrun.comparison.compare import compare
     from gradrun.config.load import load_config
@@ -39,8 +39,8 @@ __all__ = [
     "compare",
     "infer",
     "load_config",
+    "mode_behavior",
     "modes",
-    "prove_modes",
     "verify",
 ]
 
@@ -50,7 +50,7 @@ _HOMES = {
     "audit": "audits.audit",
     "check": "checks.check",
     "verify": "output.verification",
-    "prove_modes": "audits.mode_behavior",
+    "mode_behavior": "audits.mode_behavior",
     "Comparison": "results.result",
     "load_config": "config.load",
     "GradMode": "core.grad_mode",

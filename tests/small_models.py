@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported: no test re
 
 import torch
 
-from gradrun.core.optional import transformers_library
+from gradrun.core.optional import import_transformers
 
 ROOT = Path(__file__).parent.parent
 WIDTH = 32
@@ -46,7 +46,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     vocab = folder / "vocab.txt"
     vocab.write_text("\n".join(tokens))
-    tokenizer = transformers_library("").BertTokenizerFast(
+    tokenizer = import_transformers("").BertTokenizerFast(
         str(vocab), **{"model_max_length": 64, **settings}
     )
     tokenizer.save_pretrained(folder)
@@ -56,7 +56,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
 def bert(kind: str = "BertModel", **settings: Any) -> Any:
     """A small BERT, in eval mode, of the seed's weights."""
     torch.manual_seed(0)
-    config = transformers_library("").BertConfig(
+    config = import_transformers("").BertConfig(
         **{
             "vocab_size": 250,
             "hidden_size": WIDTH,
@@ -67,7 +67,7 @@ def bert(kind: str = "BertModel", **settings: Any) -> Any:
             **settings,
         }
     )
-    return getattr(transformers_library(""), kind)(config).eval()
+    return getattr(import_transformers(""), kind)(config).eval()
 
 
 def save_bert(folder: Path, kind: str = "BertModel", **settings: Any) -> Any:

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from gradrun.results.result import Measurement
-from gradrun.results.run_warnings import advice
+from gradrun.results.run_warnings import run_warnings
 from tests.results import MACHINE, measurement
+
 
 def found(measured: Measurement, *, training: bool = False, **machine: Any) -> dict[str, str]:
     """The warnings by their code."""
-    warnings = advice(measured, MACHINE.replace(**machine), training=training)
+    warnings = run_warnings(measured, MACHINE.replace(**machine), training=training)
     assert len({warning.code for warning in warnings}) == len(warnings)
     return {warning.code: warning.text for warning in warnings}
 
@@ -61,13 +62,11 @@ def test_more_threads_than_processors_are_told_on_the_cpu(
     assert not warned or "run.threads: auto" in warnings["too_many_threads"]
 
 
-@pytest.mark.parametrize(
-    ("config", "warned"), [(TRAINING, True), (CONFIG, False), (EXPORTED, False)]
-)
-def test_training_mode_is_told(config: RunConfig, warned: bool) -> None:
-    assert ("training_mode" in found(measurement(), config)) is warned
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_reported(training: bool) -> None:
+    assert ("training_mode" in found(measurement(), training=training)) is training
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
-    warnings = found(times(9.0, batches=50), TRAINING, threads=4)
+    warnings = found(times(9.0, batches=50), training=True, threads=4)
     assert list(warnings) == ["few_batches", "unsteady", "too_many_threads", "training_mode"]

@@ -16,7 +16,7 @@ from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.results.result import Finding, RunResult
-from gradrun.results.safety import errors_in, failed, leanest, verdict
+from gradrun.results.safety import errors_in, has_errors, lowest_memory_safe_mode, verdict
 from tests.conftest import ROOT, Command
 
 PLANTED = ROOT / "tests" / "planted.py"
@@ -194,7 +194,7 @@ def test_a_mode_in_which_the_model_fails_is_not_safe_and_the_others_go_on(audite
     assert "grad() at" in fails[0].text
     assert str(PLANTED) in fails[0].text
     assert [m.mode for m in result.measurements] == [GRAD]
-    best = leanest(result)
+    best = lowest_memory_safe_mode(result)
     assert best is not None
     assert best.mode is GRAD
     assert verdict(result).startswith("Run it in grad")
@@ -218,9 +218,9 @@ def test_dropout_that_the_config_asks_for_is_a_warning(audited: Any) -> None:
 
 def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
     result = audited("MakesParameter")
-    assert failed(result)
+    assert has_errors(result)
     assert [len(errors_in(result, mode)) for mode in ALL] == [0, 0, 1]
-    best = leanest(result)
+    best = lowest_memory_safe_mode(result)
     assert best is not None
     assert best.mode is NO_GRAD
     assert "Not in inference_mode: 1 error" in verdict(result)
@@ -314,8 +314,8 @@ def test_what_modules_keep_sums_to_what_the_meter_calls_retained(
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_zoo_has_no_error(zoo: dict[str, RunResult], name: str) -> None:
-    assert not failed(zoo[name]), zoo[name].findings
-    best = leanest(zoo[name])
+    assert not has_errors(zoo[name]), zoo[name].findings
+    best = lowest_memory_safe_mode(zoo[name])
     assert best is not None
     assert best.mode is INFERENCE
 
@@ -393,7 +393,7 @@ def test_on_cuda_the_modes_are_audited_too(tmp_path: Path) -> None:
         output={"path": str(tmp_path / "o")},
     )
     assert torch.device(result.environment.device).type == "cuda"
-    assert not failed(result)
+    assert not has_errors(result)
 
 
 def test_a_model_that_fails_on_a_later_batch_is_a_sentence(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from rich.cells import cell_len
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.report.audit import show
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH
-from gradrun.results.result import Equivalence, Finding, Kept, Memory, RunResult
+from gradrun.results.result import Equivalence, Finding, Memory, RunResult, SavedForBackward
 from tests.reporting import EVIL, assert_golden, printed, without_style
 from tests.results import CONFIG, MEMORY, measurement, run_result
 
@@ -55,9 +55,9 @@ def audit(**changes: Any) -> RunResult:
         "measurements": (GRAD, NO_GRAD, INFERENCE),
         "equivalence": SAME,
         "kept": (
-            Kept(module="encoder.layers.0 (Block)", bytes=6 * MIB),
-            Kept(module="(the model) (Net)", bytes=MIB),
-            Kept(module="(outputs)", bytes=MIB),
+            SavedForBackward(module="encoder.layers.0 (Block)", bytes=6 * MIB),
+            SavedForBackward(module="(the model) (Net)", bytes=MIB),
+            SavedForBackward(module="(outputs)", bytes=MIB),
         ),
         "files": (),
     }
@@ -92,9 +92,11 @@ RESULTS = {
         ),
         kept=(),
     ),
-    "elsewhere": audit(kept=(Kept(module="encoder.layers.0 (Block)", bytes=6 * MIB),)),
+    "elsewhere": audit(kept=(SavedForBackward(module="encoder.layers.0 (Block)", bytes=6 * MIB),)),
     "many": audit(
-        kept=tuple(Kept(module=f"layers.{i} (Block)", bytes=MIB // 2) for i in range(16))
+        kept=tuple(
+            SavedForBackward(module=f"layers.{i} (Block)", bytes=MIB // 2) for i in range(16)
+        )
     ),
 }
 
@@ -108,7 +110,9 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
-    result = RESULTS[name].replace(kept=(Kept(module="a." * 60 + "b (Block)", bytes=8 * MIB),))
+    result = RESULTS[name].replace(
+        kept=(SavedForBackward(module="a." * 60 + "b (Block)", bytes=8 * MIB),)
+    )
     assert max(map(cell_len, printed(show, result, width).splitlines())) <= width
 
 
@@ -164,7 +168,7 @@ def test_only_a_terminal_gets_colour() -> None:
         audit(findings=(finding("error", text=EVIL),)),
         audit(findings=(finding("error", advice=EVIL),)),
         audit(findings=(finding("error", source=f"{EVIL}:3"),)),
-        audit(kept=(Kept(module=EVIL, bytes=3),)),
+        audit(kept=(SavedForBackward(module=EVIL, bytes=3),)),
         audit(config=PATH | {"output": {"path": EVIL}}),
         audit(config=PATH | {"model": {"source": "python", "target": f"{EVIL}:Net"}}),
     ],
@@ -172,5 +176,5 @@ def test_only_a_terminal_gets_colour() -> None:
 )
 def test_no_name_can_drive_the_terminal(result: RunResult, terminal: bool) -> None:
     text = without_style(printed(show, result, 300, terminal=terminal))
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     assert "[bold red]x" in text, "markup is text like any other"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gradrun.core import files
 from gradrun.output.formats import sharded_writer
-from gradrun.output.formats.jsonl import JsonlSink
+from gradrun.output.formats.jsonl import JsonlWriter
 from gradrun.results.result import RunResult
 
 ROOT = Path(__file__).parent.parent
@@ -492,7 +492,7 @@ def test_ctrl_c_leaves_the_predictions_so_far_and_shows_the_tables(kind):
 
 
 def test_ctrl_c_between_a_write_and_its_count_keeps_both_in_step(cli, monkeypatch):
-    write = JsonlSink.write
+    write = JsonlWriter.write
     calls = iter(range(100))
 
     def interrupted_after(*words):
@@ -500,7 +500,7 @@ def test_ctrl_c_between_a_write_and_its_count_keeps_both_in_step(cli, monkeypatc
         if next(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(JsonlSink, "write", interrupted_after)
+    monkeypatch.setattr(JsonlWriter, "write", interrupted_after)
     data, right = doubles(100)
     net = model("pass")
     answer = cli("infer", config(data, net), "--trust-code", "--set", "output.format=jsonl")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradrun.config.limits import Bound, bytes_bound, number_bound, share
+from gradrun.config.limits import Limit, bytes_bound, number_bound, percentage
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from gradrun.config.limits import Bound, bytes_bound, number_bound, share
     ],
 )
 def test_bytes_have_units(text, value):
-    assert bytes_bound(text) == Bound(value, at_least=False)
+    assert bytes_bound(text) == Limit(value, at_least=False)
 
 
 @pytest.mark.parametrize("text", ["", "60 MoB", ">= 1 MiB", "-1", "1 %", "MiB", "1 mib", "1e3e3"])
@@ -32,31 +32,31 @@ def test_what_is_no_limit_of_bytes_says_how_one_is_written(text):
 
 
 def test_numbers_say_from_which_side():
-    assert number_bound(">= 0.97") == Bound(0.97, at_least=True)
-    assert number_bound("<=1e-3") == Bound(0.001, at_least=False)
+    assert number_bound(">= 0.97") == Limit(0.97, at_least=True)
+    assert number_bound("<=1e-3") == Limit(0.001, at_least=False)
     for text in ("0.97", "> 1", ">= 1 MiB", ">= x", ""):
         with pytest.raises(ValueError, match="is written"):
             number_bound(text)
 
 
 def test_shares_take_a_percent_sign():
-    assert share("5%") == 0.05
-    assert share(" 0.5 % ") == 0.005
+    assert percentage("5%") == 0.05
+    assert percentage(" 0.5 % ") == 0.005
     for text in ("5", "-5%", "0.05", "%"):
         with pytest.raises(ValueError, match="5%"):
-            share(text)
+            percentage(text)
 
 
 @pytest.mark.parametrize(
     ("bound", "low", "high", "status"),
     [
-        (Bound(1.05, at_least=False), 0.9, 1.05, "pass"),
-        (Bound(1.05, at_least=False), 1.04, 1.06, "inconclusive"),
-        (Bound(1.05, at_least=False), 1.0501, 1.06, "fail"),
-        (Bound(1.0, at_least=True), 1.0, 1.2, "pass"),
-        (Bound(1.0, at_least=True), 0.9, 1.2, "inconclusive"),
-        (Bound(1.0, at_least=True), 0.9, 0.99, "fail"),
-        (Bound(1.0, at_least=True), 0.0, float("inf"), "inconclusive"),
+        (Limit(1.05, at_least=False), 0.9, 1.05, "pass"),
+        (Limit(1.05, at_least=False), 1.04, 1.06, "inconclusive"),
+        (Limit(1.05, at_least=False), 1.0501, 1.06, "fail"),
+        (Limit(1.0, at_least=True), 1.0, 1.2, "pass"),
+        (Limit(1.0, at_least=True), 0.9, 1.2, "inconclusive"),
+        (Limit(1.0, at_least=True), 0.9, 0.99, "fail"),
+        (Limit(1.0, at_least=True), 0.0, float("inf"), "inconclusive"),
     ],
 )
 def test_an_interval_decides_only_where_all_of_it_does(bound, low, high, status):

@@ -348,10 +348,13 @@ def test_validate_tells_the_errors_of_all_files_and_writes_nothing(cli):
 def test_validate_gives_the_resolved_config_as_json(cli, tmp_path):
     answer = cli("validate", "c.yaml", "--json", "-", "--set", "run.seed=3")
     checked = json.loads(answer.out)["c.yaml"]
-    resolved = checked["config"]
+    resolve_config = checked["config"]
     assert checked["valid"] is True
-    assert resolved["run"]["seed"] == 3
-    assert resolved["output"] == resolved["output"] | {"path": f"{tmp_path}/out", "format": "npy"}
+    assert resolve_config["run"]["seed"] == 3
+    assert resolve_config["output"] == resolve_config["output"] | {
+        "path": f"{tmp_path}/out",
+        "format": "npy",
+    }
     assert answer.err == "c.yaml: valid (weights and shapes are checked by infer)\n"
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import gradrun
 from gradrun.comparison import session
-from gradrun.comparison.session import Compared
+from gradrun.comparison.session import SessionData
 from gradrun.core.errors import ConfigError
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import RunResult
@@ -57,14 +57,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     """No worker runs; the result has one row a variant."""
     found = Asked([])
 
-    def run(session: Any, progress: Any = None) -> Compared:
+    def run(session: Any, progress: Any = None) -> SessionData:
         found.sessions.append(session)
         measured = [
             measurement(5, last=4, variant=v.name, mode=v.config["run"]["mode"], process=process)
             for v in session.variants
             for process in range(2)
         ]
-        return Compared(
+        return SessionData(
             measurements=measured,
             comparisons=compare_measured(measured, 0.01),
             environment=MACHINE,

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from gradrun.comparison import session
-from gradrun.comparison.protocol import Failure, Job, Report, Trial, Variant
-from gradrun.comparison.session import Compared, Session, sentence
+from gradrun.comparison.protocol import Failure, Job, Variant, VariantMeasurement, WorkerReport
+from gradrun.comparison.session import Session, SessionData, sentence
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Disturbance, Equivalence
+from gradrun.results.result import Equivalence, SystemNoise
 from tests.results import CONFIG, MACHINE, MEMORY, PHASES, measurement
 
-QUIET, NOISY = Disturbance(), Disturbance(others=1.5)
+QUIET, NOISY = SystemNoise(), SystemNoise(others=1.5)
 
 
 def variant(name: str) -> Variant:
@@ -30,7 +30,7 @@ def variant(name: str) -> Variant:
 class Paper:
     """Workers whose reports are made by a function of the job; each takes two seconds."""
 
-    answer: Callable[[Job, int], Report]
+    answer: Callable[[Job, int], WorkerReport]
     now: float = 100.0
     jobs: list[Job] = field(default_factory=list)
     open: int = 0
@@ -55,7 +55,7 @@ class Paper:
             def __exit__(self, *_: object) -> None:
                 paper.open -= 1
 
-            def report(self, timeout: float) -> Report:
+            def report(self, timeout: float) -> WorkerReport:
                 paper.now += 2.0
                 return paper.answer(job, self.number)
 
@@ -66,8 +66,8 @@ class Paper:
         return [job for job in self.jobs if job.kind == "time"]
 
 
-def trial(name: str, seconds: float, **memory: Any) -> Trial:
-    return Trial(
+def trial(name: str, seconds: float, **memory: Any) -> VariantMeasurement:
+    return VariantMeasurement(
         variant=name,
         batch_seconds=(seconds,) * 5,
         batch_sizes=(4,) * 5,
@@ -76,11 +76,11 @@ def trial(name: str, seconds: float, **memory: Any) -> Trial:
     )
 
 
-def all_well(job: Job, number: int, **changes: Any) -> Report:
+def all_well(job: Job, number: int, **changes: Any) -> WorkerReport:
     """grad takes 1.3 ms, a mode after it 1 ms, and the ratio shifts a little by process."""
     if job.kind == "weigh":
         peak = {"process_peak": 1000 + ord(job.variants[0].name[0]), "process_method": "VmHWM"}
-        return Report(trials=(trial(job.variants[0].name, 0.0, **peak),))
+        return WorkerReport(trials=(trial(job.variants[0].name, 0.0, **peak),))
     shift = changes.pop("shift", 0.001) * (number % 2)
     trials = tuple(
         trial(v.name, (0.0013 if v.name == "grad" else 0.001) * (1 + shift * (v.name != "grad")))
@@ -92,10 +92,10 @@ def all_well(job: Job, number: int, **changes: Any) -> Report:
         for v in job.variants[1:]
     )
     given = {"trials": trials, "equivalence": agreed, "environment": MACHINE}
-    return Report(**(given | changes))
+    return WorkerReport(**(given | changes))
 
 
-Run = Callable[..., tuple[Compared, Paper]]
+Run = Callable[..., tuple[SessionData, Paper]]
 
 
 @pytest.fixture
@@ -103,11 +103,11 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     papers: list[Paper] = []
 
     def of(
-        answer: Callable[[Job, int], Report] = all_well,
+        answer: Callable[[Job, int], WorkerReport] = all_well,
         modes: tuple[str, ...] = ("grad", "no_grad", "inference_mode"),
         progress: Any = None,
         **measure: Any,
-    ) -> tuple[Compared, Paper]:
+    ) -> tuple[SessionData, Paper]:
         paper = Paper(answer)
         papers.append(paper)
         monkeypatch.setattr(session, "Worker", paper.worker)
@@ -121,7 +121,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     assert not any(paper.open for paper in papers), "a worker was not ended"
 
 
-def processes_of(found: Compared, name: str) -> list[int]:
+def processes_of(found: SessionData, name: str) -> list[int]:
     return [m.process for m in found.measurements if m.variant == name]
 
 
@@ -156,7 +156,7 @@ def test_more_processes_are_started_until_the_interval_is_narrow_enough(run: Run
     assert found.warnings == []
 
 
-def near_the_edge(job: Job, number: int) -> Report:
+def near_the_edge(job: Job, number: int) -> WorkerReport:
     """no_grad is slower by 0 % and by 1.4 % in turn: neither the same nor different after five."""
     report = all_well(job, number)
     if job.kind == "weigh":
@@ -218,7 +218,7 @@ def test_time_is_taken_in_one_process_at_a_time(run: Run) -> None:
 
 
 def test_memory_that_differs_between_processes_is_a_warning(run: Run) -> None:
-    def drifting(job: Job, number: int) -> Report:
+    def drifting(job: Job, number: int) -> WorkerReport:
         report = all_well(job, number)
         if job.kind == "weigh":
             return report
@@ -234,8 +234,8 @@ def test_memory_that_differs_between_processes_is_a_warning(run: Run) -> None:
 # --- processes that were disturbed -------------------------------------------------------------
 
 
-def disturbed_at(*numbers: int, noise: Disturbance = NOISY) -> Callable[[Job, int], Report]:
-    def answer(job: Job, number: int) -> Report:
+def disturbed_at(*numbers: int, noise: SystemNoise = NOISY) -> Callable[[Job, int], WorkerReport]:
+    def answer(job: Job, number: int) -> WorkerReport:
         here = noise if number in numbers else QUIET
         if job.kind == "weigh":
             return all_well(job, number)
@@ -248,8 +248,8 @@ def disturbed_at(*numbers: int, noise: Disturbance = NOISY) -> Callable[[Job, in
     return answer
 
 
-@pytest.mark.parametrize("noise", [NOISY, Disturbance(steal=0.1), Disturbance(preemptions=500)])
-def test_a_disturbed_process_is_done_again_and_told(run: Run, noise: Disturbance) -> None:
+@pytest.mark.parametrize("noise", [NOISY, SystemNoise(steal=0.1), SystemNoise(preemptions=500)])
+def test_a_disturbed_process_is_done_again_and_told(run: Run, noise: SystemNoise) -> None:
     found, paper = run(disturbed_at(0, 2, noise=noise))
     assert len(paper.timed) == 7
     assert processes_of(found, "grad") == [1, 3, 4, 5, 6]
@@ -259,10 +259,10 @@ def test_a_disturbed_process_is_done_again_and_told(run: Run, noise: Disturbance
     assert warning.text.startswith("2 processes measured again")
 
 
-def slow_at(*numbers: int, times: float) -> Callable[[Job, int], Report]:
+def slow_at(*numbers: int, times: float) -> Callable[[Job, int], WorkerReport]:
     """Processes in which every variant takes longer, though no counter tells why."""
 
-    def answer(job: Job, number: int) -> Report:
+    def answer(job: Job, number: int) -> WorkerReport:
         report = all_well(job, number)
         if job.kind != "time" or number not in numbers:
             return report
@@ -292,7 +292,7 @@ def test_a_process_that_was_a_little_slower_counts(run: Run) -> None:
 
 def test_a_little_noise_is_no_disturbance(run: Run) -> None:
     _, paper = run(
-        disturbed_at(*range(5), noise=Disturbance(others=0.1, steal=0.01, preemptions=20))
+        disturbed_at(*range(5), noise=SystemNoise(others=0.1, steal=0.01, preemptions=20))
     )
     assert len(paper.timed) == 5
 
@@ -307,14 +307,14 @@ def test_on_a_machine_that_is_never_quiet_it_goes_on_all_the_same(run: Run) -> N
 # --- variants that fail ------------------------------------------------------------------------
 
 
-def failing(name: str, kind: str = "weigh", **failure: Any) -> Callable[[Job, int], Report]:
+def failing(name: str, kind: str = "weigh", **failure: Any) -> Callable[[Job, int], WorkerReport]:
     """`name` fails in weighing, or in the third process, which gives no other report."""
 
-    def answer(job: Job, number: int) -> Report:
+    def answer(job: Job, number: int) -> WorkerReport:
         hit = name in [v.name for v in job.variants] or not name
         if hit and job.kind == kind and (kind == "weigh" or number > 1):
             given = {"variant": name, "batch": 3, "error": "was killed by SIGKILL"}
-            return Report(failures=(Failure(**(given | failure)),))
+            return WorkerReport(failures=(Failure(**(given | failure)),))
         return all_well(job, number)
 
     return answer
@@ -358,10 +358,10 @@ def test_a_worker_that_died_before_any_variant_ends_the_comparison(run: Run) -> 
 
 
 def test_a_config_that_no_variant_can_run_is_the_configs_error(run: Run) -> None:
-    def refused(job: Job, number: int) -> Report:
+    def refused(job: Job, number: int) -> WorkerReport:
         name = job.variants[0].name
         failure = Failure(variant=name, batch=0, error="wrong shape", config_key="data.inputs")
-        return Report(failures=(failure,))
+        return WorkerReport(failures=(failure,))
 
     with pytest.raises(ConfigError, match="wrong shape") as caught:
         run(refused)

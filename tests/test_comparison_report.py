@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gradrun.report.comparison import show
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, Measurement, Memory, RunResult, Warning
@@ -234,7 +234,7 @@ def test_no_figure_of_the_table_is_more_exact_than_its_interval() -> None:
 def test_a_pipe_gets_plain_text(name: str) -> None:
     text = shown(RESULTS[name])
     assert "\x1b" not in text
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
 
 
 def test_only_a_terminal_gets_colour() -> None:
@@ -268,5 +268,5 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
 )
 def test_no_name_can_drive_the_terminal(result: RunResult, terminal: bool) -> None:
     text = re.sub(r"\x1b\[[\d;]*m", "", shown(result, 300, terminal=terminal))
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     assert "[bold red]x" in text, "markup is text like any other"

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gradrun.config.schema import RunConfig
-from gradrun.config.validation_errors import complaint, suggest
+from gradrun.config.validation_errors import config_issue, suggest
 
 GOOD: dict[str, Any] = {
     "model": {"source": "layers", "layers": ["ReLU"]},
@@ -25,7 +25,7 @@ def complaints(**sections: Any) -> set[tuple[str, str, bool]]:
     data = GOOD | sections
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate_json(json.dumps(data))
-    found = [complaint(problem, data) for problem in caught.value.errors()]
+    found = [config_issue(problem, data) for problem in caught.value.errors()]
     return {(".".join(map(str, one.key)), one.text, one.about_key) for one in found}
 
 
@@ -101,7 +101,7 @@ def test_a_missing_section_is_a_missing_key():
     data = {key: value for key, value in GOOD.items() if key != "output"}
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate_json(json.dumps(data))
-    found = complaint(caught.value.errors()[0], data)
+    found = config_issue(caught.value.errors()[0], data)
     assert (found.key, found.text) == (("output",), "is missing")
 
 

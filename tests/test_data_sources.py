@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
-from gradrun.data.source import Batch, Data
+from gradrun.data.source import Batch, BatchSource
 
 ROOT = Path(__file__).parent.parent
 
 
-def data(source: str, seed: int = 0, **keys: Any) -> Data:
+def data(source: str, seed: int = 0, **keys: Any) -> BatchSource:
     keys = {"source": source, **keys}
     config = TypeAdapter(DataConfig).validate_json(json.dumps(keys, default=str))
     return open_data(config, seed)
@@ -156,7 +156,7 @@ def stored(folder: Path, form: str, rows: np.ndarray = ROWS) -> Path:
 FORMS = ("npy", "stored", "compressed", "safetensors")
 
 
-def opened(path: Path, batch_size: int = 10, **spec: Any) -> Data:
+def opened(path: Path, batch_size: int = 10, **spec: Any) -> BatchSource:
     key = {} if path.suffix == ".npy" else {"key": "rows"}
     return data("arrays", path=path, inputs={"x": key | spec}, batch_size=batch_size)
 
@@ -167,7 +167,7 @@ def test_an_array_comes_back_bit_for_bit_and_again_and_from_any_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, window: int | None
 ) -> None:
     if window:
-        monkeypatch.setattr("gradrun.data.source.WINDOW_BYTES", window)
+        monkeypatch.setattr("gradrun.data.source.CHUNK_BYTES", window)
     rows = torch.from_numpy(ROWS)
     source = opened(stored(tmp_path, form))
     assert source.samples == 103
@@ -446,7 +446,7 @@ def test_opening_reads_no_rows(tmp_path: Path) -> None:
 # --- records -----------------------------------------------------------------------------------
 
 
-def records(path: Path, text: str | bytes, columns: list[str], **keys: Any) -> Data:
+def records(path: Path, text: str | bytes, columns: list[str], **keys: Any) -> BatchSource:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     spec = {"columns": columns} | keys.pop("spec", {})
     return data("records", path=path, inputs={"x": spec}, **keys)

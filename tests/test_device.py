@@ -71,7 +71,7 @@ def test_affinity_limits_the_processors_and_the_threads_of_a_run() -> None:
         "import torch\n"
         "from gradrun.config.schema import RunSection\n"
         "from gradrun.inference import device\n"
-        "with device.prepared(RunSection(device='cpu')):\n"
+        "with device.device_context(RunSection(device='cpu')):\n"
         "    print(device.available_cpus(), torch.get_num_threads())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
@@ -134,7 +134,7 @@ def test_a_run_gives_back_what_it_changed(fails: bool, warn_only: bool | None) -
         torch.use_deterministic_algorithms(warn_only is not None, warn_only=bool(warn_only))
         before = settings()
         try:
-            with device.prepared(ASKED) as prepared:
+            with device.device_context(ASKED) as prepared:
                 assert prepared == torch.device("cpu")
                 assert torch.get_num_threads() == CPUS + 1
                 assert torch.are_deterministic_algorithms_enabled()
@@ -150,14 +150,14 @@ def test_a_run_gives_back_what_it_changed(fails: bool, warn_only: bool | None) -
 
 def test_threads_are_as_many_as_there_are_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_cpus", lambda: CPUS + 2)
-    with device.prepared(RunSection(device="cpu")):
+    with device.device_context(RunSection(device="cpu")):
         assert torch.get_num_threads() == CPUS + 2
         assert device.environment(torch.device("cpu")).threads == CPUS + 2
 
 
 def test_the_seed_makes_random_weights_repeat() -> None:
     def weights(seed: int) -> list[float]:
-        with device.prepared(RunSection(device="cpu", seed=seed)):
+        with device.device_context(RunSection(device="cpu", seed=seed)):
             return torch.nn.Linear(4, 4).weight.flatten().tolist()
 
     torch.manual_seed(99)
@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there_changes_nothing(monkeypatch: pytest.MonkeyPa
     before = settings()
     with (
         pytest.raises(ConfigError),
-        device.prepared(RunSection(device="cuda", threads=CPUS + 1, seed=5)),
+        device.device_context(RunSection(device="cuda", threads=CPUS + 1, seed=5)),
     ):
         pytest.fail("there is no such device")
     assert settings() == before
@@ -193,12 +193,12 @@ def test_a_run_on_cuda_gives_back_its_random_numbers_too() -> None:
     torch.rand(1, device="cuda")
     before, current = torch.cuda.get_rng_state().tolist(), torch.cuda.current_device()
     last = f"cuda:{torch.cuda.device_count() - 1}"
-    with device.prepared(RunSection(device=last, seed=5)) as prepared:
+    with device.device_context(RunSection(device=last, seed=5)) as prepared:
         assert torch.cuda.current_device() == prepared.index
         drawn = torch.rand(8, device=prepared).tolist()
     assert torch.cuda.get_rng_state().tolist() == before
     assert torch.cuda.current_device() == current
-    with device.prepared(RunSection(device=last, seed=5)) as prepared:
+    with device.device_context(RunSection(device=last, seed=5)) as prepared:
         assert torch.rand(8, device=prepared).tolist() == drawn
 
 
@@ -206,7 +206,7 @@ def test_a_run_on_cuda_gives_back_its_random_numbers_too() -> None:
 def test_a_run_on_the_cpu_leaves_the_gpus_random_numbers() -> None:
     torch.rand(1, device="cuda")
     before = torch.cuda.get_rng_state().tolist()
-    with device.prepared(RunSection(device="cpu", seed=5)):
+    with device.device_context(RunSection(device="cpu", seed=5)):
         pass
     assert torch.cuda.get_rng_state().tolist() == before
 

@@ -62,4 +62,4 @@ def test_a_checksum_is_of_the_stretch_asked_for(file: int, begin: int, end: int)
 
 def test_beyond_the_end_there_is_nothing(file: int) -> None:
     files.write_all(file, b"abc")
-    assert b"".join(files.pieces(file, 1, 100)) == b"bc"
+    assert b"".join(files.read_chunks(file, 1, 100)) == b"bc"

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
-from gradrun.comparison.equivalence import equivalence, first_difference
+from gradrun.comparison.equivalence import equivalence, first_differing_module
 from gradrun.config.schema import RunConfig
 from gradrun.data.source import Batch
 from gradrun.modes import grad_mode
@@ -34,7 +34,7 @@ def config(mode: str, **measure: float) -> RunConfig:
 
 
 @dataclass
-class Side:
+class ComparableModel:
     """A variant as divergence.py sees it."""
 
     name: str
@@ -53,14 +53,14 @@ class Side:
 
 def sides(
     model: nn.Module, *modes: str, shape: tuple[int, ...] = (4, 4), **measure: float
-) -> tuple[Side, Side]:
+) -> tuple[ComparableModel, ComparableModel]:
     torch.manual_seed(7)
     size = shape[0]
     batches = [Batch((torch.randn(shape),), {}, size, range(at, at + size)) for at in (0, size)]
     one, other = modes or ("grad", "inference_mode")
     return (
-        Side(one, model.eval(), config(one, **measure), batches),
-        Side(other, model.eval(), config(other, **measure), batches),
+        ComparableModel(one, model.eval(), config(one, **measure), batches),
+        ComparableModel(other, model.eval(), config(other, **measure), batches),
     )
 
 
@@ -97,7 +97,7 @@ def test_a_difference_is_told_with_its_size_and_its_first_module() -> None:
     assert not found.bitwise
     assert not found.equal
     assert found.max_abs_diff == pytest.approx(0.5, rel=1e-6)
-    assert first_difference(*sides(model)) == "1.1 (InGrad)"
+    assert first_differing_module(*sides(model)) == "1.1 (InGrad)"
 
 
 @pytest.mark.parametrize(("tolerance", "equal"), [(1e-2, True), (1e-4, False)])
@@ -203,10 +203,10 @@ def test_no_hook_is_left_behind() -> None:
         return len(torch_module._global_forward_hooks)
 
     before = hooks()
-    assert first_difference(*sides(off_by(1.0)))
+    assert first_differing_module(*sides(off_by(1.0)))
     broken = sides(nn.Linear(4, 4), shape=(4, 3))
     with pytest.raises(RuntimeError):
-        first_difference(*broken)
+        first_differing_module(*broken)
     assert hooks() == before
 
 
@@ -221,11 +221,11 @@ def test_a_module_that_one_side_does_not_call_is_passed_over() -> None:
                 return self.last(self.careful(x + 1.0))
             return self.last(x)
 
-    assert first_difference(*sides(Skips())) == "last (Identity)"
+    assert first_differing_module(*sides(Skips())) == "last (Identity)"
 
 
 def test_a_model_that_is_itself_the_difference_is_called_the_model() -> None:
-    assert first_difference(*sides(off_by(1.0))) == "(the model) (InGrad)"
+    assert first_differing_module(*sides(off_by(1.0))) == "(the model) (InGrad)"
 
 
 def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> None:
@@ -242,7 +242,7 @@ def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> N
 # --- batches of different sizes ----------------------------------------------------------------
 
 
-def in_batches(side: Side, *sizes: int) -> Side:
+def in_batches(side: ComparableModel, *sizes: int) -> ComparableModel:
     """The same samples, cut otherwise."""
     whole = torch.cat([batch.args[0] for batch in side.batches])
     ends = list(itertools.accumulate(sizes))
@@ -250,7 +250,7 @@ def in_batches(side: Side, *sizes: int) -> Side:
         Batch((whole[end - size : end],), {}, size, range(end - size, end))
         for size, end in zip(sizes, ends, strict=True)
     ]
-    return Side(side.name, side.model, side.config, batches)
+    return ComparableModel(side.name, side.model, side.config, batches)
 
 
 def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
@@ -264,7 +264,7 @@ def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
 def test_sides_without_a_common_sample_are_not_called_the_same() -> None:
     one, other = sides(nn.Linear(4, 3), "no_grad", "no_grad")
     strangers = [batch._replace(ids=[f"x{n}" for n in batch.ids]) for batch in other.batches]
-    found = equivalence(one, Side(other.name, other.model, other.config, strangers))
+    found = equivalence(one, ComparableModel(other.name, other.model, other.config, strangers))
     assert (found.compared, found.equal, found.bitwise) == (False, False, False)
     assert found.first_module is None
     assert outputs_text(found) == "no common sample"

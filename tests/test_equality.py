@@ -409,7 +409,7 @@ def test_reading_ahead_changes_no_bit(
     }
     threads = []
     monkeypatch.setattr(
-        runner, "read_ahead", lambda *given: threads.append(1) or prefetch.read_ahead(*given)
+        runner, "prefetch", lambda *given: threads.append(1) or prefetch.prefetch(*given)
     )
     expected = loop(files.by_hand("layers"), files.batches(), "inference_mode")
     for worth, used in ((float("inf"), 0), (0.0, 1)):

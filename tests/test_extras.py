@@ -53,10 +53,10 @@ def config(case: str, folder: Path) -> dict[str, Any]:
 def test_a_missing_library_is_one_sentence_that_says_what_to_install(
     tmp_path: Path, case: str
 ) -> None:
-    library = case.split()[0]
+    import_optional = case.split()[0]
     (tmp_path / "c.yaml").write_text(json.dumps(config(case, tmp_path)))
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, library, "infer", "c.yaml"],
+        [sys.executable, "-c", WITHOUT, import_optional, "infer", "c.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
@@ -65,7 +65,7 @@ def test_a_missing_library_is_one_sentence_that_says_what_to_install(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    package, extra = EXTRAS[library]
+    package, extra = EXTRAS[import_optional]
     assert f"needs {package}; pip install 'gradrun[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

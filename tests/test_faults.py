@@ -23,7 +23,7 @@ def test_whatever_befalls_a_run_its_journal_is_true_and_a_resume_ends_it(
     tmp_path: Path, form: str
 ) -> None:
     with faults.commits_at_every_batch():
-        trial = faults.Trial(form, tmp_path.resolve())
+        trial = faults.VariantMeasurement(form, tmp_path.resolve())
         met = set()
         for fault, at, which, name in faults.cases(trial, STRIDE, seed=0):
             try:
@@ -38,6 +38,6 @@ def test_the_calls_it_lets_fail_are_those_that_a_run_makes(tmp_path: Path) -> No
     met: set[str] = set()
     with faults.commits_at_every_batch():
         for form in faults.FORMATS:
-            trial = faults.Trial(form, tmp_path.resolve() / form)
+            trial = faults.VariantMeasurement(form, tmp_path.resolve() / form)
             met.update(*map(trial.calls, trial.before))
     assert met == {*faults.CALLS}

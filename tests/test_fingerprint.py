@@ -11,7 +11,7 @@ import pytest
 
 from gradrun.config.load import load_config
 from gradrun.output.fingerprint import differences, fingerprint
-from gradrun.output.journal import Head
+from gradrun.output.journal import JournalHeader
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "x.npy"
 
 
-def head(source: Path, samples: int = 10, **changes: Any) -> Head:
+def head(source: Path, samples: int = 10, **changes: Any) -> JournalHeader:
     config = {
         "model": {"source": "zoo", "name": "mlp"},
         "data": {"source": "arrays", "path": str(source)},
@@ -83,7 +83,7 @@ def test_time_and_size_count_too(source: Path) -> None:
 def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("class Net: pass\n")
 
-    def now() -> Head:
+    def now() -> JournalHeader:
         config = {
             "model": {"source": "python", "target": f"{tmp_path / 'net.py'}:Net"},
             "data": {"source": "synthetic", "inputs": {"x": {"shape": [1]}}, "samples": 2},
@@ -99,4 +99,6 @@ def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
 
 def test_it_is_the_same_after_it_was_written_and_read(source: Path) -> None:
     before = head(source)
-    assert differences(Head.model_validate_json(before.model_dump_json()), head(source)) == []
+    assert (
+        differences(JournalHeader.model_validate_json(before.model_dump_json()), head(source)) == []
+    )

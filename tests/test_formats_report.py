@@ -17,7 +17,7 @@ import pytest
 from rich.cells import cell_len
 
 from gradrun import report
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import plots
 from gradrun.results.ratios import recomputed
 from gradrun.results.result import Comparison, Metric, RunResult
@@ -191,7 +191,7 @@ def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
     tags = Tags(page).found
     assert not {"script", "img", "iframe", "link", "a", "object", "image"} & {t for t, _ in tags}
     assert not [a for _, attributes in tags for a in attributes if a.startswith("on")]
-    assert printable(page) == page
+    assert escape_control_chars(page) == page
     assert "&lt;script&gt;" in page
     for _, attributes in tags:
         for name, value in attributes.items():
@@ -204,7 +204,7 @@ def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
 def test_no_name_is_markdown(kind: str) -> None:
     text = report.written([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
     plain = re.sub(r"\\.", "", text)
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     ours = re.sub(r"</?(details|summary)>|<!-- -->", "", plain)
     assert not re.search(r"[<`]", ours)
     assert "](" not in ours
@@ -220,12 +220,12 @@ def test_no_name_is_markdown(kind: str) -> None:
 def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     evil = [(f"={NASTY}", hostile(kind)), ("@b", hostile(kind))]
     text = report.written(evil, "csv")
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     for row in csv.reader(io.StringIO(text)):
         assert len(row) == 16
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(report.show, evil, 120), printed(report.show, evil[:1], 120)):
-        assert printable(console) == console
+        assert escape_control_chars(console) == console
     json.loads(report.written(evil, "json"))
 
 

@@ -17,7 +17,7 @@ import torch
 
 import gradrun
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import transformers_library
+from gradrun.core.optional import import_transformers
 from tests.conftest import Command
 from tests.small_models import (
     CLASSES,
@@ -80,7 +80,7 @@ def test_each_head_gives_its_logits(
     gradrun.infer(asked)
     found = np.load(tmp_path / "out/predictions.npy")
     assert found.shape == (40, *shape)
-    tokenizer = transformers_library("").AutoTokenizer.from_pretrained(tmp_path / "bert")
+    tokenizer = import_transformers("").AutoTokenizer.from_pretrained(tmp_path / "bert")
     given = tokenizer(sentences(40), padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model(**given).logits
@@ -91,8 +91,8 @@ def test_each_head_gives_its_logits(
 def test_an_image_classifier_takes_arrays(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vit = transformers_library("").ViTForImageClassification(
-        transformers_library("").ViTConfig(
+    vit = import_transformers("").ViTForImageClassification(
+        import_transformers("").ViTConfig(
             **small, intermediate_size=32, image_size=16, patch_size=8
         )
     )
@@ -125,7 +125,7 @@ def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
     asked = config(folder, tmp_path / "out")
     asked["data"] |= {"path": str(tmp_path / "t.txt"), "group_by_length": grouped}
     gradrun.infer(asked)
-    tokenizer = transformers_library("").AutoTokenizer.from_pretrained(folder / "bert")
+    tokenizer = import_transformers("").AutoTokenizer.from_pretrained(folder / "bert")
     expected = []
     for begin in range(0, 200, 8):
         given = tokenizer(

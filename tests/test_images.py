@@ -20,11 +20,11 @@ import gradrun
 from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import load_config
 from gradrun.config.schema import ImagesData
-from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleFault
+from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.data import open_data
 from gradrun.data.image_transforms import Steps, steps
-from gradrun.data.source import Data
-from gradrun.output.formats import SINKS
+from gradrun.data.source import BatchSource
+from gradrun.output.formats import WRITERS
 from gradrun.results.result import RunResult
 from tests.pictures import BROKEN, DIGITS, LABELS, lay_out
 
@@ -33,7 +33,7 @@ def section(path: Path, **changes: Any) -> ImagesData:
     return ImagesData.model_validate({"source": "images", "path": path, "batch_size": 8} | changes)
 
 
-def opened(path: Path, **changes: Any) -> Data:
+def opened(path: Path, **changes: Any) -> BatchSource:
     return open_data(section(path, **changes), seed=0)
 
 
@@ -141,7 +141,7 @@ def test_names_that_are_no_utf8_come_out_of_every_sink(tmp_path: Path) -> None:
     lay_out(tmp_path / "odd", 3, {})
     (tmp_path / "odd" / name).write_bytes(next((tmp_path / "odd").rglob("*.png")).read_bytes())
     (tmp_path / "odd" / "4" / "gone.png").symlink_to(tmp_path / "nowhere")
-    for form in SINKS:
+    for form in WRITERS:
         result = infer(tmp_path / "odd", tmp_path / form, output={"format": form})
         assert result.predictions == 5
     assert "\\udcff" in (tmp_path / "jsonl" / "predictions.jsonl").read_text()
@@ -305,9 +305,9 @@ def test_a_fault_is_an_exception_that_no_batch_hides(tmp_path: Path) -> None:
     picture(tmp_path / "a.png", 4, 4)
     (tmp_path / "b.png").touch()
     (batch,) = opened(tmp_path).batches()
-    with pytest.raises(SampleFault, match=r"b\.png"):
+    with pytest.raises(SampleError, match=r"b\.png"):
         batch.check()
-    batch.picked([0]).check()
+    batch.select([0]).check()
 
 
 # --- what is done to a picture -----------------------------------------------------------------

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from gradrun.core.errors import Interrupted
-from gradrun.inference.signals import Interruption
+from gradrun.inference.signals import GracefulShutdown
 from tests.conftest import ROOT
 
 BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -20,7 +20,7 @@ BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signa
 @BOTH
 def test_the_first_raises_where_it_is_heard(number: int, code: int) -> None:
     before = signal.getsignal(number)
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
         assert interruption.exit_code == code
@@ -30,9 +30,9 @@ def test_the_first_raises_where_it_is_heard(number: int, code: int) -> None:
 @BOTH
 def test_what_must_be_whole_is_ended_first(number: int, code: int) -> None:
     done = []
-    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with interruption.waits():
-            with interruption.waits():
+    with GracefulShutdown() as interruption, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with interruption.deferred():
+            with interruption.deferred():
                 os.kill(os.getpid(), number)
                 done.append("inner")
             done.append("outer")
@@ -45,7 +45,7 @@ def test_what_must_be_whole_is_ended_first(number: int, code: int) -> None:
 def test_one_that_nobody_caught_becomes_the_error_with_its_exit_code(
     number: int, code: int
 ) -> None:
-    with pytest.raises(Interrupted) as ended, Interruption():
+    with pytest.raises(Interrupted) as ended, GracefulShutdown():
         os.kill(os.getpid(), number)
     assert ended.value.exit_code == code
 
@@ -71,7 +71,7 @@ def test_handlers_of_the_callers_own_stay() -> None:
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        with Interruption():
+        with GracefulShutdown():
             os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -83,7 +83,7 @@ def test_in_another_thread_it_does_nothing() -> None:
 
     def work() -> None:
         try:
-            with Interruption() as interruption, interruption.waits():
+            with GracefulShutdown() as interruption, interruption.deferred():
                 pass
         except BaseException as error:
             failed.append(error)

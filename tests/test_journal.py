@@ -10,15 +10,15 @@ import pytest
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
 from gradrun.output import journal
-from gradrun.output.journal import Committed, Head, Journal
+from gradrun.output.journal import CommittedRange, Journal, JournalHeader
 
-HEAD = Head(gradrun="0.1.0", samples=100, config={"run": {"seed": 0}}, files={})
+HEAD = JournalHeader(gradrun="0.1.0", samples=100, config={"run": {"seed": 0}}, files={})
 
 
-def commits(*stops: int) -> list[Committed]:
+def commits(*stops: int) -> list[CommittedRange]:
     starts = [0, *stops[:-1]][: len(stops)]
     return [
-        Committed(start=start, stop=stop, files={"predictions.npy": start * 7})
+        CommittedRange(start=start, stop=stop, files={"predictions.npy": start * 7})
         for start, stop in zip(starts, stops, strict=True)
     ]
 
@@ -100,7 +100,7 @@ def test_a_resume_adds_behind_what_is_kept_and_drops_what_is_not(tmp_path: Path)
     kept = journal.read(path).without_part_of_a_batch(8)
     assert kept.stop == 8, "30 is the middle of a batch of 8"
     again = Journal(path, HEAD, kept)
-    again.add([Committed(start=8, stop=16, files={})])
+    again.add([CommittedRange(start=8, stop=16, files={})])
     again.close()
     found = journal.read(path)
     assert [c.stop for c in found.commits] == [8, 16]
@@ -122,7 +122,7 @@ def test_a_line_that_could_not_be_synced_is_taken_back(
 
     monkeypatch.setattr(files, "sync", refuse)
     with pytest.raises(OSError, match="Input/output"):
-        lines.add([Committed(start=10, stop=20, files={})])
+        lines.add([CommittedRange(start=10, stop=20, files={})])
     lines.close()
     assert journal.read(lines.path).stop == 10
 

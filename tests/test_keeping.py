@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gradrun.output import checkpointer
-from gradrun.output.checkpointer import Keeper
-from gradrun.output.journal import Committed
+from gradrun.output.checkpointer import Checkpointer
+from gradrun.output.journal import CommittedRange
 
 
 @dataclass
@@ -27,17 +27,21 @@ class Paper:
         if what == self.fails:
             raise OSError(5, "Input/output error")
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         self._do("commit")
         return self._range()
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         self._do("close")
         return self._range()
 
-    def _range(self) -> list[Committed]:
+    def _range(self) -> list[CommittedRange]:
         start, self.told = self.told, self.written
-        return [Committed(start=start, stop=self.written, files={})] if self.written > start else []
+        return (
+            [CommittedRange(start=start, stop=self.written, files={})]
+            if self.written > start
+            else []
+        )
 
     @property
     def journal(self) -> Any:
@@ -54,8 +58,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def keeper(paper: Paper, row_bytes: int = 4) -> Keeper:
-    return Keeper(paper, paper.journal, batch_size=4, row_bytes=row_bytes)
+def keeper(paper: Paper, row_bytes: int = 4) -> Checkpointer:
+    return Checkpointer(paper, paper.journal, batch_size=4, row_bytes=row_bytes)
 
 
 def test_nothing_is_committed_before_a_second_has_gone(now: SimpleNamespace) -> None:
@@ -110,7 +114,7 @@ def test_on_a_slow_disk_commits_come_less_often(now: SimpleNamespace) -> None:
     assert paper.said[:1] == ["commit"], "a tenth of a second is a hundredth of ten"
 
 
-def _takes(now: SimpleNamespace, seconds: float) -> list[Committed]:
+def _takes(now: SimpleNamespace, seconds: float) -> list[CommittedRange]:
     now.seconds += seconds
     return []
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.comparison.protocol import Failure, Job, Marker, Report, Trial, Variant
-from gradrun.results.result import Disturbance, Equivalence
+from gradrun.comparison.protocol import (
+    Failure,
+    Job,
+    Marker,
+    Variant,
+    VariantMeasurement,
+    WorkerReport,
+)
+from gradrun.results.result import Equivalence, SystemNoise
 from tests.results import MACHINE, MEMORY, PHASES
 
 JOB = Job(
@@ -19,9 +26,9 @@ JOB = Job(
     trust_code=True,
     marker="/tmp/marker",
 )
-REPORT = Report(
+REPORT = WorkerReport(
     trials=(
-        Trial(
+        VariantMeasurement(
             variant="grad",
             batch_seconds=(0.1 + 0.2, 1e-5),
             batch_sizes=(8, 8),
@@ -40,7 +47,7 @@ REPORT = Report(
         ),
     ),
     failures=(Failure(variant="no_grad", batch=3, error="ValueError: größer\n\x00", details="…"),),
-    disturbance=Disturbance(steal=0.01, others=1.5, preemptions=20.0),
+    disturbance=SystemNoise(steal=0.01, others=1.5, preemptions=20.0),
     environment=MACHINE,
 )
 
@@ -50,7 +57,7 @@ def test_a_job_arrives_as_it_was_sent() -> None:
 
 
 def test_a_report_arrives_as_it_was_sent_to_the_last_bit() -> None:
-    assert Report.from_json(REPORT.to_json()) == REPORT
+    assert WorkerReport.from_json(REPORT.to_json()) == REPORT
 
 
 def test_a_message_cannot_be_changed_on_its_way() -> None:

@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accur
 
 import gradrun
 from gradrun.core.errors import ConfigError, Interrupted
-from gradrun.output.formats import READERS, SINKS
+from gradrun.output.formats import READERS, WRITERS
 from gradrun.results.result import RunResult
 from tests.conftest import Command
 
@@ -59,7 +59,7 @@ ALL = [
 ]
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("transform", ["none", "softmax"])
 def test_metrics_of_scores_are_those_of_scikit_learn(
     config: dict[str, Any], form: str, transform: str
@@ -80,10 +80,10 @@ def test_metrics_of_scores_are_those_of_scikit_learn(
 
 
 def test_every_sink_is_read_back() -> None:
-    assert READERS.keys() == SINKS.keys()
+    assert READERS.keys() == WRITERS.keys()
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_metrics_of_the_likeliest_class_alone(config: dict[str, Any], form: str) -> None:
     output = {"transform": "argmax", "format": form}
     found = values(gradrun.infer(config, output=output, metrics=["accuracy", "f1"]))
@@ -104,7 +104,7 @@ def test_metrics_of_the_likeliest_few(config: dict[str, Any]) -> None:
     assert found == pytest.approx(right, abs=1e-6)
 
 
-class Named(torch.nn.Module):
+class Outputs(torch.nn.Module):
     """Gives back its input as the scores of classes, of which one is called nothing."""
 
     class_names = ("", "1", "2", "3+", "d", "e", "f")
@@ -116,7 +116,7 @@ class Named(torch.nn.Module):
 TRANSFORMS = ("none", "softmax", "argmax", "classify", "topk")
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_scores_that_are_no_numbers_are_wrong_however_they_are_kept(
     config: dict[str, Any], tmp_path: Path, form: str
 ) -> None:
@@ -175,7 +175,7 @@ def test_labels_may_be_of_any_type_of_number(
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, CHOSEN), abs=1e-6)
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, form: str) -> None:
     spoiled = SCORES.copy()
     spoiled[::9] = np.nan

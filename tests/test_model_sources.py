@@ -19,7 +19,7 @@ import gradrun
 from gradrun.config.schema import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.models import load_model
 from gradrun.modes import grad_mode
 
@@ -412,7 +412,7 @@ def test_weights_from_a_file_reach_every_source_that_builds(mine: Path, source: 
 def refusal_of(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         module(*args, **kwargs)
-    return str(refusal(module, args, kwargs, caught.value, GradMode.GRAD))
+    return str(explain_first_batch_failure(module, args, kwargs, caught.value, GradMode.GRAD))
 
 
 def test_a_refusal_names_both_shapes_and_the_module() -> None:
@@ -454,7 +454,7 @@ def test_a_refusal_of_a_file_names_the_input_and_what_was_wanted(
 
 def test_a_refusal_for_want_of_memory_asks_for_a_smaller_batch() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore")
-    found = refusal(nn.ReLU(), (X,), {}, error, GradMode.NO_GRAD)
+    found = explain_first_batch_failure(nn.ReLU(), (X,), {}, error, GradMode.NO_GRAD)
     assert found.key == "data.batch_size"
     assert "choose a smaller batch" in str(found)
     assert "more" not in str(found).split("(")[1]
@@ -499,11 +499,11 @@ def test_a_backward_inside_the_model_is_told_with_mode_line_and_what_to_do(
     module = GoingBack(way)
     error = error_of(module, mode)
     line = WAYS_BACK[way].__code__.co_firstlineno
-    text = reason(error, mode)
+    text = describe_model_error(error, mode)
     assert text.startswith(f"{way}() at {__file__}:{line} has nothing to go back through: ")
     assert f"the model ran in {mode}, which records nothing" in text
     assert f"choose run.mode=grad, {instead} that part of the model" in text
-    refused = refusal(module, (X,), {}, error, mode)
+    refused = explain_first_batch_failure(module, (X,), {}, error, mode)
     assert (str(refused), refused.key) == (text, "run.mode")
 
 
@@ -515,7 +515,7 @@ def test_the_way_out_that_it_names_is_one() -> None:
 
     with torch.no_grad():
         assert Enabled("backward")(X).shape == (5, 2)
-    assert "inference_mode" in reason(
+    assert "inference_mode" in describe_model_error(
         error_of(Enabled("backward"), GradMode.INFERENCE_MODE), GradMode.INFERENCE_MODE
     )
 
@@ -528,8 +528,12 @@ def test_a_backward_that_fails_in_grad_is_no_fault_of_the_mode() -> None:
 
     error = error_of(Frozen("backward"), GradMode.GRAD)
     line = WAYS_BACK["backward"].__code__.co_firstlineno
-    assert reason(error, GradMode.GRAD) == f"RuntimeError: {error} ({__file__}:{line})"
-    assert "refuses the input" in str(refusal(Frozen("grad"), (X,), {}, error, GradMode.GRAD))
+    assert (
+        describe_model_error(error, GradMode.GRAD) == f"RuntimeError: {error} ({__file__}:{line})"
+    )
+    assert "refuses the input" in str(
+        explain_first_batch_failure(Frozen("grad"), (X,), {}, error, GradMode.GRAD)
+    )
 
 
 def test_a_backward_of_torchscript_has_no_line_of_python() -> None:
@@ -540,7 +544,9 @@ def test_a_backward_of_torchscript_has_no_line_of_python() -> None:
 
     error = error_of(torch.jit.script(Scripted()), GradMode.NO_GRAD)
     error.__traceback__ = None
-    assert reason(error, GradMode.NO_GRAD).startswith("backward() has nothing to go back through")
+    assert describe_model_error(error, GradMode.NO_GRAD).startswith(
+        "backward() has nothing to go back through"
+    )
 
 
 def test_the_first_line_of_an_error_is_never_empty() -> None:
@@ -579,8 +585,8 @@ def test_torchscript_that_writes_files_needs_trust(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="uses save, which reaches beyond the model"):
         model("torchscript", path=str(tmp_path / "m.pt"))
     assert not marker.exists()
-    trusted = model("torchscript", path=str(tmp_path / "m.pt"), trust_code=True)
-    trusted(torch.ones(1))
+    is_trusted = model("torchscript", path=str(tmp_path / "m.pt"), trust_code=True)
+    is_trusted(torch.ones(1))
     assert marker.exists(), "the attack is real"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gradrun.audits import behavior
-from gradrun.audits.behavior.probe import same
+from gradrun.audits.behavior.probe import in_all_modes
 from gradrun.results.result import ModeFacts
 from tests.conftest import Command
 
@@ -27,7 +27,7 @@ def one_topic(monkeypatch: pytest.MonkeyPatch) -> None:
 def wrong(monkeypatch: pytest.MonkeyPatch, one_topic: None) -> None:
     """Claim of one question what is not so in inference mode."""
     first, *others = behavior.TOPICS[TOPIC]
-    claimed = dataclasses.replace(first, expected=same("works"))
+    claimed = dataclasses.replace(first, expected=in_all_modes("works"))
     monkeypatch.setattr(behavior, "TOPICS", {TOPIC: (claimed, *others)})
 
 

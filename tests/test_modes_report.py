@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.modes import show
 from gradrun.report.terminal import TABLE_WIDTH
 from gradrun.results.result import Fact, ModeFacts
@@ -194,7 +194,7 @@ def test_the_headline_names_torch_and_device() -> None:
 def test_a_pipe_gets_plain_text(name: str) -> None:
     text = shown(RESULTS[name])
     assert "\x1b" not in text
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
 
 
 def test_what_differs_is_red_on_a_terminal_and_marked_without_colour() -> None:
@@ -227,5 +227,5 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e"
 )
 def test_no_text_can_drive_the_terminal(result: ModeFacts, terminal: bool) -> None:
     text = re.sub(r"\x1b\[[\d;]*m", "", shown(result, 300, terminal=terminal))
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     assert "[bold red]x" in "".join(text.split("\n")), "markup is text like any other"

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradrun.core.record import Noun
+from gradrun.core.record import Record
 
 
-class Figures(Noun, frozen=True, kw_only=True):
+class Figures(Record, frozen=True, kw_only=True):
     floats: tuple[float, ...] = ()
     count: int = 0
     words: dict[str, str] | None = None

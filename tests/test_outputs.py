@@ -12,7 +12,14 @@ import torch
 
 from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
-from gradrun.output.transforms import NO_CLASS, UNNAMED, Named, Spelling, nonfinite_rows, reader
+from gradrun.output.transforms import (
+    DEFAULT_OUTPUT,
+    MISSING_CLASS,
+    ClassLabels,
+    Outputs,
+    nonfinite_rows,
+    output_selector,
+)
 
 SIZE = 4
 LOGITS = torch.randn(SIZE, 6, generator=torch.Generator().manual_seed(0))
@@ -20,7 +27,7 @@ OTHER = LOGITS[:, :2] * 2
 
 
 @dataclasses.dataclass
-class Data:
+class BatchSource:
     logits: torch.Tensor
     other: Any = None
 
@@ -30,8 +37,8 @@ class Pair(NamedTuple):
     other: torch.Tensor
 
 
-def kept(returned: Any, size: int = SIZE, **keys: Any) -> Named:
-    return reader(OutputSection(path=Path("x"), **keys))(returned, size)
+def kept(returned: Any, size: int = SIZE, **keys: Any) -> Outputs:
+    return output_selector(OutputSection(path=Path("x"), **keys))(returned, size)
 
 
 def refused(returned: Any, size: int = SIZE, **keys: Any) -> ConfigError:
@@ -43,18 +50,18 @@ def refused(returned: Any, size: int = SIZE, **keys: Any) -> ConfigError:
 @pytest.mark.parametrize(
     ("returned", "names"),
     [
-        (LOGITS, [UNNAMED]),
-        ((LOGITS,), [UNNAMED]),
-        ({"logits": LOGITS}, [UNNAMED]),
-        ({"logits": LOGITS, "cache": None, "flag": True}, [UNNAMED]),
-        (Data(LOGITS), [UNNAMED]),
+        (LOGITS, [DEFAULT_OUTPUT]),
+        ((LOGITS,), [DEFAULT_OUTPUT]),
+        ({"logits": LOGITS}, [DEFAULT_OUTPUT]),
+        ({"logits": LOGITS, "cache": None, "flag": True}, [DEFAULT_OUTPUT]),
+        (BatchSource(LOGITS), [DEFAULT_OUTPUT]),
         ((LOGITS, OTHER), ["0", "1"]),
         ([LOGITS, OTHER], ["0", "1"]),
         ({"logits": LOGITS, "other": OTHER}, ["logits", "other"]),
         ({7: LOGITS, 8: OTHER}, ["7", "8"]),
-        (Data(LOGITS, OTHER), ["logits", "other"]),
+        (BatchSource(LOGITS, OTHER), ["logits", "other"]),
         (Pair(LOGITS, OTHER), ["logits", "other"]),
-        (Data(LOGITS, (OTHER, {"deep": OTHER})), ["logits", "other.0", "other.1.deep"]),
+        (BatchSource(LOGITS, (OTHER, {"deep": OTHER})), ["logits", "other.0", "other.1.deep"]),
     ],
 )
 def test_every_tensor_in_a_nest_is_kept_under_its_path(returned: Any, names: list[str]) -> None:
@@ -66,7 +73,11 @@ def test_every_tensor_in_a_nest_is_kept_under_its_path(returned: Any, names: lis
 
 @pytest.mark.parametrize(
     ("select", "names"),
-    [(("other",), [UNNAMED]), (("states.1",), [UNNAMED]), (("states.0", "other"),) * 2],
+    [
+        (("other",), [DEFAULT_OUTPUT]),
+        (("states.1",), [DEFAULT_OUTPUT]),
+        (("states.0", "other"),) * 2,
+    ],
 )
 def test_select_keeps_the_outputs_it_names_in_its_order(
     select: tuple[str, ...], names: tuple[str, ...]
@@ -81,11 +92,11 @@ def test_select_keeps_the_outputs_it_names_in_its_order(
 def test_select_leaves_out_what_has_no_row_a_sample() -> None:
     returned = {"logits": LOGITS, "loss": torch.tensor(1.0), "weights": torch.ones(9, 2)}
     assert "shape [] for a batch of 4" in str(refused(returned))
-    assert torch.equal(kept(returned, select=("logits",))[UNNAMED], LOGITS)
+    assert torch.equal(kept(returned, select=("logits",))[DEFAULT_OUTPUT], LOGITS)
 
 
 def test_select_finds_a_single_tensor_by_its_position() -> None:
-    assert torch.equal(kept(LOGITS, select=("0",))[UNNAMED], LOGITS)
+    assert torch.equal(kept(LOGITS, select=("0",))[DEFAULT_OUTPUT], LOGITS)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
@@ -114,17 +125,17 @@ def test_a_sparse_output_is_refused() -> None:
 @pytest.mark.parametrize("name", ["../up", "a/b", "a\\b", "..", ".hidden", "a b", "x\0y"])
 def test_a_model_cannot_name_a_file_outside_the_folder(name: str) -> None:
     assert "no file name" in str(refused({name: LOGITS, "fine": OTHER}))
-    assert list(kept({name: LOGITS, "fine": OTHER}, select=("fine",))) == [UNNAMED]
+    assert list(kept({name: LOGITS, "fine": OTHER}, select=("fine",))) == [DEFAULT_OUTPUT]
 
 
 @pytest.mark.parametrize("dim", [-1, 1, 2, -2])
 def test_transforms_are_those_of_torch_over_the_dimension_named(dim: int) -> None:
     values = torch.randn(SIZE, 5, 7)
     assert torch.equal(
-        kept(values, transform="softmax", dim=dim)[UNNAMED], torch.softmax(values, dim)
+        kept(values, transform="softmax", dim=dim)[DEFAULT_OUTPUT], torch.softmax(values, dim)
     )
     assert torch.equal(
-        kept(values, transform="argmax", dim=dim)[UNNAMED], torch.argmax(values, dim)
+        kept(values, transform="argmax", dim=dim)[DEFAULT_OUTPUT], torch.argmax(values, dim)
     )
     best = torch.topk(values, 3, dim)
     found = kept(values, transform="topk", dim=dim, k=3)
@@ -137,8 +148,8 @@ def test_transforms_are_those_of_torch_over_the_dimension_named(dim: int) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scores_that_are_no_numbers_have_no_class(odd: float, dtype: torch.dtype) -> None:
     values = torch.tensor([[1.0, 2.0], [odd, 1.0], [-math.inf, 0.0]], dtype=dtype)
-    found = kept(values, size=3, transform="argmax")[UNNAMED]
-    assert found.tolist() == [1, NO_CLASS, 1], "a class may be ruled out by -inf"
+    found = kept(values, size=3, transform="argmax")[DEFAULT_OUTPUT]
+    assert found.tolist() == [1, MISSING_CLASS, 1], "a class may be ruled out by -inf"
     assert nonfinite_rows([found]) == 1
 
 
@@ -148,10 +159,10 @@ def test_classify_keeps_the_likeliest_class_and_its_probability() -> None:
     found = kept(LOGITS, transform="classify")
     assert torch.equal(found["class"], LOGITS.argmax(1))
     assert torch.equal(found["score"], LOGITS.softmax(1).amax(1))
-    called = Spelling(OutputSection(path=Path("x"), transform="classify"), ["cat", "dog"])
+    called = ClassLabels(OutputSection(path=Path("x"), transform="classify"), ["cat", "dog"])
     assert called.columns(["a.class", "a.score"]) == {"a.class": "a.label"}
     assert called.columns(["class", "score"]) == {"class": "label"}
-    assert called.spelled([1, NO_CLASS, 7]) == ["dog", "", "7"]
+    assert called.names_of([1, MISSING_CLASS, 7]) == ["dog", "", "7"]
 
 
 def test_transforms_apply_to_every_output() -> None:
@@ -195,8 +206,8 @@ MASK = torch.tensor([[int(i < length) for i in range(5)] for length in LENGTHS])
 
 
 def of_tokens(returned: Any, mask: torch.Tensor, *words: str) -> torch.Tensor:
-    read = reader(OutputSection(path=Path("x"), transform=words))
-    return read(returned, SIZE, {"attention_mask": mask})[UNNAMED]
+    read = output_selector(OutputSection(path=Path("x"), transform=words))
+    return read(returned, SIZE, {"attention_mask": mask})[DEFAULT_OUTPUT]
 
 
 def test_a_mean_is_over_the_tokens_that_are_no_padding() -> None:

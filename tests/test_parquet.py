@@ -19,9 +19,9 @@ import gradrun
 from gradrun.config.schema import RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
-from gradrun.data.source import Data
-from gradrun.output.formats.parquet import ParquetSink
-from gradrun.output.journal import Committed
+from gradrun.data.source import BatchSource
+from gradrun.output.formats.parquet import ParquetWriter
+from gradrun.output.journal import CommittedRange
 from tests.conftest import ROOT, Command
 
 ROWS = 50
@@ -33,7 +33,7 @@ TABLE = {
 }
 
 
-def opened(path: Path, **changes: Any) -> Data:
+def opened(path: Path, **changes: Any) -> BatchSource:
     given = {
         "source": "records",
         "path": path,
@@ -132,9 +132,9 @@ def test_ids_and_rows_go_on_behind_a_commit_of_part_of_a_part(tmp_path: Path) ->
     rows = torch.arange(40.0).reshape(20, 2)
     ids = [f'"{i}"\n' for i in range(20)]
 
-    def written(folder: Path, upto: int, kept: list[Committed]) -> list[Committed]:
+    def written(folder: Path, upto: int, kept: list[CommittedRange]) -> list[CommittedRange]:
         folder.mkdir(exist_ok=True)
-        sink = ParquetSink(folder, 20)
+        sink = ParquetWriter(folder, 20)
         sink.open({"prediction": rows[:1]}, kept)
         told = list(kept)
         for at in range(sink.written, upto, 4):

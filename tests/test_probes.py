@@ -16,8 +16,8 @@ import torch
 
 from gradrun.audits import behavior
 from gradrun.audits.behavior import compiled, prove
-from gradrun.audits.behavior.probe import BLOCKS, Probe, Untried, outcome, same
-from gradrun.audits.mode_behavior import prove_modes
+from gradrun.audits.behavior.probe import BLOCKS, Probe, Unavailable, in_all_modes, outcome
+from gradrun.audits.mode_behavior import mode_behavior
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
@@ -61,7 +61,7 @@ def test_a_claim_holds_on_this_torch(facts: tuple[Fact, ...], topic: str, asked:
 
 @pytest.mark.cuda
 def test_every_claim_holds_on_a_gpu() -> None:
-    assert not prove_modes("cuda").differing
+    assert not mode_behavior("cuda").differing
 
 
 def test_facts_come_in_the_order_of_the_table_each_with_its_reason(
@@ -180,7 +180,7 @@ def test_a_wrong_claim_differs_and_no_other(
     monkeypatch: pytest.MonkeyPatch, facts: tuple[Fact, ...], quick: None
 ) -> None:
     topic = "r after the block"
-    wrong = dataclasses.replace(QUICK[topic][0], expected=same("works"))
+    wrong = dataclasses.replace(QUICK[topic][0], expected=in_all_modes("works"))
     monkeypatch.setitem(QUICK, topic, (wrong, *QUICK[topic][1:]))
     proven = ModeFacts(gradrun="0", environment=MACHINE, facts=prove(CPU))
     (found,) = proven.differing
@@ -213,7 +213,7 @@ def test_an_error_that_says_something_else_is_not_the_expected_one() -> None:
 
 def test_what_cannot_be_tried_is_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     def ask(mode: GradMode, device: torch.device) -> str:
-        raise Untried("there is none here")
+        raise Unavailable("there is none here")
 
     only(monkeypatch, probe(ask=ask))
     (fact,) = prove(CPU)
@@ -311,7 +311,7 @@ def test_a_torch_that_cannot_compile_says_so_and_differs_in_nothing(
 
 
 def test_json_holds_every_fact_and_is_read_back(quick: None) -> None:
-    proven = prove_modes("cpu")
+    proven = mode_behavior("cpu")
     assert ModeFacts.from_json(proven.to_json()) == proven
     assert proven.environment.torch == torch.__version__
     assert proven.environment.device == "cpu"
@@ -326,4 +326,4 @@ def test_a_device_that_is_not_there_is_an_error_before_anything_runs(
 ) -> None:
     only(monkeypatch, probe(ask=lambda mode, device: pytest.fail("it ran")))
     with pytest.raises(ConfigError, match=r"there is no (device '|cuda:99 here)"):
-        prove_modes(name)
+        mode_behavior(name)

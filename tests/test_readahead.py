@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from gradrun.core.errors import ConfigError
-from gradrun.data import prefetch
-from gradrun.data.prefetch import pays_off, read_ahead
+from gradrun.data.prefetch import _TRIAL_SECONDS, prefetch, should_prefetch
 from gradrun.data.source import Batch
 
 
@@ -48,20 +47,20 @@ def values(found: Iterator[Batch]) -> list[int]:
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])
 def test_batches_come_in_order_from_a_thread_that_ends(count: int) -> None:
     source = Source(count)
-    assert values(read_ahead(source.batches())) == list(range(count))
+    assert values(prefetch(source.batches())) == list(range(count))
     assert source.readers <= {"gradrun-read-ahead"}
     assert not running()
 
 
 def test_batches_are_read_in_the_thread() -> None:
     source = Source(3)
-    assert values(read_ahead(source.batches())) == [0, 1, 2]
+    assert values(prefetch(source.batches())) == [0, 1, 2]
     assert source.readers == {"gradrun-read-ahead"}
 
 
 def test_only_a_few_batches_are_held() -> None:
     source = Source(100)
-    ahead = read_ahead(source.batches())
+    ahead = prefetch(source.batches())
     next(ahead)
     time.sleep(0.2)
     assert 2 <= source.read <= 4, "two ready, and one in each hand"
@@ -70,7 +69,7 @@ def test_only_a_few_batches_are_held() -> None:
 
 @pytest.mark.parametrize("fails_at", [0, 1, 5])
 def test_an_error_of_reading_comes_after_the_batches_before_it(fails_at: int) -> None:
-    ahead = read_ahead(Source(fails_at=fails_at).batches())
+    ahead = prefetch(Source(fails_at=fails_at).batches())
     assert [next(ahead).args[0][0] for _ in range(fails_at)] == list(range(fails_at))
     with pytest.raises(ConfigError, match=f"row {fails_at} is bad"):
         next(ahead)
@@ -80,7 +79,7 @@ def test_an_error_of_reading_comes_after_the_batches_before_it(fails_at: int) ->
 @pytest.mark.parametrize("taken", [1, 3])
 def test_closing_early_ends_the_thread_at_once(taken: int) -> None:
     source = Source(10_000)
-    ahead = read_ahead(source.batches())
+    ahead = prefetch(source.batches())
     for _ in range(taken):
         next(ahead)
     began = time.perf_counter()
@@ -91,7 +90,7 @@ def test_closing_early_ends_the_thread_at_once(taken: int) -> None:
 
 
 def test_an_error_of_the_model_ends_the_thread() -> None:
-    ahead = read_ahead(Source(10_000).batches())
+    ahead = prefetch(Source(10_000).batches())
 
     def consume() -> None:
         for _ in ahead:
@@ -111,7 +110,7 @@ def test_reading_and_working_overlap() -> None:
         return time.perf_counter() - began
 
     after_each_other = seconds(Source(10, 0.03).batches())
-    assert seconds(read_ahead(Source(10, 0.03).batches())) < 0.8 * after_each_other
+    assert seconds(prefetch(Source(10, 0.03).batches())) < 0.8 * after_each_other
 
 
 @pytest.mark.parametrize(
@@ -127,18 +126,18 @@ def test_it_pays_off_where_reading_and_forward_both_take_a_while(
     reading: float, forward: float, worth: bool
 ) -> None:
     source = Source(1000, reading)
-    assert pays_off(source, forward) is worth
-    assert source.read * reading <= 2 * prefetch._TRIAL_SECONDS, "the trial is short"
+    assert should_prefetch(source, forward) is worth
+    assert source.read * reading <= 2 * _TRIAL_SECONDS, "the trial is short"
 
 
 def test_it_does_not_pay_off_without_data() -> None:
-    assert pays_off(Source(0), 1.0) is False
+    assert should_prefetch(Source(0), 1.0) is False
 
 
 def test_data_that_is_broken_further_on_is_left_for_the_run_to_find(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Two batches are soon read, unless another process is given the processor meanwhile.
-    monkeypatch.setattr(prefetch, "WORTH_SECONDS", 0.05)
-    assert not pays_off(Source(fails_at=2), forward_seconds=1.0)
-    assert pays_off(Source(4, seconds=0.06, fails_at=2), forward_seconds=1.0)
+    monkeypatch.setattr("gradrun.data.prefetch.WORTH_SECONDS", 0.05)
+    assert not should_prefetch(Source(fails_at=2), forward_seconds=1.0)
+    assert should_prefetch(Source(4, seconds=0.06, fails_at=2), forward_seconds=1.0)

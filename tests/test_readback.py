@@ -15,26 +15,26 @@ from pyarrow import parquet
 from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output import journal
-from gradrun.output.formats import SINKS, open_sink, sharded_writer
-from gradrun.output.journal import Head, Journal
+from gradrun.output.formats import WRITERS, open_writer, sharded_writer
+from gradrun.output.journal import Journal, JournalHeader
 from gradrun.output.readback import faults
-from gradrun.output.transforms import UNNAMED
+from gradrun.output.transforms import DEFAULT_OUTPUT
 from gradrun.output.verification import verify
 from tests.conftest import ROOT, Command
 
 SAMPLES, BATCH = 40, 4
-FORMS = list(SINKS)
+FORMS = list(WRITERS)
 
 
 def run(
     folder: Path, form: str, *, until: int = SAMPLES, close: bool = True, outputs: int = 1
-) -> journal.Kept:
+) -> journal.JournalState:
     """A folder with a commit for every second batch, and its journal."""
     folder.mkdir(exist_ok=True)
-    sink = open_sink(OutputSection(path=folder, format=form), SAMPLES)
+    sink = open_writer(OutputSection(path=folder, format=form), SAMPLES)
     values = torch.randn(SAMPLES, 3)
-    named = {UNNAMED: values} if outputs == 1 else {"b": values, "a": values.long()}
-    head = Head(gradrun="0", samples=SAMPLES, config={}, files={})
+    named = {DEFAULT_OUTPUT: values} if outputs == 1 else {"b": values, "a": values.long()}
+    head = JournalHeader(gradrun="0", samples=SAMPLES, config={}, files={})
     lines = Journal(folder / "journal.jsonl", head)
     sink.open({name: tensor[:BATCH] for name, tensor in named.items()})
     for start in range(0, until, BATCH):

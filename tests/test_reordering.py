@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 import gradrun
 from gradrun.core.errors import RunFailed
-from gradrun.core.optional import transformers_library
+from gradrun.core.optional import import_transformers
 from gradrun.data.text import WINDOW_BATCHES
 from gradrun.inference import runner
 from gradrun.output import checkpointer, journal
@@ -72,7 +72,7 @@ def sums(tokenizer: Path, tmp_path: Path) -> list[int]:
     """What the network gives for each line of t.txt, all different."""
     lines = [f"{text} {'z' * (i // 26 % 8)} {i}" for i, text in enumerate(skewed(SAMPLES))]
     (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
-    made = transformers_library("").AutoTokenizer.from_pretrained(tokenizer)
+    made = import_transformers("").AutoTokenizer.from_pretrained(tokenizer)
     return [sum(made(line, truncation=True)["input_ids"]) for line in lines]
 
 
@@ -116,7 +116,7 @@ def found(tmp_path: Path, out: str = "out") -> np.ndarray[Any, Any]:
 
 def embeddings(folder: Path, lines: list[str], batch: int) -> torch.Tensor:
     """As a page of the library's own shows it, in the order of the lines."""
-    auto = transformers_library("")
+    auto = import_transformers("")
     tokenizer = auto.AutoTokenizer.from_pretrained(folder)
     model = auto.AutoModel.from_pretrained(folder).eval()
     pooled = []
@@ -197,7 +197,7 @@ def test_rows_as_long_as_their_batch_go_to_jsonl_and_nowhere_else(
     assert cli("infer", tmp_path / "c.yaml").code == 0
     rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
     assert [row["id"] for row in rows] == list(range(100))
-    auto = transformers_library("")
+    auto = import_transformers("")
     tokenizer = auto.AutoTokenizer.from_pretrained(tmp_path / "bert")
     model = auto.AutoModel.from_pretrained(tmp_path / "bert", dtype=torch.float64).eval()
     for row, line in zip(rows, lines, strict=True):

@@ -56,7 +56,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_result_is_a_sentence_that_names_the_file(
-    tmp_path: Path, change, complaint: str
+    tmp_path: Path, change, config_issue: str
 ) -> None:
     file = tmp_path / "result.json"
     text = run_result().to_json()
@@ -65,7 +65,7 @@ def test_what_is_no_result_is_a_sentence_that_names_the_file(
     with pytest.raises(GradrunError, match="is no result of gradrun") as caught:
         RunResult.load(file)
     assert str(file) in str(caught.value)
-    assert complaint in str(caught.value)
+    assert config_issue in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -33,7 +33,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: P
     landed = kill.run(tmp_path, kills=15, seed=1)
     print(kill.table(landed))
     assert len(landed) == 15
-    assert {one.sink for one in landed} == {*kill.SINKS}
+    assert {one.sink for one in landed} == {*kill.WRITERS}
     assert any(one.resumes for one in landed), "a resume can be killed too"
     assert any(0 < one.kept < kill.SHORT for one in landed)
 
@@ -404,7 +404,7 @@ def test_files_that_are_gone_are_an_error_and_not_zeros(
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-@pytest.mark.parametrize("sink", kill.SINKS)
+@pytest.mark.parametrize("sink", kill.WRITERS)
 def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
     tmp_path: Path, sink: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.checks.git_worktree import checked_out
+from gradrun.checks.git_worktree import git_worktree
 from gradrun.core.errors import ConfigError
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
@@ -21,7 +21,7 @@ def git(*words: str) -> str:
 
 
 def check_out(revision: str, beside: Path) -> None:
-    with checked_out(revision, beside, []):
+    with git_worktree(revision, beside, []):
         pass
 
 
@@ -38,7 +38,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_folder_holds_the_revision_and_goes_with_the_block(repository):
-    with checked_out("HEAD", Path("in"), []) as out:
+    with git_worktree("HEAD", Path("in"), []) as out:
         folder = out.of(Path("in").resolve())
         assert (folder / "kept").read_text() == "old"
         assert folder.name == "in"
@@ -48,7 +48,7 @@ def test_the_folder_holds_the_revision_and_goes_with_the_block(repository):
 
 
 def test_it_goes_when_the_block_fails(repository):
-    with pytest.raises(KeyboardInterrupt), checked_out("HEAD", Path("in"), []) as out:
+    with pytest.raises(KeyboardInterrupt), git_worktree("HEAD", Path("in"), []) as out:
         raise KeyboardInterrupt
     assert not out.tree.exists()
     assert len(git("worktree", "list").splitlines()) == 1
@@ -59,7 +59,7 @@ def test_files_that_git_does_not_track_are_lent(repository, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside") / "far"
     outside.touch()
     lent = [Path("in/data.npy").resolve(), Path("in/kept").resolve(), outside]
-    with checked_out("HEAD", Path("in"), lent) as out:
+    with git_worktree("HEAD", Path("in"), lent) as out:
         folder = out.of(Path("in").resolve())
         assert (folder / "data.npy").read_bytes() == b"much"
         assert (folder / "kept").read_text() == "old", "what the revision has is its own"
@@ -73,7 +73,7 @@ def test_of_a_folder_that_is_tracked_in_part_the_rest_is_lent(repository):
         Path(name).write_text("much")
     Path("in/later").write_text("tracked since")
     git("add", "in/later")
-    with checked_out("HEAD", Path("in"), [Path("in").resolve()]) as out:
+    with git_worktree("HEAD", Path("in"), [Path("in").resolve()]) as out:
         folder = out.of(Path("in").resolve())
         found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
         assert found == ["far", "far/model.bin", "kept", "model.bin", "plain.txt"]
@@ -84,7 +84,7 @@ def test_no_hook_of_the_repository_runs(repository):
     hook = Path(".git/hooks/post-checkout")
     hook.write_text(f"#!/bin/sh\ntouch {repository}/ran\n")
     hook.chmod(0o755)
-    with checked_out("HEAD", Path("in"), []):
+    with git_worktree("HEAD", Path("in"), []):
         pass
     assert not (repository / "ran").exists()
 
@@ -93,7 +93,7 @@ def test_the_commit_that_a_hook_runs_for_is_left_alone(repository, monkeypatch):
     git("add", ".")
     monkeypatch.setenv("GIT_INDEX_FILE", str(repository / ".git" / "index"))
     before = git("ls-files", "--stage")
-    with checked_out("HEAD", Path("in"), []) as out:
+    with git_worktree("HEAD", Path("in"), []) as out:
         assert (out.tree / "in" / "kept").read_text() == "old"
     assert git("ls-files", "--stage") == before
 
@@ -109,5 +109,5 @@ def test_without_a_repository_or_git_that_is_told(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="git rev-parse failed"):
         check_out("HEAD", tmp_path)
     monkeypatch.setenv("PATH", os.devnull)
-    with pytest.raises(ConfigError, match="takes git"), checked_out("HEAD", tmp_path, []):
+    with pytest.raises(ConfigError, match="takes git"), git_worktree("HEAD", tmp_path, []):
         pass

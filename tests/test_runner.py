@@ -18,7 +18,7 @@ from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFaile
 from gradrun.data.source import Batch
 from gradrun.inference import runner as the_runner
 from gradrun.inference.meters import clock as the_clock
-from gradrun.inference.runner import Pass, Runner
+from gradrun.inference.runner import Runner, TimedPass
 from gradrun.results.result import Measurement
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ class Numbers:
 
 
 @dataclass
-class Kept:
+class JournalState:
     """A sink that keeps its rows in a list."""
 
     rows: list[float] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Kept:
     def write(
         self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str], missing: Any = ()
     ) -> None:
-        self.writing()
+        self.locked()
         self.rows += outputs["prediction"].flatten().tolist()
         self.ids += ids
 
@@ -136,10 +136,10 @@ def make(model: nn.Module, data: Numbers | None = None, **settings: Any) -> Runn
     return Runner(model, data or Numbers(), config(**settings), CPU)
 
 
-def done(runner: Runner, sink: Kept | None = None) -> tuple[Pass, Measurement]:
+def done(runner: Runner, sink: JournalState | None = None) -> tuple[TimedPass, Measurement]:
     """The three passes, one after the other."""
     runner.prepare()
-    gathered = runner.run(sink or Kept())
+    gathered = runner.run(sink or JournalState())
     return gathered, runner.finish(gathered, 0.5, 0.25)
 
 
@@ -147,7 +147,7 @@ def done(runner: Runner, sink: Kept | None = None) -> tuple[Pass, Measurement]:
 
 
 def test_the_passes_follow_one_another_and_only_run_writes() -> None:
-    model, sink = Model(), Kept()
+    model, sink = Model(), JournalState()
     runner = make(model, warmup=3)
     outputs = runner.prepare()
     assert outputs["prediction"].tolist() == [[0.0], [1.0]]
@@ -166,7 +166,7 @@ def test_the_passes_follow_one_another_and_only_run_writes() -> None:
 
 def test_data_forward_and_output_add_up_to_the_whole(time: FakeTime) -> None:
     data = Numbers(reading=lambda: time.passes(0.0005))
-    sink = Kept(writing=lambda: time.passes(0.125))
+    sink = JournalState(writing=lambda: time.passes(0.125))
     runner = make(Model(lambda: time.passes(0.25)), data)
     runner.prepare()
     began = time.now
@@ -194,14 +194,14 @@ def test_a_model_that_changes_its_input_in_place_still_sees_every_sample_once() 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.add_(100)
 
-    sink = Kept()
+    sink = JournalState()
     done(make(InPlace(), warmup=4), sink)
     assert sink.rows == [100.0 + i for i in range(9)]
 
 
 def test_dropout_repeats_with_the_seed() -> None:
     def rows(seed: int) -> list[float]:
-        sink = Kept()
+        sink = JournalState()
         done(make(nn.Dropout(0.5), Numbers(samples=64), seed=seed), sink)
         return sink.rows
 
@@ -278,7 +278,7 @@ def test_only_the_timed_pass_leaves_its_mark_on_buffers(mode: str) -> None:
     before = buffers()
     runner.prepare()
     assert same(buffers(), before)
-    gathered = runner.run(Kept())
+    gathered = runner.run(JournalState())
     after = buffers()
     assert (after["in_place"].item(), after["norm.num_batches_tracked"].item()) == (4, 4)
     runner.finish(gathered, 0, 0)
@@ -334,7 +334,7 @@ def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
 def test_what_stops_the_run_keeps_the_batches_before_it(
     batch: int, error: BaseException, kind: type[GradrunError], text: str
 ) -> None:
-    sink = Kept()
+    sink = JournalState()
     runner = make(Model(stops_at(batch, error)))
     gathered, measured = done(runner, sink)
     assert type(gathered.stopped) is kind
@@ -356,7 +356,7 @@ def test_a_backward_without_a_graph_is_told_as_one_in_later_batches_too() -> Non
 
 @pytest.mark.parametrize("where", ["reading", "writing"])
 def test_a_fault_outside_the_model_stops_the_run_too(where: str) -> None:
-    data, sink = Numbers(), Kept()
+    data, sink = Numbers(), JournalState()
     runner = make(Model(), data)
     runner.prepare()
     setattr(data if where == "reading" else sink, where, stops_at(2, KeyboardInterrupt()))
@@ -376,7 +376,7 @@ def test_the_split_of_a_stopped_run_is_that_of_its_whole_batches(time: FakeTime)
         stop()
 
     data = Numbers(reading=lambda: time.passes(0.0005))
-    _, measured = done(make(Model(during), data), Kept(writing=lambda: time.passes(0.125)))
+    _, measured = done(make(Model(during), data), JournalState(writing=lambda: time.passes(0.125)))
     assert measured.phases.data == pytest.approx(2 * 0.0005)
     assert measured.phases.output == pytest.approx(2 * 0.125)
 
@@ -437,7 +437,7 @@ def test_the_graph_of_a_batch_is_gone_before_the_next_forward() -> None:
     runner.prepare()
     model.refs.clear()
     model.alive.clear()
-    runner.run(Kept())
+    runner.run(JournalState())
     assert model.alive == [0] * 5
 
 
@@ -450,7 +450,9 @@ def test_the_beat_is_told_rising_counts_a_few_times_a_second(time: FakeTime) -> 
     runner.prepare()
     beats: list[tuple[int, float]] = []
     began = time.perf_counter()
-    runner.run(Kept(), None, lambda count: beats.append((count, time.perf_counter() - began)))
+    runner.run(
+        JournalState(), None, lambda count: beats.append((count, time.perf_counter() - began))
+    )
     assert [count for count, _ in beats] == [8, 16, 24, 32, 40]
     gaps = [after - before for (_, before), (_, after) in itertools.pairwise(beats)]
     assert min(gaps) > 0.2

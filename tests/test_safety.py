@@ -6,14 +6,14 @@ import pytest
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import RunResult
-from gradrun.results.safety import errors_in, failed, leanest, verdict
+from gradrun.results.safety import errors_in, has_errors, lowest_memory_safe_mode, verdict
 from tests.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 
 MIB = 1024**2
 
 
 def best(result: RunResult) -> str | None:
-    chosen = leanest(result)
+    chosen = lowest_memory_safe_mode(result)
     return None if chosen is None else chosen.mode.value
 
 
@@ -54,9 +54,9 @@ def test_an_error_that_names_no_mode_counts_for_all() -> None:
 @pytest.mark.parametrize(("severity", "fails"), [("error", True), ("warning", False)])
 def test_only_an_error_fails_an_audit(severity: str, fails: bool) -> None:
     result = audit(findings=(finding(severity),))
-    assert failed(result) is fails
+    assert has_errors(result) is fails
     assert best(result) == ("no_grad" if fails else "inference_mode")
-    assert not failed(audit())
+    assert not has_errors(audit())
 
 
 def test_what_the_mode_saves_is_told_in_bytes() -> None:

@@ -17,21 +17,31 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gradrun.config.schema import OutputSection
-from gradrun.output.formats import READERS, SINKS, Sink, npy, open_sink, sharded_writer, text_writer
-from gradrun.output.journal import Committed, Head, Kept
+from gradrun.output.formats import (
+    READERS,
+    WRITERS,
+    PredictionWriter,
+    npy,
+    open_writer,
+    sharded_writer,
+    text_writer,
+)
+from gradrun.output.journal import CommittedRange, JournalHeader, JournalState
 from gradrun.output.readback import faults
-from gradrun.output.transforms import UNNAMED, Named
-from gradrun.results.result import Fault
+from gradrun.output.transforms import DEFAULT_OUTPUT, Outputs
+from gradrun.results.result import DamagedRange
 
 SAMPLES, BATCH = 23, 5
 
 
-def sink(folder: Path, form: str, samples: int = SAMPLES) -> Sink:
+def sink(folder: Path, form: str, samples: int = SAMPLES) -> PredictionWriter:
     folder.mkdir(exist_ok=True)
-    return open_sink(OutputSection(path=folder, format=form), samples)
+    return open_writer(OutputSection(path=folder, format=form), samples)
 
 
-def fill(sink: Sink, rows: Named, samples: int = SAMPLES, opened: int = BATCH) -> None:
+def fill(
+    sink: PredictionWriter, rows: Outputs, samples: int = SAMPLES, opened: int = BATCH
+) -> None:
     """Write the first `samples` rows of every output in batches, and close."""
     sink.open({name: tensor[:opened] for name, tensor in rows.items()})
     for start in range(0, samples, BATCH):
@@ -40,7 +50,7 @@ def fill(sink: Sink, rows: Named, samples: int = SAMPLES, opened: int = BATCH) -
     sink.close()
 
 
-def kept(folder: Path, form: str, name: str = UNNAMED) -> torch.Tensor:
+def kept(folder: Path, form: str, name: str = DEFAULT_OUTPUT) -> torch.Tensor:
     if form == "npy":
         return torch.from_numpy(np.load(folder / file_name(name)))
     if form == "safetensors":
@@ -72,7 +82,7 @@ def json_number(text: str) -> float:
 
 
 def file_name(name: str) -> str:
-    return "predictions.npy" if name == UNNAMED else f"predictions.{name}.npy"
+    return "predictions.npy" if name == DEFAULT_OUTPUT else f"predictions.{name}.npy"
 
 
 def numbered(*shape: int, rows: int = SAMPLES) -> torch.Tensor:
@@ -90,13 +100,13 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("written", [23, 20, 13, 5, 1])
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_what_was_written_is_read_back_in_order_however_early_it_ended(
     tmp_path: Path, form: str, written: int
 ) -> None:
     rows = numbered(2, 2)
     target = sink(tmp_path, form)
-    fill(target, {UNNAMED: rows}, written)
+    fill(target, {DEFAULT_OUTPUT: rows}, written)
     assert target.written == written
     assert torch.equal(kept(tmp_path, form), rows[:written])
     on_disk = {path.name for path in tmp_path.iterdir()}
@@ -105,10 +115,10 @@ def test_what_was_written_is_read_back_in_order_however_early_it_ended(
         assert (tmp_path / "predictions.npy").stat().st_size == 128 + written * 16
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_sink_closed_before_the_first_batch_holds_nothing(tmp_path: Path, form: str) -> None:
     target = sink(tmp_path, form)
-    fill(target, {UNNAMED: numbered(3)}, samples=0)
+    fill(target, {DEFAULT_OUTPUT: numbered(3)}, samples=0)
     target.close()  # closing twice is closing once
     assert target.written == 0
     if form == "npy":
@@ -119,7 +129,7 @@ def test_a_sink_closed_before_the_first_batch_holds_nothing(tmp_path: Path, form
         assert all(path.read_text() == header for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_sink_that_was_never_opened_closes_and_leaves_nothing(tmp_path: Path, form: str) -> None:
     target = sink(tmp_path, form)
     target.close()
@@ -127,10 +137,10 @@ def test_a_sink_that_was_never_opened_closes_and_leaves_nothing(tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_single_short_batch_is_all_there_is(tmp_path: Path, form: str) -> None:
     rows = numbered(2, rows=3)
-    fill(sink(tmp_path, form, samples=3), {UNNAMED: rows}, samples=3, opened=3)
+    fill(sink(tmp_path, form, samples=3), {DEFAULT_OUTPUT: rows}, samples=3, opened=3)
     assert torch.equal(kept(tmp_path, form), rows)
 
 
@@ -150,13 +160,13 @@ def test_a_single_short_batch_is_all_there_is(tmp_path: Path, form: str) -> None
         "int64",
     ],
 )
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_type_is_kept_and_one_that_numpy_lacks_is_widened(
     tmp_path: Path, form: str, dtype: str
 ) -> None:
     kind = getattr(torch, dtype)
     rows = (numbered(3) / (3 if kind.is_floating_point else 1)).to(kind)
-    fill(sink(tmp_path, form), {UNNAMED: rows})
+    fill(sink(tmp_path, form), {DEFAULT_OUTPUT: rows})
     found = kept(tmp_path, form)
     if form in ("jsonl", "csv"):  # text has one kind of number; each must be the very same
         assert torch.equal(found.to(kind).double(), rows.double())
@@ -175,9 +185,9 @@ def test_a_float_in_jsonl_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dt
     info = torch.finfo(dtype)
     rows[0] = torch.tensor([info.tiny, info.max, -0.0, 1 / 3], dtype=dtype)
     rows[1] = torch.tensor([torch.inf, -torch.inf, torch.nan, 5e-324], dtype=dtype)
-    fill(sink(tmp_path, "jsonl"), {UNNAMED: rows})
+    fill(sink(tmp_path, "jsonl"), {DEFAULT_OUTPUT: rows})
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
-    found = torch.tensor([json.loads(line)[UNNAMED] for line in lines], dtype=torch.float64)
+    found = torch.tensor([json.loads(line)[DEFAULT_OUTPUT] for line in lines], dtype=torch.float64)
     found = found.to(dtype)
     assert torch.equal(found.isnan(), rows.isnan())
     plain = ~rows.isnan()
@@ -186,7 +196,7 @@ def test_a_float_in_jsonl_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_several_outputs_lie_apart_under_their_names(tmp_path: Path, form: str) -> None:
     rows = {"logits": numbered(4), "states.0": numbered(2, 1).to(torch.int64), "best": numbered()}
     target = sink(tmp_path, form)
@@ -197,35 +207,35 @@ def test_several_outputs_lie_apart_under_their_names(tmp_path: Path, form: str) 
         assert target.files() == [file_name(name) for name in rows]
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
 def test_rows_that_change_their_shape_are_refused_or_kept_as_they_are(
     tmp_path: Path, form: str, shape: tuple[int, ...]
 ) -> None:
     target = sink(tmp_path, form)
     first, other = numbered(2)[:BATCH], numbered(*shape)[:BATCH]
-    target.open({UNNAMED: first})
-    target.write({UNNAMED: first}, range(BATCH))
+    target.open({DEFAULT_OUTPUT: first})
+    target.write({DEFAULT_OUTPUT: first}, range(BATCH))
     if form == "jsonl":
-        target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
+        target.write({DEFAULT_OUTPUT: other}, range(BATCH, 2 * BATCH))
     else:
         with pytest.raises(ValueError, match=r"(rows of shape \[2\]|began with 2 numbers).*jsonl"):
-            target.write({UNNAMED: other}, range(BATCH, 2 * BATCH))
+            target.write({DEFAULT_OUTPUT: other}, range(BATCH, 2 * BATCH))
     target.close()
     if form == "jsonl":
         lines = [json.loads(x) for x in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-        assert [x[UNNAMED] for x in lines] == first.tolist() + other.tolist()
+        assert [x[DEFAULT_OUTPUT] for x in lines] == first.tolist() + other.tolist()
     else:
         assert torch.equal(kept(tmp_path, form), first), "what was written before stays"
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0)])
 def test_rows_of_one_number_or_none_are_rows(
     tmp_path: Path, form: str, shape: tuple[int, ...]
 ) -> None:
     rows = torch.ones(SAMPLES, *shape)
-    fill(sink(tmp_path, form), {UNNAMED: rows}, 13)
+    fill(sink(tmp_path, form), {DEFAULT_OUTPUT: rows}, 13)
     if form == "csv" and 0 in shape:
         text = (tmp_path / "predictions.csv").read_text()
         assert text.splitlines() == ["id", *map(str, range(13))]
@@ -235,19 +245,19 @@ def test_rows_of_one_number_or_none_are_rows(
 
 def test_rows_that_are_a_strided_view_are_written_as_they_look(tmp_path: Path) -> None:
     rows = numbered(3, 4).transpose(1, 2)
-    for form in SINKS:
-        fill(sink(tmp_path / form, form), {UNNAMED: rows})
+    for form in WRITERS:
+        fill(sink(tmp_path / form, form), {DEFAULT_OUTPUT: rows})
         assert torch.equal(kept(tmp_path / form, form), rows)
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form: str) -> None:
     reused = torch.zeros(BATCH, 2)
     target = sink(tmp_path, form, samples=2 * BATCH)
-    target.open({UNNAMED: reused})
+    target.open({DEFAULT_OUTPUT: reused})
     for i in (1, 2):
         reused.fill_(i)
-        target.write({UNNAMED: reused}, range((i - 1) * BATCH, i * BATCH))
+        target.write({DEFAULT_OUTPUT: reused}, range((i - 1) * BATCH, i * BATCH))
     reused.fill_(9)
     target.close()
     assert kept(tmp_path, form)[:, 0].tolist() == [1] * BATCH + [2] * BATCH
@@ -260,21 +270,21 @@ def test_safetensors_parts_say_which_samples_they_hold(
     monkeypatch.setattr(sharded_writer, "ID_BYTES", 0)
     rows = numbered(2)
     target = sink(tmp_path, "safetensors")
-    fill(target, {UNNAMED: rows})
+    fill(target, {DEFAULT_OUTPUT: rows})
     assert target.files() == [f"predictions-{i:05}.safetensors" for i in range(2)]
     ends = []
     for name in target.files():
         with safe_open(tmp_path / name, framework="pt") as part:
             start, stop = map(int, part.metadata()["samples"].split(":"))
             ends.append((start, stop))
-            assert torch.equal(part.get_tensor(UNNAMED), rows[start:stop])
+            assert torch.equal(part.get_tensor(DEFAULT_OUTPUT), rows[start:stop])
     assert ends == [(0, 12), (12, 23)]
 
 
 def test_jsonl_lines_carry_the_ids_of_their_samples(tmp_path: Path) -> None:
     target = sink(tmp_path, "jsonl", samples=2)
-    target.open({UNNAMED: numbered(1)[:2]})
-    target.write({UNNAMED: numbered(1)[:2]}, ["a", 'ü"\n'])
+    target.open({DEFAULT_OUTPUT: numbered(1)[:2]})
+    target.write({DEFAULT_OUTPUT: numbered(1)[:2]}, ["a", 'ü"\n'])
     target.close()
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
@@ -285,7 +295,7 @@ def test_jsonl_lines_carry_the_ids_of_their_samples(tmp_path: Path) -> None:
 
 def test_an_npy_sets_its_whole_room_aside_at_once(tmp_path: Path) -> None:
     target = sink(tmp_path, "npy", samples=100_000)
-    target.open({UNNAMED: numbered(2)[:BATCH]})
+    target.open({DEFAULT_OUTPUT: numbered(2)[:BATCH]})
     status = (tmp_path / "predictions.npy").stat()
     target.close()
     assert status.st_size >= 800_000
@@ -308,8 +318,8 @@ def test_classes_are_spelled_out_and_a_missing_one_is_left_out(
     tmp_path: Path, form: str, expected: str
 ) -> None:
     config = OutputSection(path=tmp_path, format=form, transform=("argmax",))
-    target = open_sink(config, 3, ("a", "b"))
-    numbers = {UNNAMED: torch.tensor([1, torch.iinfo(torch.int64).min, 7])}
+    target = open_writer(config, 3, ("a", "b"))
+    numbers = {DEFAULT_OUTPUT: torch.tensor([1, torch.iinfo(torch.int64).min, 7])}
     target.open(numbers)
     target.write(numbers, range(3), {1})
     target.close()
@@ -318,22 +328,24 @@ def test_classes_are_spelled_out_and_a_missing_one_is_left_out(
 
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
 def test_a_file_that_is_there_already_is_not_overwritten(tmp_path: Path, form: str) -> None:
-    fill(sink(tmp_path, form), {UNNAMED: numbered(2)})
+    fill(sink(tmp_path, form), {DEFAULT_OUTPUT: numbered(2)})
     with pytest.raises(FileExistsError):
-        sink(tmp_path, form).open({UNNAMED: numbered(2)[:BATCH]})
+        sink(tmp_path, form).open({DEFAULT_OUTPUT: numbered(2)[:BATCH]})
     assert torch.equal(kept(tmp_path, form), numbered(2))
 
 
 # --- commits, and going on behind them ---------------------------------------------------------
 
 
-def begun(folder: Path, form: str, rows: Named, kept: Sequence[Committed] = ()) -> Sink:
+def begun(
+    folder: Path, form: str, rows: Outputs, kept: Sequence[CommittedRange] = ()
+) -> PredictionWriter:
     target = sink(folder, form)
     target.open({name: tensor[:BATCH] for name, tensor in rows.items()}, kept)
     return target
 
 
-def write(target: Sink, rows: Named, start: int, stop: int) -> None:
+def write(target: PredictionWriter, rows: Outputs, start: int, stop: int) -> None:
     for first in range(start, stop, BATCH):
         ids = range(first, min(first + BATCH, stop))
         target.write({name: tensor[first : ids.stop] for name, tensor in rows.items()}, ids)
@@ -343,16 +355,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def faults_of(folder: Path, commits: Sequence[Committed]) -> list[Fault]:
-    head = Head(gradrun="0.1.0", samples=SAMPLES, config={}, files={})
-    return [*faults(folder, Kept(head, commits, [0], torn=False))]
+def faults_of(folder: Path, commits: Sequence[CommittedRange]) -> list[DamagedRange]:
+    head = JournalHeader(gradrun="0.1.0", samples=SAMPLES, config={}, files={})
+    return [*faults(folder, JournalState(head, commits, [0], torn=False))]
 
 
 SEVERAL = {"states.0": numbered(2, 1).to(torch.int64), "logits": numbered(4), "best": numbered()}
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_commits_follow_one_another_and_their_checksums_are_of_the_files(
     tmp_path: Path, form: str
 ) -> None:
@@ -377,7 +389,7 @@ def test_commits_follow_one_another_and_their_checksums_are_of_the_files(
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("closed", [False, True], ids=["killed", "closed"])
 @pytest.mark.parametrize("committed", [5, 10, 15, 20])
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_behind_its_last_commit_a_sink_goes_on_to_the_same_bytes(
     tmp_path: Path, form: str, committed: int, closed: bool
 ) -> None:
@@ -398,10 +410,10 @@ def test_behind_its_last_commit_a_sink_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_a_sink_goes_on_as_often_as_it_has_to(tmp_path: Path, form: str) -> None:
     fill(sink(tmp_path / "whole", form), SEVERAL)
-    commits: list[Committed] = []
+    commits: list[CommittedRange] = []
     for stop in (5, 10, 15, 20, SAMPLES):
         target = begun(tmp_path / "run", form, SEVERAL, commits)
         write(target, SEVERAL, target.written, stop)
@@ -414,7 +426,7 @@ def test_a_sink_goes_on_as_often_as_it_has_to(tmp_path: Path, form: str) -> None
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_rows_that_are_not_finite_are_counted_once_resumed_or_not(
     tmp_path: Path, form: str
 ) -> None:
@@ -434,7 +446,7 @@ def test_rows_that_are_not_finite_are_counted_once_resumed_or_not(
     assert second.nonfinite == 4
 
 
-def stopped(folder: Path, form: str) -> list[Committed]:
+def stopped(folder: Path, form: str) -> list[CommittedRange]:
     """A run that was killed behind its commit of ten rows."""
     target = begun(folder, form, SEVERAL)
     write(target, SEVERAL, 0, 10)
@@ -445,7 +457,7 @@ def stopped(folder: Path, form: str) -> list[Committed]:
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("damage", ["gone", "shorter"])
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_files_that_hold_less_than_the_journal_says_are_refused_and_left_alone(
     tmp_path: Path, form: str, damage: str
 ) -> None:
@@ -488,11 +500,11 @@ def test_going_on_drops_the_rest_of_a_part_that_was_begun_too_early(
     assert contents(tmp_path).keys() == {"predictions-00000.safetensors.rest"}
 
 
-@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("form", WRITERS)
 def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = {UNNAMED: numbered(2)}
+    rows = {DEFAULT_OUTPUT: numbered(2)}
     target = begun(tmp_path, form, rows)
     write(target, rows, 0, 10)
 
@@ -506,11 +518,11 @@ def test_ctrl_c_in_the_middle_of_a_write_leaves_the_batches_before_it(
     if form in {"safetensors", "parquet"}:
         monkeypatch.setattr(torch.Tensor, "__setitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        target.write({UNNAMED: batch}, range(10, 15))
+        target.write({DEFAULT_OUTPUT: batch}, range(10, 15))
     monkeypatch.undo()
     (committed,) = target.close()
     assert (target.written, committed.stop) == (10, 10)
-    assert torch.equal(kept(tmp_path, form), rows[UNNAMED][:10])
+    assert torch.equal(kept(tmp_path, form), rows[DEFAULT_OUTPUT][:10])
     assert not faults_of(tmp_path, [committed])
 
 
@@ -542,6 +554,6 @@ def test_parquet_parts_are_tables_that_pandas_reads_with_the_right_types(tmp_pat
 
 
 def test_numbered_samples_have_whole_numbers_for_ids_in_parquet(tmp_path: Path) -> None:
-    fill(sink(tmp_path, "parquet"), {UNNAMED: numbered(2)})
+    fill(sink(tmp_path, "parquet"), {DEFAULT_OUTPUT: numbered(2)})
     found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
     assert (found["id"].dtype, found["id"].tolist()) == (np.int64, list(range(SAMPLES)))

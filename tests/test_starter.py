@@ -7,26 +7,26 @@ import yaml
 
 from gradrun.config.load import load_config
 from gradrun.config.schema import PythonModel
-from gradrun.config.template import starter
+from gradrun.config.template import config_template
 
 
 def test_the_starter_is_valid_and_says_what_else_there_is(tmp_path):
-    (tmp_path / "c.yaml").write_text(starter())
+    (tmp_path / "c.yaml").write_text(config_template())
     config = load_config(tmp_path / "c.yaml")
     assert config.output.path == tmp_path / "runs/first"
-    assert starter().count("#") >= 8
+    assert config_template().count("#") >= 8
     for word in ("zoo", "python", "torchscript", "exported", "arrays", "records", "no_grad"):
-        assert word in starter()
+        assert word in config_template()
 
 
-@pytest.mark.parametrize("text", [starter(), starter("nets/mine.py:Net")])
+@pytest.mark.parametrize("text", [config_template(), config_template("nets/mine.py:Net")])
 def test_its_comments_are_written_within_a_terminals_width(text):
     assert max(map(len, text.splitlines())) <= 100
     assert "%" not in text
 
 
 def test_the_commented_out_lines_are_valid_too(tmp_path):
-    text = starter().replace("  # weights: weights.safetensors", "  weights: w.safetensors")
+    text = config_template().replace("  # weights: weights.safetensors", "  weights: w.safetensors")
     for line in ("source: synthetic", "inputs: {x", "samples: 10000"):
         text = text.replace(f"  {line}", f"  # {line}")
     text = text.replace("# source: arrays", "source: arrays").replace("# path: in", "path: in")
@@ -42,9 +42,9 @@ def test_the_commented_out_lines_are_valid_too(tmp_path):
     "target", ["nets/mine.py:Net", "a b.py:Net", "#a.py:Net", "a: #b.py:Net", "x\x1b%s'\".py:Net"]
 )
 def test_a_target_is_filled_in_whatever_its_name(target):
-    model = yaml.safe_load(starter(target))["model"]
+    model = yaml.safe_load(config_template(target))["model"]
     assert PythonModel.model_validate(model).target == target
 
 
 def test_a_plain_target_is_written_without_quotes():
-    assert "target: nets/mine.py:Net\n" in starter("nets/mine.py:Net")
+    assert "target: nets/mine.py:Net\n" in config_template("nets/mine.py:Net")

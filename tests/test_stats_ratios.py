@@ -38,13 +38,13 @@ def experiments(processes: int, true_ratio: float) -> list[list[float]]:
 def test_the_interval_over_processes_holds_the_truth_in_95_of_100_experiments(
     processes: int, true_ratio: float
 ) -> None:
-    found = [stats.over_processes(ratios) for ratios in experiments(processes, true_ratio)]
+    found = [stats.mean_over_processes(ratios) for ratios in experiments(processes, true_ratio)]
     covered = sum(e.low <= true_ratio <= e.high for e in found) / EXPERIMENTS
     assert 0.93 <= covered <= 0.97
 
 
 def test_a_and_a_is_called_different_in_at_most_1_of_20_experiments() -> None:
-    found = [stats.over_processes(ratios) for ratios in experiments(5, 1.0)]
+    found = [stats.mean_over_processes(ratios) for ratios in experiments(5, 1.0)]
     called = [stats.verdict(e, 0.01) for e in found]
     assert sum(word in {"faster", "slower"} for word in called) <= 0.05 * EXPERIMENTS
     assert called.count("no_difference") > 0
@@ -54,7 +54,7 @@ def test_the_interval_is_students_on_the_logarithms() -> None:
     values = [1.20, 1.25, 1.31, 1.22, 1.27]
     logs = np.log(values)
     half = 2.776 * logs.std(ddof=1) / math.sqrt(5)
-    found = stats.over_processes(values)
+    found = stats.mean_over_processes(values)
     assert found.value == pytest.approx(math.exp(logs.mean()))
     assert found.low == pytest.approx(math.exp(logs.mean() - half))
     assert found.high == pytest.approx(math.exp(logs.mean() + half))
@@ -62,30 +62,36 @@ def test_the_interval_is_students_on_the_logarithms() -> None:
 
 def test_the_other_way_round_is_the_inverse() -> None:
     values = [1.20, 1.25, 1.31]
-    ahead, back = stats.over_processes(values), stats.over_processes([1 / v for v in values])
+    ahead, back = (
+        stats.mean_over_processes(values),
+        stats.mean_over_processes([1 / v for v in values]),
+    )
     assert (back.value, back.low, back.high) == pytest.approx(
         (1 / ahead.value, 1 / ahead.high, 1 / ahead.low)
     )
 
 
 def test_two_processes_need_far_more_caution_than_five() -> None:
-    two, five = stats.over_processes([1.0, 1.1]), stats.over_processes([1.0, 1.1, 1.0, 1.1, 1.05])
+    two, five = (
+        stats.mean_over_processes([1.0, 1.1]),
+        stats.mean_over_processes([1.0, 1.1, 1.0, 1.1, 1.05]),
+    )
     assert two.high - two.low > 8 * (five.high - five.low)
 
 
 def test_more_processes_than_the_table_of_t_has_are_counted_too() -> None:
-    found = stats.over_processes([1.0, 1.02] * 100)
+    found = stats.mean_over_processes([1.0, 1.02] * 100)
     assert found.high - found.low == pytest.approx(2 * 2.042 * 0.01 / math.sqrt(200), rel=0.03)
 
 
 def test_one_process_supports_no_interval() -> None:
-    found = stats.over_processes([1.3])
+    found = stats.mean_over_processes([1.3])
     assert (found.value, found.low, found.high) == (pytest.approx(1.3), 0.0, math.inf)
     assert stats.verdict(found, 0.01) == "inconclusive"
 
 
 def test_processes_that_agree_to_the_bit_give_their_value() -> None:
-    found = stats.over_processes([1.5, 1.5, 1.5])
+    found = stats.mean_over_processes([1.5, 1.5, 1.5])
     assert (found.low, found.value, found.high) == pytest.approx((1.5, 1.5, 1.5))
 
 

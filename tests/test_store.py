@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
-from gradrun.output.journal import Committed, Head
+from gradrun.output.journal import CommittedRange, JournalHeader
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import RunResult
 from tests.results import run_result
@@ -25,12 +25,12 @@ def test_a_folder_is_made_with_its_parents_only_when_the_run_begins(
 ) -> None:
     folder = RunFolder(tmp_path / "a" / "b", overwrite=overwrite)
     assert names(tmp_path) == set()
-    with folder.writing():
+    with folder.locked():
         assert names(tmp_path / "a") == {"b"}
 
 
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, overwrite=False).writing():
+    with RunFolder(tmp_path, overwrite=False).locked():
         pass
     assert names(tmp_path) == set(), "the lock is gone with its holder"
 
@@ -63,14 +63,14 @@ def test_overwriting_removes_the_earlier_run_and_nothing_else(tmp_path: Path) ->
         (tmp_path / name).touch()
     folder = RunFolder(tmp_path, overwrite=True)
     assert names(tmp_path) == {*ours, *theirs}, "nothing goes before the run begins"
-    with folder.writing():
+    with folder.locked():
         folder.clear()
     assert names(tmp_path) == theirs
 
 
 def test_a_result_is_saved_under_its_name(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "out", overwrite=False)
-    with folder.writing():
+    with folder.locked():
         folder.save(run_result())
     assert names(tmp_path / "out") == {"result.json"}
     assert RunResult.load(tmp_path / "out") == run_result()
@@ -81,7 +81,7 @@ def test_a_folder_that_cannot_be_made_fails_the_run_in_a_sentence(tmp_path: Path
     folder = RunFolder(tmp_path / "file" / "out", overwrite=False)
     with (
         pytest.raises(RunFailed, match="cannot be written: Not a directory"),
-        folder.writing(),
+        folder.locked(),
     ):
         pass
 
@@ -105,17 +105,17 @@ def test_a_result_that_cannot_be_saved_fails_the_run_in_a_sentence(tmp_path: Pat
 
 # --- an earlier run ----------------------------------------------------------------------------
 
-HEAD = Head(gradrun="0.1.0", samples=498, config={"run": {"seed": 0}}, files={})
+HEAD = JournalHeader(gradrun="0.1.0", samples=498, config={"run": {"seed": 0}}, files={})
 
 
 def earlier(path: Path, *stops: int, result: int | None = None) -> Path:
     """A folder in which a run has committed up to each stop, and left a result of so many."""
     folder, start = RunFolder(path), 0
-    with folder.writing():
+    with folder.locked():
         journal, kept = folder.journal(HEAD, batch_size=4)
         assert kept == []
         for stop in stops:
-            journal.add([Committed(start=start, stop=stop, files={})])
+            journal.add([CommittedRange(start=start, stop=stop, files={})])
             start = stop
         journal.close()
         (path / "predictions.npy").write_text("of the earlier run")
@@ -124,10 +124,10 @@ def earlier(path: Path, *stops: int, result: int | None = None) -> Path:
     return path
 
 
-def gone_on_with(path: Path, head: Head = HEAD) -> list[int]:
+def gone_on_with(path: Path, head: JournalHeader = HEAD) -> list[int]:
     """The stops of the commits that a resume goes on behind."""
     folder = RunFolder(path, resume=True)
-    with folder.writing():
+    with folder.locked():
         journal, kept = folder.journal(head, batch_size=4)
         journal.close()
     return [committed.stop for committed in kept]
@@ -179,7 +179,7 @@ def test_what_a_process_leaves_that_died_before_its_run_began_is_nothing(
         (tmp_path / name).write_text("{")
     folder = RunFolder(tmp_path, resume=resume)
     assert folder.kept is None
-    with folder.writing():
+    with folder.locked():
         folder.journal(HEAD, batch_size=4)[0].close()
     assert names(tmp_path) == {"journal.jsonl"}
 
@@ -203,7 +203,7 @@ def test_overwriting_gives_up_the_earlier_run_in_one_step(
     def die(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with folder.writing(), monkeypatch.context() as patch:
+    with folder.locked(), monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", die)
         with pytest.raises(KeyboardInterrupt):
             folder.journal(HEAD.model_copy(update={"samples": 7}), batch_size=4)
@@ -222,7 +222,7 @@ def test_finished_is_what_committed_all_and_has_a_result_of_all(
     earlier(tmp_path, 8, 498)
     folder = RunFolder(tmp_path, resume=True)
     assert folder.finished() is None
-    with folder.writing():
+    with folder.locked():
         folder.save(run_result(predictions=predictions))
     # A result of fewer is of the run before the one that was killed at its end.
     assert (folder.finished() is not None) is (predictions == 498)
@@ -254,7 +254,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match=told):
         folder.check_same(other)
-    with folder.writing(), pytest.raises(ConfigError, match=told):
+    with folder.locked(), pytest.raises(ConfigError, match=told):
         folder.journal(other, batch_size=4)
     RunFolder(tmp_path, overwrite=True).check_same(other)
     assert gone_on_with(tmp_path) == [8]
@@ -268,20 +268,20 @@ def test_where_one_writes_no_other_may_whatever_it_asks_for(
     tmp_path: Path, options: dict[str, bool]
 ) -> None:
     before = RunFolder(tmp_path, **options)
-    with RunFolder(tmp_path).writing():
+    with RunFolder(tmp_path).locked():
         with pytest.raises(ConfigError, match=f"process {os.getpid()} on"):
             RunFolder(tmp_path, **options)
-        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), before.writing():
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on"), before.locked():
             pass
         assert names(tmp_path) == {".gradrun.output.lock"}
-    with before.writing():
+    with before.locked():
         pass
 
 
 def test_a_run_that_began_and_ended_meanwhile_is_not_removed(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     earlier(tmp_path, 498, result=498)
-    with pytest.raises(ConfigError, match="exists already"), folder.writing():
+    with pytest.raises(ConfigError, match="exists already"), folder.locked():
         folder.journal(HEAD, batch_size=4)
     assert RunResult.load(tmp_path).predictions == 498
     assert (tmp_path / "predictions.npy").exists()
@@ -291,15 +291,15 @@ def test_a_run_that_began_and_ended_meanwhile_is_not_removed(tmp_path: Path) -> 
 def test_the_folder_is_free_again_however_the_writing_ended(
     tmp_path: Path, error: type[BaseException]
 ) -> None:
-    with pytest.raises(error), RunFolder(tmp_path).writing():
+    with pytest.raises(error), RunFolder(tmp_path).locked():
         raise error
-    with RunFolder(tmp_path).writing():
+    with RunFolder(tmp_path).locked():
         pass
 
 
 def test_a_folder_that_is_gone_lets_its_lock_go(tmp_path: Path) -> None:
     path = tmp_path / "a" / "out"
-    with RunFolder(path).writing():
+    with RunFolder(path).locked():
         shutil.rmtree(tmp_path / "a")
         (tmp_path / "a").write_text("a file now")
     assert (tmp_path / "a").read_text() == "a file now"

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH, timing
-from gradrun.report.terminal import nearest, show
+from gradrun.report.terminal import display_path, show
 from gradrun.results.result import Memory, RunResult, Warning
 from tests.results import MACHINE, MEMORY, measurement, run_result
 
@@ -153,7 +153,7 @@ def test_the_end_says_where_the_predictions_are() -> None:
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_pipe_gets_plain_text(name: str) -> None:
-    assert printable(text := shown(RESULTS[name])) == text
+    assert escape_control_chars(text := shown(RESULTS[name])) == text
 
 
 def test_only_a_terminal_gets_colour() -> None:
@@ -185,7 +185,7 @@ ODD = MEMORY.replace(process_method=EVIL)
 )
 def test_no_name_can_drive_the_terminal(change: dict[str, Any], terminal: bool) -> None:
     text = re.sub(r"\x1b\[[\d;]*m", "", shown(run_result(**change), 300, terminal=terminal))
-    assert printable(text) == text
+    assert escape_control_chars(text) == text
     unfolded = "".join(text.split())
     assert "[boldred]x" in unfolded, "markup is text like any other"
 
@@ -201,15 +201,15 @@ def test_no_name_can_drive_the_terminal(change: dict[str, Any], terminal: bool) 
     ],
 )
 def test_control_characters_are_written_out(text: str, harmless: str) -> None:
-    assert printable(text) == harmless
+    assert escape_control_chars(text) == harmless
 
 
 def test_a_path_is_told_as_one_would_type_it_here(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert nearest(tmp_path / "runs" / "digits") == str(Path("runs", "digits"))
-    assert nearest("/x") == "/x"
+    assert display_path(tmp_path / "runs" / "digits") == str(Path("runs", "digits"))
+    assert display_path("/x") == "/x"
 
 
 @settings(max_examples=200, deadline=None)

@@ -14,9 +14,9 @@ from pydantic import TypeAdapter
 from gradrun.config.load import load_config
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import transformers_library
+from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
-from gradrun.data.source import Batch, place_in_input
+from gradrun.data.source import Batch, input_position
 from gradrun.data.text import WINDOW_BATCHES, Texts
 from tests.small_models import save_bert, save_tokenizer, sentences, skewed
 
@@ -120,7 +120,7 @@ def test_padding_to_one_length_gives_rows_of_one_shape(folder: Path) -> None:
 @pytest.mark.parametrize("end", ["[SEP]", None])
 def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: str | None) -> None:
     made = save_tokenizer(folder / "unpadded")
-    plain = transformers_library("").PreTrainedTokenizerFast(
+    plain = import_transformers("").PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, unk_token="[UNK]", eos_token=end
     )
     assert plain.pad_token is None
@@ -217,7 +217,7 @@ def test_a_window_that_was_forgotten_is_read_again(folder: Path) -> None:
     assert data.grouped
     assert data.samples > 9 * data.window, "more windows than are remembered"
     expected = [name for batch in data.batches() for name in batch.ids]
-    assert [place_in_input(data, at) for at in range(data.samples)] == expected
+    assert [input_position(data, at) for at in range(data.samples)] == expected
 
 
 def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
@@ -241,7 +241,7 @@ def test_grouped_texts_are_all_there_once_and_their_places_are_known(folder: Pat
     data, expected = opened(folder), by_hand(LINES, folder)
     assert data.samples > data.window, "more than a window, and the last is not whole"
     found = tokens(data.batches())
-    places = [place_in_input(data, at) for at in range(data.samples)]
+    places = [input_position(data, at) for at in range(data.samples)]
     assert sorted(places) == list(range(data.samples))
     assert [expected[place] for place in places] == found
     assert places != sorted(places)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gradrun.comparison import benchmark
-from gradrun.comparison.protocol import Job, Marker, Report, Variant
+from gradrun.comparison.protocol import Job, Marker, Variant, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
 
@@ -145,14 +145,14 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     return made
 
 
-def rounds_of(report: Report) -> dict[str, tuple[float, ...]]:
+def rounds_of(report: WorkerReport) -> dict[str, tuple[float, ...]]:
     assert not report.failures
     return {found.variant: found.batch_seconds for found in report.trials}
 
 
 def test_every_variant_is_told_its_own_seconds_a_batch(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = {"grad": 0.006, "no_grad": 0.005, "inference_mode": 0.004}
-    found = rounds_of(benchmark.carry_out(job(tmp_path)))
+    found = rounds_of(benchmark.run_task(job(tmp_path)))
     for mode, seconds in bench.seconds.items():
         assert found[mode] == pytest.approx([seconds] * len(found[mode]))
     assert len({len(rounds) for rounds in found.values()}) == 1, "a round has a block of each"
@@ -165,7 +165,7 @@ def test_every_block_takes_ten_milliseconds_or_more(
     bench: Bench, tmp_path: Path, fastest: float, count: int
 ) -> None:
     bench.seconds = {"grad": 2 * fastest, "no_grad": 1.5 * fastest, "inference_mode": fastest}
-    found = rounds_of(benchmark.carry_out(job(tmp_path)))
+    found = rounds_of(benchmark.run_task(job(tmp_path)))
     rounds = len(found["grad"])
     for block in bench.blocks(count, rounds):
         assert sum(bench.seconds[call.mode] for call in block) >= benchmark.BLOCK_SECONDS
@@ -174,7 +174,7 @@ def test_every_block_takes_ten_milliseconds_or_more(
 def test_all_variants_run_the_same_model_over_the_same_batches(
     bench: Bench, tmp_path: Path
 ) -> None:
-    found = rounds_of(benchmark.carry_out(job(tmp_path, seconds=0.5)))
+    found = rounds_of(benchmark.run_task(job(tmp_path, seconds=0.5)))
     blocks = bench.blocks(3, len(found["grad"]))
     assert len({call.model for call in bench.calls}) == 1
     assert len(bench.models) == 1
@@ -189,7 +189,7 @@ def test_all_variants_run_the_same_model_over_the_same_batches(
 def test_variants_of_two_models_each_have_their_own(bench: Bench, tmp_path: Path) -> None:
     one, other = variants(tmp_path, "grad", "no_grad")
     other.config["model"]["args"]["depth"] = 2
-    benchmark.carry_out(job(tmp_path, variants=(one, other)))
+    benchmark.run_task(job(tmp_path, variants=(one, other)))
     assert len(bench.models) == 2
     assert {(c.mode, c.model) for c in bench.calls} == {
         ("grad", id(bench.models[0])),
@@ -197,7 +197,7 @@ def test_variants_of_two_models_each_have_their_own(bench: Bench, tmp_path: Path
     }
 
 
-def order_of(bench: Bench, report: Report) -> list[list[str]]:
+def order_of(bench: Bench, report: WorkerReport) -> list[list[str]]:
     blocks = bench.blocks(3, len(rounds_of(report)["grad"]))
     names = [block[0].mode for block in blocks]
     return [names[i : i + 3] for i in range(0, len(names), 3)]
@@ -209,13 +209,13 @@ def test_turns_are_taken_in_random_order_that_the_seed_decides(
     orders = []
     for seed in (1, 1, 2):
         bench.calls.clear()
-        orders.append(order_of(bench, benchmark.carry_out(job(tmp_path, seed=seed, seconds=1.0))))
+        orders.append(order_of(bench, benchmark.run_task(job(tmp_path, seed=seed, seconds=1.0))))
     assert orders[0] == orders[1] != orders[2]
     assert len({tuple(turn) for turn in orders[0]}) == 6, "every order comes up"
 
 
 def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path) -> None:
-    report = benchmark.carry_out(job(tmp_path, "inference_mode", "no_grad", "grad"))
+    report = benchmark.run_task(job(tmp_path, "inference_mode", "no_grad", "grad"))
     firsts = list(dict.fromkeys(call.mode for call in bench.calls))
     assert firsts == ["grad", "no_grad", "inference_mode"]
     assert [t.variant for t in report.trials] == ["inference_mode", "no_grad", "grad"]
@@ -226,39 +226,39 @@ def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path
 
 
 def test_it_goes_on_for_the_seconds_asked_for(bench: Bench, tmp_path: Path) -> None:
-    found = rounds_of(benchmark.carry_out(job(tmp_path, seconds=1.0)))
+    found = rounds_of(benchmark.run_task(job(tmp_path, seconds=1.0)))
     assert len(found["grad"]) == 28  # of 3 blocks of 12 ms each; 27 take less than a second
 
 
 def test_a_slow_model_makes_few_rounds_but_at_least_one(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = dict.fromkeys(MODES, 0.02)
-    assert len(rounds_of(benchmark.carry_out(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
+    assert len(rounds_of(benchmark.run_task(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
     bench.seconds = dict.fromkeys(MODES, 20.0)
-    assert len(rounds_of(benchmark.carry_out(job(tmp_path)))["grad"]) == 1
+    assert len(rounds_of(benchmark.run_task(job(tmp_path)))["grad"]) == 1
 
 
 def test_a_mode_named_twice_is_measured_twice(bench: Bench, tmp_path: Path) -> None:
-    found = rounds_of(benchmark.carry_out(job(tmp_path, "grad", "grad")))
+    found = rounds_of(benchmark.run_task(job(tmp_path, "grad", "grad")))
     assert list(found) == ["grad", "grad again"]
     assert len(found["grad"]) == len(found["grad again"]) >= 3
 
 
 def test_buffers_are_as_they_were_after_all_that(bench: Bench, tmp_path: Path) -> None:
-    benchmark.carry_out(job(tmp_path))
+    benchmark.run_task(job(tmp_path))
     assert len(bench.calls) > 30
     assert bench.models[0].calls == 0
 
 
 def test_only_whole_batches_are_timed(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 43, "batch_size": 8}
-    report = benchmark.carry_out(job(tmp_path, config={"data": data}))
+    report = benchmark.run_task(job(tmp_path, config={"data": data}))
     assert {size for found in report.trials for size in found.batch_sizes} == {8}
     assert len({call.batch for call in bench.calls}) == 5
 
 
 def test_a_short_batch_is_timed_where_there_is_no_other(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 3, "batch_size": 8}
-    report = benchmark.carry_out(job(tmp_path, config={"data": data}))
+    report = benchmark.run_task(job(tmp_path, config={"data": data}))
     assert set(report.trials[0].batch_sizes) == {3}
 
 
@@ -269,7 +269,7 @@ def test_of_much_data_only_some_batches_are_held(bench: Bench, tmp_path: Path) -
         "samples": 8_000_000,
         "batch_size": 8,
     }
-    benchmark.carry_out(job(tmp_path, config={"data": data}))
+    benchmark.run_task(job(tmp_path, config={"data": data}))
     assert len({call.batch for call in bench.calls}) == 8
 
 
@@ -280,7 +280,7 @@ def test_each_variants_threads_are_set_while_it_runs(bench: Bench, tmp_path: Pat
     bench.before = lambda call: seen.add((call.mode, torch.get_num_threads()))
     before = torch.get_num_threads()
     try:
-        benchmark.carry_out(job(tmp_path, variants=(one, two)))
+        benchmark.run_task(job(tmp_path, variants=(one, two)))
     finally:
         torch.set_num_threads(before)
     assert seen == {("grad", 1), ("no_grad", 2)}
@@ -297,7 +297,7 @@ def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
             raise ValueError("enough\nof this")
 
     bench.before = fail_late
-    report = benchmark.carry_out(job(tmp_path, seconds=1.0))
+    report = benchmark.run_task(job(tmp_path, seconds=1.0))
     assert [found.variant for found in report.trials] == ["grad", "inference_mode"]
     rounds = {len(found.batch_seconds) for found in report.trials}
     assert len(rounds) == 1
@@ -315,7 +315,7 @@ def test_a_first_batch_that_is_refused_is_the_configs_fault(bench: Bench, tmp_pa
             raise ValueError("not this")
 
     bench.before = refuse
-    report = benchmark.carry_out(job(tmp_path))
+    report = benchmark.run_task(job(tmp_path))
     (failure,) = report.failures
     assert (failure.variant, failure.batch, failure.config_key) == ("grad", 0, "data.inputs")
     assert "not this" in failure.error
@@ -331,7 +331,7 @@ def test_a_backward_without_a_graph_names_the_mode_of_its_variant(
             (torch.ones(1, requires_grad=True) * 2).backward()
 
     bench.before = go_back
-    report = benchmark.carry_out(job(tmp_path, seconds=1.0))
+    report = benchmark.run_task(job(tmp_path, seconds=1.0))
     assert [found.variant for found in report.trials] == ["grad"]
     for failure in report.failures:
         assert failure.error.startswith(f"backward() at {__file__}:")
@@ -345,7 +345,7 @@ def test_where_all_fail_there_is_a_report_all_the_same(bench: Bench, tmp_path: P
         raise ValueError("no")
 
     bench.before = fail
-    report = benchmark.carry_out(job(tmp_path))
+    report = benchmark.run_task(job(tmp_path))
     assert [failure.variant for failure in report.failures] == list(MODES)
     assert (report.trials, report.equivalence, report.environment) == ((), (), None)
 
@@ -355,7 +355,7 @@ def test_the_marker_names_the_variant_and_batch_of_every_single_call_when_weighi
 ) -> None:
     seen: list[tuple[int, int]] = []
     bench.before = lambda call: seen.append(Marker.read(tmp_path / "marker"))
-    benchmark.carry_out(job(tmp_path, "grad", kind="weigh"))
+    benchmark.run_task(job(tmp_path, "grad", kind="weigh"))
     assert seen[-5:] == [(0, number) for number in range(5)]
     assert {variant for variant, _ in seen} == {0}
 
@@ -369,7 +369,7 @@ def test_the_marker_is_at_the_variant_while_its_model_is_built(
 
     seen: list[tuple[int, int]] = []
     monkeypatch.setattr(benchmark, "load_model", fail)
-    benchmark.carry_out(job(tmp_path, "inference_mode", "grad"))
+    benchmark.run_task(job(tmp_path, "inference_mode", "grad"))
     assert seen == [(1, 0), (0, 0)]
 
 
@@ -389,44 +389,44 @@ ACTIVATION = 256 * 1024 * 4
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> WorkerReport:
     folder = tmp_path_factory.mktemp("wide")
     with Worker(job(folder, seconds=0.01, config=WIDE), threads=1) as worker:
         return worker.report(300)
 
 
-def test_tensor_memory_is_exact_to_the_byte(wide: Report) -> None:
+def test_tensor_memory_is_exact_to_the_byte(wide: WorkerReport) -> None:
     assert {found.variant: found.memory.forward_peak for found in wide.trials} == EXACT
     retained = {found.variant: found.memory.retained for found in wide.trials}
     # In grad the output of every ReLU is kept; the activations of Linear are not needed.
     assert retained == {"grad": 8 * ACTIVATION, "no_grad": ACTIVATION, "inference_mode": ACTIVATION}
 
 
-def test_tensor_memory_is_equal_from_process_to_process(wide: Report, tmp_path: Path) -> None:
-    here = benchmark.carry_out(job(tmp_path, seconds=0.01, config=WIDE))
+def test_tensor_memory_is_equal_from_process_to_process(wide: WorkerReport, tmp_path: Path) -> None:
+    here = benchmark.run_task(job(tmp_path, seconds=0.01, config=WIDE))
     assert [(t.memory.forward_peak, t.memory.retained) for t in here.trials] == [
         (t.memory.forward_peak, t.memory.retained) for t in wide.trials
     ]
 
 
-def test_weights_and_inputs_are_counted_apart(wide: Report) -> None:
+def test_weights_and_inputs_are_counted_apart(wide: WorkerReport) -> None:
     for found in wide.trials:
         assert found.memory.weights == 8 * (1024 * 1024 + 1024) * 4
         assert found.memory.inputs == ACTIVATION
 
 
 def test_the_process_peak_is_of_a_process_that_ran_that_variant_only(
-    wide: Report, tmp_path: Path
+    wide: WorkerReport, tmp_path: Path
 ) -> None:
     assert {found.memory.process_peak for found in wide.trials} == {None}
-    (weighed,) = benchmark.carry_out(job(tmp_path, "grad", kind="weigh")).trials
+    (weighed,) = benchmark.run_task(job(tmp_path, "grad", kind="weigh")).trials
     assert weighed.memory.process_peak
     assert (weighed.memory.forward_peak, weighed.batch_seconds) == (None, ())
 
 
 def test_memory_that_nobody_asked_for_is_not_counted(tmp_path: Path) -> None:
     config = {"measure": {"memory": False}}
-    report = benchmark.carry_out(job(tmp_path, config=config, seconds=0.01))
+    report = benchmark.run_task(job(tmp_path, config=config, seconds=0.01))
     assert {found.memory.forward_peak for found in report.trials} == {None}
 
 
@@ -447,7 +447,7 @@ def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_pat
             "batch_size": 8,
         },
     }
-    report = benchmark.carry_out(job(tmp_path, seconds=0.01, config=encoder))
+    report = benchmark.run_task(job(tmp_path, seconds=0.01, config=encoder))
     off, inference = report.equivalence
     assert off.first_module == inference.first_module
     assert str(off.first_module).endswith("layers.0 (TransformerEncoderLayer)")
@@ -456,7 +456,7 @@ def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_pat
     assert 0 < off.max_abs_diff < 1e-5
 
 
-def test_modes_that_compute_the_same_give_the_same_to_the_bit(wide: Report) -> None:
+def test_modes_that_compute_the_same_give_the_same_to_the_bit(wide: WorkerReport) -> None:
     assert [(e.candidate, e.bitwise, e.first_module) for e in wide.equivalence] == [
         ("no_grad", True, None),
         ("inference_mode", True, None),
@@ -467,5 +467,5 @@ def test_the_order_of_turns_owes_nothing_to_pythons_own_random_state(
     bench: Bench, tmp_path: Path
 ) -> None:
     before = random.getstate()
-    benchmark.carry_out(job(tmp_path))
+    benchmark.run_task(job(tmp_path))
     assert random.getstate() == before

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
+from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
     ],
 )
 def test_seconds_have_three_digits_and_the_unit_that_fits(seconds: float, text: str) -> None:
-    assert seconds_text(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_seconds_have_three_digits_and_the_unit_that_fits(seconds: float, text: 
 def test_uncertainty_cuts_digits_but_never_the_last(
     seconds: float, uncertainty: float, text: str
 ) -> None:
-    assert seconds_text(seconds, uncertainty) == text
+    assert format_seconds(seconds, uncertainty) == text
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_uncertainty_cuts_digits_but_never_the_last(
     ],
 )
 def test_numbers_have_three_digits(value: float, uncertainty: float | None, text: str) -> None:
-    assert number_text(value, uncertainty) == text
+    assert format_number(value, uncertainty) == text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_numbers_have_three_digits(value: float, uncertainty: float | None, text
     ],
 )
 def test_bytes_are_in_binary_units_with_two_decimals(count: int, text: str) -> None:
-    assert bytes_text(count) == text
+    assert format_bytes(count) == text
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_bytes_are_in_binary_units_with_two_decimals(count: int, text: str) -> N
     ],
 )
 def test_counts_have_a_noun_that_agrees(count: int, noun: str, text: str) -> None:
-    assert count_text(count, noun) == text
+    assert pluralize(count, noun) == text

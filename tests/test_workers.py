@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from gradrun.comparison import worker
-from gradrun.comparison.protocol import Job, Report, Variant
+from gradrun.comparison.protocol import Job, Variant, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
 from tests.conftest import ROOT
@@ -141,7 +141,7 @@ def test_what_a_dead_process_had_started_neither_lives_on_nor_keeps_us_waiting(
 @linux
 def test_a_report_is_not_kept_waiting_by_what_its_process_had_started(stub: Stub) -> None:
     with stub("leave('child'); print('{}', flush=True); os._exit(0)") as worker:
-        assert worker.report(LONG) == Report()
+        assert worker.report(LONG) == WorkerReport()
 
 
 def test_a_process_that_is_given_up_ends_though_it_does_not_want_to(
@@ -241,7 +241,7 @@ FATES = ["loud", "picky", "unbuildable", "fork"]
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def report(tmp_path_factory: pytest.TempPathFactory) -> WorkerReport:
     folder = tmp_path_factory.mktemp("real")
     variants = tuple(
         Variant(name=fate, config=load_config(written(folder, fate)).model_dump(mode="json"))
@@ -255,11 +255,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return found
 
 
-def test_what_a_model_prints_to_stdout_does_not_break_the_report(report: Report) -> None:
+def test_what_a_model_prints_to_stdout_does_not_break_the_report(report: WorkerReport) -> None:
     assert "loud" in [trial.variant for trial in report.trials]
 
 
-def test_what_a_model_raises_is_told_with_its_batch_and_the_others_go_on(report: Report) -> None:
+def test_what_a_model_raises_is_told_with_its_batch_and_the_others_go_on(
+    report: WorkerReport,
+) -> None:
     assert [trial.variant for trial in report.trials] == ["loud", "fork"]
     picky = {failure.variant: failure for failure in report.failures}["picky"]
     assert re.fullmatch(r"ValueError: 24 is too much \(.*nets\.py:\d+\)", picky.error)
@@ -268,13 +270,13 @@ def test_what_a_model_raises_is_told_with_its_batch_and_the_others_go_on(report:
     assert "Traceback" in picky.details
 
 
-def test_a_model_that_cannot_be_built_is_told_as_such(report: Report) -> None:
+def test_a_model_that_cannot_be_built_is_told_as_such(report: WorkerReport) -> None:
     found = {failure.variant: failure for failure in report.failures}["unbuildable"]
     assert "no such weights" in found.error
     assert found.batch == 0, "not the batch at which another model failed"
 
 
-def test_the_worker_says_on_what_it_ran(report: Report) -> None:
+def test_the_worker_says_on_what_it_ran(report: WorkerReport) -> None:
     assert report.environment
     assert report.environment.threads == 1
     assert report.disturbance.steal >= 0

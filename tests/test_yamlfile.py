@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradrun.config.load import load_config, located
+from gradrun.config.load import load_config, with_locations
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 
@@ -387,11 +387,11 @@ def test_located_gives_a_later_error_the_place_of_its_key():
     config = load_config(write())
     with (
         pytest.raises(ConfigError, match=r"^c\.yaml:3:30  model\.layers\.1: odd\n"),
-        located(config),
+        with_locations(config),
     ):
         raise ConfigError("odd", "model.layers.1")
 
 
 def test_located_leaves_an_error_without_a_key_alone():
-    with pytest.raises(ConfigError, match=r"^odd$"), located(load_config(write())):
+    with pytest.raises(ConfigError, match=r"^odd$"), with_locations(load_config(write())):
         raise ConfigError("odd")

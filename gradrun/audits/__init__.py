@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from gradrun.audits import mode_switches, retained_graphs, side_effects
-from gradrun.audits.target import Subject
+from gradrun.audits.target import AuditTarget
 from gradrun.results.result import Finding
 
-LOOKS: tuple[Callable[[Subject], Iterable[Finding]], ...] = (
+AUDIT_PASSES: tuple[Callable[[AuditTarget], Iterable[Finding]], ...] = (
     side_effects.first_run,
     side_effects.disturbed,
     mode_switches.switches,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gradrun.audits.target import Subject, source_of
+from gradrun.audits.target import AuditTarget, source_of
 from gradrun.comparison.equivalence import equivalence
 from gradrun.results.result import Equivalence, Finding
 
@@ -18,7 +18,9 @@ _FUSED = (
 _FUSED_TYPES = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
 
 
-def across(base: Subject, other: Subject, *, steady: bool) -> tuple[Equivalence, Iterable[Finding]]:
+def across(
+    base: AuditTarget, other: AuditTarget, *, steady: bool
+) -> tuple[Equivalence, Iterable[Finding]]:
     """The other mode's outputs against the baseline's; `steady`: that agrees with itself."""
     found = equivalence(base, other)
     if found.bitwise or not steady:  # what differs by itself says nothing of modes
@@ -40,7 +42,7 @@ def across(base: Subject, other: Subject, *, steady: bool) -> tuple[Equivalence,
     return found, (finding,)
 
 
-def repeated(subject: Subject) -> Iterable[Finding]:
+def repeated(subject: AuditTarget) -> Iterable[Finding]:
     """The same mode twice, from the same seed."""
     found = equivalence(subject, subject)
     if found.bitwise:
@@ -58,5 +60,5 @@ def repeated(subject: Subject) -> Iterable[Finding]:
     )
 
 
-def _source(subject: Subject, found: Equivalence) -> str | None:
+def _source(subject: AuditTarget, found: Equivalence) -> str | None:
     return source_of(subject.labelled(found.first_module)) if found.first_module else None

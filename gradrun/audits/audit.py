@@ -15,29 +15,29 @@ from typing import Any
 
 import torch
 
-from gradrun.audits import LOOKS, agreement, saved_tensors, torch_compile
-from gradrun.audits.target import Subject
+from gradrun.audits import AUDIT_PASSES, agreement, saved_tensors, torch_compile
+from gradrun.audits.target import AuditTarget
 from gradrun.comparison.benchmark import first_batches
-from gradrun.config.load import located
-from gradrun.config.resolve import resolved, trusted
+from gradrun.config.load import with_locations
+from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.source import Batch
 from gradrun.inference import device as machine
-from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import FORWARD_MEMORY, cpu_memory
-from gradrun.inference.module_state import state_kept
+from gradrun.inference.module_state import preserve_module_state
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
     Equivalence,
     Finding,
-    Kept,
     Measurement,
     Memory,
     Phases,
     RunResult,
+    SavedForBackward,
 )
 
 Progress = Callable[[str, int, int], None]
@@ -51,7 +51,7 @@ class _Audited:
     findings: list[Finding] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     equivalence: list[Equivalence] = field(default_factory=list)
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[SavedForBackward, ...] = ()
 
 
 def audit(
@@ -80,7 +80,7 @@ def audit(
         ConfigError: the config, model or data are wrong, or the model runs in no mode.
     """
     tell = progress or (lambda *_: None)
-    whole = resolved(config, overrides)
+    whole = resolve_config(config, overrides)
     # Hooks do not see into a compiled model; what compiling does to it is looked at apart.
     whole = whole.model_copy(update={"model": whole.model.model_copy(update={"compile": False})})
     folder = RunFolder(
@@ -91,12 +91,12 @@ def audit(
     )
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     found, base = _Audited(), None
-    with located(whole), machine.prepared(whole.run) as device:
+    with with_locations(whole), machine.device_context(whole.run) as device:
         batches = first_batches(whole, device)
         modes = list(GradMode)
         for step, mode in enumerate(modes):
             tell(mode, step, len(modes) + compile)
-            subject, load_seconds = _loaded(whole, mode, device, batches, trusted(trust_code))
+            subject, load_seconds = _loaded(whole, mode, device, batches, is_trusted(trust_code))
             try:
                 last = base is None and mode is modes[-1]
                 if _looked_at(subject, found, load_seconds, last=last):
@@ -104,7 +104,9 @@ def audit(
             except GradrunError:
                 raise
             except Exception as error:  # it ran one batch, and fails on another
-                text = f"the model failed while it was looked at: {reason(error, mode)}"
+                text = (
+                    f"the model failed while it was looked at: {describe_model_error(error, mode)}"
+                )
                 raise RunFailed(text) from error
         if compile and base:
             tell("torch.compile", len(modes), len(modes) + 1)
@@ -121,30 +123,30 @@ def audit(
         findings=_merged(found.findings),
         kept=found.kept,
     )
-    with folder.writing():
+    with folder.locked():
         folder.save(result)
     return result
 
 
 def _loaded(
     config: RunConfig, mode: GradMode, device: torch.device, batches: list[Batch], trust_code: bool
-) -> tuple[Subject, float]:
+) -> tuple[AuditTarget, float]:
     """The model anew: what it made lazily in another mode must not hide what it does in this."""
     in_mode = config.model_copy(update={"run": config.run.model_copy(update={"mode": mode})})
     began = time.perf_counter()
     machine.seed(config.run.seed, device)
     model = load_model(config.model, device, trust_code=trust_code)
-    return Subject(mode.value, in_mode, device, model, batches), time.perf_counter() - began
+    return AuditTarget(mode.value, in_mode, device, model, batches), time.perf_counter() - began
 
 
-def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: bool) -> bool:
+def _looked_at(subject: AuditTarget, found: _Audited, load_seconds: float, *, last: bool) -> bool:
     """Look for everything in one mode; whether the model runs in it at all.
 
     Raises:
         ConfigError: it does not, and this is the last mode that it could have run in.
     """
     try:
-        first, *others = LOOKS
+        first, *others = AUDIT_PASSES
         found.findings += first(subject)  # runs the model as it is: what fails here is its fault
         found.measurements.append(_measured(subject, load_seconds))
     except GradrunError:
@@ -153,15 +155,16 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
         if last:
             batch = subject.copy()
             with subject.active():
-                raise refusal(
+                raise explain_first_batch_failure(
                     subject.model, batch.args, batch.kwargs, error, subject.mode
                 ) from error
+        reason = describe_model_error(error, subject.mode)
         found.findings.append(
             Finding(
                 severity="error",
                 code="fails",
                 modes=(subject.mode,),
-                text=f"The model cannot be run: {reason(error, subject.mode).rstrip('.')}",
+                text=f"The model cannot be run: {reason.rstrip('.')}",
                 advice="",
             )
         )
@@ -176,7 +179,7 @@ def _looked_at(subject: Subject, found: _Audited, load_seconds: float, *, last: 
 
 
 @contextmanager
-def _noted(found: _Audited, subject: Subject, look: str) -> Iterator[None]:
+def _noted(found: _Audited, subject: AuditTarget, look: str) -> Iterator[None]:
     """Turn what a look cannot look at into a warning: it says nothing of the model."""
     try:
         yield
@@ -193,11 +196,11 @@ def _noted(found: _Audited, subject: Subject, look: str) -> Iterator[None]:
         )
 
 
-def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subject:
+def _compared(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -> AuditTarget:
     """The first mode that runs is the baseline, whose model the others are compared on."""
     if base is None:
         return subject
-    same_model = Subject(subject.name, subject.config, subject.device, base.model, base.batches)
+    same_model = AuditTarget(subject.name, subject.config, subject.device, base.model, base.batches)
     steady = not any(finding.code == "not_deterministic" for finding in found.findings)
     equivalence, findings = agreement.across(base, same_model, steady=steady)
     found.equivalence.append(equivalence)
@@ -205,11 +208,11 @@ def _compared(base: Subject | None, subject: Subject, found: _Audited) -> Subjec
     return base
 
 
-def _measured(subject: Subject, load_seconds: float) -> Measurement:
+def _measured(subject: AuditTarget, load_seconds: float) -> Measurement:
     """The mode's memory; time is not taken here, where hooks and meters would count into it."""
     batch, memory = subject.copy(), None
     if meter := FORWARD_MEMORY.get(subject.device.type):
-        with subject.active(), state_kept(subject.model):
+        with subject.active(), preserve_module_state(subject.model):
             memory = meter(lambda: subject.model(*batch.args, **batch.kwargs), subject.model)
     return Measurement(
         mode=subject.mode,

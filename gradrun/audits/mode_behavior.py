@@ -14,7 +14,7 @@ from gradrun.inference import device as machine
 from gradrun.results.result import ModeFacts
 
 
-def prove_modes(device: str = "auto") -> ModeFacts:
+def mode_behavior(device: str = "auto") -> ModeFacts:
     """Ask every question about the gradient modes by running it.
 
     Args:

@@ -18,10 +18,10 @@ from torch.utils import _contextlib
 
 from gradrun import modes
 from gradrun.audits.saved_tensors import saved_in_vain
-from gradrun.audits.target import Calls, Subject, source_of, watched
+from gradrun.audits.target import AuditTarget, ModuleCallStack, source_of, track_module_calls
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import bytes_text
-from gradrun.inference.module_state import state_kept
+from gradrun.core.units import format_bytes
+from gradrun.inference.module_state import preserve_module_state
 from gradrun.modes import ModeState, observe
 from gradrun.results.result import Finding, Severity
 
@@ -64,7 +64,7 @@ class Switch:
     after: ModeState
 
 
-def switches(subject: Subject) -> Iterable[Finding]:
+def switches(subject: AuditTarget) -> Iterable[Finding]:
     """Modules that switch the mode inside, and a forward that leaves the thread in another one."""
     found: dict[Switch, int] = {}
     leaks: dict[nn.Module, tuple[ModeState, ModeState]] = {}
@@ -76,8 +76,8 @@ def switches(subject: Subject) -> Iterable[Finding]:
 
     batch = subject.copy()
     with (
-        state_kept(subject.model),
-        watched(lambda _: observe(), left) as calls,
+        preserve_module_state(subject.model),
+        track_module_calls(lambda _: observe(), left) as calls,
         _switches_noted(calls, subject, found),
     ):
         subject.run(batch)
@@ -104,7 +104,7 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
     severity: Severity
     if after.records:
         severity, code = "warning", "tracks"
-        saves = f", and saves {bytes_text(cost)} for a backward not to come" if cost else ""
+        saves = f", and saves {format_bytes(cost)} for a backward not to come" if cost else ""
         text = f"Turns gradients on in the middle of {mode}{saves}"
         advice = "Leave the mode to the caller, or use gradrun.modes.conditional_no_grad"
     elif after.inference and after.grad and not before.grad:
@@ -136,7 +136,7 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
 
 @contextmanager
 def _switches_noted(
-    calls: Calls[ModeState], subject: Subject, found: dict[Switch, int]
+    calls: ModuleCallStack[ModeState], subject: AuditTarget, found: dict[Switch, int]
 ) -> Iterator[None]:
     """Count the switches made by Python code while the block runs.
 

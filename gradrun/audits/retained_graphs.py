@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.target import Subject, source_of
+from gradrun.audits.target import AuditTarget, source_of
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 from gradrun.inference.meters import FORWARD_MEMORY, ForwardMeter, cpu_memory
-from gradrun.inference.module_state import TABLES, state_kept
-from gradrun.output.transforms import tensors_in
+from gradrun.inference.module_state import TABLES, preserve_module_state
+from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Finding
 
 _SETTLING, _WATCHED = 2, 3
@@ -27,22 +27,22 @@ _MANY, _PATIENCE = 64, 2.0
 """Batches, or seconds, after which one that still leaves memory behind is no cache."""
 
 
-def kept_graphs(subject: Subject) -> Iterable[Finding]:
+def kept_graphs(subject: AuditTarget) -> Iterable[Finding]:
     """Outputs that hold a graph, with all that it needs, where nobody asked for one."""
     if subject.mode is GradMode.GRAD:
         return
     batch = subject.copy()
-    with state_kept(subject.model):
+    with preserve_module_state(subject.model):
         returned = subject.run(batch)
         # A parameter that is returned as it is requires grad and has no graph.
-        names = [name for name, tensor in tensors_in(returned) if tensor.grad_fn is not None]
+        names = [name for name, tensor in iter_tensors(returned) if tensor.grad_fn is not None]
         del returned
     if not names:
         return
     meter = FORWARD_MEMORY.get(subject.device.type)
     retained = None
     if meter:
-        with state_kept(subject.model):
+        with preserve_module_state(subject.model):
             retained = meter(lambda: subject.run(batch))[1]
     listed = ", ".join(names) if len(names) > 1 or names[0] != "0" else "The output"
     yield Finding(
@@ -52,20 +52,20 @@ def kept_graphs(subject: Subject) -> Iterable[Finding]:
         module=subject.label(subject.model),
         source=source_of(subject.model),
         text=f"{listed} keeps its graph as long as it lives, and with it what backward needs"
-        + (f": {bytes_text(retained)}" if retained else ""),
+        + (f": {format_bytes(retained)}" if retained else ""),
         advice="Find the block that turns gradients on, or detach() what is returned",
         cost=retained,
     )
 
 
-def growth(subject: Subject) -> Iterable[Finding]:
+def growth(subject: AuditTarget) -> Iterable[Finding]:
     """Bytes that stay behind with every batch, though nobody holds its outputs."""
     meter = FORWARD_MEMORY.get(subject.device.type)
     if meter is None:
         return
     before = {}
     left = []
-    with state_kept(subject.model):
+    with preserve_module_state(subject.model):
         for number in range(_SETTLING + _WATCHED):
             if number == _SETTLING:
                 before = dict(_held(subject))
@@ -86,13 +86,13 @@ def growth(subject: Subject) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=subject.label(owner),
         source=source_of(owner),
-        text=f"Keeps {bytes_text(lost)} of every batch, {where}: a long run ends out of memory",
+        text=f"Keeps {format_bytes(lost)} of every batch, {where}: a long run ends out of memory",
         advice="Keep numbers, not tensors: .item(), or .detach().cpu() where the tensor is needed",
         cost=lost,
     )
 
 
-def _goes_on(subject: Subject, meter: ForwardMeter, lost: int) -> bool:
+def _goes_on(subject: AuditTarget, meter: ForwardMeter, lost: int) -> bool:
     """Whether as much is left behind by each of many batches: a cache of bounded size fills up.
 
     In one go, since the meter does not see that a block is freed which is older than its look.
@@ -109,13 +109,13 @@ def _goes_on(subject: Subject, meter: ForwardMeter, lost: int) -> bool:
     return meter(many).retained > 0.9 * lost * done
 
 
-def _dropped(subject: Subject, batch: Any) -> None:
+def _dropped(subject: AuditTarget, batch: Any) -> None:
     """Run, and let go of the outputs, cycles included."""
     subject.run(batch)
     gc.collect(1)  # what the call made is young; a full collection walks all of torch
 
 
-def _held(subject: Subject) -> Iterator[tuple[str, int]]:
+def _held(subject: AuditTarget) -> Iterator[tuple[str, int]]:
     """Bytes of the tensors, graphs apart, in each plain attribute of each module."""
     for name, module in subject.model.named_modules():
         for attribute, value in vars(module).items():
@@ -124,7 +124,7 @@ def _held(subject: Subject) -> Iterator[tuple[str, int]]:
             values = (
                 value if isinstance(value, list | tuple | dict | torch.Tensor) else _items(value)
             )
-            held = cpu_memory.storage_bytes(t for _, t in tensors_in(values))
+            held = cpu_memory.storage_bytes(t for _, t in iter_tensors(values))
             if held:
                 yield f"{name}.{attribute}" if name else attribute, held
 

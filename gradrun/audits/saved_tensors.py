@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.target import Subject, watched
+from gradrun.audits.target import AuditTarget, track_module_calls
 from gradrun.data.source import Batch
 from gradrun.inference.meters.cpu_memory import storages
-from gradrun.inference.module_state import state_kept
-from gradrun.output.transforms import tensors_in
-from gradrun.results.result import Kept
+from gradrun.inference.module_state import preserve_module_state
+from gradrun.output.transforms import iter_tensors
+from gradrun.results.result import SavedForBackward
 
 OUTPUTS = "(outputs)"
 
@@ -38,14 +38,14 @@ class _Saved:
         return self.tensor
 
 
-def saved_in_vain(subject: Subject) -> dict[str, int]:
+def saved_in_vain(subject: AuditTarget) -> dict[str, int]:
     """Module to the bytes that it saves in one batch for a backward that does not come.
 
     A module that runs a backward of its own is not there.
     """
     by_module: dict[str, int] = {}
     held: list[_Saved] = []
-    with state_kept(subject.model), _packed(subject, held.append) as batch:
+    with preserve_module_state(subject.model), _packed(subject, held.append) as batch:
         counted = _there(subject, batch)
         subject.run(batch)
     for one in held:
@@ -56,7 +56,7 @@ def saved_in_vain(subject: Subject) -> dict[str, int]:
     return by_module
 
 
-def kept_for_backward(subject: Subject) -> tuple[Kept, ...]:
+def kept_for_backward(subject: AuditTarget) -> tuple[SavedForBackward, ...]:
     """Bytes that one batch's graph keeps alive, most first.
 
     Storage that several modules share counts once, for the first that saved it; parameters, buffers
@@ -65,21 +65,23 @@ def kept_for_backward(subject: Subject) -> tuple[Kept, ...]:
     """
     saved: list[weakref.ref[_Saved]] = []
     by_module: dict[str, int] = {}
-    with state_kept(subject.model):
+    with preserve_module_state(subject.model):
         with _packed(subject, lambda one: saved.append(weakref.ref(one))) as batch:
             counted = _there(subject, batch)
             returned = subject.run(batch)
         for alive in filter(None, (reference() for reference in saved)):
             _count(subject, alive, counted, by_module)
-        by_module[OUTPUTS] = sum(_new_bytes(tensor, counted) for _, tensor in tensors_in(returned))
+        by_module[OUTPUTS] = sum(
+            _new_bytes(tensor, counted) for _, tensor in iter_tensors(returned)
+        )
     rows = sorted(by_module.items(), key=lambda row: -row[1])
-    return tuple(Kept(module=module, bytes=count) for module, count in rows if count)
+    return tuple(SavedForBackward(module=module, bytes=count) for module, count in rows if count)
 
 
 @contextmanager
-def _packed(subject: Subject, note: Callable[[_Saved], None]) -> Iterator[Batch]:
+def _packed(subject: AuditTarget, note: Callable[[_Saved], None]) -> Iterator[Batch]:
     """Tell of every tensor that is saved while the block runs; yields a batch to run."""
-    with watched(lambda _: None) as calls:
+    with track_module_calls(lambda _: None) as calls:
 
         def pack(tensor: torch.Tensor) -> _Saved:
             one = _Saved(tensor, calls.innermost)
@@ -90,13 +92,13 @@ def _packed(subject: Subject, note: Callable[[_Saved], None]) -> Iterator[Batch]
             yield subject.copy()
 
 
-def _there(subject: Subject, batch: Batch) -> set[int]:
+def _there(subject: AuditTarget, batch: Batch) -> set[int]:
     """The storages that were there before the call."""
     tensors = [*batch.tensors(), *_tensors_of(subject.model)]
     return set(storages(tensors))
 
 
-def _count(subject: Subject, one: _Saved, counted: set[int], by_module: dict[str, int]) -> None:
+def _count(subject: AuditTarget, one: _Saved, counted: set[int], by_module: dict[str, int]) -> None:
     label = subject.label(subject.model if one.module is None else one.module)
     by_module[label] = by_module.get(label, 0) + _new_bytes(one.tensor, counted)
 

@@ -14,23 +14,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.target import Subject, source_of, users_line, watched
+from gradrun.audits.target import AuditTarget, source_of, track_module_calls, users_line
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-from gradrun.inference.module_state import TABLES, state_kept
-from gradrun.output.transforms import tensors_in
+from gradrun.inference.module_state import TABLES, preserve_module_state
+from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Finding
 
 _TRAIN = nn.Module.train.__code__
 
 
-def first_run(subject: Subject) -> Iterable[Finding]:
+def first_run(subject: AuditTarget) -> Iterable[Finding]:
     """Parameters, buffers and caches that the first forward made inside inference mode.
 
     They stay: this is the model's first run, and what it makes lazily it makes once.
     """
     returned = subject.run(subject.copy())
-    if not list(tensors_in(returned)):
+    if not list(iter_tensors(returned)):
         kind = type(returned).__name__
         raise ConfigError(
             f"the model returned {kind}, where a tensor or several are wanted", "model"
@@ -61,15 +61,15 @@ def first_run(subject: Subject) -> Iterable[Finding]:
             )
 
 
-def disturbed(subject: Subject) -> Iterable[Finding]:
+def disturbed(subject: AuditTarget) -> Iterable[Finding]:
     """Training mode, random numbers, and writes into buffers, parameters or the input."""
     batch, seen = subject.copy(), _Seen(subject.device)
     inputs = [(tensor, tensor.clone()) for tensor in batch.tensors()]
     seen.inputs = [tensor for tensor, _ in inputs]
     kept = {name: tensor.detach().clone() for name, tensor in _plain_state(subject.model)}
     parameters = dict(subject.model.named_parameters())
-    with state_kept(subject.model):
-        with watched(seen.enter, seen.leave), _train_calls(seen):
+    with preserve_module_state(subject.model):
+        with track_module_calls(seen.enter, seen.leave), _train_calls(seen):
             subject.run(batch)
         changed = [
             name
@@ -152,7 +152,7 @@ def _train_calls(seen: _Seen) -> Iterator[None]:
         sys.setprofile(earlier)
 
 
-def _training(subject: Subject, seen: _Seen) -> Iterator[Finding]:
+def _training(subject: AuditTarget, seen: _Seen) -> Iterator[Finding]:
     asked = getattr(subject.config.model, "training", False)
     advice = "Call eval() on it in the end, and do not override train()"
     if asked:
@@ -182,7 +182,7 @@ def _training(subject: Subject, seen: _Seen) -> Iterator[Finding]:
         )
 
 
-def _random(subject: Subject, seen: _Seen) -> Iterator[Finding]:
+def _random(subject: AuditTarget, seen: _Seen) -> Iterator[Finding]:
     for module in seen.drew:
         if module in seen.training and isinstance(module, nn.modules.dropout._DropoutNd):
             continue
@@ -198,7 +198,7 @@ def _random(subject: Subject, seen: _Seen) -> Iterator[Finding]:
 
 
 def _written(
-    subject: Subject, changed: list[str], parameters: dict[str, Any], seen: _Seen
+    subject: AuditTarget, changed: list[str], parameters: dict[str, Any], seen: _Seen
 ) -> Iterator[Finding]:
     """One finding a module for parameters and buffers that its forward wrote."""
     batch_norms = nn.modules.batchnorm._NormBase
@@ -231,7 +231,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, value
             # The modules' own tables are dicts too, and are walked elsewhere.
             elif isinstance(value, dict | list | tuple) and name not in TABLES:
-                yield from ((f"{name}.{path}", t) for path, t in tensors_in(value))
+                yield from ((f"{name}.{path}", t) for path, t in iter_tensors(value))
 
 
 def _plain_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ _TORCH = Path(torch.__file__).parent
 
 
 @dataclass
-class Subject:
+class AuditTarget:
     """A model with batches, in the mode of its config; a Side of divergence.py."""
 
     name: str
@@ -78,7 +78,7 @@ class Subject:
         return next((m for name, m in self.model.named_modules() if name == path), self.model)
 
 
-class Calls(Generic[T]):
+class ModuleCallStack(Generic[T]):
     """The module calls under way, innermost last, each with what was noted at its entry."""
 
     def __init__(self) -> None:
@@ -91,16 +91,16 @@ class Calls(Generic[T]):
 
 
 @contextmanager
-def watched(
+def track_module_calls(
     enter: Callable[[nn.Module], T],
     leave: Callable[[nn.Module, T], None] = lambda *_: None,
-) -> Iterator[Calls[T]]:
+) -> Iterator[ModuleCallStack[T]]:
     """Note something at the entry of each module's forward, and look again when it returns.
 
     The hooks are the process's, not the modules': nn.TransformerEncoderLayer leaves its fused path
     when a module of its own has hooks.
     """
-    calls: Calls[T] = Calls()
+    calls: ModuleCallStack[T] = ModuleCallStack()
 
     def entered(module: nn.Module, *_: Any) -> None:
         calls.open.append((module, enter(module)))

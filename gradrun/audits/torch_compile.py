@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.target import Subject
+from gradrun.audits.target import AuditTarget
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.inference.module_state import state_kept
+from gradrun.inference.module_state import preserve_module_state
 from gradrun.results.result import Finding
 
 _OF_MODES = re.compile(
@@ -28,12 +28,12 @@ _OF_MODES = re.compile(
 _TORCH = Path(torch.__file__).parent
 
 
-def compiled(subject: Subject, modes: Sequence[GradMode]) -> Iterable[Finding]:
+def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Finding]:
     """Graph breaks, those of modes told from others, and how often it is compiled for `modes`."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in subject.model.modules()):
         return  # it is compiled already
     graphs: dict[GradMode, int] = {}
-    with _dynamo() as dynamo, state_kept(subject.model):
+    with _dynamo() as dynamo, preserve_module_state(subject.model):
         counted = _Counted()
         traced: Any = torch.compile(subject.model, backend=counted)
         for mode in modes:
@@ -71,7 +71,7 @@ class _Counted:
         return graph.forward
 
 
-def _in_mode(subject: Subject, mode: GradMode) -> Subject:
+def _in_mode(subject: AuditTarget, mode: GradMode) -> AuditTarget:
     run = subject.config.run.model_copy(update={"mode": mode})
     return replace(subject, config=subject.config.model_copy(update={"run": run}))
 

@@ -15,18 +15,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gradrun.checks import evaluate, golden
-from gradrun.checks.git_worktree import checked_out
+from gradrun.checks.git_worktree import git_worktree
 from gradrun.comparison.protocol import Failure, Variant
-from gradrun.comparison.session import Compared, Progress, Session, sentence
-from gradrun.config.load import load_config, located
-from gradrun.config.resolve import resolved, trusted
+from gradrun.comparison.session import Progress, Session, SessionData, sentence
+from gradrun.config.load import load_config, with_locations
+from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import MetricSection, RunConfig
-from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelRefused, RunFailed
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
 from gradrun.inference import device as machine
 from gradrun.inference.infer import infer
-from gradrun.inference.signals import Interruption
+from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
 from gradrun.results.result import Measurement, Outcome, RunResult
@@ -35,7 +35,7 @@ _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
 
 
 @dataclass
-class Rival:
+class Reference:
     """What a model is compared with: an earlier result, or another config that runs beside it."""
 
     name: str
@@ -88,12 +88,12 @@ def check(
     if sets and overrides:
         raise TypeError("changes are told as sets or as overrides, not both")
     changes = sets or overrides
-    whole = resolved(config, changes)
+    whole = resolve_config(config, changes)
     subject = _subject(whole)
     if baseline and not Path(baseline).exists():
         raise ConfigError(f"--baseline {baseline}: there is none; --save-baseline writes it")
     earlier = RunResult.load(baseline) if baseline else None
-    with located(whole):
+    with with_locations(whole):
         _refuse_early(subject, earlier, update_expected)
         if not (evaluate.something(subject.check) or earlier or against or save_baseline):
             text = "nothing is asked: smoke is off, and there is no limit and nothing to compare"
@@ -101,7 +101,7 @@ def check(
     tell = progress or (lambda *_: None)
     with (
         _heard(),
-        located(whole),
+        with_locations(whole),
         _rival(whole, earlier, baseline, against, changes) as rival,
         checking(subject.output.path),
     ):
@@ -112,15 +112,15 @@ def check(
                 overwrite=True,
                 progress=lambda done, samples: tell("predicting", done, samples),
             )
-        except (ModelRefused, RunFailed) as error:
+        except (ModelInputError, RunFailed) as error:
             result = _failed(subject, error)
         else:
-            work = _Work(subject, predicted, rival, trusted(trust_code), tell)
+            work = _CheckRun(subject, predicted, rival, is_trusted(trust_code), tell)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
         place = whole._origin.where if whole._origin else lambda _: None
         result = result.replace(outcomes=evaluate.placed(result.outcomes, place))
         folder = RunFolder(subject.output.path, overwrite=True)
-        with folder.writing():
+        with folder.locked():
             folder.save(result)
     if save_baseline:
         _save(result, Path(save_baseline))
@@ -130,7 +130,7 @@ def check(
 @contextmanager
 def _heard() -> Iterator[None]:
     """Let SIGTERM end a check in order too: what was checked out must not stay behind."""
-    with Interruption() as interruption:
+    with GracefulShutdown() as interruption:
         try:
             yield
         except Interrupted as error:
@@ -208,38 +208,38 @@ def _rival(
     baseline: str | Path | None,
     against: str | Path | None,
     changes: Mapping[str, Any] | Sequence[str],
-) -> Iterator[Rival | None]:
+) -> Iterator[Reference | None]:
     if earlier:
-        yield Rival(Path(str(baseline)).name, result=earlier)
+        yield Reference(Path(str(baseline)).name, result=earlier)
     elif against is None:
         yield None
     elif Path(against).is_file():
         other = load_config(Path(against), changes)
-        yield Rival(Path(against).name, config=_subject(other))
+        yield Reference(Path(against).name, config=_subject(other))
     else:
         own = Path(whole._origin.name) if whole._origin else None
         if own is None or not own.is_file():
             raise ConfigError("--against a revision takes a config that is a file")
         beside = own.parent.resolve()
-        with checked_out(str(against), beside, whole.input_files()) as out:
+        with git_worktree(str(against), beside, whole.input_files()) as out:
             file = out.of(beside) / own.name
             if not file.is_file():
                 raise ConfigError(f"--against {against}: {own.name} is not in that revision")
             config = _subject(load_config(file, changes))
-            yield Rival(str(against), config=config, moved=(str(out.top), str(out.tree)))
+            yield Reference(str(against), config=config, moved=(str(out.top), str(out.tree)))
 
 
 # --- the steps ---------------------------------------------------------------------------------
 
 
-class _Work:
+class _CheckRun:
     """One check of a model that ran: what its modes and its rival are, in figures."""
 
     def __init__(
         self,
         config: RunConfig,
         predicted: RunResult,
-        rival: Rival | None,
+        rival: Reference | None,
         trust_code: bool,
         tell: Progress,
     ) -> None:
@@ -333,14 +333,14 @@ class _Work:
             _of_mode(before.measurements, self.mode), self.predicted.measurements
         )
 
-    def _timed(self) -> Compared:
+    def _timed(self) -> SessionData:
         others = [mode for mode in evaluate.modes_timed(self.asked) if mode is not self.mode]
         session = self._session([*self._own_and_rival(), *map(self._variant, others)])
         measured = session.run(self.tell)
         self._see_that_both_ran(measured)
         return measured
 
-    def _see_that_both_ran(self, found: Compared) -> None:
+    def _see_that_both_ran(self, found: SessionData) -> None:
         """What failed, beside another mode in the smoke check, ends the check."""
         needed = [variant.name for variant in self._own_and_rival()]
         for failure in found.failures:
@@ -349,7 +349,7 @@ class _Work:
 
     # --- judging -------------------------------------------------------------------------------
 
-    def _smoke(self, looked: Compared) -> list[Outcome]:
+    def _smoke(self, looked: SessionData) -> list[Outcome]:
         if not self.asked.smoke:
             return []
         modes = [found for found in looked.equivalence if found.candidate in set(GradMode)]
@@ -359,7 +359,9 @@ class _Work:
             for failure in looked.failures
         ]
 
-    def _regression(self, looked: Compared, measured: Compared, described: Any) -> list[Outcome]:
+    def _regression(
+        self, looked: SessionData, measured: SessionData, described: Any
+    ) -> list[Outcome]:
         if self.rival is None:
             return []
         if self.rival.result:
@@ -393,7 +395,7 @@ class _Work:
                 Path(folder), own.path, files, self.asked.rtol, self.asked.atol
             )
 
-    def _since(self, before: RunResult, measured: Compared, described: Any) -> list[Outcome]:
+    def _since(self, before: RunResult, measured: SessionData, described: Any) -> list[Outcome]:
         """Regressions since an earlier result."""
         assert self.rival
         old = _of_mode(before.measurements, self.mode)

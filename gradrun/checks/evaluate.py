@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from gradrun.config.limits import Bound, Status, bytes_bound, number_bound, share
+from gradrun.config.limits import Limit, Status, bytes_bound, number_bound, percentage
 from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import bytes_text, count_text
+from gradrun.core.units import format_bytes, pluralize
 from gradrun.results import stats
 from gradrun.results.ratios import paired
 from gradrun.results.result import (
@@ -46,12 +46,12 @@ def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcom
     """Whether a run was whole, finite and kept no graph, and the modes agree."""
     found = {warning.code: warning.text for warning in predicted.warnings}
     measured = predicted.measurements[0]
-    batches = count_text(len(measured.batch_sizes), "batch")
+    batches = pluralize(len(measured.batch_sizes), "batch")
     rows, apart = predicted.predictions or 0, found.get("quarantined", "")
     short = "" if rows == measured.samples else f"the model ran on {measured.samples:,} samples"
     outcomes = [
         _smoke("runs", "no error", batches),
-        _smoke("predictions", "one row a sample", count_text(rows, "row"), apart or short),
+        _smoke("predictions", "one row a sample", pluralize(rows, "row"), apart or short),
         _clean("finite", "no NaN or infinity kept", found.get("nonfinite", "")),
     ]
     if measured.mode is not GradMode.GRAD:
@@ -94,21 +94,21 @@ def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
         bound, value = bytes_bound(limit), getattr(memory, name)
         yield Outcome(
             check=_spoken(name),
-            limit=f"at most {bytes_text(int(bound.value))}",
+            limit=f"at most {format_bytes(int(bound.value))}",
             key=f"check.limits.{name}",
             **_bytes_found(bound, value),
         )
 
 
-def _bytes_found(bound: Bound, value: int | None) -> dict[str, Any]:
+def _bytes_found(bound: Limit, value: int | None) -> dict[str, Any]:
     if value is None:
         reason = "nothing measured it: there is no such device here, or measure.memory is off"
         return {"value": "–", "status": "inconclusive", "reason": reason}
     over = value - bound.value
     return {
-        "value": bytes_text(value),
+        "value": format_bytes(value),
         "status": bound.status(value, value),
-        "reason": f"{bytes_text(math.ceil(over))} too much ({value:,} bytes)" if over > 0 else "",
+        "reason": f"{format_bytes(math.ceil(over))} too much ({value:,} bytes)" if over > 0 else "",
     }
 
 
@@ -164,7 +164,7 @@ def _limits(asked: CheckSection) -> list[tuple[str, str]]:
     return [(name, limit) for name, limit in fields if limit is not None]
 
 
-def _ratio_found(bound: Bound, found: Estimate | None) -> dict[str, Any]:
+def _ratio_found(bound: Limit, found: Estimate | None) -> dict[str, Any]:
     if found is None:
         reason = "it could not be measured"
         return {"value": "–", "status": "inconclusive", "reason": reason}
@@ -187,7 +187,7 @@ def _why(status: Status) -> str:
 def apart(before: Sequence[Measurement], now: Sequence[Measurement]) -> Estimate | None:
     """Time now / time before, of processes that did not run side by side."""
     groups = [[median(m.seconds_per_sample) for m in ms if m.batch_seconds] for ms in (now, before)]
-    return stats.apart(*groups) if all(g and min(g) > 0 for g in groups) else None
+    return stats.unpaired_ratio(*groups) if all(g and min(g) > 0 for g in groups) else None
 
 
 def inverse(ratio: Estimate | None) -> Estimate | None:
@@ -216,7 +216,7 @@ def time_regression(
     """
     if asked.regression.time is None:
         return
-    bound = Bound(1 + share(asked.regression.time), at_least=False)
+    bound = Limit(1 + percentage(asked.regression.time), at_least=False)
     value: dict[str, Any] = {
         "value": "–",
         "status": "inconclusive",
@@ -257,11 +257,11 @@ def memory_regression(
             found["reason"] = f"measured with {'; '.join(differs)}; --save-baseline makes a new one"
         elif old is not None and new is not None and old >= 0:
             grown = (new / old - 1 if old else math.inf) if new != old else 0.0
-            over = grown > share(limit)
+            over = grown > percentage(limit)
             found = {
-                "value": f"{grown:+.1%} ({bytes_text(new)})",
+                "value": f"{grown:+.1%} ({format_bytes(new)})",
                 "status": "fail" if over else "pass",
-                "reason": f"it was {bytes_text(old)}" if over else "",
+                "reason": f"it was {format_bytes(old)}" if over else "",
             }
         yield Outcome(
             check=f"{_spoken(name)} vs {rival}",

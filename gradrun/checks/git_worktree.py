@@ -29,7 +29,9 @@ class CheckedOut:
 
 
 @contextmanager
-def checked_out(revision: str, beside: Path, borrowed: Iterable[Path]) -> Iterator[CheckedOut]:
+def git_worktree(
+    revision: str, beside: Path, untracked_files: Iterable[Path]
+) -> Iterator[CheckedOut]:
     """A repository as it was in a revision, as long as the block runs.
 
     Args:
@@ -54,7 +56,7 @@ def checked_out(revision: str, beside: Path, borrowed: Iterable[Path]) -> Iterat
         _git(beside, "worktree", "prune")
         _git(beside, *plain, "worktree", "add", "--quiet", "--detach", str(tree), commit)
         try:
-            for file in borrowed:
+            for file in untracked_files:
                 _lend(file, top, tree)
             yield CheckedOut(top, tree)
         finally:

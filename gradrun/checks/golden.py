@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.files import replace_file
-from gradrun.core.units import count_text
+from gradrun.core.units import pluralize
 from gradrun.results.result import Output
 
 _WINDOW_BYTES = 16 * 1024 * 1024
@@ -160,7 +160,7 @@ def _of_lines(own: Path, other: Path, rtol: float, atol: float) -> str:
             if one != two and not _same_line(json.loads(two), json.loads(one), rtol, atol):
                 first, bad = first if first >= 0 else count, bad + 1
             count += 1
-    return f"differs in {count_text(bad, 'sample')} of {count:,}, first {first}" if bad else ""
+    return f"differs in {pluralize(bad, 'sample')} of {count:,}, first {first}" if bad else ""
 
 
 def _same_line(golden: dict[str, Any], row: dict[str, Any], rtol: float, atol: float) -> bool:
@@ -194,4 +194,4 @@ def _difference(golden: Array, rows: Array, rtol: float, atol: float) -> str:
             worst = max(worst, _distance(old[samples], new[samples]))
     if not bad:
         return ""
-    return f"differs in {count_text(bad, 'sample')} of {len(rows):,}, first {first}, by {worst:.2g}"
+    return f"differs in {pluralize(bad, 'sample')} of {len(rows):,}, first {first}, by {worst:.2g}"

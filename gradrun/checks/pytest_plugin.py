@@ -83,7 +83,7 @@ def _watched() -> Iterator[list[str]]:
         register_module_forward_pre_hook,
     )
 
-    from gradrun.output.transforms import tensors_in
+    from gradrun.output.transforms import iter_tensors
 
     entered: list[Any] = []
     kept: list[str] = []
@@ -94,7 +94,7 @@ def _watched() -> Iterator[list[str]]:
     def leave(module: Any, _: Any, returned: Any) -> None:
         entered.pop()
         # Inside another model a graph may yet be dropped.
-        if not entered and any(t.requires_grad for _, t in tensors_in(returned)):
+        if not entered and any(t.requires_grad for _, t in iter_tensors(returned)):
             kept.append(type(module).__name__)
 
     hooks = [

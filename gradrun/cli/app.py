@@ -235,12 +235,12 @@ def audit(
         with _quick_imports():
             from gradrun.audits.audit import audit as run
         from gradrun.report.progress import status
-        from gradrun.results.safety import failed
+        from gradrun.results.safety import has_errors
 
         with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
         _answer(result, console, json_file)
-        if failed(result):
+        if has_errors(result):
             raise typer.Exit(CheckFailed.exit_code)
 
 
@@ -286,7 +286,7 @@ def check(
         with _quick_imports():
             from gradrun.checks.check import check as run
         from gradrun.report.progress import status
-        from gradrun.report.terminal import nearest
+        from gradrun.report.terminal import display_path
 
         with (
             _refusal_told(junit),
@@ -307,8 +307,11 @@ def check(
         held = update_expected and any(o.key == "check.expected" for o in result.outcomes)
         expected = result.config["check"]["expected"] if held else None
         for made in filter(None, (save_baseline, expected)):
-            failed = made == save_baseline and result.status == "fail"
-            _say(console, f"wrote {nearest(made)}{', of a check that failed' if failed else ''}")
+            has_errors = made == save_baseline and result.status == "fail"
+            _say(
+                console,
+                f"wrote {display_path(made)}{', of a check that failed' if has_errors else ''}",
+            )
         _tell_ci(result, junit)
         undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
         codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}
@@ -369,10 +372,10 @@ def modes(
     """Prove what each gradient mode does on the installed torch."""
     with _errors(debug, json_file, quiet) as console:
         with _quick_imports():
-            from gradrun.audits.mode_behavior import prove_modes
+            from gradrun.audits.mode_behavior import mode_behavior
         from gradrun.report.modes import show
 
-        proven = prove_modes(device)
+        proven = mode_behavior(device)
         show(proven, console)
         if json_file:
             _write_json(proven.to_json(), json_file)
@@ -441,12 +444,12 @@ def report(
     with _errors(debug, None, quiet) as console:
         with _quick_imports():
             from gradrun import report
-            from gradrun.report.terminal import nearest
+            from gradrun.report.terminal import display_path
             from gradrun.results.ratios import recomputed
             from gradrun.results.result import RunResult
 
         chosen = _chosen_format(form, output, results)
-        named = [(nearest(path), recomputed(RunResult.load(path))) for path in results]
+        named = [(display_path(path), recomputed(RunResult.load(path))) for path in results]
         if chosen == "table" and output is None:
             report.show(named, console)
             return
@@ -455,7 +458,7 @@ def report(
             sys.stdout.write(text)
             return
         _write(text, output, "-o")
-        _say(console, f"wrote {nearest(output)}")
+        _say(console, f"wrote {display_path(output)}")
 
 
 def _chosen_format(form: str | None, output: Path | None, results: list[Path]) -> str:
@@ -499,8 +502,8 @@ def validate(
         problems: list[str] = []
         for path in configs:
             try:
-                resolved = load_config(path, sets or []).model_dump(mode="json")
-                checked[str(path)] = {"valid": True, "config": resolved}
+                resolve_config = load_config(path, sets or []).model_dump(mode="json")
+                checked[str(path)] = {"valid": True, "config": resolve_config}
                 _say(console, f"{path}: valid (weights and shapes are checked by infer)")
             except ConfigError as error:
                 checked[str(path)] = {"valid": False, "error": str(error)}
@@ -523,7 +526,7 @@ def init(
 ) -> None:
     """Write a commented starter config; asks nothing."""
     with _errors(debug, None, quiet) as console:
-        from gradrun.config.template import starter
+        from gradrun.config.template import config_template
 
         if target:
             place, colon, name = target.rpartition(":")
@@ -535,7 +538,7 @@ def init(
                 target = f"{os.path.relpath(place, file.absolute().parent)}:{name}"
         try:
             with file.open("x", encoding="utf-8") as new:
-                new.write(starter(target))
+                new.write(config_template(target))
         except FileExistsError as error:
             raise ConfigError(f"{file} exists already; name another file") from error
         except OSError as error:
@@ -649,10 +652,10 @@ def _tell(error: GradrunError) -> None:
     """Print an error's sentence, and end with its exit code."""
     from rich.text import Text
 
-    from gradrun.report.escaping import printable
+    from gradrun.report.escaping import escape_control_chars
 
     _console(stderr=True).print(
-        Text.assemble(("error: ", "bold red"), printable(str(error))), soft_wrap=True
+        Text.assemble(("error: ", "bold red"), escape_control_chars(str(error))), soft_wrap=True
     )
     raise typer.Exit(error.exit_code) from None
 
@@ -681,9 +684,9 @@ def _console(*, stderr: bool, quiet: bool = False) -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    from gradrun.report.escaping import printable
+    from gradrun.report.escaping import escape_control_chars
 
-    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(escape_control_chars(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
@@ -699,8 +702,8 @@ def _tell_of_reports(result: RunResult, console: Console, json_file: str | None)
     """Print the command that shows a result otherwise, where it was saved."""
     from rich.text import Text
 
-    from gradrun.report.escaping import printable
-    from gradrun.report.terminal import nearest
+    from gradrun.report.escaping import escape_control_chars
+    from gradrun.report.terminal import display_path
 
     saved = Path(result.config["output"]["path"])
     if not (saved / "result.json").is_file():
@@ -708,8 +711,8 @@ def _tell_of_reports(result: RunResult, console: Console, json_file: str | None)
             return
         saved = Path(str(json_file))
     page = f"{saved.stem or 'report'}.html"
-    command = shlex.join(["gradrun", "report", nearest(saved), "-o", page])
-    console.print(Text(printable(f"more: {command}"), "dim"), soft_wrap=True)
+    command = shlex.join(["gradrun", "report", display_path(saved), "-o", page])
+    console.print(Text(escape_control_chars(f"more: {command}"), "dim"), soft_wrap=True)
 
 
 def _write_json(text: str, file: str) -> None:

@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 from gradrun.comparison.equivalence import equivalence
-from gradrun.comparison.protocol import Failure, Job, Marker, Report, Trial
+from gradrun.comparison.protocol import Failure, Job, Marker, VariantMeasurement, WorkerReport
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data import open_data
-from gradrun.data.source import Batch, mover
+from gradrun.data.source import Batch, transfer_to
 from gradrun.inference import device as machine
-from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
     cpu_memory,
@@ -36,12 +36,12 @@ from gradrun.inference.meters import (
     process_memory,
     system_load,
 )
-from gradrun.inference.module_state import state_kept
-from gradrun.inference.reordering import in_input_order
+from gradrun.inference.module_state import preserve_module_state
+from gradrun.inference.reordering import restore_input_order
 from gradrun.inference.runner import Runner, active
 from gradrun.models import class_names, load_model
 from gradrun.models.python import ImportSpace
-from gradrun.output.formats import open_sink
+from gradrun.output.formats import open_writer
 from gradrun.results import stats
 from gradrun.results.result import Memory, Phases
 
@@ -59,7 +59,7 @@ _WARM_ORDER = list(GradMode)
 """What a model makes lazily is made in grad first, and so is an ordinary tensor."""
 
 
-class Runnable:
+class LoadedVariant:
     """A variant with its model and batches, ready to be run in blocks."""
 
     def __init__(
@@ -110,16 +110,16 @@ class Runnable:
             torch.mps.synchronize()
 
 
-def carry_out(job: Job) -> Report:
+def run_task(job: Job) -> WorkerReport:
     """Do a job; what a variant raises becomes a Failure, and the others go on."""
     marker = Marker(Path(job.marker))
     failures: list[Failure] = []
-    ready: list[Runnable] = []
+    ready: list[LoadedVariant] = []
     if job.kind == "predict":
         (runnable,) = _in_warm_order(job, marker)
         with _noted(failures, runnable, marker):
             _predict(runnable, job.trust_code)
-        return Report(failures=tuple(failures))
+        return WorkerReport(failures=tuple(failures))
     for runnable in _in_warm_order(job, marker):
         with _noted(failures, runnable, marker):
             marker.at(runnable.index, 0)  # a model's code may fail before its first batch
@@ -143,7 +143,7 @@ def carry_out(job: Job) -> Report:
         for runnable in ready[1:]:
             with _noted(failures, runnable, marker):
                 agreed.append(equivalence(base, runnable))
-    return Report(
+    return WorkerReport(
         trials=tuple(trials),
         equivalence=tuple(agreed),
         failures=tuple(failures),
@@ -152,17 +152,17 @@ def carry_out(job: Job) -> Report:
     )
 
 
-def _predict(runnable: Runnable, trust_code: bool) -> None:
+def _predict(runnable: LoadedVariant, trust_code: bool) -> None:
     """Write predictions for all of a variant's data into its folder, with no journal."""
     config = runnable.config
     runnable.marker.at(runnable.index, 0)
-    with runnable.space.entered(), machine.prepared(config.run) as device:
+    with runnable.space.entered(), machine.device_context(config.run) as device:
         model = load_model(config.model, device, trust_code=trust_code)
         data = open_data(config.data, config.run.seed)
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink = open_sink(config.output, data.samples, class_names(model))
-        sink, _ = in_input_order(sink, data)
+        sink = open_writer(config.output, data.samples, class_names(model))
+        sink, _ = restore_input_order(sink, data)
         sink.open(outputs)
         stopped = runner.run(sink).stopped
         sink.close()
@@ -171,12 +171,12 @@ def _predict(runnable: Runnable, trust_code: bool) -> None:
         raise stopped
 
 
-def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:
+def _in_warm_order(job: Job, marker: Marker) -> list[LoadedVariant]:
     """In grad first: what a model makes lazily there is an ordinary tensor, fit for every mode."""
     apart = any(variant.moved for variant in job.variants)
     spaces = {moved: ImportSpace(moved, apart) for moved in {v.moved for v in job.variants}}
     runnables = [
-        Runnable(
+        LoadedVariant(
             index,
             variant.name,
             RunConfig.model_validate(variant.config, strict=False),
@@ -189,7 +189,7 @@ def _in_warm_order(job: Job, marker: Marker) -> list[Runnable]:
 
 
 @contextmanager
-def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Iterator[None]:
+def _noted(failures: list[Failure], runnable: LoadedVariant, marker: Marker) -> Iterator[None]:
     """Turn what the block raises into a Failure of the variant."""
     mode = runnable.config.run.mode
     try:
@@ -199,14 +199,16 @@ def _noted(failures: list[Failure], runnable: Runnable, marker: Marker) -> Itera
             Failure(
                 variant=runnable.name,
                 batch=marker.batch,
-                error=str(error) if isinstance(error, GradrunError) else reason(error, mode),
+                error=str(error)
+                if isinstance(error, GradrunError)
+                else describe_model_error(error, mode),
                 details=traceback.format_exc(),
                 config_key=error.key if isinstance(error, ConfigError) else None,
             )
         )
 
 
-def _load(runnable: Runnable, loaded: list[Runnable], trust_code: bool) -> None:
+def _load(runnable: LoadedVariant, loaded: list[LoadedVariant], trust_code: bool) -> None:
     """Give the variant its model and batches: another's, where they are the same."""
     config = runnable.config
     device = runnable.device = machine.resolve(config.run.device)
@@ -239,7 +241,7 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
         ConfigError: there is none all of whose samples can be read.
     """
     data = open_data(config.data, config.run.seed)
-    move = mover(device, getattr(config.model, "dtype", None))
+    move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     held, fault = 0, ""
     for batch in data.batches():
@@ -257,9 +259,9 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     return batches
 
 
-def _warm_up(runnable: Runnable) -> None:
+def _warm_up(runnable: LoadedVariant) -> None:
     began = time.perf_counter()
-    with runnable.active(), state_kept(runnable.model):
+    with runnable.active(), preserve_module_state(runnable.model):
         first = runnable.batches[0]
         try:
             runnable.call(0)
@@ -267,7 +269,9 @@ def _warm_up(runnable: Runnable) -> None:
             raise
         except Exception as error:  # whatever a model may raise
             mode = runnable.config.run.mode
-            raise refusal(runnable.model, first.args, first.kwargs, error, mode) from error
+            raise explain_first_batch_failure(
+                runnable.model, first.args, first.kwargs, error, mode
+            ) from error
         runnable.first_seconds = time.perf_counter() - began
         seconds: list[float] = []
         while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_SECONDS:
@@ -277,7 +281,7 @@ def _warm_up(runnable: Runnable) -> None:
 
 
 def _time_in_turns(
-    ready: list[Runnable], job: Job, failures: list[Failure], marker: Marker
+    ready: list[LoadedVariant], job: Job, failures: list[Failure], marker: Marker
 ) -> None:
     """Rounds of one block a variant, in random order, until the time is spent."""
     if not ready:
@@ -290,7 +294,7 @@ def _time_in_turns(
             break
         shuffled.shuffle(order)
         for runnable in order:
-            with _noted(failures, runnable, marker), state_kept(runnable.model):
+            with _noted(failures, runnable, marker), preserve_module_state(runnable.model):
                 runnable.rounds.append(runnable.block(count, done * count))
         done += 1
         for failed in [r for r in order if len(r.rounds) < done]:
@@ -298,7 +302,7 @@ def _time_in_turns(
             ready.remove(failed)
 
 
-def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
+def _trial(runnable: LoadedVariant, *, weigh: bool) -> VariantMeasurement:
     """The variant's figures; what is weighed has its process to itself, so its peak counts."""
     first, memory, resident = runnable.batches[0], None, None
     device_memory.reset(runnable.device)
@@ -311,9 +315,9 @@ def _trial(runnable: Runnable, *, weigh: bool) -> Trial:
     allocated, reserved = device_memory.peaks(runnable.device)
     meter = FORWARD_MEMORY.get(runnable.device.type)
     if meter and not weigh and runnable.config.measure.memory:
-        with runnable.active(), state_kept(runnable.model):
+        with runnable.active(), preserve_module_state(runnable.model):
             memory = meter(lambda: runnable.call(0), runnable.model)
-    return Trial(
+    return VariantMeasurement(
         variant=runnable.name,
         batch_seconds=tuple(runnable.rounds),
         batch_sizes=(first.size,) * len(runnable.rounds),

@@ -12,8 +12,8 @@ from typing import Any
 
 from gradrun.comparison.protocol import Variant
 from gradrun.comparison.session import Progress, Session, sentence
-from gradrun.config.load import load_config, located
-from gradrun.config.resolve import resolved, trusted
+from gradrun.config.load import load_config, with_locations
+from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
@@ -56,19 +56,19 @@ def compare(
         RunFailed: a variant could not be run; the error's `result` holds the others.
         Interrupted: Ctrl-C; the error's `result` holds what had been measured.
     """
-    whole = resolved(config, overrides)
+    whole = resolve_config(config, overrides)
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
     variants = _variants(whole, over or ("run.mode", listed), target)
     folder = RunFolder(target, overwrite=True)  # what is wrong with it is told before, not after
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    session = Session(variants, whole, trust_code=trusted(trust_code))
+    session = Session(variants, whole, trust_code=is_trusted(trust_code))
     stopped: GradrunError | None = None
-    with located(whole):
+    with with_locations(whole):
         try:
             found = session.run(progress)
         except KeyboardInterrupt:
-            found = session.conclude()
+            found = session.finalize()
             stopped = Interrupted("interrupted")
     failures = tuple(sentence(failure) for failure in found.failures)
     if failures:
@@ -87,7 +87,7 @@ def compare(
         failures=failures,
         warnings=tuple(found.warnings),
     )
-    with folder.writing():
+    with folder.locked():
         folder.save(result)
     if stopped:
         stopped.result = result
@@ -118,6 +118,6 @@ def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) 
         name = str(value) if key == "run.mode" else f"{key}={value}"
         while any(known.name == name for known in variants):
             name += " again"
-        changed = load_config(base, change, told_as="--over").model_dump(mode="json")
+        changed = load_config(base, change, source_name="--over").model_dump(mode="json")
         variants.append(Variant(name=name, config=changed))
     return variants

@@ -18,14 +18,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data.source import Batch
-from gradrun.inference.module_state import state_kept
-from gradrun.output.transforms import tensors_in
+from gradrun.inference.module_state import preserve_module_state
+from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Equivalence
 
 _Named = list[tuple[str, torch.Tensor]]
 
 
-class Side(Protocol):
+class ComparableModel(Protocol):
     """What is compared: a variant that can run any of its batches."""
 
     name: str
@@ -40,7 +40,7 @@ class Side(Protocol):
         """What the model returns for one batch."""
 
 
-def equivalence(base: Side, candidate: Side) -> Equivalence:
+def equivalence(base: ComparableModel, candidate: ComparableModel) -> Equivalence:
     """The candidate's outputs beside the baseline's, on the batches that both have."""
     greatest, bitwise, equal, compared = 0.0, True, True, False
     alike = all(
@@ -65,7 +65,7 @@ def equivalence(base: Side, candidate: Side) -> Equivalence:
         bitwise=bitwise,
         max_abs_diff=greatest if compared else math.inf,
         equal=compared and (bitwise or equal),
-        first_module=None if bitwise or not alike else first_difference(base, candidate),
+        first_module=None if bitwise or not alike else first_differing_module(base, candidate),
         compared=compared,
     )
 
@@ -85,12 +85,16 @@ def _tolerance(config: RunConfig, outputs: torch.Tensor) -> tuple[float, float]:
 _STEPS = {"bfloat16": 1.6e-2, "float16": 1e-3}
 
 
-def _batchwise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
+def _batchwise(
+    base: ComparableModel, candidate: ComparableModel
+) -> Iterator[tuple[_Named, _Named]]:
     for number in range(min(len(base.batches), len(candidate.batches))):
         yield _outputs(base, number), _outputs(candidate, number)
 
 
-def _samplewise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
+def _samplewise(
+    base: ComparableModel, candidate: ComparableModel
+) -> Iterator[tuple[_Named, _Named]]:
     """The samples that both have, where they come in other batches: of other size or order."""
     ours, theirs = _samples(base), _samples(candidate)
     shared = [sample for sample in ours if sample in theirs]
@@ -107,7 +111,7 @@ def _samplewise(base: Side, candidate: Side) -> Iterator[tuple[_Named, _Named]]:
             yield [(name, mine)], [(name, its)]
 
 
-def _samples(side: Side) -> dict[Any, dict[str, torch.Tensor]]:
+def _samples(side: ComparableModel) -> dict[Any, dict[str, torch.Tensor]]:
     """Each sample's row of every output, by its id; of samples with one id by their order."""
     found: dict[Any, dict[str, torch.Tensor]] = {}
     seen: Counter[int | str] = Counter()
@@ -128,7 +132,7 @@ def _cropped(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torc
     return one[shared], other[shared]
 
 
-def first_difference(base: Side, candidate: Side) -> str | None:
+def first_differing_module(base: ComparableModel, candidate: ComparableModel) -> str | None:
     """The path and type of the first module whose output differs between the two, if one does.
 
     Modules are compared in the order in which they return. One that a variant does not call (a
@@ -148,12 +152,12 @@ def first_difference(base: Side, candidate: Side) -> str | None:
     return None
 
 
-def _outputs(side: Side, number: int) -> _Named:
+def _outputs(side: ComparableModel, number: int) -> _Named:
     torch.manual_seed(side.config.run.seed)  # dropout in training mode falls alike
-    with state_kept(side.model), _inputs_kept(side.batches[number]), side.active():
+    with preserve_module_state(side.model), _inputs_kept(side.batches[number]), side.active():
         # Copied inside: an output may be the input, which is about to be as it was.
         returned = side.call(number)
-        found = [(name, _dense(t.detach()).clone().cpu()) for name, t in tensors_in(returned)]
+        found = [(name, _dense(t.detach()).clone().cpu()) for name, t in iter_tensors(returned)]
     if not found:
         kind = type(returned).__name__
         raise ConfigError(
@@ -179,14 +183,14 @@ def _inputs_kept(batch: Batch) -> Iterator[None]:
 
 
 @contextmanager
-def _recorded(side: Side) -> Iterator[list[tuple[str, str, list[torch.Tensor]]]]:
+def _recorded(side: ComparableModel) -> Iterator[list[tuple[str, str, list[torch.Tensor]]]]:
     """Every module's outputs while the block runs, as (path, type, tensors)."""
     names = {module: name for name, module in side.model.named_modules()}
     calls: list[tuple[str, str, list[torch.Tensor]]] = []
 
     def note(module: nn.Module, _: Any, returned: Any) -> None:
         if module in names:
-            kept = [_dense(t.detach()).clone().cpu() for _, t in tensors_in(returned)]
+            kept = [_dense(t.detach()).clone().cpu() for _, t in iter_tensors(returned)]
             calls.append((names[module], type(module).__name__, kept))
 
     # A hook of the process, not of a module: nn.TransformerEncoderLayer leaves its fused path

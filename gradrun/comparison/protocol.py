@@ -10,11 +10,11 @@ import struct
 from pathlib import Path
 from typing import Any, Literal
 
-from gradrun.core.record import Noun
-from gradrun.results.result import Disturbance, Environment, Equivalence, Memory, Phases
+from gradrun.core.record import Record
+from gradrun.results.result import Environment, Equivalence, Memory, Phases, SystemNoise
 
 
-class Variant(Noun, frozen=True, kw_only=True):
+class Variant(Record, frozen=True, kw_only=True):
     """One side of a comparison: its name and its whole config."""
 
     name: str
@@ -23,7 +23,7 @@ class Variant(Noun, frozen=True, kw_only=True):
     """A folder, and the one in whose place its code is imported from."""
 
 
-class Job(Noun, frozen=True, kw_only=True):
+class Job(Record, frozen=True, kw_only=True):
     """What a worker is asked: time variants against each other, run one and be weighed, or let one
     predict all of its data into its folder."""
 
@@ -38,7 +38,7 @@ class Job(Noun, frozen=True, kw_only=True):
     """The file of a Marker."""
 
 
-class Failure(Noun, frozen=True, kw_only=True):
+class Failure(Record, frozen=True, kw_only=True):
     """A variant that could not be run: what was raised, or how its process ended."""
 
     variant: str
@@ -50,7 +50,7 @@ class Failure(Noun, frozen=True, kw_only=True):
     """Set where the config is at fault: the key, or empty."""
 
 
-class Trial(Noun, frozen=True, kw_only=True):
+class VariantMeasurement(Record, frozen=True, kw_only=True):
     """What one process found of one variant; `batch_seconds` has one entry a round."""
 
     variant: str
@@ -60,13 +60,13 @@ class Trial(Noun, frozen=True, kw_only=True):
     memory: Memory
 
 
-class Report(Noun, frozen=True, kw_only=True):
+class WorkerReport(Record, frozen=True, kw_only=True):
     """What one process sends back."""
 
-    trials: tuple[Trial, ...] = ()
+    trials: tuple[VariantMeasurement, ...] = ()
     equivalence: tuple[Equivalence, ...] = ()
     failures: tuple[Failure, ...] = ()
-    disturbance: Disturbance = Disturbance()
+    disturbance: SystemNoise = SystemNoise()
     environment: Environment | None = None
 
 

@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from statistics import geometric_mean, median
 from typing import Any
 
-from gradrun.comparison.protocol import Failure, Job, Report, Variant
+from gradrun.comparison.protocol import Failure, Job, Variant, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import count_text
+from gradrun.core.units import pluralize
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import (
     Comparison,
-    Disturbance,
     Environment,
     Equivalence,
     Measurement,
+    SystemNoise,
     Warning,
 )
 
@@ -53,7 +53,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Compared:
+class SessionData:
     """Everything that worker processes found."""
 
     measurements: list[Measurement] = field(default_factory=list)
@@ -71,14 +71,14 @@ class Session:
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         wanted = [RunConfig.model_validate(v.config, strict=False).run.threads for v in variants]
         self.threads = max(available_cpus() if t == "auto" else t for t in wanted)
-        self.found = Compared()
+        self.found = SessionData()
         self.peaks: dict[str, Any] = {}
-        self.redone: list[Disturbance] = []
+        self.redone: list[SystemNoise] = []
         self.asked = 0
-        self.paces: dict[int, tuple[float, Disturbance]] = {}
+        self.paces: dict[int, tuple[float, SystemNoise]] = {}
         self.deadline = time.monotonic() + self.measure.budget
 
-    def run(self, progress: Progress | None = None) -> Compared:
+    def run(self, progress: Progress | None = None) -> SessionData:
         """Weigh each variant, then time them in process after process until it is enough."""
         tell = progress or (lambda *_: None)
         tell("weighing", 0, self.measure.processes)
@@ -90,9 +90,9 @@ class Session:
             self._time()
             if self._enough(time.monotonic() - began):
                 break
-        return self.conclude()
+        return self.finalize()
 
-    def look(self) -> Compared:
+    def look(self) -> SessionData:
         """What one process says of outputs and tensor memory; its few times say nothing."""
         while self.variants:
             job = self._job("time", self.variants, 0).replace(seconds=0.0)
@@ -123,7 +123,7 @@ class Session:
             trust_code=self.trust_code,
         )
 
-    def _ask(self, jobs: Sequence[Job], timeout: float | None) -> list[Report]:
+    def _ask(self, jobs: Sequence[Job], timeout: float | None) -> list[WorkerReport]:
         """The reports of jobs that run at once."""
         with ExitStack() as stack:
             workers = [stack.enter_context(Worker(job, threads=self.threads)) for job in jobs]
@@ -158,7 +158,7 @@ class Session:
             if self._time_for_another(cost):
                 self._drop(slow)
 
-    def _keep(self, process: int, report: Report) -> None:
+    def _keep(self, process: int, report: WorkerReport) -> None:
         modes = {v.name: GradMode(v.config["run"]["mode"]) for v in self.variants}
         trials = [trial for trial in report.trials if trial.variant in modes]
         for trial in trials:
@@ -188,7 +188,7 @@ class Session:
         self.found.measurements = [m for m in self.found.measurements if m.process != process]
         self.redone.append(self.paces.pop(process)[1])
 
-    def _disturbed(self, noise: Disturbance) -> bool:
+    def _disturbed(self, noise: SystemNoise) -> bool:
         preempted = noise.preemptions > PREEMPTIONS * self.threads
         return noise.steal > STEAL or noise.others > OTHERS or preempted
 
@@ -203,7 +203,7 @@ class Session:
         fields = ("process_peak", "process_method", "device_allocated", "device_reserved")
         return memory.replace(**{f: getattr(weighed, f) for f in fields}) if weighed else memory
 
-    def _note_failures(self, report: Report) -> None:
+    def _note_failures(self, report: WorkerReport) -> None:
         """Leave out what failed; a config at fault ends the comparison."""
         for failure in report.failures:
             if failure.config_key is not None and len(self.variants) == 1:
@@ -233,7 +233,7 @@ class Session:
     def _comparisons(self) -> list[Comparison]:
         return compare_measured(self.found.measurements, self.measure.precision)
 
-    def conclude(self) -> Compared:
+    def finalize(self) -> SessionData:
         """What the processes so far amount to."""
         found, measure = self.found, self.measure
         found.comparisons = self._comparisons()
@@ -242,7 +242,7 @@ class Session:
             self._warn(
                 "not_precise",
                 f"the budget of {measure.budget:g} s was spent after "
-                f"{count_text(len(self.paces), 'process')}, before the intervals were as narrow as "
+                f"{pluralize(len(self.paces), 'process')}, before the intervals were as narrow as "
                 f"{measure.precision:.1%}; raise measure.budget or quiet the machine",
             )
         if self.redone:
@@ -257,7 +257,7 @@ class Session:
             seen = ", ".join(part for part, counts in parts.items() if counts)
             self._warn(
                 "disturbed",
-                f"{count_text(len(self.redone), 'process')} measured again, because the machine "
+                f"{pluralize(len(self.redone), 'process')} measured again, because the machine "
                 f"was slower or busier then{f' ({seen})' if seen else ''}",
             )
         for variant in dict.fromkeys(m.variant for m in found.measurements):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from gradrun.comparison.protocol import Failure, Job, Marker, Report
+from gradrun.comparison.protocol import Failure, Job, Marker, WorkerReport
 
 _TAIL_LINES = 12
 
@@ -50,7 +50,7 @@ class Worker:
         _end(self._process)
         self._folder.cleanup()
 
-    def report(self, timeout: float | None) -> Report:
+    def report(self, timeout: float | None) -> WorkerReport:
         """Wait, asleep, for the report; after `timeout` seconds, if any, the process is ended.
 
         A process that died gives a report with a Failure that names the variant and the batch.
@@ -63,16 +63,16 @@ class Worker:
         if self._process.returncode:
             return self._failed(_how_it_ended(self._process.returncode), printed)
         try:
-            return Report.from_json(out)
+            return WorkerReport.from_json(out)
         except ValueError:
             return self._failed("ended without a report", printed)
 
-    def _failed(self, cause: str, printed: bytes) -> Report:
+    def _failed(self, cause: str, printed: bytes) -> WorkerReport:
         variant, batch = Marker.read(self._marker)
         tail = printed.decode(errors="replace").splitlines()[-_TAIL_LINES:]
         name = self.job.variants[variant].name if variant >= 0 else ""
         failure = Failure(variant=name, batch=batch, error=cause, details="\n".join(tail))
-        return Report(failures=(failure,))
+        return WorkerReport(failures=(failure,))
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -132,9 +132,9 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a model prints must not mix with the report
     job = Job.from_json(sys.stdin.buffer.read())
-    from gradrun.comparison.benchmark import carry_out
+    from gradrun.comparison.benchmark import run_task
 
-    replies.write(carry_out(job).to_json().encode())
+    replies.write(run_task(job).to_json().encode())
     replies.flush()
     # No clean-up of torch's: the report is out, and the next worker waits.
     os._exit(0)

@@ -22,7 +22,7 @@ _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 
 
 @dataclass(frozen=True)
-class Bound:
+class Limit:
     """A value that something may reach and not pass, from above or from below."""
 
     value: float
@@ -35,7 +35,7 @@ class Bound:
         return "pass" if high <= self.value else "fail" if low > self.value else "inconclusive"
 
 
-def bytes_bound(text: str) -> Bound:
+def bytes_bound(text: str) -> Limit:
     """`"60 MiB"` or `"<= 1048576"` as a Bound in bytes.
 
     Raises:
@@ -46,10 +46,10 @@ def bytes_bound(text: str) -> Bound:
     most = 2.0**63
     if not found or unit not in _BYTES or found[1] == ">=" or float(found[2]) * _BYTES[unit] > most:
         raise ValueError(f"{text!r} is no limit of bytes, which is written 60 MiB or 1048576")
-    return Bound(float(found[2]) * _BYTES[unit], at_least=False)
+    return Limit(float(found[2]) * _BYTES[unit], at_least=False)
 
 
-def number_bound(text: str) -> Bound:
+def number_bound(text: str) -> Limit:
     """`">= 0.97"` or `"<= 0.1"` as a Bound.
 
     Raises:
@@ -58,10 +58,10 @@ def number_bound(text: str) -> Bound:
     found = _BOUND.fullmatch(text.strip())
     if not found or not found[1] or found[3]:
         raise ValueError(f"{text!r} is no limit; one is written '>= 0.97' or '<= 0.1'")
-    return Bound(float(found[2]), at_least=found[1] == ">=")
+    return Limit(float(found[2]), at_least=found[1] == ">=")
 
 
-def share(text: str) -> float:
+def percentage(text: str) -> float:
     """`"5%"` as 0.05.
 
     Raises:

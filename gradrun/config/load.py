@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from gradrun.config.schema import RunConfig
-from gradrun.config.validation_errors import complaint
+from gradrun.config.validation_errors import config_issue
 from gradrun.core.errors import ConfigError
 
 Key = tuple[str | int, ...]
@@ -50,7 +50,7 @@ _SNIPPET = 120
 
 
 @dataclass(frozen=True)
-class Place:
+class SourceLocation:
     """Where a key or a value was written; lines and columns count from 1."""
 
     file: str
@@ -63,17 +63,17 @@ class Place:
         return f"{self.file}:{self.line}:{self.column}"
 
 
-class Origin:
+class SourceMap:
     """What was written and where: the plain data of a config and the place of each of its keys."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.data: Any = {}
-        self.keys: dict[Key, Place] = {}
-        self.values: dict[Key, Place] = {}
+        self.keys: dict[Key, SourceLocation] = {}
+        self.values: dict[Key, SourceLocation] = {}
         self.problems: list[tuple[tuple[int, int], str]] = []
 
-    def report(self, text: str, place: Place | None) -> None:
+    def report(self, text: str, place: SourceLocation | None) -> None:
         """Note a problem, with the line and a caret under it where the place is known."""
         if place is None:
             self.problems.append(((0, 0), f"{self.name}  {text}"))
@@ -83,7 +83,7 @@ class Origin:
         caret = f"    {shown}\n    {' ' * (place.column - 1 - begin)}^"
         self.problems.append(((place.line, place.column), f"{place}  {text}\n{caret}"))
 
-    def place(self, key: Key, *, of_key: bool = False) -> Place | None:
+    def place(self, key: Key, *, of_key: bool = False) -> SourceLocation | None:
         """Where `key` was written, or the nearest section around it that was."""
         for length in range(len(key), -1, -1):
             part = key[:length]
@@ -108,7 +108,7 @@ def load_config(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     *,
     output_base: Path | None = None,
-    told_as: str = "--set",
+    source_name: str = "--set",
 ) -> RunConfig:
     """Read, check and resolve a config.
 
@@ -123,19 +123,19 @@ def load_config(
         ConfigError: with every problem found, each with its place.
     """
     if isinstance(source, Mapping):
-        origin, base = Origin("config"), Path.cwd()
+        origin, base = SourceMap("config"), Path.cwd()
         origin.data = json.loads(json.dumps(source, default=str))
     else:
         origin = _read(Path(source))
         base = Path(os.path.abspath(source)).parent  # noqa: PTH100 - a link stays a link
-    _override(origin, overrides, told_as)
+    _override(origin, overrides, source_name)
     reported = {where for where, _ in origin.problems}
     try:
         config = RunConfig.model_validate_json(
-            json.dumps(origin.data), context=_Paths(base, output_base or base)
+            json.dumps(origin.data), context=_ConfigPaths(base, output_base or base)
         )
     except ValidationError as error:
-        complaints = (complaint(problem, origin.data) for problem in error.errors())
+        complaints = (config_issue(problem, origin.data) for problem in error.errors())
         for found in dict.fromkeys(complaints):
             place = origin.place(found.key, of_key=found.about_key)
             if place is None or (place.line, place.column) not in reported:
@@ -147,7 +147,7 @@ def load_config(
 
 
 @contextmanager
-def located(config: RunConfig) -> Iterator[None]:
+def with_locations(config: RunConfig) -> Iterator[None]:
     """Give a ConfigError from inside the block the place of the key that it names."""
     try:
         yield
@@ -168,27 +168,27 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
-class _Paths:
+class _ConfigPaths:
     """config.Paths: relative paths start at the config's folder, and input files exist."""
 
     def __init__(self, base: Path, output_base: Path) -> None:
         self.base, self.output_base = base, output_base
 
     def input_file(self, path: Path) -> Path:
-        resolved = _joined(self.base, path)
-        if not resolved.exists():
-            raise ValueError(f"there is no file {resolved}")
-        if not resolved.is_file():
-            what = "a folder" if resolved.is_dir() else "no plain file"
-            raise ValueError(f"{resolved} is {what}")
-        return resolved
+        resolve_config = _joined(self.base, path)
+        if not resolve_config.exists():
+            raise ValueError(f"there is no file {resolve_config}")
+        if not resolve_config.is_file():
+            what = "a folder" if resolve_config.is_dir() else "no plain file"
+            raise ValueError(f"{resolve_config} is {what}")
+        return resolve_config
 
     def input_folder(self, path: Path) -> Path:
-        resolved = _joined(self.base, path)
-        if not resolved.is_dir():
-            what = "is a file" if resolved.exists() else "does not exist"
-            raise ValueError(f"{resolved} {what}, where a folder is wanted")
-        return resolved
+        resolve_config = _joined(self.base, path)
+        if not resolve_config.is_dir():
+            what = "is a file" if resolve_config.exists() else "does not exist"
+            raise ValueError(f"{resolve_config} {what}, where a folder is wanted")
+        return resolve_config
 
     def output_folder(self, path: Path) -> Path:
         if ".." in path.parts:
@@ -217,8 +217,8 @@ def _joined(base: Path, path: Path) -> Path:
 # --- text -> data and places -------------------------------------------------------------------
 
 
-def _read(path: Path) -> Origin:
-    origin = Origin(str(path))
+def _read(path: Path) -> SourceMap:
+    origin = SourceMap(str(path))
     try:
         if path.is_dir():
             raise ConfigError(f"{path}: a folder, where a YAML file is wanted")
@@ -247,7 +247,7 @@ def _read(path: Path) -> Origin:
     return origin
 
 
-def _parse(text: str, origin: Origin, shown: str = "") -> None:
+def _parse(text: str, origin: SourceMap, shown: str = "") -> None:
     """Fill `origin` from YAML text; problems are noted there, under lines of `shown` if given."""
     lines = (shown or text).expandtabs(1).splitlines() or [""]
     origin.data = None
@@ -273,18 +273,18 @@ def _parse(text: str, origin: Origin, shown: str = "") -> None:
             _Walk(lines, origin).start(node)
 
 
-def _place(mark: yaml.Mark, lines: list[str], name: str) -> Place:
+def _place(mark: yaml.Mark, lines: list[str], name: str) -> SourceLocation:
     line = min(mark.line, len(lines) - 1)
-    return Place(name, line + 1, mark.column + 1, lines[line])
+    return SourceLocation(name, line + 1, mark.column + 1, lines[line])
 
 
 class _Walk:
     """One walk over a YAML document, from nodes to plain data and the places of its keys."""
 
-    def __init__(self, lines: list[str], origin: Origin) -> None:
+    def __init__(self, lines: list[str], origin: SourceMap) -> None:
         self.lines, self.origin = lines, origin
         self.nodes = 0
-        self.at: Place | None = None
+        self.at: SourceLocation | None = None
 
     def start(self, node: yaml.Node) -> None:
         try:
@@ -311,10 +311,10 @@ class _Walk:
         assert isinstance(node, yaml.ScalarNode)
         return self.scalar(node)
 
-    def place(self, node: yaml.Node) -> Place:
+    def place(self, node: yaml.Node) -> SourceLocation:
         return _place(node.start_mark, self.lines, self.origin.name)
 
-    def plain(self, node: yaml.Node, place: Place) -> bool:
+    def plain(self, node: yaml.Node, place: SourceLocation) -> bool:
         """Whether the node is plain data; if not, it is reported."""
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace(_YAML, "!!", 1)
@@ -363,31 +363,39 @@ class _Walk:
 # --- overrides ---------------------------------------------------------------------------------
 
 
-def _override(origin: Origin, overrides: Sequence[str] | Mapping[str, Any], told_as: str) -> None:
+def _override(
+    origin: SourceMap, overrides: Sequence[str] | Mapping[str, Any], source_name: str
+) -> None:
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
             data = json.loads(json.dumps(value, default=str))
-            place = Place("override", 1, 1, f"{name}={value!r:.100}")
+            place = SourceLocation("override", 1, 1, f"{name}={value!r:.100}")
             _put(origin, tuple(name.split(".")), data, place, merge=True)
         return
     for text in overrides:
         name, equals, value_text = text.partition("=")
         key = tuple(name.strip().split("."))
-        where, column = Origin(told_as), len(name) + 2
+        where, column = SourceMap(source_name), len(name) + 2
         if not equals or not all(key):
             where.report(
-                "is written key.path=value, such as run.mode=no_grad", Place(told_as, 1, 1, text)
+                "is written key.path=value, such as run.mode=no_grad",
+                SourceLocation(source_name, 1, 1, text),
             )
         else:
             _parse(" " * (column - 1) + value_text, where, text)
         if where.problems:
             origin.problems += where.problems
         else:
-            _put(origin, key, where.data, Place(told_as, 1, column, text))
+            _put(origin, key, where.data, SourceLocation(source_name, 1, column, text))
 
 
 def _put(
-    origin: Origin, key: tuple[str, ...], value: Any, place: Place, *, merge: bool = False
+    origin: SourceMap,
+    key: tuple[str, ...],
+    value: Any,
+    place: SourceLocation,
+    *,
+    merge: bool = False,
 ) -> None:
     """Set one dotted key; `merge`: a mapping is merged into the section that is there."""
     section = origin.data

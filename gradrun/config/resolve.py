@@ -14,7 +14,7 @@ from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 
 
-def resolved(
+def resolve_config(
     config: RunConfig | str | Path | Mapping[str, Any],
     overrides: Mapping[str, Any] | Sequence[str],
 ) -> RunConfig:
@@ -24,6 +24,6 @@ def resolved(
     return load_config(config.model_dump(mode="json"), overrides) if overrides else config
 
 
-def trusted(trust_code: bool) -> bool:
+def is_trusted(trust_code: bool) -> bool:
     """Whether the user lets a config's code run, by argument or environment."""
     return trust_code or os.environ.get("GRADRUN_TRUST_CODE") == "1"

@@ -29,7 +29,7 @@ from gradrun.config import limits
 from gradrun.core.grad_mode import GradMode as GradMode
 
 
-class Paths(Protocol):
+class PathResolver(Protocol):
     """How a config's paths are read; given to validation as its context."""
 
     def input_file(self, path: Path) -> Path:
@@ -285,7 +285,7 @@ class _Data(Section):
         "auto", description="how the model gets its inputs; auto: one by position, several by name"
     )
 
-    def beside(self, model: Any) -> Self:
+    def resolve_defaults(self, model: Any) -> Self:
         """The section with what it takes from the model's; PydanticCustomError where it lacks."""
         return self
 
@@ -398,7 +398,7 @@ class TextData(_Data):
         """Where the tokenizer comes from, and its revision; needs `beside`."""
         return self._of_model if self.tokenizer is None else (self.tokenizer, self.revision)  # type: ignore[return-value]
 
-    def beside(self, model: Any) -> Self:
+    def resolve_defaults(self, model: Any) -> Self:
         if self.padding == "max_length" and self.max_length is None:
             raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
         if self.tokenizer is not None:
@@ -415,7 +415,7 @@ class TextData(_Data):
         return copy
 
 
-Side = Annotated[int, Field(gt=0, le=16_384)]
+ComparableModel = Annotated[int, Field(gt=0, le=16_384)]
 
 
 class ImagesData(_Data):
@@ -443,10 +443,12 @@ class ImagesData(_Data):
         None, description="a preprocessor_config.json, or its folder; default: the model's"
     )
     mode: Literal["RGB", "L"] | None = Field(None, description="colours (default), or grey")
-    resize: Side | tuple[Side, Side] | None = Field(
+    resize: ComparableModel | tuple[ComparableModel, ComparableModel] | None = Field(
         None, description="the shorter side in pixels, or [height, width]"
     )
-    crop: Side | tuple[Side, Side] | None = Field(None, description="the middle of it that is kept")
+    crop: ComparableModel | tuple[ComparableModel, ComparableModel] | None = Field(
+        None, description="the middle of it that is kept"
+    )
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
     scale: float | None = Field(None, description="multiply pixels by this; default: 1/255")
     mean: tuple[float, ...] | None = Field(None, description="of each channel, which is taken off")
@@ -460,7 +462,7 @@ class ImagesData(_Data):
         own = self.architecture if self.preprocess == "timm" else self.processor
         return own or self._of_model
 
-    def beside(self, model: Any) -> Self:
+    def resolve_defaults(self, model: Any) -> Self:
         if self.preprocess not in {"timm", "processor"} or self.steps_of:
             return self
         wanted, key = {"timm": ("timm", "architecture"), "processor": ("huggingface", "processor")}[
@@ -599,7 +601,7 @@ def _byte_bound(text: str) -> str:
 
 
 def _share(text: str) -> str:
-    limits.share(text)
+    limits.percentage(text)
     return text
 
 
@@ -610,7 +612,7 @@ def _as_text(value: object) -> object:
 
 _Text = Annotated[str, BeforeValidator(_as_text, json_schema_input_type=str | int | float)]
 ByteBound = Annotated[_Text, AfterValidator(_byte_bound)]
-Bound = Annotated[_Text, AfterValidator(_bound)]
+Limit = Annotated[_Text, AfterValidator(_bound)]
 Share = Annotated[_Text, AfterValidator(_share)]
 
 
@@ -629,9 +631,9 @@ class LimitsSection(Section):
     process_peak: ByteBound | None = Field(None, description="the process's peak resident set")
     device_allocated: ByteBound | None = Field(None, description="peak allocated on the device")
     device_reserved: ByteBound | None = Field(None, description="peak reserved on the device")
-    speedup_over_grad: Bound | None = Field(None, description="time in grad / time, as '>= 1.0'")
-    speedup_over_no_grad: Bound | None = Field(None, description="the same over no_grad")
-    speedup_over_inference_mode: Bound | None = Field(None, description="the same over this mode")
+    speedup_over_grad: Limit | None = Field(None, description="time in grad / time, as '>= 1.0'")
+    speedup_over_no_grad: Limit | None = Field(None, description="the same over no_grad")
+    speedup_over_inference_mode: Limit | None = Field(None, description="the same over this mode")
 
     def of_metrics(self) -> list[str]:
         """The metrics that are limited."""
@@ -771,7 +773,7 @@ class RunConfig(Section):
     @field_validator("data")
     @classmethod
     def _beside_the_model(cls, data: Any, info: ValidationInfo) -> Any:
-        return data.beside(info.data["model"]) if "model" in info.data else data
+        return data.resolve_defaults(info.data["model"]) if "model" in info.data else data
 
     def input_files(self) -> list[Path]:
         """Every file that the run reads, and every folder."""

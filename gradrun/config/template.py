@@ -49,7 +49,7 @@ output:
 """
 
 
-def starter(target: str | None = None) -> str:
+def config_template(target: str | None = None) -> str:
     """A config that runs as it is, or one for a `target` (file.py:Name) to be filled in."""
     if target is None:
         return _TEMPLATE % (_MODEL, "")

@@ -40,7 +40,7 @@ _ALLOWED = {
 
 
 @dataclass(frozen=True)
-class Complaint:
+class ConfigIssue:
     """A sentence about one key; `about_key`: it is the key itself that is wrong, not its value."""
 
     key: Key
@@ -48,34 +48,34 @@ class Complaint:
     about_key: bool = False
 
 
-def complaint(problem: Any, data: Any) -> Complaint:
+def config_issue(problem: Any, data: Any) -> ConfigIssue:
     """What a pydantic error (an ErrorDetails) about `data` means in words."""
     key, section = _walk(problem["loc"], data)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = sorted(section.model_fields, key="source".__ne__) if section else []
-        return Complaint(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
+        return ConfigIssue(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
     if kind == "missing":
-        return Complaint(key, "is missing" + _meaning(section, key), about_key=True)
+        return ConfigIssue(key, "is missing" + _meaning(section, key), about_key=True)
     if kind == "union_tag_not_found":
         sources = ", ".join(_sources(key[-1]))
-        return Complaint((*key, "source"), f"is missing; one of {sources}", about_key=True)
+        return ConfigIssue((*key, "source"), f"is missing; one of {sources}", about_key=True)
     if kind == "union_tag_invalid":
         text = f"unknown source {context['tag']!r}; {suggest(context['tag'], _sources(key[-1]))}"
-        return Complaint((*key, "source"), text)
+        return ConfigIssue((*key, "source"), text)
     # Limits are held against the metrics, so it is their section that these are told of.
     if kind == "unknown_limit":
         text = f"unknown limit; {suggest(context['name'], context['allowed'])}"
-        return Complaint((*key, "limits", context["name"]), text, about_key=True)
+        return ConfigIssue((*key, "limits", context["name"]), text, about_key=True)
     if kind == "limit":
-        return Complaint((*key, "limits", context["name"]), context["problem"])
+        return ConfigIssue((*key, "limits", context["name"]), context["problem"])
     text = _value_text(problem, str(key[-1]) if key else "")
     if kind in {"model_type", "model_attributes_type"} and key and section:
         field = section.model_fields.get(str(key[-1]))
         members = _members(field) if field else []
         if len(members) == 1:
             text += f": {', '.join(members[0].model_fields)}"
-    return Complaint(key, text)
+    return ConfigIssue(key, text)
 
 
 def _value_text(problem: Any, name: str) -> str:

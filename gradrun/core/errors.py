@@ -32,11 +32,11 @@ class ConfigError(GradrunError):
         self.key = key
 
 
-class ModelRefused(ConfigError):
+class ModelInputError(ConfigError):
     """The model raised on its first batch: config and model do not go together."""
 
 
-class SampleFault(Exception):
+class SampleError(Exception):
     """One sample that cannot be read, as a sentence; `run.on_error` says what becomes of it."""
 
 

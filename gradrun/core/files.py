@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 
 _PIECE = 1024 * 1024
 _LONGEST_LINE = 16 * 1024 * 1024
@@ -22,7 +22,7 @@ _GUARDS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 """A link is not followed, and a pipe not waited for; of a plain file neither changes anything."""
 
 
-def open_plain(path: Path, flags: int) -> int:
+def open_regular(path: Path, flags: int) -> int:
     """A descriptor of a plain file of a run's folder, and of nothing that lies elsewhere.
 
     Raises:
@@ -83,7 +83,7 @@ def replace_file(path: Path, data: str | bytes) -> None:
         OSError: it cannot be written.
     """
     draft = path.with_name(f"{path.name}.tmp")
-    descriptor = open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
         try:
             write_all(descriptor, data.encode() if isinstance(data, str) else data)
@@ -122,7 +122,7 @@ def check_size(descriptor: int, least: int, path: Path) -> None:
         raise OSError(errno.EIO, "the file holds less than the journal says", path)
 
 
-def pieces(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterator[bytes]:
+def read_chunks(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterator[bytes]:
     """The bytes from begin to end, a MiB at a time; fewer where the file is shorter."""
     while begin < end:
         piece = os.pread(descriptor, min(step, end - begin), begin)
@@ -138,9 +138,9 @@ def lines(path: Path) -> Iterator[bytes]:
     Raises:
         OSError: it cannot be read, or a line is longer than any of gradrun's.
     """
-    descriptor, rest = open_plain(path, os.O_RDONLY), b""
+    descriptor, rest = open_regular(path, os.O_RDONLY), b""
     try:
-        for piece in pieces(descriptor, 0, size(descriptor)):
+        for piece in read_chunks(descriptor, 0, size(descriptor)):
             *whole, rest = (rest + piece).split(b"\n")
             yield from (line + b"\n" for line in whole)
             if len(rest) > _LONGEST_LINE:
@@ -153,12 +153,12 @@ def lines(path: Path) -> Iterator[bytes]:
 
 def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
     """CRC-32 of the bytes from begin to end, continued from `before`."""
-    for piece in pieces(descriptor, begin, end):
+    for piece in read_chunks(descriptor, begin, end):
         before = zlib.crc32(piece, before)
     return before
 
 
-def is_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or what led to it, is that the disk has no room left."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
@@ -167,7 +167,7 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def check_room(folder: Path, needed: int, file: str) -> None:
+def ensure_free_space(folder: Path, needed: int, file: str) -> None:
     """See that about so many bytes can still be written below a folder.
 
     Raises:
@@ -177,5 +177,5 @@ def check_room(folder: Path, needed: int, file: str) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{file} needs about {bytes_text(needed)}, and {bytes_text(free)} of disk are free",
+            f"{file} needs about {format_bytes(needed)}, and {format_bytes(free)} of disk are free",
         )

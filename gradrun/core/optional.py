@@ -25,7 +25,7 @@ EXTRAS = {
 """library as it is imported -> its name, and the extra that installs it."""
 
 
-def library(name: str, key: str, part: str = "") -> Any:
+def import_optional(name: str, key: str, part: str = "") -> Any:
     """The library, or a part of it ("torchmetrics", part "classification").
 
     Args:
@@ -53,7 +53,7 @@ def library(name: str, key: str, part: str = "") -> Any:
 NEEDS_TRUST = "which would run with your rights; if you trust it, run with --trust-code"
 
 
-def transformers_library(key: str) -> Any:
+def import_transformers(key: str) -> Any:
     """The package transformers, told to be quiet.
 
     Raises:
@@ -62,7 +62,7 @@ def transformers_library(key: str) -> Any:
     # Bars and advice of its own would stand among our tables; what matters of it raises.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    transformers = library("transformers", key)
+    transformers = import_optional("transformers", key)
     said: Any = transformers.logging
     said.set_verbosity_error()
     said.disable_progress_bar()
@@ -70,7 +70,7 @@ def transformers_library(key: str) -> Any:
 
 
 @contextmanager
-def opening(place: Path | str, key: str, of_code: str = NEEDS_TRUST) -> Iterator[None]:
+def hub_errors(place: Path | str, key: str, of_code: str = NEEDS_TRUST) -> Iterator[None]:
     """Turn what transformers raises into a ConfigError about `key`.
 
     `of_code` goes on about a place that brings code.

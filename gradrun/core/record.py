@@ -13,7 +13,7 @@ from typing import Any, Self
 import msgspec
 
 
-class Noun(msgspec.Struct, frozen=True):
+class Record(msgspec.Struct, frozen=True):
     """A record of figures and words, whose types are held when it is read, not when it is made."""
 
     def replace(self, **changes: Any) -> Self:

@@ -14,7 +14,7 @@ _ROUNDED_UP = 0.9995
 """The share of a unit that three digits show as the whole unit: 999.6 µs are 1.00 ms."""
 
 
-def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
+def format_seconds(seconds: float, uncertainty: float | None = None) -> str:
     """`0.0001034` as "103 µs": three digits, or fewer where `uncertainty` (seconds) blurs them."""
     if seconds == 0 or not math.isfinite(seconds):
         return f"{seconds:g} s"
@@ -23,24 +23,24 @@ def seconds_text(seconds: float, uncertainty: float | None = None) -> str:
         SECOND_UNITS[-1],
     )
     value = seconds / scale
-    return f"{number_text(value, None if uncertainty is None else uncertainty / scale)} {unit}"
+    return f"{format_number(value, None if uncertainty is None else uncertainty / scale)} {unit}"
 
 
 def seconds_shown(seconds: float, uncertainty: float) -> float:
     """The seconds that `seconds_text` lets one read."""
-    text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)
+    text, unit = format_seconds(seconds, uncertainty).rsplit(" ", 1)
     return float(text.replace(",", "")) * {name: scale for scale, name in SECOND_UNITS}[unit]
 
 
 def seconds_within(seconds: float, uncertainty: float) -> str:
     """`0.000375, 0.000002` as "375 ± 2 µs", both in the same unit and to the same digit."""
-    text, unit = seconds_text(seconds, uncertainty).rsplit(" ", 1)
+    text, unit = format_seconds(seconds, uncertainty).rsplit(" ", 1)
     scale = next(scale for scale, name in SECOND_UNITS if name == unit)
     decimals = len(text.partition(".")[2])
     return f"{text} ± {uncertainty / scale:,.{decimals}f} {unit}"
 
 
-def number_text(value: float, uncertainty: float | None = None) -> str:
+def format_number(value: float, uncertainty: float | None = None) -> str:
     """Three significant digits, cut where `uncertainty` (same unit as `value`) makes them noise."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
@@ -56,7 +56,7 @@ def _decimals(value: float) -> int:
     return 2 - math.floor(math.log10(abs(value)))
 
 
-def bytes_text(count: int) -> str:
+def format_bytes(count: int) -> str:
     """`9437184` as "9.00 MiB"; below 1 KiB the count itself, which is exact."""
     for scale, unit in BYTE_UNITS:
         if abs(count) >= scale - scale * 0.005 / 1024:  # two decimals would show 1,024.00
@@ -64,7 +64,7 @@ def bytes_text(count: int) -> str:
     return f"{count} B"
 
 
-def count_text(count: int, noun: str) -> str:
+def pluralize(count: int, noun: str) -> str:
     """`1, "batch"` as "1 batch" and `1250, "batch"` as "1,250 batches"."""
     ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}"

@@ -12,11 +12,11 @@ import psutil
 
 from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 from gradrun.data import arrays, images, records, synthetic, text
-from gradrun.data.source import Data
+from gradrun.data.source import BatchSource
 
-SOURCES: dict[str, Callable[[Any, int], Data]] = {
+SOURCES: dict[str, Callable[[Any, int], BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
@@ -26,7 +26,7 @@ SOURCES: dict[str, Callable[[Any, int], Data]] = {
 """source -> opener: (config section, seed) to Data."""
 
 
-def open_data(config: DataConfig, seed: int) -> Data:
+def open_data(config: DataConfig, seed: int) -> BatchSource:
     """Open what a config names; reads headers and counts samples, not the data.
 
     Raises:
@@ -39,8 +39,8 @@ def open_data(config: DataConfig, seed: int) -> Data:
     free = psutil.virtual_memory().available
     if batch > free:
         raise ConfigError(
-            f"one batch is {bytes_text(batch)}, and {bytes_text(free)} of memory are free; "
-            f"a sample is {bytes_text(data.sample_bytes)}, so choose a smaller batch",
+            f"one batch is {format_bytes(batch)}, and {format_bytes(free)} of memory are free; "
+            f"a sample is {format_bytes(data.sample_bytes)}, so choose a smaller batch",
             "data.batch_size",
         )
     return data

@@ -17,7 +17,7 @@ import torch
 from gradrun.config.schema import ArrayInput, ArraysData
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
-from gradrun.data.source import Data, Rows, WindowedData, converter
+from gradrun.data.source import BatchSource, ChunkedSource, RowReader, cast_rows
 
 _MOST_HEADER = 64 * 1024
 _LISTED = 8
@@ -25,7 +25,7 @@ _MOST_EMPTY = 1_000_000
 """Rows without values, which no file's size bounds."""
 
 
-def open_data(config: ArraysData, seed: int) -> Data:
+def open_data(config: ArraysData, seed: int) -> BatchSource:
     """The arrays that a config names, as inputs of the model."""
     inputs = config.inputs or {"input": ArrayInput()}
     rows = {
@@ -36,10 +36,10 @@ def open_data(config: ArraysData, seed: int) -> Data:
     if config.labels:
         spec = ArrayInput(path=config.labels.path, key=config.labels.key)
         truth = _open_input(spec, spec.path or config.path, "data.labels")
-    return WindowedData(rows, config.batch_size, config.call, truth)
+    return ChunkedSource(rows, config.batch_size, config.call, truth)
 
 
-def _open_input(spec: ArrayInput, path: Path | None, key: str) -> Rows:
+def _open_input(spec: ArrayInput, path: Path | None, key: str) -> RowReader:
     if path is None:
         raise ConfigError("no file: set data.path, or a path for each input", "data")
     if path.suffix not in _OPENERS:
@@ -76,7 +76,7 @@ class _ConvertedRows:
 
     def __init__(self, stored: _Stored, spec: ArrayInput, key: str) -> None:
         self.stored, self.samples = stored, stored.samples
-        self.convert = converter(spec, stored.shape, key)
+        self.convert = cast_rows(spec, stored.shape, key)
         dtype = getattr(torch, spec.dtype) if spec.dtype else stored.dtype
         self.sample_bytes = math.prod(stored.shape) * dtype.itemsize
 

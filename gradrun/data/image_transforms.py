@@ -16,7 +16,7 @@ import numpy as np
 
 from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import library
+from gradrun.core.optional import import_optional
 
 Size = int | tuple[int, int] | None
 """The shorter side, or (height, width)."""
@@ -104,7 +104,7 @@ def _imagenet(_: object) -> Steps:
 
 def _of_timm(architecture: str | Path | None) -> Steps:
     """What timm says of an architecture, as its own evaluation does it."""
-    timm = library("timm", "data.preprocess")
+    timm = import_optional("timm", "data.preprocess")
     described = timm.get_pretrained_cfg(str(architecture))
     if described is None:
         raise ConfigError(
@@ -112,7 +112,7 @@ def _of_timm(architecture: str | Path | None) -> Steps:
             "and std",
             "data.preprocess",
         )
-    found = library("timm", "data.preprocess", "data").resolve_data_config(
+    found = import_optional("timm", "data.preprocess", "data").resolve_data_config(
         {}, pretrained_cfg=described.to_dict()
     )
     _, height, width = found["input_size"]

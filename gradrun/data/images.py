@@ -22,11 +22,11 @@ import torch
 
 from gradrun.config.schema import ImagesData
 from gradrun.core.cpu import available_cpus
-from gradrun.core.errors import ConfigError, SampleFault
-from gradrun.core.optional import library
+from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
 from gradrun.data.image_transforms import steps
-from gradrun.data.source import Batch, Data, by_position, class_number, no_labels
+from gradrun.data.source import Batch, BatchSource, by_position, class_number, no_labels
 
 _FORMATS = {
     "PNG": (".png",),
@@ -48,14 +48,14 @@ _CHUNK = 8
 _LABELS = 4096
 
 
-def open_data(config: ImagesData, seed: int) -> Data:
+def open_data(config: ImagesData, seed: int) -> BatchSource:
     """The pictures that a config names, listed; the first one is decoded."""
     return _Images(config)
 
 
 class _Images:
     def __init__(self, config: ImagesData) -> None:
-        self.image = library("PIL", "data.source", "Image")
+        self.image = import_optional("PIL", "data.source", "Image")
         # It warns of pictures that would fill the memory, and here a warning is as good as a fault.
         warnings.simplefilter("error", self.image.DecompressionBombWarning)
         self.config, self.steps = config, steps(config)
@@ -76,7 +76,7 @@ class _Images:
             try:
                 height, width = self._read(number).shape[1:]
                 return len(self.steps.mode), height, width
-            except SampleFault as error:
+            except SampleError as error:
                 fault = error
         if fault is None:
             raise ConfigError(f"there are no pictures in {self.config.path}", "data.path")
@@ -129,26 +129,26 @@ class _Images:
         ]
         return numbers, rows, chunks
 
-    def _fill(self, rows: torch.Tensor, numbers: range, places: range) -> dict[int, SampleFault]:
+    def _fill(self, rows: torch.Tensor, numbers: range, places: range) -> dict[int, SampleError]:
         faults = {}
         for place in places:
             try:
                 picture = self._read(numbers[place])
                 if picture.shape != self.shape:
                     height, width = picture.shape[1:]
-                    raise SampleFault(
+                    raise SampleError(
                         f"{self.names[numbers[place]]} is {height} pixels high and {width} wide, "
                         f"and the first is {self.shape[1]} and {self.shape[2]}; data.resize and "
                         "data.crop bring all to one size"
                     )
                 rows.numpy()[place] = picture  # torch would start threads of its own in each
-            except SampleFault as fault:
+            except SampleError as fault:
                 faults[place] = fault
         return faults
 
     def _batch(self, decoding: _Decoding) -> Batch:
         numbers, rows, chunks = decoding
-        faults: dict[int, SampleFault] = {}
+        faults: dict[int, SampleError] = {}
         for chunk in chunks:
             faults |= chunk.result()
         ids = [self.names[number] for number in numbers]
@@ -160,7 +160,7 @@ class _Images:
         """One picture [channels, height, width].
 
         Raises:
-            SampleFault: it cannot be read.
+            SampleError: it cannot be read.
         """
         name = self.names[number]
         try:
@@ -168,15 +168,15 @@ class _Images:
                 return self.steps(picture)
         except self.image.UnidentifiedImageError as error:
             what = f"is no picture of the formats {', '.join(_FORMATS)}"
-            raise SampleFault(f"{name} {what}") from error
+            raise SampleError(f"{name} {what}") from error
         except MemoryError:
             raise
         except Exception as error:  # a damaged picture fails in any of a dozen ways
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise SampleFault(f"{name} cannot be read: {reason}") from error
+            raise SampleError(f"{name} cannot be read: {reason}") from error
 
 
-_Decoding = tuple[range, torch.Tensor, list["Future[dict[int, SampleFault]]"]]
+_Decoding = tuple[range, torch.Tensor, list["Future[dict[int, SampleError]]"]]
 """Samples, their rows, and those who fill these."""
 
 

@@ -13,7 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 from gradrun.core.errors import GradrunError
-from gradrun.data.source import Batch, Data
+from gradrun.data.source import Batch, BatchSource
 
 WORTH_SECONDS = 0.001
 """Handing a batch from thread to thread costs about a tenth of this; less is not worth it."""
@@ -24,7 +24,7 @@ _DEPTH = 2
 _PATIENCE = 0.05
 
 
-def pays_off(data: Data, forward_seconds: float) -> bool:
+def should_prefetch(data: BatchSource, forward_seconds: float) -> bool:
     """Whether reading beside the forward saves more than threads cost: both must take a while."""
     if forward_seconds < WORTH_SECONDS:
         return False
@@ -37,7 +37,7 @@ def pays_off(data: Data, forward_seconds: float) -> bool:
     return read > 0 and (time.perf_counter() - began) / read >= WORTH_SECONDS
 
 
-def read_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, in order, read by a thread that keeps two of them ready.
 
     What reading raises is raised here, after the batches before it; closing ends the thread.

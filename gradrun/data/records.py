@@ -19,9 +19,9 @@ import torch
 
 from gradrun.config.schema import RecordInput, RecordsData
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import library
+from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
-from gradrun.data.source import Batch, Data, by_position, class_number, converter, no_labels
+from gradrun.data.source import Batch, BatchSource, by_position, cast_rows, class_number, no_labels
 
 _PARQUET_ROWS = 1024
 _BUFFER_BYTES = 256 * 1024
@@ -36,7 +36,7 @@ Record = tuple[int, dict[str, Any]]
 """A line number and the fields of that line."""
 
 
-def open_data(config: RecordsData, seed: int) -> Data:
+def open_data(config: RecordsData, seed: int) -> BatchSource:
     """The file's rows, counted once."""
     return _Records(config)
 
@@ -120,7 +120,7 @@ class _Records:
                 )
             rows.append(row)
         kind = np.int64 if "int" in spec.dtype else np.float64
-        return converter(spec, (width,), f"data.inputs.{name}")(
+        return cast_rows(spec, (width,), f"data.inputs.{name}")(
             torch.from_numpy(np.array(rows, kind))
         )
 
@@ -234,7 +234,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    parquet = library("pyarrow", "data.path", "parquet")
+    parquet = import_optional("pyarrow", "data.path", "parquet")
     try:
         # Not read ahead: that would hold a row group, which may be the file, in memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from gradrun.config.schema import ArrayInput, RecordInput
-from gradrun.core.errors import ConfigError, SampleFault
+from gradrun.core.errors import ConfigError, SampleError
 from gradrun.results.result import Padding
 
-WINDOW_BYTES = 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
 """How much of a file is held (and converted) at once; the resident set grows by no more."""
 
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     kwargs: dict[str, torch.Tensor]
     size: int
     ids: Sequence[int | str]
-    faults: Mapping[int, SampleFault] = MappingProxyType({})
+    faults: Mapping[int, SampleError] = MappingProxyType({})
     """Positions that could not be read, where the tensors hold nothing of worth."""
 
     def check(self) -> None:
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         for fault in self.faults.values():
             raise fault
 
-    def picked(self, rows: Sequence[int]) -> Batch:
+    def select(self, rows: Sequence[int]) -> Batch:
         """A batch of some of the samples, none of them at fault."""
         index = torch.tensor(rows, dtype=torch.int64)
         picked = self.map(lambda tensor: tensor[index.to(tensor.device)])
@@ -64,7 +64,7 @@ def cut_batch(batch: Batch, begin: int, end: int) -> Batch:
     )
 
 
-class Data(Protocol):
+class BatchSource(Protocol):
     """A lazy sequence of batches that can be walked again, from any sample on."""
 
     samples: int
@@ -77,7 +77,7 @@ class Data(Protocol):
 
 
 @runtime_checkable
-class Labelled(Protocol):
+class HasLabels(Protocol):
     """Data whose config may name labels."""
 
     @property
@@ -93,14 +93,14 @@ class Labelled(Protocol):
 
 
 @runtime_checkable
-class Listing(Protocol):
+class HasFileList(Protocol):
     """Data that read files which no key of the config names."""
 
     listed: Sequence[Path]
 
 
 @runtime_checkable
-class Uneven(Protocol):
+class LengthGrouped(Protocol):
     """Data whose samples differ in length, so that batches of them are padded.
 
     Where they are `grouped`, they are run in another order than that of the input. It is changed
@@ -110,21 +110,21 @@ class Uneven(Protocol):
     grouped: bool
     window: int
 
-    def places(self, start: int, stop: int) -> Sequence[int]:
+    def input_positions(self, start: int, stop: int) -> Sequence[int]:
         """Where in the input the samples stand that are run as start to stop, of one window."""
 
     def padding(self, start: int, stop: int) -> Padding:
         """How many tokens are computed for samples start to stop, whole windows that were read."""
 
 
-def place_in_input(data: Data, at: int) -> int:
+def input_position(data: BatchSource, at: int) -> int:
     """Where in the input the sample stands that is run as the at-th."""
-    if isinstance(data, Uneven) and data.grouped:
-        return data.places(at, at + 1)[0]
+    if isinstance(data, LengthGrouped) and data.grouped:
+        return data.input_positions(at, at + 1)[0]
     return at
 
 
-class Rows(Protocol):
+class RowReader(Protocol):
     """One input: `samples` rows, each a tensor of the same shape and type."""
 
     samples: int
@@ -134,7 +134,7 @@ class Rows(Protocol):
         """Rows start to stop as one tensor [stop - start, ...]."""
 
 
-class WindowedData:
+class ChunkedSource:
     """Data over Rows: a window of a MiB is read at once and split into batches.
 
     One call of split costs a hundredth of slicing each batch out of a memory map, and dropping a
@@ -144,7 +144,11 @@ class WindowedData:
     classes = None
 
     def __init__(
-        self, rows: Mapping[str, Rows], batch_size: int, call: str, truth: Rows | None = None
+        self,
+        rows: Mapping[str, RowReader],
+        batch_size: int,
+        call: str,
+        truth: RowReader | None = None,
     ) -> None:
         counts = {name: row.samples for name, row in rows.items()}
         if len(set(counts.values())) > 1:
@@ -163,13 +167,13 @@ class WindowedData:
     def labels(self) -> Iterator[torch.Tensor]:
         if self.truth is None:
             raise no_labels()
-        step = max(1, WINDOW_BYTES // max(1, self.truth.sample_bytes))
+        step = max(1, CHUNK_BYTES // max(1, self.truth.sample_bytes))
         for begin in range(0, self.samples, step):
             yield self.truth.window(begin, min(begin + step, self.samples))
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         batch_bytes = max(1, self.batch_size * self.sample_bytes)
-        step = max(1, WINDOW_BYTES // batch_bytes) * self.batch_size
+        step = max(1, CHUNK_BYTES // batch_bytes) * self.batch_size
         names = list(self.rows)
         for begin in range(start, self.samples, step):
             stop = min(begin + step, self.samples)
@@ -210,7 +214,7 @@ def by_position(call: str, inputs: int) -> bool:
     return call == "positional" or (call == "auto" and inputs == 1)
 
 
-def converter(
+def cast_rows(
     spec: ArrayInput | RecordInput, stored: tuple[int, ...], key: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What turns stored rows [n, *stored] into the input a config describes [n, *shape].
@@ -244,7 +248,7 @@ def _count(shape: Sequence[int]) -> int:
     return total
 
 
-def mover(device: torch.device, dtype: str | None) -> Callable[[Batch], Batch] | None:
+def transfer_to(device: torch.device, dtype: str | None) -> Callable[[Batch], Batch] | None:
     """What brings a batch to the model's device and float type; None where it is there already."""
     if device.type == "cpu" and dtype is None:
         return None

@@ -11,18 +11,18 @@ import torch
 
 from gradrun.config.schema import SyntheticData, SyntheticInput
 from gradrun.core.errors import ConfigError
-from gradrun.data.source import Data, WindowedData
+from gradrun.data.source import BatchSource, ChunkedSource
 
 _BLOCK_BYTES = 256 * 1024
 
 
-def open_data(config: SyntheticData, seed: int) -> Data:
+def open_data(config: SyntheticData, seed: int) -> BatchSource:
     """One block of random rows at a time, made when it is asked for."""
     rows = {
         name: _SyntheticRows(spec, config.samples, f"data.inputs.{name}", (seed, i))
         for i, (name, spec) in enumerate(config.inputs.items())
     }
-    return WindowedData(rows, config.batch_size, config.call)
+    return ChunkedSource(rows, config.batch_size, config.call)
 
 
 class _SyntheticRows:

@@ -19,10 +19,10 @@ import torch
 
 from gradrun.config.schema import TextData
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import opening, transformers_library
+from gradrun.core.optional import hub_errors, import_transformers
 from gradrun.core.suggest import suggest
 from gradrun.data.records import READERS, labels_in
-from gradrun.data.source import Batch, Data, by_position
+from gradrun.data.source import Batch, BatchSource, by_position
 from gradrun.results.result import Padding
 
 WINDOW_BATCHES = 16
@@ -50,7 +50,7 @@ class _Window(NamedTuple):
     """Which text of the window each is."""
 
 
-def open_data(config: TextData, seed: int) -> Data:
+def open_data(config: TextData, seed: int) -> BatchSource:
     """The file's texts, counted once; the first window says whether grouping pays."""
     return Texts(config, _tokenizer(config))
 
@@ -96,7 +96,7 @@ class Texts:
                 for at in range(max(start - first, 0), len(taken), self.batch_size):
                     yield self._batch(window, at, min(at + self.batch_size, len(taken)))
 
-    def places(self, start: int, stop: int) -> Sequence[int]:
+    def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.window
         if first not in self._orders:
             next(self.batches(first))
@@ -234,8 +234,8 @@ class Texts:
 
 def _tokenizer(config: TextData) -> Any:
     place, revision = config.vocabulary
-    auto = transformers_library("data.tokenizer").AutoTokenizer
-    with opening(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
+    auto = import_transformers("data.tokenizer").AutoTokenizer
+    with hub_errors(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False
         )

@@ -58,7 +58,7 @@ def seed(value: int, device: torch.device) -> None:
 
 
 @contextmanager
-def prepared(run: RunSection) -> Iterator[torch.device]:
+def device_context(run: RunSection) -> Iterator[torch.device]:
     """Threads, determinism and seed as the config asks, given back afterwards; yields the device.
 
     Raises:

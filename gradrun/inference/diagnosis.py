@@ -20,9 +20,9 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from gradrun.core.errors import ModelRefused, first_line
+from gradrun.core.errors import ModelInputError, first_line
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 """How torch says that nothing was recorded to go back through."""
@@ -30,37 +30,37 @@ _NO_GRAPH = "does not require grad and does not have a grad_fn"
 _TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
-def refusal(
+def explain_first_batch_failure(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     error: BaseException,
     mode: GradMode,
-) -> ModelRefused:
+) -> ModelInputError:
     """The error to raise when `model(*args, **kwargs)` raised `error` on the first batch.
 
     Runs the model once more to see which module was entered last.
     """
     said = first_line(error)
     if ran_out_of_memory(error):
-        return ModelRefused(
+        return ModelInputError(
             f"the first batch does not fit in memory ({memory_asked(error)}); "
             "choose a smaller batch",
             "data.batch_size",
         )
     if _is_of_the_mode(error, mode):
-        return ModelRefused(reason(error, mode), "run.mode")
+        return ModelInputError(describe_model_error(error, mode), "run.mode")
     named = [f"{name} {_shape(value)}" for name, value in kwargs.items()]
     shapes = ", ".join([*map(_shape, args), *named])
     where = _innermost(model, args, kwargs)
     hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in said else ""
-    return ModelRefused(
-        f"the model refuses the input {shapes}{where}: {reason(error, mode)}{hint}",
+    return ModelInputError(
+        f"the model refuses the input {shapes}{where}: {describe_model_error(error, mode)}{hint}",
         "data.inputs",
     )
 
 
-def reason(error: BaseException, mode: GradMode) -> str:
+def describe_model_error(error: BaseException, mode: GradMode) -> str:
     """What a model that ran in `mode` raised, and where; of a backward() without a graph, why."""
     if not _is_of_the_mode(error, mode):
         return f"{type(error).__name__}: {first_line(error)}{_raised_at(error)}"
@@ -83,8 +83,8 @@ def ran_out_of_memory(error: BaseException) -> bool:
 def memory_asked(error: BaseException) -> str:
     """What an allocation that failed wanted, and what the machine has."""
     asked = re.search(r"allocate (\d+) bytes", str(error))
-    free = bytes_text(psutil.virtual_memory().available)
-    said = f"torch asked for {bytes_text(int(asked[1]))}" if asked else first_line(error)
+    free = format_bytes(psutil.virtual_memory().available)
+    said = f"torch asked for {format_bytes(int(asked[1]))}" if asked else first_line(error)
     return f"{said}, and {free} of the machine's memory are free"
 
 

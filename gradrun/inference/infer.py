@@ -12,30 +12,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun.config.load import located
-from gradrun.config.resolve import resolved, trusted
+from gradrun.config.load import with_locations
+from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
-from gradrun.core.units import count_text
+from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import Listing
+from gradrun.data.source import HasFileList
 from gradrun.inference import device as machine
 from gradrun.inference import metrics
-from gradrun.inference.recovery import Rescue, numbers_apart
-from gradrun.inference.reordering import in_input_order
-from gradrun.inference.runner import Pass, Runner
-from gradrun.inference.signals import Interruption
+from gradrun.inference.recovery import BatchRecovery, numbers_apart
+from gradrun.inference.reordering import restore_input_order
+from gradrun.inference.runner import Runner, TimedPass
+from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import class_names, load_model
-from gradrun.output.checkpointer import Keeper
+from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
-from gradrun.output.formats import Sink, open_sink
-from gradrun.output.journal import Head
+from gradrun.output.formats import PredictionWriter, open_writer
+from gradrun.output.journal import JournalHeader
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import Named, can_be_missing
+from gradrun.output.transforms import Outputs, can_be_missing
 from gradrun.results.result import RunResult, Warning
-from gradrun.results.run_warnings import advice
+from gradrun.results.run_warnings import run_warnings
 
 Progress = Callable[[int, int], None]
 """Told (samples done, samples in all), a few times a second."""
@@ -74,20 +74,24 @@ def infer(
         RunFailed, Interrupted: the run ended early; the predictions written stay, and the
             error's `result` holds what was measured.
     """
-    config = resolved(config, overrides)
+    config = resolve_config(config, overrides)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     training = bool(getattr(config.model, "training", False))
 
-    with Interruption() as interruption, located(config), machine.prepared(config.run) as device:
+    with (
+        GracefulShutdown() as interruption,
+        with_locations(config),
+        machine.device_context(config.run) as device,
+    ):
         folder = RunFolder(
             config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
         )
         model, load_seconds = _timed(
-            lambda: load_model(config.model, device, trust_code=trusted(trust_code))
+            lambda: load_model(config.model, device, trust_code=is_trusted(trust_code))
         )
         data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
-        listed = data.listed if isinstance(data, Listing) else ()
+        listed = data.listed if isinstance(data, HasFileList) else ()
         head = fingerprint(config, data.samples, __version__, listed)
         folder.check_same(head)
         finished = folder.finished()
@@ -99,10 +103,10 @@ def infer(
         compute = metrics.prepared(config, data, outputs, classes)
         if finished:
             return _scored_anew(finished, config, compute, folder)
-        sink = open_sink(config.output, data.samples, classes)
-        sink, unit = in_input_order(sink, data)
+        sink = open_writer(config.output, data.samples, classes)
+        sink, unit = restore_input_order(sink, data)
         environment = machine.environment(device)
-        with folder.writing():
+        with folder.locked():
             keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
@@ -127,17 +131,21 @@ def infer(
                     *runner.warnings,
                     *_told_of_files(folder, sink, runner.rescue, outputs, apart),
                     # What to do about figures is no help with a run that did not come to its end.
-                    *(() if gathered.stopped else advice(measured, environment, training=training)),
+                    *(
+                        ()
+                        if gathered.stopped
+                        else run_warnings(measured, environment, training=training)
+                    ),
                 ),
             )
             if gathered.stopped:
                 ended = _ended_early(gathered.stopped, result, folder, keeper.kept, data.samples)
                 # The disk that failed the run may fail its report too; the first error is told.
-                with suppress(RunFailed, KeyboardInterrupt), interruption.waits():
+                with suppress(RunFailed, KeyboardInterrupt), interruption.deferred():
                     folder.save(ended.result)
                 raise ended
             result = _scored(result, compute, folder)
-            with interruption.waits():
+            with interruption.deferred():
                 folder.save(result)
     return result
 
@@ -148,8 +156,13 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
 
 
 def _opened(
-    runner: Runner, folder: RunFolder, head: Head, sink: Sink, outputs: Named, unit: int
-) -> Keeper:
+    runner: Runner,
+    folder: RunFolder,
+    head: JournalHeader,
+    sink: PredictionWriter,
+    outputs: Outputs,
+    unit: int,
+) -> Checkpointer:
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
@@ -171,19 +184,19 @@ def _opened(
         failed = _unwritten(error)
         failed.resumable = bool(folder.kept and folder.kept.stop)
         raise failed from error
-    return Keeper(sink, journal, unit, row_bytes)
+    return Checkpointer(sink, journal, unit, row_bytes)
 
 
 def _predict(
     runner: Runner,
-    keeper: Keeper,
+    keeper: Checkpointer,
     beat: Callable[[int], None] | None,
-    interruption: Interruption,
-) -> Pass:
+    interruption: GracefulShutdown,
+) -> TimedPass:
     """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
 
     def keep() -> None:
-        with interruption.waits():
+        with interruption.deferred():
             try:
                 keeper.look()
             except OSError as error:  # the disk's fault, which no batch is to blame for
@@ -193,7 +206,7 @@ def _predict(
     gathered = runner.run(sink, keep, beat)
     began = time.perf_counter_ns()
     try:
-        with interruption.waits():
+        with interruption.deferred():
             keeper.close()
     except OSError as error:
         gathered.stopped = gathered.stopped or _unwritten(error)
@@ -211,7 +224,7 @@ def _unwritten(error: Exception) -> RunFailed:
 
 
 def _told_of_files(
-    folder: RunFolder, sink: Sink, rescue: Rescue, outputs: Named, apart: int
+    folder: RunFolder, sink: PredictionWriter, rescue: BatchRecovery, outputs: Outputs, apart: int
 ) -> list[Warning]:
     """What a reader of the predictions must know; `apart`: samples in them that have none."""
     found = []
@@ -228,7 +241,7 @@ def _told_of_files(
         found.append(
             Warning(
                 code="quarantined",
-                text=f"{count_text(apart, 'sample')} could not be predicted and {verb} in "
+                text=f"{pluralize(apart, 'sample')} could not be predicted and {verb} in "
                 f"{rescue.quarantine.path.name}, with what was wrong; there is no value in "
                 f"{places} in the predictions, and batches that failed are not timed",
             )
@@ -238,7 +251,7 @@ def _told_of_files(
         found.append(
             Warning(
                 code="nonfinite",
-                text=f"{count_text(bad, 'prediction')} with NaN or an infinity, or of one; "
+                text=f"{pluralize(bad, 'prediction')} with NaN or an infinity, or of one; "
                 "run.on_nonfinite: quarantine or stop says which",
             )
         )
@@ -285,7 +298,7 @@ def _scored_anew(
         metrics=(),
         warnings=tuple(w for w in finished.warnings if w.code != _NO_METRICS),
     )
-    with folder.writing():
+    with folder.locked():
         result = _scored(result, compute, folder)
         folder.save(result)
     return result
@@ -295,8 +308,8 @@ def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
-    if files.is_full(error):
-        error.args = (f"{error}; {folder.room(kept, samples)}",)
+    if files.is_disk_full(error):
+        error.args = (f"{error}; {folder.disk_space_hint(kept, samples)}",)
     note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
     ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
     ended.__cause__ = error.__cause__  # what --debug shows

@@ -14,12 +14,12 @@ import torch
 
 from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import library
-from gradrun.core.units import count_text
-from gradrun.data.source import Data, Labelled
+from gradrun.core.optional import import_optional
+from gradrun.core.units import pluralize
+from gradrun.data.source import BatchSource, HasLabels
 from gradrun.inference.recovery import numbers_apart
 from gradrun.output.formats import READERS
-from gradrun.output.transforms import NO_CLASS, Named
+from gradrun.output.transforms import MISSING_CLASS, Outputs
 from gradrun.results.result import Metric
 
 Compute = Callable[[Path], tuple[Metric, ...]]
@@ -35,7 +35,7 @@ _TAKES = {
 
 
 def prepared(
-    config: RunConfig, data: Data, outputs: Named, called: Sequence[str] = ()
+    config: RunConfig, data: BatchSource, outputs: Outputs, called: Sequence[str] = ()
 ) -> Compute | None:
     """What computes the metrics that a config asks for; None where it asks for none.
 
@@ -51,9 +51,9 @@ def prepared(
     """
     if not config.metrics:
         return None
-    library("torchmetrics", "metrics")
+    import_optional("torchmetrics", "metrics")
     form = config.output.format
-    if not isinstance(data, Labelled):
+    if not isinstance(data, HasLabels):
         raise ConfigError(f"data of source {config.data.source} have no labels", "metrics")
     if form not in READERS:
         text = f"metrics are taken from the files, and {form} is not read back; choose one of "
@@ -94,8 +94,8 @@ def _check_order(classes: Sequence[str] | None, called: Sequence[str]) -> None:
 
 
 def _pairs(
-    read: Iterator[tuple[torch.Tensor, Named]], data: Labelled, apart: set[int]
-) -> Iterator[tuple[Named, torch.Tensor]]:
+    read: Iterator[tuple[torch.Tensor, Outputs]], data: HasLabels, apart: set[int]
+) -> Iterator[tuple[Outputs, torch.Tensor]]:
     """Outputs and labels of the same samples, without those that were set apart."""
     left_out = torch.tensor(sorted(apart), dtype=torch.int64)
     windows = (labels.double() for labels in data.labels())  # torch reckons with few integer types
@@ -124,7 +124,7 @@ def _form(tensor: torch.Tensor, *, ranked: bool) -> str:
 class _Asked:
     """One metric and the output that it is taken of."""
 
-    def __init__(self, spec: MetricSection, key: str, outputs: Named) -> None:
+    def __init__(self, spec: MetricSection, key: str, outputs: Outputs) -> None:
         self.spec, self.key = spec, key
         parts = {name.rpartition(".")[2] for name in outputs}
         ranked = parts == {"values", "indices"}  # as topk leaves them
@@ -152,7 +152,7 @@ class _Asked:
                 key,
             )
 
-    def _chosen(self, outputs: Named, part: str) -> str:
+    def _chosen(self, outputs: Outputs, part: str) -> str:
         """The name of the output that is meant; of a topk or classify, the classes."""
         names = [name for name in outputs if not part or name.rpartition(".")[2] == part]
         ending = f".{part}" if part else ""
@@ -172,7 +172,7 @@ class _Asked:
         """
         width = self.width if self.spec.name == "mse" else 1
         if labels[:1].numel() != width:
-            held = count_text(labels[:1].numel(), "number")
+            held = pluralize(labels[:1].numel(), "number")
             text = f"a label holds {held}, and {self.spec.title} needs {width}"
             raise ConfigError(text, "data.labels")
         if self.spec.name == "mse":
@@ -186,7 +186,7 @@ class _Asked:
             )
         self.classes = known or max(self.classes, int(most) + 1)
 
-    def count_classes(self, rows: Named) -> None:
+    def count_classes(self, rows: Outputs) -> None:
         """Where only the likeliest class was kept, see how many there are."""
         if self.form == "class":
             self.classes = max(self.classes, int(rows[self.output].max()) + 1)
@@ -194,8 +194,8 @@ class _Asked:
     def measure(self) -> Any:
         """A torchmetrics object, which takes what `given` makes."""
         spec, binary = self.spec, self.form == "score"
-        metrics = library("torchmetrics", self.key)
-        kinds = library("torchmetrics", self.key, "classification")
+        metrics = import_optional("torchmetrics", self.key)
+        kinds = import_optional("torchmetrics", self.key, "classification")
         classes = {"num_classes": max(2, self.classes), "average": spec.average or "macro"}
         match spec.name:
             case "mse":
@@ -213,7 +213,7 @@ class _Asked:
         classes["average"] = spec.average or "micro"
         return kinds.MulticlassAccuracy(**classes, top_k=spec.top_k or 1)
 
-    def given(self, rows: Named, truth: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def given(self, rows: Outputs, truth: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Predictions and labels of some samples as the measure takes them."""
         kept = rows[self.output].reshape(len(truth), -1)
         if self.spec.name == "mse":
@@ -228,7 +228,7 @@ class _Asked:
             right = kept[:, : self.spec.top_k or 1] == truth[:, None]
             return ((right.any(1) & best.isfinite()).double(),)
         if self.form == "class":
-            return torch.where(kept[:, 0] == NO_CLASS, wrong, kept[:, 0].long()), truth
+            return torch.where(kept[:, 0] == MISSING_CLASS, wrong, kept[:, 0].long()), truth
         kept = kept.double()
         lost = ~kept.amax(1).isfinite()
         if self.form == "scores":

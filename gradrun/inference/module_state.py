@@ -17,7 +17,7 @@ _ABSENT = object()
 
 
 @contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
+def preserve_module_state(model: nn.Module) -> Iterator[None]:
     """Give every module the buffers and attributes back that it had before the block.
 
     Running figures of batch norm, counters, hidden states and caches made on the way are as if the

@@ -17,11 +17,11 @@ import torch
 
 from gradrun.config.schema import RunSection
 from gradrun.core import files
-from gradrun.core.errors import GradrunError, RunFailed, SampleFault, first_line
-from gradrun.core.units import count_text
+from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
+from gradrun.core.units import pluralize
 from gradrun.data.source import Batch, cut_batch
 from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
-from gradrun.output.transforms import Named, nonfinite_rows
+from gradrun.output.transforms import Outputs, nonfinite_rows
 
 FILE = "quarantine.jsonl"
 
@@ -69,7 +69,7 @@ def numbers_apart(folder: Path) -> set[int]:
 
 
 def _write(path: Path, data: bytes, flag: int) -> None:
-    descriptor = files.open_plain(path, os.O_WRONLY | os.O_CREAT | flag)
+    descriptor = files.open_regular(path, os.O_WRONLY | os.O_CREAT | flag)
     try:
         files.write_all(descriptor, data)
         files.sync(descriptor)
@@ -77,13 +77,13 @@ def _write(path: Path, data: bytes, flag: int) -> None:
         os.close(descriptor)
 
 
-class Rescue:
+class BatchRecovery:
     """Makes of a failed batch what can be made of it, as `run.on_error` asks."""
 
     def __init__(
         self,
         run: RunSection,
-        predict: Callable[[Batch], Named],
+        predict: Callable[[Batch], Outputs],
         again: Callable[[int, int], Batch],
         quarantine: Quarantine,
     ) -> None:
@@ -98,7 +98,7 @@ class Rescue:
         """
         self.run, self.predict, self.again = run, predict, again
         self.quarantine = quarantine
-        self.like: Named = {}
+        self.like: Outputs = {}
         """Outputs of some batch, for their names, shapes and types."""
         self.most: int | None = None
         """Samples that fit in memory at once, where a batch did not."""
@@ -116,7 +116,7 @@ class Rescue:
                 for begin in range(0, batch.size, self.most):
                     yield cut_batch(batch, begin, min(begin + self.most, batch.size))
 
-    def failed(self, at: int, size: int, error: Exception) -> tuple[Named, set[int]]:
+    def failed(self, at: int, size: int, error: Exception) -> tuple[Outputs, set[int]]:
         """Outputs for the batch that begins at sample `at`, and the positions that have none.
 
         Raises:
@@ -124,12 +124,12 @@ class Rescue:
         """
         if not self._goes_on(error):
             raise error
-        pieces: list[tuple[int, Named]] = []
+        pieces: list[tuple[int, Outputs]] = []
         missing: set[int] = set()
         self._apart(at, at, size, error, pieces, missing)
         return self._whole(size, pieces), missing
 
-    def unreadable(self, at: int, batch: Batch) -> tuple[Named, set[int]]:
+    def unreadable(self, at: int, batch: Batch) -> tuple[Outputs, set[int]]:
         """Outputs for a batch of which some samples could not be read, and their positions.
 
         Raises:
@@ -139,7 +139,7 @@ class Rescue:
             batch.check()
         sound = [row for row in range(batch.size) if row not in batch.faults]
         try:
-            outputs = self.predict(batch.picked(sound)) if sound else {}
+            outputs = self.predict(batch.select(sound)) if sound else {}
         except Exception as error:  # others fail for another reason, or are too many
             return self.failed(at, batch.size, error)
         for row in sorted(batch.faults):
@@ -150,7 +150,7 @@ class Rescue:
         ]
         return self._whole(batch.size, pieces), set(batch.faults)
 
-    def check(self, at: int, batch: Batch, outputs: Named) -> tuple[Named, set[int]]:
+    def check(self, at: int, batch: Batch, outputs: Outputs) -> tuple[Outputs, set[int]]:
         """The outputs, and the positions where one of them is NaN or infinite.
 
         Raises:
@@ -184,7 +184,7 @@ class Rescue:
             for row in range(batch.size)
             if self._failure(cut_batch(batch, row, row + 1)) is None
         ]
-        return batch.picked(rows) if rows else None
+        return batch.select(rows) if rows else None
 
     def _failure(self, batch: Batch) -> Exception | None:
         try:
@@ -208,7 +208,7 @@ class Rescue:
         at: int,
         size: int,
         error: Exception,
-        pieces: list[tuple[int, Named]],
+        pieces: list[tuple[int, Outputs]],
         missing: set[int],
     ) -> None:
         """Halve what failed until what is left runs, or is a single sample."""
@@ -226,7 +226,7 @@ class Rescue:
         elif size == 1:
             batch = self.again(at, 1)
             said = f"{type(error).__name__}: {first_line(error)}"
-            if isinstance(error, SampleFault):
+            if isinstance(error, SampleError):
                 said, details = str(error), ""
             self._set_apart(at, batch.ids[0], said, details)
             missing.add(at - first)
@@ -238,7 +238,7 @@ class Rescue:
                 self._apart(first, begin, count, failure, pieces, missing)
 
     def _try(
-        self, first: int, at: int, size: int, pieces: list[tuple[int, Named]]
+        self, first: int, at: int, size: int, pieces: list[tuple[int, Outputs]]
     ) -> Exception | None:
         try:
             pieces.append((at - first, self.predict(self.again(at, size))))
@@ -251,11 +251,11 @@ class Rescue:
         most = self.run.max_errors
         if most is not None and self.quarantine.count > most:
             raise RunFailed(
-                f"{count_text(self.quarantine.count, 'sample')} failed, more than run.max_errors "
+                f"{pluralize(self.quarantine.count, 'sample')} failed, more than run.max_errors "
                 f"allows ({most}); the last: {error}; all are in {self.quarantine.path}"
             )
 
-    def _whole(self, size: int, pieces: list[tuple[int, Named]]) -> Named:
+    def _whole(self, size: int, pieces: list[tuple[int, Outputs]]) -> Outputs:
         """Pieces put together; where there is none, NaN or the type's most unlikely value."""
         whole = {}
         for name, like in (pieces[0][1] if pieces else self.like).items():
@@ -275,7 +275,7 @@ def _absent(dtype: torch.dtype) -> Any:
     return torch.iinfo(dtype).min or torch.iinfo(dtype).max
 
 
-def _row(outputs: Named, row: int) -> list[torch.Tensor]:
+def _row(outputs: Outputs, row: int) -> list[torch.Tensor]:
     return [tensor[row : row + 1] for tensor in outputs.values()]
 
 

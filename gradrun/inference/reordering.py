@@ -9,39 +9,39 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from gradrun.data.source import Data, Uneven
-from gradrun.output.formats import Sink
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import Named
+from gradrun.data.source import BatchSource, LengthGrouped
+from gradrun.output.formats import PredictionWriter
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import Outputs
 
 
-def in_input_order(sink: Sink, data: Data) -> tuple[Sink, int]:
+def restore_input_order(sink: PredictionWriter, data: BatchSource) -> tuple[PredictionWriter, int]:
     """The sink to write to, and how many samples belong together when predictions are made safe.
 
     A resume begins with such a whole number of samples, so that batches are cut as they were.
     """
-    if isinstance(data, Uneven) and data.grouped:
-        return InOrder(sink, data, data.samples), data.window
+    if isinstance(data, LengthGrouped) and data.grouped:
+        return ReorderBuffer(sink, data, data.samples), data.window
     return sink, data.batch_size
 
 
-class InOrder:
+class ReorderBuffer:
     """Passes whole windows on, sorted; what a fault cuts off of a window is made again."""
 
-    def __init__(self, sink: Sink, data: Uneven, samples: int) -> None:
+    def __init__(self, sink: PredictionWriter, data: LengthGrouped, samples: int) -> None:
         self.sink, self.data, self.samples = sink, data, samples
         self.spelling = sink.spelling
         self.written = self.nonfinite = 0
-        self._held: list[Named] = []
+        self._held: list[Outputs] = []
         self._ids: list[int | str] = []
         self._missing: set[int] = set()
 
-    def open(self, outputs: Named, kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: Outputs, kept: Sequence[CommittedRange] = ()) -> None:
         self.sink.open(outputs, kept)
         self._look()
 
     def write(
-        self, outputs: Named, ids: Sequence[int | str], missing: Collection[int] = ()
+        self, outputs: Outputs, ids: Sequence[int | str], missing: Collection[int] = ()
     ) -> None:
         # A copy: a model may return the same memory with every batch.
         self._held.append({name: tensor.clone() for name, tensor in outputs.items()})
@@ -52,7 +52,7 @@ class InOrder:
             self._pass_on(stop)
 
     def _pass_on(self, stop: int) -> None:
-        places = self.data.places(self.written, stop)
+        places = self.data.input_positions(self.written, stop)
         order = sorted(range(len(places)), key=places.__getitem__)
         ids, missing = [self._ids[i] for i in order], self._missing
         held, self._held, self._ids, self._missing = self._held, [], [], set()
@@ -66,12 +66,12 @@ class InOrder:
                 self.sink.write(rows[old], [name], {0} if old in missing else ())
         self._look()
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         commits = self.sink.commit()
         self._look()
         return commits
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         try:
             return self.sink.close()
         finally:
@@ -84,9 +84,9 @@ class InOrder:
         self.written, self.nonfinite = self.sink.written, self.sink.nonfinite
 
 
-def _row_shapes(outputs: Named) -> list[tuple[str, torch.Size]]:
+def _row_shapes(outputs: Outputs) -> list[tuple[str, torch.Size]]:
     return [(name, tensor.shape[1:]) for name, tensor in outputs.items()]
 
 
-def _row(outputs: Named, row: int) -> Named:
+def _row(outputs: Outputs, row: int) -> Outputs:
     return {name: tensor[row : row + 1] for name, tensor in outputs.items()}

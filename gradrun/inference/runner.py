@@ -23,14 +23,21 @@ from gradrun.core.errors import (
     GradrunError,
     Interrupted,
     RunFailed,
-    SampleFault,
+    SampleError,
     first_line,
 )
 from gradrun.core.grad_mode import GradMode
-from gradrun.data.prefetch import pays_off, read_ahead
-from gradrun.data.source import Batch, Data, Uneven, cut_batch, mover, place_in_input
+from gradrun.data.prefetch import prefetch, should_prefetch
+from gradrun.data.source import (
+    Batch,
+    BatchSource,
+    LengthGrouped,
+    cut_batch,
+    input_position,
+    transfer_to,
+)
 from gradrun.inference.device import seed
-from gradrun.inference.diagnosis import reason, refusal
+from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
     clock,
@@ -39,11 +46,11 @@ from gradrun.inference.meters import (
     process_memory,
 )
 from gradrun.inference.meters.timeline import Forward
-from gradrun.inference.module_state import state_kept
-from gradrun.inference.recovery import Quarantine, Rescue
+from gradrun.inference.module_state import preserve_module_state
+from gradrun.inference.recovery import BatchRecovery, Quarantine
 from gradrun.modes import grad_mode
-from gradrun.output.formats import Sink
-from gradrun.output.transforms import Named, reader, tensors_in
+from gradrun.output.formats import PredictionWriter
+from gradrun.output.transforms import Outputs, iter_tensors, output_selector
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
 
@@ -55,15 +62,15 @@ _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 _SETS_APART = "; run.on_error: quarantine sets such samples apart and goes on"
 
-Beat = Callable[[int], None]
+ProgressCallback = Callable[[int], None]
 """Told how many samples are done, a few times a second."""
 
-Keep = Callable[[], None]
+CommitCallback = Callable[[], None]
 """Asked a few times a second, between two batches, to make safe what was written."""
 
 
 @dataclass
-class Pass:
+class TimedPass:
     """What the timed pass gathered, complete or not."""
 
     start: int = 0
@@ -89,22 +96,22 @@ class Runner:
     """A model, its data and a mode, taken through the passes in order: prepare, run, finish."""
 
     def __init__(
-        self, model: nn.Module, data: Data, config: RunConfig, device: torch.device
+        self, model: nn.Module, data: BatchSource, config: RunConfig, device: torch.device
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.mode = config.run.mode
-        self.read = reader(config.output)
+        self.read = output_selector(config.output)
         model_type = config.model.dtype if isinstance(config.model, EagerModel) else None
-        self.move = mover(device, model_type)
+        self.move = transfer_to(device, model_type)
         self.clock: clock.Clock = clock.clock_for(device)
         self.warnings: list[Warning] = []
         self.first_seconds = self.warm_seconds = 0.0
         self.ahead = False
         quarantine = Quarantine(config.output.path)
-        self.rescue = Rescue(config.run, self._predicted, self._again, quarantine)
-        self.rescue.place = lambda at: place_in_input(data, at)
+        self.rescue = BatchRecovery(config.run, self._predicted, self._again, quarantine)
+        self.rescue.place = lambda at: input_position(data, at)
 
-    def prepare(self) -> Named:
+    def prepare(self) -> Outputs:
         """Run the first batch, then warm up; nothing of it is kept.
 
         Returns:
@@ -115,7 +122,7 @@ class Runner:
         """
         began = time.perf_counter()
         self.first = self._first_batch()
-        with active(self.config.run, self.device), state_kept(self.model):
+        with active(self.config.run, self.device), preserve_module_state(self.model):
             outputs = self._first_outputs()
             self.first_seconds = time.perf_counter() - began
             try:
@@ -123,19 +130,24 @@ class Runner:
             except (Exception, SystemExit) as error:  # whatever a model may raise
                 raise RunFailed(
                     f"the model ran its first batch, and failed when it ran it again: "
-                    f"{reason(error, self.mode)}"
+                    f"{describe_model_error(error, self.mode)}"
                 ) from error
         self.warm_seconds = time.perf_counter() - began - self.first_seconds
         return outputs
 
-    def run(self, sink: Sink, keep: Keep | None = None, beat: Beat | None = None) -> Pass:
+    def run(
+        self,
+        sink: PredictionWriter,
+        keep: CommitCallback | None = None,
+        beat: ProgressCallback | None = None,
+    ) -> TimedPass:
         """The timed pass: every batch that the sink does not have yet, through the model into it.
 
         A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
         """
         device_memory.reset(self.device)
         seed(self.config.run.seed, self.device)  # dropout in training mode repeats
-        gathered = Pass(start=sink.written)
+        gathered = TimedPass(start=sink.written)
         batches = self._batches(sink.written)
         try:
             with active(self.config.run, self.device):
@@ -155,7 +167,12 @@ class Runner:
         return gathered
 
     def _loop(
-        self, batches: Iterator[Batch], sink: Sink, gathered: Pass, keep: Keep, beat: Beat
+        self,
+        batches: Iterator[Batch],
+        sink: PredictionWriter,
+        gathered: TimedPass,
+        keep: CommitCallback,
+        beat: ProgressCallback,
     ) -> None:
         # Every name is local and nothing is made per batch that a hand-written loop would not
         # make: this is what keeps gradrun within a few per cent of one.
@@ -201,7 +218,9 @@ class Runner:
         finally:
             gathered.total_ns = mark - began
 
-    def _rescued(self, batch: Batch, error: Exception, sink: Sink, gathered: Pass) -> None:
+    def _rescued(
+        self, batch: Batch, error: Exception, sink: PredictionWriter, gathered: TimedPass
+    ) -> None:
         """Write what can be made of a batch that failed, untimed."""
         at = gathered.start + gathered.done
         if batch.faults:
@@ -212,7 +231,9 @@ class Runner:
         gathered.apart += batch.size
         gathered.done += batch.size
 
-    def _write_checked(self, batch: Batch, outputs: Named, sink: Sink, gathered: Pass) -> None:
+    def _write_checked(
+        self, batch: Batch, outputs: Outputs, sink: PredictionWriter, gathered: TimedPass
+    ) -> None:
         at = gathered.start + gathered.done
         outputs, missing = self.rescue.check(at, batch, outputs)
         sink.write(outputs, batch.ids, missing)
@@ -225,7 +246,7 @@ class Runner:
         batch = batch if batch.size == size else cut_batch(batch, ahead, ahead + size)
         return self.move(batch) if self.move else batch
 
-    def finish(self, gathered: Pass, load_seconds: float, open_seconds: float) -> Measurement:
+    def finish(self, gathered: TimedPass, load_seconds: float, open_seconds: float) -> Measurement:
         """Read the meters, then count tensor memory in a pass of its own."""
         resident, method = process_memory.peak_resident()
         allocated, reserved = device_memory.peaks(self.device)
@@ -271,25 +292,25 @@ class Runner:
             ),
         )
 
-    def _padding(self, gathered: Pass) -> Padding | None:
-        if not isinstance(self.data, Uneven):
+    def _padding(self, gathered: TimedPass) -> Padding | None:
+        if not isinstance(self.data, LengthGrouped):
             return None
         return self.data.padding(gathered.start, gathered.start + gathered.done)
 
-    def _stop(self, error: BaseException, gathered: Pass) -> GradrunError:
+    def _stop(self, error: BaseException, gathered: TimedPass) -> GradrunError:
         """What ended the pass, as the error to raise once everything is saved."""
         if isinstance(error, GradrunError):
             text = str(error)
-        elif isinstance(error, SampleFault):
+        elif isinstance(error, SampleError):
             text = f"{error}{_SETS_APART}"
         elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
             at = gathered.start + gathered.done
-            first = place_in_input(self.data, at)
+            first = input_position(self.data, at)
             text = (
                 f"batch {at // self.data.batch_size}, which begins at sample {first:,}, failed: "
-                f"{reason(error, self.mode)}"
+                f"{describe_model_error(error, self.mode)}"
             )
         stopped = RunFailed(text)
         stopped.__cause__ = error
@@ -328,10 +349,10 @@ class Runner:
             if self.config.run.on_error != "quarantine":
                 raise ConfigError(f"{fault}{_SETS_APART}", "data.path") from fault
             if sound:
-                return batch.picked(sound)
+                return batch.select(sound)
         raise ConfigError(f"no sample can be read; the last: {fault}", "data.path")
 
-    def _predicted(self, batch: Batch) -> Named:
+    def _predicted(self, batch: Batch) -> Outputs:
         batch.check()
         return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
@@ -346,12 +367,12 @@ class Runner:
                 one = self.rescue.healthy(self.first, error)
             if one is None:
                 given = self.first.args, self.first.kwargs
-                raise refusal(self.model, *given, error, self.mode) from error
+                raise explain_first_batch_failure(self.model, *given, error, self.mode) from error
         # A sample of it is at fault; the others show what outputs look like.
         self.first = one
         return self._call(self.first)
 
-    def _first_outputs(self) -> Named:
+    def _first_outputs(self) -> Outputs:
         returned = self._first_returned()
         self._note_graph(returned)
         try:
@@ -367,7 +388,7 @@ class Runner:
             ) from error
 
     def _note_graph(self, returned: Any) -> None:
-        kept = [name for name, tensor in tensors_in(returned) if tensor.requires_grad]
+        kept = [name for name, tensor in iter_tensors(returned) if tensor.requires_grad]
         if kept and self.mode is not GradMode.GRAD:
             self._warn(
                 "graph_kept",
@@ -378,7 +399,7 @@ class Runner:
     def _batches(self, start: int) -> Any:
         batches: Iterator[Batch] = self.data.batches(start)
         if self.ahead:
-            batches = read_ahead(batches)
+            batches = prefetch(batches)
         return (self.move(batch) for batch in batches) if self.move else batches
 
     def _call(self, batch: Batch) -> Any:
@@ -404,10 +425,10 @@ class Runner:
                 break
             self._call(self.first)
         self.clock.finish()
-        self.ahead = pays_off(self.data, forward_seconds=self.clock.seconds[-1])
+        self.ahead = should_prefetch(self.data, forward_seconds=self.clock.seconds[-1])
         self.clock = clock.clock_for(self.device)
 
-    def _memory_pass(self, gathered: Pass) -> Forward | None:
+    def _memory_pass(self, gathered: TimedPass) -> Forward | None:
         """The first batch's; None after a stop, without a meter, on a fault."""
         if gathered.stopped or not self.config.measure.memory:
             return None
@@ -416,7 +437,7 @@ class Runner:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
             return None
         try:
-            with active(self.config.run, self.device), state_kept(self.model):
+            with active(self.config.run, self.device), preserve_module_state(self.model):
                 return meter(lambda: self.model(*batch.args, **batch.kwargs), self.model)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")

@@ -19,7 +19,7 @@ _OURS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h\n"
 
 
-class Interruption:
+class GracefulShutdown:
     """Raises KeyboardInterrupt at the first signal, or when a block that must be whole has ended.
 
     In another thread than the main one, and over handlers that are not Python's own, it does
@@ -33,7 +33,7 @@ class Interruption:
         self._owed = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
             for number in _OURS:
                 if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
@@ -59,7 +59,7 @@ class Interruption:
         return 128 + (self.number or signal.SIGINT)
 
     @contextmanager
-    def waits(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Let the first signal wait for what takes milliseconds and must be whole."""
         self._whole += 1
         try:

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import torch
 
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 
 _MOST_PACKED = 256 * 2**20
 
@@ -45,6 +45,6 @@ def check_claim(held: int, claimed: int) -> None:
     """
     if claimed > held + _MOST_PACKED:
         raise HostileError(
-            f"has {bytes_text(held)} and would unpack to {bytes_text(claimed)}, as nothing does "
-            "that torch writes"
+            f"has {format_bytes(held)} and would unpack to {format_bytes(claimed)}, as nothing "
+            "does that torch writes"
         )

@@ -13,7 +13,7 @@ from torch import nn
 
 from gradrun.config.schema import HuggingFaceModel
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import NEEDS_TRUST, opening, transformers_library
+from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
 
 _KEY = "model.path"
 _LISTED = 4
@@ -21,13 +21,13 @@ _LISTED = 4
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
     """The model, which is data: code and pickles of its folder are for those who trust it."""
-    transformers = transformers_library(_KEY)
+    transformers = import_transformers(_KEY)
     auto = getattr(transformers, config.auto_class)
     settings: dict[str, Any] = {
         "revision": config.revision or "main",
         "trust_remote_code": trust_code,
     }
-    with opening(config.path, _KEY):
+    with hub_errors(config.path, _KEY):
         described = transformers.AutoConfig.from_pretrained(config.path, **settings)
         if not trust_code and config.attention is None:
             _check_kernels(config, settings["revision"], transformers)

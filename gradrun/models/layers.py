@@ -14,7 +14,7 @@ from torch import nn
 from gradrun.config.schema import LayersModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.suggest import did_you_mean
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 
 _LAYERS = {
     name: kind
@@ -32,8 +32,8 @@ def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
     free = psutil.virtual_memory().available
     if size > free:
         raise ConfigError(
-            f"the layers hold {bytes_text(size)} of weights, and {bytes_text(free)} of memory are "
-            "free; make them smaller",
+            f"the layers hold {format_bytes(size)} of weights, and {format_bytes(free)} of memory "
+            "are free; make them smaller",
             "model.layers",
         )
     return _chain(config)

@@ -9,14 +9,14 @@ from torch import nn
 
 from gradrun.config.schema import TimmModel
 from gradrun.core.errors import ConfigError, first_line
-from gradrun.core.optional import library
+from gradrun.core.optional import import_optional
 from gradrun.core.suggest import did_you_mean
 from gradrun.models.python import build
 
 
 def open_model(config: TimmModel, *, trust_code: bool) -> nn.Module:
     """The network; only `pretrained: true` without a file of weights downloads anything."""
-    timm = library("timm", "model.source")
+    timm = import_optional("timm", "model.source")
     if not timm.is_model(config.name):
         hint = did_you_mean(config.name, timm.list_models()) or "timm.list_models() says all"
         raise ConfigError(f"timm has no model {config.name!r:.60}; {hint}", "model.name")

@@ -11,14 +11,14 @@ from torch import nn
 
 from gradrun.config.schema import TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
-from gradrun.core.optional import library
+from gradrun.core.optional import import_optional
 from gradrun.core.suggest import did_you_mean
 from gradrun.models.python import build
 
 
 def open_model(config: TorchvisionModel, *, trust_code: bool) -> nn.Module:
     """The network; only `pretrained: true` without a file of weights downloads anything."""
-    models = library("torchvision", "model.source", "models")
+    models = import_optional("torchvision", "model.source", "models")
     if config.name not in (names := models.list_models()):
         hint = did_you_mean(config.name, names) or "torchvision.models.list_models() says all"
         raise ConfigError(f"torchvision has no model {config.name!r:.60}; {hint}", "model.name")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 
-from gradrun.output.formats import Sink
-from gradrun.output.journal import Committed, Journal
+from gradrun.output.formats import PredictionWriter
+from gradrun.output.journal import CommittedRange, Journal
 
 SECONDS = 1.0
 BYTES = 64 * 1024 * 1024
@@ -17,10 +17,12 @@ _SHARE = 0.01
 """Of the time that commits may take: on a slow disk they come less often."""
 
 
-class Keeper:
+class Checkpointer:
     """Commits what a sink has written, about once a second."""
 
-    def __init__(self, sink: Sink, journal: Journal, batch_size: int, row_bytes: int) -> None:
+    def __init__(
+        self, sink: PredictionWriter, journal: Journal, batch_size: int, row_bytes: int
+    ) -> None:
         self.sink, self.journal = sink, journal
         self.batch_size = batch_size
         self._most_rows = max(1, BYTES // max(1, row_bytes))
@@ -28,7 +30,7 @@ class Keeper:
         """Samples that the journal tells of."""
         self._due = time.monotonic() + SECONDS
         self._broken = False
-        self._untold: list[Committed] = []
+        self._untold: list[CommittedRange] = []
 
     def look(self) -> None:
         """Commit if it is time to.

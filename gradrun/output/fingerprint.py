@@ -13,12 +13,14 @@ from typing import Any
 
 from gradrun.config.schema import PythonModel, RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.output.journal import Head
+from gradrun.output.journal import JournalHeader
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
-def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[Path] = ()) -> Head:
+def fingerprint(
+    config: RunConfig, samples: int, version: str, listed: Sequence[Path] = ()
+) -> JournalHeader:
     """The head of the journal of a run of this config over so many samples.
 
     Args:
@@ -51,7 +53,7 @@ def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[
     }
     if listed:
         described["what data.path names"] = _listing(listed)
-    return Head(
+    return JournalHeader(
         gradrun=version,
         samples=samples,
         config=dumped,
@@ -59,7 +61,7 @@ def fingerprint(config: RunConfig, samples: int, version: str, listed: Sequence[
     )
 
 
-def differences(before: Head, now: Head) -> list[str]:
+def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
     """What is not as it was, each in a few words: "run.mode was grad and is no_grad"."""
     found = [
         f"{key} was {old} and is {new}" for key, old, new in _changed(before.config, now.config)

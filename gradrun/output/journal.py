@@ -24,7 +24,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Head(_Line):
+class JournalHeader(_Line):
     """The first line: what must be the same for another run to go on with these files."""
 
     journal: Literal[1] = 1
@@ -42,7 +42,7 @@ def _beside(name: str) -> str:
     return name
 
 
-class Committed(_Line):
+class CommittedRange(_Line):
     """Samples start to stop, which are on the disk."""
 
     start: NonNegativeInt
@@ -55,11 +55,15 @@ class Committed(_Line):
     """How many of them hold a NaN or an infinity."""
 
 
-class Kept:
+class JournalState:
     """What a journal says: its head and its commits in order."""
 
     def __init__(
-        self, head: Head, commits: Sequence[Committed], ends: Sequence[int], torn: bool
+        self,
+        head: JournalHeader,
+        commits: Sequence[CommittedRange],
+        ends: Sequence[int],
+        torn: bool,
     ) -> None:
         self.head, self.commits = head, list(commits)
         self._ends = list(ends)
@@ -71,12 +75,12 @@ class Kept:
         """Bytes of the journal up to the last commit's end."""
         return self._ends[-1]
 
-    def without_part_of_a_batch(self, batch_size: int) -> Kept:
+    def without_part_of_a_batch(self, batch_size: int) -> JournalState:
         """Up to the last commit that ends with a whole batch, so that batches are cut as before."""
         count = len(self.commits)
         while count and self.commits[count - 1].stop % batch_size and not self.complete:
             count -= 1
-        return Kept(self.head, self.commits[:count], self._ends[: count + 1], self.torn)
+        return JournalState(self.head, self.commits[:count], self._ends[: count + 1], self.torn)
 
     @property
     def stop(self) -> int:
@@ -89,7 +93,7 @@ class Kept:
         return self.stop == self.head.samples
 
 
-def read(path: Path) -> Kept:
+def read(path: Path) -> JournalState:
     """What the journal says; a last line that was cut off does not count.
 
     Raises:
@@ -111,7 +115,7 @@ def read(path: Path) -> Kept:
             said = json.loads(line)
             if not parsed:
                 _check_format(said, path)
-            kind: type[_Line] = Committed if parsed else Head
+            kind: type[_Line] = CommittedRange if parsed else JournalHeader
             parsed.append(kind.model_validate(said))
             _check_order(parsed)
         except (ValueError, RecursionError) as error:
@@ -123,7 +127,7 @@ def read(path: Path) -> Kept:
         ends.append((ends[-1] if ends else 0) + len(line))
     if not parsed:
         raise GradrunError(f"{path} is no journal of a run: its first line was cut off")
-    return Kept(parsed[0], parsed[1:], ends, torn=ends[-1] < size)
+    return JournalState(parsed[0], parsed[1:], ends, torn=ends[-1] < size)
 
 
 def _check_format(head: Any, path: Path) -> None:
@@ -153,7 +157,7 @@ def draft(path: Path) -> Path:
 class Journal:
     """The file, open for adding lines."""
 
-    def __init__(self, path: Path, head: Head, kept: Kept | None = None) -> None:
+    def __init__(self, path: Path, head: JournalHeader, kept: JournalState | None = None) -> None:
         """Begin a journal, or go on with what is kept of one: what follows that is cut off.
 
         Raises:
@@ -163,7 +167,7 @@ class Journal:
         # Under another name until its head is whole: a journal always says whose it is.
         place = path if kept else draft(path)
         flags = os.O_RDWR | os.O_APPEND | (0 if kept else os.O_CREAT)
-        self._descriptor = files.open_plain(place, flags)
+        self._descriptor = files.open_regular(place, flags)
         self._size = kept.size if kept else 0
         try:
             os.ftruncate(self._descriptor, self._size)
@@ -175,7 +179,7 @@ class Journal:
             self.close()
             raise
 
-    def add(self, commits: Sequence[Committed]) -> None:
+    def add(self, commits: Sequence[CommittedRange]) -> None:
         """Say that samples are on the disk.
 
         Raises:

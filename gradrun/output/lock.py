@@ -37,7 +37,7 @@ class FolderLock:
             OSError: the folder cannot be written.
         """
         while self._descriptor < 0:
-            descriptor = files.open_plain(self.path, os.O_RDWR | os.O_CREAT)
+            descriptor = files.open_regular(self.path, os.O_RDWR | os.O_CREAT)
             try:
                 if not _locked(descriptor, self.path):
                     raise _held(self.path)
@@ -75,7 +75,7 @@ def check_free(folder: Path) -> None:
     """
     path = folder / NAME
     try:
-        descriptor = files.open_plain(path, os.O_RDWR)
+        descriptor = files.open_regular(path, os.O_RDWR)
     except OSError:
         return
     try:

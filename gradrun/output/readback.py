@@ -17,9 +17,9 @@ import numpy as np
 
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
-from gradrun.core.optional import library
-from gradrun.output.journal import Committed, Kept
-from gradrun.results.result import Fault
+from gradrun.core.optional import import_optional
+from gradrun.output.journal import CommittedRange, JournalState
+from gradrun.results.result import DamagedRange
 
 _MOST_HEADER = 100_000_000
 """Bytes that the format allows a header of a .safetensors file."""
@@ -29,9 +29,9 @@ class _DamagedError(Exception):
     """What is wrong with a file, in a few words."""
 
 
-def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
+def faults(folder: Path, kept: JournalState) -> Iterator[DamagedRange]:
     """Read back every committed range; yields those that are gone or changed."""
-    before: Committed | None = None
+    before: CommittedRange | None = None
     for committed in kept.commits:
         for file, expected in committed.files.items():
             path = folder / file
@@ -54,11 +54,11 @@ def faults(folder: Path, kept: Kept) -> Iterator[Fault]:
                 if found == expected:
                     continue
                 what = "its checksum differs"
-            yield Fault(committed.start, committed.stop, file, what)
+            yield DamagedRange(committed.start, committed.stop, file, what)
         before = committed
 
 
-def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_npy(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     with _opened(path) as file:
         np.lib.format.read_magic(file)
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
@@ -70,7 +70,7 @@ def _of_npy(path: Path, committed: Committed, before: Committed | None) -> int:
         return files.checksum(file.fileno(), begin + committed.start * row, end)
 
 
-def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_lines(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     begin = before.end or 0 if before else 0
     end = committed.end or 0
     with _opened(path) as file:
@@ -78,7 +78,7 @@ def _of_lines(path: Path, committed: Committed, before: Committed | None) -> int
         return files.checksum(file.fileno(), begin, end)
 
 
-def _of_safetensors(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_safetensors(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     with _opened(path) as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > _MOST_HEADER:
@@ -98,9 +98,9 @@ def _of_safetensors(path: Path, committed: Committed, before: Committed | None) 
         return found
 
 
-def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_parquet(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     """Of the rows as the sink held them: each output's bytes by its name, then a line an id."""
-    arrow, parquet = library("pyarrow", ""), library("pyarrow", "", "parquet")
+    arrow, parquet = import_optional("pyarrow", ""), import_optional("pyarrow", "", "parquet")
     with _opened(path) as file:
         data = file.read()
     try:
@@ -125,7 +125,7 @@ def _of_parquet(path: Path, committed: Committed, before: Committed | None) -> i
     return found
 
 
-def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_rest(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     of_same_part = before is not None and before.files.keys() == committed.files.keys()
     begin = before.end or 0 if before and of_same_part else 0
     end = committed.end or 0
@@ -134,12 +134,12 @@ def _of_rest(path: Path, committed: Committed, before: Committed | None) -> int:
         return files.checksum(file.fileno(), begin, end)
 
 
-def _of_another(path: Path, committed: Committed, before: Committed | None) -> int:
+def _of_another(path: Path, committed: CommittedRange, before: CommittedRange | None) -> int:
     raise _DamagedError("no run writes a file of this kind")
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return os.fdopen(files.open_plain(path, os.O_RDONLY), "rb")
+    return os.fdopen(files.open_regular(path, os.O_RDONLY), "rb")
 
 
 def _check_size(descriptor: int, end: int) -> None:
@@ -147,7 +147,7 @@ def _check_size(descriptor: int, end: int) -> None:
         raise _DamagedError("the file is cut off")
 
 
-_CHECKS: dict[str, Callable[[Path, Committed, Committed | None], int]] = {
+_CHECKS: dict[str, Callable[[Path, CommittedRange, CommittedRange | None], int]] = {
     ".npy": _of_npy,
     ".jsonl": _of_lines,
     ".csv": _of_lines,

@@ -12,10 +12,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
-from gradrun.core.units import bytes_text, count_text
+from gradrun.core.units import format_bytes, pluralize
 from gradrun.output import journal, readback
 from gradrun.output.fingerprint import differences
-from gradrun.output.journal import Committed, Head, Journal, Kept
+from gradrun.output.journal import CommittedRange, Journal, JournalHeader, JournalState
 from gradrun.output.lock import NAME as LOCK
 from gradrun.output.lock import FolderLock, check_free
 from gradrun.results.result import RunResult
@@ -81,7 +81,7 @@ class RunFolder:
                     "output.path",
                 )
 
-    def _look(self) -> Kept | None:
+    def _look(self) -> JournalState | None:
         """Find what is kept of an earlier run, or say why it cannot be gone on with."""
         path = self.path
         try:
@@ -102,7 +102,7 @@ class RunFolder:
         if kept and not (kept.complete and RESULT in there):
             raise ConfigError(
                 f"{path} holds an unfinished run ({kept.stop:,} of "
-                f"{count_text(kept.head.samples, 'sample')}); --resume goes on with it, "
+                f"{pluralize(kept.head.samples, 'sample')}); --resume goes on with it, "
                 "--overwrite begins anew",
                 "output.path",
             )
@@ -134,7 +134,7 @@ class RunFolder:
         whole = result.predictions == self.kept.head.samples and result.measurements
         return result if whole and result.kind == "infer" else None
 
-    def check_same(self, head: Head) -> None:
+    def check_same(self, head: JournalHeader) -> None:
         """See that a resume would go on with the same run.
 
         Raises:
@@ -155,7 +155,7 @@ class RunFolder:
         return [file for pattern in _OURS for file in there if fnmatchcase(file.name, pattern)]
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Make the folder and hold it.
 
         Raises:
@@ -166,7 +166,7 @@ class RunFolder:
             self.kept = self._look()
             yield
 
-    def journal(self, head: Head, batch_size: int) -> tuple[Journal, list[Committed]]:
+    def journal(self, head: JournalHeader, batch_size: int) -> tuple[Journal, list[CommittedRange]]:
         """The journal, open, and what it tells of an earlier run; only inside `writing`.
 
         Where there is nothing to go on with, files of an earlier run are removed. What is not ours
@@ -199,13 +199,13 @@ class RunFolder:
             if file != but:
                 file.unlink(missing_ok=True)
 
-    def room(self, kept: int, samples: int) -> str:
+    def disk_space_hint(self, kept: int, samples: int) -> str:
         """How much of the disk the rest of a run wants, as what is kept of it tells, in words."""
-        free = bytes_text(shutil.disk_usage(self.path).free)
+        free = format_bytes(shutil.disk_usage(self.path).free)
         held = sum(file.stat().st_size for file in self.path.glob("predictions*"))
         if not kept:
             return f"{free} are free"
-        left = bytes_text(held * (samples - kept) // kept)
+        left = format_bytes(held * (samples - kept) // kept)
         return f"{free} are free, and about {left} more are wanted"
 
     def save(self, result: RunResult) -> None:

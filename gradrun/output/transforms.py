@@ -18,13 +18,13 @@ from gradrun.config.schema import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 
-UNNAMED = "prediction"
+DEFAULT_OUTPUT = "prediction"
 """The name of a model's only output."""
 
-NO_CLASS = torch.iinfo(torch.int64).min
+MISSING_CLASS = torch.iinfo(torch.int64).min
 """What argmax gives of scores of which a NaN or an infinity is the greatest."""
 
-Named = dict[str, torch.Tensor]
+Outputs = dict[str, torch.Tensor]
 """Output name to a tensor [size, ...] on the CPU that needs no gradient."""
 
 _NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -35,7 +35,7 @@ Inputs = Mapping[str, torch.Tensor]
 """What the model was called with by name; a transform may need its attention_mask."""
 
 
-def reader(config: OutputSection) -> Callable[..., Named]:
+def output_selector(config: OutputSection) -> Callable[..., Outputs]:
     """A function (what the model returned, batch size, its inputs) to the outputs that are kept.
 
     It raises ConfigError where there are no such outputs or they are not one row a sample.
@@ -43,20 +43,20 @@ def reader(config: OutputSection) -> Callable[..., Named]:
     steps = [_TRANSFORMS[word] for word in config.transform if word != "none"]
     transform = _chain(steps)
 
-    def read(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Named:
-        kept: Named = {}
+    def read(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
+        kept: Outputs = {}
         for name, tensor in _select(returned, config.select):
             _check_rows(name, tensor, size)
             for kept_name, value in transform(name, tensor, config, inputs):
                 kept[kept_name] = _plain(value)
         return kept
 
-    def read_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Named:
+    def read_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         # The commonest case by far, in which the lists above would take much of the loop's time.
         if not isinstance(returned, torch.Tensor):
             return read(returned, size, inputs)
-        _check_rows(UNNAMED, returned, size)
-        return {UNNAMED: _plain(returned)}
+        _check_rows(DEFAULT_OUTPUT, returned, size)
+        return {DEFAULT_OUTPUT: _plain(returned)}
 
     return read if config.select or steps else read_one
 
@@ -72,8 +72,8 @@ def _plain(value: torch.Tensor) -> torch.Tensor:
 
 def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
     if isinstance(returned, torch.Tensor) and not wanted:
-        return [(UNNAMED, returned)]
-    named = list(tensors_in(returned))
+        return [(DEFAULT_OUTPUT, returned)]
+    named = list(iter_tensors(returned))
     found = dict(named)
     if not found:
         raise ConfigError(
@@ -96,10 +96,10 @@ def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Ten
             "writes stays below output.path; select other outputs",
             "output.select",
         )
-    return selected if len(selected) > 1 else [(UNNAMED, selected[0][1])]
+    return selected if len(selected) > 1 else [(DEFAULT_OUTPUT, selected[0][1])]
 
 
-def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor in a nest, named by its path: "0", "logits", "states.1"."""
     if isinstance(value, torch.Tensor):
         yield name or "0", value
@@ -115,10 +115,10 @@ def tensors_in(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
     else:
         return
     for key, item in items:
-        yield from tensors_in(item, f"{name}.{key}" if name else str(key))
+        yield from iter_tensors(item, f"{name}.{key}" if name else str(key))
 
 
-class Spelling:
+class ClassLabels:
     """What a model calls its classes, for the outputs that hold their numbers."""
 
     def __init__(self, config: OutputSection | None = None, classes: Sequence[str] = ()) -> None:
@@ -130,18 +130,18 @@ class Spelling:
     def columns(self, names: Iterable[str]) -> dict[str, str]:
         """Of each output of class numbers, the name of the column that spells them out."""
         if self.word == "argmax":
-            return {name: "label" if name == UNNAMED else f"{name}.label" for name in names}
+            return {name: "label" if name == DEFAULT_OUTPUT else f"{name}.label" for name in names}
         for word, ending, called in (("topk", "indices", "labels"), ("classify", "class", "label")):
             if self.word == word:
                 numbers = [name for name in names if name.endswith(ending)]
                 return {name: f"{name.removesuffix(ending)}{called}" for name in numbers}
         return {}
 
-    def spelled(self, numbers: Any) -> Any:
+    def names_of(self, numbers: Any) -> Any:
         """The names for a nest of numbers; one that has none stays a number, as text."""
         if isinstance(numbers, list):
-            return [self.spelled(number) for number in numbers]
-        if numbers == NO_CLASS:
+            return [self.names_of(number) for number in numbers]
+        if numbers == MISSING_CLASS:
             return ""
         known = 0 <= numbers < len(self.classes)
         return self.classes[numbers] if known else str(numbers)
@@ -152,7 +152,7 @@ def nonfinite_rows(tensors: Iterable[torch.Tensor]) -> int:
     bad: torch.Tensor | None = None
     for tensor in tensors:
         if can_be_missing(tensor.dtype):
-            good = _finite(tensor) if tensor.dtype != torch.int64 else tensor != NO_CLASS
+            good = _finite(tensor) if tensor.dtype != torch.int64 else tensor != MISSING_CLASS
             here = ~good.reshape(len(good), -1).all(1)
             bad = here if bad is None else bad | here
     return 0 if bad is None else int(bad.sum())
@@ -219,14 +219,14 @@ def _classify(name: str, tensor: torch.Tensor, config: OutputSection, inputs: In
     """The likeliest class and its probability."""
     dim = _class_dim("classify", name, tensor, config)
     score, place = _likeliest(torch.softmax(tensor, dim), dim)
-    prefix = "" if name == UNNAMED else f"{name}."
+    prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
     return [(f"{prefix}class", place), (f"{prefix}score", score)]
 
 
 def _likeliest(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The greatest score and its place; a NaN wins over every number, and has no class."""
     best, place = torch.max(scores, dim)
-    return best, place.masked_fill(~_finite(best), NO_CLASS)
+    return best, place.masked_fill(~_finite(best), MISSING_CLASS)
 
 
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Kept:
@@ -274,7 +274,7 @@ def _topk(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
             "output.k",
         )
     values, indices = torch.topk(tensor, config.k, dim)
-    prefix = "" if name == UNNAMED else f"{name}."
+    prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
     return [(f"{prefix}values", values), (f"{prefix}indices", indices)]
 
 

@@ -13,11 +13,11 @@ from gradrun.core.errors import ConfigError
 from gradrun.output import journal
 from gradrun.output.readback import faults
 from gradrun.output.run_folder import JOURNAL
-from gradrun.results.result import Fault
+from gradrun.results.result import DamagedRange
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """What a folder holds of its run."""
 
     folder: Path
@@ -26,7 +26,7 @@ class Verified:
     committed: int
     """That the journal says are there."""
     ranges: int
-    faults: tuple[Fault, ...]
+    faults: tuple[DamagedRange, ...]
     torn: bool
     """Whether the journal's last line was cut off."""
 
@@ -40,7 +40,7 @@ class Verified:
         return asdict(self) | {"folder": str(self.folder), "complete": self.complete}
 
 
-def verify(folder: str | Path) -> Verified:
+def verify(folder: str | Path) -> Verification:
     """Read back everything that a run's journal says is in its files.
 
     Raises:
@@ -51,7 +51,7 @@ def verify(folder: str | Path) -> Verified:
     if not (folder / JOURNAL).is_file():
         raise ConfigError(f"{folder} holds no {JOURNAL}, so no run of gradrun infer to verify")
     kept = journal.read(folder / JOURNAL)
-    return Verified(
+    return Verification(
         folder=folder,
         samples=kept.head.samples,
         committed=kept.stop,

@@ -16,9 +16,9 @@ from rich.text import Text
 
 from gradrun.report import tables, wording
 from gradrun.report.comparison import words_text
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
-from gradrun.report.terminal import model_name, nearest
+from gradrun.report.terminal import display_path, model_name
 from gradrun.results.result import Finding, RunResult
 from gradrun.results.safety import verdict
 
@@ -41,13 +41,13 @@ def show(result: RunResult, console: Console) -> None:
     if result.kept:
         console.print(_kept_table(tables.kept(result)))
         console.print()
-    console.print(Text(printable(verdict(result)), "bold"))
-    folder = Path(nearest(result.config["output"]["path"]))
-    console.print(Text(printable(f"every figure in {folder / 'result.json'}"), "dim"))
+    console.print(Text(escape_control_chars(verdict(result)), "bold"))
+    folder = Path(display_path(result.config["output"]["path"]))
+    console.print(Text(escape_control_chars(f"every figure in {folder / 'result.json'}"), "dim"))
 
 
 def _headline(result: RunResult) -> Text:
-    told = printable(f"  {wording.facts(result)}")
+    told = escape_control_chars(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 
@@ -65,20 +65,22 @@ def _heading(finding: Finding) -> Text:
     modes = ", ".join(finding.modes)
     return Text.assemble(
         (finding.severity, _STYLES[finding.severity]),
-        ("  " + printable(finding.module) if finding.module else "", "bold"),
+        ("  " + escape_control_chars(finding.module) if finding.module else "", "bold"),
         (f"  in {modes}" if modes and len(finding.modes) < 3 else "", "dim"),
-        (printable(f"\n  {_source(finding.source)}") if finding.source else ""),
+        (escape_control_chars(f"\n  {_source(finding.source)}") if finding.source else ""),
     )
 
 
 def _source(source: str) -> str:
     file, _, line = source.rpartition(":")
-    return f"{nearest(file)}:{line}"
+    return f"{display_path(file)}:{line}"
 
 
 def _body(finding: Finding) -> Text:
     advice = f" {finding.advice}." if finding.advice else ""
-    return Text.assemble(printable(f"{finding.text}."), (printable(advice), "dim"))
+    return Text.assemble(
+        escape_control_chars(f"{finding.text}."), (escape_control_chars(advice), "dim")
+    )
 
 
 def _kept_table(told: Table) -> RichTable:
@@ -86,8 +88,8 @@ def _kept_table(told: Table) -> RichTable:
     *parts, (title, total, _) = told.rows
     for name, count, share in parts:
         path, _, kind = name.rpartition(" ")
-        kind = f" {printable(kind)}" if path else ""
-        label = Text.assemble(printable(path or name), (kind, "dim"))
+        kind = f" {escape_control_chars(kind)}" if path else ""
+        label = Text.assemble(escape_control_chars(path or name), (kind, "dim"))
         table.add_row(label, count, share)
     table.add_section()
     table.add_row(Text(title, "bold"), Text(total, "bold"), "")

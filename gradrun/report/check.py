@@ -11,9 +11,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradrun.report import tables, wording
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
-from gradrun.report.terminal import hanging, nearest
+from gradrun.report.terminal import display_path, hanging
 from gradrun.results.result import RunResult
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "bold yellow"}
@@ -23,7 +23,10 @@ _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 def show(result: RunResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
     mode = f"  {wording.mode(result)}"
-    name, facts = printable(wording.model_name(result)), printable(f"  {wording.facts(result)}")
+    name, facts = (
+        escape_control_chars(wording.model_name(result)),
+        escape_control_chars(f"  {wording.facts(result)}"),
+    )
     console.print()
     console.print(Text.assemble((name, "bold"), mode, (facts, "dim")))
     console.print()
@@ -39,8 +42,8 @@ def show(result: RunResult, console: Console) -> None:
         console.print()
     style = {"pass": "bold green"}.get(result.status, _STYLES[result.status])
     console.print(Text(wording.verdict(result), style))
-    saved = f"{nearest(result.config['output']['path'])}/result.json"
-    console.print(Text(f"every figure in {printable(saved)}", "dim"))
+    saved = f"{display_path(result.config['output']['path'])}/result.json"
+    console.print(Text(f"every figure in {escape_control_chars(saved)}", "dim"))
 
 
 def _table(told: Table) -> RichTable:
@@ -51,5 +54,7 @@ def _table(told: Table) -> RichTable:
     for column, style in zip(told.columns, ("dim", "", ""), strict=True):
         table.add_column(column, style=style, no_wrap=column == "status")
     for *cells, status in told.rows:
-        table.add_row(*(Text(printable(cell)) for cell in cells), Text(status, _STYLES[status]))
+        table.add_row(
+            *(Text(escape_control_chars(cell)) for cell in cells), Text(status, _STYLES[status])
+        )
     return table

@@ -13,11 +13,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradrun.report import tables, wording
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
-from gradrun.report.terminal import hanging, model_name, nearest
+from gradrun.report.terminal import display_path, hanging, model_name
 from gradrun.results.result import RunResult
-from gradrun.results.summary import conclusion
+from gradrun.results.summary import summarize_comparison
 
 _BOLD, _DIM = ("a batch", "a sample", "ratio"), ("95 %",)
 _WORDS = {
@@ -45,12 +45,12 @@ def show(result: RunResult, console: Console) -> None:
         console.print(hanging("!", warning.text))
     if result.warnings:
         console.print()
-    console.print(Text(printable(conclusion(result)), "bold"))
+    console.print(Text(escape_control_chars(summarize_comparison(result)), "bold"))
     console.print(Text(f"every figure in {_saved_in(result)}", "dim"))
 
 
 def _headline(result: RunResult) -> Text:
-    told = printable(f"  {wording.facts(result)}")
+    told = escape_control_chars(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 
@@ -64,7 +64,9 @@ def _table(told: Table) -> RichTable:
     table.add_column(told.columns[-1])
     for name, *figures, said in told.rows:
         table.add_row(
-            Text(printable(name)), *(Text(figure) for figure in figures), words_text(said)
+            Text(escape_control_chars(name)),
+            *(Text(figure) for figure in figures),
+            words_text(said),
         )
     return table
 
@@ -80,4 +82,6 @@ def words_text(said: str) -> Text:
 
 
 def _saved_in(result: RunResult) -> str:
-    return printable(str(Path(nearest(result.config["output"]["path"])) / "result.json"))
+    return escape_control_chars(
+        str(Path(display_path(result.config["output"]["path"])) / "result.json")
+    )

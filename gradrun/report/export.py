@@ -13,9 +13,9 @@ from dataclasses import asdict
 from typing import Any
 
 from gradrun.report import wording
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.rows import Row, rows
-from gradrun.report.side_by_side import Named
+from gradrun.report.side_by_side import Outputs
 
 _UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score")
 _WORDS = ("status", "text", "limit")
@@ -23,7 +23,7 @@ _HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", *_W
 """A figure stands in the column of its unit; its interval is in the same unit."""
 
 
-def csv_text(results: Sequence[Named]) -> str:
+def csv_text(results: Sequence[Outputs]) -> str:
     """A row for each result, mode and metric; a cell is empty where nothing was measured."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -42,11 +42,11 @@ def _cells(row: Row) -> list[Any]:
 
 def _word(word: str) -> str:
     """Text that no spreadsheet runs as a formula."""
-    line = printable(word)
+    line = escape_control_chars(word)
     return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t")) else line
 
 
-def json_text(results: Sequence[Named]) -> str:
+def json_text(results: Sequence[Outputs]) -> str:
     """Figures and words of each result, in the order given; raw times stay in the result."""
     told = [
         {

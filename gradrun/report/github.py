@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.results.result import Outcome, RunResult
 
 
@@ -58,7 +58,7 @@ def _place(source: str | None) -> tuple[str, str]:
 
 
 def _data(text: str) -> str:
-    return printable(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return escape_control_chars(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
 def _property(text: str) -> str:

@@ -11,9 +11,9 @@ from html import escape
 from pathlib import Path
 
 from gradrun.report import wording
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
-from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.side_by_side import Outputs, side_by_side
 from gradrun.report.tables import Table, tables
 from gradrun.results.result import RunResult
 
@@ -50,7 +50,7 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-def text(results: Sequence[Named]) -> str:
+def text(results: Sequence[Outputs]) -> str:
     """One page: of several results first a column each, then each of them whole.
 
     Raises:
@@ -67,7 +67,7 @@ def text(results: Sequence[Named]) -> str:
     )
 
 
-def _beside(results: Sequence[Named]) -> str:
+def _beside(results: Sequence[Outputs]) -> str:
     shown = "\n".join(map(_table, side_by_side(results)))
     return f'<div class="beside"><p class="over">gradrun</p><h1>Side by side</h1>\n{shown}</div>'
 
@@ -163,4 +163,4 @@ def _class(*names: str) -> str:
 
 
 def _text(said: str) -> str:
-    return escape(printable(said))
+    return escape(escape_control_chars(said))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from xml.etree import ElementTree
 
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.wording import model_name
 from gradrun.results.result import Outcome, RunResult
 
@@ -84,4 +84,4 @@ def _case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
 
 def _clean(text: str) -> str:
     """Without the characters that XML 1.0 has no way to hold."""
-    return printable(text)
+    return escape_control_chars(text)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 
 from gradrun.report import wording
-from gradrun.report.escaping import printable
-from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.escaping import escape_control_chars
+from gradrun.report.side_by_side import Outputs, side_by_side
 from gradrun.report.tables import Table, tables
 from gradrun.results.result import RunResult
 
@@ -18,7 +18,7 @@ _LOUD = {"fail", "inconclusive", "slower", "cannot run"}
 _SPECIAL = re.compile(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])|(?<=://)|(?<=[wW]{3})(?=\.)")
 
 
-def text(results: Sequence[Named]) -> str:
+def text(results: Sequence[Outputs]) -> str:
     """One section a result; of several, a column each comes first, and the sections are folded."""
     parts: list[str] = []
     if len(results) > 1:
@@ -37,7 +37,7 @@ def text(results: Sequence[Named]) -> str:
 
 def refusal(said: str) -> str:
     """Why a check could not begin, as it stands; indented lines have no markup."""
-    return "".join(f"    {line}\n" for line in printable(said).splitlines()) + "\n"
+    return "".join(f"    {line}\n" for line in escape_control_chars(said).splitlines()) + "\n"
 
 
 def _figures(result: RunResult) -> list[str]:
@@ -82,7 +82,7 @@ def _cell(cell: str) -> str:
 
 def _escaped(said: str) -> str:
     """Text that no renderer takes for anything else, on one line."""
-    line = " ".join(printable(said).split())
+    line = " ".join(escape_control_chars(said).split())
     quiet = _SPECIAL.sub(lambda found: f"\\{found[0]}" if found[0] else "<!-- -->", line)
     # A mention would call people; a backslash does not stop it.
     return quiet.replace("@", "@<!-- -->")

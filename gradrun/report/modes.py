@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import count_text
-from gradrun.report.escaping import printable
+from gradrun.core.units import pluralize
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.terminal import TABLE_WIDTH, hanging
 from gradrun.results.result import Fact, ModeFacts
 
@@ -63,8 +63,8 @@ def _headline(proven: ModeFacts) -> Text:
     machine = proven.environment
     device = machine.device_name or machine.device
     return Text.assemble(
-        (printable(f"torch {machine.torch}"), "bold"),
-        (printable(f"  {device}, python {machine.python}"), "dim"),
+        (escape_control_chars(f"torch {machine.torch}"), "bold"),
+        (escape_control_chars(f"  {device}, python {machine.python}"), "dim"),
     )
 
 
@@ -78,13 +78,13 @@ def _table(topic: str, questions: Questions, width: int) -> Table:
         width=width,
     )
     modes = list(GradMode) if any(None not in cells for cells in questions.values()) else [None]
-    table.add_column(Text(printable(topic)), ratio=1, overflow="fold")
+    table.add_column(Text(escape_control_chars(topic)), ratio=1, overflow="fold")
     for mode in modes:
         last = mode is modes[-1]
         table.add_column(mode or "", width=_LAST if last else _CELL, overflow="fold")
     for question, cells in questions.items():
         table.add_row(
-            Text(printable(question)),
+            Text(escape_control_chars(question)),
             *(_cell(cells[mode]) if mode in cells else Text() for mode in modes),
         )
     return table
@@ -94,10 +94,12 @@ def _cell(fact: Fact) -> Text:
     if fact.observed is None:
         return Text("not available", "yellow")
     if fact.holds:
-        return Text(printable(fact.observed), "yellow" if fact.observed.endswith("Error") else "")
+        return Text(
+            escape_control_chars(fact.observed), "yellow" if fact.observed.endswith("Error") else ""
+        )
     # What an error says stands below the tables.
     short = fact.observed.partition(":")[0].removeprefix("raises ")
-    return Text(printable(f"{_MARK} {short}"), _DIFFERS)
+    return Text(escape_control_chars(f"{_MARK} {short}"), _DIFFERS)
 
 
 def _explanation(fact: Fact, torch: str) -> str:
@@ -111,9 +113,9 @@ def _closing(proven: ModeFacts) -> Text:
     untried = sum(fact.observed is None for fact in proven.facts)
     tried = len(proven.facts) - untried
     if differing:
-        text = f"{differing} of {count_text(tried, 'fact')} differ on torch {torch}"
+        text = f"{differing} of {pluralize(tried, 'fact')} differ on torch {torch}"
     else:
-        text = f"{count_text(tried, 'fact')} proven on torch {torch}, each by running it just now"
+        text = f"{pluralize(tried, 'fact')} proven on torch {torch}, each by running it just now"
     if untried:
         text += f"; {untried} could not be tried"
-    return Text(printable(f"{text}."), _DIFFERS if differing else "bold green")
+    return Text(escape_control_chars(f"{text}."), _DIFFERS if differing else "bold green")

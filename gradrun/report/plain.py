@@ -13,13 +13,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradrun.report import wording
-from gradrun.report.escaping import printable
-from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.escaping import escape_control_chars
+from gradrun.report.side_by_side import Outputs, side_by_side
 from gradrun.report.tables import Table
 from gradrun.report.terminal import hanging
 
 
-def show_side_by_side(results: Sequence[Named], console: Console) -> None:
+def show_side_by_side(results: Sequence[Outputs], console: Console) -> None:
     """Print results in columns, then the verdict of each."""
     for told in side_by_side(results):
         console.print()
@@ -29,7 +29,10 @@ def show_side_by_side(results: Sequence[Named], console: Console) -> None:
             console.print(hanging("!", told.note))
     console.print()
     for name, result in results:
-        said = Text.assemble((printable(f"{name}: "), "dim"), printable(wording.verdict(result)))
+        said = Text.assemble(
+            (escape_control_chars(f"{name}: "), "dim"),
+            escape_control_chars(wording.verdict(result)),
+        )
         console.print(said)
 
 
@@ -41,8 +44,10 @@ def _table(told: Table) -> RichTable:
     for i, column in enumerate(told.columns):
         words_begin = len(told.columns) - told.words
         table.add_column(
-            Text(printable(column)), justify="right" if i < words_begin else "left", overflow="fold"
+            Text(escape_control_chars(column)),
+            justify="right" if i < words_begin else "left",
+            overflow="fold",
         )
     for row in told.rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(escape_control_chars(cell)) for cell in row))
     return table

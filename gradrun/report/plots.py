@@ -17,12 +17,12 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.units import (
     BYTE_UNITS,
     SECOND_UNITS,
-    bytes_text,
-    count_text,
-    number_text,
-    seconds_text,
+    format_bytes,
+    format_number,
+    format_seconds,
+    pluralize,
 )
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results.result import Measurement, RunResult
 
@@ -122,9 +122,9 @@ def distribution(result: RunResult, salt: str) -> Plot | None:
 
     note = "Lines are medians."
     if beyond:
-        what = count_text(beyond, "time")
-        note += f" Not drawn: {what} above {seconds_text(high)}, up to "
-        note += f"{seconds_text(everything[-1])}."
+        what = pluralize(beyond, "time")
+        note += f" Not drawn: {what} above {format_seconds(high)}, up to "
+        note += f"{format_seconds(everything[-1])}."
     height = 0.9 + 0.5 * len(times)
     title = "Batch times" if _of(result) == "batch" else "Times a sample"
     return Plot(title, _drawn(draw, max(height, 1.8), f"{salt}distribution"), note=note)
@@ -154,7 +154,7 @@ def latency(result: RunResult, salt: str) -> Plot | None:
             axes.plot(places, [median(p) for p in pieces], color=colour, linewidth=1.2)
         if min(everything) > 0 and max(everything) > 10 * median(everything):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(lambda value, _: number_text(value))
+            axes.yaxis.set_major_formatter(lambda value, _: format_number(value))
             axes.yaxis.set_minor_formatter("")
         axes.set_xlabel("batch" if result.kind == "infer" else "round, processes one after another")
         axes.set_ylabel(f"{unit} a {_of(result)}")
@@ -195,7 +195,7 @@ def memory(result: RunResult, salt: str) -> Plot | None:
     key = []
     for name, one in found.items():
         where = f" in {one.peak_module}" if one.peak_module else ""
-        key.append((numbers[name], name, f"peak {bytes_text(max(one.timeline or (0,)))}{where}"))
+        key.append((numbers[name], name, f"peak {format_bytes(max(one.timeline or (0,)))}{where}"))
     note = "Tensor bytes after each allocation of one batch, above weights and inputs."
     return Plot("Memory over a forward pass", _drawn(draw, 2.4, f"{salt}memory"), tuple(key), note)
 
@@ -261,7 +261,7 @@ def _names(axes: Any, places: Sequence[float], names: Sequence[str]) -> None:
 
 
 def _short(name: str) -> str:
-    line = printable(name)
+    line = escape_control_chars(name)
     return line if len(line) <= 24 else f"{line[:23]}…"
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from gradrun.core.units import number_text
+from gradrun.core.units import format_number
 
 
 class _Rate(TextColumn):
@@ -22,7 +22,7 @@ class _Rate(TextColumn):
         super().__init__("")
 
     def render(self, task: RichTask) -> Text:
-        return Text(f"{number_text(task.speed)} /s" if task.speed else "")
+        return Text(f"{format_number(task.speed)} /s" if task.speed else "")
 
 
 class Bar:

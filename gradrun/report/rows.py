@@ -87,8 +87,8 @@ def _of_rounds(mode: str, measured: list[Measurement]) -> Iterable[Row]:
     timed = [m for m in measured if m.batch_seconds]
     if not timed:
         return
-    times = stats.over_processes([median(m.batch_seconds) for m in timed])
-    rates = stats.over_processes([1 / median(m.seconds_per_sample) for m in timed])
+    times = stats.mean_over_processes([median(m.batch_seconds) for m in timed])
+    rates = stats.mean_over_processes([1 / median(m.seconds_per_sample) for m in timed])
     yield _estimate(mode, "batch_median", times)
     yield _estimate(mode, "throughput", rates, "samples_per_second")
     yield Row(mode, "processes", "count", len(timed))

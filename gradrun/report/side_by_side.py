@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradrun.core.units import bytes_text, number_text, seconds_text, seconds_within
+from gradrun.core.units import format_bytes, format_number, format_seconds, seconds_within
 from gradrun.report.rows import Row, rows
 from gradrun.report.tables import DASH, Table
 from gradrun.report.wording import environment, model_name
 from gradrun.results.result import RunResult
 from gradrun.results.summary import decimals
 
-Named = tuple[str, RunResult]
+Outputs = tuple[str, RunResult]
 
 _SHOWN = {
     "cold_start": "cold start",
@@ -37,13 +37,13 @@ _PASSING = ("started",)
 """What differs between any two runs, and says nothing."""
 
 
-def side_by_side(results: Sequence[Named]) -> list[Table]:
+def side_by_side(results: Sequence[Outputs]) -> list[Table]:
     """A table for each kind of result."""
     kinds = dict.fromkeys(result.kind for _, result in results)
     return [_table([one for one in results if one[1].kind == kind]) for kind in kinds]
 
 
-def _table(results: Sequence[Named]) -> Table:
+def _table(results: Sequence[Outputs]) -> Table:
     found = [{(row.mode, _label(row)): row for row in rows(r) if _label(row)} for _, r in results]
     # Runs of one mode each stand in the same rows, whatever the mode.
     alone = all(len({mode for mode, _ in cells if mode}) < 2 for cells in found)
@@ -86,11 +86,11 @@ def _cell(row: Row) -> str:
         case "seconds":
             if around and around < row.value:
                 return seconds_within(row.value, around)
-            return seconds_text(row.value, around)
+            return format_seconds(row.value, around)
         case "bytes":
-            return bytes_text(int(row.value))
+            return format_bytes(int(row.value))
         case "samples_per_second":
-            return f"{number_text(row.value, around)} /s"
+            return f"{format_number(row.value, around)} /s"
         case "ratio" if row.metric == "ratio":
             digits = decimals(around or row.value)
             if row.low is None or row.high is None:
@@ -103,10 +103,10 @@ def _cell(row: Row) -> str:
         case "output_units":
             return row.status
         case _:
-            return number_text(row.value)
+            return format_number(row.value)
 
 
-def _differences(results: Sequence[Named]) -> str:
+def _differences(results: Sequence[Outputs]) -> str:
     """What else is not the same, in a sentence; empty where all is."""
     settings = [
         {"model": model_name(r)}

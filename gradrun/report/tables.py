@@ -12,11 +12,11 @@ from statistics import median
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
-    bytes_text,
-    count_text,
-    number_text,
+    format_bytes,
+    format_number,
+    format_seconds,
+    pluralize,
     seconds_shown,
-    seconds_text,
     seconds_within,
 )
 from gradrun.results import stats
@@ -64,7 +64,7 @@ def timing(result: RunResult) -> Table:
     measured = result.measurements[0]
     phases = measured.phases
     load, opened, first = map(
-        seconds_text, (phases.load_model, phases.open_data, phases.first_batch)
+        format_seconds, (phases.load_model, phases.open_data, phases.first_batch)
     )
     bound, shares = measured.bound_by
     asked = measured.batch_limit
@@ -72,17 +72,17 @@ def timing(result: RunResult) -> Table:
         *([("batch size", f"{asked}", "cut down: memory ran out")] if asked else []),
         (
             "cold start",
-            seconds_text(measured.cold_start),
+            format_seconds(measured.cold_start),
             f"model {load}, data {opened}, first batch {first}",
         ),
         *_latencies(measured),
         *([_padding(measured.padding)] if measured.padding else []),
     ]
     if measured.samples:
-        whole = f"{count_text(measured.samples, 'sample')} in {seconds_text(measured.seconds)}"
+        whole = f"{pluralize(measured.samples, 'sample')} in {format_seconds(measured.seconds)}"
         split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         rows += [
-            ("throughput", f"{number_text(measured.throughput)} /s", f"{whole}, read to written"),
+            ("throughput", f"{format_number(measured.throughput)} /s", f"{whole}, read to written"),
             ("bound by", bound, split),
         ]
     return Table("Time", ("", ""), tuple(rows))
@@ -120,7 +120,7 @@ def _latencies(measured: Measurement) -> Iterator[tuple[str, str, str]]:
 
 def _latency(name: str, estimate: stats.Estimate, blur: float) -> tuple[str, str, str]:
     value, low, high = (
-        seconds_text(seconds, blur) for seconds in (estimate.value, estimate.low, estimate.high)
+        format_seconds(seconds, blur) for seconds in (estimate.value, estimate.low, estimate.high)
     )
     above, below = estimate.low > 0, math.isfinite(estimate.high)
     if above and below:
@@ -155,13 +155,13 @@ def _where(memory: Memory) -> str:
 def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]:
     if count is None:
         return name, DASH, "not measured"
-    return name, bytes_text(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
+    return name, format_bytes(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
 
 
 def against_labels(result: RunResult) -> Table:
     """How well predictions agree with the labels."""
     rows = [
-        (m.name, _share(m.value), f"of {count_text(m.samples, 'sample')}") for m in result.metrics
+        (m.name, _share(m.value), f"of {pluralize(m.samples, 'sample')}") for m in result.metrics
     ]
     return Table("Against labels", ("", ""), tuple(rows))
 
@@ -198,8 +198,8 @@ def ratios(result: RunResult) -> Table:
     for name, measured in by_variant(result).items():
         size = measured[0].batch_sizes[0] if alike else 1
         values = [median(m.batch_seconds if alike else m.seconds_per_sample) for m in measured]
-        time = stats.over_processes(values)
-        rate = number_text(size / time.value, size / time.value * time.relative)
+        time = stats.mean_over_processes(values)
+        rate = format_number(size / time.value, size / time.value * time.relative)
         found = compared.get(name)
         rows.append((name, _seconds(time), *_ratio(found), rate, _verdict(found)))
     return Table(
@@ -213,7 +213,7 @@ def ratios(result: RunResult) -> Table:
 def _seconds(time: stats.Estimate) -> str:
     if time.uncertainty < time.value:
         return seconds_within(time.value, time.uncertainty)
-    return f"about {seconds_text(time.value, time.value)}"
+    return f"about {format_seconds(time.value, time.value)}"
 
 
 def _ratio(comparison: Comparison | None) -> tuple[str, str]:
@@ -250,7 +250,7 @@ def memories(result: RunResult) -> Table:
 
 def _peaks(measured: Measurement, fields: Sequence[str]) -> list[str]:
     counts = [getattr(measured.memory, f) for f in fields]
-    return [DASH if count is None else bytes_text(count) for count in counts]
+    return [DASH if count is None else format_bytes(count) for count in counts]
 
 
 def outputs_text(found: Equivalence | None) -> str:
@@ -276,7 +276,7 @@ def modes(result: RunResult) -> Table:
     rows = []
     for mode, found in measured.items():
         errors = errors_in(result, mode)
-        safe = count_text(len(errors), "error") if errors else "yes"
+        safe = pluralize(len(errors), "error") if errors else "yes"
         peaks = _peaks(found, ("forward_peak", "retained"))
         rows.append((mode.value, safe, *peaks, outputs_text(agreed.get(mode.value))))
     missing = [mode.value for mode in GradMode if mode not in measured]
@@ -296,10 +296,10 @@ def kept(result: RunResult) -> Table:
         parts.append((f"{len(rest)} more", sum(kept.bytes for kept in rest)))
     if parts and whole != total:
         parts.append(("(elsewhere)", whole - total))
-    rows = [(name, bytes_text(n), f"{n / whole:.0%}" if whole else DASH) for name, n in parts]
+    rows = [(name, format_bytes(n), f"{n / whole:.0%}" if whole else DASH) for name, n in parts]
     if rows:
         title = "together" if retained is None else "together, as retained above"
-        rows.append((title, bytes_text(whole), ""))
+        rows.append((title, format_bytes(whole), ""))
     return Table("Kept after a batch in grad", ("one batch", "share"), tuple(rows), words=0)
 
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.core.units import count_text
+from gradrun.core.units import pluralize
 from gradrun.report import tables, wording
-from gradrun.report.escaping import printable
+from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
 from gradrun.results.result import Measurement, RunResult
 
@@ -52,7 +52,7 @@ def _table(told: Table, width: int) -> RichTable:
     table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
     table.add_column(style="dim", ratio=1)
     for row in told.rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+        table.add_row(*(Text(escape_control_chars(cell)) for cell in row))
     return table
 
 
@@ -60,24 +60,24 @@ def _headline(result: RunResult) -> Text:
     return Text.assemble(
         (model_name(result), "bold"),
         f"  {wording.mode(result)}",
-        (printable(f"  {wording.facts(result)}"), "dim"),
+        (escape_control_chars(f"  {wording.facts(result)}"), "dim"),
     )
 
 
 def model_name(result: RunResult) -> str:
     """What the model is called: by its config, without folders."""
-    return printable(wording.model_name(result))
+    return escape_control_chars(wording.model_name(result))
 
 
 def hanging(mark: str, text: str, style: str = "bold yellow") -> RichTable:
     """A marked paragraph whose further lines stand under its first word."""
     grid = RichTable.grid(padding=(0, 1))
-    grid.add_row(Text(mark, style), Text(printable(text)))
+    grid.add_row(Text(mark, style), Text(escape_control_chars(text)))
     return grid
 
 
 def _closing(result: RunResult, measured: Measurement) -> RichTable:
-    folder = Path(nearest(result.config["output"]["path"]))
+    folder = Path(display_path(result.config["output"]["path"]))
     files = [str(folder / file) for file in result.files[:_SHOWN_FILES]]
     more = len(result.files) - len(files)
     grid = RichTable.grid(padding=(0, 3))
@@ -85,20 +85,22 @@ def _closing(result: RunResult, measured: Measurement) -> RichTable:
     grid.add_column(overflow="fold")
     count = measured.samples if result.predictions is None else result.predictions
     grid.add_row(
-        Text(count_text(count - result.apart, "prediction"), "bold green"),
-        Text(printable("\n".join(files) + (f"\nand {more} more" if more else ""))),
+        Text(pluralize(count - result.apart, "prediction"), "bold green"),
+        Text(escape_control_chars("\n".join(files) + (f"\nand {more} more" if more else ""))),
     )
     if result.apart:
-        apart = f"{count_text(result.apart, 'sample')} apart"
-        grid.add_row(Text(apart, "bold yellow"), Text(printable(str(folder / "quarantine.jsonl"))))
+        apart = f"{pluralize(result.apart, 'sample')} apart"
+        grid.add_row(
+            Text(apart, "bold yellow"), Text(escape_control_chars(str(folder / "quarantine.jsonl")))
+        )
     if result.resumed_at:
         earlier = f"the first {result.resumed_at:,} by the run before"
         grid.add_row("resumed", Text(earlier))
-    grid.add_row("every figure", Text(printable(str(folder / "result.json"))))
+    grid.add_row("every figure", Text(escape_control_chars(str(folder / "result.json"))))
     return grid
 
 
-def nearest(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """A path as one would type it here: relative where that is shorter."""
     try:
         relative = os.path.relpath(path)

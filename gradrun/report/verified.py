@@ -10,10 +10,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.text import Text
 
-from gradrun.core.units import count_text
-from gradrun.report.escaping import printable
-from gradrun.report.terminal import hanging, nearest
-from gradrun.results.result import Fault
+from gradrun.core.units import pluralize
+from gradrun.report.escaping import escape_control_chars
+from gradrun.report.terminal import display_path, hanging
+from gradrun.results.result import DamagedRange
 
 _SHOWN = 20
 
@@ -30,7 +30,7 @@ class Found(Protocol):
     @property
     def ranges(self) -> int: ...
     @property
-    def faults(self) -> tuple[Fault, ...]: ...
+    def faults(self) -> tuple[DamagedRange, ...]: ...
     @property
     def torn(self) -> bool: ...
 
@@ -41,18 +41,18 @@ def show(found: Found, console: Console) -> None:
         text = f"samples {fault.start:,} to {fault.stop - 1:,} in {fault.file}: {fault.what}"
         console.print(hanging("x", text, "bold red"))
     if len(found.faults) > _SHOWN:
-        console.print(f"and {count_text(len(found.faults) - _SHOWN, 'range')} more")
+        console.print(f"and {pluralize(len(found.faults) - _SHOWN, 'range')} more")
     if found.torn:
         console.print(hanging("!", "the journal's last line was cut off and does not count"))
-    name = printable(nearest(str(found.folder)))
-    checked = f"{found.committed:,} of {count_text(found.samples, 'sample')}"
+    name = escape_control_chars(display_path(str(found.folder)))
+    checked = f"{found.committed:,} of {pluralize(found.samples, 'sample')}"
     if found.faults:
-        bad = count_text(len(found.faults), "range")
+        bad = pluralize(len(found.faults), "range")
         say, style = f"{name}: {bad} damaged; infer --overwrite makes them anew", "bold red"
     elif found.committed < found.samples:
         say = f"{name}: unfinished, {checked} are there and whole; infer --resume goes on"
         style = "bold yellow"
     else:
-        say = f"{name}: {checked} are there and whole ({count_text(found.ranges, 'range')})"
+        say = f"{name}: {checked} are there and whole ({pluralize(found.ranges, 'range')})"
         style = "bold green"
     console.print(Text(say, style))

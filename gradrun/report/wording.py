@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import PurePath
 
-from gradrun.core.units import bytes_text, count_text, number_text, seconds_text
+from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
 from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results import safety
 from gradrun.results.result import RunResult
-from gradrun.results.summary import conclusion
+from gradrun.results.summary import summarize_comparison
 
 _ENDED = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
 
@@ -38,7 +38,7 @@ def facts(result: RunResult) -> str:
 
 def _facts_of_a_run(result: RunResult) -> tuple[str, ...]:
     measured = result.measurements[0]
-    batches = count_text(len(measured.batch_seconds), "batch")
+    batches = pluralize(len(measured.batch_seconds), "batch")
     return (*_where(result), f"{batches} of {max(measured.batch_sizes, default=0)}")
 
 
@@ -53,7 +53,7 @@ def _facts_of_a_comparison(result: RunResult) -> tuple[str, ...]:
         device,
         "" if any("threads=" in name for name in variants) else threads,
         f"batches of {sizes.pop()}" if rounds and len(sizes) == 1 else "",
-        f"{count_text(rounds, 'round')} in {count_text(len(first), 'fresh process')}",
+        f"{pluralize(rounds, 'round')} in {pluralize(len(first), 'fresh process')}",
     )
 
 
@@ -67,7 +67,7 @@ def _facts_of_a_check(result: RunResult) -> tuple[str, ...]:
 
 def _where(result: RunResult) -> tuple[str, str]:
     machine = result.environment
-    return machine.device_name or machine.device, count_text(machine.threads, "thread")
+    return machine.device_name or machine.device, pluralize(machine.threads, "thread")
 
 
 _FACTS: dict[str, Callable[[RunResult], tuple[str, ...]]] = {
@@ -89,14 +89,14 @@ def _of_a_run(result: RunResult) -> str:
         return "Nothing was predicted."
     bound, shares = measured.bound_by
     parts = [
-        f"{number_text(measured.throughput)} samples a second, bound by {bound} "
-        f"({shares[bound]:.0%} of {seconds_text(measured.seconds)})."
+        f"{format_number(measured.throughput)} samples a second, bound by {bound} "
+        f"({shares[bound]:.0%} of {format_seconds(measured.seconds)})."
     ]
     if median := measured.latency(0.5):
-        took = seconds_text(median.value, median.uncertainty)
+        took = format_seconds(median.value, median.uncertainty)
         parts.append(f"A batch of {max(measured.batch_sizes)} takes {took} at the median")
         if (peak := measured.memory.forward_peak) is not None:
-            parts[-1] += f", and at most {bytes_text(peak)} beyond weights and inputs"
+            parts[-1] += f", and at most {format_bytes(peak)} beyond weights and inputs"
         parts[-1] += "."
     return " ".join(parts)
 
@@ -109,7 +109,7 @@ def _counts(result: RunResult) -> str:
 
 _VERDICTS: dict[str, Callable[[RunResult], str]] = {
     "infer": _of_a_run,
-    "compare": conclusion,
+    "compare": summarize_comparison,
     "audit": safety.verdict,
     "check": _counts,
 }
@@ -138,7 +138,7 @@ def environment(result: RunResult) -> list[tuple[str, str]]:
         ("processor", machine.cpu),
         ("cores", f"{machine.cores}, of which this process may use {machine.cpus}"),
         ("threads", str(machine.threads)),
-        ("memory", bytes_text(machine.memory)),
+        ("memory", format_bytes(machine.memory)),
         ("system", machine.platform),
         ("torch", machine.torch),
         ("numpy", machine.numpy),

@@ -46,7 +46,7 @@ def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.
         for m in measurements
         if m.variant == base and m.process in by_process
     ]
-    return stats.over_processes(ratios) if ratios else None
+    return stats.mean_over_processes(ratios) if ratios else None
 
 
 def recomputed(result: RunResult) -> RunResult:

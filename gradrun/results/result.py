@@ -15,7 +15,7 @@ from msgspec import Meta
 from gradrun.core.errors import GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.record import Noun
+from gradrun.core.record import Record
 from gradrun.results import stats
 
 # Files come from anywhere: what no run can have measured is refused when it is read, so that
@@ -29,14 +29,14 @@ Growth = Annotated[int, Meta(ge=-(2**62), le=2**62)]
 _MOST_BYTES = 2**30
 
 
-class Warning(Noun, frozen=True, kw_only=True):
+class Warning(Record, frozen=True, kw_only=True):
     """Something a reader of the figures must know; the text says what to do about it."""
 
     code: str
     text: str
 
 
-class Environment(Noun, frozen=True, kw_only=True):
+class Environment(Record, frozen=True, kw_only=True):
     """The machine and the versions; `memory` in bytes, `cpus` is what the process may use."""
 
     gradrun: str
@@ -53,7 +53,7 @@ class Environment(Noun, frozen=True, kw_only=True):
     device_name: str | None = None
 
 
-class Phases(Noun, frozen=True, kw_only=True):
+class Phases(Record, frozen=True, kw_only=True):
     """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
 
     load_model: Seconds
@@ -65,7 +65,7 @@ class Phases(Noun, frozen=True, kw_only=True):
     output: Seconds
 
 
-class Memory(Noun, frozen=True, kw_only=True):
+class Memory(Record, frozen=True, kw_only=True):
     """Bytes; None where no meter could tell.
 
     `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
@@ -86,7 +86,7 @@ class Memory(Noun, frozen=True, kw_only=True):
     device_reserved: Count | None = None
 
 
-class Padding(Noun, frozen=True, kw_only=True):
+class Padding(Record, frozen=True, kw_only=True):
     """Tokens of texts that were filled up to the longest of their batch."""
 
     tokens: Count = 0
@@ -104,7 +104,7 @@ class Padding(Noun, frozen=True, kw_only=True):
         )
 
 
-class Measurement(Noun, frozen=True, kw_only=True):
+class Measurement(Record, frozen=True, kw_only=True):
     """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
 
     mode: GradMode
@@ -161,7 +161,7 @@ class Measurement(Noun, frozen=True, kw_only=True):
         return max(shares, key=lambda name: shares[name]), shares
 
 
-class Comparison(Noun, frozen=True, kw_only=True):
+class Comparison(Record, frozen=True, kw_only=True):
     """One variant against the baseline: baseline time / candidate time, above 1 is faster.
 
     `low` and `high` bound the ratio's 95 % interval over processes.
@@ -180,7 +180,7 @@ class Comparison(Noun, frozen=True, kw_only=True):
         return (self.high - self.low) / 2 / self.ratio
 
 
-class Equivalence(Noun, frozen=True, kw_only=True):
+class Equivalence(Record, frozen=True, kw_only=True):
     """A variant's outputs against the baseline's, on the same batches."""
 
     baseline: str
@@ -195,7 +195,7 @@ class Equivalence(Noun, frozen=True, kw_only=True):
     """Whether the two ran a sample in common; if not, they are not equal, and that says nothing."""
 
 
-class Disturbance(Noun, frozen=True, kw_only=True):
+class SystemNoise(Record, frozen=True, kw_only=True):
     """How much of the machine others took while the worker measured."""
 
     steal: float = 0.0
@@ -209,7 +209,7 @@ class Disturbance(Noun, frozen=True, kw_only=True):
 Severity = Literal["error", "warning", "info"]
 
 
-class Finding(Noun, frozen=True, kw_only=True):
+class Finding(Record, frozen=True, kw_only=True):
     """Something that an audit found in a model."""
 
     severity: Severity
@@ -227,14 +227,14 @@ class Finding(Noun, frozen=True, kw_only=True):
     """Bytes: held, or lost with each batch."""
 
 
-class Kept(Noun, frozen=True, kw_only=True):
+class SavedForBackward(Record, frozen=True, kw_only=True):
     """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
 
     module: str
     bytes: Count
 
 
-class Outcome(Noun, frozen=True, kw_only=True):
+class Outcome(Record, frozen=True, kw_only=True):
     """What one check of `gradrun check` came to."""
 
     check: str
@@ -252,7 +252,7 @@ class Outcome(Noun, frozen=True, kw_only=True):
     """Where that stands, as "file:line:column"; None where it is a default."""
 
 
-class Output(Noun, frozen=True, kw_only=True):
+class Output(Record, frozen=True, kw_only=True):
     """One of the outputs that a model gave, over all samples."""
 
     name: str
@@ -264,7 +264,7 @@ class Output(Noun, frozen=True, kw_only=True):
     """The standard deviation; both are of all values, and NaN where there are such."""
 
 
-class Metric(Noun, frozen=True, kw_only=True):
+class Metric(Record, frozen=True, kw_only=True):
     """How well predictions agree with the labels."""
 
     name: str
@@ -277,7 +277,7 @@ Kind = Literal["infer", "compare", "audit", "check"]
 KINDS = get_args(Kind)
 
 
-class RunResult(Noun, frozen=True, kw_only=True):
+class RunResult(Record, frozen=True, kw_only=True):
     """Everything that a run leaves for its readers."""
 
     format: Literal[1] = 1
@@ -290,7 +290,7 @@ class RunResult(Noun, frozen=True, kw_only=True):
     comparisons: tuple[Comparison, ...] = ()
     equivalence: tuple[Equivalence, ...] = ()
     findings: tuple[Finding, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[SavedForBackward, ...] = ()
     """In grad, most first; together they are what the memory meter calls retained."""
     outputs: tuple[Output, ...] = ()
     """Of a check."""
@@ -387,7 +387,7 @@ def _check_format(path: Path, told: Any) -> None:
         )
 
 
-class Fact(Noun, frozen=True, kw_only=True):
+class Fact(Record, frozen=True, kw_only=True):
     """What one question about the gradient modes gave, when it was run."""
 
     topic: str
@@ -408,7 +408,7 @@ class Fact(Noun, frozen=True, kw_only=True):
         return self.observed in (self.expected, None)
 
 
-class ModeFacts(Noun, frozen=True, kw_only=True):
+class ModeFacts(Record, frozen=True, kw_only=True):
     """What each gradient mode does on the installed torch and a device."""
 
     format: Literal[1] = 1
@@ -424,7 +424,7 @@ class ModeFacts(Noun, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Fault:
+class DamagedRange:
     """A committed range whose files are missing or changed."""
 
     start: int

@@ -5,14 +5,14 @@ Knows results; each warning has a code and says what to do.
 
 from __future__ import annotations
 
-from gradrun.core.units import count_text
+from gradrun.core.units import pluralize
 from gradrun.results.result import Environment, Measurement, Warning
 
 _SPREAD = 2.0
 _P99_BATCHES = 100
 
 
-def advice(measured: Measurement, machine: Environment, *, training: bool) -> list[Warning]:
+def run_warnings(measured: Measurement, machine: Environment, *, training: bool) -> list[Warning]:
     """The warnings that one measurement of a run deserves."""
     found: list[Warning] = []
 
@@ -23,7 +23,7 @@ def advice(measured: Measurement, machine: Environment, *, training: bool) -> li
     if 0 < batches < _P99_BATCHES:
         warn(
             "few_batches",
-            f"{count_text(batches, 'batch')} cannot show every percentile (p99 takes "
+            f"{pluralize(batches, 'batch')} cannot show every percentile (p99 takes "
             f"{_P99_BATCHES}); for them lower data.batch_size or run more samples",
         )
     median, slow = measured.latency(0.5), measured.latency(0.9)
@@ -37,7 +37,7 @@ def advice(measured: Measurement, machine: Environment, *, training: bool) -> li
     if machine.device == "cpu" and machine.threads > machine.cpus:
         warn(
             "too_many_threads",
-            f"{machine.threads} threads share {count_text(machine.cpus, 'processor')}; "
+            f"{machine.threads} threads share {pluralize(machine.cpus, 'processor')}; "
             "run.threads: auto takes as many as there are",
         )
     if training:

@@ -6,7 +6,7 @@ Knows the result alone; no torch.
 from __future__ import annotations
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import bytes_text, count_text
+from gradrun.core.units import format_bytes, pluralize
 from gradrun.results.result import Finding, Measurement, RunResult
 
 _LEAST_OVERHEAD = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
@@ -22,12 +22,12 @@ def errors_in(result: RunResult, mode: GradMode) -> list[Finding]:
     ]
 
 
-def failed(result: RunResult) -> bool:
+def has_errors(result: RunResult) -> bool:
     """Whether any finding is an error."""
     return any(finding.severity == "error" for finding in result.findings)
 
 
-def leanest(result: RunResult) -> Measurement | None:
+def lowest_memory_safe_mode(result: RunResult) -> Measurement | None:
     """The safe mode with the least peak memory in its forward; None where no mode is safe."""
     safe = [m for m in result.measurements if not errors_in(result, m.mode)]
     return min(safe, key=_leanness, default=None)
@@ -44,14 +44,14 @@ def _leanness(measured: Measurement) -> tuple[int, int, int]:
 
 def verdict(result: RunResult) -> str:
     """Which mode to run in and why, in a sentence or two."""
-    best = leanest(result)
+    best = lowest_memory_safe_mode(result)
     errors = sum(finding.severity == "error" for finding in result.findings)
     if best is None:
-        return f"No mode is safe: mend the {count_text(errors, 'error')} first."
+        return f"No mode is safe: mend the {pluralize(errors, 'error')} first."
     parts = [f"Run it in {best.mode}: the leanest safe mode{_saving(result, best)}."]
     unsafe = [mode for mode in GradMode if errors_in(result, mode)]
     if unsafe:
-        parts.append(f"Not in {' or '.join(unsafe)}: {count_text(errors, 'error')}.")
+        parts.append(f"Not in {' or '.join(unsafe)}: {pluralize(errors, 'error')}.")
     return " ".join(parts)
 
 
@@ -61,5 +61,5 @@ def _saving(result: RunResult, best: Measurement) -> str:
     if lean is None or grad is None or best.mode is GradMode.GRAD:
         return ""
     if lean == grad:
-        return f", though grad's forward peak is the same {bytes_text(lean)}"
-    return f", with a forward peak of {bytes_text(lean)} where grad takes {bytes_text(grad)}"
+        return f", though grad's forward peak is the same {format_bytes(lean)}"
+    return f", with a forward peak of {format_bytes(lean)} where grad takes {format_bytes(grad)}"

@@ -121,7 +121,7 @@ def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
     return median(one / two for one, two in zip(base, other, strict=False))
 
 
-def over_processes(values: Sequence[float]) -> Estimate:
+def mean_over_processes(values: Sequence[float]) -> Estimate:
     """The geometric mean with its 95 % interval, from one positive value a process.
 
     Student's t on the logs: rounds of one process share its memory layout, so only processes are
@@ -137,7 +137,7 @@ def over_processes(values: Sequence[float]) -> Estimate:
     return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
 
 
-def apart(base: Sequence[float], other: Sequence[float]) -> Estimate:
+def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
     """The ratio base / other of two groups of processes that did not run side by side.
 
     Welch's t on the logs, one positive value a process ("The generalization of Student's problem

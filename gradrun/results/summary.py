@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradrun.core.units import bytes_text
+from gradrun.core.units import format_bytes
 from gradrun.results.result import Comparison, Equivalence, Memory, RunResult
 
 _WORTH_BYTES = 1024
@@ -16,7 +16,7 @@ _WORTH_SHARE = 0.01
 _NOT_MUCH = 0.05
 
 
-def conclusion(result: RunResult) -> str:
+def summarize_comparison(result: RunResult) -> str:
     """Which variant to use and why, or what could not be told and what to do about it."""
     memory = {m.variant: m.memory for m in result.measurements}
     agree = {e.candidate: e for e in result.equivalence}
@@ -109,7 +109,7 @@ def _saving(memory: dict[str, Memory], base: str, other: str) -> str:
     if not _saved(memory, base, other):
         return ""
     before, after = memory[base].forward_peak or 0, memory[other].forward_peak or 0
-    return f", and its forward peak is {bytes_text(after)}, not {bytes_text(before)}"
+    return f", and its forward peak is {format_bytes(after)}, not {format_bytes(before)}"
 
 
 def _seen(comparison: Comparison) -> str:

@@ -31,9 +31,9 @@ from gradrun.data import open_data
 from gradrun.inference import device as machine
 from gradrun.inference.runner import Runner
 from gradrun.models import load_model
-from gradrun.output.checkpointer import Keeper
+from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
-from gradrun.output.formats import open_sink
+from gradrun.output.formats import open_writer
 from gradrun.output.journal import Journal
 from gradrun.results import stats
 from tests import small_models
@@ -92,7 +92,7 @@ def loop(folder: Path) -> list[float]:
     np.save(source, np.random.default_rng(0).standard_normal((160_000, 64), dtype=np.float32))
     config = _loop_config(source, folder / "loop")
     ratios = []
-    with machine.prepared(config.run) as device:
+    with machine.device_context(config.run) as device:
         model = load_model(config.model, device)
         data = open_data(config.data, 0)
         head = fingerprint(config, data.samples, gradrun.__version__)
@@ -109,10 +109,10 @@ def loop(folder: Path) -> list[float]:
             runner = Runner(model, data, config, device)
             outputs = runner.prepare()
             began = time.perf_counter()
-            sink = open_sink(config.output, data.samples)
+            sink = open_writer(config.output, data.samples)
             journal = Journal(config.output.path / "journal.jsonl", head)
             sink.open(outputs)
-            keeper = Keeper(sink, journal, 8, row_bytes=256)
+            keeper = Checkpointer(sink, journal, 8, row_bytes=256)
             gathered = runner.run(sink, keeper.look)
             keeper.close()
             if gathered.stopped:
@@ -282,7 +282,7 @@ def overlap(folder: Path) -> list[float]:
         }
     )
     ratios = []
-    with machine.prepared(config.run) as device, torch.inference_mode():
+    with machine.device_context(config.run) as device, torch.inference_mode():
         model, data = load_model(config.model, device), open_data(config.data, 0)
         held = [*data.batches()]
 
@@ -300,7 +300,7 @@ def overlap(folder: Path) -> list[float]:
             for old in config.output.path.glob("*"):
                 old.unlink()
             config.output.path.mkdir(exist_ok=True)
-            sink = open_sink(config.output, data.samples)
+            sink = open_writer(config.output, data.samples)
             sink.open(outputs)
             seconds.append(-time.perf_counter())
             runner.run(sink)

@@ -37,12 +37,12 @@ import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.inference import runner
 from gradrun.output import checkpointer, journal, readback
-from gradrun.output.formats import READERS, SINKS, npy, sharded_writer
+from gradrun.output.formats import READERS, WRITERS, npy, sharded_writer
 from gradrun.output.lock import NAME as LOCK
 from gradrun.results.result import RunResult
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8
-FORMATS = [*SINKS]
+FORMATS = [*WRITERS]
 
 CALLS: dict[str, tuple[Any, str, int]] = {
     "open": (os, "open", errno.EMFILE),
@@ -93,14 +93,14 @@ class Disk:
             for name, (home, attribute, number) in CALLS.items():
                 wrapped = self._wrapped(name, getattr(home, attribute), number)
                 stack.enter_context(mock.patch.object(home, attribute, wrapped))
-            look, batches = checkpointer.Keeper.look, itertools.count(1)
+            look, batches = checkpointer.Checkpointer.look, itertools.count(1)
 
-            def at_times(keeper: checkpointer.Keeper) -> None:
+            def at_times(keeper: checkpointer.Checkpointer) -> None:
                 """Commit after every so many batches: the clock may cut ranges anywhere."""
                 if next(batches) % self.every == 0:
                     look(keeper)
 
-            stack.enter_context(mock.patch.object(checkpointer.Keeper, "look", at_times))
+            stack.enter_context(mock.patch.object(checkpointer.Checkpointer, "look", at_times))
             yield
 
     def _wrapped(self, name: str, real: Callable[..., Any], number: int) -> Any:
@@ -213,7 +213,7 @@ def infer(folder: Path, form: str, **options: Any) -> RunResult:
     return gradrun.infer(config, **options)
 
 
-class Trial:
+class VariantMeasurement:
     """One format: the files that a run of it must end with, and ways to spoil the run."""
 
     def __init__(self, form: str, folder: Path) -> None:
@@ -386,7 +386,7 @@ def close_below(folder: Path) -> None:
         os.close(descriptor)
 
 
-def cases(trial: Trial, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
+def cases(trial: VariantMeasurement, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
     """(fault, index of the call, of which run, the call), every stride-th of each fault's."""
     lot = random.Random(seed)
     for which in trial.before:
@@ -404,7 +404,7 @@ def main() -> int:
     bad = 0
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder, commits_at_every_batch():
-            trial, began = Trial(form, Path(folder).resolve()), time.monotonic()
+            trial, began = VariantMeasurement(form, Path(folder).resolve()), time.monotonic()
             told: Counter[tuple[str, str]] = Counter()
             for fault, at, which, name in cases(trial, asked.stride, asked.seed):
                 try:

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.results.result import Comparison, Equivalence, Finding, Kept, Outcome
+from gradrun.results.result import Comparison, Equivalence, Finding, Outcome, SavedForBackward
 from tests import results, small_models
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
@@ -234,7 +234,7 @@ def _results() -> Iterator[Seed]:
             "findings": (
                 Finding(severity="error", code="x", text="it does", advice="do not", cost=7),
             ),
-            "kept": (Kept(module="0 (Linear)", bytes=64),),
+            "kept": (SavedForBackward(module="0 (Linear)", bytes=64),),
         },
         "check": {
             "outcomes": (Outcome(check="runs", limit="yes", value="yes", status="pass"),),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-SINKS = ("npy", "jsonl", "csv", "safetensors", "parquet")
+WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet")
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
 """Of a process: up to the model, up to the files, the files made, predictions between commits, a
 commit, the last one and the files' end, memory and result; and how often each is aimed at."""
@@ -80,7 +80,7 @@ class Folder:
         self.path = path
         (path / "net.py").write_text(_MODEL)
         (path / "driver.py").write_text(_DRIVER)
-        for sink in SINKS:
+        for sink in WRITERS:
             config = {
                 "model": {"source": "python", "target": "net.py:Net"},
                 "data": {
@@ -165,8 +165,8 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     hurry()
     told(infer, "load_model", "load", "load")
     told(infer, "_opened", "open", "run")
-    told(checkpointer.Keeper, "commit", "commit", "run")
-    told(checkpointer.Keeper, "close", "close", "end")
+    told(checkpointer.Checkpointer, "commit", "commit", "run")
+    told(checkpointer.Checkpointer, "close", "close", "end")
     sys.argv = ["gradrun", *words]
     app.main()
 
@@ -310,14 +310,14 @@ def run(path: Path, kills: int, seed: int) -> list[Kill]:
     landed: list[Kill] = []
     with _preloaded():
         courses: dict[str, Course] = {}
-        for sink in SINKS:
+        for sink in WRITERS:
             words = folder.words(sink, f"{sink}-whole", "--set", f"data.samples={SHORT}")
             courses[sink] = follow(path, words)
             if courses[sink].code:
                 raise SystemExit(_ended_badly(path, courses[sink]))
         number = 0
         while len(landed) < kills:
-            sink = SINKS[number % len(SINKS)]
+            sink = WRITERS[number % len(WRITERS)]
             times = min(lot.choice([1, 1, 2]), kills - len(landed))
             moments = [courses[sink].draw(lot) for _ in range(times)]
             out = f"{sink}-{number}"
@@ -331,9 +331,9 @@ def run(path: Path, kills: int, seed: int) -> list[Kill]:
 def table(landed: list[Kill]) -> str:
     """How many kills landed in which phase of which sink's run."""
     counts = Counter((kill.phase, kill.sink) for kill in landed)
-    lines = ["killed in " + "".join(f"{sink:>13}" for sink in (*SINKS, "all"))]
+    lines = ["killed in " + "".join(f"{sink:>13}" for sink in (*WRITERS, "all"))]
     for phase in PHASES:
-        row = [counts[phase, sink] for sink in SINKS]
+        row = [counts[phase, sink] for sink in WRITERS]
         lines.append(f"{phase:10}" + "".join(f"{count:13}" for count in (*row, sum(row))))
     resumes = sum(kill.resumes > 0 for kill in landed)
     midway = sum(0 < kill.kept < SHORT for kill in landed)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from gradrun.audits.behavior import compiled, decorators, scopes, tensors
-from gradrun.audits.behavior.probe import Probe, Untried
+from gradrun.audits.behavior.probe import Probe, Unavailable
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import Fact
 
@@ -49,7 +49,7 @@ def _fact(
     observed, untried = None, ""
     try:
         observed = _in_a_thread_of_its_own(lambda: probe.ask(mode or GradMode.GRAD, device))
-    except Untried as reason:
+    except Unavailable as reason:
         untried = str(reason)
     except Exception as error:  # what torch raises is an answer like any other
         observed = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"

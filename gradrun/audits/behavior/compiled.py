@@ -16,12 +16,12 @@ from gradrun.audits.behavior.probe import (
     BLOCKS,
     Ask,
     Probe,
-    Untried,
+    Unavailable,
     block,
-    contrast,
-    here,
+    current_mode,
+    enter_other_mode,
+    in_all_modes,
     outcome,
-    same,
 )
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
@@ -55,9 +55,9 @@ def _compiled(body: Body, *, whole: bool = True) -> tuple[Body, _Counting]:
         call(torch.ones(3), torch.ones(3))
     except Exception as error:  # whatever a torch without a working dynamo raises
         first = str(error).partition("\n")[0]
-        raise Untried(f"torch.compile fails here: {type(error).__name__}: {first}") from error
+        raise Unavailable(f"torch.compile fails here: {type(error).__name__}: {first}") from error
     if not backend.graphs:
-        raise Untried("torch.compile is turned off here")
+        raise Unavailable("torch.compile is turned off here")
     return _compile(body, whole=whole)
 
 
@@ -90,11 +90,11 @@ def _graphs(make: Callable[[GradMode], Callable[[], Any]], *, whole: bool) -> As
                 within = x * w
             return within, x * w
 
-        contrast(mode)
-        outside = here()
+        enter_other_mode(mode)
+        outside = current_mode()
         call, backend = _compiled(body, whole=whole)
         within, after = call(*_tensors(device))
-        right = _made_in(within) == mode and _made_in(after) == here() == outside
+        right = _made_in(within) == mode and _made_in(after) == current_mode() == outside
         graphs = {0: "eager", 1: "1 graph"}.get(backend.graphs, f"{backend.graphs} graphs")
         return graphs if right else f"{graphs}, wrong mode"
 
@@ -139,17 +139,17 @@ def _by_hand(mode: GradMode) -> Body:
 
 def _by_hand_in_one_graph(mode: GradMode, device: torch.device) -> str:
     call, _ = _compiled(_by_hand(mode))
-    contrast(mode)
+    enter_other_mode(mode)
     return outcome(lambda: call(*_tensors(device)), "")  # every torch says it in other words
 
 
 def _after_by_hand(mode: GradMode, device: torch.device) -> str:
     call, _ = _compiled(_by_hand(mode), whole=False)
-    contrast(mode)
+    enter_other_mode(mode)
 
     def ran() -> str:
         call(*_tensors(device))
-        return "still on" if here() == mode else "off"
+        return "still on" if current_mode() == mode else "off"
 
     return outcome(ran, "_inference_mode_context")
 
@@ -161,39 +161,39 @@ def _subclass(mode: GradMode) -> type[Any]:
 PROBES = (
     Probe(
         "a block, fullgraph=True",
-        same("1 graph"),
+        in_all_modes("1 graph"),
         _graphs(lambda mode: BLOCKS[mode], whole=True),
         "dynamo knows torch's own objects and puts the switch of mode into the graph.",
     ),
     Probe(
         "gradrun's guard, fullgraph=True",
-        same("1 graph"),
+        in_all_modes("1 graph"),
         _graphs(lambda mode: lambda: grad_mode(mode), whole=True),
         "gradrun's guards are written so that dynamo follows them, with fullgraph=True too.",
     ),
     Probe(
         "a block of an own subclass",
-        same("eager"),
+        in_all_modes("eager"),
         _graphs(_subclass, whole=False),
         "dynamo knows torch's four objects by identity. A subclass runs right, but the function "
         "around it is not compiled: speed is lost without a word.",
     ),
     Probe(
         "a first call in a further mode",
-        same("1 compile"),
+        in_all_modes("1 compile"),
         _compiles_for_a_new_mode,
         "The mode is part of what a compiled graph is guarded by: warm up in the mode you will "
         "run in.",
     ),
     Probe(
         "by hand, fullgraph=True",
-        same("Unsupported"),
+        in_all_modes("Unsupported"),
         _by_hand_in_one_graph,
         "g.__enter__() and g.__exit__() are no `with` to dynamo, which refuses them.",
     ),
     Probe(
         "by hand: the mode afterwards",
-        ("still on", "still on", "AttributeError") if _FORGETS else same("off"),
+        ("still on", "still on", "AttributeError") if _FORGETS else in_all_modes("off"),
         _after_by_hand,
         "Without fullgraph, dynamo up to torch 2.13 loses what the guard remembered: the mode "
         "stays when the function has returned, or the guard breaks. From 2.14 on the function is "

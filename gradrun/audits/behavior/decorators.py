@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.behavior.probe import BLOCKS, Ask, Probe, contrast, here, outcome, same, yes
+from gradrun.audits.behavior.probe import (
+    BLOCKS,
+    Ask,
+    Probe,
+    current_mode,
+    enter_other_mode,
+    in_all_modes,
+    outcome,
+    yes,
+)
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
 
@@ -24,30 +33,30 @@ Run = Callable[[Decorator], str]
 
 def _generated() -> Iterator[str]:
     while True:
-        yield here()
+        yield current_mode()
 
 
 async def _awaited() -> str:
     await asyncio.sleep(0)
-    return here()
+    return current_mode()
 
 
 async def _generated_async() -> AsyncIterator[str]:
     while True:
         await asyncio.sleep(0)
-        yield here()
+        yield current_mode()
 
 
 class _Model:
     def __init__(self) -> None:
-        self.made_in = here()
+        self.made_in = current_mode()
 
     def method(self) -> str:
-        return here()
+        return current_mode()
 
 
 def _function(decorate: Decorator) -> str:
-    seen: str = decorate(here)()
+    seen: str = decorate(current_mode)()
     return seen
 
 
@@ -61,7 +70,7 @@ def _generator(decorate: Decorator) -> str:
 def _between_steps(decorate: Decorator) -> str:
     steps: Iterator[str] = decorate(_generated)()
     next(steps)
-    return here()
+    return current_mode()
 
 
 def _coroutine(decorate: Decorator) -> str:
@@ -106,7 +115,7 @@ def _guard_covers(run: Run) -> Ask:
 
 def _covers(run: Run, decorator: Callable[[GradMode], Decorator]) -> Ask:
     def ask(mode: GradMode, device: torch.device) -> str:
-        contrast(mode)
+        enter_other_mode(mode)
         return yes(run(decorator(mode)) == mode)
 
     return ask
@@ -130,58 +139,58 @@ def _guard_refuses(given: Any) -> Ask:
 TORCH = (
     Probe(
         "a function",
-        same("yes"),
+        in_all_modes("yes"),
         _torch_covers(_function),
         "The plain case, and the one that the decorators are for.",
     ),
     Probe(
         "a generator function's steps",
-        same("yes"),
+        in_all_modes("yes"),
         _torch_covers(_generator),
         "torch enters the mode anew whenever the generator is resumed.",
     ),
     Probe(
         "its caller, between two steps",
-        same("no"),
+        in_all_modes("no"),
         _torch_covers(_between_steps),
         "The mode is left at each yield, so the caller keeps its own.",
     ),
     Probe(
         "an async def function",
-        same("no"),
+        in_all_modes("no"),
         _torch_covers(_coroutine),
         "Calling it only makes the coroutine, and the mode ends before the body begins: an async "
         "endpoint under @torch.no_grad() records its whole graph. gradrun's guards cover it.",
     ),
     Probe(
         "an async generator",
-        same("no"),
+        in_all_modes("no"),
         _torch_covers(_async_generator),
         "Calling it only makes the generator, and the mode ends before the body begins.",
     ),
     Probe(
         "a function returning a generator",
-        same("no"),
+        in_all_modes("no"),
         _torch_covers(_returned_generator),
         "The body runs after the function has returned, outside the mode; decorate the generator "
         "function itself.",
     ),
     Probe(
         "a class: its __init__",
-        same("yes"),
+        in_all_modes("yes"),
         _torch_covers(_constructor),
         "A class is called like a function, so what runs in the mode is the construction.",
     ),
     Probe(
         "a class: its methods",
-        same("no"),
+        in_all_modes("no"),
         _torch_covers(_method),
         "Only the construction runs in the mode, and the class becomes a function that cannot be "
         "subclassed; decorate the methods.",
     ),
     Probe(
         "3, given by mistake",
-        same("no error"),
+        in_all_modes("no error"),
         _torch_takes_a_number,
         "torch takes what it is given for a function and returns a wrapper: no_grad(flag) never "
         "turns anything off or on, and says nothing.",
@@ -191,49 +200,49 @@ TORCH = (
 GUARD = (
     Probe(
         "a function",
-        same("yes"),
+        in_all_modes("yes"),
         _guard_covers(_function),
         "The plain case, as with torch's.",
     ),
     Probe(
         "a generator function's steps",
-        same("yes"),
+        in_all_modes("yes"),
         _guard_covers(_generator),
         "The mode is entered anew whenever the generator is resumed.",
     ),
     Probe(
         "its caller, between two steps",
-        same("no"),
+        in_all_modes("no"),
         _guard_covers(_between_steps),
         "The mode is left at each yield, so the caller keeps its own.",
     ),
     Probe(
         "an async def function",
-        same("yes"),
+        in_all_modes("yes"),
         _guard_covers(_coroutine),
         "The mode is left at each await and entered again after it, so no other task sees it.",
     ),
     Probe(
         "an async generator",
-        same("yes"),
+        in_all_modes("yes"),
         _guard_covers(_async_generator),
         "The mode is left at each await and each yield and entered again after it.",
     ),
     Probe(
         "a function returning a generator",
-        same("no"),
+        in_all_modes("no"),
         _guard_covers(_returned_generator),
         "The body runs after the function has returned; decorate the generator function itself.",
     ),
     Probe(
         "a class",
-        same("TypeError"),
+        in_all_modes("TypeError"),
         _guard_refuses(_Model),
         "Covering the construction alone is seldom meant: it is refused, decorate the methods.",
     ),
     Probe(
         "3, given by mistake",
-        same("TypeError"),
+        in_all_modes("TypeError"),
         _guard_refuses(3),
         "A guard that would silently do nothing is a bug that nobody sees.",
     ),

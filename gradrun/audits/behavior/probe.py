@@ -23,7 +23,7 @@ BLOCKS: dict[GradMode, type[Any]] = {
 """mode -> torch's own object for it: the page is about torch, not about our guards."""
 
 
-class Untried(Exception):
+class Unavailable(Exception):
     """The installed torch or machine cannot be asked this; the text says why."""
 
 
@@ -59,7 +59,7 @@ def block(mode: GradMode) -> AbstractContextManager[Any]:
     return entered
 
 
-def contrast(mode: GradMode) -> None:
+def enter_other_mode(mode: GradMode) -> None:
     """Put the thread in a mode that `mode` can be told from."""
     torch.set_grad_enabled(mode is not GradMode.GRAD)
 
@@ -67,7 +67,7 @@ def contrast(mode: GradMode) -> None:
 # --- what was seen, in words -------------------------------------------------------------------
 
 
-def same(text: str) -> tuple[str, str, str]:
+def in_all_modes(text: str) -> tuple[str, str, str]:
     """One answer in all three modes."""
     return text, text, text
 
@@ -82,7 +82,7 @@ def on(seen: bool) -> str:
     return "on" if seen else "off"
 
 
-def here() -> GradMode:
+def current_mode() -> GradMode:
     """The mode that the thread is in; inference mode overrules the grad flag."""
     state = observe()
     if state.inference:

@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from gradrun.audits.behavior.probe import BLOCKS, Ask, Probe, block, contrast, here, on, same
+from gradrun.audits.behavior.probe import (
+    BLOCKS,
+    Ask,
+    Probe,
+    block,
+    current_mode,
+    enter_other_mode,
+    in_all_modes,
+    on,
+)
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import grad_mode
 
@@ -143,7 +152,7 @@ NESTING = (
 def _new_thread(mode: GradMode, device: torch.device) -> str:
     seen: list[str] = []
     with block(mode):
-        thread = Thread(target=lambda: seen.append(here()))
+        thread = Thread(target=lambda: seen.append(current_mode()))
         thread.start()
         thread.join()
     return seen[0]
@@ -151,12 +160,12 @@ def _new_thread(mode: GradMode, device: torch.device) -> str:
 
 def _pools_thread(mode: GradMode, device: torch.device) -> str:
     with block(mode), ThreadPoolExecutor(1) as pool:
-        return pool.submit(here).result()
+        return pool.submit(current_mode).result()
 
 
 def _thread_after_a_job(mode: GradMode, device: torch.device) -> str:
     def job() -> AbstractContextManager[Any]:
-        contrast(mode)
+        enter_other_mode(mode)
         entered = block(mode)
         entered.__enter__()
         return entered  # an inference mode that nobody holds ends by itself
@@ -164,20 +173,20 @@ def _thread_after_a_job(mode: GradMode, device: torch.device) -> str:
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(job)
         held.result()
-        return pool.submit(here).result()
+        return pool.submit(current_mode).result()
 
 
 THREADS = (
     Probe(
         "a thread started in a block",
-        same("grad"),
+        in_all_modes("grad"),
         _new_thread,
         "A mode belongs to a thread and is not inherited: each new one starts with gradients on "
         "and needs a block of its own.",
     ),
     Probe(
         "a pool made in a block",
-        same("grad"),
+        in_all_modes("grad"),
         _pools_thread,
         "Jobs of a pool do not run in the mode of who submits them; open the block in the job.",
     ),
@@ -195,7 +204,7 @@ THREADS = (
 def _to_thread(mode: GradMode, device: torch.device) -> str:
     async def main() -> str:
         with block(mode):
-            return await asyncio.to_thread(here)
+            return await asyncio.to_thread(current_mode)
 
     return asyncio.run(main())
 
@@ -206,10 +215,10 @@ def _another_task(mode: GradMode, device: torch.device) -> str:
             await asyncio.sleep(0)
 
     async def main() -> str:
-        contrast(mode)
+        enter_other_mode(mode)
         task = asyncio.create_task(waiting())
         await asyncio.sleep(0)
-        seen = here()
+        seen = current_mode()
         await task
         return seen
 
@@ -222,14 +231,14 @@ def _after_an_overlap(mode: GradMode, device: torch.device) -> str:
             await over.wait()
 
     async def main() -> str:
-        contrast(mode)
+        enter_other_mode(mode)
         first, second = asyncio.Event(), asyncio.Event()
         tasks = [asyncio.create_task(waiting(over)) for over in (first, second)]
         await asyncio.sleep(0)
         for over, task in zip((first, second), tasks, strict=True):
             over.set()
             await task
-        return here()
+        return current_mode()
 
     return asyncio.run(main())
 
@@ -239,10 +248,10 @@ def _caller_of_a_generator(mode: GradMode, device: torch.device) -> str:
         with BLOCKS[mode]():
             yield
 
-    contrast(mode)
+    enter_other_mode(mode)
     held = batches()
     next(held)
-    return here()
+    return current_mode()
 
 
 SUSPENDED = (
@@ -269,7 +278,7 @@ SUSPENDED = (
     ),
     Probe(
         "asyncio.to_thread() in a block",
-        same("grad"),
+        in_all_modes("grad"),
         _to_thread,
         "The function runs in another thread, and a mode does not go along, though context "
         "variables do.",

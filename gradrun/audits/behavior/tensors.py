@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import backward
 
-from gradrun.audits.behavior.probe import Ask, Probe, block, contrast, outcome, same, yes
+from gradrun.audits.behavior.probe import (
+    Ask,
+    Probe,
+    block,
+    enter_other_mode,
+    in_all_modes,
+    outcome,
+    yes,
+)
 from gradrun.core.grad_mode import GradMode
 
 _NO_GRAPH = "element 0 of tensors does not require grad and does not have a grad_fn"
@@ -26,7 +34,7 @@ def _inside(look: Callable[[], bool]) -> Ask:
     """What the thread says of itself within the block."""
 
     def ask(mode: GradMode, device: torch.device) -> str:
-        contrast(mode)
+        enter_other_mode(mode)
         with block(mode):
             return yes(look())
 
@@ -132,13 +140,13 @@ MADE = (
     ),
     Probe(
         "w.view(-1).requires_grad",
-        same("yes"),
+        in_all_modes("yes"),
         _of_view(lambda view: view.requires_grad),
         "A view is its base under another shape: it requires gradients as its base does.",
     ),
     Probe(
         "w.view(-1).is_inference()",
-        same("no"),
+        in_all_modes("no"),
         _of_view(Tensor.is_inference),
         "A view of a normal tensor is a normal tensor, also when inference mode made it.",
     ),
@@ -161,26 +169,26 @@ AFTERWARDS = (
     ),
     Probe(
         "r + w, which saves nothing",
-        same("works"),
+        in_all_modes("works"),
         _of_result(lambda r, w: outcome(lambda: backward((r + w).sum()), _SAVED)),
         "Only what is saved for backward must be normal: an addition saves nothing, so mixing "
         "works in one place and fails in the next.",
     ),
     Probe(
         "r.clone()",
-        same("normal"),
+        in_all_modes("normal"),
         _of_result(lambda r, _: _kind(r.clone())),
         "A clone made outside is a normal tensor: the way out of inference mode.",
     ),
     Probe(
         "copy.deepcopy(r.detach())",
-        same("normal"),
+        in_all_modes("normal"),
         _of_result(lambda r, _: _kind(copy.deepcopy(r.detach()))),
         "A deep copy is a clone, so copying a module outside the block mends its tensors.",
     ),
     Probe(
         "pickle.loads(pickle.dumps(r))",
-        same("normal"),
+        in_all_modes("normal"),
         _of_result(lambda r, _: _kind(_through_pickle(r))),
         "Files and other processes carry values, not modes: what is read back is normal.",
     ),

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradrun.results.result import Disturbance
+from gradrun.results.result import SystemNoise
 
 
 class Watch:
@@ -26,14 +26,14 @@ class Watch:
         """Read the counters for the last time."""
         self._after = _counters()
 
-    def found(self) -> Disturbance:
+    def found(self) -> SystemNoise:
         """What happened between start and stop."""
         seconds, busy, steal, own, switches = (
             after - before for before, after in zip(self._before, self._after, strict=True)
         )
         if seconds <= 0:
-            return Disturbance()
-        return Disturbance(
+            return SystemNoise()
+        return SystemNoise(
             steal=steal / seconds / (os.cpu_count() or 1),
             others=max(0.0, busy - own) / seconds,
             preemptions=switches / seconds,

@@ -13,11 +13,11 @@ import torch
 
 from gradrun.config.schema import OutputSection
 from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import Spelling
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import ClassLabels
 
 
-class Sink(Protocol):
+class PredictionWriter(Protocol):
     """Takes the outputs of one batch after the other, in the order of the input."""
 
     written: int
@@ -26,10 +26,10 @@ class Sink(Protocol):
     nonfinite: int
     """Of the samples committed, those that hold a NaN or an infinity."""
 
-    spelling: Spelling
+    spelling: ClassLabels
     """What the numbers of classes are called, for a format that holds text."""
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
         """Make room for the run, given the first batch's outputs [size, ...] (written later).
 
         With commits of an earlier run, go on behind the last: what follows it in the files is
@@ -53,26 +53,26 @@ class Sink(Protocol):
             ValueError: an output changed its shape.
         """
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         """Bring what was written to the disk; tells what was not told before.
 
         Raises:
             OSError: it may not be there.
         """
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         """End the files so that they hold the samples written, and no more; the last commit."""
 
     def files(self) -> list[str]:
         """The names of the files in the folder."""
 
 
-SINKS: dict[str, Callable[[Path, int], Any]] = {
-    "npy": npy.NpySink,
-    "safetensors": safetensors.SafetensorsSink,
-    "jsonl": jsonl.JsonlSink,
-    "csv": csv_table.CsvSink,
-    "parquet": parquet.ParquetSink,
+WRITERS: dict[str, Callable[[Path, int], Any]] = {
+    "npy": npy.NpyWriter,
+    "safetensors": safetensors.SafetensorsWriter,
+    "jsonl": jsonl.JsonlWriter,
+    "csv": csv_table.CsvWriter,
+    "parquet": parquet.ParquetWriter,
 }
 """format -> (folder, samples) to Sink."""
 
@@ -93,11 +93,13 @@ Of samples that were set apart a reader gives what lies in their place, or leave
 """
 
 
-def open_sink(config: OutputSection, samples: int, classes: Sequence[str] = ()) -> Sink:
+def open_writer(
+    config: OutputSection, samples: int, classes: Sequence[str] = ()
+) -> PredictionWriter:
     """The sink that a config names; nothing is written before its `open`.
 
     `classes` are what the model calls them; a format that holds text writes their names.
     """
-    sink: Sink = SINKS[config.format](config.path, samples)
-    sink.spelling = Spelling(config, classes)
+    sink: PredictionWriter = WRITERS[config.format](config.path, samples)
+    sink.spelling = ClassLabels(config, classes)
     return sink

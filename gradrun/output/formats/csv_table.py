@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from gradrun.output.formats.text_writer import Columns, LineSink, numbered_lots
+from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_lots
 
 _TRUTHS = {"True", "False"}
 
 
-class CsvSink(LineSink):
+class CsvWriter(TextWriter):
     """predictions.csv; every row has the columns of the first."""
 
     suffix = "csv"

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from gradrun.output.formats.text_writer import Columns, LineSink, numbered_lots
+from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_lots
 
 
-class JsonlSink(LineSink):
+class JsonlWriter(TextWriter):
     """predictions.jsonl; a row may have any shape, and each its own."""
 
     suffix = "jsonl"

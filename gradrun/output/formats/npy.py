@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from gradrun.core import files
-from gradrun.core.units import bytes_text
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import NO_CLASS, UNNAMED
+from gradrun.core.units import format_bytes
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import DEFAULT_OUTPUT, MISSING_CLASS
 
 BUFFER_BYTES = 128 * 1024
 """How much is gathered for one write: a call for every few rows would cost more, and what is much
@@ -33,7 +33,7 @@ _WINDOW_BYTES = 1024 * 1024
 _NUMPY_FLOATS = {torch.float16, torch.float32, torch.float64}
 
 
-class NpySink:
+class NpyWriter:
     """Rows of every output, each in a file of its own."""
 
     def __init__(self, folder: Path, samples: int) -> None:
@@ -41,11 +41,11 @@ class NpySink:
         self.nonfinite = self._committed = 0
         self._arrays: dict[str, _NpyFile] = {}
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
         self.written = self._committed = kept[-1].stop if kept else 0
         self.nonfinite = sum(committed.nonfinite for committed in kept)
         for name, tensor in outputs.items():
-            file = f"predictions{'' if name == UNNAMED else f'.{name}'}.npy"
+            file = f"predictions{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
             array = _NpyFile(self.folder / file, self.samples, tensor)
             self._arrays[name] = array
             array.open(self.written)
@@ -64,7 +64,7 @@ class NpySink:
             self._arrays[name].write(self.written, tensor)
         self.written += len(ids)
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         start, stop = self._committed, self.written
         if start == stop:
             return []
@@ -74,9 +74,9 @@ class NpySink:
         checksums = {a.path.name: a.checksum(start, stop, bad) for a in self._arrays.values()}
         nonfinite = int(bad.sum())
         self._committed, self.nonfinite = stop, self.nonfinite + nonfinite
-        return [Committed(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
+        return [CommittedRange(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         with ExitStack() as stack:  # each is closed, whatever befalls the others
             for array in self._arrays.values():
                 stack.callback(self._end, array)
@@ -96,7 +96,7 @@ class NpySink:
 def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """The rows of every output, a window at a time."""
     files = {
-        path.name.removeprefix("predictions").removesuffix(".npy")[1:] or UNNAMED: path
+        path.name.removeprefix("predictions").removesuffix(".npy")[1:] or DEFAULT_OUTPUT: path
         for path in sorted(folder.glob("predictions*.npy"))
     }
     first = [np.load(path, mmap_mode="r") for path in files.values()]
@@ -135,7 +135,7 @@ class _NpyFile:
         """Make the file, or take one with so many rows; then set the whole size aside."""
         self.begin = kept
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self.descriptor = files.open_plain(self.path, flags)
+        self.descriptor = files.open_regular(self.path, flags)
         try:
             if kept:
                 files.check_size(self.descriptor, self._offset(kept), self.path)
@@ -201,11 +201,13 @@ class _NpyFile:
         """CRC-32 of the rows start to stop; marks in `bad` those that hold a NaN or the like."""
         begin, end = self._offset(start), self._offset(stop)
         floats, found, row = self.dtype.kind in "fc", 0, 0
-        for piece in files.pieces(self.descriptor, begin, end, self.step * max(1, self.row_bytes)):
+        for piece in files.read_chunks(
+            self.descriptor, begin, end, self.step * max(1, self.row_bytes)
+        ):
             found = zlib.crc32(piece, found)
             if floats or self.dtype == np.int64:
                 values = np.frombuffer(piece, self.dtype)
-                good = np.isfinite(values) if floats else values != NO_CLASS
+                good = np.isfinite(values) if floats else values != MISSING_CLASS
                 rows = len(piece) // self.row_bytes
                 if not good.all():
                     bad[row : row + rows] |= ~good.reshape(rows, -1).all(axis=1)
@@ -232,13 +234,13 @@ class _NpyFile:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
             else:
-                files.check_room(self.path.parent, size, self.path.name)
+                files.ensure_free_space(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}:
                 raise
-            free = bytes_text(shutil.disk_usage(self.path.parent).free)
+            free = format_bytes(shutil.disk_usage(self.path.parent).free)
             raise OSError(
                 error.errno,
-                f"{self.path.name} needs {bytes_text(size)}, and {free} of disk are free",
+                f"{self.path.name} needs {format_bytes(size)}, and {free} of disk are free",
             ) from error

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.core.optional import library
-from gradrun.output.formats.sharded_writer import Columns, PartsSink
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import NO_CLASS
+from gradrun.core.optional import import_optional
+from gradrun.output.formats.sharded_writer import Columns, ShardedWriter
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import MISSING_CLASS
 
 _WIDENED = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 """Parquet has no such types; float32 holds each of their values exactly."""
@@ -25,7 +25,7 @@ _ROWS = 16 * 1024
 """How many are read back at once."""
 
 
-class ParquetSink(PartsSink):
+class ParquetWriter(ShardedWriter):
     """One column an output in every part, one of the ids, and what classes are called."""
 
     suffix = "parquet"
@@ -35,7 +35,7 @@ class ParquetSink(PartsSink):
         _arrow("parquet")  # where it is missing, nothing is to be written
         super().__init__(folder, samples)
 
-    def open(self, outputs: Columns, kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: Columns, kept: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
         if any(tensor.is_complex() for tensor in outputs.values()):
@@ -59,7 +59,7 @@ class ParquetSink(PartsSink):
         names = list(ids) if all(isinstance(name, int) for name in ids) else [*map(str, ids)]
         held = {"id": names, **{name: _column(arrow, rows) for name, rows in columns.items()}}
         for name, called in self.spelling.columns(columns).items():
-            held[called] = self.spelling.spelled(columns[name].tolist())
+            held[called] = self.spelling.names_of(columns[name].tolist())
         table = arrow.table(held)
         shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
         told = {"start": str(start), **shapes}
@@ -89,13 +89,13 @@ def _text(name: str) -> str:
 
 
 def _arrow(part: str = "") -> Any:
-    return library("pyarrow", "output.format", part)
+    return import_optional("pyarrow", "output.format", part)
 
 
 def _column(arrow: Any, rows: torch.Tensor) -> Any:
     """A tensor [n, ...] as numbers, or as lists (of lists) of numbers; null for no class."""
     flat = rows.contiguous().numpy().reshape(-1)
-    values = arrow.array(flat, mask=flat == NO_CLASS if flat.dtype == np.int64 else None)
+    values = arrow.array(flat, mask=flat == MISSING_CLASS if flat.dtype == np.int64 else None)
     for depth in range(rows.ndim - 1, 0, -1):
         lists, size = math.prod(rows.shape[:depth]), rows.shape[depth]
         ends = arrow.array(np.arange(lists + 1, dtype=np.int32) * np.int32(size))
@@ -115,7 +115,7 @@ def _columns(table: Any) -> Columns:
         for _ in shape:
             values = values.flatten()
         if values.null_count:
-            values = values.fill_null(NO_CLASS)
+            values = values.fill_null(MISSING_CLASS)
         flat = torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
         columns[name] = flat.reshape(table.num_rows, *shape)
     return columns

@@ -12,18 +12,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from gradrun.output.formats.sharded_writer import Columns, PartsSink
-from gradrun.output.journal import Committed
+from gradrun.output.formats.sharded_writer import Columns, ShardedWriter
+from gradrun.output.journal import CommittedRange
 
 _WINDOW_BYTES = 1024 * 1024
 
 
-class SafetensorsSink(PartsSink):
+class SafetensorsWriter(ShardedWriter):
     """One tensor an output in every part."""
 
     suffix = "safetensors"
 
-    def open(self, outputs: Columns, kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: Columns, kept: Sequence[CommittedRange] = ()) -> None:
         if "__metadata__" in outputs:
             raise ValueError(
                 "an output is called '__metadata__', which the format keeps for itself"

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from gradrun.core import files
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import Spelling, nonfinite_rows
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import ClassLabels, nonfinite_rows
 
 PART_BYTES = 64 * 1024 * 1024
 ID_BYTES = 256
@@ -28,7 +28,7 @@ Columns = dict[str, torch.Tensor]
 """Output name to a tensor [n, ...]."""
 
 
-class PartsSink(ABC):
+class ShardedWriter(ABC):
     """Fills one buffer an output, and writes them out together when they are full.
 
     A part holds the same samples whatever the batches are and whenever the run is resumed.
@@ -36,7 +36,7 @@ class PartsSink(ABC):
 
     suffix: str
     keeps_ids = False
-    spelling = Spelling()
+    spelling = ClassLabels()
 
     def prepared(self, outputs: Columns) -> Columns:
         """The outputs in types that the format holds; ValueError where it holds none such."""
@@ -60,7 +60,7 @@ class PartsSink(ABC):
         self._ended = self._committed = 0
         self._rest_end = 0
         """Bytes of the file beside the part that the commits tell of."""
-        self._told: list[Committed] = []
+        self._told: list[CommittedRange] = []
         self._parts: list[str] = []
 
     # --- places --------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class PartsSink(ABC):
 
     # --- the contract --------------------------------------------------------------------------
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
         # A type that the format cannot hold is refused now, and not with the first part.
         outputs = self.prepared(outputs)
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
@@ -82,7 +82,9 @@ class PartsSink(ABC):
         self._rows = max(1, min(self.samples, PART_BYTES // max(1, row_bytes)))
         left = self.samples - (kept[-1].stop if kept else 0)
         # While a part is written its plain rows still lie beside it.
-        files.check_room(self.folder, (left + min(left, self._rows)) * row_bytes, "predictions")
+        files.ensure_free_space(
+            self.folder, (left + min(left, self._rows)) * row_bytes, "predictions"
+        )
         self._buffers = {
             name: torch.empty((self._rows, *tensor.shape[1:]), dtype=tensor.dtype)
             for name, tensor in sorted(outputs.items())
@@ -127,12 +129,12 @@ class PartsSink(ABC):
             if at + count == self._rows:
                 self._end_part()
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         if self._committed < self.written:
             part = self._committed // self._rows
             committed, data = self._range(self._committed, self.written)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            descriptor = files.open_plain(self._rest(part), flags)
+            descriptor = files.open_regular(self._rest(part), flags)
             size = os.fstat(descriptor).st_size
             try:
                 files.write_all(descriptor, data)
@@ -147,7 +149,7 @@ class PartsSink(ABC):
         told, self._told = self._told, []
         return told
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         try:
             if self._ended < self.written:
                 self._end_part()
@@ -174,7 +176,7 @@ class PartsSink(ABC):
         tensors = {key: buffer[:rows] for key, buffer in self._buffers.items()}
         data = self.encode(tensors, self._ids[:rows], start)
         draft = self.folder / f"{name}.tmp"
-        descriptor = files.open_plain(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = files.open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             try:
                 files.write_all(descriptor, data)
@@ -192,13 +194,13 @@ class PartsSink(ABC):
         self._parts += [] if name in self._parts else [name]
         self._ended = stop
 
-    def _range(self, start: int, stop: int) -> tuple[Committed, bytes]:
+    def _range(self, start: int, stop: int) -> tuple[CommittedRange, bytes]:
         """Samples of the part in the buffers; their rows, one output after the other, and ids."""
         begin = start % self._rows
         end = begin + stop - start
         rows = [_raw(buffer[begin:end]) for buffer in self._buffers.values()]
         data = b"".join([*rows, id_lines(self._ids[begin:end])])
-        committed = Committed(
+        committed = CommittedRange(
             start=start,
             stop=stop,
             files={self._name(start // self._rows): zlib.crc32(data)},
@@ -207,12 +209,12 @@ class PartsSink(ABC):
         )
         return committed, data
 
-    def _tell(self, committed: Committed) -> None:
+    def _tell(self, committed: CommittedRange) -> None:
         self.nonfinite += committed.nonfinite
         self._committed, self._rest_end = committed.stop, committed.end or 0
         self._told.append(committed)
 
-    def _load(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
+    def _load(self, part: int, rows: int, kept: Sequence[CommittedRange]) -> None:
         """See that whole parts are there, and fill the buffers with the rows of the next."""
         for before in range(part):
             (self.folder / self._name(before)).stat()
@@ -224,7 +226,7 @@ class PartsSink(ABC):
             if later.name >= beyond:
                 later.unlink()
 
-    def _load_rows(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
+    def _load_rows(self, part: int, rows: int, kept: Sequence[CommittedRange]) -> None:
         ended = self.folder / self._name(part)
         if ended.exists():
             # It was ended early, or ended and not told of: it becomes rows again.
@@ -254,18 +256,18 @@ class PartsSink(ABC):
 
     def _read_rest(self, part: int, end: int) -> bytes:
         """The committed rows, of so many bytes; what follows them is cut off."""
-        descriptor = files.open_plain(self._rest(part), os.O_RDWR)
+        descriptor = files.open_regular(self._rest(part), os.O_RDWR)
         try:
             files.check_size(descriptor, end, self._rest(part))
             os.ftruncate(descriptor, end)
-            return b"".join(files.pieces(descriptor, 0, end))
+            return b"".join(files.read_chunks(descriptor, 0, end))
         finally:
             os.close(descriptor)
 
-    def _write_rest(self, part: int, rows: int, kept: Sequence[Committed]) -> None:
+    def _write_rest(self, part: int, rows: int, kept: Sequence[CommittedRange]) -> None:
         ranges = self._of_part(part, kept)
         data = b"".join(self._range(c.start, c.stop)[1] for c in ranges)
-        descriptor = files.open_plain(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = files.open_regular(self._rest(part), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         try:
             files.write_all(descriptor, data)
             files.sync(descriptor)
@@ -273,7 +275,7 @@ class PartsSink(ABC):
             os.close(descriptor)
         files.sync_folder(self.folder)
 
-    def _of_part(self, part: int, kept: Sequence[Committed]) -> list[Committed]:
+    def _of_part(self, part: int, kept: Sequence[CommittedRange]) -> list[CommittedRange]:
         return [committed for committed in kept if committed.start // self._rows == part]
 
 

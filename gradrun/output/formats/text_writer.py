@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from gradrun.core import files
-from gradrun.output.journal import Committed
-from gradrun.output.transforms import Spelling, nonfinite_rows
+from gradrun.output.journal import CommittedRange
+from gradrun.output.transforms import ClassLabels, nonfinite_rows
 
 T = TypeVar("T")
 
@@ -26,11 +26,11 @@ Columns = dict[str, list[Any]]
 """Output name to a number, a nest of lists, a text or None for each sample."""
 
 
-class LineSink:
+class TextWriter:
     """Appends whole lines; the one that a full disk cuts off is taken back."""
 
     suffix = ""
-    spelling = Spelling()
+    spelling = ClassLabels()
     """What the numbers of classes are called, in a column of their own."""
 
     def __init__(self, folder: Path, samples: int) -> None:
@@ -41,7 +41,7 @@ class LineSink:
         self._size = 0
         self._committed, self._checksum = 0, 0
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[Committed] = ()) -> None:
+    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
         if any(tensor.is_complex() for tensor in outputs.values()):
@@ -51,10 +51,10 @@ class LineSink:
         rows = max((len(values) for values in columns.values()), default=0)
         row_bytes = len(self.lines(columns, range(rows))) / max(1, rows)
         left = self.samples - (kept[-1].stop if kept else 0)
-        files.check_room(self.path.parent, int(row_bytes * left), self.path.name)
+        files.ensure_free_space(self.path.parent, int(row_bytes * left), self.path.name)
         # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
         flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._descriptor = files.open_plain(self.path, flags | os.O_APPEND)
+        self._descriptor = files.open_regular(self.path, flags | os.O_APPEND)
         if kept:
             self.written = self._committed = kept[-1].stop
             self._size = kept[-1].end or 0
@@ -85,7 +85,7 @@ class LineSink:
     def _columns(self, outputs: dict[str, torch.Tensor], missing: Collection[int]) -> Columns:
         columns: Columns = {name: tensor.tolist() for name, tensor in outputs.items()}
         for name, called in self.spelling.columns(outputs).items():
-            columns[called] = self.spelling.spelled(columns[name])
+            columns[called] = self.spelling.names_of(columns[name])
         for values in columns.values():
             for row in missing:
                 values[row] = None
@@ -103,11 +103,11 @@ class LineSink:
         """The lines of some samples, each with its end."""
         raise NotImplementedError
 
-    def commit(self) -> list[Committed]:
+    def commit(self) -> list[CommittedRange]:
         if self.written == self._committed:
             return []
         files.sync(self._descriptor)
-        committed = Committed(
+        committed = CommittedRange(
             start=self._committed,
             stop=self.written,
             files={self.path.name: self._checksum},
@@ -117,7 +117,7 @@ class LineSink:
         self.nonfinite, self._committed, self._checksum = self._bad, self.written, 0
         return [committed]
 
-    def close(self) -> list[Committed]:
+    def close(self) -> list[CommittedRange]:
         if self._descriptor < 0:
             return []
         try:
