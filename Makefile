@@ -70,8 +70,8 @@ docs-serve: .venv/.docs ## serve the documentation at http://127.0.0.1:8000 and 
 	$(BIN)/mkdocs serve
 
 bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
-	$(BIN)/python tests/bench/bench.py
-	$(BIN)/python tests/bench/compare_bench.py
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/compare_bench.py
 
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
@@ -79,7 +79,7 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/fuzz.py
 
 golden: .venv/.dev ## rewrite the golden reports; read their diff before you commit
-	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/test_terminal.py tests/test_*_report.py
+	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/report
 
 dist: .venv/.release ## build the wheel and sdist into dist/ and check them
 	rm -rf dist

@@ -38,9 +38,10 @@ import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import Comparison, Equivalence, Finding, Outcome, SavedForBackward
-from tests import results, small_models
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
+from tests.support import run_results as results
+from tests.support import small_models
 
 SETTINGS = """\
 run: {{device: cpu, threads: 1, warmup: 0{run}}}

@@ -1,0 +1,368 @@
+"""`make bench`: gradrun against what a person writes by hand, as ratios.
+
+Each ratio comes from runs that took turns, in one process or pair by pair, and is printed with the
+bar it must stay under, and whether more pairs might say otherwise. Exits 1 when one does not.
+"""
+
+from __future__ import annotations
+
+import compileall
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import loop_by_hand
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import gradrun
+from gradrun.config.load import load_config
+from gradrun.config.schema import RunConfig
+from gradrun.data import open_data
+from gradrun.inference import device as machine
+from gradrun.inference.runner import Runner
+from gradrun.models import load_model
+from gradrun.output.checkpointer import Checkpointer
+from gradrun.output.fingerprint import fingerprint
+from gradrun.output.formats import open_writer
+from gradrun.output.journal import Journal
+from gradrun.results import stats
+from tests.support import small_models
+
+ROOT = Path(__file__).resolve().parents[1]
+ROUNDS = 21
+
+
+def main() -> None:
+    # The commands below start from compiled files, as installed ones do.
+    compileall.compile_dir(ROOT / "gradrun", quiet=1)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for title, bar, measure in (
+            ("loop: time per batch against a hand-written loop", 1.05, loop),
+            ("start: gradrun --help against import typer", 2.0, start),
+            ("report: gradrun report against import typer, rich", 2.5, saved_report),
+            ("whole command: digits against a plain script", 1.15, whole_command),
+            ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
+            ("memory: process peak with 10 x the samples", 1.05, memory_growth),
+            ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
+            ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
+            ("memory: the same of a million rows of Parquet", 1.05, flat_parquet),
+            ("images: whole run against the longer of decode and compute", 1.15, overlap),
+        ):
+            ratios = measure(folder)
+            rows.append((title, bar, ratios))
+    table = Table("benchmark", "median", "95 % interval", "at most", "")
+    failed = False
+    for title, bar, ratios in rows:
+        value = median(ratios)
+        over = value > bar
+        failed |= over
+        # Of five or fewer no interval can be had: their range.
+        found = stats.quantile(ratios, 0.5) if len(ratios) > 5 else None
+        low, high = (found.low, found.high) if found else (min(ratios), max(ratios))
+        sure = "" if low > bar or high <= bar else ", unsure"
+        table.add_row(
+            title,
+            f"{value:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{bar:.2f}",
+            ("[red]over[/]" if over else "ok") + sure,
+        )
+    Console().print(table)
+    sys.exit(failed)
+
+
+def loop(folder: Path) -> list[float]:
+    """160,000 samples of 64 floats, batch 8, 8 x (Linear 64, ReLU), .npy to .npy.
+
+    gradrun's side syncs to the disk and keeps a journal, which nobody does by hand.
+    """
+    source = folder / "inputs.npy"
+    np.save(source, np.random.default_rng(0).standard_normal((160_000, 64), dtype=np.float32))
+    config = _loop_config(source, folder / "loop")
+    ratios = []
+    with machine.device_context(config.run) as device:
+        model = load_model(config.model, device)
+        data = open_data(config.data, 0)
+        head = fingerprint(config, data.samples, gradrun.__version__)
+
+        def by_hand() -> float:
+            began = time.perf_counter()
+            loop_by_hand.run(model, source, folder / "by_hand.npy", 8)
+            return time.perf_counter() - began
+
+        def by_gradrun() -> float:
+            for old in config.output.path.glob("*"):
+                old.unlink()
+            config.output.path.mkdir(exist_ok=True)
+            runner = Runner(model, data, config, device)
+            outputs = runner.prepare()
+            began = time.perf_counter()
+            sink = open_writer(config.output, data.samples)
+            journal = Journal(config.output.path / "journal.jsonl", head)
+            sink.open(outputs)
+            keeper = Checkpointer(sink, journal, 8, row_bytes=256)
+            gathered = runner.run(sink, keeper.look)
+            keeper.close()
+            if gathered.stopped:
+                raise gathered.stopped
+            return time.perf_counter() - began
+
+        ratios = _in_turn(by_gradrun, by_hand, 2 * ROUNDS)
+    ours, theirs = np.load(folder / "loop" / "predictions.npy"), np.load(folder / "by_hand.npy")
+    assert np.array_equal(ours, theirs), "the two loops disagree"
+    return ratios
+
+
+def start(folder: Path) -> list[float]:
+    """Both as whole processes, in turn."""
+    return _in_turn(_command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS)
+
+
+def saved_report(folder: Path) -> list[float]:
+    """A saved run of 500 batches shown again; both as whole processes, in turn."""
+    run = folder / "report"
+    _output("-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"), "-o", str(run))
+    return _in_turn(
+        _command("-m", "gradrun", "report", str(run)),
+        _command("-c", "import typer, rich"),
+        2 * ROUNDS,
+    )
+
+
+def whole_command(folder: Path) -> list[float]:
+    """Both as whole processes, in turn; both end with the same predictions."""
+    target = folder / "digits"
+    ratios = _in_turn(
+        _command(
+            "-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"),
+            "--output", str(target), "--overwrite",
+        ),
+        _command(str(ROOT / "tests" / "bench" / "digits_by_hand.py"), str(folder / "digits.npy")),
+        ROUNDS,
+    )  # fmt: skip
+    ours = np.load(target / "predictions.npy")
+    assert np.array_equal(ours, np.load(folder / "digits.npy")), "the two disagree"
+    return ratios
+
+
+def tensor_bytes(folder: Path) -> list[float]:
+    """The forward's peak of 8 x (Linear 1024, ReLU), batch 256: whole activations of 1 MiB."""
+    activation = 256 * 1024 * 4
+    model = {"source": "zoo", "name": "mlp", "args": {"width": 1024}}
+    inputs = {"x": {"shape": [1024]}}
+    data = {"source": "synthetic", "inputs": inputs, "samples": 256, "batch_size": 256}
+    ratios = []
+    for mode, activations in (("grad", 9), ("no_grad", 3), ("inference_mode", 3)):
+        result = gradrun.infer(
+            {"model": model, "data": data, "output": {"path": str(folder / mode)}},
+            run={"mode": mode},
+        )
+        ratios.append((result.measurements[0].memory.forward_peak or 0) / activation / activations)
+    return ratios
+
+
+def memory_growth(folder: Path) -> list[float]:
+    """The process peak of a run over ten times the samples, against that over 16,000."""
+    sources = {count: folder / f"{count}.npy" for count in (16_000, 160_000)}
+    for count, path in sources.items():
+        np.save(path, np.random.default_rng(0).standard_normal((count, 64), dtype=np.float32))
+
+    def peak(count: int) -> float:
+        out = folder / f"peak{count}"
+        config = _loop_config(sources[count], out).model_dump(mode="json")
+        code = (
+            "import sys, json, gradrun\n"
+            "result = gradrun.infer(json.loads(sys.argv[1]), overwrite=True)\n"
+            "print(result.measurements[0].memory.process_peak)"
+        )
+        return float(_output("-c", code, json.dumps(config)))
+
+    return [peak(160_000) / peak(16_000) for _ in range(5)]
+
+
+def flat(folder: Path) -> list[float]:
+    """The resident set at the end of a run over 10 million samples, against that at a tenth."""
+    samples = 10_000_000
+    config = {
+        "model": {"source": "layers", "layers": [{"Linear": [4, 2]}]},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [4]}},
+            "samples": samples,
+            "batch_size": 128,
+        },
+        "output": {"path": str(folder / "flat")},
+    }
+    code = (
+        "import sys, json, gradrun, psutil\n"
+        "sizes = []\n"
+        "def note(done, samples):\n"
+        "    sizes.append((done / samples, psutil.Process().memory_info().rss))\n"
+        "gradrun.infer(json.loads(sys.argv[1]), progress=note)\n"
+        "print(json.dumps(sizes))"
+    )
+    sizes = json.loads(_output("-c", code, json.dumps(config)))
+    tenth = next(size for share, size in sizes if share >= 0.1)
+    return [max(size for _, size in sizes) / tenth]
+
+
+def grouping(folder: Path) -> list[float]:
+    """1,000 texts of which a tenth is long through a small BERT, read to written."""
+    small_models.save_bert(folder / "bert", hidden_size=128, intermediate_size=512)
+    (folder / "t.txt").write_text("\n".join(small_models.skewed(1_000)) + "\n")
+
+    def run(grouped: bool) -> Callable[[], float]:
+        config = {
+            "model": {"source": "huggingface", "path": str(folder / "bert")},
+            "data": {
+                "source": "text",
+                "path": str(folder / "t.txt"),
+                "batch_size": 16,
+                "group_by_length": grouped,
+            },
+            "run": {"warmup": 1},
+            "measure": {"memory": False},
+            "output": {
+                "path": str(folder / f"grouped-{grouped}"),
+                "select": "last_hidden_state",
+                "transform": "mean_pool",
+            },
+        }
+        return lambda: gradrun.infer(config, overwrite=True).measurements[0].seconds
+
+    ratios = _in_turn(run(True), run(False), 7)
+    ours, theirs = (np.load(folder / f"grouped-{g}/predictions.npy") for g in (True, False))
+    assert np.allclose(ours, theirs, atol=1e-5), "the order has changed"
+    return ratios
+
+
+def flat_parquet(folder: Path) -> list[float]:
+    """The resident set at the end of a run over a million rows of Parquet, against a tenth."""
+    said = _output(str(ROOT / "tests" / "bench" / "parquet_rows.py"), str(folder))
+    sizes = dict(map(int, line.split()) for line in said.splitlines())
+    return [max(sizes.values()) / sizes[1]]
+
+
+def overlap(folder: Path) -> list[float]:
+    """160 JPEGs of 1280 x 960 through resnet18 on one thread, whose time decoding takes half of.
+
+    More of it would not fit beside the forward on two processors, and less would prove nothing.
+    """
+    drawn = np.random.default_rng(0)
+    for i in range(160):
+        coarse = drawn.integers(0, 256, (30, 40, 3), np.uint8)
+        path = folder / "pictures" / f"{i:03}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((1280, 960)).save(path)
+    config = load_config(
+        {
+            "model": {"source": "zoo", "name": "resnet18"},
+            "data": {
+                "source": "images",
+                "path": str(folder / "pictures"),
+                "preprocess": "imagenet",
+                "resize": 128,
+                "crop": 112,
+                "batch_size": 8,
+            },
+            "run": {"threads": 1},
+            "output": {"path": str(folder / "overlap")},
+        }
+    )
+    ratios = []
+    with machine.device_context(config.run) as device, torch.inference_mode():
+        model, data = load_model(config.model, device), open_data(config.data, 0)
+        held = [*data.batches()]
+
+        def decode() -> None:
+            for _ in data.batches():
+                pass
+
+        def compute() -> None:
+            for batch in held:
+                model(*batch.args)
+
+        def both() -> None:
+            runner = Runner(model, data, config, device)
+            outputs = runner.prepare()
+            for old in config.output.path.glob("*"):
+                old.unlink()
+            config.output.path.mkdir(exist_ok=True)
+            sink = open_writer(config.output, data.samples)
+            sink.open(outputs)
+            seconds.append(-time.perf_counter())
+            runner.run(sink)
+            seconds[-1] += time.perf_counter()
+            sink.close()
+
+        compute()
+        for _ in range(5):
+            seconds: list[float] = []
+            both()
+            for alone in (decode, compute):
+                began = time.perf_counter()
+                alone()
+                seconds.append(time.perf_counter() - began)
+            total, decoding, computing = seconds
+            print(f"whole {total:.2f} s, decode {decoding:.2f} s, compute {computing:.2f} s")
+            ratios.append(total / max(decoding, computing))
+    return ratios
+
+
+def _loop_config(source: Path, target: Path) -> RunConfig:
+    return load_config(
+        {
+            "model": {"source": "zoo", "name": "mlp"},
+            "data": {"source": "arrays", "path": str(source), "batch_size": 8},
+            "output": {"path": str(target)},
+        }
+    )
+
+
+def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> list[float]:
+    """Ratios of pairs that ran one after the other, the order changing, after one warm-up pair."""
+    ours(), theirs()
+    ratios = []
+    for i in range(rounds):
+        if i % 2:
+            own, other = ours(), theirs()
+        else:
+            other, own = theirs(), ours()
+        ratios.append(own / other)
+    return ratios
+
+
+def _command(*words: str) -> Callable[[], float]:
+    def run() -> float:
+        began = time.perf_counter()
+        _output(*words)
+        return time.perf_counter() - began
+
+    return run
+
+
+def _output(*words: str) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Limits and baselines held against figures: what passes, what fails, what cannot be told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from gradrun.checks import evaluate
+from gradrun.config.schema import CheckSection
+from gradrun.core.grad_mode import GradMode
+from gradrun.results.result import Equivalence, Metric, Output, RunResult, Warning
+from gradrun.results.stats import Estimate
+from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement
+
+
+def asked(**sections: object) -> CheckSection:
+    return CheckSection.model_validate(sections)
+
+
+def by_name(outcomes):
+    return {outcome.check: outcome for outcome in outcomes}
+
+
+def predicted(*warnings: Warning, mode: str = "inference_mode", rows: int = 498) -> RunResult:
+    return RunResult(
+        kind="infer",
+        gradrun="0.1.0",
+        started_at="2026-01-01T00:00:00+00:00",
+        config=CONFIG.model_dump(mode="json"),
+        environment=MACHINE,
+        measurements=(measurement(mode=mode),),
+        predictions=rows,
+        warnings=warnings,
+    )
+
+
+# --- smoke -------------------------------------------------------------------------------------
+
+
+def test_a_sound_run_passes_every_smoke_check():
+    same = Equivalence(
+        baseline="inference_mode", candidate="grad", bitwise=True, max_abs_diff=0, equal=True
+    )
+    outcomes = by_name(evaluate.smoke(predicted(), [same]))
+    assert [*outcomes] == ["runs", "predictions", "finite", "no graph", "grad agrees"]
+    assert {outcome.status for outcome in outcomes.values()} == {"pass"}
+    assert outcomes["predictions"].value == "498 rows"
+
+
+@pytest.mark.parametrize(
+    ("code", "check"),
+    [("nonfinite", "finite"), ("quarantined", "predictions"), ("graph_kept", "no graph")],
+)
+def test_what_a_run_warned_of_fails_its_smoke_check(code, check):
+    found = by_name(evaluate.smoke(predicted(Warning(code=code, text="12 of them")), []))
+    assert {name for name, outcome in found.items() if outcome.status == "fail"} == {check}
+    assert found[check].reason == "12 of them"
+
+
+def test_a_prediction_too_few_fails():
+    found = by_name(evaluate.smoke(predicted(rows=497), []))
+    assert found["predictions"].status == "fail"
+    assert "498" in found["predictions"].reason
+
+
+def test_in_grad_a_graph_is_no_fault():
+    assert "no graph" not in by_name(evaluate.smoke(predicted(mode="grad"), []))
+
+
+def test_a_mode_with_other_outputs_fails_and_names_the_module():
+    other = Equivalence(
+        baseline="inference_mode", candidate="grad", bitwise=False, max_abs_diff=0.25,
+        equal=False, first_module="drop (Dropout)",
+    )  # fmt: skip
+    found = by_name(evaluate.smoke(predicted(), [other]))["grad agrees"]
+    assert found.status == "fail"
+    assert "0.25" in found.reason
+    assert "drop (Dropout)" in found.reason
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+def test_memory_is_held_to_the_byte():
+    limits = {"forward_peak": "66048", "retained": "159", "device_allocated": "1 GiB"}
+    found = by_name(evaluate.memory_limits(asked(limits=limits), MEMORY))
+    assert found["forward peak"].status == "pass"
+    assert found["retained"].status == "fail"
+    assert found["retained"].reason == "1 B too much (160 bytes)"
+    assert found["retained"].key == "check.limits.retained"
+    assert found["device allocated"].status == "inconclusive", "nothing counted it"
+
+
+def trials(mode: str, scale: float, spread: float = 0.001):
+    """Five processes of a mode; `scale` is the time of a round."""
+    return [
+        measurement(
+            mode=mode,
+            variant=mode,
+            process=process,
+            batch_seconds=(scale * (1 + spread * process),) * 5,
+            batch_sizes=(4,) * 5,
+        )
+        for process in range(5)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "limit", "status"),
+    [(1.25, ">= 1.2", "pass"), (1.25, ">= 1.3", "fail"), (1.25, "<= 1.3", "pass")],
+)
+def test_a_speedup_is_time_of_the_other_over_time_of_this(seconds, limit, status):
+    measured = [*trials("inference_mode", 1.0), *trials("grad", seconds)]
+    section = asked(limits={"speedup_over_grad": limit})
+    (found,) = evaluate.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
+    assert (found.status, found.check) == (status, "speedup over grad")
+    assert found.value.startswith("1.25")
+
+
+def test_an_interval_on_both_sides_of_a_limit_is_inconclusive():
+    noisy = [m.replace(batch_seconds=(1.0 + 0.1 * m.process,) * 5) for m in trials("grad", 1.0)]
+    section = asked(limits={"speedup_over_grad": ">= 1.15"})
+    measured = [*trials("inference_mode", 1.0), *noisy]
+    (found,) = evaluate.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
+    assert found.status == "inconclusive"
+    assert "both sides" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "status"),
+    [(0.98, ">= 0.97", "pass"), (0.96, ">= 0.97", "fail"), (0.2, "<= 0.3", "pass"),
+     (math.nan, ">= 0.97", "fail"), (None, ">= 0.97", "fail")],
+)  # fmt: skip
+def test_a_metric_keeps_its_limit_and_one_that_is_not_there_does_not(value, limit, status):
+    metrics = [] if value is None else [Metric(name="accuracy", value=value, samples=9)]
+    (found,) = evaluate.metric_limits(asked(limits={"accuracy": limit}), metrics)
+    assert (found.check, found.status) == ("accuracy", status)
+
+
+# --- regression --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "status"),
+    [(0.9, 1.0, "pass"), (1.02, 1.05, "pass"), (1.04, 1.06, "inconclusive"), (1.06, 1.2, "fail")],
+)
+def test_time_fails_only_where_the_whole_interval_is_beyond(low, high, status):
+    slowdown = Estimate((low + high) / 2, low, high)
+    (found,) = evaluate.time_regression(asked(), "main", slowdown)
+    assert (found.status, found.check) == (status, "time vs main")
+
+
+def test_times_of_another_machine_are_not_compared_and_memory_is():
+    before = MACHINE.replace(cpu="Xeon", threads=8)
+    differs = evaluate.machines_differ(before, MACHINE)
+    assert differs == ["cpu Xeon, here AMD EPYC", "threads 8, here 2"]
+    (found,) = evaluate.time_regression(asked(), "b.json", Estimate(2, 1.9, 2.1), differs)
+    assert found.status == "inconclusive"
+    assert "--against" in found.reason
+    grown = MEMORY.replace(forward_peak=67_400)
+    (found,) = evaluate.memory_regression(asked(), "b.json", MEMORY, grown)
+    assert found.status == "fail"
+
+
+def test_figures_of_other_batches_are_no_regression():
+    before, now = [measurement(3, 4)], [measurement(3, 8, batch_sizes=(8, 8, 8))]
+    assert evaluate.batches_differ(before, before) == []
+    differs = evaluate.batches_differ(before, now)
+    assert differs == ["batches of 4, here 8"]
+    grown = MEMORY.replace(forward_peak=132_096)
+    (found,) = evaluate.memory_regression(asked(), "base", MEMORY, grown, differs)
+    assert (found.status, found.value) == ("inconclusive", "–")
+    assert "measured with batches of 4, here 8; --save-baseline" in found.reason
+
+
+def test_one_process_of_a_baseline_supports_no_interval():
+    before, now = trials("grad", 1.0)[:1], trials("grad", 2.0)
+    (found,) = evaluate.time_regression(asked(), "b.json", evaluate.apart(before, now))
+    assert found.status == "inconclusive"
+    assert "--save-baseline" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("grown", "status"), [(0, "pass"), (660, "pass"), (661, "fail"), (-5000, "pass")]
+)
+def test_memory_may_grow_by_its_share_and_no_byte_more(grown, status):
+    now = MEMORY.replace(forward_peak=66_048 + grown)
+    (found,) = evaluate.memory_regression(asked(), "main", MEMORY, now)
+    assert found.status == status
+
+
+def test_memory_that_came_from_nothing_fails_and_nothing_to_nothing_passes():
+    none = MEMORY.replace(retained=0)
+    section = asked(regression={"retained": "10%", "forward_peak": None})
+    assert next(evaluate.memory_regression(section, "m", none, MEMORY)).status == "fail"
+    assert next(evaluate.memory_regression(section, "m", none, none)).status == "pass"
+
+
+def test_a_figure_that_one_side_lacks_is_inconclusive():
+    unknown = MEMORY.replace(forward_peak=None)
+    (found,) = evaluate.memory_regression(asked(), "m", unknown, MEMORY)
+    assert found.status == "inconclusive"
+
+
+OUTPUT = Output(name="prediction", dtype="float32", shape=(10,), mean=0.5, spread=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mean": 0.50001}, ""),
+        ({"mean": 0.6}, "mean was 0.5 and is 0.6"),
+        ({"spread": math.nan}, "spread was 0.1 and is nan"),
+        ({"shape": (5,)}, r"was float32 [10] and is float32 [5]"),
+        ({"dtype": "float16"}, "is float16"),
+        ({"name": "other"}, "there is no prediction any more; other is new"),
+    ],
+)
+def test_outputs_are_known_by_type_shape_mean_and_spread(change, said):
+    now = OUTPUT.replace(**change)
+    (found,) = evaluate.outputs_regression(asked(), "b.json", [OUTPUT], [now])
+    assert found.status == ("fail" if said else "pass")
+    assert said in found.reason
+
+
+def test_a_regression_that_nobody_asks_for_is_not_looked_for():
+    section = asked(regression={"time": None, "forward_peak": None, "outputs": False})
+    assert not [*evaluate.time_regression(section, "m", Estimate(9, 8, 10))]
+    assert not [*evaluate.memory_regression(section, "m", MEMORY, MEMORY)]
+    assert not [*evaluate.outputs_regression(section, "m", [OUTPUT], [])]
+
+
+# --- the whole ---------------------------------------------------------------------------------
+
+
+def test_one_failure_fails_and_one_doubt_without_failure_is_inconclusive():
+    good = evaluate.smoke(predicted(), [])
+    bad = evaluate.failed_smoke("runs", "no")
+    (unclear,) = evaluate.time_regression(asked(), "m", None)
+    result = predicted()
+    for outcomes, status in (
+        (good, "pass"),
+        ([*good, unclear], "inconclusive"),
+        ([unclear, bad], "fail"),
+    ):
+        assert result.replace(outcomes=tuple(outcomes)).status == status

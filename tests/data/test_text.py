@@ -1,0 +1,292 @@
+"""Texts become batches of tokens, in the file's order or grouped by length."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from gradrun.config.load import load_config
+from gradrun.config.schema import DataConfig
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import import_transformers
+from gradrun.data import open_data
+from gradrun.data.source import Batch, input_position
+from gradrun.data.text import WINDOW_BATCHES, Texts
+from tests.support.small_models import save_bert, save_tokenizer, sentences, skewed
+
+LINES = skewed(300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("texts")
+    save_tokenizer(base / "tokenizer")
+    (base / "t.txt").write_text("\n".join(LINES) + "\n")
+    return base
+
+
+def opened(folder: Path, **keys: Any) -> Texts:
+    given = {"source": "text", "path": "t.txt", "batch_size": 8, **keys}
+    given["path"] = str(folder / given["path"])
+    given.setdefault("tokenizer", str(folder / "tokenizer"))
+    found = open_data(TypeAdapter(DataConfig).validate_json(json.dumps(given)), 0)
+    assert isinstance(found, Texts)
+    return found
+
+
+def refused(folder: Path, **keys: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        list(opened(folder, **keys).batches())
+    return str(caught.value)
+
+
+def tokens(batches: Iterable[Batch]) -> list[list[int]]:
+    """The tokens of every sample without padding, in the order of the batches."""
+    return [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch.kwargs["input_ids"], batch.kwargs["attention_mask"], strict=True)
+    ]
+
+
+def by_hand(lines: list[str], folder: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return [tokenizer(line, truncation=True)["input_ids"] for line in lines]
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def test_lines_are_tokenized_as_by_hand_and_padded_to_the_longest_of_the_batch(
+    folder: Path,
+) -> None:
+    data = opened(folder, group_by_length=False)
+    assert data.samples == len(LINES)
+    expected = by_hand(LINES, folder)
+    batches = list(data.batches())
+    assert tokens(batches) == expected
+    for first, batch in zip(range(0, len(LINES), 8), batches, strict=True):
+        longest = max(map(len, expected[first : first + 8]))
+        assert batch.kwargs["input_ids"].shape == (batch.size, longest)
+        assert list(batch.ids) == list(range(first, first + batch.size))
+    assert list(batches[0].kwargs) == ["input_ids", "token_type_ids", "attention_mask"]
+
+
+def test_every_line_is_a_sample_also_an_empty_one(folder: Path) -> None:
+    (folder / "gaps.txt").write_bytes("\ufeffone\r\n\r\nthree\n".encode())
+    assert tokens(opened(folder, path="gaps.txt").batches()) == by_hand(
+        ["one", "", "three"], folder
+    )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_field_of_records_is_read_and_another_names_the_samples(
+    folder: Path, suffix: str
+) -> None:
+    rows = [{"key": f"r{i}", "body": line} for i, line in enumerate(LINES[:20])]
+    path = folder / f"rows.{suffix}"
+    if suffix == "csv":
+        path.write_text("key,body\n" + "".join(f"{r['key']},{r['body']}\n" for r in rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = opened(folder, path=path.name, field="body", id="key", group_by_length=False)
+    batches = list(data.batches())
+    assert tokens(batches) == by_hand(LINES[:20], folder)
+    assert [name for batch in batches for name in batch.ids] == [row["key"] for row in rows]
+
+
+def test_texts_are_cut_where_the_tokenizer_or_the_config_ends_them(folder: Path) -> None:
+    (folder / "long.txt").write_text("model " * 500)
+    (width,) = {b.kwargs["input_ids"].shape[1] for b in opened(folder, path="long.txt").batches()}
+    assert width == 64
+    data = opened(folder, path="long.txt", max_length=10)
+    assert next(data.batches()).kwargs["input_ids"].shape == (1, 10)
+
+
+def test_padding_to_one_length_gives_rows_of_one_shape(folder: Path) -> None:
+    data = opened(folder, padding="max_length", max_length=20)
+    assert not data.grouped, "nothing to be saved"
+    assert {b.kwargs["input_ids"].shape[1] for b in data.batches()} == {20}
+
+
+@pytest.mark.parametrize("end", ["[SEP]", None])
+def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: str | None) -> None:
+    made = save_tokenizer(folder / "unpadded")
+    plain = import_transformers("").PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer, unk_token="[UNK]", eos_token=end
+    )
+    assert plain.pad_token is None
+    plain.save_pretrained(folder / "unpadded")
+    keys = {"tokenizer": str(folder / "unpadded"), "group_by_length": False, "max_length": 64}
+    if end:
+        assert tokens(opened(folder, **keys).batches()) == by_hand(LINES, folder)
+    else:
+        assert "has no token to fill up short texts with" in refused(folder, **keys)
+
+
+def test_only_the_inputs_that_are_named_are_given(folder: Path) -> None:
+    data = opened(folder, inputs=["input_ids", "attention_mask"])
+    assert list(next(data.batches()).kwargs) == ["input_ids", "attention_mask"]
+    assert "the tokenizer makes no 'mask'; " in refused(folder, inputs=["mask"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "keys", "said"),
+    [
+        ("t.pdf", b"x", {}, "is no text file; allowed: .txt, .csv, .jsonl"),
+        ("t.txt", b"caf\xe9\n", {}, "cannot be read: 'utf-8' codec"),
+        ("t.txt", b"", {}, "there are no samples"),
+        ("t.txt", b"a\n", {"field": "body"}, "the lines of a .txt file have no columns"),
+        (
+            "t.csv",
+            b"key,body\n1,a\n",
+            {},
+            "has columns; name the one with the text; allowed: key, body",
+        ),
+        ("t.csv", b"key,body\n1,a\n", {"field": "boby"}, "no column 'boby'; did you mean body?"),
+        ("t.csv", b"key,body\n1,a\n", {"field": "body", "id": "k"}, "has no column 'k'"),
+        (
+            "t.jsonl",
+            b'{"body": 3}\n',
+            {"field": "body"},
+            "t.jsonl:1  'body' is 3, which is no text",
+        ),
+        ("t.jsonl", b'{"body": "a"}\n{}\n', {"field": "body"}, ":2  'body' is None"),
+        ("t.csv", b",body\n1,a\n", {}, "t.csv has columns"),
+        ("t.csv", b"body\n" + b"a" * 200_000, {"field": "body"}, "cannot be read: field larger"),
+        ("t.jsonl", b"{\n", {"field": "body"}, "not JSON"),
+    ],
+)
+def test_a_file_that_holds_no_texts_is_refused(
+    folder: Path, tmp_path: Path, name: str, content: bytes, keys: dict[str, Any], said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    keys = {**keys, "tokenizer": str(folder / "tokenizer")}
+    assert said in refused(tmp_path, path=name, **keys)
+
+
+# --- the tokenizer -----------------------------------------------------------------------------
+
+
+def config(folder: Path, model: dict[str, Any], **data: Any) -> Any:
+    text = {"source": "text", "path": str(folder / "t.txt"), **data}
+    return load_config({"model": model, "data": text, "output": {"path": str(folder / "out")}})
+
+
+def test_the_tokenizer_is_that_of_the_model_and_follows_it(folder: Path) -> None:
+    save_bert(folder / "bert")
+    found = config(folder, {"source": "huggingface", "path": str(folder / "bert")})
+    assert found.data.vocabulary == (folder / "bert", None)
+    # Written back as it was asked for, so that another model brings another tokenizer.
+    written = found.model_dump(mode="json")
+    assert written["data"]["tokenizer"] is None
+    again = load_config(written, {"model.path": str(folder / "tokenizer")})
+    assert again.data.vocabulary == (folder / "tokenizer", None)
+    assert folder / "bert" in found.input_files()
+
+
+def test_a_model_without_a_tokenizer_asks_for_one(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is missing: a folder or a name"):
+        config(folder, {"source": "zoo", "name": "mlp"})
+    own = config(folder, {"source": "zoo", "name": "mlp"}, tokenizer=str(folder / "tokenizer"))
+    assert own.data.vocabulary == (folder / "tokenizer", None)
+
+
+def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "coded")
+    path = tmp_path / "coded/tokenizer_config.json"
+    described = json.loads(path.read_text())
+    described |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    path.write_text(json.dumps(described))
+    (tmp_path / "coded/mine.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    said = refused(folder, tokenizer=str(tmp_path / "coded"))
+    assert "brings code of its own, and tokenizers of gradrun run none" in said
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_window_that_was_forgotten_is_read_again(folder: Path) -> None:
+    data = opened(folder, batch_size=2)
+    assert data.grouped
+    assert data.samples > 9 * data.window, "more windows than are remembered"
+    expected = [name for batch in data.batches() for name in batch.ids]
+    assert [input_position(data, at) for at in range(data.samples)] == expected
+
+
+def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"padding: max_length needs data\.max_length"):
+        config(folder, {"source": "zoo", "name": "mlp"}, padding="max_length")
+
+
+# --- grouping ----------------------------------------------------------------------------------
+
+
+def test_texts_are_grouped_where_it_saves_a_tenth_and_not_elsewhere(folder: Path) -> None:
+    (folder / "even.txt").write_text("the model\n" * 100)
+    assert opened(folder).grouped
+    assert not opened(folder, path="even.txt").grouped
+    assert opened(folder, path="even.txt", group_by_length=True).grouped
+    assert not opened(folder, group_by_length=False).grouped
+    assert not opened(folder, batch_size=1).grouped
+
+
+def test_grouped_texts_are_all_there_once_and_their_places_are_known(folder: Path) -> None:
+    data, expected = opened(folder), by_hand(LINES, folder)
+    assert data.samples > data.window, "more than a window, and the last is not whole"
+    found = tokens(data.batches())
+    places = [input_position(data, at) for at in range(data.samples)]
+    assert sorted(places) == list(range(data.samples))
+    assert [expected[place] for place in places] == found
+    assert places != sorted(places)
+    for first in range(0, data.samples, data.window):
+        stop = min(first + data.window, data.samples)
+        assert sorted(places[first:stop]) == list(range(first, stop)), "a window keeps its texts"
+        lengths = [len(row) for row in found[first:stop]]
+        batches = [lengths[at : at + 8] for at in range(0, len(lengths), 8)]
+        assert max(batches, key=max) == batches[0], "the longest first"
+        assert all(batch == sorted(batch, reverse=True) for batch in batches)
+        apart = [batch for batch in batches if batch[0] != batch[-1]]
+        assert len(apart) < len(batches), "like lengths are together"
+    assert [name for batch in data.batches() for name in batch.ids] == places
+
+
+@pytest.mark.parametrize("start", [8, 64, 8 * WINDOW_BATCHES, 200, 296])
+def test_batches_from_any_batch_on_are_those_of_the_whole(folder: Path, start: int) -> None:
+    data = opened(folder)
+    whole = list(data.batches())[start // 8 :]
+    again = list(opened(folder).batches(start))
+    assert len(whole) == len(again)
+    for one, other in zip(whole, again, strict=True):
+        assert list(one.ids) == list(other.ids)
+        assert torch.equal(one.kwargs["input_ids"], other.kwargs["input_ids"])
+
+
+def test_what_padding_costs_is_counted(folder: Path) -> None:
+    data, plain = opened(folder), opened(folder, group_by_length=False)
+    computed = {}
+    for name, one in (("grouped", data), ("plain", plain)):
+        computed[name] = sum(batch.kwargs["input_ids"].numel() for batch in one.batches())
+    found = data.padding(0, data.samples)
+    assert found.tokens == sum(map(len, by_hand(LINES, folder)))
+    assert (found.run, found.ungrouped) == (computed["grouped"], computed["plain"])
+    assert found.run < 0.5 * found.ungrouped
+    other = plain.padding(0, plain.samples)
+    assert other.run == other.ungrouped == computed["plain"]
+
+
+def test_real_sentences_of_this_project_are_tokenized(folder: Path) -> None:
+    lines = sentences(200)
+    assert len(lines) == 200
+    (folder / "readme.txt").write_text("\n".join(lines) + "\n")
+    data = opened(folder, path="readme.txt")
+    found = dict(
+        zip([i for b in data.batches() for i in b.ids], tokens(data.batches()), strict=True)
+    )
+    assert [found[i] for i in range(200)] == by_hand(lines, folder)

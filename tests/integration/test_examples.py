@@ -1,0 +1,206 @@
+"""Every example config is short, valid, runs to its end and gives what it promises."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import gradrun
+from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.resources import bundled, examples
+from gradrun.results.result import RunResult
+from tests.support.small_models import named_classes, save_bert
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+COUNTS = {"records": 50, "parquet": 50, "images": 20, "embeddings": 20, "sentiment": 20}
+MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
+LABELS = np.load(CONFIGS / "digits.npz")["labels"]
+
+Run = Callable[..., RunResult]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run an example into a folder of the test's own, on one thread and without a long warm-up."""
+
+    def infer(name: str, **overrides: object) -> RunResult:
+        quick = {"run.threads": 1, "run.warmup": 1, "output.path": str(tmp_path / name)}
+        return gradrun.infer(CONFIGS / f"{name}.yaml", trust_code=True, **(quick | overrides))
+
+    return infer
+
+
+def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
+    assert examples() == NAMES
+    configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
+    sources = {config.model.source for config in configs}
+    assert sources == {
+        *("zoo", "layers", "python", "torchscript", "exported", "huggingface", "timm"),
+    }
+    assert {config.data.source for config in configs} == {
+        *("arrays", "synthetic", "records", "text", "images"),
+    }
+    assert {config.output.format for config in configs} == {
+        *("npy", "safetensors", "jsonl", "csv", "parquet"),
+    }
+    transforms = {word for config in configs for word in config.output.transform}
+    assert transforms == {"none", "softmax", "argmax", "topk", "mean_pool", "normalize"}
+    zoo = {config.model.name for config in configs if config.model.source == "zoo"}
+    assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_commented_and_valid(name: str) -> None:
+    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith("# ")
+    assert sum("# " in line for line in lines) >= 4
+    config = gradrun.load_config(CONFIGS / f"{name}.yaml")
+    assert config.output.path == CONFIGS / "runs" / name, "no two examples share a folder"
+
+
+# That of timm runs in test_timm.py: in a process of its own, which can import it.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "timm"])
+def test_an_example_runs_to_its_end(run: Run, tmp_path: Path, name: str) -> None:
+    result = run(name, **stand_in(name, tmp_path))
+    samples = result.measurements[0].samples
+    config = gradrun.load_config(CONFIGS / f"{name}.yaml")
+    assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
+    on_disk = {path.name for path in (tmp_path / name).iterdir()}
+    assert on_disk == {*result.files, "journal.jsonl", "result.json"}
+    for file in result.files:
+        assert rows(tmp_path / name / file) == samples
+
+
+def stand_in(name: str, folder: Path) -> dict[str, str]:
+    """A small model in the place of one that would be downloaded."""
+    kinds = {"embeddings": "BertModel", "sentiment": "BertForSequenceClassification"}
+    if name not in kinds:
+        return {}
+    save_bert(folder / "bert", kinds[name], **named_classes())
+    return {"model.path": str(folder / "bert")}
+
+
+def rows(path: Path) -> int:
+    if path.suffix == ".npy":
+        return len(np.load(path))
+    if path.suffix == ".safetensors":
+        return len(load_file(path)["prediction"])
+    if path.suffix == ".parquet":
+        return len(pandas.read_parquet(path))
+    return len(path.read_text().splitlines()) - (path.suffix == ".csv")
+
+
+@pytest.mark.parametrize("name", ["digits", "torchscript", "exported"])
+def test_the_trained_network_reads_digits_it_has_never_seen(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    run(name)
+    found = np.load(tmp_path / name / "predictions.npy")
+    assert found.shape == (500,)
+    assert (found == LABELS).mean() >= 0.97
+
+
+def test_the_python_example_gives_the_three_likeliest_digits(run: Run, tmp_path: Path) -> None:
+    run("python")
+    values, indices = (
+        np.load(tmp_path / "python" / f"predictions.{part}.npy") for part in ("values", "indices")
+    )
+    assert (indices[:, 0] == LABELS).mean() >= 0.97
+    assert (indices == LABELS[:, None]).any(1).mean() >= 0.99
+    assert (np.diff(values) <= 0).all(), "the likeliest first"
+
+
+def test_the_python_example_asks_for_trust(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--trust-code"):
+        gradrun.infer(CONFIGS / "python.yaml", **{"output.path": str(tmp_path / "out")})
+
+
+def test_the_records_example_names_each_row_and_reads_its_digit(run: Run, tmp_path: Path) -> None:
+    run("records")
+    lines = (tmp_path / "records/predictions.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    with (CONFIGS / "digits.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [answer["id"] for answer in answers] == [row["id"] for row in table]
+    found = np.array([answer["prediction"] for answer in answers])
+    assert np.allclose(found.sum(1), 1, atol=1e-6)
+    assert (found.argmax(1) == [int(row["digit"]) for row in table]).mean() >= 0.97
+
+
+def test_the_parquet_example_reads_a_table_of_digits_and_writes_one(
+    run: Run, tmp_path: Path
+) -> None:
+    run("parquet")
+    found = pandas.read_parquet(tmp_path / "parquet" / "predictions-00000.parquet")
+    table = pandas.read_parquet(CONFIGS / "digits.parquet")
+    assert np.array_equal(np.stack(table["pixels"]), np.load(CONFIGS / "digits.npz")["images"][:50])
+    assert found["id"].tolist() == table["id"].tolist()
+    assert (np.stack(found["indices"])[:, 0] == table["digit"]).mean() >= 0.97
+
+
+def test_the_images_example_reads_the_digits_in_its_folders(run: Run, tmp_path: Path) -> None:
+    run("images")
+    lines = (tmp_path / "images" / "predictions.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["prediction"] for answer in answers] == [
+        int(Path(answer["id"]).parent.name) for answer in answers
+    ]
+
+
+def test_the_metrics_example_says_how_often_the_digit_is_right(run: Run) -> None:
+    found = {metric.name: metric.value for metric in run("metrics").metrics}
+    assert found.keys() == {"accuracy", "top3", "f1", "auroc"}
+    assert min(found.values()) >= 0.97
+
+
+def test_the_layers_example_gives_probabilities(run: Run, tmp_path: Path) -> None:
+    run("layers")
+    found = load_file(tmp_path / "layers/predictions-00000.safetensors")["prediction"]
+    assert found.shape == (10_000, 10)
+    assert torch.allclose(found.sum(1), torch.ones(10_000), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", GradMode)
+@pytest.mark.parametrize("name", ["mlp", "exported"])
+def test_an_example_runs_in_every_mode(run: Run, name: str, mode: GradMode) -> None:
+    result = run(name, **{"run.mode": mode.value})
+    assert result.measurements[0].mode == mode
+
+
+def test_the_table_holds_the_first_of_the_held_out_images() -> None:
+    digits = np.load(CONFIGS / "digits.npz")
+    with (CONFIGS / "digits.csv").open(newline="") as file:
+        header, *table = csv.reader(file)
+    assert header[:3] == ["id", "digit", "p00"]
+    assert len(table) == 50
+    assert np.array_equal(np.array([row[2:] for row in table], int), digits["images"][:50])
+    assert np.array_equal([int(row[1]) for row in table], digits["labels"][:50])
+
+
+@pytest.mark.parametrize("file", MADE)
+def test_a_bundled_model_is_small_and_names_no_path_of_the_machine_it_was_made_on(
+    file: str,
+) -> None:
+    content = (CONFIGS / file).read_bytes()
+    assert len(content) <= 250_000
+    for trace in (b"site-packages", b"/work", b"/home", b"/tmp"):
+        assert trace not in content
+
+
+def test_examples_are_found_beside_a_checkout_and_in_a_wheel() -> None:
+    assert bundled("configs") == CONFIGS
+    assert bundled("models") == ROOT / "models"

@@ -1,0 +1,240 @@
+"""Saved results in every format: golden files, figures from raw samples, and hostile names.
+
+GRADRUN_GOLDEN=1 writes the files anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+from statistics import median
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+from gradrun import report
+from gradrun.report.escaping import escape_control_chars
+from gradrun.report.plots import plots
+from gradrun.results.ratios import recomputed
+from gradrun.results.result import Comparison, Metric, RunResult
+from tests.support.reporting import assert_golden, printed
+from tests.support.saved_results import NASTY, OUTCOMES, RESULTS, hostile
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in RESULTS},
+    "two runs": ("run", "short run"),
+    "every kind": ("run", "comparison", "noisy", "audit", "check"),
+}
+
+
+def named(*names: str) -> list[tuple[str, RunResult]]:
+    return [(f"runs/{name.replace(' ', '-')}", RESULTS[name]) for name in names]
+
+
+def rows(*names: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(report.written(named(*names), "csv"))))
+
+
+@pytest.mark.parametrize(
+    ("group", "format"),
+    [
+        *((group, "markdown") for group in GROUPS),
+        *((group, "csv") for group in ("run", "noisy", "audit", "check")),
+        *((group, "json") for group in ("one process", "check")),
+        *((group, "html") for group in ("run", "comparison", "audit", "check", "every kind")),
+    ],
+)
+def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
+    text = report.written(named(*GROUPS[group]), format)
+    # What matplotlib draws differs from version to version, and the style is a file of its own.
+    text = re.sub(
+        r"(<svg[^>]*aria-label[^>]*?)( xmlns| viewBox).*?</svg>", r"\1/>", text, flags=re.S
+    )
+    text = re.sub(r"<style>.*?</style>", "<style/>", text, flags=re.DOTALL)
+    assert_golden(f"{format}-{group}", text)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("group", ["two runs", "every kind", "check", "empty check"])
+def test_the_table_is_that_of_the_golden_file(group: str, width: int) -> None:
+    text = printed(report.show, named(*GROUPS[group]), width)
+    assert max(map(cell_len, text.splitlines())) <= width
+    assert_golden(f"table-{group}-{width}", text)
+
+
+# --- figures -----------------------------------------------------------------------------------
+
+
+def test_a_row_holds_each_mode_and_metric_once_with_its_figure_under_its_unit() -> None:
+    found = {(row["mode"], row["metric"]): row for row in rows("comparison")}
+    assert len(found) == len(rows("comparison"))
+    peak = found["no_grad", "forward_peak"]
+    assert (peak["bytes"], peak["seconds"], peak["ratio"]) == (str(3 * 1024**2), "", "")
+    speed = found["no_grad", "ratio"]
+    assert float(speed["low_95"]) < float(speed["ratio"]) < float(speed["high_95"])
+    assert speed["status"] == "faster"
+    assert found["grad", "device_allocated"]["bytes"] == "", "not measured is empty, never 0"
+
+
+def test_figures_are_of_the_raw_samples() -> None:
+    measured = RESULTS["run"].measurements[0]
+    (row,) = (row for row in rows("run") if row["metric"] == "batch_median")
+    assert float(row["seconds"]) == pytest.approx(median(measured.batch_seconds))
+
+
+def test_ratios_that_a_file_claims_count_for_nothing() -> None:
+    honest = RESULTS["comparison"]
+    claim = Comparison(
+        baseline="grad", candidate="no_grad", ratio=9, low=9, high=9, verdict="faster"
+    )
+    forged = honest.replace(comparisons=(claim,))
+    assert recomputed(forged) == honest
+
+
+def test_an_interval_with_an_open_end_is_no_number() -> None:
+    (row,) = (row for row in rows("one process") if row["metric"] == "ratio")
+    assert (row["low_95"], row["high_95"]) == ("", "")
+    text = report.written(named(*RESULTS), "json")
+    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [one["result"] for one in told["reports"]] == [name for name, _ in named(*RESULTS)]
+
+
+@pytest.mark.parametrize("format", ["markdown", "json", "html", "csv"])
+def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> None:
+    text = report.written(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
+    for outcome in OUTCOMES:
+        for word in (outcome.check, outcome.limit, outcome.value, outcome.status):
+            assert word in text or json.dumps(word)[1:-1] in text
+    if format != "csv":
+        assert "2 passed, 1 failed, 1 inconclusive" in text
+        assert OUTCOMES[2].reason in text
+
+
+@pytest.mark.parametrize("format", ["markdown", "html"])
+def test_the_verdict_comes_before_every_figure(format: str) -> None:
+    text = report.written(named("comparison"), format)
+    assert text.index("Use inference_mode") < text.index("913")
+
+
+def test_beside_each_other_stand_figures_of_the_same_kind_and_what_else_differs() -> None:
+    other = RESULTS["short run"].environment.replace(cpu="another", threads=1)
+    pair = [
+        ("a", RESULTS["run"]),
+        ("b", RESULTS["short run"].replace(environment=other)),
+    ]
+    text = " ".join(printed(report.show, pair, 120).split())
+    assert "batch median 685 ± 9 µs 680 ± 48 µs" in text
+    assert "These differ in processor (AMD EPYC | another), threads (2 | 1)" in text
+    assert "These differ" not in printed(report.show, named("run", "run"), 120)
+
+
+# --- plots -------------------------------------------------------------------------------------
+
+
+def drawn(name: str) -> dict[str, Any]:
+    return {plot.title: plot for plot in plots(RESULTS[name])}
+
+
+def test_what_is_drawn_is_what_was_measured() -> None:
+    assert list(drawn("comparison")) == ["Speed", "Batch times", "Over the run"]
+    assert list(drawn("run")) == ["Batch times", "Over the run", "Memory over a forward pass"]
+    assert list(drawn("nothing")) == []
+    assert "times as fast as grad" in drawn("comparison")["Speed"].svg
+    ((_, name, said),) = drawn("run")["Memory over a forward pass"].key
+    assert (name, said) == ("inference_mode", "peak 64.50 KiB in stage2.0 (Conv2d)")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_plot_takes_its_colours_and_type_from_the_page(name: str) -> None:
+    for plot in plots(RESULTS[name]):
+        assert not re.search(r"#[0-9a-f]{6}", plot.svg)
+        assert not re.search(r"font-family|<style|<metadata", plot.svg)
+        assert "var(--" in plot.svg
+        assert plot.svg.count("<svg") == plot.svg.count("</svg>") == 1
+
+
+def test_batches_too_slow_to_draw_are_told_of() -> None:
+    run = RESULTS["run"]
+    slow = (*run.measurements[0].batch_seconds[:-1], 0.5)
+    measured = run.measurements[0].replace(batch_seconds=slow)
+    one, *_ = plots(run.replace(measurements=(measured,)))
+    assert "Not drawn: 1 time above" in one.note
+    assert "up to 500 ms" in one.note
+
+
+# --- hostile names -----------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    """The tags of a page, with their attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+KINDS = ("run", "comparison", "audit", "check")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
+    evil = [(NASTY, hostile(kind)), ("b", hostile(kind))]
+    page = report.written(evil, "html")
+    tags = Tags(page).found
+    assert not {"script", "img", "iframe", "link", "a", "object", "image"} & {t for t, _ in tags}
+    assert not [a for _, attributes in tags for a in attributes if a.startswith("on")]
+    assert escape_control_chars(page) == page
+    assert "&lt;script&gt;" in page
+    for _, attributes in tags:
+        for name, value in attributes.items():
+            if name in {"src", "href", "xlink:href"}:
+                assert str(value).startswith("#")
+            assert re.sub(r"url\(#", "", str(value)).count("url(") == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_name_is_markdown(kind: str) -> None:
+    text = report.written([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
+    plain = re.sub(r"\\.", "", text)
+    assert escape_control_chars(text) == text
+    ours = re.sub(r"</?(details|summary)>|<!-- -->", "", plain)
+    assert not re.search(r"[<`]", ours)
+    assert "](" not in ours
+    assert not re.search(r"@\w", text)
+    assert not re.search(r"https?://\w", text)
+    widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()]
+    tables = "".join("x" if width else " " for width in widths).split()
+    assert tables, "there are tables, none of them cut by a bar in a name"
+    assert {width for width in widths if width} <= {3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
+    evil = [(f"={NASTY}", hostile(kind)), ("@b", hostile(kind))]
+    text = report.written(evil, "csv")
+    assert escape_control_chars(text) == text
+    for row in csv.reader(io.StringIO(text)):
+        assert len(row) == 16
+        assert not any(cell.startswith(("=", "+", "@")) for cell in row)
+    for console in (printed(report.show, evil, 120), printed(report.show, evil[:1], 120)):
+        assert escape_control_chars(console) == console
+    json.loads(report.written(evil, "json"))
+
+
+def test_scores_against_labels_are_figures_too() -> None:
+    scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
+    text = report.written([("a", scored)], "csv")
+    (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
+    assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")
+    beside = printed(report.show, [("a", scored), ("b", scored)], 100)
+    assert re.search(r"accuracy +0\.9731 +0\.9731", beside)
+    for format in ("markdown", "html"):
+        assert "0.9731" in report.written([("a", scored)], format)

@@ -1,0 +1,105 @@
+"""The HTML report in a real browser: it is there, it is quiet, and it fits a phone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradrun import report
+from gradrun.core.errors import ConfigError
+from gradrun.report import html_page
+from tests.support.browser import CHROMIUM, Browser
+from tests.support.saved_results import NASTY, RESULTS, hostile
+
+PAGES = {
+    "run": ["run"],
+    "comparison": ["comparison"],
+    "audit": ["audit"],
+    "check": ["check"],
+    "all": list(RESULTS),
+}
+TITLES = {
+    "run": ["Batch times", "Over the run", "Memory over a forward pass", "stage2.0 (Conv2d)"],
+    "comparison": ["Speed", "times as fast as grad", "Use inference_mode", "same to the bit"],
+    "audit": ["Run it in no_grad", "Kept after a batch in grad", "mine.py:41"],
+    "check": ["2 passed, 1 failed, 1 inconclusive", "at most 500 µs"],
+    "all": ["Side by side", "Machine", "AMD EPYC"],
+}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium here; `make tools` installs it where apt can")
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def written(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.html"
+    text = report.written([(f"runs/{one}", RESULTS[one]) for one in PAGES[name]], "html")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def pixels(png: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_is_there_quiet_and_fits(
+    browser: Browser, tmp_path: Path, name: str, width: int, dark: bool
+) -> None:
+    seen = browser.look(written(tmp_path, name), width, 900, dark=dark)
+    assert (seen.requests, seen.complaints) == ([], [])
+    for words in TITLES[name]:
+        assert words in seen.text
+    assert seen.width <= width, "nothing to scroll sideways to but a table in its own frame"
+    picture = pixels(seen.picture)
+    assert picture.shape[:2] == (900, width)
+    paper = picture[0, 0]
+    assert (paper.mean() < 60) if dark else (paper.mean() > 240)
+    written_on = (np.abs(picture.astype(int) - paper).max(axis=2) > 60).mean()
+    assert 0.005 < written_on < 0.5
+    if name in {"run", "comparison"}:
+        spread = picture.max(axis=2).astype(int) - picture.min(axis=2)
+        assert (spread > 80).mean() > 0.0005, "a plot has colours"
+
+
+@pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check"])
+def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
+    browser: Browser, tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "evil.html"
+    path.write_text(report.written([(NASTY, hostile(kind))], "html"), encoding="utf-8")
+    seen = browser.look(path, 390, 900)
+    assert (seen.requests, seen.complaints) == ([], [])
+    assert "<script>document.title='no'</script>" in seen.text
+    assert seen.width <= 390
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gradrun\[report\]'"):
+        html_page.text([("a", RESULTS["run"])])
+    for format in ("markdown", "csv", "json"):
+        assert report.written([("a", RESULTS["run"])], format)
+
+
+def test_the_page_may_load_nothing_whatever_is_in_it() -> None:
+    text = html_page.text([("a", RESULTS["run"])])
+    assert "default-src 'none'" in text
+    assert text.index("Content-Security-Policy") < text.index("<style>")
+
+
+def test_the_same_result_makes_the_same_page() -> None:
+    one = [("a", RESULTS["comparison"])]
+    assert html_page.text(one) == html_page.text(one)

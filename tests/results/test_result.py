@@ -1,0 +1,172 @@
+"""RunResult: what it computes, and that nothing is lost on the way to the disk and back."""
+
+from __future__ import annotations
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradrun.core.errors import GradrunError
+from gradrun.results.result import Memory, Phases, RunResult, Warning
+from tests.support.run_results import MEMORY, PHASES, measurement, run_result
+
+
+def test_a_saved_result_comes_back_whole(tmp_path: Path) -> None:
+    result = run_result(warnings=(Warning(code="few_batches", text="µ – [bold] \x1b"),))
+    result.save(tmp_path / "result.json")
+    assert RunResult.load(tmp_path / "result.json") == result
+    assert RunResult.load(str(tmp_path)) == result
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    times = [rng.random() * 10.0 ** rng.randint(-12, 4) for _ in range(5_000)]
+    times += [0.1 + 0.2, 5e-324, 1e9, 1 / 3, 0.0]
+    sizes = (1,) * len(times)
+    result = run_result(measurement(batch_seconds=tuple(times), batch_sizes=sizes))
+    result.save(tmp_path / "result.json")
+    back = RunResult.load(tmp_path).measurements[0].batch_seconds
+    assert struct.pack(f"{len(times)}d", *back) == struct.pack(f"{len(times)}d", *times)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda text: text.replace('"format": 1', '"format": "2"'), "format"),
+        (lambda text: text.replace('"kind": "infer"', '"kind": "tea"'), "kind"),
+        (lambda text: text[: len(text) // 2], "JSON"),
+        (lambda text: text.replace('"forward": 0.09', '"forward": "long"'), "forward"),
+        (lambda text: text.replace('"inference_mode"', '"nograd"'), "mode"),
+        (lambda text: "", "JSON"),
+        (lambda text: "[]", ""),
+        (lambda text: "{}", "kind"),
+        (lambda text: text.replace('"kind"', '"\\ud800": 1, "kind"'), "surrogates"),
+        (lambda text: text.replace('"infer"', '"modes"'), "those that are shown are of infer,"),
+        (lambda text: text.replace('"weights": 263464', '"weights": -5'), "weights"),
+        (lambda text: text.replace('"forward": 0.09', '"forward": 1.7e308'), "forward"),
+    ],
+    ids=[
+        "version", "kind", "cut off", "type", "mode", "empty", "list", "no keys", "no UTF-8",
+        "another command", "below 0", "longer than a life",
+    ],
+)  # fmt: skip
+def test_what_is_no_result_is_a_sentence_that_names_the_file(
+    tmp_path: Path, change, complaint: str
+) -> None:
+    file = tmp_path / "result.json"
+    text = run_result().to_json()
+    assert change(text) != text
+    file.write_text(change(text))
+    with pytest.raises(GradrunError, match="is no result of gradrun") as caught:
+        RunResult.load(file)
+    assert str(file) in str(caught.value)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/result.json", "."])
+def test_a_missing_result_is_a_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(GradrunError, match="No such file"):
+        RunResult.load(tmp_path / name)
+
+
+def test_keys_of_a_later_gradrun_are_passed_over(tmp_path: Path) -> None:
+    data = json.loads(run_result().to_json())
+    data["weather"] = data["measurements"][0]["moon"] = "full"
+    (tmp_path / "result.json").write_text(json.dumps(data))
+    assert RunResult.load(tmp_path) == run_result()
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "result.json"
+    run_result().save(file)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run_result(started_at="later").save(file)
+    assert RunResult.load(file) == run_result()
+
+
+def test_the_json_has_the_keys_of_the_design() -> None:
+    data = json.loads(run_result().to_json())
+    assert {
+        "format", "kind", "gradrun", "started_at", "config", "environment", "measurements",
+        "warnings",
+    } <= data.keys()  # fmt: skip
+    assert (data["format"], data["kind"]) == (1, "infer")
+    assert {"torch", "python", "cpu", "cores", "threads", "device"} <= data["environment"].keys()
+    assert {"model", "data", "run", "output"} <= data["config"].keys()
+    (measured,) = data["measurements"]
+    assert measured.keys() == {
+        "mode", "process", "variant", "batch_seconds", "batch_sizes", "phases", "memory",
+        "batch_limit",
+        "padding",
+    }  # fmt: skip
+    assert {
+        "load_model", "open_data", "first_batch", "data", "forward", "output"
+    } <= measured["phases"].keys()  # fmt: skip
+    assert {
+        "weights", "inputs", "forward_peak", "retained", "process_peak", "device_allocated",
+        "device_reserved",
+    } <= measured["memory"].keys()  # fmt: skip
+    assert measured["memory"]["device_allocated"] is None
+
+
+def test_statistics_come_from_the_raw_samples_alone() -> None:
+    measured = measurement()
+    times = list(measured.batch_seconds)
+    for q in (0.5, 0.9, 0.95, 0.99):
+        estimate = measured.latency(q)
+        assert estimate
+        assert estimate.value == pytest.approx(np.quantile(times, q), rel=1e-12)
+    doubled = measurement(batch_seconds=tuple(2 * t for t in times)).latency(0.5)
+    median = measured.latency(0.5)
+    assert doubled
+    assert median
+    assert doubled.value == 2 * median.value
+    assert measured.samples == 124 * 4 + 2
+    assert measured.seconds == pytest.approx(0.006 + 0.09 + 0.0042)
+    assert measured.throughput == pytest.approx(498 / 0.1002)
+    assert measured.cold_start == pytest.approx(0.0123 + 0.0004 + 0.0042)
+
+
+@pytest.mark.parametrize("phase", ["data", "forward", "output"])
+def test_a_run_is_bound_by_the_phase_that_took_longest(phase: str) -> None:
+    times = {"data": 0.1, "forward": 0.1, "output": 0.1} | {phase: 0.3}
+    bound, shares = measurement(phases=PHASES.replace(**times)).bound_by
+    assert bound == phase
+    assert shares[phase] == pytest.approx(0.6)
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_a_run_that_did_nothing_divides_by_nothing() -> None:
+    nothing = Phases(**dict.fromkeys(Phases.__struct_fields__, 0.0))
+    measured = measurement(0, phases=nothing)
+    assert (measured.throughput, measured.samples, measured.latency(0.5)) == (0.0, 0, None)
+    assert measured.bound_by[1] == {"data": 0.0, "forward": 0.0, "output": 0.0}
+
+
+def test_what_no_meter_told_is_none_and_never_zero() -> None:
+    memory = Memory(weights=1, inputs=1)
+    told = {"weights": 1, "inputs": 1, "process_method": "unavailable"}
+    assert memory.as_dict() == told | dict.fromkeys(
+        "forward_peak retained timeline peak_module process_peak device_allocated "
+        "device_reserved".split()
+    )
+
+
+def test_a_result_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError, match="immutable"):
+        run_result().kind = "infer"  # type: ignore[misc]
+    with pytest.raises(AttributeError, match="immutable"):
+        MEMORY.weights = 0  # type: ignore[misc]

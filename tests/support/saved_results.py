@@ -1,0 +1,99 @@
+"""Results of every kind by hand, as a reader of saved results finds them, and a hostile one."""
+
+from __future__ import annotations
+
+from gradrun.results.result import Outcome, RunResult, Warning
+from tests.report.test_audit_report import RESULTS as AUDITED
+from tests.report.test_comparison_report import RESULTS as COMPARED
+from tests.support.reporting import EVIL
+from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement, run_result
+
+KIB = 1024
+TIMELINE = (0, 16 * KIB, 66_048, 32 * KIB, 48 * KIB, 160)
+WATCHED = MEMORY.replace(timeline=TIMELINE, peak_module="stage2.0 (Conv2d)")
+OUTCOMES = (
+    Outcome(check="runs", limit="no error", value="498 samples", status="pass"),
+    Outcome(check="forward_peak", limit="at most 64.0 MiB", value="64.5 KiB", status="pass"),
+    Outcome(
+        check="latency_p99",
+        limit="at most 500 µs",
+        value="850 µs",
+        status="fail",
+        reason="the 99th percentile is above the limit; look at what changed",
+        key="check.limits.latency_p99",
+    ),
+    Outcome(
+        check="time vs main",
+        limit=">= 1.0",
+        value="0.99 (0.90 to 1.08)",
+        status="inconclusive",
+        reason="the interval holds the limit; raise measure.budget",
+    ),
+)
+
+
+def check(*outcomes: Outcome) -> RunResult:
+    """A check's result; it measured one run."""
+    return run_result(measurement(memory=WATCHED), kind="check", outcomes=outcomes, files=())
+
+
+RESULTS = {
+    "run": run_result(measurement(memory=WATCHED)),
+    "short run": run_result(measurement(7), warnings=(Warning(code="x", text="do so | or so"),)),
+    "nothing": run_result(measurement(0), files=()),
+    "comparison": COMPARED["modes"],
+    "noisy": COMPARED["noisy"],
+    "one process": COMPARED["one process"],
+    "no comparison": COMPARED["nothing"],
+    "audit": AUDITED["findings"],
+    "unsafe": AUDITED["no safe mode"],
+    "check": check(*OUTCOMES),
+    "empty check": check(),
+}
+
+TAGS = f"<script>document.title='no'</script>\"'--></style><img src=x onerror=alert(1)>{EVIL}"
+LINKS = "[here](https://example.org) ![x](https://example.org/x.png) @everyone `| # $x$ ~~y~~ #1"
+NASTY = f"{TAGS} {LINKS} =cmd|' /C calc'!A0"
+
+
+def hostile(kind: str) -> RunResult:
+    """A result in which every text that a file can hold is meant to do harm."""
+    memory = WATCHED.replace(peak_module=NASTY, process_method=NASTY)
+    machine = MACHINE.replace(
+        **(
+            dict.fromkeys(
+                ("gradrun", "torch", "numpy", "python", "platform", "cpu", "device", "device_name"),
+                NASTY,
+            )
+        )
+    )
+    config = CONFIG.model_dump(mode="json") | {
+        "model": {"source": "python", "target": NASTY},
+        "output": {"path": NASTY},
+    }
+    base = RESULTS[kind]
+    variants = {m.variant: f"{i} {NASTY}" for i, m in enumerate(base.measurements) if m.variant}
+    return base.replace(
+        config=config,
+        environment=machine,
+        started_at=NASTY,
+        measurements=tuple(
+            m.replace(memory=memory, variant=variants.get(m.variant, "")) for m in base.measurements
+        ),
+        comparisons=tuple(
+            c.replace(baseline=variants[c.baseline], candidate=variants[c.candidate])
+            for c in base.comparisons
+        ),
+        findings=tuple(
+            f.replace(**dict.fromkeys(("code", "module", "source", "text", "advice"), NASTY))
+            for f in base.findings
+        ),
+        kept=tuple(k.replace(module=NASTY) for k in base.kept),
+        outcomes=tuple(
+            o.replace(**dict.fromkeys(("check", "limit", "value", "reason", "key"), NASTY))
+            for o in base.outcomes
+        ),
+        failures=(NASTY,),
+        files=(NASTY,),
+        warnings=(Warning(code=NASTY, text=NASTY),),
+    )
