@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from gradrun.modes import assert_restored
-from tests.actionlint import actionlint, needs_actionlint
 from tests.conftest import ROOT, Command
+from tests.support.actionlint import actionlint, needs_actionlint
 
 PAGE = ROOT / "docs" / "modes.md"
 HOME = "/home/me"  # stands for the folder that commands run in

@@ -1,8 +1,10 @@
-"""The package as a user gets it: the wheel, in an environment and a folder of its own."""
+"""The package as installed by a user: the wheel, in a separate environment and folder."""
 
 from __future__ import annotations
 
+import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,19 +39,19 @@ FOLDERS = ("gradrun", "configs", "models")
 LEFTOVERS = (
     "configs/runs/digits/result.json",
     "models/__pycache__/mlp.pyc",
-    "gradrun/meters/__pycache__/clock.pyc",
+    "gradrun/core/__pycache__/units.pyc",
 )
-"""What a run or a tool leaves in a checkout."""
+"""Files that runs and tools leave in a checkout."""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy of the sources that holds leftovers as well."""
+    """Build the wheel from a copy of the sources that also contains leftovers."""
     checkout = tmp_path_factory.mktemp("checkout")
     for folder in FOLDERS:
         clean = shutil.ignore_patterns("runs", "__pycache__")
         shutil.copytree(ROOT / folder, checkout / folder, ignore=clean)
-    for file in (".gitignore", "pyproject.toml", "README.md"):
+    for file in (".gitignore", "LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / file, checkout)
     for leftover in LEFTOVERS:
         (checkout / leftover).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_sources_and_nothing_that_a_run_left(wheel: Path) -> None:
+def test_the_wheel_contains_the_sources_and_no_leftovers(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     sources = {
         str(file.relative_to(ROOT))
@@ -74,9 +76,28 @@ def test_the_wheel_holds_the_sources_and_nothing_that_a_run_left(wheel: Path) ->
     assert wheel.stat().st_size < 2 * 2**20
 
 
+def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    folder = f"gradrun-{gradrun.__version__}.dist-info"
+    metadata = email.message_from_bytes(archive.read(f"{folder}/METADATA"))
+    assert (metadata["Name"], metadata["Version"]) == ("gradrun", gradrun.__version__)
+    assert metadata["License-Expression"] == "MIT"
+    assert f"{folder}/licenses/LICENSE" in archive.namelist()
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert {"Operating System :: POSIX", "Typing :: Typed"} <= {*metadata.get_all("Classifier", [])}
+    links = [line.partition(", ")[2] for line in metadata.get_all("Project-URL", [])]
+    assert "https://github.com/gradrun/gradrun" in links
+    commands, plugins = (
+        re.findall(rf"\[{group}\]\n(.*)", archive.read(f"{folder}/entry_points.txt").decode())
+        for group in ("console_scripts", "pytest11")
+    )
+    assert commands == ["gradrun = gradrun.cli.app:main"]
+    assert plugins == ["gradrun = gradrun.checks.pytest_plugin"]
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The commands of a clean environment that has the wheel and what it asks for."""
+    """Install the wheel and its dependencies into a new environment; return its bin folder."""
     folder = tmp_path_factory.mktemp("venv")
     venv.create(folder, with_pip=True)
     commands = folder / "bin"
@@ -89,7 +110,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_installed_wheel_reads_digits_in_an_empty_folder(
+def test_the_installed_wheel_classifies_digits_in_an_empty_folder(
     installed: Path, tmp_path: Path
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -116,16 +137,16 @@ def test_importing_gradrun_imports_neither_torch_nor_pydantic() -> None:
 
 
 @pytest.mark.parametrize("name", gradrun.__all__)
-def test_a_public_name_is_there_and_known_to_dir(name: str) -> None:
+def test_a_public_name_can_be_imported_and_is_listed_by_dir(name: str) -> None:
     assert getattr(gradrun, name).__name__.removeprefix("gradrun.") == name
     assert name in dir(gradrun)
 
 
-def test_the_public_names_are_those_that_have_a_home() -> None:
+def test_every_public_name_has_a_module() -> None:
     assert set(gradrun._HOMES) == set(gradrun.__all__)
 
 
-def test_another_name_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'infr'"):
         _ = gradrun.infr  # type: ignore[attr-defined]
 

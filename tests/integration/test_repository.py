@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.actionlint import actionlint, needs_actionlint
 from tests.conftest import ROOT
+from tests.support.actionlint import actionlint, needs_actionlint
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
