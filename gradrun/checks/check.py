@@ -21,7 +21,7 @@ from gradrun.comparison.session import Progress, Session, SessionData, sentence
 from gradrun.config.load import load_config, with_locations
 from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import MetricSection, RunConfig
-from gradrun.core.errors import ConfigError, GradrunError, Interrupted, ModelInputError, RunFailed
+from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
 from gradrun.inference import device as machine
@@ -100,7 +100,7 @@ def check(
             raise ConfigError(f"{text} with; --baseline or --against names one", "check.smoke")
     tell = progress or (lambda *_: None)
     with (
-        _heard(),
+        GracefulShutdown(),  # a SIGTERM must not leave a checked-out revision behind
         with_locations(whole),
         _rival(whole, earlier, baseline, against, changes) as rival,
         checking(subject.output.path),
@@ -125,17 +125,6 @@ def check(
     if save_baseline:
         _save(result, Path(save_baseline))
     return result
-
-
-@contextmanager
-def _heard() -> Iterator[None]:
-    """Let SIGTERM end a check in order too: what was checked out must not stay behind."""
-    with GracefulShutdown() as interruption:
-        try:
-            yield
-        except Interrupted as error:
-            error.exit_code = interruption.exit_code
-            raise
 
 
 def _subject(config: RunConfig) -> RunConfig:

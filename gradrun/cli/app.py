@@ -27,7 +27,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 import typer.core
 
-from gradrun.core.errors import CheckFailed, ConfigError, GradrunError, Inconclusive, Interrupted
+from gradrun.core.errors import (
+    EXIT_CHECK_FAILED,
+    EXIT_INCONCLUSIVE,
+    ConfigError,
+    GradrunError,
+    Interrupted,
+)
 from gradrun.core.version import __version__
 
 if TYPE_CHECKING:
@@ -104,7 +110,8 @@ def infer(
     debug: Debug = False,
 ) -> None:
     """Run all data through the model; keep and measure everything."""
-    with _errors(debug, json_file, quiet) as console:
+    resume_command = _resume_command(config, example, sets, output, trust_code)
+    with _errors(debug, json_file, quiet, resume_command) as console:
         from gradrun.config.load import load_config
 
         path, output_base = _chosen_config(config, example)
@@ -117,7 +124,6 @@ def infer(
         if overwrite and resume:
             raise ConfigError("--overwrite begins anew, --resume goes on: choose one")
         with (
-            _resume_told(config, example, sets, output, trust_code),
             _stdout_kept(json_file),
             bar(_console(stderr=True, quiet=quiet)) as progress,
         ):
@@ -131,26 +137,20 @@ def infer(
         _answer(result, console, json_file)
 
 
-@contextmanager
-def _resume_told(
+def _resume_command(
     config: Path | None,
     example: str | None,
     sets: list[str] | None,
     output: Path | None,
     trust_code: bool,
-) -> Iterator[None]:
-    """Say in an error that can be resumed after which command does so."""
-    try:
-        yield
-    except GradrunError as error:
-        if error.resumable:
-            words = ["gradrun", "infer", *([str(config)] if config else [])]
-            words += ["--example", example] if example else []
-            words += [word for change in sets or [] for word in ("--set", change)]
-            words += ["--output", str(output)] if output else []
-            words += ["--trust-code"] if trust_code else []
-            error.args = (f"{error}\nto go on: {shlex.join([*words, '--resume'])}",)
-        raise
+) -> str:
+    """Return the command that continues this run."""
+    words = ["gradrun", "infer", *([str(config)] if config else [])]
+    words += ["--example", example] if example else []
+    words += [word for change in sets or [] for word in ("--set", change)]
+    words += ["--output", str(output)] if output else []
+    words += ["--trust-code"] if trust_code else []
+    return shlex.join([*words, "--resume"])
 
 
 class _ModesMayBeBare(typer.core.TyperCommand):
@@ -241,7 +241,7 @@ def audit(
             result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
         _answer(result, console, json_file)
         if has_errors(result):
-            raise typer.Exit(CheckFailed.exit_code)
+            raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 @app.command()
@@ -313,8 +313,8 @@ def check(
                 f"wrote {display_path(made)}{', of a check that failed' if has_errors else ''}",
             )
         _tell_ci(result, junit)
-        undecided = {"pass": 0, "fail": CheckFailed.exit_code, None: Inconclusive.exit_code}
-        codes = {"fail": CheckFailed.exit_code, "inconclusive": undecided[inconclusive]}
+        undecided = {"pass": 0, "fail": EXIT_CHECK_FAILED, None: EXIT_INCONCLUSIVE}
+        codes = {"fail": EXIT_CHECK_FAILED, "inconclusive": undecided[inconclusive]}
         if code := codes.get(result.status, 0):
             if quiet:
                 missed = [o.check for o in result.outcomes if o.status == result.status]
@@ -380,7 +380,7 @@ def modes(
         if json_file:
             _write_json(proven.to_json(), json_file)
         if proven.differing:
-            raise typer.Exit(CheckFailed.exit_code)
+            raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 @app.command()
@@ -403,7 +403,7 @@ def verify(
         if json_file:
             _write_json(json.dumps(found.to_dict(), indent=1), json_file)
         if not found.complete:
-            raise typer.Exit(CheckFailed.exit_code)
+            raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 class _WordsAsTheyAre(typer.core.TyperCommand):
@@ -611,7 +611,9 @@ def _quick_imports() -> Iterator[None]:
 
 
 @contextmanager
-def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console]:
+def _errors(
+    debug: bool, json_file: str | None, quiet: bool, resume_command: str = ""
+) -> Iterator[Console]:
     """Give the console for people; turn a GradrunError into its sentence and exit code."""
     console = _console(stderr=json_file == "-", quiet=quiet)
     if quiet:
@@ -624,7 +626,7 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
             if sys.stdout:
                 sys.stdout.flush()  # what cannot be written fails here, not when Python ends
     except KeyboardInterrupt:
-        _tell(Interrupted("interrupted"))
+        _tell(Interrupted())
     except OSError as error:
         if debug or isinstance(error, BrokenPipeError):
             raise
@@ -637,7 +639,7 @@ def _errors(debug: bool, json_file: str | None, quiet: bool) -> Iterator[Console
             # The first error is the one to tell, whatever ends the tables.
             with suppress(GradrunError, OSError, KeyboardInterrupt):
                 _answer(error.result, console, json_file)
-        _tell(error)
+        _tell(error, resume_command)
 
 
 def _drop_stdout() -> None:
@@ -648,14 +650,15 @@ def _drop_stdout() -> None:
         os.close(nowhere)
 
 
-def _tell(error: GradrunError) -> None:
+def _tell(error: GradrunError, resume_command: str = "") -> None:
     """Print an error's sentence, and end with its exit code."""
     from rich.text import Text
 
     from gradrun.report.escaping import escape_control_chars
 
+    text = f"{error}\nto resume: {resume_command}" if error.resumable else str(error)
     _console(stderr=True).print(
-        Text.assemble(("error: ", "bold red"), escape_control_chars(str(error))), soft_wrap=True
+        Text.assemble(("error: ", "bold red"), escape_control_chars(text)), soft_wrap=True
     )
     raise typer.Exit(error.exit_code) from None
 
@@ -742,4 +745,4 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
-        sys.exit(Interrupted.exit_code)
+        sys.exit(Interrupted().exit_code)

@@ -15,7 +15,7 @@ from gradrun.comparison.session import Progress, Session, sentence
 from gradrun.config.load import load_config, with_locations
 from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
-from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
@@ -63,18 +63,18 @@ def compare(
     folder = RunFolder(target, overwrite=True)  # what is wrong with it is told before, not after
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     session = Session(variants, whole, trust_code=is_trusted(trust_code))
-    stopped: GradrunError | None = None
+    interrupted = False
     with with_locations(whole):
         try:
             found = session.run(progress)
         except KeyboardInterrupt:
             found = session.finalize()
-            stopped = Interrupted("interrupted")
+            interrupted = True
     failures = tuple(sentence(failure) for failure in found.failures)
-    if failures:
-        stopped = RunFailed("\n".join(failures))
     if found.environment is None:
-        raise stopped or RunFailed("no process could measure")
+        if interrupted and not failures:
+            raise Interrupted
+        raise RunFailed("\n".join(failures) or "no process could measure")
     result = RunResult(
         kind="compare",
         gradrun=found.environment.gradrun,
@@ -89,9 +89,10 @@ def compare(
     )
     with folder.locked():
         folder.save(result)
-    if stopped:
-        stopped.result = result
-        raise stopped
+    if failures:
+        raise RunFailed("\n".join(failures), result=result)
+    if interrupted:
+        raise Interrupted(result=result)
     answer = Comparisons(result.comparisons)
     answer.result = result
     return answer

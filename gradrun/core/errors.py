@@ -1,74 +1,87 @@
-"""The errors that gradrun raises on purpose, each with its exit code.
+"""Errors that gradrun raises on purpose, each with an exit code.
 
-Knows no config, no tensor and no terminal; cli.py is the one place that catches them.
+    GradrunError            1
+    ├── ConfigError         2  bad usage or config; nothing was written
+    │   └── ModelInputError    the model failed on its first batch
+    ├── RunFailed           1  the run stopped early; earlier output stays valid
+    └── Interrupted       130  stopped by the user (143 after SIGTERM)
+
+The command line catches them in one place and prints the message.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+EXIT_CHECK_FAILED = 3
+EXIT_INCONCLUSIVE = 4
+
 
 class GradrunError(Exception):
-    """A sentence for a person: where, what, what is allowed, what to do."""
+    """An expected failure. The message is one sentence: where, what, what is allowed, what to do.
+
+    Args:
+        message: the sentence.
+        result: the RunResult measured before the failure, if any.
+        resumable: whether the same command with `--resume` continues the run.
+    """
 
     exit_code = 1
-    result: Any = None
-    """The RunResult of what had run when the error came, where anything had."""
-    resumable: bool = False
-    """Whether the same command with --resume goes on from there."""
+
+    def __init__(self, message: str, *, result: Any = None, resumable: bool = False) -> None:
+        super().__init__(message)
+        self.result = result
+        self.resumable = resumable
 
 
 class ConfigError(GradrunError):
-    """What was asked for cannot be done, and nothing was written.
+    """The request is invalid; nothing was written.
 
-    `key` is the dotted config key at fault ("data.path"); yamlfile.located turns it into
-    file:line:col. Empty where the text already says where, or where no key is at fault.
+    Args:
+        message: the sentence.
+        key: the dotted config key at fault ("data.path"), which `with_locations` turns into
+            file:line:col. Empty if the message names the location or no key is at fault.
     """
 
     exit_code = 2
 
-    def __init__(self, text: str, key: str = "") -> None:
-        super().__init__(text)
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
         self.key = key
 
 
 class ModelInputError(ConfigError):
-    """The model raised on its first batch: config and model do not go together."""
+    """The model failed on its first batch: model and data do not match."""
 
 
 class SampleError(Exception):
-    """One sample that cannot be read, as a sentence; `run.on_error` says what becomes of it."""
+    """One sample cannot be read; `run.on_error` decides whether the run continues."""
 
 
 class RunFailed(GradrunError):
-    """The run began and could not end; what was written before stays valid."""
-
-    exit_code = 1
-
-
-class CheckFailed(GradrunError):
-    """A check found what its limits do not allow; the result holds the figures."""
-
-    exit_code = 3
-
-
-class Inconclusive(GradrunError):
-    """A check could not be decided, such as time on another machine than the baseline's."""
-
-    exit_code = 4
+    """The run stopped early; predictions committed before stay valid."""
 
 
 class Interrupted(GradrunError):
-    """The user stopped the run; what was written before stays valid."""
+    """The user stopped the run; predictions committed before stay valid."""
 
-    exit_code = 130
+    def __init__(
+        self,
+        message: str = "interrupted",
+        *,
+        exit_code: int = 130,
+        result: Any = None,
+        resumable: bool = False,
+    ) -> None:
+        super().__init__(message, result=result, resumable=resumable)
+        self.exit_code = exit_code
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, without the C++ or Python traceback in it."""
+    """Return the first line of an error's message, without a C++ or Python traceback."""
     try:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-    except Exception:  # __str__ of a user's exception may raise
+    except Exception:  # a user's __str__ may raise
         return type(error).__name__
-    # The TorchScript interpreter puts its traceback first and the reason last.
+    # The TorchScript interpreter prints the traceback first and the reason last.
     return lines[-1 if "TorchScript interpreter" in lines[0] else 0]

@@ -52,7 +52,7 @@ def _open_input(spec: ArrayInput, path: Path | None, key: str) -> RowReader:
         stored = _OPENERS[path.suffix](path, spec.key, key)
     except ConfigError as error:
         if spec.path and error.key == "data.path":
-            error.key = f"{key}.path"
+            raise ConfigError(str(error), f"{key}.path") from error.__cause__
         raise
     return _ConvertedRows(stored, spec, key)
 

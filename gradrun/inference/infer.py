@@ -112,8 +112,6 @@ def infer(
             beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
             gathered = _predict(runner, keeper, beat, interruption)
             measured = runner.finish(gathered, load_seconds, open_seconds)
-            if isinstance(gathered.stopped, Interrupted):
-                gathered.stopped.exit_code = interruption.exit_code
             # Of a batch that was not finished more may have been noted than is in the files.
             apart = sum(number < sink.written for number in numbers_apart(folder.path))
             result = RunResult(
@@ -143,7 +141,7 @@ def infer(
                 # The disk that failed the run may fail its report too; the first error is told.
                 with suppress(RunFailed, KeyboardInterrupt), interruption.deferred():
                     folder.save(ended.result)
-                raise ended
+                raise ended from gathered.stopped.__cause__
             result = _scored(result, compute, folder)
             with interruption.deferred():
                 folder.save(result)
@@ -181,9 +179,8 @@ def _opened(
     except GradrunError:
         raise
     except Exception as error:
-        failed = _unwritten(error)
-        failed.resumable = bool(folder.kept and folder.kept.stop)
-        raise failed from error
+        resumable = bool(folder.kept and folder.kept.stop)
+        raise _unwritten(error, resumable=resumable) from error
     return Checkpointer(sink, journal, unit, row_bytes)
 
 
@@ -211,16 +208,17 @@ def _predict(
     except OSError as error:
         gathered.stopped = gathered.stopped or _unwritten(error)
     except KeyboardInterrupt:
-        gathered.stopped = gathered.stopped or Interrupted("interrupted")
+        gathered.stopped = gathered.stopped or Interrupted()
     gathered.total_ns += time.perf_counter_ns() - began
     gathered.trim(sink.written - before)
     return gathered
 
 
-def _unwritten(error: Exception) -> RunFailed:
+def _unwritten(error: Exception, *, resumable: bool = False) -> RunFailed:
     reason = getattr(error, "strerror", None) or error
     file = Path(getattr(error, "filename", None) or "").name
-    return RunFailed(f"the predictions cannot be written: {reason}{f' ({file})' if file else ''}")
+    text = f"the predictions cannot be written: {reason}{f' ({file})' if file else ''}"
+    return RunFailed(text, resumable=resumable)
 
 
 def _told_of_files(
@@ -308,12 +306,12 @@ def _ended_early(
     error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
+    reason = str(error)
     if files.is_disk_full(error):
-        error.args = (f"{error}; {folder.disk_space_hint(kept, samples)}",)
-    note = Warning(code="ended_early", text=f"{error}, after {kept:,} of {samples:,} samples")
-    ended = type(error)(f"{error}; {kept:,} of {samples:,} predictions are kept in {folder.path}")
-    ended.__cause__ = error.__cause__  # what --debug shows
-    ended.exit_code = error.exit_code
-    ended.resumable = True
-    ended.result = result.replace(warnings=(*result.warnings, note))
-    return ended
+        reason += f"; {folder.disk_space_hint(kept, samples)}"
+    note = Warning(code="ended_early", text=f"{reason}, after {kept:,} of {samples:,} samples")
+    return type(error)(
+        f"{reason}; {kept:,} of {samples:,} predictions are kept in {folder.path}",
+        result=result.replace(warnings=(*result.warnings, note)),
+        resumable=True,
+    )

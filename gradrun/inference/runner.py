@@ -155,7 +155,7 @@ class Runner:
                     self.rescue.cut(batches), sink, gathered, keep or _nothing, beat or _nothing
                 )
         except KeyboardInterrupt:
-            gathered.stopped = Interrupted("interrupted")
+            gathered.stopped = Interrupted()
         except BaseException as error:  # whatever a model may raise, sys.exit() included
             gathered.stopped = self._stop(error, gathered)
         finally:

@@ -49,9 +49,14 @@ class GracefulShutdown:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.number and isinstance(error, KeyboardInterrupt):
-            ended = Interrupted("interrupted")
-            ended.exit_code = self.exit_code
-            raise ended from error
+            raise Interrupted(exit_code=self.exit_code) from error
+        if isinstance(error, Interrupted) and error.exit_code != self.exit_code:
+            raise Interrupted(
+                str(error),
+                exit_code=self.exit_code,
+                result=error.result,
+                resumable=error.resumable,
+            ) from error.__cause__
 
     @property
     def exit_code(self) -> int:

@@ -218,9 +218,7 @@ class RunFolder:
             result.save(self.path / RESULT)
         except OSError as error:
             text = f"{self.path / RESULT} cannot be written: {error.strerror}"
-            failed = RunFailed(text)
-            failed.resumable = True
-            raise failed from error
+            raise RunFailed(text, resumable=True) from error
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
     assert 0 < kept.stop < kill.LONG
     assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.stop
     assert json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.stop
-    (line,) = [line for line in text.splitlines() if line.startswith("to go on: ")]
-    words = shlex.split(line.removeprefix("to go on: "))
+    (line,) = [line for line in text.splitlines() if line.startswith("to resume: ")]
+    words = shlex.split(line.removeprefix("to resume: "))
     assert words[0] == "gradrun"
     done = subprocess.run(
         [sys.executable, "-m", *words],

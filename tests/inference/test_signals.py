@@ -53,9 +53,9 @@ def test_one_that_nobody_caught_becomes_the_error_with_its_exit_code(
 def test_a_second_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
-        "from gradrun.inference.signals import Interruption\n"
-        "with Interruption() as interruption:\n"
-        "    with interruption.waits():\n"
+        "from gradrun.inference.signals import GracefulShutdown\n"
+        "with GracefulShutdown() as interruption:\n"
+        "    with interruption.deferred():\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
         "        print('still whole', flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -325,7 +325,7 @@ def predictions(folder: Path | str) -> np.ndarray:
         assert [row["id"] for row in rows] == list(range(len(rows)))
         return np.array([row["prediction"] for row in rows], np.float32)
     parts = [load_file(part)["prediction"] for part in sorted(folder.glob("*.safetensors"))]
-    return torch.cat(sharded_writer).numpy() if parts else np.zeros(0, np.float32)
+    return torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
 
 
 def doubles(count: int, width: int = 1) -> tuple[tuple[str, str], np.ndarray]:
@@ -401,7 +401,7 @@ def check_what_a_full_disk_left(answer, folder: Path, kind: str, right: np.ndarr
             assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
             more = re.search(r"and about [\d.]+ [KM]iB more are wanted", answer.err)
             assert more or told[1] == "0", answer.err
-            assert re.search(r"to go on: gradrun infer .*--resume", answer.err)
+            assert re.search(r"to resume: gradrun infer .*--resume", answer.err)
         assert int(told[1].replace(",", "")) <= len(kept)
         assert "Peak memory" in answer.out
     assert not list(folder.glob("*.tmp"))
