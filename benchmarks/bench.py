@@ -1,7 +1,8 @@
-"""`make bench`: gradrun against what a person writes by hand, as ratios.
+"""`make bench`: compare gradrun with hand-written code, as ratios.
 
-Each ratio comes from runs that took turns, in one process or pair by pair, and is printed with the
-bar it must stay under, and whether more pairs might say otherwise. Exits 1 when one does not.
+Both sides of a ratio run alternately, in one process or in pairs of processes. The table shows the
+median, its 95 % interval and the limit; "unsure" marks an interval that includes the limit. Exits
+with 1 if a median exceeds its limit.
 """
 
 from __future__ import annotations
@@ -43,40 +44,44 @@ ROUNDS = 21
 
 
 def main() -> None:
-    # The commands below start from compiled files, as installed ones do.
+    # Installed packages have compiled files, so the commands below should start from them too.
     compileall.compile_dir(ROOT / "gradrun", quiet=1)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for title, bar, measure in (
+        for title, limit, measure in (
             ("loop: time per batch against a hand-written loop", 1.05, loop),
-            ("start: gradrun --help against import typer", 2.0, start),
+            ("start: gradrun --help against import typer", 2.0, start_up),
             ("report: gradrun report against import typer, rich", 2.5, saved_report),
             ("whole command: digits against a plain script", 1.15, whole_command),
-            ("memory: tensor bytes against those counted by hand", 1.0, tensor_bytes),
+            ("memory: tensor bytes against the bytes counted by hand", 1.0, tensor_bytes),
             ("memory: process peak with 10 x the samples", 1.05, memory_growth),
             ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
             ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
-            ("memory: the same of a million rows of Parquet", 1.05, flat_parquet),
+            (
+                "memory: resident set at 100 % and 10 % of 1 million Parquet rows",
+                1.05,
+                flat_parquet,
+            ),
             ("images: whole run against the longer of decode and compute", 1.15, overlap),
         ):
             ratios = measure(folder)
-            rows.append((title, bar, ratios))
+            rows.append((title, limit, ratios))
     table = Table("benchmark", "median", "95 % interval", "at most", "")
     failed = False
-    for title, bar, ratios in rows:
+    for title, limit, ratios in rows:
         value = median(ratios)
-        over = value > bar
+        over = value > limit
         failed |= over
-        # Of five or fewer no interval can be had: their range.
-        found = stats.quantile(ratios, 0.5) if len(ratios) > 5 else None
-        low, high = (found.low, found.high) if found else (min(ratios), max(ratios))
-        sure = "" if low > bar or high <= bar else ", unsure"
+        # Five samples are too few for a 95 % interval, so show their range.
+        estimate = stats.quantile(ratios, 0.5) if len(ratios) > 5 else None
+        low, high = (estimate.low, estimate.high) if estimate else (min(ratios), max(ratios))
+        sure = "" if low > limit or high <= limit else ", unsure"
         table.add_row(
             title,
             f"{value:.3f}",
             f"{low:.3f} to {high:.3f}",
-            f"{bar:.2f}",
+            f"{limit:.2f}",
             ("[red]over[/]" if over else "ok") + sure,
         )
     Console().print(table)
@@ -86,7 +91,7 @@ def main() -> None:
 def loop(folder: Path) -> list[float]:
     """160,000 samples of 64 floats, batch 8, 8 x (Linear 64, ReLU), .npy to .npy.
 
-    gradrun's side syncs to the disk and keeps a journal, which nobody does by hand.
+    gradrun also syncs to disk and writes a journal, which the hand-written loop does not.
     """
     source = folder / "inputs.npy"
     np.save(source, np.random.default_rng(0).standard_normal((160_000, 64), dtype=np.float32))
@@ -98,43 +103,45 @@ def loop(folder: Path) -> list[float]:
         head = fingerprint(config, data.samples, gradrun.__version__)
 
         def by_hand() -> float:
-            began = time.perf_counter()
+            start = time.perf_counter()
             loop_by_hand.run(model, source, folder / "by_hand.npy", 8)
-            return time.perf_counter() - began
+            return time.perf_counter() - start
 
         def by_gradrun() -> float:
-            for old in config.output.path.glob("*"):
-                old.unlink()
+            for file in config.output.path.glob("*"):
+                file.unlink()
             config.output.path.mkdir(exist_ok=True)
             runner = Runner(model, data, config, device)
             outputs = runner.prepare()
-            began = time.perf_counter()
-            sink = open_writer(config.output, data.samples)
+            start = time.perf_counter()
+            writer = open_writer(config.output, data.samples)
             journal = Journal(config.output.path / "journal.jsonl", head)
-            sink.open(outputs)
-            keeper = Checkpointer(sink, journal, 8, row_bytes=256)
-            gathered = runner.run(sink, keeper.look)
-            keeper.close()
-            if gathered.stopped:
-                raise gathered.stopped
-            return time.perf_counter() - began
+            writer.open(outputs)
+            checkpointer = Checkpointer(writer, journal, 8, row_bytes=256)
+            timed = runner.run(writer, checkpointer.look)
+            checkpointer.close()
+            if timed.stopped:
+                raise timed.stopped
+            return time.perf_counter() - start
 
-        ratios = _in_turn(by_gradrun, by_hand, 2 * ROUNDS)
-    ours, theirs = np.load(folder / "loop" / "predictions.npy"), np.load(folder / "by_hand.npy")
-    assert np.array_equal(ours, theirs), "the two loops disagree"
+        ratios = _alternate(by_gradrun, by_hand, 2 * ROUNDS)
+    expected = np.load(folder / "by_hand.npy")
+    assert np.array_equal(np.load(folder / "loop" / "predictions.npy"), expected)
     return ratios
 
 
-def start(folder: Path) -> list[float]:
-    """Both as whole processes, in turn."""
-    return _in_turn(_command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS)
+def start_up(folder: Path) -> list[float]:
+    """Whole processes, alternately."""
+    return _alternate(
+        _command("-m", "gradrun", "--help"), _command("-c", "import typer"), 2 * ROUNDS
+    )
 
 
 def saved_report(folder: Path) -> list[float]:
-    """A saved run of 500 batches shown again; both as whole processes, in turn."""
+    """Show a saved run of 500 batches; whole processes, alternately."""
     run = folder / "report"
     _output("-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"), "-o", str(run))
-    return _in_turn(
+    return _alternate(
         _command("-m", "gradrun", "report", str(run)),
         _command("-c", "import typer, rich"),
         2 * ROUNDS,
@@ -142,23 +149,23 @@ def saved_report(folder: Path) -> list[float]:
 
 
 def whole_command(folder: Path) -> list[float]:
-    """Both as whole processes, in turn; both end with the same predictions."""
+    """Whole processes, alternately; both must write the same predictions."""
     target = folder / "digits"
-    ratios = _in_turn(
+    ratios = _alternate(
         _command(
             "-m", "gradrun", "infer", str(ROOT / "configs" / "digits.yaml"),
             "--output", str(target), "--overwrite",
         ),
-        _command(str(ROOT / "tests" / "bench" / "digits_by_hand.py"), str(folder / "digits.npy")),
+        _command(str(ROOT / "benchmarks" / "digits_by_hand.py"), str(folder / "digits.npy")),
         ROUNDS,
     )  # fmt: skip
-    ours = np.load(target / "predictions.npy")
-    assert np.array_equal(ours, np.load(folder / "digits.npy")), "the two disagree"
+    expected = np.load(folder / "digits.npy")
+    assert np.array_equal(np.load(target / "predictions.npy"), expected)
     return ratios
 
 
 def tensor_bytes(folder: Path) -> list[float]:
-    """The forward's peak of 8 x (Linear 1024, ReLU), batch 256: whole activations of 1 MiB."""
+    """Forward peak of 8 x (Linear 1024, ReLU), batch 256, in activations of 1 MiB."""
     activation = 256 * 1024 * 4
     model = {"source": "zoo", "name": "mlp", "args": {"width": 1024}}
     inputs = {"x": {"shape": [1024]}}
@@ -174,7 +181,7 @@ def tensor_bytes(folder: Path) -> list[float]:
 
 
 def memory_growth(folder: Path) -> list[float]:
-    """The process peak of a run over ten times the samples, against that over 16,000."""
+    """Process peak of a run over 160,000 samples, relative to 16,000."""
     sources = {count: folder / f"{count}.npy" for count in (16_000, 160_000)}
     for count, path in sources.items():
         np.save(path, np.random.default_rng(0).standard_normal((count, 64), dtype=np.float32))
@@ -193,7 +200,7 @@ def memory_growth(folder: Path) -> list[float]:
 
 
 def flat(folder: Path) -> list[float]:
-    """The resident set at the end of a run over 10 million samples, against that at a tenth."""
+    """Greatest resident set of a run over 10 million samples, relative to the first tenth."""
     samples = 10_000_000
     config = {
         "model": {"source": "layers", "layers": [{"Linear": [4, 2]}]},
@@ -219,7 +226,7 @@ def flat(folder: Path) -> list[float]:
 
 
 def grouping(folder: Path) -> list[float]:
-    """1,000 texts of which a tenth is long through a small BERT, read to written."""
+    """1,000 texts, a tenth of them long, through a small BERT, from reading to writing."""
     small_models.save_bert(folder / "bert", hidden_size=128, intermediate_size=512)
     (folder / "t.txt").write_text("\n".join(small_models.skewed(1_000)) + "\n")
 
@@ -242,23 +249,24 @@ def grouping(folder: Path) -> list[float]:
         }
         return lambda: gradrun.infer(config, overwrite=True).measurements[0].seconds
 
-    ratios = _in_turn(run(True), run(False), 7)
-    ours, theirs = (np.load(folder / f"grouped-{g}/predictions.npy") for g in (True, False))
-    assert np.allclose(ours, theirs, atol=1e-5), "the order has changed"
+    ratios = _alternate(run(True), run(False), 7)
+    grouped, ordered = (np.load(folder / f"grouped-{g}/predictions.npy") for g in (True, False))
+    assert np.allclose(grouped, ordered, atol=1e-5), "the order has changed"
     return ratios
 
 
 def flat_parquet(folder: Path) -> list[float]:
-    """The resident set at the end of a run over a million rows of Parquet, against a tenth."""
-    said = _output(str(ROOT / "tests" / "bench" / "parquet_rows.py"), str(folder))
-    sizes = dict(map(int, line.split()) for line in said.splitlines())
+    """Greatest resident set of a run over a million Parquet rows, relative to the first tenth."""
+    output = _output(str(ROOT / "benchmarks" / "parquet_rows.py"), str(folder))
+    sizes = dict(map(int, line.split()) for line in output.splitlines())
     return [max(sizes.values()) / sizes[1]]
 
 
 def overlap(folder: Path) -> list[float]:
-    """160 JPEGs of 1280 x 960 through resnet18 on one thread, whose time decoding takes half of.
+    """160 JPEGs of 1280 x 960 through resnet18 on one thread.
 
-    More of it would not fit beside the forward on two processors, and less would prove nothing.
+    Decoding takes about half as long as the forward. More would not fit next to it on two cores;
+    less would not show the overlap.
     """
     drawn = np.random.default_rng(0)
     for i in range(160):
@@ -284,37 +292,37 @@ def overlap(folder: Path) -> list[float]:
     ratios = []
     with machine.device_context(config.run) as device, torch.inference_mode():
         model, data = load_model(config.model, device), open_data(config.data, 0)
-        held = [*data.batches()]
+        batches = [*data.batches()]
 
         def decode() -> None:
             for _ in data.batches():
                 pass
 
         def compute() -> None:
-            for batch in held:
+            for batch in batches:
                 model(*batch.args)
 
         def both() -> None:
             runner = Runner(model, data, config, device)
             outputs = runner.prepare()
-            for old in config.output.path.glob("*"):
-                old.unlink()
+            for file in config.output.path.glob("*"):
+                file.unlink()
             config.output.path.mkdir(exist_ok=True)
-            sink = open_writer(config.output, data.samples)
-            sink.open(outputs)
+            writer = open_writer(config.output, data.samples)
+            writer.open(outputs)
             seconds.append(-time.perf_counter())
-            runner.run(sink)
+            runner.run(writer)
             seconds[-1] += time.perf_counter()
-            sink.close()
+            writer.close()
 
         compute()
         for _ in range(5):
             seconds: list[float] = []
             both()
             for alone in (decode, compute):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 alone()
-                seconds.append(time.perf_counter() - began)
+                seconds.append(time.perf_counter() - start)
             total, decoding, computing = seconds
             print(f"whole {total:.2f} s, decode {decoding:.2f} s, compute {computing:.2f} s")
             ratios.append(total / max(decoding, computing))
@@ -331,24 +339,26 @@ def _loop_config(source: Path, target: Path) -> RunConfig:
     )
 
 
-def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> list[float]:
-    """Ratios of pairs that ran one after the other, the order changing, after one warm-up pair."""
-    ours(), theirs()
+def _alternate(
+    measured: Callable[[], float], reference: Callable[[], float], rounds: int
+) -> list[float]:
+    """Return the ratios of pairs of runs, in alternating order, after one pair of warm-up."""
+    measured(), reference()
     ratios = []
     for i in range(rounds):
         if i % 2:
-            own, other = ours(), theirs()
+            seconds, expected = measured(), reference()
         else:
-            other, own = theirs(), ours()
-        ratios.append(own / other)
+            expected, seconds = reference(), measured()
+        ratios.append(seconds / expected)
     return ratios
 
 
 def _command(*words: str) -> Callable[[], float]:
     def run() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         _output(*words)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return run
 

@@ -1,7 +1,7 @@
-"""By hand, in half an hour: does `gradrun check --against` find what is planted, and nothing else?
+"""How reliably `gradrun check --against` finds planted regressions, and nothing else; half an hour.
 
-A model of linear layers stands in a git repository of its own; its working copy is slower,
-quicker, larger or the same. Prints how often each was called what; exits 1 where not often enough.
+A model of linear layers is committed to a temporary git repository; its working copy is slower,
+faster, larger or unchanged. Prints the results of each case; exits with 1 if too many are wrong.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Net(nn.Module):
         grown = torch.empty(EXTRA)
         first = x
         for block in self.blocks[:BLOCKS]:
-            # The sum is the same whatever the number of blocks is.
+            # The output does not depend on the number of blocks.
             x = first + 0.0 * torch.relu(block(x))
         return x
 """
@@ -51,14 +51,14 @@ PLANTED = {
     "-10 % time": ({"blocks": 18, "extra": 0}, "pass"),
     "+2 % forward peak": ({"blocks": 20, "extra": 2048}, "forward peak"),
 }
-"""What is planted -> the working copy, and which check must fail, if any."""
+"""Case -> parameters of the working copy, and the check that must fail, if any."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=10, help="of each that was planted")
+    parser.add_argument("--runs", type=int, default=10, help="of each planted regression")
     parser.add_argument("--unchanged", type=int, default=40)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     bad = False
     with tempfile.TemporaryDirectory() as name:
         os.chdir(name)
@@ -71,15 +71,15 @@ def main() -> None:
             subprocess.run([*git, *words], check=True)
         for title, (plant, expected) in PLANTED.items():
             _plant(**plant)
-            runs = asked.unchanged if title == "unchanged" else asked.runs
-            began = time.monotonic()
-            told = Counter(_told(expected) for _ in range(runs))
-            seconds = (time.monotonic() - began) / max(1, runs)
-            print(f"{title}: {dict(told)}, {seconds:.0f} s each", flush=True)
-            wrong = runs - told["as planted"]
-            doubts = told["inconclusive"]
+            runs = options.unchanged if title == "unchanged" else options.runs
+            start = time.monotonic()
+            results = Counter(_run_check(expected) for _ in range(runs))
+            seconds = (time.monotonic() - start) / max(1, runs)
+            print(f"{title}: {dict(results)}, {seconds:.0f} s each", flush=True)
+            wrong = runs - results["as planted"]
+            inconclusive = results["inconclusive"]
             if title == "unchanged":
-                bad |= wrong > doubts or doubts > runs // 20
+                bad |= wrong > inconclusive or inconclusive > runs // 20
             elif title == "+2 % forward peak":
                 bad |= wrong > 0
             else:
@@ -91,7 +91,7 @@ def _plant(blocks: int, extra: int) -> None:
     Path("net.py").write_text(NET.format(blocks=blocks, extra=extra))
 
 
-def _told(expected: str) -> str:
+def _run_check(expected: str) -> str:
     result = gradrun.check("gradrun.yaml", against="HEAD")
     failed = {o.check.partition(" vs ")[0] for o in result.outcomes if o.status == "fail"}
     if expected == "pass":

@@ -1,4 +1,4 @@
-"""The script that a person writes for digits: import torch, load, run, save; nothing measured."""
+"""The hand-written script for digits: load, run and save, without measuring."""
 
 import sys
 from pathlib import Path

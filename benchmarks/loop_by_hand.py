@@ -1,4 +1,4 @@
-"""The loop that a careful person writes: memory-mapped files, two clock reads a batch."""
+"""The hand-written loop: memory-mapped files, two clock reads per batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def run(model: nn.Module, source: Path, target: Path, batch_size: int) -> list[float]:
-    """Predict every row of `source` into `target`; the seconds of each forward."""
+    """Write predictions of all rows of `source` to `target`; return the seconds of each forward."""
     inputs = np.load(source, mmap_mode="c")
     outputs = np.lib.format.open_memmap(target, "w+", inputs.dtype, inputs.shape)
     seconds = []

@@ -1,5 +1,6 @@
-"""Run a million rows of Parquet through a small model; prints the resident set in bytes along the
-way, one line a tenth. Run by bench.py in a process of its own.
+"""Run a million Parquet rows through a small model; print the resident set at each tenth in bytes.
+
+bench.py runs this in a separate process.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ file = folder / f"rows-{ROWS}.parquet"
 if not file.exists():
     drawn = np.random.default_rng(0)
     with parquet.ParquetWriter(file, pa.schema({name: pa.float32() for name in "abcd"})) as out:
-        for _ in range(0, ROWS, 100_000):  # as a table too large to be held would be written
+        for _ in range(0, ROWS, 100_000):  # in groups, like a table that does not fit into memory
             group = {
                 name: drawn.normal(size=min(ROWS, 100_000)).astype(np.float32) for name in "abcd"
             }
@@ -39,15 +40,15 @@ config = {
     "run": {"threads": 1},
     "output": {"path": str(folder / "out"), "format": FORMAT},
 }
-process, seen = psutil.Process(), dict[int, int]()
+process, resident_sets = psutil.Process(), dict[int, int]()
 
 
-def look(done: int, of: int) -> None:
-    """Note the resident set at each tenth."""
-    seen.setdefault(10 * done // of, process.memory_info().rss)
+def record(done: int, of: int) -> None:
+    """Record the resident set at each tenth."""
+    resident_sets.setdefault(10 * done // of, process.memory_info().rss)
 
 
-gradrun.infer(config, progress=look, overwrite=True)
-seen[10] = process.memory_info().rss
-for tenth, resident in sorted(seen.items()):
+gradrun.infer(config, progress=record, overwrite=True)
+resident_sets[10] = process.memory_info().rss
+for tenth, resident in sorted(resident_sets.items()):
     print(tenth, resident)
