@@ -1,13 +1,10 @@
-"""`gradrun.prove_modes`: what each gradient mode does on the installed torch, run and seen.
-
-Knows the order of the steps; the questions stand in probes/.
-"""
+"""`gradrun.mode_behavior`: the effects of each gradient mode on the installed torch."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from gradrun.audits.behavior import prove
+from gradrun.audits.behavior import measure_facts
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.inference import device as machine
@@ -15,24 +12,26 @@ from gradrun.results.result import ModeFacts
 
 
 def mode_behavior(device: str = "auto") -> ModeFacts:
-    """Ask every question about the gradient modes by running it.
+    """Answer every question about the gradient modes by running it on the installed torch.
 
     Args:
         device: as `run.device`: auto, cpu, cuda, cuda:1 or mps.
 
     Returns:
-        A fact for each question and mode, with what was expected and what was seen; `differing`
-        holds those that torch answers otherwise.
+        One fact per question and mode, with the expected and the observed answer; `differing`
+        contains the facts where the two differ.
 
     Raises:
-        ConfigError: the device is not there, or is none.
+        ConfigError: the device is not available, or the name is not valid.
     """
     try:
         RunSection(device=device)
     except ValidationError as error:
         raise ConfigError(
-            f"there is no device {device!r}; choose of auto, cpu, cuda, cuda:1, mps"
+            f"unknown device {device!r}; choose auto, cpu, cuda, cuda:1 or mps"
         ) from error
     chosen = machine.resolve(device)
     environment = machine.environment(chosen)
-    return ModeFacts(gradrun=environment.gradrun, environment=environment, facts=prove(chosen))
+    return ModeFacts(
+        gradrun=environment.gradrun, environment=environment, facts=measure_facts(chosen)
+    )

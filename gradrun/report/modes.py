@@ -38,7 +38,7 @@ def show(proven: ModeFacts, console: Console) -> None:
     console.print()
     for fact in proven.differing:
         console.print(hanging(_MARK, _explanation(fact, proven.environment.torch), _DIFFERS))
-    for reason in dict.fromkeys(fact.untried for fact in proven.facts if fact.observed is None):
+    for reason in dict.fromkeys(fact.unavailable for fact in proven.facts if fact.observed is None):
         console.print(hanging("!", f"not available: {reason}"))
     if any(fact.observed != fact.expected for fact in proven.facts):
         console.print()
@@ -110,12 +110,12 @@ def _explanation(fact: Fact, torch: str) -> str:
 
 def _closing(proven: ModeFacts) -> Text:
     torch, differing = proven.environment.torch, len(proven.differing)
-    untried = sum(fact.observed is None for fact in proven.facts)
-    tried = len(proven.facts) - untried
+    unavailable = sum(fact.observed is None for fact in proven.facts)
+    tried = len(proven.facts) - unavailable
     if differing:
         text = f"{differing} of {pluralize(tried, 'fact')} differ on torch {torch}"
     else:
         text = f"{pluralize(tried, 'fact')} proven on torch {torch}, each by running it just now"
-    if untried:
-        text += f"; {untried} could not be tried"
+    if unavailable:
+        text += f"; {unavailable} could not be tried"
     return Text(escape_control_chars(f"{text}."), _DIFFERS if differing else "bold green")

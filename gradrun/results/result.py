@@ -399,7 +399,7 @@ class Fact(Record, frozen=True, kw_only=True):
     """None where it could not be tried."""
     why: str
     """What it means to who writes code."""
-    untried: str = ""
+    unavailable: str = ""
     """Why it could not be tried."""
 
     @property

@@ -65,7 +65,8 @@ COMPILED = row(
     "gradrun's guard, fullgraph=True", "1 graph", "1 graph", "1 graph", topic="torch.compile"
 )
 NO_COMPILE = tuple(
-    known.replace(observed=None, untried="torch.compile is turned off here") for known in COMPILED
+    known.replace(observed=None, unavailable="torch.compile is turned off here")
+    for known in COMPILED
 )
 WORKS_NOW = fact("r.add_(1)", "RuntimeError", "works", mode="inference_mode")
 BROKEN = fact(
@@ -82,7 +83,7 @@ RESULTS = {
         environment=MACHINE.replace(device="cuda", device_name="NVIDIA H200"),
     ),
     "mixed": proven(*AFTER, fact("alone", "yes")),
-    "untried": proven(*AFTER, *NO_COMPILE),
+    "unavailable": proven(*AFTER, *NO_COMPILE),
 }
 
 
@@ -138,7 +139,7 @@ def test_a_topic_of_both_kinds_has_a_table_for_each() -> None:
     assert line(text, "alone") == ["yes"]
 
 
-@pytest.mark.parametrize("name", ["proven", "gpu", "mixed", "untried"])
+@pytest.mark.parametrize("name", ["proven", "gpu", "mixed", "unavailable"])
 def test_what_holds_is_not_marked_and_nothing_is_explained(name: str) -> None:
     text = shown(RESULTS[name])
     assert MARK not in text
@@ -166,7 +167,7 @@ def test_each_cell_that_differs_is_explained_once_with_what_was_expected_and_why
 
 
 def test_what_could_not_be_tried_says_why_once_and_is_counted_apart() -> None:
-    text = shown(RESULTS["untried"])
+    text = shown(RESULTS["unavailable"])
     assert line(text, "gradrun's guard, fullgraph=True") == ["not available"] * 3
     assert text.count("! not available: torch.compile is turned off here") == 1
     assert " ".join(text.split()).endswith("running it just now; 3 could not be tried.")
@@ -220,10 +221,10 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e"
         proven(fact("r", "works", f"raises E: {EVIL}")),
         proven(fact(EVIL, "works")),
         proven(fact("r", "works", topic=EVIL)),
-        proven(fact("r", "works", None, untried=EVIL)),
+        proven(fact("r", "works", None, unavailable=EVIL)),
         proven(*AFTER, environment=MACHINE.replace(torch=EVIL)),
     ],
-    ids=["seen", "raised", "question", "topic", "untried", "torch"],
+    ids=["seen", "raised", "question", "topic", "unavailable", "torch"],
 )
 def test_no_text_can_drive_the_terminal(result: ModeFacts, terminal: bool) -> None:
     text = re.sub(r"\x1b\[[\d;]*m", "", shown(result, 300, terminal=terminal))

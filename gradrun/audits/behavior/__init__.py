@@ -1,70 +1,51 @@
-"""What each gradient mode does on the installed torch: the table of questions, and their proof.
-
-Knows torch and the modes; nothing of models, configs or how facts are shown.
-"""
+"""The table of `gradrun modes`: questions about gradient modes, answered by running them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from gradrun.audits.behavior import compiled, decorators, scopes, tensors
-from gradrun.audits.behavior.probe import Probe, Unavailable
+from gradrun.audits.behavior import questions
+from gradrun.audits.behavior.snippet import Unavailable, run_snippet
+from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import Fact
 
-TOPICS: dict[str, tuple[Probe, ...]] = {
-    "Inside the block": tensors.INSIDE,
-    "r = w * 2 inside (w needs grad)": tensors.MADE,
-    "r after the block": tensors.AFTERWARDS,
-    "p = Parameter made inside": tensors.PARAMETER,
-    "Blocks within blocks: gradients are": scopes.NESTING,
-    "Threads: mode of": scopes.THREADS,
-    "Generators and asyncio: mode of": scopes.SUSPENDED,
-    "torch's decorator covers": decorators.TORCH,
-    "gradrun's guard covers": decorators.GUARD,
-    "torch.compile": compiled.PROBES,
-}
-"""topic -> its probes, in the order in which they are told."""
 
-
-def prove(device: torch.device) -> tuple[Fact, ...]:
-    """Ask everything, now and on `device`; changes no mode of the calling thread."""
+def measure_facts(device: torch.device) -> tuple[Fact, ...]:
+    """Answer every question now, on `device`; the calling thread's mode does not change."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates some of what is shown
+        warnings.simplefilter("ignore")  # some of the functions shown are deprecated
         return tuple(
-            _fact(topic, probe, mode, expected, device)
-            for topic, probes in TOPICS.items()
-            for probe in probes
-            for mode, expected in probe.cells()
+            _answer(question, mode, expected, device)
+            for question in questions.QUESTIONS
+            for mode, expected in question.cells()
         )
 
 
-def _fact(
-    topic: str, probe: Probe, mode: GradMode | None, expected: str, device: torch.device
+def _answer(
+    question: questions.Question, mode: GradMode | None, expected: str, device: torch.device
 ) -> Fact:
-    observed, untried = None, ""
-    try:
-        observed = _in_a_thread_of_its_own(lambda: probe.ask(mode or GradMode.GRAD, device))
-    except Unavailable as reason:
-        untried = str(reason)
-    except Exception as error:  # what torch raises is an answer like any other
-        observed = f"raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    observed, unavailable = None, ""
+    # A new thread starts in grad mode, and a mode that the snippet leaks ends with the thread.
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            answer = thread.submit(
+                run_snippet, question.code, mode or GradMode.GRAD, device, question.error
+            )
+            observed = answer.result()
+        except Unavailable as reason:
+            unavailable = str(reason)
+        except Exception as error:  # an unexpected error is an observation too
+            observed = f"raises {type(error).__name__}: {first_line(error)}"
     return Fact(
-        topic=topic,
-        question=probe.question,
+        topic=question.topic,
+        question=question.text,
         mode=mode,
         expected=expected,
-        observed=None if observed is None else str(observed),
-        why=probe.why,
-        untried=untried,
+        observed=observed,
+        why=question.why,
+        unavailable=unavailable,
     )
-
-
-def _in_a_thread_of_its_own(ask: Callable[[], str]) -> str:
-    """A new thread is in no mode, whatever the caller is in, and what leaks there ends with it."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(ask).result()
