@@ -54,7 +54,8 @@ def included(name: str) -> str:
         if re.match(r"[a-z]+:|#", target):
             return match[0]
         if target.startswith("docs/"):
-            return f"[{label}]({target.removeprefix('docs/')})"
+            page = target.removeprefix("docs/")
+            return f"[{label}]({page}{'index.md' if page.endswith('/') else ''})"
         return f"[{label}]({_REPOSITORY}/{target})"
 
     text = (ROOT / name).read_text(encoding="utf-8")
