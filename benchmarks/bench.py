@@ -29,7 +29,7 @@ import gradrun
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.data import open_data
-from gradrun.inference import device as machine
+from gradrun.inference.device import device_context
 from gradrun.inference.runner import Runner
 from gradrun.models import load_model
 from gradrun.output.checkpointer import Checkpointer
@@ -97,7 +97,7 @@ def loop(folder: Path) -> list[float]:
     np.save(source, np.random.default_rng(0).standard_normal((160_000, 64), dtype=np.float32))
     config = _loop_config(source, folder / "loop")
     ratios = []
-    with machine.device_context(config.run) as device:
+    with device_context(config.run) as device:
         model = load_model(config.model, device)
         data = open_data(config.data, 0)
         head = fingerprint(config, data.samples, gradrun.__version__)
@@ -290,7 +290,7 @@ def overlap(folder: Path) -> list[float]:
         }
     )
     ratios = []
-    with machine.device_context(config.run) as device, torch.inference_mode():
+    with device_context(config.run) as device, torch.inference_mode():
         model, data = load_model(config.model, device), open_data(config.data, 0)
         batches = [*data.batches()]
 

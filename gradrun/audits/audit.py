@@ -17,24 +17,23 @@ import torch
 
 from gradrun.audits import AUDIT_PASSES, agreement, saved_tensors, torch_compile
 from gradrun.audits.target import AuditTarget
-from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import with_locations
 from gradrun.config.resolve import is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.source import Batch
-from gradrun.inference import device as machine
+from gradrun.inference.device import device_context, seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
-from gradrun.inference.meters import FORWARD_MEMORY, cpu_memory
-from gradrun.inference.module_state import preserve_module_state
+from gradrun.inference.environment import current_environment
+from gradrun.inference.meters import measure_forward_memory
+from gradrun.inference.sampling import first_batches
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
     Equivalence,
     Finding,
     Measurement,
-    Memory,
     Phases,
     RunResult,
     SavedForBackward,
@@ -91,7 +90,7 @@ def audit(
     )
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     found, base = _Audited(), None
-    with with_locations(whole), machine.device_context(whole.run) as device:
+    with with_locations(whole), device_context(whole.run) as device:
         batches = first_batches(whole, device)
         modes = list(GradMode)
         for step, mode in enumerate(modes):
@@ -111,7 +110,7 @@ def audit(
         if compile and base:
             tell("torch.compile", len(modes), len(modes) + 1)
             found.findings += torch_compile.compiled(base, [m.mode for m in found.measurements])
-        environment = machine.environment(device)
+        environment = current_environment(device)
     result = RunResult(
         kind="audit",
         gradrun=environment.gradrun,
@@ -134,7 +133,7 @@ def _loaded(
     """The model anew: what it made lazily in another mode must not hide what it does in this."""
     in_mode = config.model_copy(update={"run": config.run.model_copy(update={"mode": mode})})
     began = time.perf_counter()
-    machine.seed(config.run.seed, device)
+    seed_generators(config.run.seed, device)
     model = load_model(config.model, device, trust_code=trust_code)
     return AuditTarget(mode.value, in_mode, device, model, batches), time.perf_counter() - began
 
@@ -210,10 +209,9 @@ def _compared(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -
 
 def _measured(subject: AuditTarget, load_seconds: float) -> Measurement:
     """The mode's memory; time is not taken here, where hooks and meters would count into it."""
-    batch, memory = subject.copy(), None
-    if meter := FORWARD_MEMORY.get(subject.device.type):
-        with subject.active(), preserve_module_state(subject.model):
-            memory = meter(lambda: subject.model(*batch.args, **batch.kwargs), subject.model)
+    batch = subject.copy()
+    with subject.active():
+        memory = measure_forward_memory(subject.model, batch, subject.device)
     return Measurement(
         mode=subject.mode,
         variant=subject.name,
@@ -228,14 +226,7 @@ def _measured(subject: AuditTarget, load_seconds: float) -> Measurement:
             forward=0.0,
             output=0.0,
         ),
-        memory=Memory(
-            weights=cpu_memory.weight_bytes(subject.model),
-            inputs=cpu_memory.storage_bytes(batch.tensors()),
-            forward_peak=memory and memory.peak,
-            retained=memory and memory.retained,
-            timeline=memory and memory.timeline,
-            peak_module=memory and memory.peak_module,
-        ),
+        memory=memory,
     )
 
 

@@ -7,7 +7,8 @@ from pydantic import ValidationError
 from gradrun.audits.behavior import measure_facts
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
-from gradrun.inference import device as machine
+from gradrun.inference.device import resolve_device
+from gradrun.inference.environment import current_environment
 from gradrun.results.result import ModeFacts
 
 
@@ -30,8 +31,8 @@ def mode_behavior(device: str = "auto") -> ModeFacts:
         raise ConfigError(
             f"unknown device {device!r}; choose auto, cpu, cuda, cuda:1 or mps"
         ) from error
-    chosen = machine.resolve(device)
-    environment = machine.environment(chosen)
+    chosen = resolve_device(device)
+    environment = current_environment(chosen)
     return ModeFacts(
         gradrun=environment.gradrun, environment=environment, facts=measure_facts(chosen)
     )

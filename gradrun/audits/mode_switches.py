@@ -18,9 +18,10 @@ from torch.utils import _contextlib
 
 from gradrun import modes
 from gradrun.audits.saved_tensors import saved_in_vain
-from gradrun.audits.target import AuditTarget, ModuleCallStack, source_of, track_module_calls
+from gradrun.audits.target import AuditTarget, source_of
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes
+from gradrun.inference.module_calls import ModuleCallStack, track_module_calls
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.modes import ModeState, observe
 from gradrun.results.result import Finding, Severity
@@ -69,7 +70,7 @@ def switches(subject: AuditTarget) -> Iterable[Finding]:
     found: dict[Switch, int] = {}
     leaks: dict[nn.Module, tuple[ModeState, ModeState]] = {}
 
-    def left(module: nn.Module, before: ModeState) -> None:
+    def left(module: nn.Module, before: ModeState, _: Any) -> None:
         after = observe()
         if after != before and not leaks:  # the innermost returns first
             leaks[module] = before, after
@@ -77,7 +78,7 @@ def switches(subject: AuditTarget) -> Iterable[Finding]:
     batch = subject.copy()
     with (
         preserve_module_state(subject.model),
-        track_module_calls(lambda _: observe(), left) as calls,
+        track_module_calls(lambda *_: observe(), left) as calls,
         _switches_noted(calls, subject, found),
     ):
         subject.run(batch)
@@ -154,7 +155,7 @@ def _switches_noted(
         if after == before:
             return
         current = after
-        if before is None or not calls.open:  # the mode of the run itself
+        if before is None or not calls.calls:  # the mode of the run itself
             return
         site = _site(frame)
         if site:

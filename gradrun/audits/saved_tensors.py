@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.target import AuditTarget, track_module_calls
+from gradrun.audits.target import AuditTarget
 from gradrun.data.source import Batch
 from gradrun.inference.meters.cpu_memory import storages
+from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import SavedForBackward
@@ -81,7 +82,7 @@ def kept_for_backward(subject: AuditTarget) -> tuple[SavedForBackward, ...]:
 @contextmanager
 def _packed(subject: AuditTarget, note: Callable[[_Saved], None]) -> Iterator[Batch]:
     """Tell of every tensor that is saved while the block runs; yields a batch to run."""
-    with track_module_calls(lambda _: None) as calls:
+    with track_module_calls(lambda *_: None) as calls:
 
         def pack(tensor: torch.Tensor) -> _Saved:
             one = _Saved(tensor, calls.innermost)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.audits.target import AuditTarget, source_of, track_module_calls, users_line
+from gradrun.audits.target import AuditTarget, source_of, users_line
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import TABLES, preserve_module_state
 from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Finding
@@ -109,13 +110,13 @@ class _Seen:
         self._told: list[bool] = []
         """For each call under way, whether a module inside it is known to draw."""
 
-    def enter(self, module: nn.Module) -> Any:
+    def enter(self, module: nn.Module, _: Any) -> Any:
         if module.training:
             self.training[module] = None
         self._told.append(False)
         return self._random_state(), self._versions()
 
-    def leave(self, module: nn.Module, before: Any) -> None:
+    def leave(self, module: nn.Module, before: Any, _: Any) -> None:
         random, versions = before
         # The innermost module returns first; those around it only called it.
         told = self._told.pop()

@@ -6,27 +6,20 @@ Knows how to run it; not what to look for.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.source import Batch
-from gradrun.inference import device as machine
-from gradrun.inference.runner import active
-
-T = TypeVar("T")
+from gradrun.inference.device import seed_generators
+from gradrun.inference.runner import execution_context
 
 _TORCH = Path(torch.__file__).parent
 
@@ -48,7 +41,7 @@ class AuditTarget:
 
     def active(self) -> AbstractContextManager[None]:
         """Its mode and autocast."""
-        return active(self.config.run, self.device)
+        return execution_context(self.config.run, self.device)
 
     def call(self, number: int) -> Any:
         """What the model returns for one of the batches."""
@@ -61,7 +54,7 @@ class AuditTarget:
 
     def run(self, batch: Batch) -> Any:
         """What the model returns, in its mode and from the config's seed."""
-        machine.seed(self.config.run.seed, self.device)
+        seed_generators(self.config.run.seed, self.device)
         with self.active():
             return self.model(*batch.args, **batch.kwargs)
 
@@ -76,49 +69,6 @@ class AuditTarget:
         """The module of a label; the model where there is none."""
         path = label.partition(" (")[0]
         return next((m for name, m in self.model.named_modules() if name == path), self.model)
-
-
-class ModuleCallStack(Generic[T]):
-    """The module calls under way, innermost last, each with what was noted at its entry."""
-
-    def __init__(self) -> None:
-        self.open: list[tuple[nn.Module, T]] = []
-
-    @property
-    def innermost(self) -> nn.Module | None:
-        """The module whose forward is running."""
-        return self.open[-1][0] if self.open else None
-
-
-@contextmanager
-def track_module_calls(
-    enter: Callable[[nn.Module], T],
-    leave: Callable[[nn.Module, T], None] = lambda *_: None,
-) -> Iterator[ModuleCallStack[T]]:
-    """Note something at the entry of each module's forward, and look again when it returns.
-
-    The hooks are the process's, not the modules': nn.TransformerEncoderLayer leaves its fused path
-    when a module of its own has hooks.
-    """
-    calls: ModuleCallStack[T] = ModuleCallStack()
-
-    def entered(module: nn.Module, *_: Any) -> None:
-        calls.open.append((module, enter(module)))
-
-    def left(module: nn.Module, *_: Any) -> None:
-        # A forward that raised, and was caught further out, has left no word.
-        while calls.open:
-            known, noted = calls.open.pop()
-            if known is module:
-                leave(module, noted)
-                return
-
-    hooks = [register_module_forward_pre_hook(entered), register_module_forward_hook(left)]
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def users_line(frame: FrameType | None) -> str | None:

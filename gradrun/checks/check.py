@@ -24,7 +24,8 @@ from gradrun.config.schema import MetricSection, RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
-from gradrun.inference import device as machine
+from gradrun.inference.device import resolve_device
+from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import infer
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, checking
@@ -171,13 +172,13 @@ def _save(result: RunResult, path: Path) -> None:
 
 def _failed(config: RunConfig, error: GradrunError) -> RunResult:
     """The result of a model that did not run."""
-    device = machine.resolve(config.run.device)
+    device = resolve_device(config.run.device)
     return RunResult(
         kind="check",
         gradrun=__version__,
         started_at=_now(),
         config=config.model_dump(mode="json"),
-        environment=machine.environment(device),
+        environment=current_environment(device),
         measurements=error.result.measurements if error.result else (),
         outcomes=(evaluate.failed_smoke("runs", str(error)),),
     )

@@ -78,31 +78,15 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 @contextmanager
 def _watched() -> Iterator[list[str]]:
     """Note each output with a graph that a model gives to code outside any model."""
-    from torch.nn.modules.module import (
-        register_module_forward_hook,
-        register_module_forward_pre_hook,
-    )
-
+    from gradrun.inference.module_calls import track_module_calls
     from gradrun.output.transforms import iter_tensors
 
-    entered: list[Any] = []
     kept: list[str] = []
 
-    def enter(module: Any, _: Any) -> None:
-        entered.append(module)
-
     def leave(module: Any, _: Any, returned: Any) -> None:
-        entered.pop()
         # Inside another model a graph may yet be dropped.
-        if not entered and any(t.requires_grad for _, t in iter_tensors(returned)):
+        if not stack.calls and any(t.requires_grad for _, t in iter_tensors(returned)):
             kept.append(type(module).__name__)
 
-    hooks = [
-        register_module_forward_pre_hook(enter),
-        register_module_forward_hook(leave, always_call=True),
-    ]
-    try:
+    with track_module_calls(lambda *_: None, leave, always_leave=True) as stack:
         yield kept
-    finally:
-        for hook in hooks:
-            hook.remove()

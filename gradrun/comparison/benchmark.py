@@ -26,32 +26,32 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data import open_data
-from gradrun.data.source import Batch, transfer_to
-from gradrun.inference import device as machine
+from gradrun.data.source import Batch
+from gradrun.inference.device import device_context, resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
+from gradrun.inference.environment import current_environment
 from gradrun.inference.meters import (
-    FORWARD_MEMORY,
-    cpu_memory,
     device_memory,
+    measure_forward_memory,
+    model_memory,
     process_memory,
     system_load,
 )
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.reordering import restore_input_order
-from gradrun.inference.runner import Runner, active
+from gradrun.inference.runner import Runner, execution_context
+from gradrun.inference.sampling import first_batches
 from gradrun.models import class_names, load_model
 from gradrun.models.python import ImportSpace
 from gradrun.output.formats import open_writer
 from gradrun.results import stats
-from gradrun.results.result import Memory, Phases
+from gradrun.results.result import Phases
 
 BLOCK_SECONDS = 0.01
 """A block is as many batches as take at least this long: clock reads and jitter vanish in it."""
 
 _WARM_SECONDS = 0.2
 _FEWEST_ROUNDS = 5
-_MOST_BATCHES = 8
-_MOST_BYTES = 64 * 1024 * 1024
 _PATIENCE = 3
 """Times the seconds asked for that slow variants may take to make their fewest rounds."""
 
@@ -81,7 +81,7 @@ class LoadedVariant:
         """The variant's threads, mode and autocast."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        with self.space.entered(), active(self.config.run, self.device):
+        with self.space.entered(), execution_context(self.config.run, self.device):
             yield
 
     def call(self, number: int) -> Any:
@@ -131,7 +131,7 @@ def run_task(job: Job) -> WorkerReport:
     ready.sort(key=lambda runnable: runnable.index)
     gc.freeze()  # the collector need not walk torch's modules between blocks
     gc.enable()
-    with system_load.watched() as watch:
+    with system_load.measure_system_load() as load_meter:
         if job.kind == "time":
             _time_in_turns(ready, job, failures, marker)
     trials, agreed = [], []
@@ -147,8 +147,8 @@ def run_task(job: Job) -> WorkerReport:
         trials=tuple(trials),
         equivalence=tuple(agreed),
         failures=tuple(failures),
-        disturbance=watch.found(),
-        environment=machine.environment(ready[0].device) if ready else None,
+        disturbance=load_meter.noise(),
+        environment=current_environment(ready[0].device) if ready else None,
     )
 
 
@@ -156,7 +156,7 @@ def _predict(runnable: LoadedVariant, trust_code: bool) -> None:
     """Write predictions for all of a variant's data into its folder, with no journal."""
     config = runnable.config
     runnable.marker.at(runnable.index, 0)
-    with runnable.space.entered(), machine.device_context(config.run) as device:
+    with runnable.space.entered(), device_context(config.run) as device:
         model = load_model(config.model, device, trust_code=trust_code)
         data = open_data(config.data, config.run.seed)
         runner = Runner(model, data, config, device)
@@ -211,7 +211,7 @@ def _noted(failures: list[Failure], runnable: LoadedVariant, marker: Marker) -> 
 def _load(runnable: LoadedVariant, loaded: list[LoadedVariant], trust_code: bool) -> None:
     """Give the variant its model and batches: another's, where they are the same."""
     config = runnable.config
-    device = runnable.device = machine.resolve(config.run.device)
+    device = runnable.device = resolve_device(config.run.device)
     seed = config.run.seed  # draws weights and data
     alike = [
         r
@@ -232,31 +232,6 @@ def _load(runnable: LoadedVariant, loaded: list[LoadedVariant], trust_code: bool
         began = time.perf_counter()
         runnable.batches = first_batches(config, device)
         runnable.open_seconds = time.perf_counter() - began
-
-
-def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
-    """The first few whole batches, copied out of their file and moved to the device.
-
-    Raises:
-        ConfigError: there is none all of whose samples can be read.
-    """
-    data = open_data(config.data, config.run.seed)
-    move = transfer_to(device, getattr(config.model, "dtype", None))
-    batches: list[Batch] = []
-    held, fault = 0, ""
-    for batch in data.batches():
-        if batch.faults:
-            fault = str(next(iter(batch.faults.values())))
-            continue
-        if batches and batch.size < batches[0].size:
-            break
-        batches.append((move(batch) if move else batch).map(torch.clone))
-        held += cpu_memory.storage_bytes(batches[-1].tensors())
-        if len(batches) == _MOST_BATCHES or held > _MOST_BYTES:
-            break
-    if not batches:
-        raise ConfigError(f"no batch is without a fault: {fault}", "data.path")
-    return batches
 
 
 def _warm_up(runnable: LoadedVariant) -> None:
@@ -304,7 +279,7 @@ def _time_in_turns(
 
 def _trial(runnable: LoadedVariant, *, weigh: bool) -> VariantMeasurement:
     """The variant's figures; what is weighed has its process to itself, so its peak counts."""
-    first, memory, resident = runnable.batches[0], None, None
+    first, resident = runnable.batches[0], None
     device_memory.reset(runnable.device)
     method = "unavailable"
     if weigh:
@@ -313,10 +288,12 @@ def _trial(runnable: LoadedVariant, *, weigh: bool) -> VariantMeasurement:
                 runnable.call(number)
         resident, method = process_memory.peak_resident()
     allocated, reserved = device_memory.peaks(runnable.device)
-    meter = FORWARD_MEMORY.get(runnable.device.type)
-    if meter and not weigh and runnable.config.measure.memory:
-        with runnable.active(), preserve_module_state(runnable.model):
-            memory = meter(lambda: runnable.call(0), runnable.model)
+    memory = model_memory(runnable.model, first)
+    if not weigh and runnable.config.measure.memory:
+        batch = first.map(torch.clone)
+        runnable.marker.at(runnable.index, 0)
+        with runnable.active():
+            memory = measure_forward_memory(runnable.model, batch, runnable.device)
     return VariantMeasurement(
         variant=runnable.name,
         batch_seconds=tuple(runnable.rounds),
@@ -330,13 +307,7 @@ def _trial(runnable: LoadedVariant, *, weigh: bool) -> VariantMeasurement:
             forward=float(sum(runnable.rounds)),
             output=0.0,
         ),
-        memory=Memory(
-            weights=cpu_memory.weight_bytes(runnable.model),
-            inputs=cpu_memory.storage_bytes(first.tensors()),
-            forward_peak=memory and memory.peak,
-            retained=memory and memory.retained,
-            timeline=memory and memory.timeline,
-            peak_module=memory and memory.peak_module,
+        memory=memory.replace(
             process_peak=resident,
             process_method=method,
             device_allocated=allocated if weigh else None,

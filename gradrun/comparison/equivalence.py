@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data.source import Batch
+from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Equivalence
@@ -188,18 +188,13 @@ def _recorded(side: ComparableModel) -> Iterator[list[tuple[str, str, list[torch
     names = {module: name for name, module in side.model.named_modules()}
     calls: list[tuple[str, str, list[torch.Tensor]]] = []
 
-    def note(module: nn.Module, _: Any, returned: Any) -> None:
+    def record(module: nn.Module, _: Any, returned: Any) -> None:
         if module in names:
             kept = [_dense(t.detach()).clone().cpu() for _, t in iter_tensors(returned)]
             calls.append((names[module], type(module).__name__, kept))
 
-    # A hook of the process, not of a module: nn.TransformerEncoderLayer leaves its fused path
-    # when a module of its own has hooks, and then nothing would differ.
-    hook = register_module_forward_hook(note)
-    try:
+    with track_module_calls(lambda *_: None, record):
         yield calls
-    finally:
-        hook.remove()
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

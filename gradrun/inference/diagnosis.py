@@ -15,14 +15,11 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
 from gradrun.core.errors import ModelInputError, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes
+from gradrun.inference.module_calls import track_module_calls
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 """How torch says that nothing was recorded to go back through."""
@@ -124,33 +121,20 @@ def _lines_outside(error: BaseException) -> Iterator[tuple[str, Path, int | None
 
 
 def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    entered: list[tuple[nn.Module, tuple[Any, ...]]] = []
-    hooks = [
-        register_module_forward_pre_hook(lambda module, given: entered.append((module, given))),
-        register_module_forward_hook(lambda *_: _drop_last(entered)),
-    ]
-    try:
-        # The same error comes again; the modules that it leaves entered are what we want.
-        with suppress(Exception, SystemExit):
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not entered:
+    # The model fails again, and its unfinished calls stay on the stack.
+    with track_module_calls(lambda _, given: given) as stack, suppress(Exception, SystemExit):
+        model(*args, **kwargs)
+    if not stack.calls:
         return ""
-    module, given = entered[-1]
+    module, given = stack.calls[-1]
     path = {inner: name for name, inner in model.named_modules()}.get(module, "")
     weight = getattr(module, "weight", None)
     kind = str(module).splitlines()[0].rstrip("(")
     has = f" with weight {_shape(weight)}" if isinstance(weight, torch.Tensor) else ""
     got = ", ".join(_shape(value) for value in given if isinstance(value, torch.Tensor))
-    if not got:  # it was called by keyword, which a global hook is not told
+    if not got:  # called by keyword, and global hooks receive only positional arguments
         return ""
     return f"; module {path or '(the model)'} is {kind}{has} and got {got}"
-
-
-def _drop_last(entered: list[Any]) -> None:
-    entered.pop()
 
 
 def _shape(value: Any) -> str:

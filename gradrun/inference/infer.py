@@ -21,8 +21,9 @@ from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
 from gradrun.data.source import HasFileList
-from gradrun.inference import device as machine
 from gradrun.inference import metrics
+from gradrun.inference.device import device_context
+from gradrun.inference.environment import current_environment
 from gradrun.inference.recovery import BatchRecovery, numbers_apart
 from gradrun.inference.reordering import restore_input_order
 from gradrun.inference.runner import Runner, TimedPass
@@ -82,7 +83,7 @@ def infer(
     with (
         GracefulShutdown() as interruption,
         with_locations(config),
-        machine.device_context(config.run) as device,
+        device_context(config.run) as device,
     ):
         folder = RunFolder(
             config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
@@ -105,7 +106,7 @@ def infer(
             return _scored_anew(finished, config, compute, folder)
         sink = open_writer(config.output, data.samples, classes)
         sink, unit = restore_input_order(sink, data)
-        environment = machine.environment(device)
+        environment = current_environment(device)
         with folder.locked():
             keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written

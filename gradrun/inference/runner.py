@@ -36,7 +36,7 @@ from gradrun.data.source import (
     input_position,
     transfer_to,
 )
-from gradrun.inference.device import seed
+from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
@@ -122,7 +122,7 @@ class Runner:
         """
         began = time.perf_counter()
         self.first = self._first_batch()
-        with active(self.config.run, self.device), preserve_module_state(self.model):
+        with execution_context(self.config.run, self.device), preserve_module_state(self.model):
             outputs = self._first_outputs()
             self.first_seconds = time.perf_counter() - began
             try:
@@ -146,11 +146,11 @@ class Runner:
         A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
         """
         device_memory.reset(self.device)
-        seed(self.config.run.seed, self.device)  # dropout in training mode repeats
+        seed_generators(self.config.run.seed, self.device)  # dropout in training mode repeats
         gathered = TimedPass(start=sink.written)
         batches = self._batches(sink.written)
         try:
-            with active(self.config.run, self.device):
+            with execution_context(self.config.run, self.device):
                 self._loop(
                     self.rescue.cut(batches), sink, gathered, keep or _nothing, beat or _nothing
                 )
@@ -437,7 +437,7 @@ class Runner:
             self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
             return None
         try:
-            with active(self.config.run, self.device), preserve_module_state(self.model):
+            with execution_context(self.config.run, self.device), preserve_module_state(self.model):
                 return meter(lambda: self.model(*batch.args, **batch.kwargs), self.model)
         except KeyboardInterrupt:
             gathered.stopped = Interrupted("interrupted while memory was counted")
@@ -458,7 +458,7 @@ def _nothing(*_: object) -> None:
 
 
 @contextmanager
-def active(run: RunSection, device: torch.device) -> Iterator[None]:
+def execution_context(run: RunSection, device: torch.device) -> Iterator[None]:
     """The gradient mode and autocast that a config asks for."""
     with ExitStack() as stack:
         stack.enter_context(grad_mode(run.mode))

@@ -1,7 +1,4 @@
-"""SIGINT and SIGTERM while a run is under way: the first ends it in order, the second at once.
-
-Knows signals; not what has to be put in order.
-"""
+"""Handle SIGINT and SIGTERM during a run: the first ends it in order, the second at once."""
 
 from __future__ import annotations
 
@@ -15,29 +12,28 @@ from typing import Any
 
 from gradrun.core.errors import Interrupted
 
-_OURS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class GracefulShutdown:
-    """Raises KeyboardInterrupt at the first signal, or when a block that must be whole has ended.
+    """Raises KeyboardInterrupt at the first signal, or at the end of a deferred block.
 
-    In another thread than the main one, and over handlers that are not Python's own, it does
-    nothing: whoever set those knows better.
+    Outside the main thread it has no effect, and handlers set by the caller are not replaced.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        """The signal that was heard first."""
-        self._whole = 0
-        self._owed = False
-        self._before: dict[int, Any] = {}
+        self.signal = 0
+        """The number of the first signal, or 0."""
+        self._deferred_blocks = 0
+        self._pending = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> GracefulShutdown:
         if threading.current_thread() is threading.main_thread():
-            for number in _OURS:
+            for number in _SIGNALS:
                 if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._previous_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -46,9 +42,9 @@ class GracefulShutdown:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        if self.number and isinstance(error, KeyboardInterrupt):
+        if self.signal and isinstance(error, KeyboardInterrupt):
             raise Interrupted(exit_code=self.exit_code) from error
         if isinstance(error, Interrupted) and error.exit_code != self.exit_code:
             raise Interrupted(
@@ -60,28 +56,28 @@ class GracefulShutdown:
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + (self.number or signal.SIGINT)
+        """The exit code by the convention of shells: 130 after Ctrl-C, 143 after SIGTERM."""
+        return 128 + (self.signal or signal.SIGINT)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the first signal wait for what takes milliseconds and must be whole."""
-        self._whole += 1
+        """Delay the first signal to the end of a short block that must not be interrupted."""
+        self._deferred_blocks += 1
         try:
             yield
         finally:
-            self._whole -= 1
-        if self._owed and not self._whole:
-            self._owed = False
+            self._deferred_blocks -= 1
+        if self._pending and not self._deferred_blocks:
+            self._pending = False
             raise KeyboardInterrupt
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
             if os.isatty(2):
-                os.write(2, _SHOW_CURSOR)  # a progress bar may have hidden it
+                os.write(2, _SHOW_CURSOR)  # the progress bar hides it
             os._exit(128 + number)
-        self.number = number
-        if self._whole:
-            self._owed = True
+        self.signal = number
+        if self._deferred_blocks:
+            self._pending = True
         else:
             raise KeyboardInterrupt

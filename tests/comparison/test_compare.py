@@ -383,7 +383,7 @@ def test_the_rows_of_the_others_are_shown_and_saved_all_the_same(
 def test_a_device_that_is_not_there_is_told_as_infer_tells_it(cli: Command, folder: Path) -> None:
     answer = cli("compare", "c.yaml", "--over", "run.device=cpu,cuda:99")
     assert answer.code in {1, 2}
-    assert "there is no cuda:99 here" in answer.err
+    assert "device cuda:99 is not available" in answer.err
 
 
 def test_ctrl_c_shows_and_saves_what_was_measured(

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.comparison.benchmark import first_batches
 from gradrun.config.load import load_config
 from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.data import open_data
 from gradrun.data.image_transforms import Steps, steps
 from gradrun.data.source import BatchSource
+from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import WRITERS
 from gradrun.results.result import RunResult
 from tests.support.pictures import BROKEN, DIGITS, LABELS, lay_out
@@ -161,7 +161,9 @@ def test_compare_takes_batches_without_a_fault(digits: Path, tmp_path: Path) -> 
     (batch,) = first_batches(config, device)
     assert not batch.faults
     assert {str(name)[0] for name in batch.ids} == {"5"}, "of class 3 the first batch has one"
-    with pytest.raises(ConfigError, match=r"no batch is without a fault: 3/007\.png is no picture"):
+    with pytest.raises(
+        ConfigError, match=r"every batch has a sample that cannot be read: 3/007\.png is no picture"
+    ):
         first_batches(load_config(config.model_dump(mode="json"), {"data.pattern": "3/*"}), device)
 
 

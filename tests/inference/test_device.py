@@ -13,7 +13,7 @@ import torch
 
 from gradrun.config.schema import RunSection
 from gradrun.core.errors import ConfigError
-from gradrun.inference import device
+from gradrun.inference import device, environment
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -79,7 +79,7 @@ def test_affinity_limits_the_processors_and_the_threads_of_a_run() -> None:
 
 
 def test_the_cpu_is_always_there() -> None:
-    assert device.resolve("cpu") == torch.device("cpu")
+    assert device.resolve_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_auto_takes_the_best_device_there_is(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert device.resolve("auto").type == best
+    assert device.resolve_device("auto").type == best
 
 
 @pytest.mark.parametrize(
     ("name", "cuda", "there"),
     [
-        ("cuda", 0, "sees cpu "),
-        ("cuda:1", 1, "sees cpu, cuda "),
-        ("mps", 1, "sees cpu, cuda "),
+        ("cuda", 0, "finds cpu "),
+        ("cuda:1", 1, "finds cpu, cuda "),
+        ("mps", 1, "finds cpu, cuda "),
     ],
 )
 def test_a_device_that_is_not_there_is_an_error_that_names_what_is(
@@ -106,8 +106,8 @@ def test_a_device_that_is_not_there_is_an_error_that_names_what_is(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"there is no {name} here") as caught:
-        device.resolve(name)
+    with pytest.raises(ConfigError, match=f"device {name} is not available") as caught:
+        device.resolve_device(name)
     assert there in str(caught.value)
     assert caught.value.key == "run.device"
 
@@ -152,7 +152,7 @@ def test_threads_are_as_many_as_there_are_processors(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(device, "available_cpus", lambda: CPUS + 2)
     with device.device_context(RunSection(device="cpu")):
         assert torch.get_num_threads() == CPUS + 2
-        assert device.environment(torch.device("cpu")).threads == CPUS + 2
+        assert environment.current_environment(torch.device("cpu")).threads == CPUS + 2
 
 
 def test_the_seed_makes_random_weights_repeat() -> None:
@@ -178,7 +178,7 @@ def test_a_device_that_is_not_there_changes_nothing(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_environment_says_what_a_reader_must_know() -> None:
-    found = device.environment(torch.device("cpu"))
+    found = environment.current_environment(torch.device("cpu"))
     assert found.torch == torch.__version__
     assert found.python == ".".join(map(str, sys.version_info[:3]))
     assert 1 <= found.cpus <= CPUS
@@ -213,9 +213,9 @@ def test_a_run_on_the_cpu_leaves_the_gpus_random_numbers() -> None:
 
 @pytest.mark.cuda
 def test_the_environment_names_the_gpu() -> None:
-    assert device.environment(torch.device("cuda")).device_name
+    assert environment.current_environment(torch.device("cuda")).device_name
 
 
 def test_an_environment_is_of_plain_words_and_numbers() -> None:
-    told = device.environment(torch.device("cpu")).as_dict()
+    told = environment.current_environment(torch.device("cpu")).as_dict()
     assert {type(value) for value in told.values()} <= {str, int, type(None)}

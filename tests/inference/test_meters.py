@@ -198,8 +198,8 @@ def test_infer_leaves_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[
 
 def test_a_process_without_stderr_is_measured_too() -> None:
     script = (
-        "import os, torch; from gradrun.inference.meters import tensors; os.close(2); "
-        "print(tensors.forward_memory(lambda: torch.empty(10))[:2])"
+        "import os, torch; from gradrun.inference.meters import cpu_memory; os.close(2); "
+        "print(cpu_memory.forward_memory(lambda: torch.empty(10))[:2])"
     )
     done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
     assert done.stdout == b"(40, 40)\n"

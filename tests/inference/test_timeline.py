@@ -14,7 +14,7 @@ import gradrun
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled
 from gradrun.inference.meters.cpu_memory import forward_memory
-from gradrun.inference.meters.timeline import thinned
+from gradrun.inference.meters.timeline import downsample
 from gradrun.models.python import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory
@@ -109,8 +109,8 @@ def test_a_compiled_model_is_not_watched() -> None:
 
 
 @given(st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=2_000))
-def test_a_thinned_timeline_keeps_its_ends_its_extremes_and_its_order(points: list[int]) -> None:
-    kept = thinned(points, 60)
+def test_a_downsample_timeline_keeps_its_ends_its_extremes_and_its_order(points: list[int]) -> None:
+    kept = downsample(points, 60)
     assert len(kept) <= 60
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     assert (min(kept), max(kept)) == (min(points), max(points))

@@ -139,7 +139,7 @@ def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(written: dict[s
         ({"output.transform": "topk"}, "output", "top 5 of 3 classes"),
         ({"output.select": "logits"}, "output", "no output 'logits'"),
         ({"data.inputs": {"x": {"key": "a"}}}, "data", "no key"),
-        ({"run.device": "cuda:99"}, "run", "there is no cuda:99 here"),
+        ({"run.device": "cuda:99"}, "run", "device cuda:99 is not available"),
     ],
 )
 def test_an_error_of_the_run_has_the_place_of_its_key(

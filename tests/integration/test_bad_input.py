@@ -95,7 +95,11 @@ def refused(answer, *, code: int = 2) -> str:
         ("samples: 7", "samples: 7\n  samples: 7", "c.yaml:8:3  data.samples: written twice"),
         ("samples: 7", "samples: many", "c.yaml:7:12  data.samples: 'many' is not a whole number"),
         ("warmup: 0", "mode: nograd", "c.yaml:8:13  run.mode: unknown value 'nograd'; did you m"),
-        ("warmup: 0", "device: cuda:99", "c.yaml:8:15  run.device: there is no cuda:99 here"),
+        (
+            "warmup: 0",
+            "device: cuda:99",
+            "c.yaml:8:15  run.device: device cuda:99 is not",
+        ),
         (SYNTHETIC, "source: arrays\n  path: no.npy", "c.yaml:6:9  data.path: there is no file"),
         (LAYERS, "source: exported\n  path: no.pt2", "c.yaml:3:9  model.path: there is no file"),
         ("  samples", "\tsamples", "c.yaml:7:1  not YAML: a tab; YAML is indented with spaces"),

@@ -1,7 +1,4 @@
-"""Clocks for the forward pass: of the processor, or of the device that runs it behind our back.
-
-Knows start, stop and seconds; not what ran between them.
-"""
+"""Clocks for forward passes on the host and on devices that run asynchronously."""
 
 from __future__ import annotations
 
@@ -11,25 +8,25 @@ from typing import Any, Protocol
 
 import torch
 
-_HELD_EVENTS = 256
+_MAX_PENDING_EVENTS = 256
 
 
 class Clock(Protocol):
-    """Times one forward after the other."""
+    """Times forward passes one at a time."""
 
     seconds: array[float]
-    """One entry a forward, complete after finish()."""
+    """One entry per forward pass, complete after finish()."""
 
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
     def finish(self) -> None:
-        """Wait for what still runs on the device and read its times."""
+        """Wait for the device and read the pending times."""
 
 
 class HostClock:
-    """time.perf_counter_ns, for work that is done when the call returns."""
+    """time.perf_counter_ns, for devices whose work is complete when the call returns."""
 
     def __init__(self) -> None:
         self.seconds = array("d")
@@ -42,11 +39,11 @@ class HostClock:
         self.seconds.append((time.perf_counter_ns() - self._started) * 1e-9)
 
     def finish(self) -> None:
-        """Nothing runs on."""
+        """Do nothing: no time is pending."""
 
 
 class MpsClock(HostClock):
-    """The host's clock around work that is waited for: MPS has no events with a common base."""
+    """The host clock with a synchronization: MPS events share no time base."""
 
     def stop(self) -> None:
         torch.mps.synchronize()
@@ -54,7 +51,7 @@ class MpsClock(HostClock):
 
 
 class CudaClock:
-    """CUDA events on the current stream, read in groups so that the host seldom waits for them."""
+    """CUDA events on the current stream, read in groups to synchronize rarely."""
 
     def __init__(self) -> None:
         self.seconds = array("d")
@@ -62,16 +59,11 @@ class CudaClock:
         self._begin: Any = None
 
     def start(self) -> None:
-        timed_event: Any = torch.cuda.Event  # torch leaves it without types
-        self._begin = timed_event(enable_timing=True)
-        self._begin.record()
+        self._begin = _record_event()
 
     def stop(self) -> None:
-        timed_event: Any = torch.cuda.Event
-        end = timed_event(enable_timing=True)
-        end.record()
-        self._pairs.append((self._begin, end))
-        if len(self._pairs) >= _HELD_EVENTS:
+        self._pairs.append((self._begin, _record_event()))
+        if len(self._pairs) >= _MAX_PENDING_EVENTS:
             self.finish()
 
     def finish(self) -> None:
@@ -81,7 +73,14 @@ class CudaClock:
         self._pairs.clear()
 
 
+def _record_event() -> Any:
+    event_type: Any = torch.cuda.Event  # not typed in torch
+    event = event_type(enable_timing=True)
+    event.record()
+    return event
+
+
 def clock_for(device: torch.device) -> Clock:
-    """The clock that tells the truth about forwards on `device`."""
+    """Return the clock for forward passes on `device`."""
     clocks: dict[str, type[Clock]] = {"cuda": CudaClock, "mps": MpsClock}
     return clocks.get(device.type, HostClock)()

@@ -1,6 +1,6 @@
-"""Bytes of tensors, exact: of a module's weights, a batch, and a forward pass on the CPU.
+"""Exact bytes of tensors on the CPU: weights, batches and the allocations of a forward pass.
 
-Knows torch's allocation events; it slows what it measures, so it never runs in a timed pass.
+Profiling slows the forward down, so it never runs in the timed pass.
 """
 
 from __future__ import annotations
@@ -14,37 +14,34 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd import profiler as torch_profiler
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
 
-from gradrun.inference.meters.timeline import Forward, thinned
+from gradrun.inference.meters.timeline import Forward, downsample
+from gradrun.inference.module_calls import track_module_calls
 
 _MARK = "gradrun module "
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a module, shared storage counted once."""
+    """Return the bytes of a module's parameters and buffers; shared storage counts once."""
     return storage_bytes([*module.parameters(), *module.buffers()])
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the memory behind some tensors, each piece counted once."""
+    """Return the bytes of the storages of some tensors; each storage counts once."""
     return sum(storages(tensors).values())
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Address to size in bytes of each piece of memory behind some tensors."""
-    found = {}
+    """Return the address and size in bytes of each storage of some tensors."""
+    sizes = {}
     for tensor in tensors:
-        for part in _strided(tensor):
-            found[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-    return found
+        for part in _strided_parts(tensor):
+            sizes[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+    return sizes
 
 
-def _strided(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors that one is made of: of a sparse one its indices and values."""
+def _strided_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the strided tensors of a tensor: for sparse layouts the indices and values."""
     match tensor.layout:
         case torch.strided:
             return [tensor]
@@ -55,25 +52,25 @@ def _strided(tensor: torch.Tensor) -> list[torch.Tensor]:
         case torch.sparse_csc | torch.sparse_bsc:
             return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
         case _:
-            return []  # memory of another library, which torch does not tell of
+            return []  # memory of another library, which torch does not expose
 
 
 def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> Forward:
-    """Run `call` once and count what it allocates on the CPU.
+    """Run `call` once and count its allocations on the CPU.
 
     Args:
         call: runs the forward pass.
-        model: whose modules are to be named at the peak.
+        model: the model whose modules are candidates for the peak module.
 
     Returns:
-        The most bytes that were live at once, and what is still live when the call has returned
-        and its result is held; both above what was live before. The sizes are those of torch's
-        allocator events, which are the tensors' own.
+        The peak of live bytes, and the bytes that are live after the call together with its
+        output, both above the level before the call. Sizes come from torch's allocation events,
+        which are the sizes of the tensors.
     """
-    # torch leaves its profiler without types.
-    profiler: Any = torch_profiler.profile(use_cpu=True, profile_memory=True, acc_events=False)
-    # Quiet for the call as well: torch's allocator reports each older block that it frees.
-    with _quiet_stderr(), _marked(model) as labels, profiler:
+    profile: Any = torch_profiler.profile  # not typed in torch
+    profiler = profile(use_cpu=True, profile_memory=True, acc_events=False)
+    # stderr stays quiet during the call: torch's allocator logs each older block that is freed.
+    with _quiet_stderr(), _module_marks(model) as labels, profiler:
         returned = call()
     live, timeline, running = 0, [0], -1
     peak, at_peak = 0, -1
@@ -87,83 +84,71 @@ def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> F
             if live > peak:
                 peak, at_peak = live, running
     del returned
-    return Forward(peak, live, thinned(timeline), labels[at_peak] if at_peak >= 0 else None)
+    return Forward(peak, live, downsample(timeline), labels[at_peak] if at_peak >= 0 else None)
 
 
 @contextmanager
-def _marked(model: nn.Module | None) -> Iterator[list[str]]:
-    """Mark in the profile where each module's forward begins and ends.
+def _module_marks(model: nn.Module | None) -> Iterator[list[str]]:
+    """Add an event to the profile whenever the running module changes.
 
-    A mark is an event named for the place, in the list that this yields, of the module that runs
-    from there on; -1 where none does. A compiled model would be compiled anew for the hooks, and
-    allocate meanwhile, so it stays unmarked.
-
-    The hooks are the process's, not the modules': nn.TransformerEncoderLayer leaves its fused path
-    when a module of its own has hooks.
+    The event's name ends in the index of the module in the yielded list of labels, or in -1
+    outside the model. A compiled model gets no marks, because the hooks would recompile it and the
+    compiler's allocations would be counted.
     """
     if model is None or any("_orig_mod" in part._modules for part in model.modules()):
         yield []
         return
     named = [(module, name or "(the model)") for name, module in model.named_modules()]
-    places = {id(module): place for place, (module, _) in enumerate(named)}
-    under_way = [-1]
+    indices = {module: index for index, (module, _) in enumerate(named)}
 
-    def mark() -> None:
-        with torch_profiler.record_function(f"{_MARK}{under_way[-1]}"):
+    def mark(index: int) -> None:
+        with torch_profiler.record_function(f"{_MARK}{index}"):
             pass
 
-    def entered(module: nn.Module, _: Any) -> None:
-        if (place := places.get(id(module))) is not None:
-            under_way.append(place)
-            mark()
+    def running() -> int:
+        return stack.calls[-1][1] if stack.calls else -1
 
-    def left(module: nn.Module, *_: Any) -> None:
-        # A forward that raised, and was caught further out, has left no word.
-        if (place := places.get(id(module))) in under_way:
-            while under_way.pop() != place:
-                pass
-            mark()
+    def enter(module: nn.Module, _: Any) -> int:
+        index = indices.get(module, running())  # other modules count for the module around them
+        mark(index)
+        return index
 
-    hooks = [register_module_forward_pre_hook(entered), register_module_forward_hook(left)]
-    try:
+    with track_module_calls(enter, lambda *_: mark(running())) as stack:
         yield [f"{name} ({type(module).__name__})" for module, name in named]
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Keep kineto's C++ log lines from the user's terminal.
+    """Drop the log lines of kineto's C++ code, and nothing that Python writes.
 
-    KINETO_LOG_LEVEL would do, but is read when torch is imported, which may be long ago.
+    KINETO_LOG_LEVEL is not an option, because torch reads it only on import.
     """
     try:
-        kept = os.dup(2)
-    except OSError:  # a process without stderr has nothing to keep clean
+        stderr = os.dup(2)
+    except OSError:  # the process has no stderr
         yield
         return
     if sys.stderr:
         sys.stderr.flush()
-    void = os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(void, 2)
-        with _python_keeps(kept):
+        os.dup2(null, 2)
+        with _python_stderr_to(stderr):
             yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(void)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 @contextmanager
-def _python_keeps(descriptor: int) -> Iterator[None]:
-    """Let Python's own stderr write to a descriptor: what a model says is not torch's to drop."""
+def _python_stderr_to(descriptor: int) -> Iterator[None]:
+    """Redirect sys.stderr to a descriptor, if it writes to descriptor 2."""
     try:
-        ours = sys.stderr is not None and sys.stderr.fileno() == 2
-    except (OSError, ValueError):  # a notebook's or a test's, which has no descriptor
-        ours = False
-    if not ours:
+        redirect = sys.stderr is not None and sys.stderr.fileno() == 2
+    except (OSError, ValueError):  # a notebook's or a test's stream without a descriptor
+        redirect = False
+    if not redirect:
         yield
         return
     with open(descriptor, "w", closefd=False) as stream, redirect_stderr(stream):

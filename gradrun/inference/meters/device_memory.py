@@ -1,7 +1,4 @@
-"""Peak memory of the device, as its own allocator counts it.
-
-Knows CUDA's and MPS's counters; the CPU has none here (meters/tensors.py counts its tensors).
-"""
+"""Peak memory of a device, read from its allocator. The CPU is measured in cpu_memory."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ from gradrun.inference.meters.timeline import Forward
 
 
 def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> Forward:
-    """Run `call` once and read CUDA's allocator around it.
+    """Run `call` once and read CUDA's allocator before and after.
 
     Returns:
-        Peak and retained bytes above what was live before; the allocator counts in blocks of 512
-        bytes (PyTorch documentation, "CUDA semantics", memory management) and keeps no timeline.
+        Peak and retained bytes above the level before the call. The allocator counts in blocks of
+        512 bytes (PyTorch documentation, "CUDA semantics", memory management) and has no timeline.
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -32,16 +29,16 @@ def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> F
 
 
 def reset(device: torch.device) -> None:
-    """Begin to count the peak anew, where the device can."""
+    """Restart the peak counters, if the device has any."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peaks(device: torch.device) -> tuple[int | None, int | None]:
-    """(allocated, reserved) in bytes since reset(); None where the device does not say.
+    """Return (allocated, reserved) peak bytes since reset(); None if the device has no counter.
 
-    What is reserved counts from the pool's size at reset(): warming up may have filled it. MPS
-    keeps no peaks; what its driver holds at the end stands for the pool's.
+    The reserved peak includes the pool's size at reset(), for example after warm-up. MPS counts no
+    peaks; its driver's current allocation is used for the pool.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)

@@ -1,30 +1,19 @@
-"""The peak resident set of this process, with the way it was read.
-
-Knows the operating system's counters; not which part of the process is whose.
-"""
+"""The peak resident set of this process."""
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 
-import psutil
 
-
-def peak_resident() -> tuple[int | None, str]:
-    """(bytes or None, method): the highest resident set since the process began."""
-    if sys.platform == "linux":
-        try:
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024, "VmHWM"
-        except OSError:
-            pass
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset), "peak working set"
+def peak_resident() -> tuple[int, str]:
+    """Return the peak resident set since the process started, in bytes, and the method used."""
     try:
-        import resource
-    except ImportError:
-        return None, "unavailable"
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, "VmHWM"
+    except OSError:  # not Linux
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024), "ru_maxrss"

@@ -1,11 +1,9 @@
-"""How much of the machine others took while we measured.
-
-Knows the kernel's counters (Linux; elsewhere it sees nothing); not what was measured.
-"""
+"""Load on the machine by other processes during a measurement. Zero except on Linux."""
 
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -15,19 +13,18 @@ from pathlib import Path
 from gradrun.results.result import SystemNoise
 
 
-class Watch:
-    """The counters at the start; `found` compares them with the counters when it ended."""
+class SystemLoadMeter:
+    """Compares the kernel's counters at the start and at the end of a block."""
 
     def __init__(self) -> None:
-        self._before = _counters()
-        self._after = self._before
+        self._before = self._after = _counters()
 
     def stop(self) -> None:
-        """Read the counters for the last time."""
+        """Read the counters a last time."""
         self._after = _counters()
 
-    def found(self) -> SystemNoise:
-        """What happened between start and stop."""
+    def noise(self) -> SystemNoise:
+        """Return the load between start and stop."""
         seconds, busy, steal, own, switches = (
             after - before for before, after in zip(self._before, self._after, strict=True)
         )
@@ -41,21 +38,19 @@ class Watch:
 
 
 @contextmanager
-def watched() -> Iterator[Watch]:
-    """Watch the machine during the block."""
-    watch = Watch()
+def measure_system_load() -> Iterator[SystemLoadMeter]:
+    """Measure the load on the machine during the block."""
+    meter = SystemLoadMeter()
     try:
-        yield watch
+        yield meter
     finally:
-        watch.stop()
+        meter.stop()
 
 
 def _counters() -> tuple[float, float, float, float, float]:
-    """(now, busy and stolen processor seconds of all, ours, involuntary switches of ours)."""
+    """Return (now, busy and stolen CPU seconds of all, own CPU seconds, own preemptions)."""
     if sys.platform != "linux":
         return time.perf_counter(), 0.0, 0.0, 0.0, 0.0
-    import resource
-
     tick = 1.0 / os.sysconf("SC_CLK_TCK")
     # cpu user nice system idle iowait irq softirq steal (proc(5), /proc/stat)
     words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]

@@ -1,41 +1,39 @@
-"""What a forward pass took of memory, as a meter of any device tells it.
-
-Knows bytes in the order in which they came and went; not who counted them.
-"""
+"""The memory of one forward pass over time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_MOST_POINTS = 200
+_MAX_POINTS = 200
 
 
 class Forward(NamedTuple):
-    """Bytes above what was live before the call."""
+    """Bytes allocated by a forward pass, above the level before the call."""
 
     peak: int
     retained: int
+    """Live after the call, including its output."""
     timeline: tuple[int, ...] | None = None
-    """What was live, from before the first allocation (0) to the end; its greatest is the peak."""
+    """Live bytes from before the first allocation (0) to the end; its maximum is the peak."""
     peak_module: str | None = None
     """The module that was running at the peak, as "path (Type)"."""
 
 
-def thinned(points: Sequence[int], most: int = _MOST_POINTS) -> tuple[int, ...]:
-    """At most `most` points, the first and the last among them, with every stretch's extremes.
+def downsample(points: Sequence[int], max_points: int = _MAX_POINTS) -> tuple[int, ...]:
+    """Reduce a series to at most `max_points` points, with its first, last and extreme values.
 
-    A stretch gives its least and its greatest in the order in which they came, so the peak of the
-    whole stays what it was.
+    Each interval contributes its minimum and its maximum in their order of occurrence, so the peak
+    of the series does not change.
     """
-    if len(points) <= most:
+    if len(points) <= max_points:
         return tuple(points)
-    kept: list[int] = [0]
-    stretches = (most - 2) // 2
-    for i in range(stretches):
-        begin = 1 + i * (len(points) - 2) // stretches
-        end = 1 + (i + 1) * (len(points) - 2) // stretches
-        places = range(begin, end)
-        low, high = min(places, key=points.__getitem__), max(places, key=points.__getitem__)
-        kept += sorted({low, high})
-    return tuple(points[place] for place in (*kept, len(points) - 1))
+    chosen: list[int] = [0]
+    intervals = (max_points - 2) // 2
+    for i in range(intervals):
+        begin = 1 + i * (len(points) - 2) // intervals
+        end = 1 + (i + 1) * (len(points) - 2) // intervals
+        indices = range(begin, end)
+        low, high = min(indices, key=points.__getitem__), max(indices, key=points.__getitem__)
+        chosen += sorted({low, high})
+    return tuple(points[index] for index in (*chosen, len(points) - 1))

@@ -1,0 +1,42 @@
+"""Take the first batches of a data source, for comparisons and audits."""
+
+from __future__ import annotations
+
+import torch
+
+from gradrun.config.schema import RunConfig
+from gradrun.core.errors import ConfigError
+from gradrun.data import open_data
+from gradrun.data.source import Batch, transfer_to
+from gradrun.inference.meters.cpu_memory import storage_bytes
+
+_MAX_BATCHES = 8
+_MAX_BYTES = 64 * 1024 * 1024
+
+
+def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
+    """Return copies of the first full batches, on `device`.
+
+    Batches with unreadable samples are skipped. At most 8 batches are returned, and fewer if they
+    exceed 64 MiB.
+
+    Raises:
+        ConfigError: every batch has a sample that cannot be read.
+    """
+    data = open_data(config.data, config.run.seed)
+    move = transfer_to(device, getattr(config.model, "dtype", None))
+    batches: list[Batch] = []
+    size, error = 0, ""
+    for batch in data.batches():
+        if batch.faults:
+            error = str(next(iter(batch.faults.values())))
+            continue
+        if batches and batch.size < batches[0].size:
+            break
+        batches.append((move(batch) if move else batch).map(torch.clone))
+        size += storage_bytes(batches[-1].tensors())
+        if len(batches) == _MAX_BATCHES or size > _MAX_BYTES:
+            break
+    if not batches:
+        raise ConfigError(f"every batch has a sample that cannot be read: {error}", "data.path")
+    return batches
