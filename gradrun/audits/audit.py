@@ -31,11 +31,12 @@ from gradrun.inference.sampling import first_batches
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
+    AuditResult,
     Equivalence,
     Finding,
     Measurement,
     Phases,
-    RunResult,
+    RunInfo,
     SavedForBackward,
 )
 
@@ -60,7 +61,7 @@ def audit(
     compile: bool = True,
     progress: Progress | None = None,
     **overrides: Any,
-) -> RunResult:
+) -> AuditResult:
     """Find out whether a model is safe and lean under each gradient mode.
 
     Args:
@@ -111,16 +112,16 @@ def audit(
             tell("torch.compile", len(modes), len(modes) + 1)
             found.findings += torch_compile.compiled(base, [m.mode for m in found.measurements])
         environment = current_environment(device)
-    result = RunResult(
-        kind="audit",
+    result = AuditResult(
         gradrun=environment.gradrun,
         started_at=started_at,
-        config=whole.model_dump(mode="json"),
+        info=RunInfo.from_config(dumped := whole.model_dump(mode="json")),
+        config=dumped,
         environment=environment,
         measurements=tuple(found.measurements),
         equivalence=tuple(found.equivalence),
         findings=_merged(found.findings),
-        kept=found.kept,
+        saved_for_backward=found.kept,
     )
     with folder.locked():
         folder.save(result)

@@ -30,7 +30,14 @@ from gradrun.inference.infer import infer
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, checking
 from gradrun.results.ratios import paired
-from gradrun.results.result import Measurement, Outcome, RunResult
+from gradrun.results.result import (
+    CheckResult,
+    InferResult,
+    Measurement,
+    Outcome,
+    RunInfo,
+    RunResult,
+)
 
 _OF_A_PROCESS = ("process_peak", "device_allocated", "device_reserved")
 
@@ -62,7 +69,7 @@ def check(
     sets: Sequence[str] = (),
     progress: Progress | None = None,
     **overrides: Any,
-) -> RunResult:
+) -> CheckResult:
     """Hold a model against the `check` section of its config.
 
     Args:
@@ -163,21 +170,21 @@ def _refuse_early(config: RunConfig, earlier: RunResult | None, update_expected:
         raise ConfigError(f"there is no {expected}; --update-expected writes it", "check.expected")
 
 
-def _save(result: RunResult, path: Path) -> None:
+def _save(result: CheckResult, path: Path) -> None:
     try:
         result.save(path)
     except OSError as error:
         raise GradrunError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _failed(config: RunConfig, error: GradrunError) -> RunResult:
+def _failed(config: RunConfig, error: GradrunError) -> CheckResult:
     """The result of a model that did not run."""
     device = resolve_device(config.run.device)
-    return RunResult(
-        kind="check",
+    return CheckResult(
         gradrun=__version__,
         started_at=_now(),
-        config=config.model_dump(mode="json"),
+        info=RunInfo.from_config(dumped := config.model_dump(mode="json")),
+        config=dumped,
         environment=current_environment(device),
         measurements=error.result.measurements if error.result else (),
         outcomes=(evaluate.failed_smoke("runs", str(error)),),
@@ -228,7 +235,7 @@ class _CheckRun:
     def __init__(
         self,
         config: RunConfig,
-        predicted: RunResult,
+        predicted: InferResult,
         rival: Reference | None,
         trust_code: bool,
         tell: Progress,
@@ -237,7 +244,7 @@ class _CheckRun:
         self.mode, self.rival, self.trust_code, self.tell = config.run.mode, rival, trust_code, tell
         self.name = str(self.mode)
 
-    def result(self, *, timed: bool, update_expected: bool) -> RunResult:
+    def result(self, *, timed: bool, update_expected: bool) -> CheckResult:
         """Everything asked for, as Outcomes."""
         outputs = golden.predictions(self.config.output.path, self.predicted.files)
         described = golden.described(outputs)
@@ -256,29 +263,43 @@ class _CheckRun:
             *self._expected(outputs, update_expected),
         ]
         assert measured.environment
-        return RunResult(
-            kind="check",
+        return CheckResult(
             gradrun=__version__,
             started_at=self.predicted.started_at,
-            config=self.config.model_dump(mode="json"),
+            info=self.predicted.info,
+            config=self.predicted.config,
             environment=measured.environment,
             measurements=tuple(measured.measurements),
             comparisons=tuple(measured.comparisons),
             equivalence=tuple(looked.equivalence),
             files=self.predicted.files,
             predictions=self.predicted.predictions,
-            apart=self.predicted.apart,
+            quarantined=self.predicted.quarantined,
             metrics=self.predicted.metrics,
             outputs=described,
             outcomes=tuple(outcomes),
             warnings=tuple(measured.warnings),
         )
 
-    def _without_figures(self, described: Any, failure: Failure) -> RunResult:
+    def _without_figures(self, described: Any, failure: Failure) -> CheckResult:
         """What a model came to that ran over the data, and not in a fresh process."""
         outcomes = evaluate.smoke(self.predicted, []) if self.asked.smoke else []
         ended = evaluate.failed_smoke("runs again", sentence(failure))
-        return self.predicted.replace(kind="check", outputs=described, outcomes=(*outcomes, ended))
+        return CheckResult(
+            gradrun=self.predicted.gradrun,
+            started_at=self.predicted.started_at,
+            info=self.predicted.info,
+            config=self.predicted.config,
+            environment=self.predicted.environment,
+            measurements=self.predicted.measurements,
+            files=self.predicted.files,
+            predictions=self.predicted.predictions,
+            quarantined=self.predicted.quarantined,
+            metrics=self.predicted.metrics,
+            outputs=described,
+            outcomes=(*outcomes, ended),
+            warnings=self.predicted.warnings,
+        )
 
     # --- measuring -----------------------------------------------------------------------------
 
@@ -392,10 +413,11 @@ class _CheckRun:
         now = _of_mode(measured.measurements, self.mode)
         batches, differs = self._batches_differ(before), self._measured_otherwise()
         name, asked = self.rival.name, self.asked
+        outputs = before.outputs if isinstance(before, CheckResult) else ()
         return [
             *evaluate.time_regression(asked, name, evaluate.apart(old, now), differs),
             *evaluate.memory_regression(asked, name, old[0].memory, now[0].memory, batches),
-            *evaluate.outputs_regression(asked, name, before.outputs, described),
+            *evaluate.outputs_regression(asked, name, outputs, described),
         ]
 
     def _expected(self, outputs: Any, update: bool) -> list[Outcome]:

@@ -20,12 +20,12 @@ from gradrun.results.ratios import paired
 from gradrun.results.result import (
     Environment,
     Equivalence,
+    InferResult,
     Measurement,
     Memory,
     Metric,
     Outcome,
     Output,
-    RunResult,
 )
 from gradrun.results.stats import Estimate
 
@@ -42,7 +42,7 @@ _MACHINE = ("cpu", "cpus", "threads", "device", "device_name", "torch")
 # --- smoke -------------------------------------------------------------------------------------
 
 
-def smoke(predicted: RunResult, agreement: Sequence[Equivalence]) -> list[Outcome]:
+def smoke(predicted: InferResult, agreement: Sequence[Equivalence]) -> list[Outcome]:
     """Whether a run was whole, finite and kept no graph, and the modes agree."""
     found = {warning.code: warning.text for warning in predicted.warnings}
     measured = predicted.measurements[0]

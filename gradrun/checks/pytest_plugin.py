@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from gradrun.results.result import RunResult
+    from gradrun.results.result import CheckResult
 
 _MARKER = "no_graph: fails when a model called in the test returns a tensor that keeps a graph"
 
@@ -24,14 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def gradrun_check() -> Callable[..., RunResult]:
+def gradrun_check() -> Callable[..., CheckResult]:
     """Runs `gradrun.check(config, ...)` and fails the test where a check fails.
 
     Takes what gradrun.check takes, and returns its result. `inconclusive="fail"` fails the test
     where a check cannot be decided too; by default it is a warning of the test's.
     """
 
-    def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> RunResult:
+    def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> CheckResult:
         import warnings
 
         from gradrun.checks.check import check

@@ -39,7 +39,7 @@ from gradrun.core.version import __version__
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gradrun.results.result import RunResult
+    from gradrun.results.result import AnyResult, CheckResult
 
 _ALL_MODES = "grad,no_grad,inference_mode"
 
@@ -322,7 +322,7 @@ def check(
             raise typer.Exit(code)
 
 
-def _tell_ci(result: RunResult, junit: Path | None) -> None:
+def _tell_ci(result: CheckResult, junit: Path | None) -> None:
     """Say a check's outcomes to a CI server, in its own words."""
     from gradrun.report import github, written
     from gradrun.report.junit import xml
@@ -692,7 +692,7 @@ def _say(console: Console, text: str) -> None:
     console.print(escape_control_chars(text), markup=False, highlight=False, soft_wrap=True)
 
 
-def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
+def _answer(result: AnyResult, console: Console, json_file: str | None) -> None:
     from gradrun import report
 
     report.show([("", result)], console)
@@ -701,14 +701,14 @@ def _answer(result: RunResult, console: Console, json_file: str | None) -> None:
     _tell_of_reports(result, console, json_file)
 
 
-def _tell_of_reports(result: RunResult, console: Console, json_file: str | None) -> None:
+def _tell_of_reports(result: AnyResult, console: Console, json_file: str | None) -> None:
     """Print the command that shows a result otherwise, where it was saved."""
     from rich.text import Text
 
     from gradrun.report.escaping import escape_control_chars
     from gradrun.report.terminal import display_path
 
-    saved = Path(result.config["output"]["path"])
+    saved = Path(result.info.output_path)
     if not (saved / "result.json").is_file():
         if json_file in (None, "-"):
             return

@@ -19,13 +19,13 @@ from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
-from gradrun.results.result import Comparison, RunResult
+from gradrun.results.result import CompareResult, Comparison, RunInfo
 
 
 class Comparisons(list[Comparison]):
     """The comparisons, each variant against the first; `result` holds everything measured."""
 
-    result: RunResult
+    result: CompareResult
 
 
 def compare(
@@ -75,10 +75,10 @@ def compare(
         if interrupted and not failures:
             raise Interrupted
         raise RunFailed("\n".join(failures) or "no process could measure")
-    result = RunResult(
-        kind="compare",
+    result = CompareResult(
         gradrun=found.environment.gradrun,
         started_at=started_at,
+        info=RunInfo.from_config(variants[0].config),
         config=variants[0].config,
         environment=found.environment,
         measurements=tuple(found.measurements),

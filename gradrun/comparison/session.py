@@ -256,7 +256,7 @@ class Session:
             }
             seen = ", ".join(part for part, counts in parts.items() if counts)
             self._warn(
-                "disturbed",
+                "noisy_machine",
                 f"{pluralize(len(self.redone), 'process')} measured again, because the machine "
                 f"was slower or busier then{f' ({seen})' if seen else ''}",
             )

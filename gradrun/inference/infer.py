@@ -35,7 +35,7 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import JournalHeader
 from gradrun.output.run_folder import RunFolder
 from gradrun.output.transforms import Outputs, can_be_missing
-from gradrun.results.result import RunResult, Warning
+from gradrun.results.result import InferResult, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
 Progress = Callable[[int, int], None]
@@ -54,7 +54,7 @@ def infer(
     resume: bool = False,
     progress: Progress | None = None,
     **overrides: Any,
-) -> RunResult:
+) -> InferResult:
     """Run all data through the model and write every prediction below `output.path`.
 
     Args:
@@ -115,16 +115,16 @@ def infer(
             measured = runner.finish(gathered, load_seconds, open_seconds)
             # Of a batch that was not finished more may have been noted than is in the files.
             apart = sum(number < sink.written for number in numbers_apart(folder.path))
-            result = RunResult(
-                kind="infer",
+            result = InferResult(
                 gradrun=environment.gradrun,
                 started_at=started_at,
-                config=config.model_dump(mode="json"),
+                info=RunInfo.from_config(dumped := config.model_dump(mode="json")),
+                config=dumped,
                 environment=environment,
                 measurements=(measured,),
                 files=tuple(sink.files()),
                 predictions=sink.written,
-                apart=apart,
+                quarantined=apart,
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,
@@ -265,7 +265,7 @@ def _told_of_files(
     return found
 
 
-def _scored(result: RunResult, compute: metrics.Compute | None, folder: RunFolder) -> RunResult:
+def _scored(result: InferResult, compute: metrics.Compute | None, folder: RunFolder) -> InferResult:
     """With its metrics; or with why there are none, for the predictions are there all the same."""
     if compute is None:
         return result
@@ -276,7 +276,7 @@ def _scored(result: RunResult, compute: metrics.Compute | None, folder: RunFolde
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=said)))
 
 
-def _scored_alike(finished: RunResult, config: RunConfig) -> bool:
+def _scored_alike(finished: InferResult, config: RunConfig) -> bool:
     """Whether an earlier run has the metrics that this config asks for."""
     dumped = config.model_dump(mode="json")
 
@@ -288,8 +288,8 @@ def _scored_alike(finished: RunResult, config: RunConfig) -> bool:
 
 
 def _scored_anew(
-    finished: RunResult, config: RunConfig, compute: metrics.Compute | None, folder: RunFolder
-) -> RunResult:
+    finished: InferResult, config: RunConfig, compute: metrics.Compute | None, folder: RunFolder
+) -> InferResult:
     """An earlier run's result with other metrics, saved; nothing is predicted or measured."""
     dumped = config.model_dump(mode="json")
     result = finished.replace(
@@ -304,7 +304,7 @@ def _scored_anew(
 
 
 def _ended_early(
-    error: GradrunError, result: RunResult, folder: RunFolder, kept: int, samples: int
+    error: GradrunError, result: InferResult, folder: RunFolder, kept: int, samples: int
 ) -> GradrunError:
     """The error with its result and with the place of what was kept."""
     reason = str(error)

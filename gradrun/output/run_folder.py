@@ -18,7 +18,7 @@ from gradrun.output.fingerprint import differences
 from gradrun.output.journal import CommittedRange, Journal, JournalHeader, JournalState
 from gradrun.output.lock import NAME as LOCK
 from gradrun.output.lock import FolderLock, check_free
-from gradrun.results.result import RunResult
+from gradrun.results.result import InferResult, RunResult
 
 RESULT = "result.json"
 JOURNAL = "journal.jsonl"
@@ -112,7 +112,7 @@ class RunFolder:
             "output.path",
         )
 
-    def finished(self) -> RunResult | None:
+    def finished(self) -> InferResult | None:
         """The result of the earlier run, where that came to its end.
 
         Raises:
@@ -131,8 +131,10 @@ class RunFolder:
                 "--overwrite makes it anew, and gradrun verify tells what is left"
             )
         # It tells of fewer where a resume was killed between its last commit and its result.
-        whole = result.predictions == self.kept.head.samples and result.measurements
-        return result if whole and result.kind == "infer" else None
+        if not isinstance(result, InferResult):
+            return None
+        whole = result.predictions == self.kept.head.samples
+        return result if whole else None
 
     def check_same(self, head: JournalHeader) -> None:
         """See that a resume would go on with the same run.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from gradrun.results.result import RunResult
+    from gradrun.results.result import AnyResult
 
 _WRITERS = {
     "markdown": "markdown:text",
@@ -21,7 +21,7 @@ _WRITERS = {
     "json": "export:json_text",
     "html": "html_page:text",
 }
-"""format -> what makes one text of results: a sequence of (name, RunResult)."""
+"""format -> what makes one text of results: a sequence of (name, AnyResult)."""
 
 _SHOWS = {
     "infer": "terminal:show",
@@ -42,7 +42,7 @@ SUFFIXES = {
 }
 
 
-def written(results: Sequence[tuple[str, RunResult]], format: str) -> str:
+def written(results: Sequence[tuple[str, AnyResult]], format: str) -> str:
     """Named results as one text in any format but table.
 
     Raises:
@@ -51,7 +51,7 @@ def written(results: Sequence[tuple[str, RunResult]], format: str) -> str:
     return str(_found(_WRITERS[format])(results))
 
 
-def show(results: Sequence[tuple[str, RunResult]], console: Console) -> None:
+def show(results: Sequence[tuple[str, AnyResult]], console: Console) -> None:
     """Print named results: one as its run did, several side by side."""
     if len(results) > 1:
         _found("plain:show_side_by_side")(results, console)
@@ -60,7 +60,7 @@ def show(results: Sequence[tuple[str, RunResult]], console: Console) -> None:
         _found(_SHOWS[result.kind])(result, console)
 
 
-def table(results: Sequence[tuple[str, RunResult]], width: int = 100) -> str:
+def table(results: Sequence[tuple[str, AnyResult]], width: int = 100) -> str:
     """What `show` prints, as plain text."""
     from io import StringIO
 

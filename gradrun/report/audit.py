@@ -19,13 +19,13 @@ from gradrun.report.comparison import words_text
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
 from gradrun.report.terminal import display_path, model_name
-from gradrun.results.result import Finding, RunResult
+from gradrun.results.result import AuditResult, Finding
 from gradrun.results.safety import verdict
 
 _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "bold cyan"}
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: AuditResult, console: Console) -> None:
     """Print everything that a person wants to know of an audit."""
     console.print()
     console.print(_headline(result))
@@ -38,20 +38,20 @@ def show(result: RunResult, console: Console) -> None:
     if not result.findings:
         console.print(Text("Nothing was found.", "green"))
         console.print()
-    if result.kept:
+    if result.saved_for_backward:
         console.print(_kept_table(tables.kept(result)))
         console.print()
     console.print(Text(escape_control_chars(verdict(result)), "bold"))
-    folder = Path(display_path(result.config["output"]["path"]))
+    folder = Path(display_path(result.info.output_path))
     console.print(Text(escape_control_chars(f"every figure in {folder / 'result.json'}"), "dim"))
 
 
-def _headline(result: RunResult) -> Text:
+def _headline(result: AuditResult) -> Text:
     told = escape_control_chars(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
 
-def _modes_table(result: RunResult) -> RichTable:
+def _modes_table(result: AuditResult) -> RichTable:
     told = tables.modes(result)
     table = _table(told)
     for mode, safe, *figures, outputs in told.rows:

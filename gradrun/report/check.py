@@ -14,13 +14,13 @@ from gradrun.report import tables, wording
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
 from gradrun.report.terminal import display_path, hanging
-from gradrun.results.result import RunResult
+from gradrun.results.result import CheckResult
 
 _STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "bold yellow"}
 _MARKS = {"pass": "!", "fail": "x", "inconclusive": "?"}
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: CheckResult, console: Console) -> None:
     """Print every outcome, and why it is not a pass."""
     mode = f"  {wording.mode(result)}"
     name, facts = (
@@ -42,7 +42,7 @@ def show(result: RunResult, console: Console) -> None:
         console.print()
     style = {"pass": "bold green"}.get(result.status, _STYLES[result.status])
     console.print(Text(wording.verdict(result), style))
-    saved = f"{display_path(result.config['output']['path'])}/result.json"
+    saved = f"{display_path(result.info.output_path)}/result.json"
     console.print(Text(f"every figure in {escape_control_chars(saved)}", "dim"))
 
 

@@ -16,7 +16,7 @@ from gradrun.report import tables, wording
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
 from gradrun.report.terminal import display_path, hanging, model_name
-from gradrun.results.result import RunResult
+from gradrun.results.result import CompareResult
 from gradrun.results.summary import summarize_comparison
 
 _BOLD, _DIM = ("a batch", "a sample", "ratio"), ("95 %",)
@@ -28,7 +28,7 @@ _WORDS = {
 }
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: CompareResult, console: Console) -> None:
     """Print everything that a person wants to know of a comparison."""
     console.print()
     if result.measurements:
@@ -49,7 +49,7 @@ def show(result: RunResult, console: Console) -> None:
     console.print(Text(f"every figure in {_saved_in(result)}", "dim"))
 
 
-def _headline(result: RunResult) -> Text:
+def _headline(result: CompareResult) -> Text:
     told = escape_control_chars(f"  {wording.facts(result)}")
     return Text.assemble((model_name(result), "bold"), (told, "dim"))
 
@@ -81,7 +81,5 @@ def words_text(said: str) -> Text:
     return Text(said, _WORDS.get(said, differ))
 
 
-def _saved_in(result: RunResult) -> str:
-    return escape_control_chars(
-        str(Path(display_path(result.config["output"]["path"])) / "result.json")
-    )
+def _saved_in(result: CompareResult) -> str:
+    return escape_control_chars(str(Path(display_path(result.info.output_path)) / "result.json"))

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 
 from gradrun.report.escaping import escape_control_chars
-from gradrun.results.result import Outcome, RunResult
+from gradrun.results.result import CheckResult, Outcome
 
 
-def commands(result: RunResult) -> Iterator[str]:
+def commands(result: CheckResult) -> Iterator[str]:
     """One line for the runner to read for each outcome that is not a pass."""
     for outcome in result.outcomes:
         if outcome.status != "pass":

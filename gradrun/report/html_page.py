@@ -15,7 +15,7 @@ from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
 from gradrun.report.side_by_side import Outputs, side_by_side
 from gradrun.report.tables import Table, tables
-from gradrun.results.result import RunResult
+from gradrun.results.result import AnyResult, CheckResult
 
 _STYLE = Path(__file__).with_name("html_page.css")
 _TONES = {
@@ -72,13 +72,14 @@ def _beside(results: Sequence[Outputs]) -> str:
     return f'<div class="beside"><p class="over">gradrun</p><h1>Side by side</h1>\n{shown}</div>'
 
 
-def _article(name: str, result: RunResult, salt: str) -> str:
+def _article(name: str, result: AnyResult, salt: str) -> str:
     about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
     drawn = "\n".join(map(_figure, plots(result, salt)))
     told = [*map(_table, tables(result))]
     # What was asked for comes before what was measured.
-    first, then = (told, []) if result.outcomes else ([], told)
-    tone = _tone(result.status) if result.outcomes else ""
+    checked = isinstance(result, CheckResult) and bool(result.outcomes)
+    first, then = (told, []) if checked else ([], told)
+    tone = _tone(result.status) if isinstance(result, CheckResult) and checked else ""
     parts = [
         f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>',
         f"<h1>{_text(wording.model_name(result))}</h1>",
@@ -144,7 +145,7 @@ def _finding(severity: str, where: str, said: str) -> str:
     return f"<li><b{_class(_tone(severity))}>{_text(severity)}</b> {_text(said)}{place}</li>"
 
 
-def _machine(result: RunResult) -> str:
+def _machine(result: AnyResult) -> str:
     rows = "\n".join(
         f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
         for name, value in wording.environment(result)

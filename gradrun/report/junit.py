@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.wording import model_name
-from gradrun.results.result import Outcome, RunResult
+from gradrun.results.result import CheckResult, Outcome
 
 
-def xml(result: RunResult) -> str:
+def xml(result: CheckResult) -> str:
     """The document."""
     outcomes = result.outcomes
     count = [outcome.status for outcome in outcomes].count

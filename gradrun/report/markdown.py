@@ -12,7 +12,7 @@ from gradrun.report import wording
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.side_by_side import Outputs, side_by_side
 from gradrun.report.tables import Table, tables
-from gradrun.results.result import RunResult
+from gradrun.results.result import AnyResult
 
 _LOUD = {"fail", "inconclusive", "slower", "cannot run"}
 _SPECIAL = re.compile(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])|(?<=://)|(?<=[wW]{3})(?=\.)")
@@ -40,7 +40,7 @@ def refusal(said: str) -> str:
     return "".join(f"    {line}\n" for line in escape_control_chars(said).splitlines()) + "\n"
 
 
-def _figures(result: RunResult) -> list[str]:
+def _figures(result: AnyResult) -> list[str]:
     about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
     findings = [
         f"- **{severity}** {_escaped(': '.join(filter(None, (where, said))))}"
@@ -50,7 +50,7 @@ def _figures(result: RunResult) -> list[str]:
     return [_escaped(about), *map(_table, tables(result)), "\n".join(findings), "\n".join(notices)]
 
 
-def _machine(result: RunResult) -> str:
+def _machine(result: AnyResult) -> str:
     return _escaped("; ".join(f"{key} {value}" for key, value in wording.environment(result)))
 
 

@@ -24,7 +24,7 @@ from gradrun.core.units import (
 )
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import batch_sizes, by_variant
-from gradrun.results.result import Measurement, RunResult
+from gradrun.results.result import AnyResult, CheckResult, CompareResult, Measurement
 
 SERIES = 6
 """Colours that the page has; further series begin anew."""
@@ -51,7 +51,7 @@ class Plot:
     note: str = ""
 
 
-def plots(result: RunResult, salt: str = "") -> list[Plot]:
+def plots(result: AnyResult, salt: str = "") -> list[Plot]:
     """Whatever there is to draw of a result; `salt` tells its names from others on the page.
 
     Raises:
@@ -61,9 +61,9 @@ def plots(result: RunResult, salt: str = "") -> list[Plot]:
     return [plot for plot in (one(result, salt) for one in draw) if plot]
 
 
-def ratios(result: RunResult, salt: str) -> Plot | None:
+def ratios(result: AnyResult, salt: str) -> Plot | None:
     """Each variant's speed beside the baseline's, with its interval over processes."""
-    compared = result.comparisons
+    compared = result.comparisons if isinstance(result, CompareResult | CheckResult) else ()
     if not compared:
         return None
     numbers = _numbers(result)
@@ -86,7 +86,7 @@ def ratios(result: RunResult, salt: str) -> Plot | None:
     return Plot("Speed", _drawn(draw, height, f"{salt}speed"), note=note)
 
 
-def distribution(result: RunResult, salt: str) -> Plot | None:
+def distribution(result: AnyResult, salt: str) -> Plot | None:
     """How the times of the batches lie, each variant on a line of its own."""
     times = _times(result)
     if not times:
@@ -130,7 +130,7 @@ def distribution(result: RunResult, salt: str) -> Plot | None:
     return Plot(title, _drawn(draw, max(height, 1.8), f"{salt}distribution"), note=note)
 
 
-def latency(result: RunResult, salt: str) -> Plot | None:
+def latency(result: AnyResult, salt: str) -> Plot | None:
     """Whether the time a batch changes while the run goes on."""
     times = {name: many for name, many in _times(result).items() if len(many) > 1}
     if not times:
@@ -169,7 +169,7 @@ def latency(result: RunResult, salt: str) -> Plot | None:
     )
 
 
-def memory(result: RunResult, salt: str) -> Plot | None:
+def memory(result: AnyResult, salt: str) -> Plot | None:
     """Bytes live while one forward pass ran, and which module made the peak."""
     found = {
         name: measured[0].memory
@@ -203,7 +203,7 @@ def memory(result: RunResult, salt: str) -> Plot | None:
 # --- what the plots share ----------------------------------------------------------------------
 
 
-def _times(result: RunResult) -> dict[str, list[float]]:
+def _times(result: AnyResult) -> dict[str, list[float]]:
     """Seconds a batch of each variant, processes one after another; a sample's where sizes differ.
 
     The last batch of a run, which may be smaller, counts as any other.
@@ -225,16 +225,16 @@ def _near_the_end(times: list[float]) -> float:
     return sorted(times)[int(0.95 * (len(times) - 1))]
 
 
-def _of(result: RunResult) -> str:
+def _of(result: AnyResult) -> str:
     return "batch" if len(batch_sizes(result)) == 1 else "sample"
 
 
-def _variants(result: RunResult) -> dict[str, list[Measurement]]:
+def _variants(result: AnyResult) -> dict[str, list[Measurement]]:
     """By the name that a reader knows: a run of its own has its mode's."""
     return {name or many[0].mode.value: many for name, many in by_variant(result).items()}
 
 
-def _numbers(result: RunResult) -> dict[str, int]:
+def _numbers(result: AnyResult) -> dict[str, int]:
     """The series' colours: the baseline has the quiet one, and a run of its own does not."""
     names = list(_variants(result))
     first = 0 if len(names) > 1 else 1

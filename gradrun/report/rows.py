@@ -13,7 +13,16 @@ from typing import Literal
 
 from gradrun.report.tables import by_variant
 from gradrun.results import stats
-from gradrun.results.result import Comparison, Equivalence, Measurement, RunResult
+from gradrun.results.result import (
+    AnyResult,
+    AuditResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    Equivalence,
+    InferResult,
+    Measurement,
+)
 
 Unit = Literal[
     "seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score", "words"
@@ -46,15 +55,22 @@ class Row:
     """What is allowed, in words; of a check alone."""
 
 
-def rows(result: RunResult) -> list[Row]:
+def rows(result: AnyResult) -> list[Row]:
     """All figures of a result, in the order of its variants."""
-    compared = {c.candidate: c for c in result.comparisons}
-    agreed = {e.candidate: e for e in result.equivalence}
-    found = [
-        Row("", f"check {o.check}", "words", status=o.status, text=o.value, limit=o.limit)
-        for o in result.outcomes
-    ]
-    found += (Row("", m.name, "score", _finite(m.value)) for m in result.metrics)
+    compared: dict[str, Comparison] = {}
+    agreed: dict[str, Equivalence] = {}
+    found: list[Row] = []
+    if isinstance(result, CompareResult | CheckResult):
+        compared = {c.candidate: c for c in result.comparisons}
+    if not isinstance(result, InferResult):
+        agreed = {e.candidate: e for e in result.equivalence}
+    if isinstance(result, CheckResult):
+        found += (
+            Row("", f"check {o.check}", "words", status=o.status, text=o.value, limit=o.limit)
+            for o in result.outcomes
+        )
+    if isinstance(result, InferResult | CheckResult):
+        found += (Row("", m.name, "score", _finite(m.value)) for m in result.metrics)
     for name, measured in by_variant(result).items():
         first = measured[0]
         mode = name or first.mode.value
@@ -62,11 +78,13 @@ def rows(result: RunResult) -> list[Row]:
         found += [_ratio(c) for c in [compared.get(name)] if c]
         found += _memory(mode, first)
         found += [_outputs(e) for e in [agreed.get(name)] if e]
-    found += (Row("grad", f"kept by {k.module}", "bytes", k.bytes) for k in result.kept)
-    found += (
-        Row(", ".join(f.modes) or "all modes", f.code, "words", status=f.severity, text=f.text)
-        for f in result.findings
-    )
+    if isinstance(result, AuditResult):
+        saved = result.saved_for_backward
+        found += (Row("grad", f"kept by {k.module}", "bytes", k.bytes) for k in saved)
+        found += (
+            Row(", ".join(f.modes) or "all modes", f.code, "words", status=f.severity, text=f.text)
+            for f in result.findings
+        )
     return found
 
 

@@ -11,10 +11,10 @@ from gradrun.core.units import format_bytes, format_number, format_seconds, seco
 from gradrun.report.rows import Row, rows
 from gradrun.report.tables import DASH, Table
 from gradrun.report.wording import environment, model_name
-from gradrun.results.result import RunResult
+from gradrun.results.result import AnyResult
 from gradrun.results.summary import decimals
 
-Outputs = tuple[str, RunResult]
+Outputs = tuple[str, AnyResult]
 
 _SHOWN = {
     "cold_start": "cold start",
@@ -126,6 +126,5 @@ def _differences(results: Sequence[Outputs]) -> str:
     )
 
 
-def _batch_size(result: RunResult) -> object:
-    data = result.config.get("data")
-    return data.get("batch_size", DASH) if isinstance(data, dict) else DASH
+def _batch_size(result: AnyResult) -> object:
+    return DASH if result.info.batch_size is None else result.info.batch_size

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
@@ -20,7 +21,18 @@ from gradrun.core.units import (
     seconds_within,
 )
 from gradrun.results import stats
-from gradrun.results.result import Comparison, Equivalence, Measurement, Memory, Padding, RunResult
+from gradrun.results.result import (
+    AuditResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    Equivalence,
+    InferResult,
+    Measurement,
+    Memory,
+    Padding,
+    RunResult,
+)
 from gradrun.results.safety import errors_in
 from gradrun.results.summary import ratio_digits
 
@@ -158,7 +170,7 @@ def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]
     return name, format_bytes(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
 
 
-def against_labels(result: RunResult) -> Table:
+def against_labels(result: InferResult | CheckResult) -> Table:
     """How well predictions agree with the labels."""
     rows = [
         (m.name, _share(m.value), f"of {pluralize(m.samples, 'sample')}") for m in result.metrics
@@ -189,7 +201,7 @@ def batch_sizes(result: RunResult) -> set[int]:
     return {size for sizes in firsts for size in sizes}
 
 
-def ratios(result: RunResult) -> Table:
+def ratios(result: CompareResult) -> Table:
     """The time of each variant, its ratio to the baseline, and what that says."""
     # A ratio is of samples; beside batches of several sizes, a batch's time would contradict it.
     alike = len(batch_sizes(result)) == 1
@@ -232,7 +244,7 @@ def _verdict(comparison: Comparison | None) -> str:
     return _VERDICTS.get(comparison.verdict, comparison.verdict)
 
 
-def memories(result: RunResult) -> Table:
+def memories(result: CompareResult) -> Table:
     """The peaks of each variant, and how far its outputs are from the baseline's."""
     fields = list(_PEAKS)
     seen = {f for f in fields for m in result.measurements if getattr(m.memory, f) is not None}
@@ -269,7 +281,7 @@ def outputs_text(found: Equivalence | None) -> str:
 # --- an audit ----------------------------------------------------------------------------------
 
 
-def modes(result: RunResult) -> Table:
+def modes(result: AuditResult) -> Table:
     """Whether each mode is safe, and what it takes of memory."""
     agreed = {e.candidate: e for e in result.equivalence}
     measured = {m.mode: m for m in result.measurements}
@@ -284,13 +296,14 @@ def modes(result: RunResult) -> Table:
     return Table("Mode", ("safe", "forward peak", "retained", "outputs"), tuple(rows))
 
 
-def kept(result: RunResult) -> Table:
+def kept(result: AuditResult) -> Table:
     """The modules that keep most for backward, and what the memory meter found on its own."""
     grad = next((m for m in result.measurements if m.mode is GradMode.GRAD), None)
-    total = sum(kept.bytes for kept in result.kept)
+    total = sum(kept.bytes for kept in result.saved_for_backward)
     retained = grad.memory.retained if grad else None
     whole = total if retained is None else retained
-    shown, rest = result.kept[:_MOST_MODULES], result.kept[_MOST_MODULES:]
+    saved = result.saved_for_backward
+    shown, rest = saved[:_MOST_MODULES], saved[_MOST_MODULES:]
     parts = [(kept.module, kept.bytes) for kept in shown]
     if rest:
         parts.append((f"{len(rest)} more", sum(kept.bytes for kept in rest)))
@@ -306,13 +319,13 @@ def kept(result: RunResult) -> Table:
 # --- a check -----------------------------------------------------------------------------------
 
 
-def outcomes(result: RunResult) -> Table:
+def outcomes(result: CheckResult) -> Table:
     """Each check with its limit, what was found, and how that went."""
     rows = ((o.check, o.limit, o.value, o.status) for o in result.outcomes)
     return Table("Check", ("limit", "found", "status"), tuple(rows), words=3)
 
 
-_OF: dict[str, tuple[Callable[[RunResult], Table], ...]] = {
+_OF: dict[str, tuple[Callable[[Any], Table], ...]] = {
     "infer": (timing, peak_memory, against_labels),
     "compare": (ratios, memories),
     "audit": (modes, kept),

@@ -17,13 +17,13 @@ from gradrun.core.units import pluralize
 from gradrun.report import tables, wording
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import Table
-from gradrun.results.result import Measurement, RunResult
+from gradrun.results.result import InferResult, Measurement, RunResult
 
 TABLE_WIDTH = 79
 _SHOWN_FILES = 3
 
 
-def show(result: RunResult, console: Console) -> None:
+def show(result: InferResult, console: Console) -> None:
     """Print everything that a person wants to know of a run."""
     measured = result.measurements[0]
     console.print()
@@ -56,7 +56,7 @@ def _table(told: Table, width: int) -> RichTable:
     return table
 
 
-def _headline(result: RunResult) -> Text:
+def _headline(result: InferResult) -> Text:
     return Text.assemble(
         (model_name(result), "bold"),
         f"  {wording.mode(result)}",
@@ -76,8 +76,8 @@ def hanging(mark: str, text: str, style: str = "bold yellow") -> RichTable:
     return grid
 
 
-def _closing(result: RunResult, measured: Measurement) -> RichTable:
-    folder = Path(display_path(result.config["output"]["path"]))
+def _closing(result: InferResult, measured: Measurement) -> RichTable:
+    folder = Path(display_path(result.info.output_path))
     files = [str(folder / file) for file in result.files[:_SHOWN_FILES]]
     more = len(result.files) - len(files)
     grid = RichTable.grid(padding=(0, 3))
@@ -85,11 +85,11 @@ def _closing(result: RunResult, measured: Measurement) -> RichTable:
     grid.add_column(overflow="fold")
     count = measured.samples if result.predictions is None else result.predictions
     grid.add_row(
-        Text(pluralize(count - result.apart, "prediction"), "bold green"),
+        Text(pluralize(count - result.quarantined, "prediction"), "bold green"),
         Text(escape_control_chars("\n".join(files) + (f"\nand {more} more" if more else ""))),
     )
-    if result.apart:
-        apart = f"{pluralize(result.apart, 'sample')} apart"
+    if result.quarantined:
+        apart = f"{pluralize(result.quarantined, 'sample')} apart"
         grid.add_row(
             Text(apart, "bold yellow"), Text(escape_control_chars(str(folder / "quarantine.jsonl")))
         )

@@ -6,12 +6,12 @@ Knows results; not how a sentence is set, nor what any mark-up would make of a n
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePath
+from typing import Any
 
 from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
 from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results import safety
-from gradrun.results.result import RunResult
+from gradrun.results.result import AuditResult, CheckResult, CompareResult, RunResult
 from gradrun.results.summary import summarize_comparison
 
 _ENDED = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
@@ -19,15 +19,13 @@ _ENDED = {"pass": "passed", "fail": "failed", "inconclusive": "inconclusive"}
 
 def model_name(result: RunResult) -> str:
     """What the model is called: by its config, without folders."""
-    model = result.config["model"]
-    name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
-    return PurePath(name).name
+    return result.info.model
 
 
 def mode(result: RunResult) -> str:
     """The mode of a run or check; empty where there are several."""
     if result.kind == "check":  # it measures others too, or none where the model did not run
-        return str(result.config["run"]["mode"])
+        return str(result.info.mode)
     return result.measurements[0].mode.value if result.kind == "infer" else ""
 
 
@@ -101,13 +99,13 @@ def _of_a_run(result: RunResult) -> str:
     return " ".join(parts)
 
 
-def _counts(result: RunResult) -> str:
+def _counts(result: CheckResult) -> str:
     ended = [outcome.status for outcome in result.outcomes]
     counts = [f"{ended.count(status)} {word}" for status, word in _ENDED.items() if status in ended]
     return ", ".join(counts) or "Nothing was checked"
 
 
-_VERDICTS: dict[str, Callable[[RunResult], str]] = {
+_VERDICTS: dict[str, Callable[[Any], str]] = {
     "infer": _of_a_run,
     "compare": summarize_comparison,
     "audit": safety.verdict,
@@ -122,12 +120,15 @@ def notices(result: RunResult) -> list[str]:
 
 def reasons(result: RunResult) -> list[str]:
     """Why checks did not pass, and what to do about it."""
+    if not isinstance(result, CheckResult):
+        return []
     return [f"{outcome.check}: {outcome.reason}" for outcome in result.outcomes if outcome.reason]
 
 
 def warnings(result: RunResult) -> list[str]:
     """What could not be run, and what makes figures less than they look."""
-    return [*result.failures, *(warning.text for warning in result.warnings)]
+    failures = result.failures if isinstance(result, CompareResult) else ()
+    return [*failures, *(warning.text for warning in result.warnings)]
 
 
 def environment(result: RunResult) -> list[tuple[str, str]]:
@@ -151,7 +152,7 @@ def environment(result: RunResult) -> list[tuple[str, str]]:
 def findings(result: RunResult) -> list[tuple[str, str, str]]:
     """What an audit found: how bad it is, where, and what to do about it."""
     told: list[tuple[str, str, str]] = []
-    for found in result.findings:
+    for found in result.findings if isinstance(result, AuditResult) else ():
         modes = f"in {', '.join(found.modes)}" if 0 < len(found.modes) < 3 else ""
         where = ", ".join(filter(None, (found.module, modes, found.source)))
         advice = f" {found.advice}." if found.advice else ""

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradrun.results import stats
-from gradrun.results.result import Comparison, Measurement, RunResult
-
-_PRECISION = 0.01
-"""What was asked for where a result does not say; the default of measure.precision."""
+from gradrun.results.result import AnyResult, CheckResult, CompareResult, Comparison, Measurement
 
 
 def compare_measured(measurements: Sequence[Measurement], precision: float) -> list[Comparison]:
@@ -49,13 +46,9 @@ def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.
     return stats.mean_over_processes(ratios) if ratios else None
 
 
-def recomputed(result: RunResult) -> RunResult:
-    """The result with its ratios and verdicts drawn from its raw times once more."""
-    if not result.comparisons:
+def recomputed(result: AnyResult) -> AnyResult:
+    """Replace ratios and verdicts by those computed from the raw times."""
+    if not isinstance(result, CompareResult | CheckResult) or not result.comparisons:
         return result
-    asked = result.config.get("measure")
-    precision = asked.get("precision") if isinstance(asked, dict) else None
-    if not isinstance(precision, float) or not 0 < precision <= 1:
-        precision = _PRECISION
-    compared = compare_measured(result.measurements, precision)
+    compared = compare_measured(result.measurements, result.info.precision)
     return result.replace(comparisons=tuple(compared))

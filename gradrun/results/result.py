@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from pathlib import Path, PurePath
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
+import msgspec
 from msgspec import Meta
 
 from gradrun.core.errors import GradrunError
@@ -26,7 +27,7 @@ Count = Annotated[int, Meta(ge=0, le=2**62)]
 Growth = Annotated[int, Meta(ge=-(2**62), le=2**62)]
 """Bytes; below 0 where more was given back than taken."""
 
-_MOST_BYTES = 2**30
+_MAX_BYTES = 2**30
 
 
 class Warning(Record, frozen=True, kw_only=True):
@@ -234,6 +235,9 @@ class SavedForBackward(Record, frozen=True, kw_only=True):
     bytes: Count
 
 
+Status = Literal["pass", "fail", "inconclusive"]
+
+
 class Outcome(Record, frozen=True, kw_only=True):
     """What one check of `gradrun check` came to."""
 
@@ -243,7 +247,7 @@ class Outcome(Record, frozen=True, kw_only=True):
     """What is allowed, in words: "at most 60.0 MiB", ">= 1.0"."""
     value: str
     """What was found, in words; with its interval where it has one."""
-    status: Literal["pass", "fail", "inconclusive"]
+    status: Status
     reason: str = ""
     """Why it failed or could not be decided, and what to do; empty where it passed."""
     key: str = ""
@@ -274,116 +278,228 @@ class Metric(Record, frozen=True, kw_only=True):
 
 
 Kind = Literal["infer", "compare", "audit", "check"]
-KINDS = get_args(Kind)
 
 
-class RunResult(Record, frozen=True, kw_only=True):
-    """Everything that a run leaves for its readers."""
+class RunInfo(Record, frozen=True, kw_only=True):
+    """The values of the config that reports and statistics need."""
 
-    format: Literal[1] = 1
-    kind: Kind
+    model: str
+    """Display name of the model, without folders."""
+    mode: GradMode
+    output_path: str
+    batch_size: Count | None = None
+    precision: Annotated[float, Meta(gt=0, le=1)] = 0.01
+    """Relative half-width of the intervals requested by `measure.precision`."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> RunInfo:
+        """Extract the values from a config in JSON types."""
+        model = config["model"]
+        name = str(model.get("name") or model.get("target") or model.get("path") or model["source"])
+        values = {
+            "model": PurePath(name).name,
+            "mode": config["run"]["mode"],
+            "output_path": config["output"]["path"],
+            "batch_size": config.get("data", {}).get("batch_size"),
+        }
+        if (precision := config.get("measure", {}).get("precision")) is not None:
+            values["precision"] = precision
+        return cls.of(values)
+
+
+class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
+    """Base of the results of all commands: raw measurements, from which statistics are computed."""
+
+    kind: ClassVar[Kind]
+    format: Literal[2] = 2
     gradrun: str
     started_at: str
+    info: RunInfo
     config: dict[str, Any]
     environment: Environment
     measurements: tuple[Measurement, ...]
-    comparisons: tuple[Comparison, ...] = ()
-    equivalence: tuple[Equivalence, ...] = ()
-    findings: tuple[Finding, ...] = ()
-    kept: tuple[SavedForBackward, ...] = ()
-    """In grad, most first; together they are what the memory meter calls retained."""
-    outputs: tuple[Output, ...] = ()
-    """Of a check."""
-    outcomes: tuple[Outcome, ...] = ()
-    """Of a check, in the order of the config."""
-    failures: tuple[str, ...] = ()
-    """Variants of a comparison that could not be run, each a sentence."""
-    files: tuple[str, ...] = ()
-    """The predictions, by name in the run's folder."""
-    predictions: Count | None = None
-    """Samples in those files; None where none were asked for."""
-    apart: Count = 0
-    """Of these, such that no prediction could be made for; quarantine.jsonl says why."""
-    metrics: tuple[Metric, ...] = ()
-    """Over all predictions, in the order of the config."""
-    resumed_at: Count = 0
-    """Samples that an earlier run had predicted, whose files this one went on with."""
     warnings: tuple[Warning, ...] = ()
 
-    def __post_init__(self) -> None:
-        _check_config(self.config)
-        if self.kind == "infer" and not self.measurements:
-            raise ValueError("an infer run without a measurement")
-        rounds = [m.batch_seconds for m in self.measurements]
-        if self.kind == "compare" and not all(rounds):
-            raise ValueError("a comparison without rounds")
-        if self.kind != "infer" and any(t < 1e-12 for times in rounds for t in times):
-            raise ValueError("rounds that took no time, which no clock gives")
-
-    @property
-    def status(self) -> str:
-        """Of a check: fail where any failed, else inconclusive where any is, else pass."""
-        found = {outcome.status for outcome in self.outcomes}
-        return next((s for s in ("fail", "inconclusive") if s in found), "pass")
-
     def save(self, path: Path) -> None:
-        """Write to `path`, whole or not at all.
+        """Write to `path` atomically.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the file cannot be written.
         """
         replace_file(path, self.to_json() + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> RunResult:
-        """Read a result.json, or the one in a run's folder.
+    def load(cls, path: str | Path) -> AnyResult:
+        """Read a result.json, or the one in a run folder; results of format 1 are upgraded.
 
         Raises:
-            GradrunError: there is none, or it is no result that this version reads.
+            GradrunError: the file cannot be read or is not a result of a known format.
         """
         path = Path(path)
         if path.is_dir():
             path /= "result.json"
         try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise GradrunError(f"{path} is no result of gradrun: it is over 1 GiB")
-            told = json.loads(path.read_bytes())
+            if path.stat().st_size > _MAX_BYTES:
+                raise GradrunError(f"{path} is not a gradrun result: it is larger than 1 GiB")
+            data = json.loads(path.read_bytes())
         except OSError as error:
             unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
-            hint = "; the run there has not ended: infer --resume goes on" if unfinished else ""
+            hint = "; the run is unfinished, to resume: infer --resume" if unfinished else ""
             raise GradrunError(f"{path} cannot be read: {error.strerror}{hint}") from error
         except (ValueError, RecursionError) as error:
-            raise GradrunError(f"{path} is no result of gradrun: not JSON: {error}") from error
-        _check_format(path, told)
+            raise GradrunError(f"{path} is not a gradrun result: not JSON: {error}") from error
+        _check_format(path, data)
         try:
-            return cls.of(told)
-        except ValueError as error:  # of a name that is no UTF-8, too
-            raise GradrunError(f"{path} is no result of gradrun: {error}") from error
+            result: AnyResult = cls.of(data)
+        except ValueError as error:
+            raise GradrunError(f"{path} is not a gradrun result: {error}") from error
+        return result
+
+    @classmethod
+    def of(cls, data: Any) -> Any:
+        """Convert from JSON types to the class of the result's kind, upgrading format 1.
+
+        Raises:
+            ValueError: a value is missing or has another type.
+        """
+        if isinstance(data, dict) and data.get("format", 1) == 1:
+            return _from_format_1(data)
+        return _convert(data)
 
 
-def _check_config(config: dict[str, Any]) -> None:
-    """Hold that a config has what every report asks of it."""
-    for section, key in (("model", "source"), ("output", "path"), ("run", "mode")):
-        told = config.get(section)
-        if not isinstance(told, dict) or not isinstance(told.get(key), str):
-            raise ValueError(f"config has no {section}.{key}")
+class InferResult(RunResult, frozen=True, kw_only=True, tag="infer"):
+    """Result of `gradrun infer`, with exactly one measurement."""
+
+    kind = "infer"
+    measurements: Annotated[tuple[Measurement, ...], Meta(min_length=1)]
+    files: tuple[str, ...] = ()
+    """Prediction files, relative to the run folder."""
+    predictions: Count | None = None
+    """Rows in these files; None if the run writes no predictions."""
+    quarantined: Count = 0
+    """Rows without a prediction; quarantine.jsonl gives the reasons."""
+    metrics: tuple[Metric, ...] = ()
+    """In the order of the config."""
+    resumed_at: Count = 0
+    """Samples predicted by earlier runs, if this run resumed them."""
 
 
-def _check_format(path: Path, told: Any) -> None:
-    """Say what to do about a result that another version wrote in another way."""
-    if not isinstance(told, dict):
-        return
-    version, writer = told.get("format", 1), str(told.get("gradrun", "unknown"))
-    if isinstance(version, int) and version != 1:
-        todo = "a newer gradrun reads it" if version > 1 else "run it again to report it"
+class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
+    """Result of `gradrun compare`, with one measurement per variant and process."""
+
+    kind = "compare"
+    comparisons: tuple[Comparison, ...] = ()
+    equivalence: tuple[Equivalence, ...] = ()
+    failures: tuple[str, ...] = ()
+    """One sentence per variant that failed."""
+
+    def __post_init__(self) -> None:
+        _check_rounds(self)
+        if not all(m.batch_seconds for m in self.measurements):
+            raise ValueError("a measurement of a comparison has no rounds")
+
+
+class AuditResult(RunResult, frozen=True, kw_only=True, tag="audit"):
+    """Result of `gradrun audit`, with one measurement per mode: memory only, no times."""
+
+    kind = "audit"
+    equivalence: tuple[Equivalence, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    saved_for_backward: tuple[SavedForBackward, ...] = ()
+    """In grad mode, largest first; the sum equals the retained bytes of the memory meter."""
+
+    def __post_init__(self) -> None:
+        _check_rounds(self)
+
+
+class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
+    """Result of `gradrun check`, with one measurement per variant and process."""
+
+    kind = "check"
+    comparisons: tuple[Comparison, ...] = ()
+    equivalence: tuple[Equivalence, ...] = ()
+    files: tuple[str, ...] = ()
+    predictions: Count | None = None
+    quarantined: Count = 0
+    metrics: tuple[Metric, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    """In the order of the config."""
+
+    def __post_init__(self) -> None:
+        _check_rounds(self)
+
+    @property
+    def status(self) -> Status:
+        """`fail` if any check failed, else `inconclusive` if any was, else `pass`."""
+        found = {outcome.status for outcome in self.outcomes}
+        order: tuple[Status, ...] = ("fail", "inconclusive")
+        return next((status for status in order if status in found), "pass")
+
+
+AnyResult = InferResult | CompareResult | AuditResult | CheckResult
+KINDS = get_args(Kind)
+
+
+def _check_rounds(result: RunResult) -> None:
+    if any(t < 1e-12 for m in result.measurements for t in m.batch_seconds):
+        raise ValueError("a round of zero duration, which a clock cannot measure")
+
+
+def _convert(data: Any) -> AnyResult:
+    result: AnyResult = msgspec.convert(data, AnyResult, strict=False)
+    return result
+
+
+def _from_format_1(data: dict[str, Any]) -> AnyResult:
+    """Upgrade a result in format 1, which development versions of 0.1.0 wrote."""
+    try:
+        info = RunInfo.from_config(data["config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"invalid config: {type(error).__name__}: {error}") from error
+    upgraded = data | {
+        "format": 2,
+        "info": info.as_dict(),
+        "quarantined": data.get("apart", 0),
+        "saved_for_backward": data.get("kept", ()),
+    }
+    result = _convert(upgraded)
+    if isinstance(result, AuditResult):
+        result = result.replace(findings=tuple(map(_with_new_code, result.findings)))
+    return result.replace(warnings=tuple(map(_with_new_code, result.warnings)))
+
+
+Coded = TypeVar("Coded", Warning, Finding)
+
+_NEW_CODES = {
+    "disturbed": "noisy_machine",
+    "unsteady": "high_variance",
+    "tracks": "enables_grad",
+    "tracks_in_vain": "redundant_enable_grad",
+    "not_looked_at": "pass_failed",
+    "fails": "model_fails",
+}
+
+
+def _with_new_code(coded: Coded) -> Coded:
+    return coded.replace(code=_NEW_CODES.get(coded.code, coded.code))
+
+
+def _check_format(path: Path, data: Any) -> None:
+    """Distinguish other versions and other kinds from damaged files."""
+    if not isinstance(data, dict):
+        raise GradrunError(f"{path} is not a gradrun result: not a JSON object")
+    version, writer = data.get("format", 1), str(data.get("gradrun", "unknown"))
+    if isinstance(version, int) and version not in (1, 2):
+        hint = "upgrade gradrun to read it" if version > 2 else "repeat the run to report it"
         raise GradrunError(
-            f"{path} is of format {version}, written by gradrun {writer}; this one reads format 1: "
-            f"{todo}"
+            f"{path} has format {version}, written by gradrun {writer}; this version reads "
+            f"formats 1 and 2: {hint}"
         )
-    if told.get("kind") not in KINDS:
+    if data.get("kind") not in KINDS:
         raise GradrunError(
-            f"{path} is no result of gradrun: its kind is {told.get('kind')!r}, where those that "
-            f"are shown are of {', '.join(KINDS)}"
+            f"{path} is not a gradrun result: its kind is {data.get('kind')!r}; "
+            f"allowed: {', '.join(KINDS)}"
         )
 
 

@@ -29,7 +29,7 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
     median, slow = measured.latency(0.5), measured.latency(0.9)
     if median and slow and slow.value > _SPREAD * median.value:
         warn(
-            "unsteady",
+            "high_variance",
             f"the slowest tenth of the batches took {slow.value / median.value:.1f} times the "
             "median or more: perhaps something else uses this machine; close it, or lower "
             "run.threads",

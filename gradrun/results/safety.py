@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes, pluralize
-from gradrun.results.result import Finding, Measurement, RunResult
+from gradrun.results.result import AuditResult, Finding, Measurement
 
 _LEAST_OVERHEAD = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
 """Where memory is equal: inference_mode also saves version counters and view tracking."""
 
 
-def errors_in(result: RunResult, mode: GradMode) -> list[Finding]:
+def errors_in(result: AuditResult, mode: GradMode) -> list[Finding]:
     """The error-level findings that make a mode unsafe; one that names no mode counts for all."""
     return [
         finding
@@ -22,12 +22,12 @@ def errors_in(result: RunResult, mode: GradMode) -> list[Finding]:
     ]
 
 
-def has_errors(result: RunResult) -> bool:
+def has_errors(result: AuditResult) -> bool:
     """Whether any finding is an error."""
     return any(finding.severity == "error" for finding in result.findings)
 
 
-def lowest_memory_safe_mode(result: RunResult) -> Measurement | None:
+def lowest_memory_safe_mode(result: AuditResult) -> Measurement | None:
     """The safe mode with the least peak memory in its forward; None where no mode is safe."""
     safe = [m for m in result.measurements if not errors_in(result, m.mode)]
     return min(safe, key=_leanness, default=None)
@@ -42,7 +42,7 @@ def _leanness(measured: Measurement) -> tuple[int, int, int]:
     )
 
 
-def verdict(result: RunResult) -> str:
+def verdict(result: AuditResult) -> str:
     """Which mode to run in and why, in a sentence or two."""
     best = lowest_memory_safe_mode(result)
     errors = sum(finding.severity == "error" for finding in result.findings)
@@ -55,7 +55,7 @@ def verdict(result: RunResult) -> str:
     return " ".join(parts)
 
 
-def _saving(result: RunResult, best: Measurement) -> str:
+def _saving(result: AuditResult, best: Measurement) -> str:
     peaks = {m.mode: m.memory.forward_peak for m in result.measurements}
     lean, grad = peaks[best.mode], peaks.get(GradMode.GRAD)
     if lean is None or grad is None or best.mode is GradMode.GRAD:

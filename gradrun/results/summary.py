@@ -9,14 +9,14 @@ import math
 from collections.abc import Sequence
 
 from gradrun.core.units import format_bytes
-from gradrun.results.result import Comparison, Equivalence, Memory, RunResult
+from gradrun.results.result import CompareResult, Comparison, Equivalence, Memory
 
 _WORTH_BYTES = 1024
 _WORTH_SHARE = 0.01
 _NOT_MUCH = 0.05
 
 
-def summarize_comparison(result: RunResult) -> str:
+def summarize_comparison(result: CompareResult) -> str:
     """Which variant to use and why, or what could not be told and what to do about it."""
     memory = {m.variant: m.memory for m in result.measurements}
     agree = {e.candidate: e for e in result.equivalence}

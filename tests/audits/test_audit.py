@@ -308,8 +308,10 @@ def test_what_modules_keep_sums_to_what_the_meter_calls_retained(
 ) -> None:
     result = zoo[name]
     grad = next(m for m in result.measurements if m.mode is GRAD)
-    assert sum(kept.bytes for kept in result.kept) == grad.memory.retained
-    assert list(result.kept) == sorted(result.kept, key=lambda kept: -kept.bytes)
+    assert sum(kept.bytes for kept in result.saved_for_backward) == grad.memory.retained
+    assert list(result.saved_for_backward) == sorted(
+        result.saved_for_backward, key=lambda kept: -kept.bytes
+    )
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -331,7 +333,7 @@ def test_the_fused_path_is_explained(zoo: dict[str, RunResult]) -> None:
 
 def test_the_mlp_keeps_exactly_its_activations(zoo: dict[str, RunResult]) -> None:
     """8 x relu of [8, 64] floats: each is saved once, by relu and by the next Linear alike."""
-    assert sum(kept.bytes for kept in zoo["mlp"].kept) == 8 * 8 * 64 * 4
+    assert sum(kept.bytes for kept in zoo["mlp"].saved_for_backward) == 8 * 8 * 64 * 4
 
 
 @pytest.mark.parametrize("fault", ["SharesStorage", "DropsBranch"])
@@ -340,7 +342,7 @@ def test_shared_and_dropped_storage_count_as_the_meter_counts_them(
 ) -> None:
     result = audited(fault, build="alone")
     grad = next(m for m in result.measurements if m.mode is GRAD)
-    assert sum(kept.bytes for kept in result.kept) == grad.memory.retained
+    assert sum(kept.bytes for kept in result.saved_for_backward) == grad.memory.retained
 
 
 # --- the command -------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ import pytest
 from gradrun.checks import evaluate
 from gradrun.config.schema import CheckSection
 from gradrun.core.grad_mode import GradMode
-from gradrun.results.result import Equivalence, Metric, Output, RunResult, Warning
+from gradrun.results.result import CheckResult, Equivalence, InferResult, Metric, Output, Warning
 from gradrun.results.stats import Estimate
-from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement
+from tests.support.run_results import MACHINE, MEMORY, measurement, run_result
 
 
 def asked(**sections: object) -> CheckSection:
@@ -22,17 +22,8 @@ def by_name(outcomes):
     return {outcome.check: outcome for outcome in outcomes}
 
 
-def predicted(*warnings: Warning, mode: str = "inference_mode", rows: int = 498) -> RunResult:
-    return RunResult(
-        kind="infer",
-        gradrun="0.1.0",
-        started_at="2026-01-01T00:00:00+00:00",
-        config=CONFIG.model_dump(mode="json"),
-        environment=MACHINE,
-        measurements=(measurement(mode=mode),),
-        predictions=rows,
-        warnings=warnings,
-    )
+def predicted(*warnings: Warning, mode: str = "inference_mode", rows: int = 498) -> InferResult:
+    return run_result(measurement(mode=mode), predictions=rows, warnings=warnings)
 
 
 # --- smoke -------------------------------------------------------------------------------------
@@ -238,10 +229,10 @@ def test_one_failure_fails_and_one_doubt_without_failure_is_inconclusive():
     good = evaluate.smoke(predicted(), [])
     bad = evaluate.failed_smoke("runs", "no")
     (unclear,) = evaluate.time_regression(asked(), "m", None)
-    result = predicted()
     for outcomes, status in (
         (good, "pass"),
         ([*good, unclear], "inconclusive"),
         ([unclear, bad], "fail"),
     ):
-        assert result.replace(outcomes=tuple(outcomes)).status == status
+        result = run_result(cls=CheckResult, outcomes=tuple(outcomes))
+        assert result.status == status

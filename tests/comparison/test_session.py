@@ -255,7 +255,7 @@ def test_a_disturbed_process_is_done_again_and_told(run: Run, noise: SystemNoise
     assert processes_of(found, "grad") == [1, 3, 4, 5, 6]
     assert not any(9.0 in m.batch_seconds for m in found.measurements)
     (warning,) = found.warnings
-    assert warning.code == "disturbed"
+    assert warning.code == "noisy_machine"
     assert warning.text.startswith("2 processes measured again")
 
 
@@ -282,7 +282,7 @@ def test_a_process_that_was_slow_for_every_variant_is_done_again(
     found, paper = run(slow_at(*numbers, times=1.5))
     assert len(paper.timed) == 5 + len(numbers)
     assert not set(processes_of(found, "grad")) & set(numbers)
-    assert [warning.code for warning in found.warnings] == ["disturbed"]
+    assert [warning.code for warning in found.warnings] == ["noisy_machine"]
 
 
 def test_a_process_that_was_a_little_slower_counts(run: Run) -> None:
@@ -301,7 +301,7 @@ def test_on_a_machine_that_is_never_quiet_it_goes_on_all_the_same(run: Run) -> N
     found, paper = run(disturbed_at(*range(100)), budget=60)
     assert found.comparisons
     assert len(paper.timed) - len(processes_of(found, "grad")) == 5
-    assert "disturbed" in [warning.code for warning in found.warnings]
+    assert "noisy_machine" in [warning.code for warning in found.warnings]
 
 
 # --- variants that fail ------------------------------------------------------------------------

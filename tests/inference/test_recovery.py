@@ -184,9 +184,9 @@ def test_more_bad_samples_than_allowed_end_the_run(infer: Any, tmp_path: Path) -
         infer(**QUARANTINE, **{"run.max_errors": 2})
     assert len(rows(tmp_path)) == 24
     kept = RunResult.load(tmp_path / "run")
-    assert (kept.predictions, kept.apart) == (24, 2), "29 lies in a batch that is not there"
+    assert (kept.predictions, kept.quarantined) == (24, 2), "29 lies in a batch that is not there"
     infer(**QUARANTINE, **{"run.max_errors": 3})
-    assert RunResult.load(tmp_path / "run").apart == 3
+    assert RunResult.load(tmp_path / "run").quarantined == 3
 
 
 def test_batches_that_were_rescued_are_not_timed(infer: Any) -> None:

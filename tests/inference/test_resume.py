@@ -364,7 +364,7 @@ def test_a_result_that_is_gone_is_written_anew_and_a_damaged_one_is_told(tmp_pat
     }
     gradrun.infer(config)
     (tmp_path / "run" / "result.json").write_text("{}")
-    with pytest.raises(GradrunError, match=r"result\.json is no result of gradrun: .* --resume"):
+    with pytest.raises(GradrunError, match=r"result\.json is not a gradrun result: .* --resume"):
         gradrun.infer(config, resume=True)
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); --resume"):

@@ -236,7 +236,7 @@ def test_an_unfinished_run_is_not_finished_whatever_its_result_says(tmp_path: Pa
 def test_a_result_that_is_damaged_is_told_with_what_to_do(tmp_path: Path) -> None:
     earlier(tmp_path, 498, result=498)
     (tmp_path / "result.json").write_text('{"format": 1')
-    told = r"result\.json is no result of gradrun: .*; .* remove that file, and --resume"
+    told = r"result\.json is not a gradrun result: .*; .* remove that file, and --resume"
     with pytest.raises(GradrunError, match=told):
         RunFolder(tmp_path, resume=True).finished()
     (tmp_path / "result.json").unlink()

@@ -12,7 +12,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.report.audit import show
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH
-from gradrun.results.result import Equivalence, Finding, Memory, RunResult, SavedForBackward
+from gradrun.results.result import AuditResult, Equivalence, Finding, Memory, SavedForBackward
 from tests.support.reporting import EVIL, assert_golden, printed, without_style
 from tests.support.run_results import CONFIG, MEMORY, measurement, run_result
 
@@ -48,20 +48,18 @@ def finding(severity: str, **changes: Any) -> Finding:
     return Finding(**(given | changes))
 
 
-def audit(**changes: Any) -> RunResult:
+def audit(**changes: Any) -> AuditResult:
     given: dict[str, Any] = {
-        "kind": "audit",
         "config": PATH,
         "measurements": (GRAD, NO_GRAD, INFERENCE),
         "equivalence": SAME,
-        "kept": (
+        "saved_for_backward": (
             SavedForBackward(module="encoder.layers.0 (Block)", bytes=6 * MIB),
             SavedForBackward(module="(the model) (Net)", bytes=MIB),
             SavedForBackward(module="(outputs)", bytes=MIB),
         ),
-        "files": (),
     }
-    return run_result(**(given | changes))
+    return run_result(cls=AuditResult, **(given | changes))
 
 
 RESULTS = {
@@ -90,11 +88,13 @@ RESULTS = {
         measurements=tuple(
             m.replace(memory=Memory(weights=0, inputs=16)) for m in (GRAD, NO_GRAD, INFERENCE)
         ),
-        kept=(),
+        saved_for_backward=(),
     ),
-    "elsewhere": audit(kept=(SavedForBackward(module="encoder.layers.0 (Block)", bytes=6 * MIB),)),
+    "elsewhere": audit(
+        saved_for_backward=(SavedForBackward(module="encoder.layers.0 (Block)", bytes=6 * MIB),)
+    ),
     "many": audit(
-        kept=tuple(
+        saved_for_backward=tuple(
             SavedForBackward(module=f"layers.{i} (Block)", bytes=MIB // 2) for i in range(16)
         )
     ),
@@ -111,7 +111,7 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
     result = RESULTS[name].replace(
-        kept=(SavedForBackward(module="a." * 60 + "b (Block)", bytes=8 * MIB),)
+        saved_for_backward=(SavedForBackward(module="a." * 60 + "b (Block)", bytes=8 * MIB),)
     )
     assert max(map(cell_len, printed(show, result, width).splitlines())) <= width
 
@@ -168,13 +168,13 @@ def test_only_a_terminal_gets_colour() -> None:
         audit(findings=(finding("error", text=EVIL),)),
         audit(findings=(finding("error", advice=EVIL),)),
         audit(findings=(finding("error", source=f"{EVIL}:3"),)),
-        audit(kept=(SavedForBackward(module=EVIL, bytes=3),)),
+        audit(saved_for_backward=(SavedForBackward(module=EVIL, bytes=3),)),
         audit(config=PATH | {"output": {"path": EVIL}}),
         audit(config=PATH | {"model": {"source": "python", "target": f"{EVIL}:Net"}}),
     ],
     ids=["module", "text", "advice", "source", "kept", "folder", "model"],
 )
-def test_no_name_can_drive_the_terminal(result: RunResult, terminal: bool) -> None:
+def test_no_name_can_drive_the_terminal(result: AuditResult, terminal: bool) -> None:
     text = without_style(printed(show, result, 300, terminal=terminal))
     assert escape_control_chars(text) == text
     assert "[bold red]x" in text, "markup is text like any other"

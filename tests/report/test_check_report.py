@@ -8,10 +8,10 @@ import pytest
 import xmlschema
 
 from gradrun.report import check, github, junit
-from gradrun.results.result import Outcome, RunResult, Warning
+from gradrun.results.result import CheckResult, Outcome, Warning
 from tests.conftest import ROOT
 from tests.support.reporting import EVIL, assert_golden, printed, without_style
-from tests.support.run_results import CONFIG, MACHINE, measurement
+from tests.support.run_results import run_result
 
 PASSED = Outcome(
     check="runs", limit="no error", value="125 batches", status="pass", key="check.smoke"
@@ -36,22 +36,15 @@ UNCLEAR = Outcome(
 )
 
 
-def result(*outcomes: Outcome, **changes) -> RunResult:
-    given = {
-        "kind": "check",
-        "gradrun": "0.1.0",
-        "started_at": "2026-01-01T00:00:00+00:00",
-        "config": CONFIG.model_dump(mode="json"),
-        "environment": MACHINE,
-        "measurements": (measurement(),),
-        "outcomes": outcomes,
-    }
-    return RunResult(**(given | changes))
+def result(*outcomes: Outcome, **changes) -> CheckResult:
+    return run_result(cls=CheckResult, outcomes=outcomes, **changes)
 
 
 CASES = {
     "passed": result(PASSED),
-    "mixed": result(PASSED, FAILED, UNCLEAR, warnings=(Warning(code="disturbed", text="busy"),)),
+    "mixed": result(
+        PASSED, FAILED, UNCLEAR, warnings=(Warning(code="noisy_machine", text="busy"),)
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from gradrun.report.comparison import show
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Equivalence, Measurement, Memory, RunResult, Warning
+from gradrun.results.result import CompareResult, Equivalence, Measurement, Memory, Warning
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -55,16 +55,14 @@ def agreed(candidate: str, base: str = "grad", difference: float = 0.0, **change
     return Equivalence(**(given | changes))
 
 
-def compared(*sides: list[Measurement], **changes: Any) -> RunResult:
+def compared(*sides: list[Measurement], **changes: Any) -> CompareResult:
     measured = tuple(m for side in sides for m in side)
     given: dict[str, Any] = {
-        "kind": "compare",
         "config": PATH,
         "measurements": measured,
         "comparisons": tuple(compare_measured(measured, 0.01)),
-        "files": (),
     }
-    return run_result(**(given | changes))
+    return run_result(cls=CompareResult, **(given | changes))
 
 
 def of(**update: Any) -> Memory:
@@ -123,9 +121,10 @@ RESULTS = {
     "nothing": compared(failures=("grad, batch 0: ValueError: no",)),
     "one process": compared(GRAD[:1], NO_GRAD[:1], equivalence=(agreed("no_grad"),)),
 }
+INFO = RESULTS["modes"].info
 
 
-def shown(result: RunResult, width: int = 80, *, terminal: bool = False, **environ: str) -> str:
+def shown(result: CompareResult, width: int = 80, *, terminal: bool = False, **environ: str) -> str:
     """What `show` prints; plain unless it is to look like a terminal."""
     console = Console(
         file=io.StringIO(),
@@ -151,8 +150,9 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 81, 120, 200])
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
-    long = {**PATH, "output": {"path": "/somewhere/" + "far/" * 30 + "away"}}
-    result = RESULTS[name].replace(config=long)
+    result = RESULTS[name]
+    long = "/somewhere/" + "far/" * 30 + "away"
+    result = result.replace(info=result.info.replace(output_path=long))
     assert max(map(cell_len, shown(result, width).splitlines())) <= width
 
 
@@ -251,10 +251,8 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
 @pytest.mark.parametrize(
     "result",
     [
-        RESULTS["modes"].replace(
-            config=PATH | {"model": {"source": "python", "target": f"{EVIL}:Net"}}
-        ),
-        RESULTS["modes"].replace(config=PATH | {"output": {"path": EVIL}}),
+        RESULTS["modes"].replace(info=INFO.replace(model=f"{EVIL}:Net")),
+        RESULTS["modes"].replace(info=INFO.replace(output_path=EVIL)),
         RESULTS["modes"].replace(warnings=(Warning(code="x", text=EVIL),)),
         RESULTS["modes"].replace(environment=MACHINE.replace(device_name=EVIL)),
         compared(GRAD, side(EVIL, 7e-4, 0.001, MEMORY, "no_grad"), equivalence=(agreed(EVIL),)),
@@ -266,7 +264,7 @@ EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
     ],
     ids=["model", "folder", "warning", "device", "variant", "module"],
 )
-def test_no_name_can_drive_the_terminal(result: RunResult, terminal: bool) -> None:
+def test_no_name_can_drive_the_terminal(result: CompareResult, terminal: bool) -> None:
     text = re.sub(r"\x1b\[[\d;]*m", "", shown(result, 300, terminal=terminal))
     assert escape_control_chars(text) == text
     assert "[bold red]x" in text, "markup is text like any other"

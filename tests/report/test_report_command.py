@@ -136,8 +136,14 @@ def test_a_result_of_the_first_release_is_shown(cli: Command, saved: Path) -> No
 @pytest.mark.parametrize(
     ("version", "said"),
     [
-        (0, "is of format 0, written by gradrun 0.0.9; this one reads format 1: run it again"),
-        (2, "is of format 2, written by gradrun 0.0.9; this one reads format 1: a newer gradrun"),
+        (
+            0,
+            "this version reads formats 1 and 2: repeat the run",
+        ),
+        (
+            3,
+            "this version reads formats 1 and 2: upgrade gradrun",
+        ),
     ],
 )
 def test_another_format_is_told_from_damage(
@@ -147,7 +153,7 @@ def test_another_format_is_told_from_damage(
     (saved / "other.json").write_text(json.dumps(told))
     answer = cli("report", "other.json")
     assert answer.code == 1
-    assert said in answer.err
+    assert f"has format {version}, written by gradrun 0.0.9; {said}" in answer.err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
@@ -156,16 +162,22 @@ def test_a_cut_off_result_is_a_sentence(cli: Command, saved: Path, share: float)
     (saved / "cut.json").write_text(text[: int(share * len(text))])
     answer = cli("report", "cut.json", "--format", "html")
     assert (answer.code, answer.out) == (1, "")
-    assert "cut.json is no result of gradrun: not JSON" in answer.err
+    assert "cut.json is not a gradrun result: not JSON" in answer.err
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"config": {}},
-        {"config": {"model": "x", "output": {"path": "y"}}},
-        {"config": {"model": {"source": "zoo"}, "output": {"path": 3}}},
-        {"config": {"model": {"source": "zoo"}, "output": {"path": "y"}}},
+        {"format": 1, "config": {}},
+        {"format": 1, "config": {"model": "x", "output": {"path": "y"}}},
+        {"format": 1, "config": {"model": {"source": "zoo"}, "output": {"path": 3}}},
+        {"format": 1, "config": {"model": {"source": "zoo"}, "output": {"path": "y"}}},
+        {"format": 1, "config": {"model": {}, "output": {"path": "y"}, "run": {"mode": "grad"}}},
+        {"config": []},
+        {"info": {}},
+        {"info": {"model": "x", "mode": "no", "output_path": "y"}},
+        {"info": {"model": "x", "mode": "grad", "output_path": 3}},
+        {"info": {"model": "x", "mode": "grad", "output_path": "y", "precision": 0}},
         {"measurements": []},
         {"measurements": None},
         {"environment": {"memory": 10**400}},
@@ -179,7 +191,7 @@ def test_what_no_run_leaves_is_refused(cli: Command, saved: Path, change: dict[s
     (saved / "odd.json").write_text(json.dumps(told | change))
     answer = cli("report", "odd.json")
     assert answer.code == 1
-    assert "odd.json is no result of gradrun" in answer.err
+    assert "odd.json is not a gradrun result" in answer.err
 
 
 @pytest.mark.parametrize("name", ["check", "comparison"])
@@ -190,11 +202,11 @@ def test_rounds_that_took_no_time_are_refused(cli: Command, saved: Path, name: s
     (saved / "odd.json").write_text(json.dumps(told))
     answer = cli("report", "odd.json", "--format", "csv")
     assert answer.code == 1
-    assert "rounds that took no time" in answer.err
+    assert "a round of zero duration" in answer.err
 
 
 def test_a_name_from_a_file_drives_no_terminal_through_an_error(cli: Command, saved: Path) -> None:
-    told = json.loads(RESULTS["run"].to_json()) | {"format": 2, "gradrun": "\x1b]0;gone\x07"}
+    told = json.loads(RESULTS["run"].to_json()) | {"format": 3, "gradrun": "\x1b]0;gone\x07"}
     (saved / "other.json").write_text(json.dumps(told))
     answer = cli("report", "other.json")
     assert answer.code == 1

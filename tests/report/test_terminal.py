@@ -26,7 +26,7 @@ from tests.support.run_results import MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WARNING = Warning(
-    code="unsteady",
+    code="high_variance",
     text="the slowest tenth of the batches took 2.4 times the median or more: something else uses "
     "this machine; close it, or lower run.threads",
 )
@@ -78,9 +78,9 @@ def test_the_tables_are_those_of_the_golden_file(name: str, width: int) -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 81, 120, 200])
 @pytest.mark.parametrize("name", RESULTS)
 def test_no_line_is_longer_than_the_terminal(name: str, width: int) -> None:
-    long = {"path": "/somewhere/" + "far/" * 30 + "away"}
     result = RESULTS[name]
-    result = result.replace(config={**result.config, "output": {**result.config["output"], **long}})
+    long = "/somewhere/" + "far/" * 30 + "away"
+    result = result.replace(info=result.info.replace(output_path=long))
     assert max(map(cell_len, shown(result, width).splitlines())) <= width
 
 

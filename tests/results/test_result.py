@@ -6,13 +6,26 @@ import json
 import random
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gradrun.core.errors import GradrunError
-from gradrun.results.result import Memory, Phases, RunResult, Warning
+from gradrun.core.grad_mode import GradMode
+from gradrun.results.result import (
+    AuditResult,
+    CompareResult,
+    Memory,
+    Phases,
+    RunInfo,
+    RunResult,
+    SavedForBackward,
+    Warning,
+)
 from tests.support.run_results import MEMORY, PHASES, measurement, run_result
+
+FORMAT_1 = Path(__file__).parents[1] / "golden" / "result-of-0.1.0.json"
 
 
 def test_a_saved_result_comes_back_whole(tmp_path: Path) -> None:
@@ -37,7 +50,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda text: text.replace('"format": 1', '"format": "2"'), "format"),
+        (lambda text: text.replace('"format": 2', '"format": "3"'), "format"),
         (lambda text: text.replace('"kind": "infer"', '"kind": "tea"'), "kind"),
         (lambda text: text[: len(text) // 2], "JSON"),
         (lambda text: text.replace('"forward": 0.09', '"forward": "long"'), "forward"),
@@ -46,7 +59,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
         (lambda text: "[]", ""),
         (lambda text: "{}", "kind"),
         (lambda text: text.replace('"kind"', '"\\ud800": 1, "kind"'), "surrogates"),
-        (lambda text: text.replace('"infer"', '"modes"'), "those that are shown are of infer,"),
+        (lambda text: text.replace('"infer"', '"modes"'), "allowed: infer,"),
         (lambda text: text.replace('"weights": 263464', '"weights": -5'), "weights"),
         (lambda text: text.replace('"forward": 0.09', '"forward": 1.7e308'), "forward"),
     ],
@@ -62,7 +75,7 @@ def test_what_is_no_result_is_a_sentence_that_names_the_file(
     text = run_result().to_json()
     assert change(text) != text
     file.write_text(change(text))
-    with pytest.raises(GradrunError, match="is no result of gradrun") as caught:
+    with pytest.raises(GradrunError, match="is not a gradrun result") as caught:
         RunResult.load(file)
     assert str(file) in str(caught.value)
     assert complaint in str(caught.value)
@@ -80,6 +93,40 @@ def test_keys_of_a_later_gradrun_are_passed_over(tmp_path: Path) -> None:
     data["weather"] = data["measurements"][0]["moon"] = "full"
     (tmp_path / "result.json").write_text(json.dumps(data))
     assert RunResult.load(tmp_path) == run_result()
+
+
+def test_a_result_of_format_1_is_upgraded() -> None:
+    data = json.loads(FORMAT_1.read_text(encoding="utf-8"))
+    data["warnings"][0]["code"] = "disturbed"
+    result = RunResult.from_json(json.dumps(data))
+    assert isinstance(result, CompareResult)
+    assert result.format == 2
+    assert result.info == RunInfo(
+        model="layers",
+        mode=GradMode.GRAD,
+        output_path="runs/layers-compare",
+        batch_size=64,
+        precision=0.01,
+    )
+    assert result.warnings[0].code == "noisy_machine"
+    assert RunResult.from_json(result.to_json()) == result
+
+
+def test_renamed_fields_and_codes_of_format_1_are_upgraded() -> None:
+    run = json.loads(run_result(quarantined=3).to_json())
+    run["apart"] = run.pop("quarantined")
+    assert RunResult.from_json(as_format_1(run)).quarantined == 3
+    saved = {"module": "0 (Linear)", "bytes": 64}
+    audit = json.loads(run_result(cls=AuditResult).to_json())
+    audit["kept"], audit["saved_for_backward"] = [saved], []
+    audit["findings"] = [{"severity": "error", "code": "fails", "text": "x", "advice": ""}]
+    result = RunResult.from_json(as_format_1(audit))
+    assert result.saved_for_backward == (SavedForBackward(**saved),)
+    assert [finding.code for finding in result.findings] == ["model_fails"]
+
+
+def as_format_1(data: dict[str, Any]) -> str:
+    return json.dumps({key: data[key] for key in data if key != "info"} | {"format": 1})
 
 
 def test_a_write_that_fails_leaves_the_old_file(
@@ -100,10 +147,10 @@ def test_a_write_that_fails_leaves_the_old_file(
 def test_the_json_has_the_keys_of_the_design() -> None:
     data = json.loads(run_result().to_json())
     assert {
-        "format", "kind", "gradrun", "started_at", "config", "environment", "measurements",
+        "format", "kind", "gradrun", "started_at", "info", "config", "environment", "measurements",
         "warnings",
     } <= data.keys()  # fmt: skip
-    assert (data["format"], data["kind"]) == (1, "infer")
+    assert (data["format"], data["kind"]) == (2, "infer")
     assert {"torch", "python", "cpu", "cores", "threads", "device"} <= data["environment"].keys()
     assert {"model", "data", "run", "output"} <= data["config"].keys()
     (measured,) = data["measurements"]

@@ -42,8 +42,8 @@ def test_the_advice_for_few_batches_counts_them_and_says_what_to_do() -> None:
 @pytest.mark.parametrize(("slow", "warned"), [(1.0, False), (1.9, False), (2.1, True), (9.0, True)])
 def test_an_unsteady_machine_is_told(slow: float, warned: bool) -> None:
     warnings = found(times(slow))
-    assert ("unsteady" in warnings) is warned
-    assert not warned or f"{slow:.1f} times" in warnings["unsteady"]
+    assert ("high_variance" in warnings) is warned
+    assert not warned or f"{slow:.1f} times" in warnings["high_variance"]
 
 
 def test_too_few_batches_to_see_a_slow_tenth_are_not_called_unsteady() -> None:
@@ -69,4 +69,4 @@ def test_training_mode_is_reported(training: bool) -> None:
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     warnings = found(times(9.0, batches=50), training=True, threads=4)
-    assert list(warnings) == ["few_batches", "unsteady", "too_many_threads", "training_mode"]
+    assert list(warnings) == ["few_batches", "high_variance", "too_many_threads", "training_mode"]

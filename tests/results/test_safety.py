@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.results.result import RunResult
+from gradrun.results.result import AuditResult
 from gradrun.results.safety import errors_in, has_errors, lowest_memory_safe_mode, verdict
 from tests.report.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 
 MIB = 1024**2
 
 
-def best(result: RunResult) -> str | None:
+def best(result: AuditResult) -> str | None:
     chosen = lowest_memory_safe_mode(result)
     return None if chosen is None else chosen.mode.value
 

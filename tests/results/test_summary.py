@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gradrun.results.result import Comparison, Equivalence, RunResult
+from gradrun.results.result import CompareResult, Comparison, Equivalence
 from gradrun.results.stats import Verdict
 from gradrun.results.summary import ratio_digits, summarize_comparison
 from tests.support.run_results import MEMORY, measurement, run_result
@@ -43,10 +43,10 @@ def outputs(name: str, *, equal: bool, difference: float = 0.0, module: str = ""
 
 def result(
     *comparisons: Comparison, peaks: dict[str, int | None] | None = None, **changes: Any
-) -> RunResult:
+) -> CompareResult:
     peaks = {"grad": 64 * KIB} | {c.candidate: 64 * KIB for c in comparisons} | (peaks or {})
     return run_result(
-        kind="compare",
+        cls=CompareResult,
         measurements=tuple(side(name, peak) for name, peak in peaks.items()),
         comparisons=comparisons,
         **changes,

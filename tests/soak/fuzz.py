@@ -37,7 +37,18 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.results.result import Comparison, Equivalence, Finding, Outcome, SavedForBackward
+from gradrun.results.result import (
+    AuditResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    Equivalence,
+    Finding,
+    InferResult,
+    Outcome,
+    RunResult,
+    SavedForBackward,
+)
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
 from tests.support import run_results as results
@@ -224,28 +235,28 @@ def _results() -> Iterator[Seed]:
     first = results.measurement(4, variant="grad")
     second = results.measurement(4, mode=GradMode.NO_GRAD, variant="no_grad")
     pair: dict[str, Any] = {"baseline": "grad", "candidate": "no_grad"}
-    told: dict[str, Any] = {
-        "infer": {},
-        "compare": {
+    kinds: dict[type[RunResult], dict[str, Any]] = {
+        InferResult: {},
+        CompareResult: {
             "measurements": (first, second),
             "comparisons": (Comparison(**pair, ratio=1.2, low=1.1, high=1.3, verdict="faster"),),
             "equivalence": (Equivalence(**pair, bitwise=True, max_abs_diff=0.0, equal=True),),
         },
-        "audit": {
+        AuditResult: {
             "findings": (
                 Finding(severity="error", code="x", text="it does", advice="do not", cost=7),
             ),
-            "kept": (SavedForBackward(module="0 (Linear)", bytes=64),),
+            "saved_for_backward": (SavedForBackward(module="0 (Linear)", bytes=64),),
         },
-        "check": {
+        CheckResult: {
             "outcomes": (Outcome(check="runs", limit="yes", value="yes", status="pass"),),
         },
     }
     forms = [
         ["report", "out", "-o", f"out/report.{form}"] for form in ("html", "md", "csv", "json")
     ]
-    for kind, parts in told.items():
-        data = results.run_result(first, kind=kind, **parts).to_json().encode()
+    for cls, parts in kinds.items():
+        data = results.run_result(first, cls=cls, **parts).to_json().encode()
         yield Seed(
             "reports", {"out/result.json": data}, "out/result.json", [*forms, ["report", "out"]]
         )

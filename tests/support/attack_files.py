@@ -737,7 +737,7 @@ RUNS = {
         SHOWN, lambda result: result["environment"].update(device_name=SCREEN), code=0
     ),
     "a result without a config": _result(
-        "has no model.source", lambda result: result.update(config={}), **DAMAGED
+        "invalid config", lambda result: result.update(config={}, format=1), **DAMAGED
     ),
     "a result of unequal lists": _result(
         "not of the same length",
@@ -745,12 +745,12 @@ RUNS = {
         **DAMAGED,
     ),
     "a result of numbers beyond all": _result(
-        "no result of gradrun",
+        "not a gradrun result",
         lambda result: result["measurements"][0]["memory"].update(weights=10**4000),
         **DAMAGED,
     ),
     "a result of no time": _result(
-        "no result of gradrun",
+        "not a gradrun result",
         lambda result: result["measurements"][0]["phases"].update(data=float("nan")),
         **DAMAGED,
     ),
@@ -758,7 +758,7 @@ RUNS = {
         "predictions", lambda result: result.update(kind="check"), code=0
     ),
     "a result without measurements": _result(
-        "without a measurement", lambda result: result.update(measurements=[]), **DAMAGED
+        "length >= 1", lambda result: result.update(measurements=[]), **DAMAGED
     ),
 }
 

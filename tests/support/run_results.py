@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
-from gradrun.results.result import Environment, Measurement, Memory, Phases, RunResult
+from gradrun.results.result import (
+    AnyResult,
+    Environment,
+    InferResult,
+    Measurement,
+    Memory,
+    Phases,
+    RunInfo,
+)
 
 CONFIG = RunConfig.model_validate_json(
     """{"model": {"source": "zoo", "name": "digits_cnn"},
@@ -45,6 +53,7 @@ MEMORY = Memory(
     process_peak=412_000_256,
     process_method="VmHWM",
 )
+Result = TypeVar("Result", bound=AnyResult)
 
 
 def skewed(batches: int) -> tuple[float, ...]:
@@ -66,15 +75,18 @@ def measurement(batches: int = 125, last: int = 2, **changes: Any) -> Measuremen
     return Measurement(**given | {"mode": GradMode(given["mode"])})
 
 
-def run_result(measured: Measurement | None = None, **changes: Any) -> RunResult:
-    """A whole result of an infer run; `changes` replace its fields."""
+def run_result(
+    measured: Measurement | None = None, *, cls: type[Result] = InferResult, **changes: Any
+) -> Result:
+    """Return a complete result, by default of an infer run; `changes` replace its fields."""
     given: dict[str, Any] = {
-        "kind": "infer",
         "gradrun": "0.1.0",
         "started_at": "2026-11-20T12:00:00+00:00",
         "config": CONFIG.model_dump(mode="json"),
         "environment": MACHINE,
         "measurements": (measured or measurement(),),
-        "files": ("predictions.npy",),
     }
-    return RunResult(**(given | changes))
+    if cls is InferResult:
+        given["files"] = ("predictions.npy",)
+    given |= changes
+    return cls(info=RunInfo.from_config(given["config"]), **given)

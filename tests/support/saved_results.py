@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gradrun.results.result import Outcome, RunResult, Warning
+from typing import Any
+
+from gradrun.results.result import AnyResult, CheckResult, Outcome, RunInfo, Warning
 from tests.report.test_audit_report import RESULTS as AUDITED
 from tests.report.test_comparison_report import RESULTS as COMPARED
 from tests.support.reporting import EVIL
@@ -32,9 +34,9 @@ OUTCOMES = (
 )
 
 
-def check(*outcomes: Outcome) -> RunResult:
+def check(*outcomes: Outcome) -> CheckResult:
     """A check's result; it measured one run."""
-    return run_result(measurement(memory=WATCHED), kind="check", outcomes=outcomes, files=())
+    return run_result(measurement(memory=WATCHED), cls=CheckResult, outcomes=outcomes)
 
 
 RESULTS = {
@@ -56,7 +58,7 @@ LINKS = "[here](https://example.org) ![x](https://example.org/x.png) @everyone `
 NASTY = f"{TAGS} {LINKS} =cmd|' /C calc'!A0"
 
 
-def hostile(kind: str) -> RunResult:
+def hostile(kind: str) -> AnyResult:
     """A result in which every text that a file can hold is meant to do harm."""
     memory = WATCHED.replace(peak_module=NASTY, process_method=NASTY)
     machine = MACHINE.replace(
@@ -73,27 +75,31 @@ def hostile(kind: str) -> RunResult:
     }
     base = RESULTS[kind]
     variants = {m.variant: f"{i} {NASTY}" for i, m in enumerate(base.measurements) if m.variant}
-    return base.replace(
-        config=config,
-        environment=machine,
-        started_at=NASTY,
-        measurements=tuple(
+    changes: dict[str, Any] = {
+        "info": RunInfo.from_config(config),
+        "config": config,
+        "environment": machine,
+        "started_at": NASTY,
+        "measurements": tuple(
             m.replace(memory=memory, variant=variants.get(m.variant, "")) for m in base.measurements
         ),
-        comparisons=tuple(
+        "comparisons": tuple(
             c.replace(baseline=variants[c.baseline], candidate=variants[c.candidate])
-            for c in base.comparisons
+            for c in getattr(base, "comparisons", ())
         ),
-        findings=tuple(
+        "findings": tuple(
             f.replace(**dict.fromkeys(("code", "module", "source", "text", "advice"), NASTY))
-            for f in base.findings
+            for f in getattr(base, "findings", ())
         ),
-        kept=tuple(k.replace(module=NASTY) for k in base.kept),
-        outcomes=tuple(
+        "saved_for_backward": tuple(
+            s.replace(module=NASTY) for s in getattr(base, "saved_for_backward", ())
+        ),
+        "outcomes": tuple(
             o.replace(**dict.fromkeys(("check", "limit", "value", "reason", "key"), NASTY))
-            for o in base.outcomes
+            for o in getattr(base, "outcomes", ())
         ),
-        failures=(NASTY,),
-        files=(NASTY,),
-        warnings=(Warning(code=NASTY, text=NASTY),),
-    )
+        "failures": (NASTY,),
+        "files": (NASTY,),
+        "warnings": (Warning(code=NASTY, text=NASTY),),
+    }
+    return base.replace(**{k: v for k, v in changes.items() if k in base.__struct_fields__})
