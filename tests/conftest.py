@@ -1,4 +1,4 @@
-"""What the tests share: a way to run commands, in this process and in one of their own."""
+"""Shared fixtures: run commands in this process or in a subprocess."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass
 class Answer:
-    """How a command ended and what it printed."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -37,7 +37,7 @@ Command = Callable[..., Answer]
 
 @pytest.fixture
 def cli() -> Command:
-    """Run a command in this process: quick, and as strict about tracebacks as the real one."""
+    """Run a command in this process; unexpected exceptions propagate."""
 
     def run(*words: object) -> Answer:
         result = CliRunner().invoke(app, [str(word) for word in words])
@@ -50,7 +50,7 @@ def cli() -> Command:
 
 @pytest.fixture
 def process(tmp_path: Path) -> Command:
-    """Run a command in a process of its own, in an empty folder, as a user would."""
+    """Run a command in a subprocess, in an empty folder."""
 
     def run(*words: object, timeout: float = 120, **settings: object) -> Answer:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
@@ -68,12 +68,12 @@ def process(tmp_path: Path) -> Command:
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also where we were started with `&`, which would have our commands ignore it."""
+    """Restore the SIGINT handler, which shells disable for background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Skip tests that need a CUDA device if none is available."""
     if torch.cuda.is_available():
         return
     for item in items:

@@ -1,4 +1,4 @@
-"""`gradrun.infer` as a library: what it takes, gives back, raises, and leaves alone."""
+"""`gradrun.infer` as a library function: arguments, result, errors and side effects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INPUTS = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype("float32")
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A small config, which lies in conf.yaml of the current folder too."""
+    """A small config, also written to conf.yaml in the current folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRADRUN_TRUST_CODE", raising=False)
     np.save("x.npy", INPUTS)
@@ -50,7 +50,7 @@ def predictions(folder: str = "out") -> np.ndarray[Any, Any]:
     return array
 
 
-# --- what it takes and gives back --------------------------------------------------------------
+# --- arguments and result ----------------------------------------------------------------------
 
 
 @every_kind
@@ -67,7 +67,7 @@ def test_a_config_may_be_a_path_a_mapping_or_a_run_config(
     assert result.files == ("predictions.npy",)
 
 
-def test_what_it_returns_is_what_it_saves(written: dict[str, Any]) -> None:
+def test_the_returned_result_equals_the_saved_result(written: dict[str, Any]) -> None:
     result = gradrun.infer(written)
     assert isinstance(result, RunResult)
     assert RunResult.load("out") == result
@@ -81,7 +81,7 @@ def test_what_it_returns_is_what_it_saves(written: dict[str, Any]) -> None:
     assert Path(result.config["output"]["path"]).is_absolute()
 
 
-def test_a_saved_config_runs_again(written: dict[str, Any]) -> None:
+def test_a_saved_config_can_be_run_again(written: dict[str, Any]) -> None:
     first = gradrun.infer(written)
     before = predictions().tobytes()
     again = gradrun.infer(first.config, overwrite=True)
@@ -99,7 +99,7 @@ def test_a_saved_config_runs_again(written: dict[str, Any]) -> None:
     ],
     ids=["sections", "dotted", "mixed"],
 )
-def test_overrides_change_keys_and_leave_the_others(
+def test_overrides_change_only_their_keys(
     written: dict[str, Any], kind: Callable[[dict[str, Any]], Any], overrides: dict[str, Any]
 ) -> None:
     before = json.dumps(written)
@@ -110,16 +110,16 @@ def test_overrides_change_keys_and_leave_the_others(
     assert json.dumps(written) == before
 
 
-def test_progress_is_told_samples_done_and_in_all(
+def test_progress_receives_the_samples_done_and_the_total(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", -1)
-    told: list[tuple[int, int]] = []
-    gradrun.infer(written, progress=lambda done, samples: told.append((done, samples)))
-    assert told == [(4, 10), (8, 10), (10, 10)]
+    calls: list[tuple[int, int]] = []
+    gradrun.infer(written, progress=lambda done, samples: calls.append((done, samples)))
+    assert calls == [(4, 10), (8, 10), (10, 10)]
 
 
-def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(written: dict[str, Any]) -> None:
+def test_only_overwrite_replaces_an_earlier_run(written: dict[str, Any]) -> None:
     gradrun.infer(written)
     with pytest.raises(ConfigError, match="--overwrite"):
         gradrun.infer(written)
@@ -142,7 +142,7 @@ def test_overwrite_replaces_an_earlier_run_and_nothing_else_does(written: dict[s
         ({"run.device": "cuda:99"}, "run", "device cuda:99 is not available"),
     ],
 )
-def test_an_error_of_the_run_has_the_place_of_its_key(
+def test_an_error_of_the_run_has_the_location_of_its_key(
     written: dict[str, Any], change: dict[str, Any], place: str, text: str
 ) -> None:
     ((key, value),) = change.items()
@@ -152,17 +152,17 @@ def test_an_error_of_the_run_has_the_place_of_its_key(
     Path("conf.yaml").write_text("\n".join(lines))
     with pytest.raises(ConfigError, match=text) as caught:
         gradrun.infer("conf.yaml")
-    found = str(caught.value).splitlines()
-    line = int(found[0].split(":")[1])
+    shown = str(caught.value).splitlines()
+    line = int(shown[0].split(":")[1])
     sections = [word[:-1] for word in lines[:line] if word[0].isalpha()]
-    assert found[0].startswith(f"conf.yaml:{line}:")
+    assert shown[0].startswith(f"conf.yaml:{line}:")
     assert sections[-1] == place
-    assert found[1].strip() == lines[line - 1].strip()
+    assert shown[1].strip() == lines[line - 1].strip()
     assert not Path("out").exists()
 
 
 @every_kind
-def test_a_mistyped_override_is_an_error_and_nothing_is_written(
+def test_a_mistyped_override_is_an_error_and_writes_nothing(
     written: dict[str, Any], kind: Callable[[dict[str, Any]], Any]
 ) -> None:
     with pytest.raises(ConfigError, match="did you mean mode"):
@@ -207,7 +207,7 @@ def test_a_run_that_ends_early_keeps_its_predictions_and_its_result(
         assert np.array_equal(predictions(), INPUTS[:4] * 2)
 
 
-def test_code_runs_only_where_it_is_trusted(
+def test_code_runs_only_if_it_is_trusted(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("loud.py").write_text("open('ran', 'w')\nfrom torch import nn\nNet = nn.Identity\n")
@@ -223,11 +223,11 @@ def test_code_runs_only_where_it_is_trusted(
     assert Path("ran").exists()
 
 
-# --- what it leaves alone ----------------------------------------------------------------------
+# --- side effects ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", gradrun.GradMode)
-def test_a_run_leaves_torch_as_it_found_it(written: dict[str, Any], mode: str) -> None:
+def test_a_run_restores_the_settings_of_torch(written: dict[str, Any], mode: str) -> None:
     torch.manual_seed(123)
     before = settings()
     gradrun.infer(
@@ -236,7 +236,7 @@ def test_a_run_leaves_torch_as_it_found_it(written: dict[str, Any], mode: str) -
     assert settings() == before
 
 
-def test_an_error_leaves_torch_as_it_was(written: dict[str, Any]) -> None:
+def test_an_error_restores_the_settings_of_torch(written: dict[str, Any]) -> None:
     before = settings()
     written["model"]["layers"] = [{"Linear": [5, 3]}]
     with pytest.raises(ConfigError):
@@ -244,7 +244,7 @@ def test_an_error_leaves_torch_as_it_was(written: dict[str, Any]) -> None:
     assert settings() == before
 
 
-def test_a_run_inside_the_callers_own_mode_has_the_mode_that_was_asked_for(
+def test_the_mode_of_a_run_overrides_the_mode_of_the_caller(
     written: dict[str, Any],
 ) -> None:
     Path("looking.py").write_text(
@@ -258,7 +258,7 @@ def test_a_run_inside_the_callers_own_mode_has_the_mode_that_was_asked_for(
     assert predictions().min() == 1
 
 
-def test_a_run_config_is_not_changed_by_a_run(written: dict[str, Any]) -> None:
+def test_a_run_does_not_change_its_run_config(written: dict[str, Any]) -> None:
     config = gradrun.load_config("conf.yaml")
     before = config.model_dump_json()
     gradrun.infer(config, run={"mode": "grad"})

@@ -1,4 +1,4 @@
-"""Bad input, full disks and Ctrl-C: one clear sentence, the right exit code, nothing half done."""
+"""Bad input, full disks and Ctrl-C: one clear error, the right exit code, valid files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Trap:
 
 
 @pytest.fixture(autouse=True)
-def _in_an_own_folder(tmp_path, monkeypatch):
+def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRADRUN_TRUST_CODE", raising=False)
 
@@ -75,7 +75,7 @@ def config(*changes: tuple[str, str], name: str = "c.yaml") -> str:
 
 
 def refused(answer, *, code: int = 2) -> str:
-    """The sentence of an answer that wrote nothing."""
+    """Return the error message of a command that wrote nothing."""
     assert answer.code == code, answer.text
     assert answer.err.startswith("error: ")
     assert "Traceback" not in answer.text
@@ -89,7 +89,7 @@ def refused(answer, *, code: int = 2) -> str:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("samples: 7", "smples: 7", "c.yaml:7:3  data.smples: unknown key; did you mean samples?"),
         ("samples: 7", "samples: 7\n  samples: 7", "c.yaml:8:3  data.samples: written twice"),
@@ -119,18 +119,22 @@ def refused(answer, *, code: int = 2) -> str:
         ("shape: [4]", f"shape: [{2**40}]", "data.batch_size: one batch is 28.00 TiB, and"),
     ],
 )
-def test_a_wrong_config_is_refused_where_it_is_wrong(cli, old, new, said):
-    assert said in refused(cli("infer", config((old, new))))
+def test_a_config_error_is_reported_at_its_location(cli, old, new, message):
+    assert message in refused(cli("infer", config((old, new))))
     assert not Path("trapped").exists()
 
 
-def test_an_input_that_the_model_refuses_names_both_shapes(cli):
-    said = refused(cli("infer", config(("shape: [4]", "shape: [5]"))))
-    assert said.startswith("c.yaml:6:11  data.inputs: the model refuses the input [7, 5] float32; ")
-    assert "module 0 is Linear(in_features=4, out_features=3, bias=True) with weight [3, 4]" in said
+def test_an_input_of_the_wrong_shape_is_reported_with_both_shapes(cli):
+    message = refused(cli("infer", config(("shape: [4]", "shape: [5]"))))
+    assert message.startswith(
+        "c.yaml:6:11  data.inputs: the model refuses the input [7, 5] float32; "
+    )
+    assert (
+        "module 0 is Linear(in_features=4, out_features=3, bias=True) with weight [3, 4]" in message
+    )
 
 
-def test_a_layer_that_takes_its_size_from_the_data_runs(cli):
+def test_a_lazy_layer_takes_its_size_from_the_data(cli):
     assert cli("infer", config(("Linear: [4, 3]", "LazyLinear: [3]"))).code == 0
     assert np.load("out/predictions.npy").shape == (7, 3)
 
@@ -144,13 +148,13 @@ def test_a_layer_that_takes_its_size_from_the_data_runs(cli):
     ],
     ids=["data", "weights", "size"],
 )
-def test_a_layer_that_does_not_fit_is_refused_in_a_line(cli, change):
+def test_an_unsuitable_layer_is_a_single_error(cli, change):
     save_file({"0.weight": torch.zeros(3, 4), "0.odd": torch.zeros(3)}, "w.safetensors")
-    said = refused(cli("infer", config(change)))
-    assert len(said.splitlines()) == 3, "a sentence, the line and its caret"
+    message = refused(cli("infer", config(change)))
+    assert len(message.splitlines()) == 3, "the message, the line and its caret"
 
 
-def test_a_missing_config_is_refused(cli):
+def test_a_missing_config_is_an_error(cli):
     assert refused(cli("infer", "no.yaml")).startswith("no.yaml: cannot be read: No such file")
 
 
@@ -221,15 +225,15 @@ WRONG_FILES = {
 }
 
 
-@pytest.mark.parametrize(("use", "name", "make", "said"), WRONG_FILES.values(), ids=WRONG_FILES)
-def test_a_wrong_file_is_refused_and_runs_nothing(cli, use, name, make, said):
+@pytest.mark.parametrize(("use", "name", "make", "message"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_wrong_file_is_an_error_and_runs_no_code(cli, use, name, make, message):
     make(name)
-    assert said in refused(cli("infer", config(use(name))))
+    assert message in refused(cli("infer", config(use(name))))
     assert not Path("trapped").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("Plain", "where a torch.nn.Module is wanted"),
         ("number", "is the int 5, where a torch.nn.Module is wanted"),
@@ -241,21 +245,21 @@ def test_a_wrong_file_is_refused_and_runs_nothing(cli, use, name, make, said):
         ("Climbs", "names an output '../../evil', which is no file name"),
     ],
 )
-def test_a_target_that_is_no_usable_model_is_refused(cli, name, said):
+def test_a_target_that_is_not_a_usable_model_is_an_error(cli, name, message):
     Path("nets.py").write_text(NETS)
     name = config((LAYERS, f"source: python\n  target: nets.py:{name}"))
-    assert said in refused(cli("infer", name, "--trust-code"))
-    assert "model" in refused(cli("infer", name)), "without trust it is refused, too"
+    assert message in refused(cli("infer", name, "--trust-code"))
+    assert "model" in refused(cli("infer", name)), "without trust it is an error as well"
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "message"),
     [("x = ", "SyntaxError"), ("import nowhere", "nowhere"), ("raise SystemExit(0)", "SystemExit")],
 )
-def test_a_target_that_cannot_be_imported_is_refused(cli, code, said):
+def test_a_target_that_cannot_be_imported_is_an_error(cli, code, message):
     Path("bad.py").write_text(code)
     name = config((LAYERS, "source: python\n  target: bad.py:Net"))
-    assert said in refused(cli("infer", name, "--trust-code"))
+    assert message in refused(cli("infer", name, "--trust-code"))
 
 
 # --- terminals ---------------------------------------------------------------------------------
@@ -279,13 +283,13 @@ def _quoted(text: str) -> str:
     ],
     ids=["key", "value", "choice", "output", "layer", "path", "target", "argument"],
 )
-def test_no_text_of_a_config_drives_the_terminal(cli, change):
-    said = refused(cli("infer", config(change)))
-    assert "[bold]" in said, "markup is text"
-    assert r"\x1b]0;x\x07" in said or r"\u001b]0;x\u0007" in said
+def test_control_characters_in_a_config_do_not_reach_the_terminal(cli, change):
+    message = refused(cli("infer", config(change)))
+    assert "[bold]" in message, "markup is not interpreted"
+    assert r"\x1b]0;x\x07" in message or r"\u001b]0;x\u0007" in message
 
 
-def test_no_file_name_drives_the_terminal(cli):
+def test_control_characters_in_a_file_name_do_not_reach_the_terminal(cli):
     folder = Path(EVIL.replace("/", ""))
     folder.mkdir()
     name = config(name=f"{folder}/c.yaml")
@@ -298,7 +302,7 @@ def test_no_file_name_drives_the_terminal(cli):
     assert (folder / "out/predictions.npy").exists()
 
 
-def test_no_error_of_a_model_drives_the_terminal(cli):
+def test_control_characters_in_an_error_of_a_model_do_not_reach_the_terminal(cli):
     Path("m.py").write_text(
         f"import torch\nclass Net(torch.nn.Module):\n"
         f"    def forward(self, x): raise ValueError({EVIL!r})\n"
@@ -307,18 +311,18 @@ def test_no_error_of_a_model_drives_the_terminal(cli):
     assert r"ValueError: [bold]\x1b]0;x\x07[/]" in refused(cli("infer", name, "--trust-code"))
 
 
-def test_no_name_in_a_data_file_drives_the_terminal(cli):
+def test_control_characters_in_a_data_file_do_not_reach_the_terminal(cli):
     save_file({EVIL: torch.zeros(2, 4), "b": torch.zeros(2, 4)}, "x.safetensors")
     assert r"[bold]\x1b]0;x\x07[/]" in refused(cli("infer", config(arrays("x.safetensors"))))
     Path("x.csv").write_text(f"{EVIL}\n1\n")
     assert r"[bold]\x1b]0;x\x07[/]" in refused(cli("infer", config(records("x.csv"))))
 
 
-# --- what was written stays valid --------------------------------------------------------------
+# --- written files stay valid ------------------------------------------------------------------
 
 
 def predictions(folder: Path | str) -> np.ndarray:
-    """All predictions in a folder, whatever their format; every file must load whole."""
+    """Load all predictions in a folder, in any format; every file must be complete."""
     folder = Path(folder)
     if (folder / "predictions.npy").exists():
         return np.load(folder / "predictions.npy")
@@ -333,7 +337,7 @@ def predictions(folder: Path | str) -> np.ndarray:
 
 
 def doubles(count: int, width: int = 1) -> tuple[tuple[str, str], np.ndarray]:
-    """Data that a model doubles, and what it gives."""
+    """Write the inputs of a model that doubles them; return the config change and the outputs."""
     rows = np.arange(count * width, dtype=np.float32).reshape(count, width)
     np.save("x.npy", rows)
     return (SYNTHETIC, "source: arrays\n  path: x.npy\n  batch_size: 10"), 2 * rows
@@ -349,7 +353,7 @@ def model(body: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_model_that_fails_half_way_leaves_the_predictions_before(cli, kind):
+def test_a_model_that_fails_half_way_leaves_the_earlier_predictions(cli, kind):
     data, right = doubles(100)
     net = model("if x[0] >= 50: raise ValueError('sample too [bold]great[/]')")
     answer = cli("infer", config(data, net), "--trust-code", "--set", f"output.format={kind}")
@@ -364,7 +368,7 @@ def test_a_model_that_fails_half_way_leaves_the_predictions_before(cli, kind):
     assert RunResult.load("out").measurements[0].samples == 50
 
 
-def test_data_that_fails_half_way_leaves_the_predictions_before(cli):
+def test_data_that_fails_half_way_leaves_the_earlier_predictions(cli):
     Path("x.csv").write_text("a\n" + "1\n" * 30 + "oops\n")
     answer = cli(
         "infer", config(records("x.csv"), ("[4, 3]", "[1, 3]")), "--set", "data.batch_size=8"
@@ -377,63 +381,65 @@ def test_data_that_fails_half_way_leaves_the_predictions_before(cli):
 @pytest.fixture
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
-    files.mkdir()
+    disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk]
     try:
         subprocess.run(words, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small disk takes root and a kernel that lets it")
+        pytest.skip("mounting a small disk needs root privileges")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def check_what_a_full_disk_left(answer, folder: Path, kind: str, right: np.ndarray) -> None:
+def check_files_after_full_disk(answer, folder: Path, kind: str, right: np.ndarray) -> None:
     assert answer.code == 1, answer.text
     assert "Traceback" not in answer.text
     assert answer.err.startswith("error: ")
-    kept = predictions(folder)
-    assert np.array_equal(kept, right[: len(kept)].reshape(kept.shape))
+    written = predictions(folder)
+    assert np.array_equal(written, right[: len(written)].reshape(written.shape))
     if kind == "npy":
         assert re.search(r"predictions\.npy needs [\d.]+ KiB, and .* of disk are free", answer.err)
-        assert not len(kept), "a disk that is too small for all is known before the first"
+        assert not len(written), "the space is checked before the first batch"
     else:
-        assert 0 < len(kept) < len(right)
-        # Told of is what a resume goes on behind; a part may lie there that nothing tells of.
-        told = re.search(rf"([\d,]+) of {len(right):,} predictions are kept in ", answer.err)
-        assert told
+        assert 0 < len(written) < len(right)
+        # The message counts committed predictions; the files may contain more.
+        committed = re.search(rf"([\d,]+) of {len(right):,} predictions are kept in ", answer.err)
+        assert committed
         if "No space left" in answer.err:
             assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
             more = re.search(r"and about [\d.]+ [KM]iB more are wanted", answer.err)
-            assert more or told[1] == "0", answer.err
+            assert more or committed[1] == "0", answer.err
             assert re.search(r"to resume: gradrun infer .*--resume", answer.err)
-        assert int(told[1].replace(",", "")) <= len(kept)
+        assert int(committed[1].replace(",", "")) <= len(written)
         assert "Peak memory" in answer.out
     assert not list(folder.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_disk_with_too_little_room_is_told_before_the_first_batch(cli, small_disk, kind):
+def test_too_little_disk_space_is_reported_before_the_first_batch(cli, small_disk, kind):
     data, _ = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
-    said = refused(cli("infer", config(data, model("pass")), *words), code=1)
-    assert re.search(r"predictions\S* needs (about )?[\d.,]+ [KM]iB, and [\d.]+ KiB of disk", said)
+    message = refused(cli("infer", config(data, model("pass")), *words), code=1)
+    assert re.search(
+        r"predictions\S* needs (about )?[\d.,]+ [KM]iB, and [\d.]+ KiB of disk", message
+    )
     assert not list((small_disk / "out").iterdir())
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_full_disk_leaves_what_was_written_valid(cli, small_disk, kind, monkeypatch):
+def test_a_full_disk_leaves_valid_files(cli, small_disk, kind, monkeypatch):
     monkeypatch.setattr(sharded_writer, "PART_BYTES", 8192)
     monkeypatch.setattr(
         files, "ensure_free_space", lambda *_: None
-    )  # another process takes it later
+    )  # another process uses it up later
     data, right = doubles(100_000)
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
     answer = cli("infer", config(data, model("pass")), *words)
-    check_what_a_full_disk_left(answer, small_disk / "out", kind, right)
+    check_files_after_full_disk(answer, small_disk / "out", kind, right)
 
 
 @pytest.mark.parametrize("kind", ["npy", "jsonl"])
-def test_a_file_that_grows_too_great_leaves_what_was_written_valid(process, kind):
+def test_a_file_size_limit_leaves_valid_files(process, kind):
     resource = pytest.importorskip("resource")
     data, right = doubles(20_000)
 
@@ -442,26 +448,26 @@ def test_a_file_that_grows_too_great_leaves_what_was_written_valid(process, kind
 
     words = ["--trust-code", "--set", f"output.format={kind}", "--set", "measure.memory=false"]
     answer = process("infer", config(data, model("pass")), *words, preexec_fn=limited)
-    check_what_a_full_disk_left(answer, Path("out"), kind, right)
+    check_files_after_full_disk(answer, Path("out"), kind, right)
 
 
 @pytest.mark.parametrize("path", ["c.yaml/out", "c.yaml/a/b"])
-def test_a_folder_that_cannot_be_made_is_exit_1(cli, path):
-    said = refused(cli("infer", config(("path: out", f"path: {path}"))), code=1)
-    assert re.search(r"cannot be (written|read): Not a directory", said)
+def test_a_folder_that_cannot_be_created_is_exit_1(cli, path):
+    message = refused(cli("infer", config(("path: out", f"path: {path}"))), code=1)
+    assert re.search(r"cannot be (written|read): Not a directory", message)
 
 
-def test_a_folder_that_is_read_only_is_exit_1(cli, small_disk):
+def test_a_read_only_folder_is_exit_1(cli, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    said = refused(cli("infer", config(), "-o", small_disk / "out"), code=1)
-    assert "cannot be written: Read-only file system" in said
+    message = refused(cli("infer", config(), "-o", small_disk / "out"), code=1)
+    assert "cannot be written: Read-only file system" in message
 
 
 # --- Ctrl-C ------------------------------------------------------------------------------------
 
 
 def interrupted(name: str, marker: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """`gradrun infer` that gets SIGINT as soon as it has made the file `marker`."""
+    """Run `gradrun infer` and send SIGINT as soon as the file `marker` exists."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     running = subprocess.Popen(
         [sys.executable, "-m", "gradrun", "infer", name, "--trust-code", *words],
@@ -486,18 +492,20 @@ def test_ctrl_c_leaves_the_predictions_so_far_and_shows_the_tables(kind):
     done = interrupted(config(data, net), "running", "--set", f"output.format={kind}")
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    kept = predictions("out")
-    assert 900 <= len(kept) < len(right)
-    assert np.array_equal(kept, right[: len(kept)].reshape(kept.shape))
-    assert f"error: interrupted; {len(kept):,} of 200,000 predictions are kept in " in done.stderr
+    written = predictions("out")
+    assert 900 <= len(written) < len(right)
+    assert np.array_equal(written, right[: len(written)].reshape(written.shape))
+    assert (
+        f"error: interrupted; {len(written):,} of 200,000 predictions are kept in " in done.stderr
+    )
     for table in ("Peak memory", "throughput", "p99"):
         assert table in done.stdout
     result = RunResult.load("out")
-    assert result.measurements[0].samples == len(kept)
+    assert result.measurements[0].samples == len(written)
     assert [warning.code for warning in result.warnings if warning.code == "ended_early"]
 
 
-def test_ctrl_c_between_a_write_and_its_count_keeps_both_in_step(cli, monkeypatch):
+def test_ctrl_c_between_a_write_and_its_count_keeps_both_consistent(cli, monkeypatch):
     write = JsonlWriter.write
     calls = iter(range(100))
 
@@ -518,7 +526,7 @@ def test_ctrl_c_between_a_write_and_its_count_keeps_both_in_step(cli, monkeypatc
 @pytest.mark.parametrize("at", ["yaml", "torch", "m", "first batch"])
 def test_ctrl_c_while_starting_is_exit_130_and_writes_nothing(at):
     name = config(doubles(20)[0], model("Path('here').touch(); time.sleep(20)"))
-    if at != "first batch":  # a module of ours comes first on the path, and takes its time
+    if at != "first batch":  # this module shadows the real one on the path
         Path(f"{at}.py").write_text("import time\nopen('here', 'w').close()\ntime.sleep(20)\n")
     done = interrupted(name, "here")
     assert done.returncode == 130, done.stderr

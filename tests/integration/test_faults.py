@@ -1,6 +1,6 @@
-"""Every call to the disk may fail, be cut off or be the last: what remains is true and goes on.
+"""Inject faults into calls to the disk: the journal stays correct and the run can be resumed.
 
-The engine is tests/soak/faults.py, which `make soak` lets try every call.
+Uses tests/soak/faults.py on a sample of the calls; `make soak` tries all of them.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ import pytest
 from tests.soak import faults
 
 STRIDE = 11
-"""One call in so many, in an order drawn by lot."""
+"""Try one of this many calls, in a random order."""
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 
 @pytest.mark.parametrize("form", faults.FORMATS)
-def test_whatever_befalls_a_run_its_journal_is_true_and_a_resume_ends_it(
+def test_after_any_fault_the_journal_is_correct_and_a_resume_completes_the_run(
     tmp_path: Path, form: str
 ) -> None:
     with faults.commits_at_every_batch():
-        trial = faults.VariantMeasurement(form, tmp_path.resolve())
+        run = faults.FaultyRun(form, tmp_path.resolve())
         met = set()
-        for fault, at, which, name in faults.cases(trial, STRIDE, seed=0):
+        for fault, at, which, name in faults.cases(run, STRIDE, seed=0):
             try:
-                trial.check(fault, at, which)
+                run.check(fault, at, which)
             except Exception as error:
                 pytest.fail(f"call {at} of {which} ({name}), {fault}: {error!r}")
             met.add((fault, which))
-    assert len(met) == len(faults.FAULTS) * len(trial.before)
+    assert len(met) == len(faults.FAULTS) * len(run.before)
 
 
-def test_the_calls_it_lets_fail_are_those_that_a_run_makes(tmp_path: Path) -> None:
+def test_faults_are_injected_into_every_call_that_a_run_makes(tmp_path: Path) -> None:
     met: set[str] = set()
     with faults.commits_at_every_batch():
         for form in faults.FORMATS:
-            trial = faults.VariantMeasurement(form, tmp_path.resolve() / form)
-            met.update(*map(trial.calls, trial.before))
+            run = faults.FaultyRun(form, tmp_path.resolve() / form)
+            met.update(*map(run.calls, run.before))
     assert met == {*faults.CALLS}

@@ -1,7 +1,4 @@
-"""Defects that reviews found, each kept out by what showed it: a user's run and what became of it.
-
-Reached through `gradrun infer` and gradrun.infer alone, whatever the parts behind them are.
-"""
+"""Regression tests for defects found in reviews, through `gradrun infer` and gradrun.infer only."""
 
 from __future__ import annotations
 
@@ -34,14 +31,14 @@ ROWS = np.arange(1, 93, dtype=np.float32).reshape(23, 4)
 
 
 @pytest.fixture(autouse=True)
-def _in_an_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRADRUN_TRUST_CODE", raising=False)
     np.save("x.npy", ROWS)
 
 
 def config(name: str = "c.yaml", **sections: dict[str, Any]) -> str:
-    """A config file (JSON is YAML), with keys of its sections changed; None drops one."""
+    """Write a config file (JSON is YAML) with changed keys in its sections; None drops a key."""
     merged = {
         section: {k: v for k, v in {**CONFIG[section], **sections.get(section, {})}.items() if v}
         for section in CONFIG
@@ -51,7 +48,7 @@ def config(name: str = "c.yaml", **sections: dict[str, Any]) -> str:
 
 
 def network(forward: str, init: str = "pass", top: str = "") -> dict[str, Any]:
-    """A python model with these lines in it, for the config's section `model`."""
+    """Write a Python model with these lines; return the config section `model`."""
     Path("m.py").write_text(
         f"import sys, time, torch\nfrom pathlib import Path\n{top}\n"
         "class Net(torch.nn.Module):\n"
@@ -62,8 +59,8 @@ def network(forward: str, init: str = "pass", top: str = "") -> dict[str, Any]:
 
 
 def predictions() -> np.ndarray[Any, Any]:
-    found: np.ndarray[Any, Any] = np.load("out/predictions.npy")
-    return found
+    array: np.ndarray[Any, Any] = np.load("out/predictions.npy")
+    return array
 
 
 def refused(answer: Answer, *codes: int) -> str:
@@ -81,7 +78,7 @@ def _link(file: Path) -> None:
     file.symlink_to("out/predictions.npy")
 
 
-EATEN: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
+OVERWRITTEN: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
     "data": ("out/predictions.npy", lambda file: np.save(file, ROWS), {}),
     "a link to data": ("link.npy", _link, {}),
     "records": (
@@ -97,8 +94,8 @@ EATEN: dict[str, tuple[str, Callable[[Path], Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "make", "change"), EATEN.values(), ids=EATEN)
-def test_overwrite_does_not_remove_what_the_run_reads(
+@pytest.mark.parametrize(("name", "make", "change"), OVERWRITTEN.values(), ids=OVERWRITTEN)
+def test_overwrite_does_not_remove_inputs_of_the_run(
     cli: Command, name: str, make: Callable[[Path], Any], change: dict[str, Any]
 ) -> None:
     Path("out").mkdir()
@@ -108,32 +105,32 @@ def test_overwrite_does_not_remove_what_the_run_reads(
         change = {"model": {**change["model"], "weights": name}}
     else:
         change = {"data": {**change.get("data", {}), "path": name}}
-    said = refused(cli("infer", config(**change), "--overwrite"))
-    assert f"--overwrite would remove {Path(name).absolute()}" in said
+    message = refused(cli("infer", config(**change), "--overwrite"))
+    assert f"--overwrite would remove {Path(name).absolute()}" in message
     assert Path(name).read_bytes() == before
 
 
-def test_overwrite_leaves_files_alone_that_are_only_named_like_ours(cli: Command) -> None:
-    ours = {"predictions.npy", "predictions-00000.safetensors", "result.json"}
-    theirs = {"predictions.xlsx", "predictions-final.txt", "predictions-final.safetensors"}
+def test_overwrite_does_not_remove_files_with_similar_names(cli: Command) -> None:
+    generated = {"predictions.npy", "predictions-00000.safetensors", "result.json"}
+    foreign = {"predictions.xlsx", "predictions-final.txt", "predictions-final.safetensors"}
     Path("out").mkdir()
-    for name in ours | theirs:
+    for name in generated | foreign:
         Path("out", name).write_text("old")
     assert cli("infer", config(), "--overwrite").code == 0
     left = {file.name for file in Path("out").iterdir() if file.read_text("latin-1") == "old"}
-    assert left == theirs
+    assert left == foreign
 
 
-# --- models with a will of their own -----------------------------------------------------------
+# --- unusual models ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["", "0", "3"])
-def test_a_model_that_exits_half_way_fails_and_keeps_the_predictions_before(
+def test_a_model_that_exits_half_way_fails_and_keeps_the_earlier_predictions(
     cli: Command, status: str
 ) -> None:
     model = network(f"if x[0, 0] > 40: sys.exit({status})\n        return x")
-    said = refused(cli("infer", config(model=model), "--trust-code"), 1)
-    assert "batch 2, which begins at sample 10, failed: SystemExit" in said
+    message = refused(cli("infer", config(model=model), "--trust-code"), 1)
+    assert "batch 2, which begins at sample 10, failed: SystemExit" in message
     assert np.array_equal(predictions(), ROWS[:10])
     assert RunResult.load("out").measurements[0].samples == 10
 
@@ -143,12 +140,12 @@ def test_a_model_that_exits_before_the_first_prediction_fails(cli: Command, call
     model = network(
         f"self.n += 1\n        if self.n == {call}: sys.exit(0)\n        return x", "self.n = 0"
     )
-    said = refused(cli("infer", config(model=model), "--trust-code"), 1, 2)
-    assert "SystemExit" in said
+    message = refused(cli("infer", config(model=model), "--trust-code"), 1, 2)
+    assert "SystemExit" in message
     assert not Path("out").exists()
 
 
-MEMORIES = {
+STATES = {
     "a number": ("self.n = 0", "self.n += 1; return x * self.n"),
     "a list": ("self.seen = []", "self.seen.append(1); return x * len(self.seen)"),
     "a tensor in a list": ("self.h = [torch.zeros(4)]", "self.h[0] = x[-1]; return x + self.h[0]"),
@@ -176,10 +173,8 @@ MEMORIES = {
 
 
 @pytest.mark.parametrize("mode", ["grad", "inference_mode"])
-@pytest.mark.parametrize(("init", "forward"), MEMORIES.values(), ids=MEMORIES)
-def test_a_model_that_remembers_predicts_as_in_a_plain_loop(
-    init: str, forward: str, mode: str
-) -> None:
+@pytest.mark.parametrize(("init", "forward"), STATES.values(), ids=STATES)
+def test_a_stateful_model_predicts_as_in_a_plain_loop(init: str, forward: str, mode: str) -> None:
     name = config(model=network(forward, init))
     made: dict[str, Any] = {}
     exec(Path("m.py").read_text(), made)
@@ -189,13 +184,13 @@ def test_a_model_that_remembers_predicts_as_in_a_plain_loop(
     assert np.array_equal(predictions(), torch.cat(plain).numpy())
 
 
-def test_a_model_that_fails_when_called_again_is_refused_in_a_sentence(cli: Command) -> None:
+def test_a_model_that_fails_on_the_second_call_is_an_error(cli: Command) -> None:
     model = network(
         "self.n += 1\n        if self.n == 2: raise ValueError('once only')\n        return x",
         "self.n = 0",
     )
-    said = refused(cli("infer", config(model=model), "--trust-code"), 1, 2)
-    assert "failed when it ran it again: ValueError: once only" in said
+    message = refused(cli("infer", config(model=model), "--trust-code"), 1, 2)
+    assert "failed when it ran it again: ValueError: once only" in message
 
 
 @pytest.mark.parametrize(
@@ -225,14 +220,14 @@ def test_a_model_may_change_its_input_in_place(
         ("torch.complex(x, x)", "topk"),
     ],
 )
-def test_a_transform_that_cannot_take_the_output_is_refused(
+def test_a_transform_that_does_not_support_the_output_is_an_error(
     cli: Command, returned: str, transform: str
 ) -> None:
     model, output = network(f"return {returned}"), {"transform": transform, "k": 2}
     if transform != "topk":
         del output["k"]
-    said = refused(cli("infer", config(model=model, output=output), "--trust-code"))
-    assert f"output.transform: {transform} cannot take this output" in said
+    message = refused(cli("infer", config(model=model, output=output), "--trust-code"))
+    assert f"output.transform: {transform} cannot take this output" in message
     assert not Path("out").exists()
 
 
@@ -256,13 +251,13 @@ def test_a_default_dtype_that_a_model_sets_does_not_change_the_data(distribution
 
 
 @pytest.mark.parametrize(("name", "kind"), [("__metadata__", "safetensors"), ("id", "jsonl")])
-def test_an_output_whose_name_the_format_keeps_for_itself_is_refused(
+def test_an_output_with_a_name_reserved_by_the_format_is_an_error(
     cli: Command, name: str, kind: str
 ) -> None:
     model = network(f"return {{{name!r}: x, 'other': x}}")
     name_of_config = config(model=model, output={"format": kind})
-    said = refused(cli("infer", name_of_config, "--trust-code"), 1, 2)
-    assert f"an output is called '{name}'" in said
+    message = refused(cli("infer", name_of_config, "--trust-code"), 1, 2)
+    assert f"an output is called '{name}'" in message
     assert not list(Path("out").glob("*"))
 
 
@@ -283,12 +278,12 @@ def _npy(header: str) -> bytes:
     ],
     ids=["unterminated", "71 dimensions", "2**70 rows", "nested"],
 )
-def test_a_damaged_npy_header_is_refused(cli: Command, header: str) -> None:
+def test_a_damaged_npy_header_is_an_error(cli: Command, header: str) -> None:
     Path("x.npy").write_bytes(_npy(header))
     assert "x.npy" in refused(cli("infer", config()))
 
 
-def test_an_archive_with_any_byte_flipped_is_refused_or_read(cli: Command) -> None:
+def test_an_archive_with_a_flipped_byte_is_read_or_is_an_error(cli: Command) -> None:
     np.savez_compressed("x.npz", a=ROWS)
     whole = Path("x.npz").read_bytes()
     name, codes = config(data={"path": "x.npz"}), set()
@@ -307,7 +302,7 @@ def test_an_archive_with_any_byte_flipped_is_refused_or_read(cli: Command) -> No
     [{0: torch.zeros(1)}, {"state_dict": {1: torch.zeros(1), "a": torch.zeros(1)}}],
     ids=["integers", "nested integers"],
 )
-def test_an_odd_checkpoint_is_refused(cli: Command, checkpoint: Any) -> None:
+def test_a_checkpoint_with_integer_keys_is_an_error(cli: Command, checkpoint: Any) -> None:
     torch.save(checkpoint, "w.pt")
     model = {"layers": [{"Linear": [4, 4]}], "weights": "w.pt"}
     assert "model.weights: " in refused(cli("infer", config(model=model)))
@@ -322,22 +317,22 @@ def records(*lines: str, dtype: str = "float32") -> dict[str, Any]:
     }
 
 
-def test_an_integer_of_5000_digits_is_refused_where_it_stands(cli: Command) -> None:
+def test_an_integer_of_5000_digits_is_an_error_with_its_line(cli: Command) -> None:
     data = records('{"a": 1}', f'{{"a": {"9" * 5000}}}')
     assert "x.jsonl:2  " in refused(cli("infer", config(data=data)))
 
 
-def test_integers_beside_other_numbers_keep_all_their_digits(cli: Command) -> None:
+def test_integers_among_floats_keep_all_their_digits(cli: Command) -> None:
     data = records('{"a": [9007199254740993, 1.0]}', '{"a": [-9007199254740993, 2]}', dtype="int64")
     answer = cli("infer", config(data=data))
     assert answer.code == 0, answer.text
     assert predictions().tolist() == [[9007199254740993, 1], [-9007199254740993, 2]]
 
 
-def test_an_input_named_by_an_odd_digit_is_no_reason_to_fail(cli: Command) -> None:
+def test_an_input_with_a_superscript_digit_as_name_is_handled(cli: Command) -> None:
     data = {"inputs": {"²": {"shape": [4], "dtype": "int64"}}, "source": "synthetic"}
-    said = refused(cli("infer", config(data={**data, "path": None, "samples": 7})))
-    assert "normal numbers are no int64" in said
+    message = refused(cli("infer", config(data={**data, "path": None, "samples": 7})))
+    assert "normal numbers are no int64" in message
 
 
 # --- configs and files -------------------------------------------------------------------------
@@ -347,18 +342,18 @@ def test_a_key_written_twice_does_not_hide_other_errors(cli: Command) -> None:
     config()
     text = Path("c.yaml").read_text().replace('"batch_size"', '"path": "x.npy", "batch_sze"')
     Path("c.yaml").write_text(text.replace('"device": "cpu"', '"mode": "nograd"'))
-    said = refused(cli("infer", "c.yaml"))
-    assert "data.path: written twice" in said
-    assert "data.batch_sze: unknown key" in said
-    assert "run.mode: unknown value 'nograd'" in said
+    message = refused(cli("infer", "c.yaml"))
+    assert "data.path: written twice" in message
+    assert "data.batch_sze: unknown key" in message
+    assert "run.mode: unknown value 'nograd'" in message
 
 
-def test_a_folder_whose_name_is_no_utf_8_keeps_its_result(cli: Command) -> None:
+def test_a_folder_name_that_is_not_utf_8_is_handled(cli: Command) -> None:
     folder = Path(os.fsdecode(b"odd\xff"))
     try:
         folder.mkdir()
     except OSError:
-        pytest.skip("this file system takes UTF-8 names only")
+        pytest.skip("this file system accepts only UTF-8 names")
     np.save(folder / "x.npy", ROWS)
     answer = cli("infer", config(f"{folder}/c.yaml"))
     assert answer.code == 0, answer.text
@@ -368,7 +363,7 @@ def test_a_folder_whose_name_is_no_utf_8_keeps_its_result(cli: Command) -> None:
 # --- terminals, pipes and signals --------------------------------------------------------------
 
 
-def test_what_a_model_prints_does_not_mix_with_the_json(cli: Command) -> None:
+def test_output_printed_by_a_model_does_not_mix_with_the_json(cli: Command) -> None:
     model = network("print('hello'); return x", "print('made')")
     answer = cli("infer", config(model=model), "--trust-code", "--json", "-")
     assert answer.code == 0, answer.text
@@ -376,9 +371,9 @@ def test_what_a_model_prints_does_not_mix_with_the_json(cli: Command) -> None:
     assert "made\nhello\n" in answer.err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="takes /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", [[], ["-q", "--json", "-"]], ids=["tables", "json"])
-def test_a_report_that_cannot_be_printed_is_one_sentence(words: list[str]) -> None:
+def test_a_report_that_cannot_be_printed_is_one_error(words: list[str]) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command("infer", config(), *words),
@@ -394,18 +389,18 @@ def test_a_report_that_cannot_be_printed_is_one_sentence(words: list[str]) -> No
     assert np.array_equal(predictions(), ROWS)
 
 
-def test_the_time_of_drawing_progress_is_nobodys_but_its_own() -> None:
-    told = []
+def test_the_time_of_progress_callbacks_is_not_measured() -> None:
+    calls = []
 
     def draw(done: int, samples: int) -> None:
-        told.append(done)
+        calls.append(done)
         time.sleep(0.05)
 
     model = network("time.sleep(0.05); return x")
     name = config(model=model, data={"batch_size": 1})
     result = gradrun.infer(name, trust_code=True, progress=draw)
     phases = result.measurements[0].phases
-    assert len(told) >= 4
+    assert len(calls) >= 4
     assert phases.data < 0.1
     assert phases.output < 0.1
 
@@ -419,30 +414,30 @@ def environment(**settings: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path.lstrip(os.pathsep), "COLUMNS": "100", **settings}
 
 
-def test_no_color_means_no_escape_codes_on_a_terminal() -> None:
+def test_no_color_disables_escape_codes_on_a_terminal() -> None:
     pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
+    reader, terminal = pty.openpty()
     running = subprocess.Popen(
         command("infer", config()),
-        stdout=theirs,
-        stderr=theirs,
+        stdout=terminal,
+        stderr=terminal,
         env=environment(NO_COLOR="1", TERM="xterm"),
     )
-    os.close(theirs)
-    said = b""
+    os.close(terminal)
+    shown = b""
     try:
-        while piece := os.read(ours, 4096):
-            said += piece
-    except OSError:  # how Linux says that the other end is closed
+        while piece := os.read(reader, 4096):
+            shown += piece
+    except OSError:  # Linux raises this when the other end is closed
         pass
     finally:
-        os.close(ours)
-    assert running.wait(60) == 0, said
-    assert b"Peak memory" in said
-    assert b"\x1b" not in said
+        os.close(reader)
+    assert running.wait(60) == 0, shown
+    assert b"Peak memory" in shown
+    assert b"\x1b" not in shown
 
 
-def test_a_killed_run_leaves_a_file_that_counts_no_row_that_was_not_written() -> None:
+def test_a_killed_run_leaves_a_file_that_counts_only_written_rows() -> None:
     np.save("x.npy", np.arange(1, 41, dtype=np.float32)[:, None])
     model = network(
         "if x[0] >= 30: Path('far').touch(); time.sleep(20)\n"
@@ -460,13 +455,13 @@ def test_a_killed_run_leaves_a_file_that_counts_no_row_that_was_not_written() ->
         running.kill()
     assert running.wait(60) == -signal.SIGKILL
     left = predictions()
-    assert len(left) < 30, "no more than were committed"
+    assert len(left) < 30, "only committed rows are counted"
     assert np.array_equal(left[:, 0], 2 * np.arange(1, len(left) + 1))
     assert not len(left) or np.array_equal(left.min(1), left.max(1))
 
 
-def test_weights_that_a_model_packs_at_its_first_call_are_packed_once() -> None:
-    """The flag was put back after warm-up and the weights were not: they were packed again."""
+def test_a_model_that_packs_its_weights_at_the_first_call_packs_them_once() -> None:
+    """The flag was restored after warm-up, but not the weights, so they were packed twice."""
     Path("packs.py").write_text(
         "import torch\n"
         "from torch import nn\n"

@@ -213,7 +213,7 @@ def infer(folder: Path, form: str, **options: Any) -> RunResult:
     return gradrun.infer(config, **options)
 
 
-class VariantMeasurement:
+class FaultyRun:
     """One format: the files that a run of it must end with, and ways to spoil the run."""
 
     def __init__(self, form: str, folder: Path) -> None:
@@ -386,7 +386,7 @@ def close_below(folder: Path) -> None:
         os.close(descriptor)
 
 
-def cases(trial: VariantMeasurement, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
+def cases(trial: FaultyRun, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
     """(fault, index of the call, of which run, the call), every stride-th of each fault's."""
     lot = random.Random(seed)
     for which in trial.before:
@@ -404,7 +404,7 @@ def main() -> int:
     bad = 0
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder, commits_at_every_batch():
-            trial, began = VariantMeasurement(form, Path(folder).resolve()), time.monotonic()
+            trial, began = FaultyRun(form, Path(folder).resolve()), time.monotonic()
             told: Counter[tuple[str, str]] = Counter()
             for fault, at, which, name in cases(trial, asked.stride, asked.seed):
                 try:
