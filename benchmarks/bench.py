@@ -99,7 +99,7 @@ def loop(folder: Path) -> list[float]:
     ratios = []
     with device_context(config.run) as device:
         model = load_model(config.model, device)
-        data = open_data(config.data, 0)
+        data = open_data(config.data, seed=0)
         head = fingerprint(config, data.samples, gradrun.__version__)
 
         def by_hand() -> float:
@@ -288,10 +288,10 @@ def overlap(folder: Path) -> list[float]:
             "run": {"threads": 1},
             "output": {"path": str(folder / "overlap")},
         }
-    )
+    ).config
     ratios = []
     with device_context(config.run) as device, torch.inference_mode():
-        model, data = load_model(config.model, device), open_data(config.data, 0)
+        model, data = load_model(config.model, device), open_data(config.data, seed=0)
         batches = [*data.batches()]
 
         def decode() -> None:
@@ -336,7 +336,7 @@ def _loop_config(source: Path, target: Path) -> RunConfig:
             "data": {"source": "arrays", "path": str(source), "batch_size": 8},
             "output": {"path": str(target)},
         }
-    )
+    ).config
 
 
 def _alternate(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradrun.audits.mode_behavior import mode_behavior
     from gradrun.checks.check import check
     from gradrun.comparison.compare import compare
-    from gradrun.config.load import load_config
+    from gradrun.config.load import LoadedConfig, load_config
     from gradrun.config.schema import RunConfig
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
@@ -30,6 +30,7 @@ __all__ = [
     "GradMode",
     "GradrunError",
     "Interrupted",
+    "LoadedConfig",
     "Measurement",
     "RunConfig",
     "RunFailed",
@@ -52,6 +53,7 @@ _HOMES = {
     "verify": "output.verification",
     "mode_behavior": "audits.mode_behavior",
     "Comparison": "results.result",
+    "LoadedConfig": "config.load",
     "load_config": "config.load",
     "GradMode": "core.grad_mode",
     "modes": "modes",

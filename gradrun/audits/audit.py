@@ -6,19 +6,17 @@ Knows the order of the steps; what is looked for stands in audits/.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gradrun.audits import AUDIT_PASSES, agreement, saved_tensors, torch_compile
 from gradrun.audits.target import AuditTarget
-from gradrun.config.load import with_locations
-from gradrun.config.resolve import is_trusted, resolve_config
+from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
@@ -55,7 +53,7 @@ class _Audited:
 
 
 def audit(
-    config: RunConfig | str | Path | Mapping[str, Any],
+    config: ConfigSource,
     *,
     trust_code: bool = False,
     compile: bool = True,
@@ -65,7 +63,7 @@ def audit(
     """Find out whether a model is safe and lean under each gradient mode.
 
     Args:
-        config: a RunConfig, a YAML file, or the same as a mapping.
+        config: the path of a YAML file, its content as a mapping, or a loaded config.
         trust_code: let a `python` model run the code that the config names.
         compile: also look at what torch.compile makes of the model; takes a few seconds.
         progress: told what is being looked at.
@@ -80,18 +78,14 @@ def audit(
         ConfigError: the config, model or data are wrong, or the model runs in no mode.
     """
     tell = progress or (lambda *_: None)
-    whole = resolve_config(config, overrides)
-    # Hooks do not see into a compiled model; what compiling does to it is looked at apart.
-    whole = whole.model_copy(update={"model": whole.model.model_copy(update={"compile": False})})
-    folder = RunFolder(
-        whole.output.path.with_name(f"{whole.output.path.name}-audit"), overwrite=True
-    )
-    whole = whole.model_copy(
-        update={"output": whole.output.model_copy(update={"path": folder.path})}
-    )
+    loaded = resolve_config(config, overrides)
+    path = loaded.config.output.path
+    folder = RunFolder(path.with_name(f"{path.name}-audit"), overwrite=True)
+    # Hooks do not run in a compiled model; torch.compile is examined separately.
+    whole = loaded.config.replace({"model.compile": False, "output.path": folder.path})
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     found, base = _Audited(), None
-    with with_locations(whole), device_context(whole.run) as device:
+    with loaded.error_locations(), device_context(whole.run) as device:
         batches = first_batches(whole, device)
         modes = list(GradMode)
         for step, mode in enumerate(modes):
@@ -132,7 +126,7 @@ def _loaded(
     config: RunConfig, mode: GradMode, device: torch.device, batches: list[Batch], trust_code: bool
 ) -> tuple[AuditTarget, float]:
     """The model anew: what it made lazily in another mode must not hide what it does in this."""
-    in_mode = config.model_copy(update={"run": config.run.model_copy(update={"mode": mode})})
+    in_mode = config.replace({"run.mode": mode})
     began = time.perf_counter()
     seed_generators(config.run.seed, device)
     model = load_model(config.model, device, trust_code=trust_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import ValidationError
 
 from gradrun.audits.behavior import measure_facts
-from gradrun.config.schema import RunSection
+from gradrun.config.run import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.inference.device import resolve_device
 from gradrun.inference.environment import current_environment

@@ -72,8 +72,7 @@ class _Counted:
 
 
 def _in_mode(subject: AuditTarget, mode: GradMode) -> AuditTarget:
-    run = subject.config.run.model_copy(update={"mode": mode})
-    return replace(subject, config=subject.config.model_copy(update={"run": run}))
+    return replace(subject, config=subject.config.replace({"run.mode": mode}))
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from gradrun.checks import evaluate, golden
 from gradrun.checks.git_worktree import git_worktree
 from gradrun.comparison.protocol import Failure, Variant
 from gradrun.comparison.session import Progress, Session, SessionData, sentence
-from gradrun.config.load import load_config, with_locations
-from gradrun.config.resolve import is_trusted, resolve_config
-from gradrun.config.schema import MetricSection, RunConfig
+from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, load_config, resolve_config
+from gradrun.config.run import MetricSection
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.version import __version__
@@ -59,7 +59,7 @@ class Reference:
 
 
 def check(
-    config: str | Path | Mapping[str, Any] | RunConfig,
+    config: ConfigSource,
     *,
     baseline: str | Path | None = None,
     against: str | Path | None = None,
@@ -73,7 +73,7 @@ def check(
     """Hold a model against the `check` section of its config.
 
     Args:
-        config: a RunConfig, a YAML file, or the same as a mapping.
+        config: the path of a YAML file, its content as a mapping, or a loaded config.
         baseline: an earlier result with which regressions are found.
         against: another config, or a git revision of this one, that is measured side by side.
         save_baseline: where to write the result as a baseline for later.
@@ -97,11 +97,11 @@ def check(
         raise TypeError("changes are told as sets or as overrides, not both")
     changes = sets or overrides
     whole = resolve_config(config, changes)
-    subject = _subject(whole)
+    subject = _subject(whole.config)
     if baseline and not Path(baseline).exists():
         raise ConfigError(f"--baseline {baseline}: there is none; --save-baseline writes it")
     earlier = RunResult.load(baseline) if baseline else None
-    with with_locations(whole):
+    with whole.error_locations():
         _refuse_early(subject, earlier, update_expected)
         if not (evaluate.something(subject.check) or earlier or against or save_baseline):
             text = "nothing is asked: smoke is off, and there is no limit and nothing to compare"
@@ -109,7 +109,7 @@ def check(
     tell = progress or (lambda *_: None)
     with (
         GracefulShutdown(),  # a SIGTERM must not leave a checked-out revision behind
-        with_locations(whole),
+        whole.error_locations(),
         _rival(whole, earlier, baseline, against, changes) as rival,
         checking(subject.output.path),
     ):
@@ -125,8 +125,7 @@ def check(
         else:
             work = _CheckRun(subject, predicted, rival, is_trusted(trust_code), tell)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
-        place = whole._origin.where if whole._origin else lambda _: None
-        result = result.replace(outcomes=evaluate.placed(result.outcomes, place))
+        result = result.replace(outcomes=evaluate.placed(result.outcomes, whole.location))
         folder = RunFolder(subject.output.path, overwrite=True)
         with folder.locked():
             folder.save(result)
@@ -143,13 +142,12 @@ def _subject(config: RunConfig) -> RunConfig:
     known = {metric.title for metric in config.metrics}
     limited = [name for name in config.check.limits.of_metrics() if name not in known]
     missing = [MetricSection.model_validate({"name": name}) for name in limited]
-    return config.model_copy(
-        update={
+    return config.replace(
+        {
             "metrics": (*config.metrics, *missing),
-            "run": config.run.model_copy(update={"mode": config.check.mode or config.run.mode}),
-            "output": config.output.model_copy(
-                update={"path": path.with_name(f"{path.name}-check"), "format": form}
-            ),
+            "run.mode": config.check.mode or config.run.mode,
+            "output.path": path.with_name(f"{path.name}-check"),
+            "output.format": form,
         }
     )
 
@@ -200,7 +198,7 @@ def _now() -> str:
 
 @contextmanager
 def _rival(
-    whole: RunConfig,
+    whole: LoadedConfig,
     earlier: RunResult | None,
     baseline: str | Path | None,
     against: str | Path | None,
@@ -212,17 +210,17 @@ def _rival(
         yield None
     elif Path(against).is_file():
         other = load_config(Path(against), changes)
-        yield Reference(Path(against).name, config=_subject(other))
+        yield Reference(Path(against).name, config=_subject(other.config))
     else:
-        own = Path(whole._origin.name) if whole._origin else None
+        own = Path(whole.locations.name) if whole.locations else None
         if own is None or not own.is_file():
             raise ConfigError("--against a revision takes a config that is a file")
         beside = own.parent.resolve()
-        with git_worktree(str(against), beside, whole.input_files()) as out:
+        with git_worktree(str(against), beside, whole.config.input_files()) as out:
             file = out.of(beside) / own.name
             if not file.is_file():
                 raise ConfigError(f"--against {against}: {own.name} is not in that revision")
-            config = _subject(load_config(file, changes))
+            config = _subject(load_config(file, changes).config)
             yield Reference(str(against), config=config, moved=(str(out.top), str(out.tree)))
 
 

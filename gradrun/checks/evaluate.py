@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from gradrun.config.limits import Limit, Status, bytes_bound, number_bound, percentage
-from gradrun.config.schema import CheckSection
+from gradrun.config.check import CheckSection
+from gradrun.config.limits import Limit, Status, byte_limit, number_limit, percentage
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.results import stats
@@ -91,7 +91,7 @@ def memory_limits(asked: CheckSection, memory: Memory) -> Iterator[Outcome]:
     for name, limit in _limits(asked):
         if name.startswith(SPEEDUP):
             continue
-        bound, value = bytes_bound(limit), getattr(memory, name)
+        bound, value = byte_limit(limit), getattr(memory, name)
         yield Outcome(
             check=_spoken(name),
             limit=f"at most {format_bytes(int(bound.value))}",
@@ -124,7 +124,7 @@ def speedup_limits(
             check=_spoken(name),
             limit=limit,
             key=f"check.limits.{name}",
-            **_ratio_found(number_bound(limit), found),
+            **_ratio_found(number_limit(limit), found),
         )
 
 
@@ -133,7 +133,7 @@ def metric_limits(asked: CheckSection, metrics: Sequence[Metric]) -> Iterator[Ou
     found = {metric.name: metric.value for metric in metrics}
     for name, limit in (asked.limits.model_extra or {}).items():
         value = found.get(name, math.nan)
-        status = "fail" if math.isnan(value) else number_bound(limit).status(value, value)
+        status = "fail" if math.isnan(value) else number_limit(limit).status(value, value)
         reasons = {"fail": "the predictions are worse than the limit"}
         if math.isnan(value):
             reasons["fail"] = "the predictions gave no such figure"

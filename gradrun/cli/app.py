@@ -502,7 +502,7 @@ def validate(
         problems: list[str] = []
         for path in configs:
             try:
-                resolve_config = load_config(path, sets or []).model_dump(mode="json")
+                resolve_config = load_config(path, sets or []).config.model_dump(mode="json")
                 checked[str(path)] = {"valid": True, "config": resolve_config}
                 _say(console, f"{path}: valid (weights and shapes are checked by infer)")
             except ConfigError as error:

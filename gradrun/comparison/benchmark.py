@@ -158,7 +158,7 @@ def _predict(runnable: LoadedVariant, trust_code: bool) -> None:
     runnable.marker.at(runnable.index, 0)
     with runnable.space.entered(), device_context(config.run) as device:
         model = load_model(config.model, device, trust_code=trust_code)
-        data = open_data(config.data, config.run.seed)
+        data = open_data(config.data, seed=config.run.seed, model=config.model)
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
         sink = open_writer(config.output, data.samples, class_names(model))

@@ -5,15 +5,14 @@ Knows the order of the steps; needs no torch in its own process, since workers h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from gradrun.comparison.protocol import Variant
 from gradrun.comparison.session import Progress, Session, sentence
-from gradrun.config.load import load_config, with_locations
-from gradrun.config.resolve import is_trusted, resolve_config
+from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
@@ -29,7 +28,7 @@ class Comparisons(list[Comparison]):
 
 
 def compare(
-    config: RunConfig | str | Path | Mapping[str, Any],
+    config: ConfigSource,
     modes: Sequence[GradMode | str] | str = tuple(GradMode),
     *,
     over: tuple[str, Sequence[Any]] | None = None,
@@ -40,7 +39,7 @@ def compare(
     """Measure gradient modes, or the values of another key, side by side.
 
     Args:
-        config: a RunConfig, a YAML file, or the same as a mapping.
+        config: the path of a YAML file, its content as a mapping, or a loaded config.
         modes: the modes to compare; the first is the baseline, and one named twice shows the noise.
         over: compare along another key instead: `("run.threads", [1, 2])`.
         trust_code: let a `python` model run the code that the config names.
@@ -56,7 +55,8 @@ def compare(
         RunFailed: a variant could not be run; the error's `result` holds the others.
         Interrupted: Ctrl-C; the error's `result` holds what had been measured.
     """
-    whole = resolve_config(config, overrides)
+    loaded = resolve_config(config, overrides)
+    whole = loaded.config
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
     variants = _variants(whole, over or ("run.mode", listed), target)
@@ -64,7 +64,7 @@ def compare(
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     session = Session(variants, whole, trust_code=is_trusted(trust_code))
     interrupted = False
-    with with_locations(whole):
+    with loaded.error_locations():
         try:
             found = session.run(progress)
         except KeyboardInterrupt:
@@ -109,9 +109,7 @@ def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) 
                 raise ConfigError(f"there is no mode {value!r}; {suggest(str(value), GradMode)}")
     if len(values) < 2:
         raise ConfigError(f"a comparison takes two values of {key} or more")
-    base = config.model_dump(mode="json") | {
-        "output": config.output.model_dump(mode="json") | {"path": str(target)}
-    }
+    base = config.replace({"output.path": target}).model_dump(mode="json")
     variants: list[Variant] = []
     for value in values:
         # A text is read as YAML, as on the command line: "1" is a number.
@@ -119,6 +117,6 @@ def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) 
         name = str(value) if key == "run.mode" else f"{key}={value}"
         while any(known.name == name for known in variants):
             name += " again"
-        changed = load_config(base, change, source_name="--over").model_dump(mode="json")
+        changed = load_config(base, change, source_name="--over").config.model_dump(mode="json")
         variants.append(Variant(name=name, config=changed))
     return variants

@@ -1,7 +1,4 @@
-"""Limits as people write them: "60 MiB", ">= 0.97", "5%"; and whether a value keeps one.
-
-Knows numbers, bytes and intervals; not what they are of.
-"""
+"""Limits as text: "60 MiB", ">= 0.97", "5%"; and whether a value satisfies one."""
 
 from __future__ import annotations
 
@@ -17,57 +14,58 @@ _BYTES = {
     **{f"{letter}B": 1000**power for power, letter in enumerate("kMGT", start=1)},
     "KB": 1000,
 }
-_BOUND = re.compile(r"(>=|<=)?\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)")
-_SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
+_LIMIT = re.compile(r"(>=|<=)?\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)")
+_PERCENTAGE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A value that something may reach and not pass, from above or from below."""
+    """An inclusive minimum or maximum."""
 
     value: float
     at_least: bool
 
     def status(self, low: float, high: float) -> Status:
-        """Whether a value that lies somewhere from `low` to `high` keeps it."""
+        """Compare with the interval [low, high]; inconclusive if it includes the limit."""
         if self.at_least:
             return "pass" if low >= self.value else "fail" if high < self.value else "inconclusive"
         return "pass" if high <= self.value else "fail" if low > self.value else "inconclusive"
 
 
-def bytes_bound(text: str) -> Limit:
-    """`"60 MiB"` or `"<= 1048576"` as a Bound in bytes.
+def byte_limit(text: str) -> Limit:
+    """Parse `"60 MiB"` or `"<= 1048576"`; the value is in bytes.
 
     Raises:
-        ValueError: it is none; says how one is written.
+        ValueError: the text is not a maximum in bytes.
     """
-    found = _BOUND.fullmatch(text.strip())
-    unit = found[3] or "B" if found else ""
-    most = 2.0**63
-    if not found or unit not in _BYTES or found[1] == ">=" or float(found[2]) * _BYTES[unit] > most:
-        raise ValueError(f"{text!r} is no limit of bytes, which is written 60 MiB or 1048576")
-    return Limit(float(found[2]) * _BYTES[unit], at_least=False)
+    match = _LIMIT.fullmatch(text.strip())
+    unit = match[3] or "B" if match else ""
+    if match and unit in _BYTES and match[1] != ">=":
+        value = float(match[2]) * _BYTES[unit]
+        if value <= 2.0**63:
+            return Limit(value, at_least=False)
+    raise ValueError(f"{text!r} is not a limit in bytes; write 60 MiB or 1048576")
 
 
-def number_bound(text: str) -> Limit:
-    """`">= 0.97"` or `"<= 0.1"` as a Bound.
+def number_limit(text: str) -> Limit:
+    """Parse `">= 0.97"` or `"<= 0.1"`.
 
     Raises:
-        ValueError: it is none; says how one is written.
+        ValueError: the text is not a limit.
     """
-    found = _BOUND.fullmatch(text.strip())
-    if not found or not found[1] or found[3]:
-        raise ValueError(f"{text!r} is no limit; one is written '>= 0.97' or '<= 0.1'")
-    return Limit(float(found[2]), at_least=found[1] == ">=")
+    match = _LIMIT.fullmatch(text.strip())
+    if not match or not match[1] or match[3]:
+        raise ValueError(f"{text!r} is not a limit; write '>= 0.97' or '<= 0.1'")
+    return Limit(float(match[2]), at_least=match[1] == ">=")
 
 
 def percentage(text: str) -> float:
-    """`"5%"` as 0.05.
+    """Parse `"5%"` as 0.05.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a percentage.
     """
-    found = _SHARE.fullmatch(text.strip())
-    if not found:
-        raise ValueError(f"{text!r} is no share, which is written 5%")
-    return float(found[1]) / 100
+    match = _PERCENTAGE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"{text!r} is not a percentage; write 5%")
+    return float(match[1]) / 100

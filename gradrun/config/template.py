@@ -1,4 +1,4 @@
-"""The commented config that `gradrun init` writes. Knows text only."""
+"""The commented config that `gradrun init` writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _MODEL = """\
 """
 
 _TARGET = """\
-  source: python           # runs code of yours: gradrun asks for --trust-code
+  source: python           # runs your code: needs --trust-code
   target: %s
-  # args: {width: 64}                  # what the target is called with
+  # args: {width: 64}                  # keyword arguments of the target
   # weights: weights.safetensors       # or a checkpoint of torch.save
 """
 
 _TEMPLATE = """\
-# A run of gradrun: what to run, over which data, how, and where the predictions go.
-# Check it with `gradrun validate`, run it with `gradrun infer`. Paths start at this file.
+# A gradrun config: the model, the data, how to run, and where to write the predictions.
+# Validate: gradrun validate FILE. Run: gradrun infer FILE. Paths are relative to this file.
 
 model:
 %s
@@ -34,7 +34,7 @@ data:
   batch_size: 64
   # source: arrays
   # path: inputs.npy
-  # labels: {path: labels.npy}         # what metrics hold the predictions against
+  # labels: {path: labels.npy}         # true classes or values, for metrics
 
 run:
   mode: inference_mode     # or no_grad, grad
@@ -50,9 +50,9 @@ output:
 
 
 def config_template(target: str | None = None) -> str:
-    """A config that runs as it is, or one for a `target` (file.py:Name) to be filled in."""
+    """Return a config that runs unchanged, or one for a `target` (file.py:Name) to complete."""
     if target is None:
         return _TEMPLATE % (_MODEL, "")
-    # JSON's quotes are YAML's too, and hold whatever a file name may hold.
+    # A JSON string is valid YAML, and can represent every file name.
     quoted = target if _PLAIN.fullmatch(target) else json.dumps(target)
-    return _TEMPLATE % (_TARGET % quoted, ": yours may differ")
+    return _TEMPLATE % (_TARGET % quoted, ": adapt to your model")

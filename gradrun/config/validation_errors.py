@@ -1,7 +1,4 @@
-"""pydantic's errors as sentences: what is wrong, what is allowed, did you mean.
-
-Knows the models of config.py, and nothing of files or YAML.
-"""
+"""Convert pydantic's errors to sentences: the problem, the allowed values, a suggestion."""
 
 from __future__ import annotations
 
@@ -13,35 +10,34 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gradrun.config.schema import RunConfig
+from gradrun.config.yaml_reader import Key
 from gradrun.core.suggest import suggest
 
-Key = tuple[str | int, ...]
-
 _KINDS = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "string_type": "text",
     "bool_type": "true or false",
     "tuple_type": "a list, such as [1, 8, 8]",
     "list_type": "a list",
-    "dict_type": "a section with keys of its own",
-    "model_type": "a section with keys of its own",
-    "model_attributes_type": "a section with keys of its own",
+    "dict_type": "a section",
+    "model_type": "a section",
+    "model_attributes_type": "a section",
     "path_type": "a path",
     "finite_number": "a finite number",
 }
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _ALLOWED = {
     "device": "auto, cpu, cuda, cuda:N or mps",
-    "threads": "auto or a whole number from 1 to 4096",
-    "warmup": "auto or a whole number from 0 to 100000",
+    "threads": "auto or an integer from 1 to 4096",
+    "warmup": "auto or an integer from 0 to 100000",
 }
 
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """A sentence about one key; `about_key`: it is the key itself that is wrong, not its value."""
+    """A problem with one key; `about_key`: with the key itself, not its value."""
 
     key: Key
     text: str
@@ -49,27 +45,27 @@ class ConfigIssue:
 
 
 def config_issue(problem: Any, data: Any) -> ConfigIssue:
-    """What a pydantic error (an ErrorDetails) about `data` means in words."""
-    key, section = _walk(problem["loc"], data)
+    """Convert a pydantic ErrorDetails about `data`."""
+    key, section = _resolve_location(problem["loc"], data)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = sorted(section.model_fields, key="source".__ne__) if section else []
         return ConfigIssue(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
     if kind == "missing":
-        return ConfigIssue(key, "is missing" + _meaning(section, key), about_key=True)
+        return ConfigIssue(key, "is missing" + _description(section, key), about_key=True)
     if kind == "union_tag_not_found":
         sources = ", ".join(_sources(key[-1]))
         return ConfigIssue((*key, "source"), f"is missing; one of {sources}", about_key=True)
     if kind == "union_tag_invalid":
         text = f"unknown source {context['tag']!r}; {suggest(context['tag'], _sources(key[-1]))}"
         return ConfigIssue((*key, "source"), text)
-    # Limits are held against the metrics, so it is their section that these are told of.
+    # Limits are validated together with the metrics, so pydantic's location is the section.
     if kind == "unknown_limit":
         text = f"unknown limit; {suggest(context['name'], context['allowed'])}"
         return ConfigIssue((*key, "limits", context["name"]), text, about_key=True)
     if kind == "limit":
         return ConfigIssue((*key, "limits", context["name"]), context["problem"])
-    text = _value_text(problem, str(key[-1]) if key else "")
+    text = _describe_value(problem, str(key[-1]) if key else "")
     if kind in {"model_type", "model_attributes_type"} and key and section:
         field = section.model_fields.get(str(key[-1]))
         members = _members(field) if field else []
@@ -78,52 +74,52 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
     return ConfigIssue(key, text)
 
 
-def _value_text(problem: Any, name: str) -> str:
+def _describe_value(problem: Any, name: str) -> str:
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if name in _ALLOWED:
-        return f"unknown value {_shown(given)}; allowed: {_ALLOWED[name]}"
+        return f"unknown value {_format(given)}; allowed: {_ALLOWED[name]}"
     if kind in _KINDS:
-        return f"{_shown(given)} is not {_KINDS[kind]}"
+        return f"{_format(given)} is not {_KINDS[kind]}"
     if kind in {"enum", "literal_error"}:
         allowed = [
             word.strip(" '") for word in context["expected"].replace(" or ", ", ").split(",")
         ]
-        return f"unknown value {_shown(given)}; {suggest(str(given), allowed)}"
+        return f"unknown value {_format(given)}; {suggest(str(given), allowed)}"
     if kind == "value_error":
         return str(context["error"])
     for bound, words in _BOUNDS.items():
         if bound in context:
-            return f"{_shown(given)} must be {words} {context[bound]}"
+            return f"{_format(given)} must be {words} {context[bound]}"
     if kind in {"too_short", "too_long"}:
         limit = next(
             f"{words} {context[name]}"
             for name, words in (("min_length", "at least"), ("max_length", "at most"))
             if name in context
         )
-        return f"has {context['actual_length']} entries, and {limit} are wanted"
+        return f"has {context['actual_length']} entries; allowed: {limit}"
     return str(problem["msg"])
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, Mapping):
         return "a section"
     if isinstance(value, list | tuple):
         return "a list"
     if value is None:
-        return "nothing"
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _meaning(section: type[BaseModel] | None, key: Key) -> str:
+def _description(section: type[BaseModel] | None, key: Key) -> str:
     field = section.model_fields.get(str(key[-1])) if section else None
     return f": {field.description}" if field and field.description else ""
 
 
 def _sources(section: object) -> list[str]:
-    """The names that `model.source` or `data.source` may have."""
+    """Return the allowed values of `model.source` or `data.source`."""
     return [_source(member) for member in _members(RunConfig.model_fields[str(section)])]
 
 
@@ -132,44 +128,45 @@ def _source(member: type[BaseModel]) -> str:
 
 
 def _members(field: FieldInfo) -> list[type[BaseModel]]:
-    """The section classes that a field may hold, inside dict[str, ...] too."""
-    found: list[type[BaseModel]] = []
+    """Return the section classes in a field's type, also inside dict[str, ...]."""
+    members: list[type[BaseModel]] = []
     pending: list[Any] = [field.annotation]
     while pending:
         annotation = pending.pop(0)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            found.append(annotation)
+            members.append(annotation)
         else:
             pending += get_args(annotation)
-    return found
+    return members
 
 
-def _walk(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
-    """The key that pydantic's location means, and the section class that holds that key.
+def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
+    """Return the key of a pydantic location, and the section class that declares the key.
 
-    A location also names the union member that was chosen (model, zoo, name) and the branches
-    of a plain union (run, threads, int), which the file does not.
+    Besides keys, a location contains the chosen member of a union (model, zoo, name) and the
+    branches of a plain union (run, threads, int).
     """
     key: Key = ()
-    holder: type[BaseModel] | None = None
-    here: list[type[BaseModel]] = [RunConfig]
-    named = False  # the value here holds sections, and the next part is a name or a place
+    section: type[BaseModel] | None = None
+    candidates: list[type[BaseModel]] = [RunConfig]
+    is_container = False  # a dict or tuple of sections; the next part is a name or an index
     for part in loc:
-        if len(here) > 1:
-            here = [member for member in here if _source(member) == part]
+        if len(candidates) > 1:
+            candidates = [member for member in candidates if _source(member) == part]
             continue
-        field = here[0].model_fields.get(str(part)) if here and not named else None
-        written = _get(data, part)
-        if field is None and written is _ABSENT:
+        named = candidates and not is_container
+        field = candidates[0].model_fields.get(str(part)) if named else None
+        value = _get(data, part)
+        if field is None and value is _ABSENT:
             break
-        key, data = (*key, part), None if written is _ABSENT else written
-        if named:
-            named = False
+        key, data = (*key, part), None if value is _ABSENT else value
+        if is_container:
+            is_container = False
             continue
-        holder = here[0] if here else None
-        here = _members(field) if field else []
-        named = field is not None and get_origin(field.annotation) in {dict, tuple}
-    return key, holder
+        section = candidates[0] if candidates else None
+        candidates = _members(field) if field else []
+        is_container = field is not None and get_origin(field.annotation) in {dict, tuple}
+    return key, section
 
 
 _ABSENT = object()

@@ -39,8 +39,8 @@ class ConfigError(GradrunError):
 
     Args:
         message: the sentence.
-        key: the dotted config key at fault ("data.path"), which `with_locations` turns into
-            file:line:col. Empty if the message names the location or no key is at fault.
+        key: the dotted config key at fault ("data.path"), which `LoadedConfig` turns
+            into file:line:col. Empty if the message names the location or no key is at fault.
     """
 
     exit_code = 2

@@ -10,29 +10,35 @@ from typing import Any
 
 import psutil
 
-from gradrun.config.schema import DataConfig
+from gradrun.config.data import DataConfig
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import format_bytes
 from gradrun.data import arrays, images, records, synthetic, text
 from gradrun.data.source import BatchSource
 
-SOURCES: dict[str, Callable[[Any, int], BatchSource]] = {
+SOURCES: dict[str, Callable[[Any, int, ModelConfig | None], BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
     "text": text.open_data,
     "images": images.open_data,
 }
-"""source -> opener: (config section, seed) to Data."""
+"""data.source -> opener of (data section, seed, model section)."""
 
 
-def open_data(config: DataConfig, seed: int) -> BatchSource:
-    """Open what a config names; reads headers and counts samples, not the data.
+def open_data(config: DataConfig, *, seed: int, model: ModelConfig | None = None) -> BatchSource:
+    """Open a data source; read headers and count samples, not the data.
+
+    Args:
+        config: the data section.
+        seed: of synthetic data.
+        model: the model section, which may provide the tokenizer or the preprocessing.
 
     Raises:
         ConfigError: a file is missing, broken or empty, or a batch would not fit in memory.
     """
-    data = SOURCES[config.source](config, seed)
+    data = SOURCES[config.source](config, seed, model)
     if data.samples == 0:
         raise ConfigError("there are no samples in the data", "data.path")
     batch = min(config.batch_size, data.samples) * data.sample_bytes

@@ -14,7 +14,8 @@ import numpy as np
 import safetensors
 import torch
 
-from gradrun.config.schema import ArrayInput, ArraysData
+from gradrun.config.data import ArrayInput, ArraysData
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data.source import BatchSource, ChunkedSource, RowReader, cast_rows
@@ -25,7 +26,7 @@ _MOST_EMPTY = 1_000_000
 """Rows without values, which no file's size bounds."""
 
 
-def open_data(config: ArraysData, seed: int) -> BatchSource:
+def open_data(config: ArraysData, seed: int, model: ModelConfig | None) -> BatchSource:
     """The arrays that a config names, as inputs of the model."""
     inputs = config.inputs or {"input": ArrayInput()}
     rows = {

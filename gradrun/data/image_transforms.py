@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from gradrun.config.schema import ImagesData
+from gradrun.config.data import ImagesData
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 
@@ -55,13 +56,13 @@ class Steps:
         return rows
 
 
-def steps(config: ImagesData) -> Steps:
+def steps(config: ImagesData, model: ModelConfig | None) -> Steps:
     """The steps that a config names, with the keys that it changes.
 
     Raises:
         ConfigError: their description cannot be read, or does not fit the channels.
     """
-    named = _PRESETS[config.preprocess](config.steps_of)
+    named = _PRESETS[config.preprocess](config.preprocess_source(model))
     own = {field.name: getattr(config, field.name) for field in fields(Steps)}
     found = replace(named, **{key: value for key, value in own.items() if value is not None})
     channels = len(found.mode)

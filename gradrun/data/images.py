@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.config.schema import ImagesData
+from gradrun.config.data import ImagesData
+from gradrun.config.model import ModelConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
-from gradrun.data.image_transforms import steps
+from gradrun.data.image_transforms import Steps, steps
 from gradrun.data.source import Batch, BatchSource, by_position, class_number, no_labels
 
 _FORMATS = {
@@ -48,17 +49,17 @@ _CHUNK = 8
 _LABELS = 4096
 
 
-def open_data(config: ImagesData, seed: int) -> BatchSource:
+def open_data(config: ImagesData, seed: int, model: ModelConfig | None) -> BatchSource:
     """The pictures that a config names, listed; the first one is decoded."""
-    return _Images(config)
+    return _Images(config, steps(config, model))
 
 
 class _Images:
-    def __init__(self, config: ImagesData) -> None:
+    def __init__(self, config: ImagesData, steps: Steps) -> None:
         self.image = import_optional("PIL", "data.source", "Image")
         # It warns of pictures that would fill the memory, and here a warning is as good as a fault.
         warnings.simplefilter("error", self.image.DecompressionBombWarning)
-        self.config, self.steps = config, steps(config)
+        self.config, self.steps = config, steps
         self.root, self.names, self.said = _listed(config)
         self.classes = config.classes or _classes(self.said)
         self.batch_size, self.samples = config.batch_size, len(self.names)

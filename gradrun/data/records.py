@@ -17,7 +17,8 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from gradrun.config.schema import RecordInput, RecordsData
+from gradrun.config.data import RecordInput, RecordsData
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
@@ -36,7 +37,7 @@ Record = tuple[int, dict[str, Any]]
 """A line number and the fields of that line."""
 
 
-def open_data(config: RecordsData, seed: int) -> BatchSource:
+def open_data(config: RecordsData, seed: int, model: ModelConfig | None) -> BatchSource:
     """The file's rows, counted once."""
     return _Records(config)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
-from gradrun.config.schema import ArrayInput, RecordInput
+from gradrun.config.data import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.results.result import Padding
 

@@ -9,14 +9,15 @@ import math
 
 import torch
 
-from gradrun.config.schema import SyntheticData, SyntheticInput
+from gradrun.config.data import SyntheticData, SyntheticInput
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data.source import BatchSource, ChunkedSource
 
 _BLOCK_BYTES = 256 * 1024
 
 
-def open_data(config: SyntheticData, seed: int) -> BatchSource:
+def open_data(config: SyntheticData, seed: int, model: ModelConfig | None) -> BatchSource:
     """One block of random rows at a time, made when it is asked for."""
     rows = {
         name: _SyntheticRows(spec, config.samples, f"data.inputs.{name}", (seed, i))

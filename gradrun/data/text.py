@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradrun.config.schema import TextData
+from gradrun.config.data import TextData
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import hub_errors, import_transformers
 from gradrun.core.suggest import suggest
@@ -50,9 +51,9 @@ class _Window(NamedTuple):
     """Which text of the window each is."""
 
 
-def open_data(config: TextData, seed: int) -> BatchSource:
+def open_data(config: TextData, seed: int, model: ModelConfig | None) -> BatchSource:
     """The file's texts, counted once; the first window says whether grouping pays."""
-    return Texts(config, _tokenizer(config))
+    return Texts(config, _tokenizer(config, model))
 
 
 class Texts:
@@ -232,8 +233,8 @@ class Texts:
                 raise ConfigError(f"{name} has no column {column!r}; {hint}", f"data.{key}")
 
 
-def _tokenizer(config: TextData) -> Any:
-    place, revision = config.vocabulary
+def _tokenizer(config: TextData, model: ModelConfig | None) -> Any:
+    place, revision = config.tokenizer_source(model)
     auto = import_transformers("data.tokenizer").AutoTokenizer
     with hub_errors(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
         tokenizer = auto.from_pretrained(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from gradrun.config.schema import RunSection
+from gradrun.config.run import RunSection
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 

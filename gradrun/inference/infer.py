@@ -6,14 +6,13 @@ Knows the order of the steps; what each does stands in its own module.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradrun.config.load import with_locations
-from gradrun.config.resolve import is_trusted, resolve_config
+from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
@@ -47,7 +46,7 @@ _NO_METRICS = "no_metrics"
 
 
 def infer(
-    config: RunConfig | str | Path | Mapping[str, Any],
+    config: ConfigSource,
     *,
     trust_code: bool = False,
     overwrite: bool = False,
@@ -58,7 +57,7 @@ def infer(
     """Run all data through the model and write every prediction below `output.path`.
 
     Args:
-        config: a RunConfig, a YAML file, or the same as a mapping.
+        config: the path of a YAML file, its content as a mapping, or a loaded config.
         trust_code: let a `python` model run the code that the config names.
         overwrite: replace an earlier run in the folder.
         resume: go on with an unfinished run in the folder; where there is none, begin one.
@@ -75,14 +74,15 @@ def infer(
         RunFailed, Interrupted: the run ended early; the predictions written stay, and the
             error's `result` holds what was measured.
     """
-    config = resolve_config(config, overrides)
+    loaded = resolve_config(config, overrides)
+    config = loaded.config
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
 
     training = bool(getattr(config.model, "training", False))
 
     with (
         GracefulShutdown() as interruption,
-        with_locations(config),
+        loaded.error_locations(),
         device_context(config.run) as device,
     ):
         folder = RunFolder(
@@ -91,7 +91,9 @@ def infer(
         model, load_seconds = _timed(
             lambda: load_model(config.model, device, trust_code=is_trusted(trust_code))
         )
-        data, open_seconds = _timed(lambda: open_data(config.data, config.run.seed))
+        data, open_seconds = _timed(
+            lambda: open_data(config.data, seed=config.run.seed, model=config.model)
+        )
         listed = data.listed if isinstance(data, HasFileList) else ()
         head = fingerprint(config, data.samples, __version__, listed)
         folder.check_same(head)

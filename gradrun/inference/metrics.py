@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from gradrun.config.schema import MetricSection, RunConfig
+from gradrun.config.run import MetricSection
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.units import pluralize

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gradrun.config.schema import RunSection
+from gradrun.config.run import RunSection
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config.schema import EagerModel, RunConfig, RunSection
+from gradrun.config.model import EagerModel
+from gradrun.config.run import RunSection
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import (
     ConfigError,
     GradrunError,

@@ -23,7 +23,7 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     Raises:
         ConfigError: every batch has a sample that cannot be read.
     """
-    data = open_data(config.data, config.run.seed)
+    data = open_data(config.data, seed=config.run.seed, model=config.model)
     move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     size, error = 0, ""

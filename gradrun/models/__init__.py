@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config.schema import EagerModel, ModelConfig, WeightedModel
+from gradrun.config.model import EagerModel, ModelConfig, WeightedModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.models import (
     exported,

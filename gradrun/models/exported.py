@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config.schema import ExportedModel
+from gradrun.config.model import ExportedModel
 from gradrun.core.errors import ConfigError
 from gradrun.models.pt2_trust import inspect, weights_only_loads
 

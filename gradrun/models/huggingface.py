@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config.schema import HuggingFaceModel
+from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
 

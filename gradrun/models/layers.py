@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from gradrun.config.schema import LayersModel
+from gradrun.config.model import LayersModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.suggest import did_you_mean
 from gradrun.core.units import format_bytes

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from gradrun.config.schema import PythonModel
+from gradrun.config.model import PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gradrun.config.schema import TimmModel
+from gradrun.config.model import TimmModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import did_you_mean

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gradrun.config.schema import TorchScriptModel
+from gradrun.config.model import TorchScriptModel
 from gradrun.core.errors import ConfigError
 from gradrun.models.archives import HostileError, opened
 from gradrun.models.pickles import check_storages

@@ -9,7 +9,7 @@ import inspect
 
 from torch import nn
 
-from gradrun.config.schema import TorchvisionModel
+from gradrun.config.model import TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import did_you_mean

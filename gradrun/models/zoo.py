@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gradrun.config.schema import ZooModel
+from gradrun.config.model import ZooModel
 from gradrun.core.resources import bundled
 from gradrun.models.python import build, import_file
 from gradrun.models.weights import load_weights

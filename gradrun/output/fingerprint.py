@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrun.config.schema import PythonModel, RunConfig
+from gradrun.config.model import PythonModel
+from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.output.journal import JournalHeader
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradrun.config.schema import OutputSection
+from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 

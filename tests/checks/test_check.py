@@ -130,8 +130,8 @@ def test_a_nan_is_found_behind_an_argmax_and_wherever_in_the_data_it_is(project)
 
 def last_of_the_data() -> torch.Tensor:
     """The first value of the last sample that the config draws."""
-    config = gradrun.load_config("gradrun.yaml")
-    return [*open_data(config.data, config.run.seed).batches()][-1].args[0][-1, 0]
+    config = gradrun.load_config("gradrun.yaml").config
+    return [*open_data(config.data, seed=config.run.seed).batches()][-1].args[0][-1, 0]
 
 
 def test_smoke_can_be_left_out_where_something_else_is_asked(project):
@@ -521,7 +521,7 @@ def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status)
             {"retaned": "1 MiB"},
             r"limits.retaned: unknown limit; did you mean retained\? \(allowed: weights",
         ),
-        ({"accuracy": "0.97"}, "'0.97' is no limit; one is written '>= 0.97'"),
+        ({"accuracy": "0.97"}, "'0.97' is not a limit; write '>= 0.97'"),
         ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),
     ],
 )

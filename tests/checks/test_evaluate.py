@@ -7,7 +7,7 @@ import math
 import pytest
 
 from gradrun.checks import evaluate
-from gradrun.config.schema import CheckSection
+from gradrun.config.check import CheckSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import CheckResult, Equivalence, InferResult, Metric, Output, Warning
 from gradrun.results.stats import Estimate

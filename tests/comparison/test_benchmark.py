@@ -45,7 +45,7 @@ def variants(folder: Path, *modes: str, **changes: Any) -> tuple[Variant, ...]:
     }
     made = []
     for number, mode in enumerate(modes or MODES):
-        config = load_config(written | changes, {"run.mode": mode}).model_dump(mode="json")
+        config = load_config(written | changes, {"run.mode": mode}).config.model_dump(mode="json")
         again = " again" * (modes or MODES)[:number].count(mode)
         made.append(Variant(name=mode + again, config=config))
     return tuple(made)

@@ -229,7 +229,7 @@ def test_the_function_takes_what_the_command_takes(asked: Asked, folder: Path) -
 
 
 def test_the_function_compares_along_any_key_with_values_of_any_type(asked: Asked) -> None:
-    written = gradrun.load_config("c.yaml")
+    written = gradrun.load_config("c.yaml").config
     gradrun.compare(written, over=("model.args", [{"width": 8}, {"width": 4, "depth": 2}]))
     assert [config["model"]["args"] for config in asked.configs] == [
         {"width": 8, "depth": 1},  # a mapping is laid over what c.yaml says, as everywhere

@@ -244,7 +244,7 @@ FATES = ["loud", "picky", "unbuildable", "fork"]
 def report(tmp_path_factory: pytest.TempPathFactory) -> WorkerReport:
     folder = tmp_path_factory.mktemp("real")
     variants = tuple(
-        Variant(name=fate, config=load_config(written(folder, fate)).model_dump(mode="json"))
+        Variant(name=fate, config=load_config(written(folder, fate)).config.model_dump(mode="json"))
         for fate in FATES
     )
     job = Job(kind="time", variants=variants, seed=0, seconds=0.1, trust_code=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gradrun.config.limits import Limit, bytes_bound, number_bound, percentage
+from gradrun.config.limits import Limit, byte_limit, number_limit, percentage
 
 
 @pytest.mark.parametrize(
@@ -22,24 +22,24 @@ from gradrun.config.limits import Limit, bytes_bound, number_bound, percentage
     ],
 )
 def test_bytes_have_units(text, value):
-    assert bytes_bound(text) == Limit(value, at_least=False)
+    assert byte_limit(text) == Limit(value, at_least=False)
 
 
 @pytest.mark.parametrize("text", ["", "60 MoB", ">= 1 MiB", "-1", "1 %", "MiB", "1 mib", "1e3e3"])
-def test_what_is_no_limit_of_bytes_says_how_one_is_written(text):
+def test_an_invalid_byte_limit_raises_with_an_example(text):
     with pytest.raises(ValueError, match="60 MiB"):
-        bytes_bound(text)
+        byte_limit(text)
 
 
-def test_numbers_say_from_which_side():
-    assert number_bound(">= 0.97") == Limit(0.97, at_least=True)
-    assert number_bound("<=1e-3") == Limit(0.001, at_least=False)
+def test_number_limits_need_a_direction():
+    assert number_limit(">= 0.97") == Limit(0.97, at_least=True)
+    assert number_limit("<=1e-3") == Limit(0.001, at_least=False)
     for text in ("0.97", "> 1", ">= 1 MiB", ">= x", ""):
-        with pytest.raises(ValueError, match="is written"):
-            number_bound(text)
+        with pytest.raises(ValueError, match="not a limit"):
+            number_limit(text)
 
 
-def test_shares_take_a_percent_sign():
+def test_percentages_need_a_percent_sign():
     assert percentage("5%") == 0.05
     assert percentage(" 0.5 % ") == 0.005
     for text in ("5", "-5%", "0.05", "%"):
@@ -48,7 +48,7 @@ def test_shares_take_a_percent_sign():
 
 
 @pytest.mark.parametrize(
-    ("bound", "low", "high", "status"),
+    ("limit", "low", "high", "status"),
     [
         (Limit(1.05, at_least=False), 0.9, 1.05, "pass"),
         (Limit(1.05, at_least=False), 1.04, 1.06, "inconclusive"),
@@ -59,5 +59,5 @@ def test_shares_take_a_percent_sign():
         (Limit(1.0, at_least=True), 0.0, float("inf"), "inconclusive"),
     ],
 )
-def test_an_interval_decides_only_where_all_of_it_does(bound, low, high, status):
-    assert bound.status(low, high) == status
+def test_status_is_inconclusive_if_the_interval_includes_the_limit(limit, low, high, status):
+    assert limit.status(low, high) == status

@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from gradrun.config.load import load_config
-from gradrun.config.schema import PythonModel
+from gradrun.config.model import PythonModel
 from gradrun.config.template import config_template
 
 
 def test_the_starter_is_valid_and_says_what_else_there_is(tmp_path):
     (tmp_path / "c.yaml").write_text(config_template())
-    config = load_config(tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml").config
     assert config.output.path == tmp_path / "runs/first"
     assert config_template().count("#") >= 8
     for word in ("zoo", "python", "torchscript", "exported", "arrays", "records", "no_grad"):
@@ -33,7 +33,7 @@ def test_the_commented_out_lines_are_valid_too(tmp_path):
     (tmp_path / "c.yaml").write_text(text)
     (tmp_path / "w.safetensors").touch()
     (tmp_path / "inputs.npy").touch()
-    config = load_config(tmp_path / "c.yaml")
+    config = load_config(tmp_path / "c.yaml").config
     assert config.data.source == "arrays"
     assert config.model.weights == tmp_path / "w.safetensors"
 

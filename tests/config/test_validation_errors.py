@@ -20,7 +20,7 @@ ARRAYS = {"source": "arrays", "path": "x.npy", "inputs": {"image": {"sclae": 1}}
 RECORDS = {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": []}}}
 
 
-def complaints(**sections: Any) -> set[tuple[str, str, bool]]:
+def issues(**sections: Any) -> set[tuple[str, str, bool]]:
     """(dotted key, sentence, about the key itself) of each error in GOOD with other sections."""
     data = GOOD | sections
     with pytest.raises(ValidationError) as caught:
@@ -30,7 +30,7 @@ def complaints(**sections: Any) -> set[tuple[str, str, bool]]:
 
 
 def only(**sections: Any) -> tuple[str, str, bool]:
-    (one,) = complaints(**sections)
+    (one,) = issues(**sections)
     return one
 
 
@@ -52,12 +52,12 @@ def only(**sections: Any) -> tuple[str, str, bool]:
         ("run", {"seed": -1}, "run.seed", "-1 must be at least 0", False),
         ("run", {"seed": 2**63}, "run.seed", f"{2**63} must be less than {2**63}", False),
         ("run", {"deterministic": "yes"}, "run.deterministic", "'yes' is not true or false", False),
-        ("run", [], "run", "a list is not a section with keys of its own", False),
-        ("run", None, "run", "nothing is not a section with keys of its own", False),
-        ("output", {}, "output.path", "is missing: the run's folder", True),
+        ("run", [], "run", "a list is not a section", False),
+        ("run", None, "run", "null is not a section", False),
+        ("output", {}, "output.path", "is missing: folder of the run", True),
         ("output", {"path": 3}, "output.path", "3 is not text", False),
         ("output", {"path": "o", "format": "npz"}, "output.format", "did you mean npy?", False),
-        ("output", {"path": "o", "select": ["../x"]}, "output.select.0", "which is no path", False),
+        ("output", {"path": "o", "select": ["../x"]}, "output.select.0", "not by path", False),
         ("model", {}, "model.source", "is missing; one of zoo, layers, python, torchs", True),
         (
             "model",
@@ -76,14 +76,12 @@ def only(**sections: Any) -> tuple[str, str, bool]:
             False,
         ),
         ("data", ARRAYS, "data.inputs.image.sclae", "unknown key; did you mean scale?", True),
-        ("data", RECORDS, "data.inputs.x.columns", "has 0 entries, and at least 1 are", False),
-        ("data", RECORDS | {"inputs": 3}, "data.inputs", "3 is not a section with keys", False),
+        ("data", RECORDS, "data.inputs.x.columns", "has 0 entries; allowed: at least 1", False),
+        ("data", RECORDS | {"inputs": 3}, "data.inputs", "3 is not a section", False),
         ("data", RECORDS | {"inputs": {"x": 3}}, "data.inputs.x", "3 is not a section", False),
     ],
 )
-def test_a_complaint_names_the_key_the_fault_and_what_is_allowed(
-    section, value, key, text, about_key
-):
+def test_an_issue_names_key_problem_and_allowed_values(section, value, key, text, about_key):
     found_key, found_text, found_about = only(**{section: value})
     assert (found_key, found_about) == (key, about_key)
     assert text in found_text
@@ -91,10 +89,10 @@ def test_a_complaint_names_the_key_the_fault_and_what_is_allowed(
 
 @pytest.mark.parametrize("name", ["threads", "warmup"])
 @pytest.mark.parametrize("value", [-1, "many", 10**6, [1], None])
-def test_a_number_or_auto_is_one_complaint_that_names_both(name, value):
+def test_a_number_or_auto_gives_one_issue_with_both_alternatives(name, value):
     key, text, _ = only(run={name: value})
     assert key == f"run.{name}"
-    assert "allowed: auto or a whole number from" in text
+    assert "allowed: auto or an integer from" in text
 
 
 def test_a_missing_section_is_a_missing_key():
@@ -110,7 +108,7 @@ def test_an_input_may_be_named_like_a_key():
     assert only(data=data)[:2] == ("data.inputs.shape.shape.0", "-1 must be more than 0")
 
 
-def test_a_long_value_is_cut():
+def test_long_values_are_truncated():
     _, text, _ = only(run={"mode": "x" * 500})
     assert len(text) < 200
 
@@ -125,5 +123,5 @@ def test_a_long_value_is_cut():
         ("", "allowed: no_grad, Linear"),
     ],
 )
-def test_choices_proposes_the_nearest_name_whatever_its_case(given, hint):
+def test_suggest_ignores_case(given, hint):
     assert suggest(given, ["no_grad", "Linear"]) == hint

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from gradrun.config.schema import DataConfig
+from gradrun.config.data import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.source import Batch, BatchSource
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 def data(source: str, seed: int = 0, **keys: Any) -> BatchSource:
     keys = {"source": source, **keys}
     config = TypeAdapter(DataConfig).validate_json(json.dumps(keys, default=str))
-    return open_data(config, seed)
+    return open_data(config, seed=seed)
 
 
 def joined(found: Iterator[Batch], name: str | None = None) -> torch.Tensor:
@@ -394,7 +394,7 @@ WATCHED = """
 import sys, time
 import torch
 from pathlib import Path
-from gradrun.config.schema import ArraysData
+from gradrun.config.data import ArraysData
 from gradrun.data import open_data
 
 def resident(field):
@@ -403,7 +403,7 @@ def resident(field):
 
 config = ArraysData(source="arrays", path=Path(sys.argv[1]))
 before, began = resident(sys.argv[2]), time.perf_counter()
-data = open_data(config, 0)
+data = open_data(config, seed=0)
 for batch in data.batches(int(sys.argv[3])):
     assert batch.args[0].sum() == 0
 print(time.perf_counter() - began, resident(sys.argv[2]) - before, batch.ids[-1])
@@ -584,5 +584,5 @@ def test_labels_that_are_no_numbers_are_blamed_on_their_own_file(tmp_path: Path)
     keys = {"source": "arrays", "path": tmp_path / "x.npy", "labels": {"path": tmp_path / "y.npy"}}
     config = TypeAdapter(DataConfig).validate_json(json.dumps(keys, default=str))
     with pytest.raises(ConfigError, match=r"y\.npy holds <U1") as caught:
-        open_data(config, 0)
+        open_data(config, seed=0)
     assert caught.value.key == "data.labels.path"

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 
 import gradrun
+from gradrun.config.data import ImagesData
 from gradrun.config.load import load_config
-from gradrun.config.schema import ImagesData
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.data import open_data
 from gradrun.data.image_transforms import Steps, steps
@@ -156,7 +156,7 @@ def test_compare_takes_batches_without_a_fault(digits: Path, tmp_path: Path) -> 
             "data": {"source": "images", "path": str(digits), "mode": "L", "pattern": "[35]/*"},
             "output": {"path": str(tmp_path / "out")},
         }
-    )
+    ).config
     device = torch.device("cpu")
     (batch,) = first_batches(config, device)
     assert not batch.faults
@@ -164,7 +164,7 @@ def test_compare_takes_batches_without_a_fault(digits: Path, tmp_path: Path) -> 
     with pytest.raises(
         ConfigError, match=r"every batch has a sample that cannot be read: 3/007\.png is no picture"
     ):
-        first_batches(load_config(config.model_dump(mode="json"), {"data.pattern": "3/*"}), device)
+        first_batches(config.replace({"data.pattern": "3/*"}), device)
 
 
 def test_audit_runs_on_pictures(digits: Path, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_sizes_are_brought_together_by_the_shorter_side_and_the_middle(tmp_path:
 
 
 def test_imagenets_steps_and_a_key_that_changes_one(tmp_path: Path) -> None:
-    found = steps(section(tmp_path, preprocess="imagenet", crop=192))
+    found = steps(section(tmp_path, preprocess="imagenet", crop=192), None)
     assert (found.resize, found.crop, found.mode) == (256, 192, "RGB")
     assert found.mean == (0.485, 0.456, 0.406)
 
@@ -396,10 +396,10 @@ def test_a_processors_file_says_the_steps(tmp_path: Path, name: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
     given = section(tmp_path, preprocess="processor", processor=tmp_path)
     if isinstance(wanted, Steps):
-        assert steps(given) == wanted
+        assert steps(given, None) == wanted
     else:
         with pytest.raises(ConfigError, match=wanted):
-            steps(given)
+            steps(given, None)
 
 
 def test_steps_of_a_model_need_one_that_has_some(tmp_path: Path) -> None:
@@ -408,9 +408,11 @@ def test_steps_of_a_model_need_one_that_has_some(tmp_path: Path) -> None:
         "data": {"source": "images", "path": str(tmp_path), "preprocess": "timm"},
         "output": {"path": str(tmp_path / "out")},
     }
-    with pytest.raises(ConfigError, match=r"needs data\.architecture; only a timm model brings"):
+    with pytest.raises(ConfigError, match=r"needs data\.architecture; only timm models imply"):
         load_config(given)
-    assert load_config(given, {"data.architecture": "resnet18"}).data.steps_of == "resnet18"  # type: ignore[union-attr]
+    config = load_config(given, {"data.architecture": "resnet18"}).config
+    assert isinstance(config.data, ImagesData)
+    assert config.data.preprocess_source(config.model) == "resnet18"
 
 
 def test_the_digits_themselves_come_out_of_png(digits: Path) -> None:

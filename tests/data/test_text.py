@@ -11,8 +11,8 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from gradrun.config.data import DataConfig
 from gradrun.config.load import load_config
-from gradrun.config.schema import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
@@ -35,7 +35,7 @@ def opened(folder: Path, **keys: Any) -> Texts:
     given = {"source": "text", "path": "t.txt", "batch_size": 8, **keys}
     given["path"] = str(folder / given["path"])
     given.setdefault("tokenizer", str(folder / "tokenizer"))
-    found = open_data(TypeAdapter(DataConfig).validate_json(json.dumps(given)), 0)
+    found = open_data(TypeAdapter(DataConfig).validate_json(json.dumps(given)), seed=0)
     assert isinstance(found, Texts)
     return found
 
@@ -178,26 +178,28 @@ def test_a_file_that_holds_no_texts_is_refused(
 
 def config(folder: Path, model: dict[str, Any], **data: Any) -> Any:
     text = {"source": "text", "path": str(folder / "t.txt"), **data}
-    return load_config({"model": model, "data": text, "output": {"path": str(folder / "out")}})
+    return load_config(
+        {"model": model, "data": text, "output": {"path": str(folder / "out")}}
+    ).config
 
 
 def test_the_tokenizer_is_that_of_the_model_and_follows_it(folder: Path) -> None:
     save_bert(folder / "bert")
     found = config(folder, {"source": "huggingface", "path": str(folder / "bert")})
-    assert found.data.vocabulary == (folder / "bert", None)
+    assert found.data.tokenizer_source(found.model) == (folder / "bert", None)
     # Written back as it was asked for, so that another model brings another tokenizer.
     written = found.model_dump(mode="json")
     assert written["data"]["tokenizer"] is None
-    again = load_config(written, {"model.path": str(folder / "tokenizer")})
-    assert again.data.vocabulary == (folder / "tokenizer", None)
+    again = load_config(written, {"model.path": str(folder / "tokenizer")}).config
+    assert again.data.tokenizer_source(again.model) == (folder / "tokenizer", None)
     assert folder / "bert" in found.input_files()
 
 
 def test_a_model_without_a_tokenizer_asks_for_one(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.tokenizer is missing: a folder or a name"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is missing: set a folder"):
         config(folder, {"source": "zoo", "name": "mlp"})
     own = config(folder, {"source": "zoo", "name": "mlp"}, tokenizer=str(folder / "tokenizer"))
-    assert own.data.vocabulary == (folder / "tokenizer", None)
+    assert own.data.tokenizer_source(own.model) == (folder / "tokenizer", None)
 
 
 def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -> None:

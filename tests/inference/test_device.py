@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradrun.config.schema import RunSection
+from gradrun.config.run import RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.inference import device, environment
 
@@ -69,7 +69,7 @@ def test_affinity_limits_the_processors_and_the_threads_of_a_run() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
         "import torch\n"
-        "from gradrun.config.schema import RunSection\n"
+        "from gradrun.config.run import RunSection\n"
         "from gradrun.inference import device\n"
         "with device.device_context(RunSection(device='cpu')):\n"
         "    print(device.available_cpus(), torch.get_num_threads())\n"

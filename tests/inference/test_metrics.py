@@ -52,9 +52,9 @@ def values(result: RunResult) -> dict[str, float]:
 ALL = [
     "accuracy",
     {"name": "accuracy", "top_k": 3},
-    {"name": "accuracy", "average": "macro", "called": "balanced"},
+    {"name": "accuracy", "average": "macro", "alias": "balanced"},
     "f1",
-    {"name": "f1", "average": "weighted", "called": "f1_weighted"},
+    {"name": "f1", "average": "weighted", "alias": "f1_weighted"},
     "auroc",
 ]
 
@@ -149,7 +149,7 @@ def test_one_score_for_two_classes(config: dict[str, Any], tmp_path: Path) -> No
         {"name": "accuracy", "threshold": 50},
         {"name": "f1", "threshold": 50},
         "auroc",
-        {"name": "auroc", "thresholds": 500, "called": "auroc_binned"},
+        {"name": "auroc", "thresholds": 500, "alias": "auroc_binned"},
     ]
     found = values(gradrun.infer(config, metrics=asked))
     assert found["accuracy"] == pytest.approx(accuracy_score(truth, scores > 50), abs=1e-6)
@@ -268,14 +268,14 @@ WRONG = {
     ),
     "an argument of another": (
         {"metrics": [{"name": "mse", "top_k": 3}]},
-        r"metrics\.0: mse has no top_k; it takes no arguments",
+        r"metrics\.0: mse does not take top_k; allowed: no arguments",
     ),
     "an unknown argument": (
         {"metrics": [{"name": "accuracy", "topk": 3}]},
         r"metrics\.0\.topk: unknown key; did you mean top_k\?",
     ),
     "an unknown metric": ({"metrics": ["acuracy"]}, r"did you mean accuracy\?"),
-    "one name for two": ({"metrics": ["f1", "f1"]}, "two metrics are called f1"),
+    "one name for two": ({"metrics": ["f1", "f1"]}, "two metrics have the name f1"),
     "another output": ({"metrics": [{"name": "f1", "output": "logits"}]}, "say by `output` which"),
     "more classes than scores": ({"data.labels": {"key": "z"}}, "labels lie from 0 to 9"),
     "fewer labels than samples": ({"data.labels": {"key": "short"}}, "3 labels for 2,500 samples"),

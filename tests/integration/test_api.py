@@ -40,7 +40,8 @@ KINDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "path": lambda _: Path("conf.yaml"),
     "text": lambda _: "conf.yaml",
     "mapping": lambda config: config,
-    "RunConfig": lambda _: gradrun.load_config("conf.yaml"),
+    "LoadedConfig": lambda _: gradrun.load_config("conf.yaml"),
+    "RunConfig": lambda _: gradrun.load_config("conf.yaml").config,
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
@@ -54,7 +55,7 @@ def predictions(folder: str = "out") -> np.ndarray[Any, Any]:
 
 
 @every_kind
-def test_a_config_may_be_a_path_a_mapping_or_a_run_config(
+def test_a_config_may_be_a_path_a_mapping_or_a_loaded_config(
     written: dict[str, Any], kind: Callable[[dict[str, Any]], Any]
 ) -> None:
     result = gradrun.infer(kind(written))
@@ -258,9 +259,9 @@ def test_the_mode_of_a_run_overrides_the_mode_of_the_caller(
     assert predictions().min() == 1
 
 
-def test_a_run_does_not_change_its_run_config(written: dict[str, Any]) -> None:
-    config = gradrun.load_config("conf.yaml")
-    before = config.model_dump_json()
-    gradrun.infer(config, run={"mode": "grad"})
-    assert isinstance(config, RunConfig)
-    assert config.model_dump_json() == before
+def test_a_run_does_not_change_its_config(written: dict[str, Any]) -> None:
+    loaded = gradrun.load_config("conf.yaml")
+    before = loaded.config.model_dump_json()
+    gradrun.infer(loaded, run={"mode": "grad"})
+    assert isinstance(loaded.config, RunConfig)
+    assert loaded.config.model_dump_json() == before

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gradrun.config.schema import ArraysData
+from gradrun.config.data import ArraysData
 from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
 from gradrun.output.verification import verify
@@ -164,7 +164,7 @@ def read_array(data: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder, suppress(GradrunError):
         path = Path(folder, f"x{suffix}")
         path.write_bytes(data)
-        opened = open_data(ArraysData(source="arrays", path=path, batch_size=2), 0)
+        opened = open_data(ArraysData(source="arrays", path=path, batch_size=2), seed=0)
         for batch in itertools.islice(opened.batches(), 3):
             assert batch.size <= 2
 

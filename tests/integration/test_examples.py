@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Run:
 
 def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
     assert examples() == NAMES
-    configs = [gradrun.load_config(CONFIGS / f"{name}.yaml") for name in NAMES]
+    configs = [gradrun.load_config(CONFIGS / f"{name}.yaml").config for name in NAMES]
     sources = {config.model.source for config in configs}
     assert sources == {
         *("zoo", "layers", "python", "torchscript", "exported", "huggingface", "timm"),
@@ -68,7 +68,7 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith("# ")
     assert sum("# " in line for line in lines) >= 4
-    config = gradrun.load_config(CONFIGS / f"{name}.yaml")
+    config = gradrun.load_config(CONFIGS / f"{name}.yaml").config
     assert config.output.path == CONFIGS / "runs" / name, "no two examples share a folder"
 
 
@@ -77,7 +77,7 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
 def test_an_example_runs_completely(run: Run, tmp_path: Path, name: str) -> None:
     result = run(name, **local_model(name, tmp_path))
     samples = result.measurements[0].samples
-    config = gradrun.load_config(CONFIGS / f"{name}.yaml")
+    config = gradrun.load_config(CONFIGS / f"{name}.yaml").config
     assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
     on_disk = {path.name for path in (tmp_path / name).iterdir()}
     assert on_disk == {*result.files, "journal.jsonl", "result.json"}

@@ -343,7 +343,7 @@ def test_a_key_written_twice_does_not_hide_other_errors(cli: Command) -> None:
     text = Path("c.yaml").read_text().replace('"batch_size"', '"path": "x.npy", "batch_sze"')
     Path("c.yaml").write_text(text.replace('"device": "cpu"', '"mode": "nograd"'))
     message = refused(cli("infer", "c.yaml"))
-    assert "data.path: written twice" in message
+    assert "data.path: duplicate key" in message
     assert "data.batch_sze: unknown key" in message
     assert "run.mode: unknown value 'nograd'" in message
 

@@ -145,7 +145,7 @@ def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
     from gradrun.models import load_model
 
     asked = config(folder, Path("/tmp/out"), dtype="bfloat16", attention="eager")
-    model: Any = load_model(load_config(asked).model, torch.device("cpu"))
+    model: Any = load_model(load_config(asked).config.model, torch.device("cpu"))
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert not model.training
@@ -393,7 +393,7 @@ def test_another_weight_in_the_folder_is_another_run(folder: Path, tmp_path: Pat
     from gradrun.output.fingerprint import differences, fingerprint
 
     shutil.copytree(folder / "bert", tmp_path / "bert")
-    loaded = load_config(config(folder, tmp_path / "out", path=str(tmp_path / "bert")))
+    loaded = load_config(config(folder, tmp_path / "out", path=str(tmp_path / "bert"))).config
     before = fingerprint(loaded, 40, "0")
     weights = tmp_path / "bert/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import gradrun
-from gradrun.config.schema import ModelConfig, PythonModel
+from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure

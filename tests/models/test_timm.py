@@ -68,7 +68,7 @@ import torchvision
 from PIL import Image
 
 import gradrun
-from gradrun.config.schema import ImagesData
+from gradrun.config.data import ImagesData
 from gradrun.data.image_transforms import steps
 
 folder = Path(sys.argv[1])
@@ -100,11 +100,11 @@ for name in ("resnet18", "vit_base_patch16_224", "convnext_tiny", "efficientnet_
     described = timm.get_pretrained_cfg(name).to_dict()
     described = timm.data.resolve_data_config({}, pretrained_cfg=described)
     config = ImagesData(source="images", path=folder, preprocess="timm", architecture=name)
-    ours = torch.from_numpy(steps(config)(drawn))
+    ours = torch.from_numpy(steps(config, None)(drawn))
     apart[name] = float((ours - timm.data.create_transform(**described)(drawn)).abs().max())
 weights = torchvision.models.ResNet18_Weights.DEFAULT
 config = ImagesData(source="images", path=folder, preprocess="imagenet")
-ours = torch.from_numpy(steps(config)(drawn))
+ours = torch.from_numpy(steps(config, None)(drawn))
 apart["imagenet"] = float((ours - weights.transforms(antialias=True)(drawn)).abs().max())
 
 config = {

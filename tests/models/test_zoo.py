@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gradrun.config.schema import ZooModel
+from gradrun.config.model import ZooModel
 from gradrun.core.errors import ConfigError
 from gradrun.models import load_model
 

@@ -26,7 +26,7 @@ def head(source: Path, samples: int = 10, **changes: Any) -> JournalHeader:
         "data": {"source": "arrays", "path": str(source)},
         "output": {"path": str(source.parent / "out")},
     }
-    return fingerprint(load_config(config, changes), samples, "0.1.0")
+    return fingerprint(load_config(config, changes).config, samples, "0.1.0")
 
 
 def test_the_same_run_has_no_differences(source: Path) -> None:
@@ -89,7 +89,7 @@ def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
             "data": {"source": "synthetic", "inputs": {"x": {"shape": [1]}}, "samples": 2},
             "output": {"path": str(tmp_path / "out")},
         }
-        return fingerprint(load_config(config), 2, "0.1.0")
+        return fingerprint(load_config(config).config, 2, "0.1.0")
 
     before = now()
     (tmp_path / "net.py").write_text("class Net: 'another'\n")

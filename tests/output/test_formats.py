@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gradrun.config.schema import OutputSection
+from gradrun.config.output import OutputSection
 from gradrun.output.formats import (
     READERS,
     WRITERS,

@@ -16,7 +16,7 @@ import torch
 from pyarrow import parquet
 
 import gradrun
-from gradrun.config.schema import RecordsData
+from gradrun.config.data import RecordsData
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource

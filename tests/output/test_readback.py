@@ -12,7 +12,7 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from gradrun.config.schema import OutputSection
+from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output import journal
 from gradrun.output.formats import WRITERS, open_writer, sharded_writer

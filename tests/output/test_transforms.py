@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gradrun.config.schema import OutputSection
+from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output.transforms import (
     DEFAULT_OUTPUT,

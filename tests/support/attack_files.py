@@ -101,18 +101,18 @@ def _bomb() -> str:
 
 
 CONFIGS = {
-    "a tag that calls": _yaml("takes no tags", 'run: !!python/object/apply:os.mkdir ["evil"]'),
-    "a tag that names": _yaml("takes no tags", "run: !!python/name:os.system"),
-    "a tag that makes": _yaml("takes no tags", "run: !!python/object/new:os.mkdir [evil]"),
-    "a tag on a key": _yaml("takes no tags", "!!python/name:os.system : 1"),
-    "a tag of a stranger": _yaml("takes no tags", "run: !evil {a: 1}"),
+    "a tag that calls": _yaml("is not allowed", 'run: !!python/object/apply:os.mkdir ["evil"]'),
+    "a tag that names": _yaml("is not allowed", "run: !!python/name:os.system"),
+    "a tag that makes": _yaml("is not allowed", "run: !!python/object/new:os.mkdir [evil]"),
+    "a tag on a key": _yaml("is not allowed", "!!python/name:os.system : 1"),
+    "a tag of a stranger": _yaml("is not allowed", "run: !evil {a: 1}"),
     "aliases upon aliases": _yaml("without end", _bomb()),
     "an alias of itself": _yaml("without end", "run: &a [*a]"),
     "merges upon merges": _yaml("unknown key", "a: &a {x: 1}\nrun: {<<: *a}"),
     "brackets without end": _yaml("nested too deeply", "[" * 60_000),
     "braces without end": _yaml("nested too deeply", "{a: " * 60_000),
     "one long line with a tab": _yaml("too long", f"['\t', {'1,' * 60_000}]"),
-    "a line of a million": _yaml("is no usable path|is missing", f"run: {{mode: {'x' * 10**6}}}"),
+    "a line of a million": _yaml("is not a valid path|is missing", f"run: {{mode: {'x' * 10**6}}}"),
     "unknown keys by the thousand": _yaml(
         "unknown key", "\n".join(f"modle{i}: 1" for i in range(3_000))
     ),
@@ -124,7 +124,7 @@ CONFIGS = {
     "half a character": _yaml("half a character", r'run: {mode: "\ud800"}'),
     "a NUL in a path": _yaml("null byte", r'model: {source: exported, path: "a\0b"}'),
     "a device as a file": _yaml("no plain file", "data: {source: arrays, path: /dev/zero}"),
-    "a way out": _yaml("climbs out", "output: {path: out/../../evil}"),
+    "a way out": _yaml(r"contains '\.\.'", "output: {path: out/../../evil}"),
     "a key that drives the terminal": _yaml(SHOWN, f"run: {{{json.dumps(SCREEN)}: 1}}"),
     "a value that drives the terminal": _yaml(SHOWN, f"run: {{mode: {json.dumps(SCREEN)}}}"),
     "code that nobody trusts": attack(

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gradrun.config.schema import OutputSection
+from gradrun.config.output import OutputSection
 from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors
 from gradrun.output.journal import CommittedRange
 from gradrun.output.transforms import ClassLabels

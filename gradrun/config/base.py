@@ -1,0 +1,95 @@
+"""The base class of all sections, and the field types that several sections share."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, strictly typed, without unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class PathResolver:
+    """Resolve a config's relative paths and check that inputs exist.
+
+    An instance is the context of the validation; without one, paths stay as written.
+
+    Args:
+        base: the folder where input paths start.
+        output_base: the folder where `output.path` starts.
+    """
+
+    def __init__(self, base: Path, output_base: Path) -> None:
+        self._base, self._output_base = base, output_base
+
+    def input_file(self, path: Path) -> Path:
+        """Return the absolute path of an existing file; raise ValueError otherwise."""
+        resolved = _join(self._base, path)
+        if not resolved.exists():
+            raise ValueError(f"file {resolved} does not exist")
+        if not resolved.is_file():
+            kind = "a folder" if resolved.is_dir() else "not a regular file"
+            raise ValueError(f"{resolved} is {kind}")
+        return resolved
+
+    def input_folder(self, path: Path) -> Path:
+        """Return the absolute path of an existing folder; raise ValueError otherwise."""
+        resolved = _join(self._base, path)
+        if not resolved.is_dir():
+            problem = "is a file, not a folder" if resolved.exists() else "does not exist"
+            raise ValueError(f"{resolved} {problem}")
+        return resolved
+
+    def input_path(self, path: Path) -> Path:
+        """Return the absolute path of an existing file or folder; raise ValueError otherwise."""
+        return resolved if (resolved := _join(self._base, path)).is_dir() else self.input_file(path)
+
+    def output_path(self, path: Path) -> Path:
+        """Return the absolute path of an output; raise ValueError if it contains `..`."""
+        if ".." in path.parts:
+            raise ValueError(
+                f"{str(path)!r} contains '..'; use a path below the config's folder or an absolute "
+                "path. On the command line, --output FOLDER accepts any path"
+            )
+        return _join(self._output_base, path)
+
+
+def _join(base: Path, path: Path) -> Path:
+    """Join and expand `~`; raise ValueError if the system cannot have a file of this name."""
+    try:
+        joined = base / path.expanduser()
+        joined.lstat()
+    except FileNotFoundError:
+        return joined
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:
+            return joined
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{str(path)!r:.60} is not a valid path: {reason}") from error
+    return joined
+
+
+def resolved_by(resolve: Callable[[PathResolver, Path], Path]) -> AfterValidator:
+    """Return a validator that applies a PathResolver method if the validation has a resolver."""
+
+    def validate(path: Path, info: ValidationInfo) -> Path:
+        return resolve(info.context, path) if info.context else path
+
+    return AfterValidator(validate)
+
+
+InputFile = Annotated[Path, resolved_by(PathResolver.input_file)]
+InputFolder = Annotated[Path, resolved_by(PathResolver.input_folder)]
+InputPath = Annotated[Path, resolved_by(PathResolver.input_path)]
+OutputPath = Annotated[Path, resolved_by(PathResolver.output_path)]
+Size = Annotated[int, Field(gt=0, le=2**40)]
+Shape = Annotated[tuple[Size, ...], Field(max_length=16)]
+FloatType = Literal["float32", "float64", "float16", "bfloat16"]
+DType = Literal[FloatType, "int8", "int16", "int32", "int64", "uint8", "bool"]

@@ -1,0 +1,216 @@
+"""The `data` section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from pydantic_core import PydanticCustomError
+
+from gradrun.config.base import DType, InputFile, InputPath, Section, Shape, Size
+from gradrun.config.model import HuggingFaceModel, ModelConfig, Pretrained, TimmModel
+
+
+class _Data(Section):
+    batch_size: Size = Field(64, description="samples per batch; the last batch may be shorter")
+    call: Literal["auto", "positional", "keyword"] = Field(
+        "auto", description="how inputs are passed; auto: one by position, several by keyword"
+    )
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise PydanticCustomError if a key is missing that this model does not provide."""
+
+
+class _Input(Section):
+    dtype: DType | None = Field(None, description="convert to this type; default: as stored")
+    scale: float | None = Field(None, description="multiply by this after the conversion")
+    shape: Shape | None = Field(None, description="the shape of one sample; default: as stored")
+
+
+Classes = Annotated[
+    tuple[str, ...] | None,
+    Field(description="class names in the order of the model's classes", min_length=2),
+]
+
+
+class SyntheticInput(Section):
+    """One random input."""
+
+    shape: Shape = Field(description="the shape of one sample, without the batch dimension")
+    dtype: DType = "float32"
+    distribution: Literal["normal", "uniform", "randint", "zeros", "ones"] = "normal"
+    low: float = Field(0, description="lowest value of uniform and randint")
+    high: float = Field(
+        1, description="exclusive upper limit of uniform and randint, before rounding to dtype"
+    )
+
+
+class SyntheticData(_Data):
+    """Seeded random inputs; sample i does not depend on the batch size."""
+
+    source: Literal["synthetic"]
+    inputs: dict[str, SyntheticInput] = Field(min_length=1)
+    samples: Size
+
+
+class ArrayInput(_Input):
+    """One input from an array."""
+
+    path: InputFile | None = Field(None, description="a separate file; default: data.path")
+    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
+class ArrayLabels(Section):
+    """An array with the true class or value of each sample."""
+
+    path: InputFile | None = Field(None, description="a separate file; default: data.path")
+    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
+class ArraysData(_Data):
+    """Arrays whose first dimension counts the samples: .npy, .npz or .safetensors."""
+
+    source: Literal["arrays"]
+    path: InputFile | None = None
+    inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
+    labels: ArrayLabels | None = Field(None, description="true classes or values, for metrics")
+
+
+class RecordInput(_Input):
+    """One input from one or several columns."""
+
+    columns: tuple[str, ...] = Field(
+        min_length=1, description="numeric columns (or fields that contain lists), in order"
+    )
+    dtype: DType = "float32"
+
+
+class RecordsData(_Data):
+    """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
+
+    source: Literal["records"]
+    path: InputFile
+    inputs: dict[str, RecordInput] = Field(min_length=1)
+    id: str | None = Field(None, description="column with sample ids, for .jsonl outputs")
+    labels: str | None = Field(None, description="column with each row's true class or value")
+    classes: Classes = None
+
+
+class TextData(_Data):
+    """Tokenized texts: the lines of a .txt file, or a field of .csv or .jsonl."""
+
+    source: Literal["text"]
+    path: InputFile
+    field: str | None = Field(None, description="column of the text; not for .txt")
+    id: str | None = Field(None, description="column with sample ids, for the outputs")
+    labels: str | None = Field(None, description="column with each text's true class or value")
+    classes: Classes = None
+    tokenizer: Pretrained | None = Field(
+        None, description="a folder or a hub name; default: that of a huggingface model"
+    )
+    revision: str | None = Field(None, description="the tokenizer's branch, tag or commit")
+    inputs: tuple[str, ...] = Field(
+        (), description="tokenizer outputs to pass to the model; default: all"
+    )
+    max_length: Size | None = Field(
+        None, description="truncate to this many tokens; default: the tokenizer's limit"
+    )
+    padding: Literal["longest", "max_length"] = Field(
+        "longest", description="pad to the longest text of the batch, or to max_length"
+    )
+    group_by_length: Literal["auto"] | bool = Field(
+        "auto", description="batch texts of similar length; auto: if it saves 10 % of the tokens"
+    )
+
+    def check_model(self, model: ModelConfig) -> None:
+        if self.padding == "max_length" and self.max_length is None:
+            raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+        if self.tokenizer is None and not isinstance(model, HuggingFaceModel):
+            raise PydanticCustomError(
+                "tokenizer",
+                "data.tokenizer is missing: set a folder or a hub name; only huggingface models "
+                "include a tokenizer",
+            )
+
+    def tokenizer_source(self, model: ModelConfig | None) -> tuple[Path | str, str | None]:
+        """Return the tokenizer's folder or hub name, and its revision.
+
+        Raises:
+            ValueError: no tokenizer is set and the model includes none.
+        """
+        if self.tokenizer is not None:
+            return self.tokenizer, self.revision
+        if isinstance(model, HuggingFaceModel):
+            return model.path, model.revision
+        raise ValueError("data.tokenizer is missing")
+
+
+Pixels = Annotated[int, Field(gt=0, le=16_384)]
+
+
+class ImagesData(_Data):
+    """Image files: those below a folder, or those in a list."""
+
+    source: Literal["images"]
+    path: InputPath = Field(description="a folder, or a .txt or .csv file that lists images")
+    pattern: str | None = Field(
+        None, description='files of the folder: "*/*.jpg"; default: every image below it'
+    )
+    column: str | None = Field(
+        None, description="column of a .csv list with the paths; default: first"
+    )
+    labels: str | None = Field(
+        None, description="folder: the name of the image's folder; or a column of a .csv list"
+    )
+    classes: Classes = None
+    input: str = Field("image", description="the input's name, if passed by keyword")
+    preprocess: Literal["none", "imagenet", "timm", "processor"] = Field(
+        "none", description="preset steps; the keys below override them"
+    )
+    architecture: str | None = Field(
+        None, description="timm architecture of the preset; default: the model's"
+    )
+    processor: InputPath | None = Field(
+        None, description="a preprocessor_config.json, or its folder; default: the model's"
+    )
+    mode: Literal["RGB", "L"] | None = Field(None, description="RGB (default), or L: grayscale")
+    resize: Pixels | tuple[Pixels, Pixels] | None = Field(
+        None, description="the shorter side in pixels, or [height, width]"
+    )
+    crop: Pixels | tuple[Pixels, Pixels] | None = Field(
+        None, description="size of the center crop in pixels"
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    scale: float | None = Field(None, description="multiply pixels by this; default: 1/255")
+    mean: tuple[float, ...] | None = Field(None, description="mean per channel, subtracted")
+    std: tuple[float, ...] | None = Field(None, description="standard deviation per channel")
+
+    def check_model(self, model: ModelConfig) -> None:
+        try:
+            self.preprocess_source(model)
+        except ValueError as error:
+            raise PydanticCustomError("preprocess", "{text}", {"text": str(error)}) from error
+
+    def preprocess_source(self, model: ModelConfig | None) -> str | Path | None:
+        """Return the timm architecture or the processor's folder of the `preprocess` preset.
+
+        Raises:
+            ValueError: neither the section nor the model provides one.
+        """
+        if self.preprocess == "timm":
+            found: Any = self.architecture or (isinstance(model, TimmModel) and model.name)
+            missing = "data.architecture; only timm models imply an architecture"
+        elif self.preprocess == "processor":
+            found = self.processor or (isinstance(model, HuggingFaceModel) and model.path)
+            missing = "data.processor; only huggingface models include a processor"
+        else:
+            return None
+        if not found:
+            raise ValueError(f"preprocess: {self.preprocess} needs {missing}")
+        return found  # type: ignore[no-any-return]
+
+
+DataConfig = Annotated[
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData, Field(discriminator="source")
+]

@@ -1,0 +1,197 @@
+"""The `model` section."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from gradrun.config.base import FloatType, InputFile, InputFolder, Section
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def _folder_or_hub_name(name: Path | str, info: ValidationInfo) -> Path | str:
+    """Return an existing folder as a Path, and a valid hub name as text."""
+    if info.context is None:
+        return name
+    try:
+        folder: Path = info.context.input_folder(Path(name))
+    except ValueError:
+        if _HUB_ID.fullmatch(str(name)):
+            return str(name)
+        raise
+    return folder
+
+
+Pretrained = Annotated[Path | str, AfterValidator(_folder_or_hub_name)]
+"""A folder written by save_pretrained (a Path), or a name on the hub (text)."""
+
+
+class _Model(Section):
+    compile: bool = Field(False, description="run the model through torch.compile")
+
+
+class EagerModel(_Model):
+    """A model whose dtype, memory format and training mode can be chosen."""
+
+    dtype: FloatType | None = Field(None, description="cast weights and float inputs to this type")
+    channels_last: bool = Field(False, description="use the channels_last memory format (images)")
+    training: bool = Field(False, description="leave dropout and batch norm in training mode")
+
+
+class WeightedModel(EagerModel):
+    """A model that is built in code and loads its weights from a file."""
+
+    weights: InputFile | None = Field(
+        None, description="a .safetensors file, or a checkpoint that weights_only can load"
+    )
+    weights_key: str | None = Field(
+        None, description="key of the state dict in the checkpoint; default: detected"
+    )
+
+
+class ZooModel(WeightedModel):
+    """A network that ships with gradrun, with trained weights where available."""
+
+    source: Literal["zoo"]
+    name: Literal["digits_cnn", "mlp", "resnet18", "transformer_encoder"]
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the network's build()")
+
+
+def _check_layer(spec: JsonValue) -> JsonValue:
+    if isinstance(spec, str) or (isinstance(spec, dict) and len(spec) == 1):
+        return spec
+    raise PydanticCustomError(
+        "layer",
+        "a layer is a name (ReLU) or a name with its arguments ({{Linear: [10, 5]}})",
+    )
+
+
+class LayersModel(WeightedModel):
+    """A sequence of torch.nn layers by name; runs no user code."""
+
+    source: Literal["layers"]
+    layers: tuple[Annotated[JsonValue, AfterValidator(_check_layer)], ...] = Field(
+        min_length=1, description="torch.nn names in order: {Linear: [10, 5]}, ReLU, ..."
+    )
+
+
+def _resolve_target(target: str, info: ValidationInfo) -> str:
+    module, colon, name = target.rpartition(":")
+    if not colon or not module or not name.isidentifier():
+        raise PydanticCustomError(
+            "target", "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
+        )
+    if module.endswith(".py") and info.context:
+        return f"{info.context.input_file(Path(module))}:{name}"
+    return target
+
+
+class PythonModel(WeightedModel):
+    """A class, function or module in Python code; needs --trust-code."""
+
+    source: Literal["python"]
+    target: Annotated[str, AfterValidator(_resolve_target)] = Field(
+        description="nets/mine.py:Net or package.module:build"
+    )
+    root: InputFolder | None = Field(
+        None, description="folder to import from; default: the file's folder, or the current one"
+    )
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
+
+
+class TorchScriptModel(EagerModel):
+    """A file written by torch.jit.save; needs --trust-code."""
+
+    source: Literal["torchscript"]
+    path: InputFile
+
+
+class ExportedModel(_Model):
+    """A file written by torch.export.save, which fixed dtype and mode; needs --trust-code."""
+
+    source: Literal["exported"]
+    path: InputFile
+
+
+class HuggingFaceModel(EagerModel):
+    """A transformers model, from a folder or from the hub."""
+
+    source: Literal["huggingface"]
+    path: Pretrained = Field(description="a folder written by save_pretrained, or a hub name")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
+    auto_class: Literal[
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForImageClassification",
+    ] = Field("AutoModel", description="the transformers class, which decides the model's head")
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="attention implementation; default: chosen by transformers"
+    )
+    random_weights: bool = Field(
+        False,
+        description="initialize weights missing in the files from run.seed; default: an error",
+    )
+
+
+_WEIGHT_ARGUMENTS = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+"""Arguments that make the libraries download or unpickle files, which could run code."""
+
+
+def _reject_weight_arguments(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if rejected := sorted(_WEIGHT_ARGUMENTS & args.keys()):
+        raise PydanticCustomError(
+            "weights_in_args",
+            "{key} is not allowed in args; set model.weights to a file of weights, or "
+            "model.pretrained for the library's own",
+            {"key": rejected[0]},
+        )
+    return args
+
+
+class _LibraryModel(WeightedModel):
+    name: str = Field(pattern=r"^\w[\w.-]*$", description="the library's name: resnet18")
+    pretrained: bool = Field(False, description="download the library's own weights")
+    args: Annotated[dict[str, JsonValue], AfterValidator(_reject_weight_arguments)] = Field(
+        {}, description="keyword arguments: {num_classes: 10}"
+    )
+
+
+class TimmModel(_LibraryModel):
+    """A timm model by name."""
+
+    source: Literal["timm"]
+
+
+class TorchvisionModel(_LibraryModel):
+    """A torchvision model by name."""
+
+    source: Literal["torchvision"]
+
+
+ModelConfig = Annotated[
+    ZooModel
+    | LayersModel
+    | PythonModel
+    | TorchScriptModel
+    | ExportedModel
+    | HuggingFaceModel
+    | TimmModel
+    | TorchvisionModel,
+    Field(discriminator="source"),
+]

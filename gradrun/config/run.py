@@ -1,0 +1,148 @@
+"""The sections `run`, `measure` and `metrics`: how the model runs and what is measured."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gradrun.config.base import Section, Size
+from gradrun.config.output import OutputName
+from gradrun.core.grad_mode import GradMode
+
+
+class RunSection(Section):
+    """How the model runs."""
+
+    mode: GradMode = Field(GradMode.INFERENCE_MODE, description="the gradient mode of the run")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$", description="where the model runs"
+    )
+    threads: Literal["auto"] | Annotated[int, Field(gt=0, le=4096)] = Field(
+        "auto", description="CPU threads; auto: the CPUs that affinity and cgroup quota allow"
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of random weights, data and dropout")
+    autocast: Literal["float16", "bfloat16"] | None = Field(
+        None, description="run the forward pass under torch.autocast with this type"
+    )
+    warmup: Literal["auto"] | Annotated[int, Field(ge=0, le=100_000)] = Field(
+        "auto", description="untimed batches before the run; auto: until the time is steady"
+    )
+    deterministic: bool = Field(False, description="use torch's deterministic algorithms")
+    on_error: Literal["stop", "quarantine"] = Field(
+        "stop", description="stop at a failing sample, or write it to quarantine.jsonl and continue"
+    )
+    max_errors: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="stop after more quarantined samples than this; default: never"
+    )
+    on_nonfinite: Literal["warn", "quarantine", "stop"] = Field(
+        "warn", description="action for predictions with NaN or infinity"
+    )
+
+
+class MeasureSection(Section):
+    """What is measured, and how precisely."""
+
+    memory: bool = Field(True, description="measure tensor memory in one extra, untimed batch")
+    processes: Annotated[int, Field(ge=2, le=1000)] = Field(
+        5, description="compare: minimum number of fresh processes"
+    )
+    precision: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="compare: target relative half-width of the confidence intervals"
+    )
+    budget: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        60.0, description="compare: approximate time limit in seconds"
+    )
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = Field(
+        300.0, description="compare: seconds without output after which a process is killed"
+    )
+    rtol: Annotated[float, Field(ge=0)] = Field(
+        1.3e-6, description="compare: relative tolerance of outputs"
+    )
+    atol: Annotated[float, Field(ge=0)] = Field(
+        1e-5, description="compare: absolute tolerance of outputs"
+    )
+
+
+_ARGUMENTS = {
+    "accuracy": {"top_k", "average", "threshold"},
+    "f1": {"average", "threshold"},
+    "auroc": {"average", "thresholds"},
+    "mse": set[str](),
+}
+METRIC_NAMES = tuple(_ARGUMENTS)
+
+
+class MetricSection(Section):
+    """A measure of how well predictions agree with data.labels."""
+
+    name: Literal["accuracy", "f1", "auroc", "mse"]
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")] | None = Field(
+        None, description="its name in tables and in result.json; default: name"
+    )
+    output: OutputName | None = Field(
+        None, description="the output to score; needed if several are selected"
+    )
+    top_k: Size | None = Field(
+        None, description="accuracy: count a sample as correct if it is among the top k classes"
+    )
+    average: Literal["micro", "macro", "weighted"] | None = Field(
+        None, description="over classes; default: micro for accuracy, else macro"
+    )
+    threshold: float | None = Field(
+        None, description="one score for two classes: scores above it are class 1; default: 0.5"
+    )
+    thresholds: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
+        None,
+        description="auroc: number of thresholds, for bounded memory; default: exact, which "
+        "stores all scores",
+    )
+
+    @property
+    def title(self) -> str:
+        """The metric's name in tables and result.json."""
+        return self.alias or (f"{self.name}_top{self.top_k}" if self.top_k else self.name)
+
+    @model_validator(mode="after")
+    def _check_arguments(self) -> MetricSection:
+        allowed = _ARGUMENTS[self.name]
+        for argument in set[str]().union(*_ARGUMENTS.values()) - allowed:
+            if getattr(self, argument) is not None:
+                raise PydanticCustomError(
+                    "metric_argument",
+                    "{name} does not take {argument}; allowed: {allowed}",
+                    {
+                        "name": self.name,
+                        "argument": argument,
+                        "allowed": ", ".join(sorted(allowed)) or "no arguments",
+                    },
+                )
+        return self
+
+
+def _expand_name(metric: object) -> object:
+    return {"name": metric} if isinstance(metric, str) else metric
+
+
+def _check_titles(metrics: tuple[MetricSection, ...]) -> tuple[MetricSection, ...]:
+    titles = [metric.title for metric in metrics]
+    if repeated := [title for title in titles if titles.count(title) > 1]:
+        raise PydanticCustomError(
+            "duplicate_metric",
+            "two metrics have the name {title}; set `alias` for one of them",
+            {"title": repeated[0]},
+        )
+    return metrics
+
+
+Metrics = Annotated[
+    tuple[
+        Annotated[
+            MetricSection,
+            BeforeValidator(_expand_name, json_schema_input_type=str | MetricSection),
+        ],
+        ...,
+    ],
+    AfterValidator(_check_titles),
+]
