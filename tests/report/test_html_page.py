@@ -58,12 +58,12 @@ def pixels(png: bytes) -> np.ndarray:
 def test_the_page_is_there_quiet_and_fits(
     browser: Browser, tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:
-    seen = browser.look(written(tmp_path, name), width, 900, dark=dark)
-    assert (seen.requests, seen.complaints) == ([], [])
+    rendered = browser.render(written(tmp_path, name), width, 900, dark=dark)
+    assert (rendered.requests, rendered.errors) == ([], [])
     for words in TITLES[name]:
-        assert words in seen.text
-    assert seen.width <= width, "nothing to scroll sideways to but a table in its own frame"
-    picture = pixels(seen.picture)
+        assert words in rendered.text
+    assert rendered.width <= width, "nothing to scroll sideways to but a table in its own frame"
+    picture = pixels(rendered.screenshot)
     assert picture.shape[:2] == (900, width)
     paper = picture[0, 0]
     assert (paper.mean() < 60) if dark else (paper.mean() > 240)
@@ -80,10 +80,10 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
 ) -> None:
     path = tmp_path / "evil.html"
     path.write_text(report.written([(NASTY, hostile(kind))], "html"), encoding="utf-8")
-    seen = browser.look(path, 390, 900)
-    assert (seen.requests, seen.complaints) == ([], [])
-    assert "<script>document.title='no'</script>" in seen.text
-    assert seen.width <= 390
+    rendered = browser.render(path, 390, 900)
+    assert (rendered.requests, rendered.errors) == ([], [])
+    assert "<script>document.title='no'</script>" in rendered.text
+    assert rendered.width <= 390
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

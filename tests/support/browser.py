@@ -1,7 +1,4 @@
-"""A headless Chromium, driven over its debugging pipe: what a page looks like and what it asks for.
-
-Knows the DevTools protocol; nothing of gradrun.
-"""
+"""Render a page in headless Chromium through the DevTools protocol, and record its requests."""
 
 from __future__ import annotations
 
@@ -15,32 +12,32 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-_COMPLAINTS = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+_ERROR_EVENTS = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
 
 
 @dataclass
-class Seen:
-    """What a page did and showed."""
+class RenderedPage:
+    """Content of a page, and its requests and errors."""
 
     requests: list[str] = field(default_factory=list)
-    """All but the page itself."""
-    complaints: list[str] = field(default_factory=list)
+    """Without the request for the page itself."""
+    errors: list[str] = field(default_factory=list)
     text: str = ""
     width: int = 0
-    """Of what there is to scroll to."""
+    """Scroll width in pixels."""
     background: str = ""
-    picture: bytes = b""
+    screenshot: bytes = b""
     """PNG."""
 
 
 class Browser:
-    """A browser until `close`; each look is at a page of its own."""
+    """A browser process; each page is opened in a new tab."""
 
     def __init__(self, profile: Path) -> None:
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        # It reads from descriptor 3 and writes to 4.
-        script = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
+        browser_in, self._out = os.pipe()
+        self._in, browser_out = os.pipe()
+        # Chromium reads from descriptor 3 and writes to 4.
+        script = f'exec "$0" "$@" 3<&{browser_in} 4>&{browser_out}'
         flags = (
             "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
             "--remote-debugging-pipe"
@@ -48,21 +45,21 @@ class Browser:
         assert CHROMIUM
         self._process = subprocess.Popen(
             ["bash", "-c", script, CHROMIUM, *flags.split(), f"--user-data-dir={profile}"],
-            pass_fds=(theirs_in, theirs_out),
+            pass_fds=(browser_in, browser_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(browser_in)
+        os.close(browser_out)
         self._buffer, self._count, self._events = b"", 0, list[dict[str, Any]]()
 
-    def look(self, page: Path, width: int, height: int, *, dark: bool = False) -> Seen:
-        """Open a page in a window of this size."""
+    def render(self, page: Path, width: int, height: int, *, dark: bool = False) -> RenderedPage:
+        """Open a page in a window of this size and wait until it is loaded."""
         target = self._ask("Target.createTarget", url="about:blank")["targetId"]
         session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-        def ask(method: str, **asked: Any) -> Any:
-            return self._ask(method, session, **asked)
+        def ask(method: str, **parameters: Any) -> Any:
+            return self._ask(method, session, **parameters)
 
         for domain in ("Page", "Runtime", "Log", "Network"):
             ask(f"{domain}.enable")
@@ -83,31 +80,31 @@ class Browser:
         def value(expression: str) -> Any:
             return ask("Runtime.evaluate", expression=expression)["result"]["value"]
 
-        seen = Seen(
+        rendered = RenderedPage(
             text=value("document.body.innerText"),
             width=value("document.documentElement.scrollWidth"),
             background=value("getComputedStyle(document.body).backgroundColor"),
-            picture=base64.b64decode(ask("Page.captureScreenshot", format="png")["data"]),
+            screenshot=base64.b64decode(ask("Page.captureScreenshot", format="png")["data"]),
         )
         for event in self._events:
             if event["method"] == "Network.requestWillBeSent":
-                seen.requests.append(event["params"]["request"]["url"])
-            elif event["method"] in _COMPLAINTS:
-                seen.complaints.append(json.dumps(event["params"]))
-        seen.requests.remove(page.as_uri())
+                rendered.requests.append(event["params"]["request"]["url"])
+            elif event["method"] in _ERROR_EVENTS:
+                rendered.errors.append(json.dumps(event["params"]))
+        rendered.requests.remove(page.as_uri())
         self._ask("Target.closeTarget", targetId=target)
-        return seen
+        return rendered
 
     def close(self) -> None:
-        """End it."""
+        """Stop the browser."""
         self._process.terminate()
         self._process.wait(30)
         os.close(self._in)
         os.close(self._out)
 
-    def _ask(self, method: str, session: str | None = None, **asked: Any) -> Any:
+    def _ask(self, method: str, session: str | None = None, **parameters: Any) -> Any:
         self._count += 1
-        message = {"id": self._count, "method": method, "params": asked}
+        message = {"id": self._count, "method": method, "params": parameters}
         if session:
             message["sessionId"] = session
         os.write(self._out, json.dumps(message).encode() + b"\0")
@@ -119,8 +116,8 @@ class Browser:
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             piece = os.read(self._in, 1 << 16)
-            assert piece, "the browser is gone"
+            assert piece, "the browser exited"
             self._buffer += piece
         message, _, self._buffer = self._buffer.partition(b"\0")
-        told: dict[str, Any] = json.loads(message)
-        return told
+        event: dict[str, Any] = json.loads(message)
+        return event

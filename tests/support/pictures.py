@@ -1,4 +1,4 @@
-"""The bundled digits as files of pictures, some of them broken."""
+"""The bundled digits as image files, some of them broken."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = np.load(CONFIGS / "digits.npz")
 LABELS = DIGITS["labels"]
 BROKEN = {7: b"", 130: b"no picture at all", 412: None}
-"""Number of a digit to what its file holds; None: the first half of what it should."""
+"""Number of a digit -> content of its file; None: the first half of the correct content."""
 
 
 def lay_out(folder: Path, count: int = 500, broken: dict[int, bytes | None] = BROKEN) -> list[Path]:
-    """Each digit in the folder of its class, PNG and JPEG by turns; returns the files in order."""
+    """Write each digit into the folder of its class, alternately as PNG and JPEG.
+
+    Returns:
+        The files in order.
+    """
     files = []
     for number in range(count):
         pixels = np.minimum(DIGITS["images"][number].reshape(8, 8).astype(int) * 16, 255)

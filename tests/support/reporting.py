@@ -1,6 +1,6 @@
-"""What tests of reports share: a console to print on, and golden files to compare with.
+"""Helpers for tests of reports: a console to print on, and golden files to compare with.
 
-GRADRUN_GOLDEN=1 writes the files anew.
+GRADRUN_GOLDEN=1 rewrites the golden files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.console import Console
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
-"""A name that would drive the terminal, and Rich's markup, if it were let."""
+"""A name with terminal control characters and Rich markup, which must not be interpreted."""
 
 _ESCAPE = re.compile(r"\x1b\[[\d;]*m")
 
@@ -29,7 +29,7 @@ def printed(
     terminal: bool = False,
     **environ: str,
 ) -> str:
-    """What `show` prints; plain unless it is to look like a terminal."""
+    """Return the output of `show`, as plain text unless `terminal` is set."""
     console = Console(
         file=io.StringIO(),
         width=width,
@@ -42,14 +42,16 @@ def printed(
 
 
 def without_style(text: str) -> str:
-    """The text without the colours that a report sets itself."""
+    """Remove the colors set by a report."""
     return _ESCAPE.sub("", text)
 
 
 def assert_golden(name: str, text: str) -> None:
-    """Compare with a golden file, line by line but for spaces at their ends."""
+    """Compare with a golden file, ignoring spaces at the ends of lines."""
     golden = GOLDEN / f"{name.replace(' ', '-')}.txt"
     text = "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
     if os.environ.get("GRADRUN_GOLDEN") == "1":
         golden.write_text(text, encoding="utf-8")
-    assert text == golden.read_text(encoding="utf-8"), "if it is meant: GRADRUN_GOLDEN=1"
+    assert text == golden.read_text(encoding="utf-8"), (
+        "if the change is intended, run with GRADRUN_GOLDEN=1"
+    )

@@ -1,4 +1,4 @@
-"""A RunResult made by hand, for every test that reads results instead of measuring them."""
+"""A RunResult with fixed values, for tests that read results instead of measuring."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ Result = TypeVar("Result", bound=AnyResult)
 
 
 def skewed(batches: int) -> tuple[float, ...]:
-    """Seconds a batch as machines give them: at least 650 µs, most near it, a few far above."""
+    """Return realistic seconds per batch: at least 650 µs, skewed to the right."""
     return tuple(6.5e-4 - 5e-5 * math.log1p(-(i * 0.618034 % 1)) for i in range(batches))
 
 
 def measurement(batches: int = 125, last: int = 2, **changes: Any) -> Measurement:
-    """`batches` batches of four samples, the last of `last`."""
+    """Return a measurement of `batches` batches of four samples, and `last` in the last."""
     sizes = (*(4,) * (batches - 1), last)[:batches]
     given: dict[str, Any] = {
         "mode": "inference_mode",

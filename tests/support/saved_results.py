@@ -1,4 +1,4 @@
-"""Results of every kind by hand, as a reader of saved results finds them, and a hostile one."""
+"""Results of every kind with fixed values, and results with malicious text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ OUTCOMES = (
 
 
 def check(*outcomes: Outcome) -> CheckResult:
-    """A check's result; it measured one run."""
+    """Return the result of a check that measured one run."""
     return run_result(measurement(memory=WATCHED), cls=CheckResult, outcomes=outcomes)
 
 
@@ -59,7 +59,7 @@ NASTY = f"{TAGS} {LINKS} =cmd|' /C calc'!A0"
 
 
 def hostile(kind: str) -> AnyResult:
-    """A result in which every text that a file can hold is meant to do harm."""
+    """Return a result in which every text field contains markup and control characters."""
     memory = WATCHED.replace(peak_module=NASTY, process_method=NASTY)
     machine = MACHINE.replace(
         **(

@@ -1,4 +1,4 @@
-"""Models and tokenizers of transformers with random weights, made in a moment and saved."""
+"""Small transformers models with random weights, and tokenizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the library is imported: no test reaches out
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: tests do not use the network
 
 import torch
 
@@ -20,15 +20,15 @@ CLASSES = ["good", "bad", "neither"]
 
 
 def sentences(count: int) -> list[str]:
-    """Real sentences: this project's own pages, taken apart."""
+    """Return sentences of the documentation of this project."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = " ".join(page.read_text(encoding="utf-8") for page in pages)
-    found = re.split(r"(?<=[.:;!?])\s+", re.sub(r"\s+", " ", text))
-    return [sentence for sentence in found if sentence][:count]
+    parts = re.split(r"(?<=[.:;!?])\s+", re.sub(r"\s+", " ", text))
+    return [sentence for sentence in parts if sentence][:count]
 
 
 def skewed(count: int, seed: int = 0) -> list[str]:
-    """Texts of which a tenth is long."""
+    """Return texts, a tenth of which are long."""
     draw = random.Random(seed)
     words = ["model", "data", "runs", "the", "a", "mode", "time", "memory"]
     return [
@@ -38,7 +38,7 @@ def skewed(count: int, seed: int = 0) -> list[str]:
 
 
 def save_tokenizer(folder: Path, **settings: Any) -> Any:
-    """A BERT tokenizer that knows letters, a few words and their pieces."""
+    """Save a BERT tokenizer with a vocabulary of letters and a few words."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     words = ["the", "a", "of", "and", "model", "data", "runs", "mode", "time", "memory", "gradrun"]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
@@ -54,7 +54,7 @@ def save_tokenizer(folder: Path, **settings: Any) -> Any:
 
 
 def bert(kind: str = "BertModel", **settings: Any) -> Any:
-    """A small BERT, in eval mode, of the seed's weights."""
+    """Return a small BERT with random weights in eval mode."""
     torch.manual_seed(0)
     config = import_transformers("").BertConfig(
         **{
@@ -71,7 +71,7 @@ def bert(kind: str = "BertModel", **settings: Any) -> Any:
 
 
 def save_bert(folder: Path, kind: str = "BertModel", **settings: Any) -> Any:
-    """The same as a folder, with its tokenizer."""
+    """Save a small BERT and its tokenizer to a folder."""
     save_tokenizer(folder)
     model = bert(kind, **settings)
     model.save_pretrained(folder)
@@ -79,5 +79,5 @@ def save_bert(folder: Path, kind: str = "BertModel", **settings: Any) -> Any:
 
 
 def named_classes() -> dict[str, Any]:
-    """Settings of a model that calls its classes by name."""
+    """Return settings of a model with class names."""
     return {"id2label": dict(enumerate(CLASSES)), "label2id": {n: i for i, n in enumerate(CLASSES)}}
