@@ -215,8 +215,8 @@ def flat(folder: Path) -> list[float]:
     code = (
         "import sys, json, gradrun, psutil\n"
         "sizes = []\n"
-        "def note(done, samples):\n"
-        "    sizes.append((done / samples, psutil.Process().memory_info().rss))\n"
+        "def note(progress):\n"
+        "    sizes.append((progress.done / progress.total, psutil.Process().memory_info().rss))\n"
         "gradrun.infer(json.loads(sys.argv[1]), progress=note)\n"
         "print(json.dumps(sizes))"
     )

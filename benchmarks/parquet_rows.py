@@ -14,6 +14,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 import gradrun
+from gradrun.core.progress import Progress
 
 ROWS = int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000
 FORMAT = sys.argv[3] if len(sys.argv) > 3 else "npy"
@@ -43,9 +44,9 @@ config = {
 process, resident_sets = psutil.Process(), dict[int, int]()
 
 
-def record(done: int, of: int) -> None:
+def record(progress: Progress) -> None:
     """Record the resident set at each tenth."""
-    resident_sets.setdefault(10 * done // of, process.memory_info().rss)
+    resident_sets.setdefault(10 * progress.done // progress.total, process.memory_info().rss)
 
 
 gradrun.infer(config, progress=record, overwrite=True)

@@ -6,7 +6,7 @@ Knows the order of the steps; what is looked for stands in audits/.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.data.source import Batch
 from gradrun.inference.device import device_context, seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
@@ -38,7 +39,6 @@ from gradrun.results.result import (
     SavedForBackward,
 )
 
-Progress = Callable[[str, int, int], None]
 """Told (what is being looked at, steps done, steps in all)."""
 
 
@@ -57,7 +57,7 @@ def audit(
     *,
     trust_code: bool = False,
     compile: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> AuditResult:
     """Find out whether a model is safe and lean under each gradient mode.
@@ -66,7 +66,7 @@ def audit(
         config: the path of a YAML file, its content as a mapping, or a loaded config.
         trust_code: let a `python` model run the code that the config names.
         compile: also look at what torch.compile makes of the model; takes a few seconds.
-        progress: told what is being looked at.
+        progress: called before each mode.
         overrides: as for `infer`.
 
     Returns:
@@ -77,7 +77,6 @@ def audit(
     Raises:
         ConfigError: the config, model or data are wrong, or the model runs in no mode.
     """
-    tell = progress or (lambda *_: None)
     loaded = resolve_config(config, overrides)
     path = loaded.config.output.path
     folder = RunFolder(path.with_name(f"{path.name}-audit"), overwrite=True)
@@ -89,7 +88,7 @@ def audit(
         batches = first_batches(whole, device)
         modes = list(GradMode)
         for step, mode in enumerate(modes):
-            tell(mode, step, len(modes) + compile)
+            progress(Progress(f"auditing {mode}", step, len(modes) + compile))
             subject, load_seconds = _loaded(whole, mode, device, batches, is_trusted(trust_code))
             try:
                 last = base is None and mode is modes[-1]
@@ -103,7 +102,7 @@ def audit(
                 )
                 raise RunFailed(text) from error
         if compile and base:
-            tell("torch.compile", len(modes), len(modes) + 1)
+            progress(Progress("auditing torch.compile", len(modes), len(modes) + 1))
             found.findings += torch_compile.compiled(base, [m.mode for m in found.measurements])
         environment = current_environment(device)
     result = AuditResult(

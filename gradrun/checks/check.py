@@ -17,12 +17,13 @@ from typing import Any
 from gradrun.checks import evaluate, golden
 from gradrun.checks.git_worktree import git_worktree
 from gradrun.comparison.protocol import Failure, Variant
-from gradrun.comparison.session import Progress, Session, SessionData, sentence
+from gradrun.comparison.session import Session, SessionData, sentence
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, load_config, resolve_config
 from gradrun.config.run import MetricSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.version import __version__
 from gradrun.inference.device import resolve_device
 from gradrun.inference.environment import current_environment
@@ -67,7 +68,7 @@ def check(
     update_expected: bool = False,
     trust_code: bool = False,
     sets: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> CheckResult:
     """Hold a model against the `check` section of its config.
@@ -80,7 +81,7 @@ def check(
         update_expected: write the golden outputs instead of comparing with them.
         trust_code: let a `python` model run the code that the config names, on both sides.
         sets: changes as on the command line, "key.path=value", on both sides; or overrides.
-        progress: told what is being done, and how much of it is done of how much.
+        progress: called several times in each stage of the check.
         overrides: as for `infer`.
 
     Returns:
@@ -106,7 +107,6 @@ def check(
         if not (evaluate.something(subject.check) or earlier or against or save_baseline):
             text = "nothing is asked: smoke is off, and there is no limit and nothing to compare"
             raise ConfigError(f"{text} with; --baseline or --against names one", "check.smoke")
-    tell = progress or (lambda *_: None)
     with (
         GracefulShutdown(),  # a SIGTERM must not leave a checked-out revision behind
         whole.error_locations(),
@@ -118,12 +118,12 @@ def check(
                 subject,
                 trust_code=trust_code,
                 overwrite=True,
-                progress=lambda done, samples: tell("predicting", done, samples),
+                progress=progress,
             )
         except (ModelInputError, RunFailed) as error:
             result = _failed(subject, error)
         else:
-            work = _CheckRun(subject, predicted, rival, is_trusted(trust_code), tell)
+            work = _CheckRun(subject, predicted, rival, is_trusted(trust_code), progress)
             result = work.result(timed=bool(save_baseline), update_expected=update_expected)
         result = result.replace(outcomes=evaluate.placed(result.outcomes, whole.location))
         folder = RunFolder(subject.output.path, overwrite=True)
@@ -236,10 +236,11 @@ class _CheckRun:
         predicted: InferResult,
         rival: Reference | None,
         trust_code: bool,
-        tell: Progress,
+        progress: ProgressCallback,
     ) -> None:
         self.config, self.asked, self.predicted = config, config.check, predicted
-        self.mode, self.rival, self.trust_code, self.tell = config.run.mode, rival, trust_code, tell
+        self.mode, self.rival, self.trust_code = config.run.mode, rival, trust_code
+        self.progress = progress
         self.name = str(self.mode)
 
     def result(self, *, timed: bool, update_expected: bool) -> CheckResult:
@@ -345,7 +346,7 @@ class _CheckRun:
     def _timed(self) -> SessionData:
         others = [mode for mode in evaluate.modes_timed(self.asked) if mode is not self.mode]
         session = self._session([*self._own_and_rival(), *map(self._variant, others)])
-        measured = session.run(self.tell)
+        measured = session.run(self.progress)
         self._see_that_both_ran(measured)
         return measured
 
@@ -396,7 +397,7 @@ class _CheckRun:
         with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
             output = rival.config["output"] | {"path": folder, "format": own.format}
             rival = rival.replace(config=rival.config | {"output": output})
-            self.tell("predicting with the other side", 0, 1)
+            self.progress(Progress("predicting with the reference", 0, 1))
             for failure in self._session([rival]).predict():
                 raise RunFailed(sentence(failure))
             files = self.predicted.files

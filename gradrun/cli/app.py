@@ -119,13 +119,13 @@ def infer(
         settings = load_config(path, changes, output_base=output_base)
         with _quick_imports():
             from gradrun.inference.infer import infer as run
-        from gradrun.report.progress import bar
+        from gradrun.report.progress import progress_bar
 
         if overwrite and resume:
             raise ConfigError("--overwrite begins anew, --resume goes on: choose one")
         with (
             _stdout_kept(json_file),
-            bar(_console(stderr=True, quiet=quiet)) as progress,
+            progress_bar(_console(stderr=True, quiet=quiet)) as progress,
         ):
             result = run(
                 settings,
@@ -202,9 +202,9 @@ def compare(
         settings = load_config(path, sets or [], output_base=None if config else Path.cwd())
         listed = [mode for words in modes or [_ALL_MODES] for mode in words.split(",") if mode]
         from gradrun.comparison.compare import compare as run
-        from gradrun.report.progress import status
+        from gradrun.report.progress import progress_bar
 
-        with status(_console(stderr=True, quiet=quiet)) as progress:
+        with progress_bar(_console(stderr=True, quiet=quiet)) as progress:
             compared = run(
                 settings,
                 listed,
@@ -234,10 +234,10 @@ def audit(
         settings = load_config(config, sets or [])
         with _quick_imports():
             from gradrun.audits.audit import audit as run
-        from gradrun.report.progress import status
+        from gradrun.report.progress import progress_bar
         from gradrun.results.safety import has_errors
 
-        with _stdout_kept(json_file), status(_console(stderr=True, quiet=quiet)) as progress:
+        with _stdout_kept(json_file), progress_bar(_console(stderr=True, quiet=quiet)) as progress:
             result = run(settings, trust_code=trust_code, compile=compile_too, progress=progress)
         _answer(result, console, json_file)
         if has_errors(result):
@@ -285,13 +285,13 @@ def check(
             _check_target(option, str(file) if file else None)
         with _quick_imports():
             from gradrun.checks.check import check as run
-        from gradrun.report.progress import status
+        from gradrun.report.progress import progress_bar
         from gradrun.report.terminal import display_path
 
         with (
             _refusal_told(junit),
             _stdout_kept(json_file),
-            status(_console(stderr=True, quiet=quiet)) as progress,
+            progress_bar(_console(stderr=True, quiet=quiet)) as progress,
         ):
             result = run(
                 config,

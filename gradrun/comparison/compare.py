@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from gradrun.comparison.protocol import Variant
-from gradrun.comparison.session import Progress, Session, sentence
+from gradrun.comparison.session import Session, sentence
 from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import CompareResult, Comparison, RunInfo
@@ -33,7 +34,7 @@ def compare(
     *,
     over: tuple[str, Sequence[Any]] | None = None,
     trust_code: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> Comparisons:
     """Measure gradient modes, or the values of another key, side by side.
@@ -43,7 +44,7 @@ def compare(
         modes: the modes to compare; the first is the baseline, and one named twice shows the noise.
         over: compare along another key instead: `("run.threads", [1, 2])`.
         trust_code: let a `python` model run the code that the config names.
-        progress: told what is being done, and how many processes are done of those wanted.
+        progress: called before each process.
         overrides: as for `infer`.
 
     Returns:

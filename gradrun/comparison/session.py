@@ -7,7 +7,7 @@ a worker measures stands in trial.py, what the figures mean in conclusion.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import geometric_mean, median
@@ -19,6 +19,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import (
@@ -48,7 +49,6 @@ _SECONDS = 0.8
 _REDONE_AT_MOST = 5
 _WEIGHED_AT_ONCE = 2
 
-Progress = Callable[[str, int, int], None]
 """Told (what is being done, processes measured, processes wanted)."""
 
 
@@ -78,14 +78,13 @@ class Session:
         self.paces: dict[int, tuple[float, SystemNoise]] = {}
         self.deadline = time.monotonic() + self.measure.budget
 
-    def run(self, progress: Progress | None = None) -> SessionData:
+    def run(self, progress: ProgressCallback = ignore) -> SessionData:
         """Weigh each variant, then time them in process after process until it is enough."""
-        tell = progress or (lambda *_: None)
-        tell("weighing", 0, self.measure.processes)
+        progress(Progress("measuring memory", 0, self.measure.processes))
         self._weigh()
         while self.variants:
             done = len(self.paces)
-            tell("timing", done, max(done + 1, self.measure.processes))
+            progress(Progress("timing processes", done, max(done + 1, self.measure.processes)))
             began = time.monotonic()
             self._time()
             if self._enough(time.monotonic() - began):

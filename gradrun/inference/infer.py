@@ -16,6 +16,7 @@ from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
@@ -37,9 +38,6 @@ from gradrun.output.transforms import Outputs, can_be_missing
 from gradrun.results.result import InferResult, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
-Progress = Callable[[int, int], None]
-"""Told (samples done, samples in all), a few times a second."""
-
 T = TypeVar("T")
 
 _NO_METRICS = "no_metrics"
@@ -51,7 +49,7 @@ def infer(
     trust_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> InferResult:
     """Run all data through the model and write every prediction below `output.path`.
@@ -61,7 +59,7 @@ def infer(
         trust_code: let a `python` model run the code that the config names.
         overwrite: replace an earlier run in the folder.
         resume: go on with an unfinished run in the folder; where there is none, begin one.
-        progress: called a few times a second with (samples done, samples in all).
+        progress: called with the number of predicted samples, a few times per second.
         overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
 
     Returns:
@@ -112,7 +110,10 @@ def infer(
         with folder.locked():
             keeper = _opened(runner, folder, head, sink, outputs, unit)
             resumed_at = sink.written
-            beat = (lambda n: progress(resumed_at + n, data.samples)) if progress else None
+
+            def beat(done: int) -> None:
+                progress(Progress("predicting", resumed_at + done, data.samples))
+
             gathered = _predict(runner, keeper, beat, interruption)
             measured = runner.finish(gathered, load_seconds, open_seconds)
             # Of a batch that was not finished more may have been noted than is in the files.

@@ -1,19 +1,20 @@
-"""A progress bar with rate and time left, on a terminal only.
+"""A progress bar on a terminal.
 
-Knows Rich and counts of samples. It draws when it is told to, in the caller's thread: a thread of
-its own would take time from what is being measured.
+It draws in the caller's thread: another thread would take time from the measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import format_number
 
 
@@ -22,26 +23,15 @@ class _Rate(TextColumn):
         super().__init__("")
 
     def render(self, task: RichTask) -> Text:
-        return Text(f"{format_number(task.speed)} /s" if task.speed else "")
-
-
-class Bar:
-    """Called with (samples done, samples in all)."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("predicting", total=0)
-
-    def __call__(self, done: int, samples: int) -> None:
-        self._progress.update(self._task, completed=done, total=samples)
-        self._progress.refresh()
+        speed = task.speed or 0.0
+        return Text(f"{format_number(speed)} /s" if speed >= 1 else "")
 
 
 @contextmanager
-def bar(console: Console) -> Iterator[Bar | None]:
-    """A bar that is gone when the block ends; None where the console shows plain text only."""
+def progress_bar(console: Console) -> Iterator[ProgressCallback]:
+    """Yield a callback that draws a bar per stage, erased at the end; on a terminal only."""
     if not console.is_terminal or console.no_color:
-        yield None
+        yield ignore
         return
     columns = (
         TextColumn("{task.description}"),
@@ -52,23 +42,16 @@ def bar(console: Console) -> Iterator[Bar | None]:
         TimeRemainingColumn(),
         TextColumn("left"),
     )
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        yield Bar(progress)
+    with RichProgress(*columns, console=console, auto_refresh=False, transient=True) as display:
+        tasks: dict[str, TaskID] = {}
 
+        def show(progress: Progress) -> None:
+            if progress.stage not in tasks:
+                for finished in tasks.values():
+                    display.update(finished, visible=False)
+                tasks[progress.stage] = display.add_task(progress.stage, total=progress.total)
+            task = tasks[progress.stage]
+            display.update(task, completed=progress.done, total=progress.total)
+            display.refresh()
 
-@contextmanager
-def status(console: Console) -> Iterator[Callable[[str, int, int], None] | None]:
-    """One line that says what a comparison is doing; None where the console is no terminal."""
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"))
-    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        task = progress.add_task("", of="")
-
-        def tell(doing: str, done: int, wanted: int) -> None:
-            of = f"process {done + 1} of {wanted}" if doing == "timing" else ""
-            progress.update(task, description=doing, completed=done, total=wanted, of=of)
-            progress.refresh()
-
-        yield tell
+        yield show

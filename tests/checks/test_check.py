@@ -17,6 +17,7 @@ import xmlschema
 
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
+from gradrun.core.progress import Progress
 from gradrun.data import open_data
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
@@ -226,8 +227,8 @@ def test_a_baseline_of_other_batches_decides_nothing_but_outputs(project, cli):
 
 
 def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(project, cli):
-    def stop(what: str, done: int, of: int) -> None:
-        if what != "predicting":
+    def stop(progress: Progress) -> None:
+        if progress.stage != "predicting":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -239,8 +240,8 @@ def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(proj
 
 
 def test_two_checks_do_not_write_into_one_folder(project, cli):
-    def second(what: str, done: int, of: int) -> None:
-        if what == "predicting":
+    def second(progress: Progress) -> None:
+        if progress.stage == "predicting":
             return
         answer = cli("check", "gradrun.yaml")
         assert answer.code == 2

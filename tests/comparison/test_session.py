@@ -13,6 +13,7 @@ from gradrun.comparison.protocol import Failure, Job, Variant, VariantMeasuremen
 from gradrun.comparison.session import Session, SessionData, sentence
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, SystemNoise
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, PHASES, measurement
@@ -105,7 +106,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     def of(
         answer: Callable[[Job, int], WorkerReport] = all_well,
         modes: tuple[str, ...] = ("grad", "no_grad", "inference_mode"),
-        progress: Any = None,
+        progress: ProgressCallback = ignore,
         **measure: Any,
     ) -> tuple[SessionData, Paper]:
         paper = Paper(answer)
@@ -372,9 +373,10 @@ def test_a_config_that_no_variant_can_run_is_the_configs_error(run: Run) -> None
 
 
 def test_progress_is_told_before_each_step(run: Run) -> None:
-    told: list[tuple[str, int, int]] = []
-    run(progress=lambda *what: told.append(what))
-    assert told == [("weighing", 0, 5), *(("timing", done, 5) for done in range(5))]
+    calls: list[Progress] = []
+    run(progress=calls.append)
+    timed = [Progress("timing processes", done, 5) for done in range(5)]
+    assert calls == [Progress("measuring memory", 0, 5), *timed]
 
 
 def test_workers_get_the_threads_of_the_variant_that_wants_most(

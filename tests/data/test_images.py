@@ -20,6 +20,7 @@ import gradrun
 from gradrun.config.data import ImagesData
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
+from gradrun.core.progress import Progress
 from gradrun.data import open_data
 from gradrun.data.image_transforms import Steps, steps
 from gradrun.data.source import BatchSource
@@ -102,8 +103,8 @@ def test_a_broken_picture_ends_the_run_where_it_is_to_stop(digits: Path, tmp_pat
 def test_a_resumed_run_ends_with_the_same_bytes(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(done: int, of: int) -> None:
-        if done >= 192:
+    def stop(progress: Progress) -> None:
+        if progress.done >= 192:
             raise KeyboardInterrupt
 
     infer(digits, tmp_path / "whole")
@@ -117,7 +118,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
 
 
 def test_a_resume_refuses_other_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(done: int, of: int) -> None:
+    def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     files = lay_out(tmp_path / "few", 150, {})

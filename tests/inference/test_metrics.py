@@ -13,6 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accur
 
 import gradrun
 from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.core.progress import Progress
 from gradrun.output.formats import READERS, WRITERS
 from gradrun.results.result import RunResult
 from tests.conftest import Command
@@ -191,7 +192,7 @@ def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, 
 def test_a_resumed_run_has_the_metrics_of_all_samples(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(done: int, of: int) -> None:
+    def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", 0)

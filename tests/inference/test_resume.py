@@ -19,6 +19,7 @@ import pytest
 
 import gradrun
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
+from gradrun.core.progress import Progress
 from gradrun.inference import runner
 from gradrun.output import journal
 from gradrun.results.result import RunResult
@@ -416,7 +417,7 @@ def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
         "output": {"path": str(out), "format": sink},
     }
 
-    def delete(done: int, of: int) -> None:
+    def delete(progress: Progress) -> None:
         shutil.rmtree(out, ignore_errors=True)
 
     with pytest.raises(RunFailed, match="No such file or directory"):

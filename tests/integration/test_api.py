@@ -116,7 +116,7 @@ def test_progress_receives_the_samples_done_and_the_total(
 ) -> None:
     monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", -1)
     calls: list[tuple[int, int]] = []
-    gradrun.infer(written, progress=lambda done, samples: calls.append((done, samples)))
+    gradrun.infer(written, progress=lambda p: calls.append((p.done, p.total)))
     assert calls == [(4, 10), (8, 10), (10, 10)]
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import gradrun
+from gradrun.core.progress import Progress
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
 
@@ -392,8 +393,8 @@ def test_a_report_that_cannot_be_printed_is_one_error(words: list[str]) -> None:
 def test_the_time_of_progress_callbacks_is_not_measured() -> None:
     calls = []
 
-    def draw(done: int, samples: int) -> None:
-        calls.append(done)
+    def draw(progress: Progress) -> None:
+        calls.append(progress.done)
         time.sleep(0.05)
 
     model = network("time.sleep(0.05); return x")

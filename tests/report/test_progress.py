@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gradrun.report.progress import bar
+from gradrun.core.progress import Progress, ignore
+from gradrun.report.progress import progress_bar
 
 
 def console(*, terminal: bool, **settings: Any) -> Console:
@@ -25,18 +26,17 @@ def console(*, terminal: bool, **settings: Any) -> Console:
 
 def test_there_is_no_bar_where_there_is_no_terminal() -> None:
     pipe = console(terminal=False)
-    with bar(pipe) as progress:
-        assert progress is None
+    with progress_bar(pipe) as progress:
+        assert progress is ignore
     assert pipe.file.getvalue() == ""
 
 
 def test_the_bar_shows_share_rate_and_time_left() -> None:
     done = 0
     screen = console(terminal=True, get_time=lambda: done / 4)
-    with bar(screen) as progress:
-        assert progress
+    with progress_bar(screen) as progress:
         for done in (0, 100, 200, 300):
-            progress(done, 1000)
+            progress(Progress("predicting", done, 1000))
         last = screen.file.getvalue().rpartition("predicting")[2]
     last = re.sub(r"\x1b\[[\d;]*m", "", last)
     assert last.endswith("30% 300 of 1,000 4.00 /s 0:02:55 left")
@@ -46,9 +46,8 @@ def test_the_bar_shows_share_rate_and_time_left() -> None:
 def test_the_bar_is_gone_when_the_run_ends_however_it_ends(fails: bool) -> None:
     screen = console(terminal=True)
     try:
-        with bar(screen) as progress:
-            assert progress
-            progress(1, 2)
+        with progress_bar(screen) as progress:
+            progress(Progress("predicting", 1, 2))
             drawn = len(screen.file.getvalue())
             if fails:
                 raise KeyboardInterrupt
@@ -62,15 +61,13 @@ def test_the_bar_is_gone_when_the_run_ends_however_it_ends(fails: bool) -> None:
 
 def test_the_bar_draws_in_the_callers_thread() -> None:
     before = threading.active_count()
-    with bar(console(terminal=True)) as progress:
-        assert progress
-        progress(1, 2)
+    with progress_bar(console(terminal=True)) as progress:
+        progress(Progress("predicting", 1, 2))
         assert threading.active_count() == before
 
 
 def test_quiet_draws_nothing() -> None:
     screen = console(terminal=True, quiet=True)
-    with bar(screen) as progress:
-        if progress:
-            progress(1, 2)
+    with progress_bar(screen) as progress:
+        progress(Progress("predicting", 1, 2))
     assert screen.file.getvalue() == ""
