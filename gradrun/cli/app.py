@@ -66,7 +66,12 @@ Sets = Annotated[
     ),
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust-code", help="Let the config's python model run its code.")
+    bool,
+    typer.Option(
+        "--trust-code",
+        help="Allow the config to run code: python targets, torchscript and exported files, code "
+        "from Hugging Face.",
+    ),
 ]
 Json = Annotated[
     str | None,

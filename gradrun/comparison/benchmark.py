@@ -42,7 +42,7 @@ from gradrun.inference.reordering import restore_input_order
 from gradrun.inference.runner import Runner, execution_context
 from gradrun.inference.sampling import first_batches
 from gradrun.models import class_names, load_model
-from gradrun.models.python import ImportSpace
+from gradrun.models.imports import ImportSpace
 from gradrun.output.formats import open_writer
 from gradrun.results import stats
 from gradrun.results.result import Phases

@@ -259,7 +259,9 @@ def _open_safetensors(path: Path, name: str | None, key: str) -> _Stored:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
     except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
-        raise ConfigError(f"{path} is no safetensors file: {error}", "data.path") from error
+        raise ConfigError(
+            f"{path} is not a valid safetensors file: {error}", "data.path"
+        ) from error
     chosen = _chosen(name, names, path, key)
     try:
         return _SafetensorsRows(path, chosen)

@@ -1,8 +1,4 @@
-"""config.model to a callable torch.nn.Module: the contract of the shelf and its table.
-
-A source builds a module; what all of them share (weights, dtype, eval, device, compile) is done
-here. Knows no data.
-"""
+"""Load the model of a config: the table of model sources, and the steps that all sources share."""
 
 from __future__ import annotations
 
@@ -36,16 +32,16 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "timm": timm.open_model,
     "torchvision": torchvision.open_model,
 }
-"""source -> opener: (config section, *, trust_code: bool) to the module, on the CPU."""
+"""source -> loader: (config section, *, trust_code: bool) -> the module, on the CPU."""
 
 
 def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = False) -> nn.Module:
-    """The module that a config names, with its weights, on `device`, ready to be called.
+    """Load the module of a config onto `device`, ready to be called.
 
-    Weights that no file gives are drawn from torch's default generator, which the caller seeds.
+    Weights that no file provides are drawn from torch's default generator; the caller seeds it.
 
     Raises:
-        ConfigError: it cannot be built, is not trusted, or its weights do not fit it.
+        ConfigError: the module cannot be built, needs trust, or its weights do not fit.
     """
     module = SOURCES[config.source](config, trust_code=trust_code)
     if isinstance(config, WeightedModel) and config.weights:
@@ -59,13 +55,16 @@ def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = 
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.to(device)
     except (RuntimeError, ValueError, TypeError) as error:
-        text = f"cannot be brought to {device} as the config asks: {first_line(error)}"
-        raise ConfigError(text, "model") from error
+        raise ConfigError(
+            f"the model cannot be moved to {device} with the dtype and memory format of the "
+            f"config: {first_line(error)}",
+            "model",
+        ) from error
     return _compiled(module) if config.compile else module
 
 
 def class_names(model: nn.Module) -> tuple[str, ...]:
-    """What a model calls its classes, in order, where its source has said so."""
+    """Return the names of a model's classes in order, or () if its source provides none."""
     return tuple(getattr(model, "class_names", ()))
 
 

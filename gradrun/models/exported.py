@@ -1,14 +1,7 @@
-"""A program from torch.export.save, run also where it was exported for one batch size.
-
-Knows the sizes that the program takes; a batch that is too small is padded and its outputs cut.
-"""
+"""A program saved with torch.export.save, run in batches of the sizes that it accepts."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,54 +9,35 @@ from torch import nn
 
 from gradrun.config.model import ExportedModel
 from gradrun.core.errors import ConfigError
-from gradrun.models.pt2_trust import inspect, weights_only_loads
+from gradrun.models.imports import require_trust
 
 
 def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:
-    """The program as a module that takes inputs as it was exported to, in batches as it can."""
-    program = _load(config.path, trust_code=trust_code)
+    """Load the program as a module; see ExportedProgram."""
+    require_trust(trust_code, f"{config.path} contains an exported program", "model.path")
+    try:
+        program = torch.export.load(config.path)
+    except Exception as error:  # torch raises many types of error for a damaged archive
+        raise ConfigError(
+            f"{config.path} is not a program that torch {torch.__version__} can read "
+            f"({type(error).__name__}); save it with torch.export.save (source: torchscript reads "
+            "files of torch.jit.save)",
+            "model.path",
+        ) from error
     smallest, largest = _batch_sizes(program)
-    return Program(program.module(), _positional_names(program), smallest, largest)
+    return ExportedProgram(program.module(), _positional_names(program), smallest, largest)
 
 
 def _positional_names(program: torch.export.ExportedProgram) -> tuple[str, ...] | None:
-    """The names of inputs that the program takes by position alone; None where it takes names."""
+    """Return the names of inputs if the program takes all by position, None if it takes names."""
     if program.call_spec.in_spec is None or program.call_spec.in_spec.children()[1].num_children:
         return None
     signature = program.module_call_graph[0].signature
     return tuple(signature.forward_arg_names or ()) if signature else ()
 
 
-def _load(path: Path, *, trust_code: bool) -> torch.export.ExportedProgram:
-    try:
-        if trust_code:
-            return torch.export.load(path)
-        inspect(path)
-        with weights_only_loads(), _quiet():
-            return torch.export.load(path)
-    except ConfigError:
-        raise
-    except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ConfigError(
-            f"{path} is no program that torch {torch.__version__} reads ({type(error).__name__}); "
-            "it is written by torch.export.save (source: torchscript reads torch.jit's files)",
-            "model.path",
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging the traceback of what it is about to raise, or to try otherwise."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 def _batch_sizes(program: torch.export.ExportedProgram) -> tuple[int, int | None]:
-    """The smallest and largest first dimension that the program's inputs take."""
+    """Return the smallest and largest first dimension that the inputs accept."""
     smallest, largest = 0, None
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -75,16 +49,16 @@ def _batch_sizes(program: torch.export.ExportedProgram) -> tuple[int, int | None
         limits = program.range_constraints.get(size.node.expr)
         if limits is not None:
             smallest = max(smallest, int(limits.lower))
-            # Without an upper bound torch gives an infinity of sympy's, which is no int.
+            # Without an upper bound torch gives sympy's infinity, which is not an integer.
             largest = int(limits.upper) if limits.upper.is_Integer else largest
     return smallest, largest
 
 
-class Program(nn.Module):
-    """Calls an exported program with what it takes.
+class ExportedProgram(nn.Module):
+    """Calls an exported program with batches of any size up to its maximum.
 
-    A batch below `smallest` is padded by repeating its last sample, and the outputs are cut. Inputs
-    that come by name are put in the program's order where it knows positions only.
+    A batch smaller than the minimum is padded with copies of its last sample, and the outputs are
+    truncated. Named inputs are put into the program's order if it takes inputs by position.
     """
 
     def __init__(
@@ -99,10 +73,10 @@ class Program(nn.Module):
         self.smallest, self.largest = smallest, largest
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
-        """Inputs of shape [n, ...] to what the program gives for them, n samples of it.
+        """Call the program with inputs [n, ...] and return its outputs for the n samples.
 
         Raises:
-            ConfigError: n is more than the program takes.
+            ConfigError: n exceeds the program's maximum.
         """
         if kwargs and self.positional is not None:
             known = set(self.positional) == set(kwargs)
@@ -122,19 +96,19 @@ class Program(nn.Module):
             *(_pad(value, missing) for value in args),
             **{name: _pad(value, missing) for name, value in kwargs.items()},
         )
-        return _cut(padded, self.smallest, size)
+        return _truncate(padded, self.smallest, size)
 
 
 def _pad(value: torch.Tensor, missing: int) -> torch.Tensor:
     return torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
 
 
-def _cut(value: Any, padded: int, size: int) -> Any:
-    """`value` with every tensor of `padded` samples cut to the first `size`."""
+def _truncate(value: Any, padded: int, size: int) -> Any:
+    """Truncate every tensor of `padded` samples in a nested value to `size` samples."""
     if isinstance(value, torch.Tensor):
         return value[:size] if value.ndim and len(value) == padded else value
     if isinstance(value, dict):
-        return {name: _cut(item, padded, size) for name, item in value.items()}
+        return {name: _truncate(item, padded, size) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_cut(item, padded, size) for item in value)
+        return type(value)(_truncate(item, padded, size) for item in value)
     return value

@@ -1,7 +1,4 @@
-"""A model of transformers, with the head that `auto_class` names and the weights of its folder.
-
-Knows what of such a folder could run code, and which weights it lacks; knows no tokenizer.
-"""
+"""A model of transformers, from a folder or from the hub."""
 
 from __future__ import annotations
 
@@ -16,11 +13,17 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
 
 _KEY = "model.path"
-_LISTED = 4
+_MAX_LISTED = 4
 
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
-    """The model, which is data: code and pickles of its folder are for those who trust it."""
+    """Load the model with the head that `auto_class` names.
+
+    Without trust, code and pickles in the folder are refused.
+
+    Raises:
+        ConfigError: the folder needs trust, cannot be read, or lacks weights of the model.
+    """
     transformers = import_transformers(_KEY)
     auto = getattr(transformers, config.auto_class)
     settings: dict[str, Any] = {
@@ -28,13 +31,13 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
         "trust_remote_code": trust_code,
     }
     with hub_errors(config.path, _KEY):
-        described = transformers.AutoConfig.from_pretrained(config.path, **settings)
+        model_config = transformers.AutoConfig.from_pretrained(config.path, **settings)
         if not trust_code and config.attention is None:
             _check_kernels(config, settings["revision"], transformers)
         model, report = auto.from_pretrained(
             config.path,
             **settings,
-            config=described,
+            config=model_config,
             dtype=getattr(torch, config.dtype) if config.dtype else "auto",
             attn_implementation=config.attention,
             use_safetensors=None if trust_code else True,
@@ -44,43 +47,43 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
         _check_weights(config, sorted(report["missing_keys"]))
     model.class_names = _class_names(model.config) if "Classification" in config.auto_class else ()
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # one forward comes back to no cache
+        model.config.use_cache = False  # a single forward pass does not reuse a cache
     return model  # type: ignore[no-any-return]
 
 
-def _class_names(described: Any) -> tuple[str, ...]:
-    """What the model calls its classes, in order; nothing where it only counts them."""
-    named = described.id2label or {}
-    names = tuple(str(named.get(number, number)) for number in range(len(named)))
+def _class_names(model_config: Any) -> tuple[str, ...]:
+    """Return the names of the classes in order; () if they are the generic LABEL_0, LABEL_1."""
+    id2label = model_config.id2label or {}
+    names = tuple(str(id2label.get(number, number)) for number in range(len(id2label)))
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
 def _check_kernels(config: HuggingFaceModel, revision: str, transformers: Any) -> None:
-    """Refuse attention that transformers would fetch from the hub as code."""
-    written, _ = transformers.PretrainedConfig.get_config_dict(config.path, revision=revision)
-    for named in _attentions(written):
-        if "/" in named:
+    """Refuse attention kernels, which transformers would download from the hub as code."""
+    raw, _ = transformers.PretrainedConfig.get_config_dict(config.path, revision=revision)
+    for name in _attention_names(raw):
+        if "/" in name:
             raise ConfigError(
-                f"{config.path} asks for the kernel {named!r} from the hub, {NEEDS_TRUST}; or "
+                f"{config.path} asks for the kernel {name!r} from the hub, {NEEDS_TRUST}; or "
                 "choose model.attention",
                 _KEY,
             )
 
 
-def _attentions(described: Any) -> Iterator[str]:
-    """Every kind of attention that a description names, its parts' too."""
-    for key, value in described.items() if isinstance(described, dict) else ():
+def _attention_names(raw: Any) -> Iterator[str]:
+    """Yield every attention implementation in a model's config, including its sub-configs."""
+    for key, value in raw.items() if isinstance(raw, dict) else ():
         if "attn_implementation" in str(key):
             yield str(value)
-        yield from _attentions(value)
+        yield from _attention_names(value)
 
 
-def _check_weights(config: HuggingFaceModel, lacking: list[str]) -> None:
-    if lacking:
-        more = len(lacking) - _LISTED
-        listed = ", ".join(lacking[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+def _check_weights(config: HuggingFaceModel, missing: list[str]) -> None:
+    if missing:
+        more = len(missing) - _MAX_LISTED
+        listed = ", ".join(missing[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
         raise ConfigError(
-            f"{config.path} has no weights for {listed}; choose the model.auto_class that it was "
-            "saved as, or let model.random_weights: true draw them from run.seed",
+            f"{config.path} has no weights for {listed}; set model.auto_class to the class that "
+            "was saved, or set model.random_weights: true to draw them from run.seed",
             "model.auto_class",
         )

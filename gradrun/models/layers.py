@@ -1,7 +1,4 @@
-"""A chain of torch.nn layers that a config names, so that a model needs no code.
-
-Knows torch.nn's class names; the sizes are the user's.
-"""
+"""A chain of torch.nn layers that the config lists by name."""
 
 from __future__ import annotations
 
@@ -24,26 +21,30 @@ _LAYERS = {
 
 
 def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
-    """An nn.Sequential of the layers, in order."""
+    """Build an nn.Sequential of the layers.
+
+    Raises:
+        ConfigError: a layer is unknown or has wrong arguments, or the weights exceed free memory.
+    """
     with torch.device("meta"):
-        planned = _chain(config)
+        planned = _build(config)
     sized = (p for p in planned.parameters() if not nn.parameter.is_lazy(p))
     size = sum(p.numel() * p.element_size() for p in sized)
     free = psutil.virtual_memory().available
     if size > free:
         raise ConfigError(
-            f"the layers hold {format_bytes(size)} of weights, and {format_bytes(free)} of memory "
-            "are free; make them smaller",
+            f"the layers have {format_bytes(size)} of weights, but only {format_bytes(free)} of "
+            "memory is free; make them smaller",
             "model.layers",
         )
-    return _chain(config)
+    return _build(config)
 
 
-def _chain(config: LayersModel) -> nn.Sequential:
-    return nn.Sequential(*(_layer(spec, i) for i, spec in enumerate(config.layers)))
+def _build(config: LayersModel) -> nn.Sequential:
+    return nn.Sequential(*(_build_layer(spec, i) for i, spec in enumerate(config.layers)))
 
 
-def _layer(spec: Any, index: int) -> nn.Module:
+def _build_layer(spec: Any, index: int) -> nn.Module:
     name, arguments = next(iter(spec.items())) if isinstance(spec, dict) else (spec, [])
     key = f"model.layers.{index}"
     if name not in _LAYERS:
@@ -53,7 +54,7 @@ def _layer(spec: Any, index: int) -> nn.Module:
         if isinstance(arguments, dict):
             return _LAYERS[name](**arguments)
         return _LAYERS[name](*(arguments if isinstance(arguments, list) else [arguments]))
-    except Exception as error:  # whatever torch raises on arguments that make no sense
+    except Exception as error:  # torch raises many types of error for wrong arguments
         raise ConfigError(
-            f"nn.{name} cannot be made with {arguments}: {first_line(error)}", key
+            f"nn.{name} does not accept {arguments}: {first_line(error)}", key
         ) from error

@@ -1,7 +1,4 @@
-"""A model of torchvision by its name, with weights from a file, from torchvision, or none.
-
-Knows torchvision's names; nothing of pictures.
-"""
+"""A model of torchvision, by its name."""
 
 from __future__ import annotations
 
@@ -10,33 +7,27 @@ import inspect
 from torch import nn
 
 from gradrun.config.model import TorchvisionModel
-from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import did_you_mean
-from gradrun.models.python import build
+from gradrun.models.python import build_module
+from gradrun.models.weights import downloading
 
 
 def open_model(config: TorchvisionModel, *, trust_code: bool) -> nn.Module:
-    """The network; only `pretrained: true` without a file of weights downloads anything."""
+    """Create the network; download weights only with model.pretrained and without model.weights."""
     models = import_optional("torchvision", "model.source", "models")
     if config.name not in (names := models.list_models()):
-        hint = did_you_mean(config.name, names) or "torchvision.models.list_models() says all"
+        hint = did_you_mean(config.name, names) or "see torchvision.models.list_models()"
         raise ConfigError(f"torchvision has no model {config.name!r:.60}; {hint}", "model.name")
     if config.pretrained and not config.weights:
-        try:
+        with downloading("torchvision", config.name):
             module: nn.Module = models.get_model(config.name, weights="DEFAULT", **config.args)
-        except Exception as error:  # no network, args that fit none
-            raise ConfigError(
-                f"torchvision's own weights of {config.name} cannot be had: "
-                f"{type(error).__name__}: {first_line(error)}; model.weights reads them from a "
-                "file",
-                "model.pretrained",
-            ) from error
-        return module
+            return module
     builder = models.get_model_builder(config.name)
-    # Without weights of its own a model may want to fetch those of its backbone.
+    # Without weights=None a model may download weights of its backbone.
     known = inspect.signature(builder).parameters
     none = {key: None for key in ("weights", "weights_backbone") if key in known}
-    return build(
+    return build_module(
         lambda **args: builder(**none, **args), config.args, f"torchvision's {config.name}"
     )

@@ -379,9 +379,8 @@ def test_the_bundled_models_pass_through_the_command(cli: Command, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["torchscript", "exported", "records", "layers"])
 def test_every_source_can_be_audited(cli: Command, tmp_path: Path, name: str) -> None:
-    answer = cli(
-        "audit", ROOT / "configs" / f"{name}.yaml", "--set", f"output.path={tmp_path / 'o'}"
-    )
+    config = ROOT / "configs" / f"{name}.yaml"
+    answer = cli("audit", config, "--trust-code", "--set", f"output.path={tmp_path / 'o'}")
     assert answer.code == 0, answer.text
     assert "Run it in" in answer.out
 

@@ -340,7 +340,7 @@ def test_code_that_cannot_be_had_from_the_revision_is_no_verdict(project, monkey
     git("add", ".")
     git("commit", "-qm", "one")
     with pytest.raises(
-        (ConfigError, RunFailed), match=r"imports sizes from .*, which is this side's"
+        (ConfigError, RunFailed), match=r"imports sizes from .*, a file of the working tree"
     ):
         gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
 

@@ -24,7 +24,7 @@ from gradrun.inference.meters import (
     device_memory,
     process_memory,
 )
-from gradrun.models.python import import_file
+from gradrun.models.imports import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import RunResult
 

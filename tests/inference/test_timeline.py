@@ -15,7 +15,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled
 from gradrun.inference.meters.cpu_memory import forward_memory
 from gradrun.inference.meters.timeline import downsample
-from gradrun.models.python import import_file
+from gradrun.models.imports import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory
 

@@ -215,7 +215,7 @@ def test_code_runs_only_if_it_is_trusted(
     written["model"] = {"source": "python", "target": "loud.py:Net"}
     for untrusting in ("", "0", "yes"):
         monkeypatch.setenv("GRADRUN_TRUST_CODE", untrusting)
-        with pytest.raises(ConfigError, match="--trust-code or GRADRUN_TRUST_CODE=1"):
+        with pytest.raises(ConfigError, match="--trust-code or set GRADRUN_TRUST_CODE=1"):
             gradrun.infer(written)
     assert not Path("ran").exists()
     assert not Path("out").exists()

@@ -124,9 +124,18 @@ def test_the_python_example_gives_the_three_most_likely_digits(run: Run, tmp_pat
     assert (np.diff(values) <= 0).all(), "the most likely first"
 
 
-def test_the_python_example_needs_trust(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--trust-code"):
-        gradrun.infer(CONFIGS / "python.yaml", **{"output.path": str(tmp_path / "out")})
+def test_only_examples_with_programs_need_trust_and_their_first_lines_mention_it(
+    tmp_path: Path,
+) -> None:
+    programs = {"python", "torchscript", "exported"}
+    for name in NAMES:
+        source = gradrun.load_config(CONFIGS / f"{name}.yaml").config.model.source
+        assert (source in programs) == (name in programs)
+        head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[:3]
+        assert any("--trust-code" in line for line in head) == (name in programs)
+    for name in programs:
+        with pytest.raises(ConfigError, match="--trust-code"):
+            gradrun.infer(CONFIGS / f"{name}.yaml", **{"output.path": str(tmp_path / "out")})
 
 
 def test_the_records_example_copies_ids_and_classifies_digits(run: Run, tmp_path: Path) -> None:

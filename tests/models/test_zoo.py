@@ -16,7 +16,7 @@ from gradrun.config.model import ZooModel
 from gradrun.core.errors import ConfigError
 from gradrun.models import load_model
 
-MODELS = Path(__file__).parent.parent / "models"
+MODELS = Path(__file__).parents[2] / "models"
 CONFIGS = MODELS.parent / "configs"
 
 

@@ -115,19 +115,6 @@ def _texts() -> dict[str, bytes]:
     return {"x.csv": "\n".join(table).encode(), "x.jsonl": "\n".join(lines).encode()}
 
 
-def _programs() -> Iterator[Seed]:
-    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU())
-    net.eval()
-    scripted, exported = io.BytesIO(), io.BytesIO()
-    torch.jit.save(torch.jit.script(net), scripted)
-    batch = {0: torch.export.Dim("batch", min=1, max=64)}
-    program = torch.export.export(net, (torch.ones(3, 4),), dynamic_shapes=(batch,))
-    torch.export.save(program, exported)
-    for source, name, data in (("torchscript", "m.pt", scripted), ("exported", "m.pt2", exported)):
-        files = config(f"{{source: {source}, path: {name}}}") | {name: data.getvalue()}
-        yield Seed(source, files, name, [INFER])
-
-
 def _plain() -> Iterator[Seed]:
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         yield Seed("yaml", {"c.yaml": path.read_bytes()}, "c.yaml", [["validate", "c.yaml"]])
@@ -268,7 +255,6 @@ def seeds(folder: Path) -> dict[str, list[Seed]]:
     kinds = defaultdict(list)
     for seed in itertools.chain(
         _plain(),
-        _programs(),
         _pictures(),
         _parquet(),
         _pretrained(folder),

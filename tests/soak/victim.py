@@ -200,9 +200,10 @@ def _warm_up() -> None:
         import pyarrow.parquet  # noqa: F401 - takes room for its threads
 
     with tempfile.TemporaryDirectory() as folder:
-        words = ["infer", str(ROOT / "configs/exported.yaml"), "--output", f"{folder}/out"]
-        for more in (words, ["verify", f"{folder}/out"]):
-            done = CliRunner().invoke(app, [str(word) for word in more])
+        config = str(ROOT / "configs/exported.yaml")
+        words = ["infer", config, "--trust-code", "-o", f"{folder}/out"]
+        for command in (words, ["verify", f"{folder}/out"]):
+            done = CliRunner().invoke(app, command)
             assert done.exit_code == 0, done.output
 
 

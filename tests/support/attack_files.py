@@ -13,6 +13,7 @@ import os
 import pickle
 import struct
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from tests.models import test_pt2_trust as pt2
 from tests.soak import fuzz
 from tests.soak.fuzz import INFER, LINEAR, config, saved
 
@@ -38,6 +38,7 @@ VALIDATE = ["validate", "c.yaml"]
 VERIFY = ["verify", "out"]
 
 Files = dict[str, bytes]
+Create = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,11 @@ CONFIGS = {
     "a key that drives the terminal": _yaml(SHOWN, f"run: {{{json.dumps(SCREEN)}: 1}}"),
     "a value that drives the terminal": _yaml(SHOWN, f"run: {{mode: {json.dumps(SCREEN)}}}"),
     "code that nobody trusts": attack(
-        "run with --trust-code",
+        "pass --trust-code",
         config("{source: python, target: 'm.py:Net'}") | {"m.py": b"import os; os.mkdir('evil')"},
     ),
     "a function that nobody trusts": attack(
-        "run with --trust-code", config("{source: python, target: 'os:mkdir', args: {path: evil}}")
+        "pass --trust-code", config("{source: python, target: 'os:mkdir', args: {path: evil}}")
     ),
     "layers of more than the memory": attack(
         "TiB of weights", config("{source: layers, layers: [{Linear: [1000000, 100000000]}]}")
@@ -223,26 +224,30 @@ ARRAYS = {
         "and 4992 more", archive({f"{i}.npy": b"" for i in range(5_000)}), "x.npz"
     ),
     "an encrypted member": _array("cannot be read", _encrypted(), "x.npz"),
-    "a header beyond the file": _safetensors("no safetensors", b"{}", 2**63),
-    "a header of a gigabyte": _safetensors("no safetensors", b"{}", 2**30),
-    "no JSON in the header": _safetensors("no safetensors", b"\x80\x04cos\nmkdir\n"),
-    "brackets in the header": _safetensors("no safetensors", b'{"a":' * 100_000),
-    "data beyond the file": _safetensors("no safetensors", _of("F32", [2, 2], 0, 2**40)),
-    "data before the file": _safetensors("no safetensors", _of("F32", [2, 2], -16, 0), None),
+    "a header beyond the file": _safetensors("not a valid safetensors file", b"{}", 2**63),
+    "a header of a gigabyte": _safetensors("not a valid safetensors file", b"{}", 2**30),
+    "no JSON in the header": _safetensors("not a valid safetensors file", b"\x80\x04cos\nmkdir\n"),
+    "brackets in the header": _safetensors("not a valid safetensors file", b'{"a":' * 100_000),
+    "data beyond the file": _safetensors(
+        "not a valid safetensors file", _of("F32", [2, 2], 0, 2**40)
+    ),
+    "data before the file": _safetensors(
+        "not a valid safetensors file", _of("F32", [2, 2], -16, 0), None
+    ),
     "a shape beyond its data": _safetensors(
-        "no safetensors", _of("F32", [2**40, 4], 0, 16), None, bytes(16)
+        "not a valid safetensors file", _of("F32", [2**40, 4], 0, 16), None, bytes(16)
     ),
     "a shape that overflows": _safetensors(
-        "no safetensors", _of("F32", [2**62, 4], 0, 16), None, bytes(16)
+        "not a valid safetensors file", _of("F32", [2**62, 4], 0, 16), None, bytes(16)
     ),
     "two tensors in one place": _safetensors(
-        "no safetensors",
+        "not a valid safetensors file",
         {"b": _of("F32", [4], 0, 16)["a"], **_of("F32", [4], 0, 16)},
         None,
         b"_" * 16,
     ),
     "a type of nobody's": _safetensors(
-        "no safetensors", _of("X99", [2, 2], 0, 16), None, bytes(16)
+        "not a valid safetensors file", _of("X99", [2, 2], 0, 16), None, bytes(16)
     ),
     "tensors that drive the terminal": _array(
         SHOWN, save({SCREEN: torch.zeros(2), "b": torch.zeros(2)}), "x.safetensors"
@@ -287,7 +292,7 @@ RECORDS = {
 # --- weights and programs ----------------------------------------------------------------------
 
 STATE = {"0.weight": torch.ones(3, 4), "0.bias": torch.zeros(3)}
-REFUSED = "holds Python objects besides tensors, and unpickling them could run code"
+REFUSED = "contains Python objects besides tensors, and unpickling them could run code"
 
 
 def _weights(said: str, data: bytes, name: str = "w.pt", **more: Any) -> Attack:
@@ -314,9 +319,13 @@ def _older(state: object) -> bytes:
     return saved(state, _use_new_zipfile_serialization=False)
 
 
-def laughs() -> bytes:
-    """Opcodes for a tuple that holds a tuple twice that holds a tuple twice, and so on."""
+def nested_tuples() -> bytes:
+    """Opcodes for a tuple that contains one tuple twice, which contains one twice, and so on."""
     return b")q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(100))
+
+
+def nested_lists() -> bytes:
+    return b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(100))
 
 
 CALLERS = {
@@ -334,7 +343,7 @@ WEIGHTS = {
     "a whole module": _weights(REFUSED, saved(torch.nn.ReLU())),
     "a bare pickle": _weights("model.weights: ", pickle.dumps(Touch())),
     "a pickle called safetensors": _weights(
-        "no safetensors", pickle.dumps(Touch()), "w.safetensors"
+        "not a valid safetensors file", pickle.dumps(Touch()), "w.safetensors"
     ),
     **{
         f"a checkpoint that calls {name}": _weights(
@@ -343,46 +352,57 @@ WEIGHTS = {
         for name, data in CALLERS.items()
     },
     "a packed checkpoint": _weights(
-        "would unpack to",
+        "is a compressed archive",
         _changed(saved(STATE), {"data/0": lambda _: bytes(BOMB)}, **PACKED),
     ),
     "a storage shorter than its tensor": _weights(
-        "no checkpoint", _changed(saved(STATE), {"data/0": lambda _: b"x"})
+        "not a checkpoint", _changed(saved(STATE), {"data/0": lambda _: b"x"})
     ),
     "a tensor longer than its storage": _weights(
-        "no checkpoint|does not fit",
+        "not a checkpoint|does not fit",
         _changed(saved(STATE), {"data.pkl": lambda d: d.replace(b"K\x03K\x04", b"K\xffK\xff", 1)}),
     ),
     "tuples within tuples as a key": _weights(
-        "tuples within tuples",
-        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."}),
+        "tuples nested without limit",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}" + nested_tuples() + b"K\x01s."}),
+    ),
+    "tuples a million levels deep": _weights(
+        "tuples nested without limit",
+        _changed(
+            saved(STATE),
+            {"data.pkl": lambda _: b"\x80\x02})" + b"\x85" * 1_000_000 + b"K\x01s."},
+        ),
     ),
     "tuples within tuples": _weights(
-        "grow without end",
-        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b"."}),
+        "tuples nested without limit",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + nested_tuples() + b"."}),
     ),
     "tuples within tuples, called": _weights(
-        "no checkpoint",
-        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + laughs() + b")R."}),
+        "tuples nested without limit",
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + nested_tuples() + b")R."}),
     ),
     "tuples within tuples in an older checkpoint": _weights(
-        "tuples within tuples",
-        b"".join(map(pickle.dumps, (0x1950A86A20F9469CFC6C, 1001, {})))
+        "tuples nested without limit",
+        b"".join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {}))
         + b"\x80\x02}"
-        + laughs()
+        + nested_tuples()
         + b"K\x01s.",
     ),
+    "lists within lists, called": _weights(
+        REFUSED,
+        _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02" + nested_lists() + b")R."}),
+    ),
     "a list within itself": _weights(
-        "grow without end",
+        "it contains a list",
         _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02]q\x00h\x00a."}),
     ),
     "a pickle with a place for everything": _weights(
-        "no checkpoint|no state dict",
+        "not a checkpoint|no state dict",
         _changed(saved(STATE), {"data.pkl": lambda _: b"\x80\x02}r\xff\xff\xff\x7f."}),
     ),
     "keys that drive the terminal": _weights(SHOWN, saved({SCREEN: torch.ones(1)})),
     "weights of a terabyte": _weights(
-        "no safetensors|cannot be read",
+        "not a valid safetensors file|cannot be read",
         struct.pack("<Q", 2**39) + b"{",
         "w.safetensors",
         holes={"w.safetensors": TERABYTE},
@@ -390,108 +410,61 @@ WEIGHTS = {
 }
 
 
-class Writer(torch.nn.Module):
+class WritesOnLoad(torch.nn.Module):
+    """A scripted module whose file creates `evil` while torch.jit.load reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("x", torch.ones(2))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        torch.save(x, "evil")
         return x
 
+    @torch.jit.export
+    def __getstate__(self) -> tuple[torch.Tensor, bool]:
+        return self.x, self.training
 
-class Mapper(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.from_file("evil", True, 4)
+    @torch.jit.export
+    def __setstate__(self, state: tuple[torch.Tensor, bool]) -> None:
+        torch.save(state[0], "evil")
+        self.x, self.training = state
 
 
-def _script(module: torch.nn.Module) -> bytes:
+def script_that_writes() -> bytes:
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.script(module), buffer)
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.script(WritesOnLoad()), buffer)
     return buffer.getvalue()
 
 
-def _scripted(said: str, data: bytes, source: str = "torchscript") -> Attack:
-    return attack(said, config(f"{{source: {source}, path: m.pt}}") | {"m.pt": data})
-
-
-LINEAR_SCRIPT = _script(torch.nn.Linear(4, 3))
-SCRIPTS = {
-    "a program that saves": _scripted("uses save", _script(Writer())),
-    "a program that maps a file": _scripted("uses from_file", _script(Mapper())),
-    "a program with an operator of nobody's": _scripted(
-        "an operator of evil",
-        _changed(
-            LINEAR_SCRIPT,
-            {"linear.py": lambda d: d.replace(b"return", b"_9 = ops.evil.op()\n    return")},
-        ),
-    ),
-    "a program short of its weights": _scripted(
-        "claims 12 values", _changed(LINEAR_SCRIPT, {"data/0": lambda _: b""})
-    ),
-    "a program with strides beyond": _scripted(
-        "claims a tensor of shape",
-        _changed(LINEAR_SCRIPT, {"data.pkl": lambda d: d.replace(b"K\x04K\x01", b"K\xffK\x01", 1)}),
-    ),
-    "a program of tuples within tuples": _scripted(
-        "no TorchScript archive|no possible shape|tuples",
-        _changed(
-            LINEAR_SCRIPT, {"data.pkl": lambda d: b"\x80\x02}" + laughs() + b"K\x01s" + d[2:]}
-        ),
-    ),
-    "a text of 4 GiB in a program": _scripted(
-        "no TorchScript archive",
-        _changed(
-            LINEAR_SCRIPT,
-            {"data.pkl": lambda d: d[:2] + b"X" + struct.pack("<L", 2**32 - 1) + d[2:]},
-        ),
-    ),
-    "a program that unpickles": _scripted(
-        "no TorchScript archive",
-        _changed(LINEAR_SCRIPT, {"data.pkl": lambda _: _pickle("os", "mkdir", "evil")}),
-    ),
-    "packed code": _scripted(
-        "would unpack to",
-        _changed(LINEAR_SCRIPT, {"linear.py": lambda d: d + bytes(BOMB)}, **PACKED),
-    ),
-    "a checkpoint for a program": _scripted("no TorchScript archive", saved(STATE)),
-    "a script for a program": _scripted(
-        "set model.source to torchscript", LINEAR_SCRIPT, "exported"
-    ),
-}
-
-
-@functools.cache
-def _export() -> Files:
+def export_that_writes() -> bytes:
+    """An exported program whose formula creates `evil` when torch.export.load evaluates it."""
     buffer = io.BytesIO()
-    torch.export.save(torch.export.export(pt2.Small(), (torch.ones(3, 4), "zip")), buffer)
-    return members_of(buffer.getvalue())
+    torch.export.save(torch.export.export(torch.nn.Linear(4, 2), (torch.ones(3, 4),)), buffer)
+
+    def change(data: bytes) -> bytes:
+        program = json.loads(data)
+        formula = {"expr_str": "__import__('os').system('touch evil')", "hint": None}
+        values = program["graph_module"]["graph"]["tensor_values"]
+        values["input"]["sizes"][0] = {"as_expr": formula}
+        return json.dumps(program).encode()
+
+    return _changed(buffer.getvalue(), {"models/model.json": change})
 
 
-def _exported(crafted: pt2.Attack) -> Attack:
-    """An attack of test_pt2_trust.py, by the command."""
-
+def _program(source: str, create: Create) -> Attack:
     def lay_out(folder: Path) -> None:
-        (folder / "c.yaml").write_bytes(config("{source: exported, path: evil.pt2}")["c.yaml"])
-        marker = pt2.craft(_export(), crafted, folder / "evil.pt2")
-        (folder / f"{marker.stem}.py").write_text(f"open({str(marker)!r}, 'w')\n")
+        (folder / "c.yaml").write_bytes(config(f"{{source: {source}, path: m}}")["c.yaml"])
+        (folder / "m").write_bytes(create())
 
-    return Attack(lay_out, "run with --trust-code")
-
-
-def samples_without_end(members: Files, program: Any, marker: Path) -> None:
-    """Tuples within tuples for the inputs that the program was exported with."""
-    members[pt2.SAMPLES] = _changed(
-        members[pt2.SAMPLES],
-        {"data.pkl": lambda _: b"\x80\x02}" + laughs() + b"K\x01s."},
-    )
+    return Attack(lay_out, "was not loaded, because it could run anything .* pass --trust-code")
 
 
-EXPORTS = {
-    attack.__name__.replace("_", " "): _exported(attack)
-    for attack in (*pt2.RUN, samples_without_end)
-} | {
-    "a packed program": attack(
-        "would unpack to",
-        config("{source: exported, path: m.pt2}")
-        | {"m.pt2": archive({"a/models/model.json": bytes(BOMB)}, **PACKED)},
-    ),
+PROGRAMS = {
+    "a TorchScript file that writes": _program("torchscript", script_that_writes),
+    "an exported program that writes": _program("exported", export_that_writes),
+    "a damaged TorchScript file": _program("torchscript", lambda: b"PK\x03\x04"),
+    "a pickle as an exported program": _program("exported", lambda: pickle.dumps(Touch())),
 }
 
 # --- pictures ----------------------------------------------------------------------------------
@@ -767,8 +740,7 @@ KINDS_OF_ATTACK: dict[str, dict[str, Attack]] = {
     "arrays": ARRAYS,
     "records": RECORDS,
     "weights": WEIGHTS,
-    "TorchScript": SCRIPTS,
-    "exported programs": EXPORTS,
+    "programs": PROGRAMS,
     **({"pictures": PICTURES} if find_spec("PIL") else {}),
     "output folders": FOLDERS,
     "folders of runs": RUNS,

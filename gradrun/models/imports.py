@@ -1,0 +1,184 @@
+"""Import the user's Python code: files, packages, and two revisions of them in one process."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from gradrun.core.errors import ConfigError
+
+
+def require_trust(trust_code: bool, source: str, key: str) -> None:
+    """Raise a ConfigError about `key` unless the user allows the config to run code.
+
+    Args:
+        trust_code: whether the user does.
+        source: subject and verb of the message, such as "net.py:Net is Python code".
+        key: the config key that names the code.
+    """
+    if not trust_code:
+        raise ConfigError(
+            f"{source} and was not loaded, because it could run anything with your rights; if you "
+            "trust it, pass --trust-code or set GRADRUN_TRUST_CODE=1",
+            key,
+        )
+
+
+def import_file(path: Path) -> ModuleType:
+    """Import a Python file, again if it was imported before.
+
+    Raises:
+        ImportError: the file is not a Python file. Other errors come from its code.
+    """
+    name = f"gradrun_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses, pickles and torch.compile look up a class's module by its name.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+_imported: dict[Path, set[str]] = {}
+"""Root folder -> names of the user's modules that were imported from it."""
+
+_added: set[Path] = set()
+"""Root folders that this module added to sys.path."""
+
+
+@contextmanager
+def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
+    """Add a folder to sys.path and forget modules that were imported from other roots.
+
+    Two revisions of one model can be loaded in one process; neither may get the helper modules of
+    the other. Modules that are in use stay alive in their users.
+
+    Args:
+        root: an absolute path.
+        reload: also forget modules from `root`, so that they are read again.
+        first: put the folder before installed packages instead of after them.
+    """
+    for other, names in _imported.items():
+        if other != root and other in _added:
+            sys.path[:] = [entry for entry in sys.path if entry != str(other)]
+        if other != root or reload:
+            for name in names:
+                sys.modules.pop(name, None)
+            names.clear()
+    if str(root) not in sys.path:
+        sys.path.insert(0 if first else len(sys.path), str(root))
+        _added.add(root)
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    imported = _imported.setdefault(root, set())
+    try:
+        yield
+    finally:
+        imported |= {
+            name for name in sys.modules.keys() - before if _is_user_module(sys.modules[name])
+        }
+
+
+class ImportSpace:
+    """The user's modules of one side of a comparison, isolated from those of the other side.
+
+    Two revisions of a model have modules of the same names, and may import some of them late: in a
+    constructor or a forward. The modules of a side are in sys.modules only while it runs, and it
+    imports from its own folder.
+    """
+
+    def __init__(self, moved: tuple[str, str] | None, isolated: bool) -> None:
+        """Create an empty space.
+
+        Args:
+            moved: a folder, and the folder that replaces it for this side.
+            isolated: whether there are other sides; otherwise modules stay in sys.modules.
+        """
+        self.moved, self.isolated = moved, isolated
+        self._modules: dict[str, ModuleType] = {}
+        self._path: list[str] | None = None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make imports use this side's modules and folders."""
+        if not self.isolated:
+            yield
+            return
+        path, before = list(sys.path), set(sys.modules)
+        sys.path[:] = (
+            [self._moved_path(entry) for entry in path] if self._path is None else (self._path)
+        )
+        sys.modules.update(self._modules)
+        importlib.invalidate_caches()
+        try:
+            yield
+        finally:
+            self._path = list(sys.path)
+            for name in sys.modules.keys() - before:
+                if name in self._modules or _is_user_module(sys.modules[name]):
+                    self._modules[name] = sys.modules.pop(name)
+            sys.path[:] = path
+
+    def _moved_path(self, entry: str) -> str:
+        if self.moved is None:
+            return entry
+        old, new = map(Path, self.moved)
+        resolved = Path(entry).resolve()  # "" is the current folder
+        return str(new / resolved.relative_to(old)) if resolved.is_relative_to(old) else entry
+
+    def check(self) -> None:
+        """Check that no module of this side comes from the folder that was replaced.
+
+        Raises:
+            ConfigError: one does, so both sides would run the same code.
+        """
+        if self.moved is None:
+            return
+        old, new = map(Path, self.moved)
+        with self.entered():  # the location of a namespace package follows sys.path
+            locations = {name: _location(module) for name, module in self._modules.items()}
+        for name, path in locations.items():
+            if path and path.resolve().is_relative_to(old) and not path.is_relative_to(new):
+                raise ConfigError(
+                    f"the other revision imports {name} from {path}, a file of the working tree; "
+                    "install the package without a link to that folder, or set model.root",
+                    "model.target",
+                )
+
+
+def describe_user_error(error: BaseException) -> str:
+    """Return the error's type and message, with the last line of the user's code that led to it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and frame.lineno]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if len(own) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
+def _is_user_module(module: ModuleType) -> bool:
+    """Return whether a module is neither Python's nor an installed library's."""
+    path = _location(module)
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    return path is not None and not any(
+        path.is_relative_to(sysconfig.get_path(kind)) for kind in kinds
+    )
+
+
+def _location(module: ModuleType) -> Path | None:
+    """Return the file of a module, or the folder of a namespace package."""
+    file = getattr(module, "__file__", None)
+    if file is None and hasattr(module, "__path__"):
+        file = next(iter(module.__path__), None)
+    return Path(file) if file else None
