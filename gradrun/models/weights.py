@@ -152,7 +152,7 @@ def _check_tuples(file: IO[bytes], path: Path) -> None:
     scalar, function = (0, 0), (0, -1)
     stack: list[tuple[int, int]] = []
     marks: list[int] = []
-    memo: dict[int, tuple[int, int]] = {}
+    memo: dict[Any, tuple[int, int]] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name, before = opcode.name, opcode.stack_before
         if name == "MARK":
