@@ -85,6 +85,9 @@ def test_the_metadata_of_the_wheel_is_complete(wheel: Path) -> None:
     assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert {"Operating System :: POSIX", "Typing :: Typed"} <= {*metadata.get_all("Classifier", [])}
+    targets = re.findall(r"\]\(([^)]*)\)", metadata.get_payload())
+    assert len(targets) > 20
+    assert all(target.startswith("https://") for target in targets), "PyPI has no other files"
     links = [line.partition(", ")[2] for line in metadata.get_all("Project-URL", [])]
     assert "https://github.com/gradrun/gradrun" in links
     commands, plugins = (
