@@ -230,7 +230,9 @@ def clean(text: str, folder: Path) -> str:
 def _kept(text: str, section: str) -> Iterator[str]:
     lines = [line.rstrip() for line in text.strip("\n").split("\n")]
     if section:
-        first = next(i for i, line in enumerate(lines) if line.startswith(section))
+        first = next((i for i, line in enumerate(lines) if line.startswith(section)), None)
+        if first is None:
+            sys.exit(f"no line of the output starts with {section!r}:\n{text}")
         last = next((i for i in range(first, len(lines)) if not lines[i]), len(lines))
         more = ["..."] if any(lines[last:]) else []
         lines = ["...", *lines[first:last], *more]
