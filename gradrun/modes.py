@@ -1,7 +1,4 @@
-"""The gradient modes: torch's own objects, and guards that cover what torch's leave out.
-
-Knows what a mode does to the thread, and nothing of models or measuring; imports torch alone.
-"""
+"""Gradient modes: torch's own context managers, and guards for cases they do not cover."""
 
 from __future__ import annotations
 
@@ -53,25 +50,24 @@ __all__ = [
 F = TypeVar("F", bound=Callable[..., Any])
 
 Condition = bool | Callable[[], bool]
-"""Whether a guard acts; a callable is asked at each entry or call."""
+"""Whether a guard is active; a callable is evaluated at each entry or call."""
 
 
-# --- what the thread is in ---------------------------------------------------------------------
+# --- the state of a thread ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModeState:
-    """The gradient mode of a thread."""
+    """The gradient mode of a thread; `thread` is its threading.get_ident()."""
 
     grad: bool
     inference: bool
     forward_ad: bool
     thread: int
-    """As threading.get_ident() says it."""
 
     @property
     def records(self) -> bool:
-        """Whether operations are recorded for backward: inference mode overrules the grad flag."""
+        """Whether operations are recorded for backward; inference mode overrides the grad flag."""
         return self.grad and not self.inference
 
     def __str__(self) -> str:
@@ -85,7 +81,7 @@ class ModeState:
 
 
 def observe() -> ModeState:
-    """The calling thread's state; changes nothing."""
+    """Return the calling thread's state without changing it."""
     return ModeState(
         grad=torch.is_grad_enabled(),
         inference=torch.is_inference_mode_enabled(),
@@ -94,49 +90,55 @@ def observe() -> ModeState:
     )
 
 
-class assert_restored:  # noqa: N801 - used as a word, like pytest.raises
-    """Fail when a `with` block leaves its thread in another gradient mode than it found.
+class assert_restored:  # noqa: N801 - reads like pytest.raises
+    """Assert that a `with` block restores the thread's gradient mode.
 
-    Not a decorator on purpose: over `async def` it would watch nothing, and never fail.
+    It is not a decorator: on an `async def` function it would check nothing.
 
     Raises:
-        AssertionError: at the end of the block, also of one that raised; names both states. The
-            grad flag is put back first, so that the next test starts as this one did.
+        AssertionError: at the end of the block, even if it raised; names both states. The grad
+            flag is restored first, so that later tests are not affected.
     """
 
     def __enter__(self) -> None:
-        self._found = observe()
+        self._before = observe()
 
     def __exit__(self, *_: object) -> None:
-        left, found = observe(), self._found
-        if left != found:
-            torch.set_grad_enabled(found.grad)
-            if left.thread != found.thread:
-                raise AssertionError("the block ended in another thread than it began in")
-            raise AssertionError(f"the block found the thread in {found} and left it in {left}")
+        after, before = observe(), self._before
+        if after != before:
+            torch.set_grad_enabled(before.grad)
+            if after.thread != before.thread:
+                raise AssertionError("the block ended in a different thread than it started in")
+            raise AssertionError(f"the mode was {before} before the block and {after} after it")
 
 
 # --- guards ------------------------------------------------------------------------------------
 
 
 def grad_mode(mode: GradMode | str) -> ModeGuard:
-    """A fresh guard for `mode`, for a `with` block or as a decorator.
+    """Return a new guard for `mode`, for use as a context manager or decorator.
 
     Raises:
-        ValueError: `mode` is no gradient mode.
+        ValueError: `mode` is not a gradient mode.
     """
-    return ModeGuard(_named(mode))
+    if not isinstance(mode, GradMode):
+        try:
+            mode = GradMode(mode)
+        except ValueError:
+            allowed = ", ".join(GradMode)
+            raise ValueError(f"{mode!r} is not a valid GradMode; allowed: {allowed}") from None
+    return ModeGuard(mode)
 
 
 def conditional_no_grad(condition: Condition) -> ModeGuard:
-    """Turn gradients off where the condition holds; where it does not, change nothing.
+    """Disable gradients if the condition is true; otherwise change nothing.
 
-    `torch.set_grad_enabled(not condition)` differs: it turns gradients *on*, also for a caller
-    who had turned them off.
+    `torch.set_grad_enabled(not condition)` differs: it enables gradients for a caller that
+    disabled them.
 
     Args:
-        condition: a bool, or a callable without arguments, which is asked at each entry of a
-            `with` block and at each call of a decorated function, never at decoration.
+        condition: a bool, or a callable without arguments. A callable is evaluated at each entry
+            of a `with` block and at each call of a decorated function, never at decoration.
 
     Raises:
         TypeError: the condition is neither.
@@ -145,170 +147,172 @@ def conditional_no_grad(condition: Condition) -> ModeGuard:
 
 
 def conditional_inference_mode(condition: Condition) -> ModeGuard:
-    """Run in inference mode where the condition holds; where it does not, change nothing.
+    """Enable inference mode if the condition is true; otherwise change nothing.
 
-    As `conditional_no_grad`; `torch.inference_mode(condition)` turns gradients on instead.
+    Works like `conditional_no_grad`; `torch.inference_mode(False)` enables gradients instead.
     """
     return ModeGuard(GradMode.INFERENCE_MODE, condition)
 
 
-def _named(mode: GradMode | str) -> GradMode:
-    if isinstance(mode, GradMode):
-        return mode
-    try:
-        return GradMode(mode)
-    except ValueError:
-        known = ", ".join(GradMode)
-        raise ValueError(f"{mode!r} is not a valid GradMode; choose of {known}") from None
-
-
 class ModeGuard:
-    """A gradient mode for a `with` block, or as a decorator of functions of every kind.
+    """A gradient mode as a context manager or as a decorator.
 
-    One instance can be entered again and again, within itself and by several threads. On exit the
-    grad flag is as it was at entry, whatever the block did to it.
+    An instance is reusable, reentrant and thread-safe. On exit it restores the grad flag of the
+    entry, even if the block changed it.
 
-    As a decorator it covers plain functions, methods, generators, `async def` and async
-    generators. A body that is suspended and resumed has the mode whenever it runs, and its thread,
-    with all other tasks, is as it was in between; a mode that the body itself is in across an
-    `await` or `yield` (`with enable_grad(): await ...`) is kept for it in the same way. The
-    condition of a call is asked once: for a generator when it is created. `inspect` then takes a
-    decorated generator function for a plain one that returns a generator.
+    It decorates functions, methods, generator functions, `async def` functions and async generator
+    functions, and preserves their kind. A suspended body has the mode whenever it runs; in between,
+    its thread and all other tasks keep their own. A mode that the body itself opens across an
+    `await` or `yield` (`with enable_grad(): await ...`) is saved and restored in the same way. The
+    condition is evaluated once per call, for generators at the first `next`.
 
-    torch.compile follows a `with` block over a guard that is made in the compiled function.
+    torch.compile traces a `with` block over a guard that is created in the compiled function.
     """
 
     def __init__(self, mode: GradMode, condition: Condition = True) -> None:
         self._mode, self._condition = mode, condition
-        # While torch.compile traces there is one thread, and neither a threading.local nor a look
-        # at a signature can be traced.
+        # torch.compile traces a single thread, and can trace neither threading.local nor inspect.
         tracing = torch.compiler.is_compiling()
-        self._entries: _Entries = _Entries() if tracing else _OF_THREAD
+        self._entries: _Entries = _Entries() if tracing else _THREAD_ENTRIES
         if not tracing:
-            _check(condition)
+            _check_condition(condition)
 
     def __enter__(self) -> None:
-        holds = self._holds()
-        grad, opened = torch.is_grad_enabled(), None
-        if holds and self._mode is GradMode.INFERENCE_MODE:
-            opened = _enter_inference_mode(True)  # type: ignore[no-untyped-call]
-        elif holds:
+        active = self._evaluate()
+        grad, inference_guard = torch.is_grad_enabled(), None
+        if active and self._mode is GradMode.INFERENCE_MODE:
+            inference_guard = _enter_inference_mode(True)  # type: ignore[no-untyped-call]
+        elif active:
             torch.set_grad_enabled(self._mode is GradMode.GRAD)
-        self._entries.open.append((self, grad, opened))
+        self._entries.stack.append((self, grad, inference_guard))
 
     def __exit__(self, *_: object) -> None:
-        entries = self._entries.open
-        at = len(entries) - 1
-        while entries[at][0] is not self:
-            at -= 1
-        grad, opened = entries.pop(at)[1:]
-        if opened is not None:
-            _exit_inference_mode(opened)  # type: ignore[no-untyped-call]
+        stack = self._entries.stack
+        index = len(stack) - 1
+        while stack[index][0] is not self:
+            index -= 1
+        grad, inference_guard = stack.pop(index)[1:]
+        if inference_guard is not None:
+            _exit_inference_mode(inference_guard)  # type: ignore[no-untyped-call]
         torch.set_grad_enabled(grad)
 
     def __call__(self, function: F) -> F:
-        """Cover a function; its name, signature and documentation stay.
+        """Wrap a function; keep its name, signature, documentation and kind.
 
         Raises:
-            TypeError: it is a class (decorate its methods) or cannot be called.
+            TypeError: it is a class (decorate its methods) or not callable.
         """
-        covered: Any
+        wrapper: Any
         if isinstance(function, staticmethod | classmethod):
-            covered = type(function)(self(function.__func__))
-            return covered  # type: ignore[no-any-return]
+            wrapper = type(function)(self(function.__func__))
+            return wrapper  # type: ignore[no-any-return]
         if inspect.isclass(function) or not callable(function):
             raise TypeError(f"a gradient mode decorates functions and methods, not {function!r}")
-        cover = next((cover for is_kind, cover in _COVERS if is_kind(function)), _cover_plain)
-        covered = cover(self, function)
-        return covered  # type: ignore[no-any-return]
+        wrap = next((wrap for is_kind, wrap in _WRAPPERS if is_kind(function)), _wrap_function)
+        wrapper = wrap(self, function)
+        return wrapper  # type: ignore[no-any-return]
 
-    def _holds(self) -> bool:
+    def _evaluate(self) -> bool:
         condition = self._condition
         return condition if isinstance(condition, bool) else bool(condition())
 
-    def _decided(self) -> ModeGuard:
-        """The guard with its condition asked, once and for all."""
-        return ModeGuard(self._mode, self._holds())
+    def _evaluated(self) -> ModeGuard:
+        """Return a guard with the condition's current value."""
+        return ModeGuard(self._mode, self._evaluate())
 
 
 class _Entries:
-    """What guards remember: it belongs to an entry, and entries nest within a thread."""
+    """Open entries of guards, innermost last: (guard, grad flag before, inference guard)."""
 
     def __init__(self) -> None:
-        self.open: list[tuple[ModeGuard, bool, Any]] = []
-        """(guard, grad flag before, what ends its inference mode), innermost last."""
+        self.stack: list[tuple[ModeGuard, bool, Any]] = []
 
 
-class _EntriesOfThread(threading.local, _Entries):
+class _ThreadEntries(threading.local, _Entries):
     pass
 
 
-_OF_THREAD = _EntriesOfThread()
+_THREAD_ENTRIES = _ThreadEntries()
 
 
-def _check(condition: object) -> None:
+def _check_condition(condition: object) -> None:
     if isinstance(condition, bool):
         return
-    wanted = "the condition is a bool or a callable without arguments"
+    expected = "the condition must be a bool or a callable without arguments"
     if not callable(condition):
-        raise TypeError(f"{wanted}, not {condition!r}")
+        raise TypeError(f"{expected}, not {condition!r}")
     if inspect.iscoroutinefunction(condition):
-        raise TypeError(f"{wanted}; {condition!r} is async, and its answer would come too late")
+        raise TypeError(f"{expected}; {condition!r} is async and cannot be evaluated at entry")
     try:
         inspect.signature(condition).bind()
-    except ValueError:  # a builtin may have no signature to look at
+    except ValueError:  # a builtin may have no signature
         return
     except TypeError as error:
-        raise TypeError(f"{wanted}; {condition!r} takes some ({error})") from None
+        raise TypeError(f"{expected}; {condition!r} takes arguments ({error})") from None
 
 
 # --- decorators --------------------------------------------------------------------------------
 
 
-def _cover_plain(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_function(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def covered(*args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         with guard:
             return function(*args, **kwargs)
 
-    return covered
+    return wrapper
 
 
-def _cover_generator(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_generator(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def covered(*args: Any, **kwargs: Any) -> Any:
-        return _resumed(function(*args, **kwargs), _Body(guard._decided()))
+    def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        body = _SuspendableBody(guard._evaluated())
+        return (yield from _drive(function(*args, **kwargs), body))
 
-    return covered
+    return wrapper
 
 
-def _cover_coroutine(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_coroutine(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    async def covered(*args: Any, **kwargs: Any) -> Any:
-        body = _Body(guard._decided())
-        return await _Awaited(function(*args, **kwargs), body)
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        body = _SuspendableBody(guard._evaluated())
+        return await _DrivenAwaitable(function(*args, **kwargs), body)
 
-    return covered
+    return wrapper
 
 
-def _cover_async_generator(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_async_generator(guard: ModeGuard, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def covered(*args: Any, **kwargs: Any) -> Any:
-        return _resumed_async(function(*args, **kwargs), _Body(guard._decided()))
+    async def wrapper(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        body = _SuspendableBody(guard._evaluated())
+        inner = function(*args, **kwargs)
+        step = _first_step(inner)
+        while True:
+            try:
+                value = await _DrivenAwaitable(step, body)
+            except StopAsyncIteration:
+                return
+            try:
+                step = inner.asend((yield value))
+            except GeneratorExit:
+                await _DrivenAwaitable(inner.aclose(), body)
+                raise
+            except BaseException as thrown:
+                step = inner.athrow(thrown)
 
-    return covered
+    return wrapper
 
 
-_COVERS: list[tuple[Callable[[Any], bool], Callable[[ModeGuard, Any], Any]]] = [
-    (inspect.isasyncgenfunction, _cover_async_generator),
-    (inspect.iscoroutinefunction, _cover_coroutine),
-    (inspect.isgeneratorfunction, _cover_generator),
+_WRAPPERS: list[tuple[Callable[[Any], bool], Callable[[ModeGuard, Any], Any]]] = [
+    (inspect.isasyncgenfunction, _wrap_async_generator),
+    (inspect.iscoroutinefunction, _wrap_coroutine),
+    (inspect.isgeneratorfunction, _wrap_generator),
 ]
 
 
 @dataclass(frozen=True)
-class _Flags:
-    """What a mode is made of, and autocast, which torch's inference guard resets on its way."""
+class _ThreadState:
+    """The flags of a mode, and autocast, which torch's inference guard resets."""
 
     grad: bool
     inference: bool
@@ -316,61 +320,59 @@ class _Flags:
     autocast: tuple[bool, ...]
 
     @classmethod
-    def seen(cls) -> _Flags:
+    def current(cls) -> _ThreadState:
         state = observe()
-        autocast = tuple(torch.is_autocast_enabled(kind) for kind in _DEVICES)
+        autocast = tuple(torch.is_autocast_enabled(device) for device in _DEVICES)
         return cls(state.grad, state.inference, state.forward_ad, autocast)
 
-    def set(self) -> None:
-        """Put the thread in this state, inference apart: that takes a guard."""
+    def apply(self) -> None:
+        """Set all flags except inference, which needs a guard."""
         torch.set_grad_enabled(self.grad)
         torch._C._set_fwd_grad_enabled(self.forward_ad)
-        for kind, on in zip(_DEVICES, self.autocast, strict=True):
-            if torch.is_autocast_enabled(kind) is not on:
-                torch.set_autocast_enabled(kind, on)
+        for device, enabled in zip(_DEVICES, self.autocast, strict=True):
+            if torch.is_autocast_enabled(device) is not enabled:
+                torch.set_autocast_enabled(device, enabled)
 
 
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-class _Body:
-    """The mode of a body that is suspended and resumed: the guard's, or one that it opened."""
+class _SuspendableBody:
+    """The mode of a body between suspensions: the guard's, or one that the body opened."""
 
     def __init__(self, guard: ModeGuard) -> None:
         self._guard = guard
-        self._given: _Flags | None = None
-        self._own: _Flags | None = None
+        self._at_entry: _ThreadState | None = None
+        self._changed: _ThreadState | None = None
+        """The state at the last suspension, if the body changed it."""
         self._entries: list[Any] = []
-        """Of guards that the body is inside of while it is suspended."""
+        """Open entries of guards inside the body."""
 
     def resume(self, step: Callable[..., Any], *args: Any) -> Any:
-        """Run the body to its next suspension, and leave the thread as it was."""
-        wanted = self._own or _Flags.seen()
-        # When this guard ends, it undoes all that the body may have left behind.
-        with torch.inference_mode(wanted.inference):
-            wanted.set()
-            with nullcontext() if self._own else self._guard:
-                if not self._own:
-                    self._given = _Flags.seen()
-                entries = _OF_THREAD.open
-                outside = len(entries)
-                entries += self._entries
+        """Run the body until it suspends, then restore the thread's state."""
+        state = self._changed or _ThreadState.current()
+        # The exit of this context undoes all changes of the body.
+        with torch.inference_mode(state.inference):
+            state.apply()
+            with nullcontext() if self._changed else self._guard:
+                if not self._changed:
+                    self._at_entry = _ThreadState.current()
+                stack = _THREAD_ENTRIES.stack
+                outer = len(stack)
+                stack += self._entries
                 try:
                     return step(*args)
                 finally:
-                    left = _Flags.seen()
-                    self._own = None if left == self._given else left
-                    self._entries = entries[outside:]
-                    del entries[outside:]
+                    state = _ThreadState.current()
+                    self._changed = None if state == self._at_entry else state
+                    self._entries = stack[outer:]
+                    del stack[outer:]
 
 
-def _resumed(
-    inner: Generator[Any, Any, Any] | Coroutine[Any, Any, Any], body: _Body
+def _drive(
+    inner: Generator[Any, Any, Any] | Coroutine[Any, Any, Any], body: _SuspendableBody
 ) -> Generator[Any, Any, Any]:
-    """`inner` as it is to its caller: all that is sent, thrown, yielded and returned goes through.
-
-    This is what `yield from` does (PEP 380), with the body's mode around each step.
-    """
+    """Delegate like `yield from` (PEP 380), and run each step in the body's mode."""
     step, value = inner.send, None
     while True:
         try:
@@ -382,40 +384,25 @@ def _resumed(
         except GeneratorExit:
             body.resume(inner.close)
             raise
-        except BaseException as thrown:  # a cancelled task throws CancelledError here
+        except BaseException as thrown:  # for example CancelledError
             step, value = inner.throw, thrown
 
 
-class _Awaited:
-    """An awaitable each of whose steps runs in the body's mode."""
+class _DrivenAwaitable:
+    """An awaitable that runs each step of `inner` in the body's mode."""
 
-    def __init__(self, inner: Any, body: _Body) -> None:
+    def __init__(self, inner: Any, body: _SuspendableBody) -> None:
         self._inner, self._body = inner, body
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        return _resumed(self._inner, self._body)
+        return _drive(self._inner, self._body)
 
 
-async def _resumed_async(inner: AsyncGenerator[Any, Any], body: _Body) -> AsyncGenerator[Any, Any]:
-    """As `_resumed`, for an async generator: it is suspended at `await` and at `yield`."""
-    step = _unknown_to_the_loop(inner)
-    while True:
-        try:
-            yielded = await _Awaited(step, body)
-        except StopAsyncIteration:
-            return
-        try:
-            step = inner.asend((yield yielded))
-        except GeneratorExit:
-            await _Awaited(inner.aclose(), body)
-            raise
-        except BaseException as thrown:
-            step = inner.athrow(thrown)
+def _first_step(inner: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
+    """Start an async generator without registering it in the event loop.
 
-
-def _unknown_to_the_loop(inner: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
-    """The first step. An event loop closes the generators that it knows of all at once when it
-    ends: it is to close the one around, which closes this one.
+    At its end, a loop closes all registered generators concurrently. It must close only the
+    wrapper, which closes this one.
     """
     hooks = sys.get_asyncgen_hooks()
     sys.set_asyncgen_hooks(None, None)

@@ -1,4 +1,4 @@
-"""The gradient modes, as torch itself sees them: every demand on the guards, one test each."""
+"""Gradient modes and guards, checked by torch's own flags."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ def state() -> State:
 
 
 @pytest.fixture(autouse=True)
-def thread_as_found() -> Iterator[None]:
-    """No test here may leave its thread in a mode."""
+def restored_thread() -> Iterator[None]:
+    """Check that each test restores its thread's mode."""
     with assert_restored():
         yield
 
 
-# --- torch's own -------------------------------------------------------------------------------
+# --- torch's modes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def thread_as_found() -> Iterator[None]:
         "is_inference_mode_enabled",
     ],
 )
-def test_what_torch_has_is_torchs_own_object(name: str) -> None:
+def test_reexported_modes_are_torchs_own_objects(name: str) -> None:
     assert getattr(gradrun.modes, name) is getattr(torch, name)
     assert name in modes.__all__
 
 
-def test_the_library_costs_no_more_than_torch() -> None:
+def test_importing_modes_imports_only_torch() -> None:
     """Nothing but torch, the standard library and three small modules is imported."""
     code = (
         "import sys, torch; before = set(sys.modules); import gradrun.modes; "
@@ -84,7 +84,13 @@ def test_the_library_costs_no_more_than_torch() -> None:
         check=True,
         cwd=Path(__file__).parents[1],
     )
-    assert set(done.stdout.split()) <= {"gradrun", "gradrun.modes", "gradrun.core.grad_mode"}
+    assert set(done.stdout.split()) <= {
+        "gradrun",
+        "gradrun.core",
+        "gradrun.core.grad_mode",
+        "gradrun.core.version",
+        "gradrun.modes",
+    }
 
 
 # --- grad_mode ---------------------------------------------------------------------------------
@@ -92,7 +98,7 @@ def test_the_library_costs_no_more_than_torch() -> None:
 
 @pytest.mark.parametrize("mode", GradMode)
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
-def test_a_mode_holds_inside_its_block_and_no_longer(mode: GradMode, outside: type) -> None:
+def test_a_mode_applies_inside_its_block_only(mode: GradMode, outside: type) -> None:
     with outside():
         before = state()
         with grad_mode(mode):
@@ -101,7 +107,7 @@ def test_a_mode_holds_inside_its_block_and_no_longer(mode: GradMode, outside: ty
 
 
 @pytest.mark.parametrize("mode", GradMode)
-def test_a_mode_ends_with_an_error_too(mode: GradMode) -> None:
+def test_a_mode_ends_when_the_block_raises(mode: GradMode) -> None:
     with pytest.raises(KeyError), grad_mode(mode):
         raise KeyError
     assert state() == GRAD
@@ -118,12 +124,12 @@ def test_modes_nest(outer: GradMode, inner: GradMode) -> None:
 
 
 @pytest.mark.parametrize("mode", GradMode)
-def test_each_guard_is_a_fresh_one(mode: GradMode) -> None:
+def test_grad_mode_returns_a_new_guard(mode: GradMode) -> None:
     assert grad_mode(mode) is not grad_mode(mode)
 
 
 @pytest.mark.parametrize("mode", GradMode)
-def test_tensors_made_inside_are_of_the_mode(mode: GradMode) -> None:
+def test_tensors_created_inside_have_the_mode(mode: GradMode) -> None:
     weight = torch.ones(1, requires_grad=True)
     with grad_mode(mode):
         made = weight * 2
@@ -133,14 +139,14 @@ def test_tensors_made_inside_are_of_the_mode(mode: GradMode) -> None:
 
 
 @pytest.mark.parametrize("mode", GradMode)
-def test_a_mode_may_be_given_by_its_name(mode: GradMode) -> None:
+def test_a_mode_can_be_named_by_text(mode: GradMode) -> None:
     with grad_mode(mode.value):
         assert state() == INSIDE[mode]
 
 
 @pytest.mark.parametrize("name", ["nograd", "", "GRAD"])
-def test_an_unknown_mode_is_a_value_error_that_lists_the_known(name: str) -> None:
-    with pytest.raises(ValueError, match="not a valid GradMode; choose of grad, no_grad, infer"):
+def test_an_unknown_mode_raises_value_error_with_the_allowed_names(name: str) -> None:
+    with pytest.raises(ValueError, match="not a valid GradMode; allowed: grad, no_grad, infer"):
         grad_mode(name)
 
 
@@ -154,7 +160,7 @@ both = pytest.mark.parametrize(("make", "inside"), CONDITIONAL)
 
 
 @both
-def test_a_bool_decides(make: Any, inside: State) -> None:
+def test_a_true_condition_activates_the_mode(make: Any, inside: State) -> None:
     with make(True):
         assert state() == inside
     with make(False):
@@ -162,7 +168,7 @@ def test_a_bool_decides(make: Any, inside: State) -> None:
 
 
 @both
-def test_where_it_does_not_hold_nothing_changes(make: Any, inside: State) -> None:
+def test_a_false_condition_changes_nothing(make: Any, inside: State) -> None:
     with torch.no_grad(), make(False):
         assert state() == NO_GRAD
     with torch.inference_mode(), make(False):
@@ -172,7 +178,7 @@ def test_where_it_does_not_hold_nothing_changes(make: Any, inside: State) -> Non
 
 
 @both
-def test_a_callable_is_asked_at_each_entry(make: Any, inside: State) -> None:
+def test_a_callable_condition_is_evaluated_at_each_entry(make: Any, inside: State) -> None:
     answers = iter([True, False, True])
     guard = make(lambda: next(answers))
     for expected in (inside, GRAD, inside):
@@ -181,7 +187,9 @@ def test_a_callable_is_asked_at_each_entry(make: Any, inside: State) -> None:
 
 
 @both
-def test_a_callable_is_asked_at_each_call_and_never_at_decoration(make: Any, inside: State) -> None:
+def test_a_callable_condition_is_evaluated_at_calls_not_at_decoration(
+    make: Any, inside: State
+) -> None:
     asked: list[bool] = []
 
     def condition() -> bool:
@@ -215,7 +223,9 @@ class _Answer:
         _Answer().of_a_method,
     ],
 )
-def test_every_callable_without_arguments_will_do(make: Any, inside: State, condition: Any) -> None:
+def test_callables_without_arguments_are_conditions(
+    make: Any, inside: State, condition: Any
+) -> None:
     with make(condition):
         assert state() == inside
 
@@ -229,15 +239,13 @@ async def _too_late() -> bool:
     "condition",
     [1, 0, None, "yes", [], torch.tensor(True), lambda x: True, _too_late],
 )
-def test_anything_else_is_a_type_error_that_says_so(
-    make: Any, inside: State, condition: Any
-) -> None:
+def test_an_invalid_condition_raises_type_error(make: Any, inside: State, condition: Any) -> None:
     with pytest.raises(TypeError, match="a bool or a callable without arguments"):
         make(condition)
 
 
 @both
-def test_a_forgotten_condition_is_a_type_error(make: Any, inside: State) -> None:
+def test_decorating_without_a_condition_raises_type_error(make: Any, inside: State) -> None:
     with pytest.raises(TypeError, match="a bool or a callable without arguments"):
 
         @make
@@ -258,7 +266,7 @@ def test_a_condition_that_raises_changes_nothing(make: Any, inside: State) -> No
         guard(state)()
 
 
-def test_the_known_wrong_way_is_wrong() -> None:
+def test_set_grad_enabled_is_not_equivalent() -> None:
     """What conditional_no_grad is for: set_grad_enabled(not condition) turns gradients on."""
     with torch.no_grad(), torch.set_grad_enabled(not False):
         assert state() == GRAD
@@ -283,7 +291,7 @@ def entered(flags: State) -> ExitStack:
 @pytest.mark.parametrize("outside", OUTSIDE)
 @pytest.mark.parametrize("changed", [True, False, None])
 @pytest.mark.parametrize("raises", [True, False])
-def test_the_state_at_entry_comes_back(
+def test_the_state_at_entry_is_restored(
     make: Any, inside: State, holds: bool, outside: State, changed: bool | None, raises: bool
 ) -> None:
     with entered(outside):
@@ -296,24 +304,24 @@ def test_the_state_at_entry_comes_back(
 
 
 @pytest.mark.parametrize("flags", [INFERENCE, BOTH])
-def test_in_inference_mode_only_the_grad_flag_is_touched(flags: State) -> None:
+def test_in_inference_mode_only_the_grad_flag_changes(flags: State) -> None:
     with entered(flags), conditional_no_grad(True):
         assert state() == INFERENCE
         assert torch.ones(1).is_inference()
 
 
-def test_the_forward_ad_flag_is_left_alone_by_no_grad() -> None:
+def test_no_grad_does_not_change_the_forward_ad_flag() -> None:
     with conditional_no_grad(True):
         assert observe().forward_ad
     with torch.inference_mode():
         assert not observe().forward_ad
 
 
-# --- reusable, re-entrant, shared between threads ----------------------------------------------
+# --- reuse, reentrance, threads ----------------------------------------------
 
 
 @pytest.mark.parametrize("guard", [grad_mode("no_grad"), conditional_no_grad(True)])
-def test_one_guard_can_be_used_again_and_within_itself(guard: ModeGuard) -> None:
+def test_a_guard_is_reusable_and_reentrant(guard: ModeGuard) -> None:
     for _ in range(2):
         with guard:
             with guard, torch.enable_grad(), guard:
@@ -323,7 +331,7 @@ def test_one_guard_can_be_used_again_and_within_itself(guard: ModeGuard) -> None
 
 
 @both
-def test_entries_of_one_guard_remember_each_for_itself(make: Any, inside: State) -> None:
+def test_each_entry_of_a_guard_has_its_own_state(make: Any, inside: State) -> None:
     answers = iter([True, False, True])
     guard = make(lambda: next(answers))
     with guard, torch.set_grad_enabled(True):
@@ -337,7 +345,7 @@ def test_entries_of_one_guard_remember_each_for_itself(make: Any, inside: State)
 
 
 @both
-def test_recursion(make: Any, inside: State) -> None:
+def test_a_decorated_function_can_recurse(make: Any, inside: State) -> None:
     seen = []
 
     @make(True)
@@ -354,7 +362,7 @@ def test_recursion(make: Any, inside: State) -> None:
 
 
 @both
-def test_threads_share_a_guard_and_not_what_it_remembers(make: Any, inside: State) -> None:
+def test_threads_can_share_a_guard(make: Any, inside: State) -> None:
     guard, here = make(True), threading.Barrier(4, timeout=20)
     seen: dict[int, list[State]] = {}
 
@@ -378,13 +386,13 @@ def test_threads_share_a_guard_and_not_what_it_remembers(make: Any, inside: Stat
         assert after == (number % 2 == 0, False)
 
 
-def test_another_thread_is_not_in_the_mode() -> None:
+def test_a_mode_does_not_apply_to_other_threads() -> None:
     with conditional_no_grad(True), ThreadPoolExecutor(1) as pool:
         assert pool.submit(state).result() == GRAD
         assert state() == NO_GRAD
 
 
-# --- decorators: what they keep ----------------------------------------------------------------
+# --- decorators ----------------------------------------------------------------
 
 
 def plain(x: int, *, y: str = "y") -> State:
@@ -427,18 +435,22 @@ guards = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("function", KINDS)
-def test_a_decorated_function_keeps_its_looks(function: Any) -> None:
+def test_a_decorated_function_keeps_its_signature_documentation_and_kind(function: Any) -> None:
     decorated = conditional_no_grad(True)(function)
     assert inspect.signature(decorated) == inspect.signature(function)
     assert (decorated.__name__, decorated.__doc__) == (function.__name__, function.__doc__)
     assert decorated.__wrapped__ is function
-    is_coroutine = inspect.iscoroutinefunction
-    assert is_coroutine(decorated) is is_coroutine(function)
-    assert asyncio.iscoroutinefunction(decorated) is asyncio.iscoroutinefunction(function)
+    kinds = (
+        inspect.isgeneratorfunction,
+        inspect.iscoroutinefunction,
+        inspect.isasyncgenfunction,
+        asyncio.iscoroutinefunction,
+    )
+    assert [is_kind(decorated) for is_kind in kinds] == [is_kind(function) for is_kind in kinds]
 
 
 @guards
-def test_functions_and_methods(guard: ModeGuard, inside: State) -> None:
+def test_functions_and_methods_can_be_decorated(guard: ModeGuard, inside: State) -> None:
     class Holder:
         @guard
         def method(self, x: int) -> tuple[State, int]:
@@ -466,7 +478,7 @@ def test_functions_and_methods(guard: ModeGuard, inside: State) -> None:
 
 
 @pytest.mark.parametrize("what", [torch.nn.Linear, int, 3, None])
-def test_classes_and_values_are_not_decorated(what: Any) -> None:
+def test_decorating_a_class_or_a_value_raises_type_error(what: Any) -> None:
     with pytest.raises(TypeError, match="decorates functions and methods"):
         grad_mode("no_grad")(what)
 
@@ -484,9 +496,7 @@ def test_a_generator_runs_in_the_mode_and_its_caller_does_not(
 
 
 @guards
-def test_a_generator_passes_on_what_is_sent_thrown_and_returned(
-    guard: ModeGuard, inside: State
-) -> None:
+def test_a_generator_forwards_send_throw_and_return(guard: ModeGuard, inside: State) -> None:
     @guard
     def echo() -> Any:
         got = yield "first"
@@ -508,17 +518,17 @@ def test_a_generator_passes_on_what_is_sent_thrown_and_returned(
 
 
 @guards
-def test_closing_a_generator_runs_its_end_in_the_mode(guard: ModeGuard, inside: State) -> None:
+def test_closing_a_generator_runs_its_cleanup_in_the_mode(guard: ModeGuard, inside: State) -> None:
     seen = []
 
     @guard
-    def held() -> Iterator[int]:
+    def suspended() -> Iterator[int]:
         try:
             yield 1
         finally:
             seen.append(state())
 
-    open_one = held()
+    open_one = suspended()
     next(open_one)
     open_one.close()
     assert seen == [inside]
@@ -526,7 +536,7 @@ def test_closing_a_generator_runs_its_end_in_the_mode(guard: ModeGuard, inside: 
         next(open_one)
 
 
-def test_a_generator_that_raises_restores() -> None:
+def test_a_generator_that_raises_restores_the_state() -> None:
     @conditional_no_grad(True)
     def failing() -> Iterator[int]:
         yield 1
@@ -538,21 +548,52 @@ def test_a_generator_that_raises_restores() -> None:
 
 
 @both
-def test_for_a_generator_the_condition_is_fixed_when_it_is_created(
+def test_the_condition_of_a_generator_is_evaluated_at_the_first_next(
     make: Any, inside: State
 ) -> None:
-    holds = True
-    decorated = make(lambda: holds)(generator)
-    one = decorated(2)
-    holds = False
-    other = decorated(2)
-    holds = True
-    assert list(one) == [inside] * 2
-    assert list(other) == [GRAD] * 2
+    active = False
+    decorated = make(lambda: active)(generator)
+    first, second = decorated(2), decorated(2)
+    active = True
+    assert next(first) == inside
+    active = False
+    assert list(first) == [inside]
+    assert list(second) == [GRAD] * 2
+
+
+@guards
+def test_a_decorated_generator_function_works_as_a_context_manager(
+    guard: ModeGuard, inside: State
+) -> None:
+    states = []
+
+    @contextmanager
+    @guard
+    def resource() -> Iterator[State]:
+        try:
+            yield state()
+        except KeyError:
+            states.append(state())
+
+    with resource() as within:
+        assert (within, state()) == (inside, GRAD)
+        raise KeyError
+    assert states == [inside]
+
+
+@pytest.fixture
+@conditional_no_grad(True)
+def state_in_fixture() -> Iterator[State]:
+    yield state()
+    assert state() == NO_GRAD
+
+
+def test_a_decorated_generator_function_works_as_a_fixture(state_in_fixture: State) -> None:
+    assert (state_in_fixture, state()) == (NO_GRAD, GRAD)
 
 
 @both
-def test_a_generator_whose_condition_does_not_hold_sees_its_callers_mode(
+def test_a_generator_with_a_false_condition_runs_in_its_callers_mode(
     make: Any, inside: State
 ) -> None:
     one = make(False)(generator)(3)
@@ -563,7 +604,7 @@ def test_a_generator_whose_condition_does_not_hold_sees_its_callers_mode(
         assert next(one) == INFERENCE
 
 
-def test_interleaved_generators_do_not_disturb_each_other() -> None:
+def test_interleaved_generators_are_independent() -> None:
     one, other = (
         grad_mode(mode)(generator)(3) for mode in (GradMode.NO_GRAD, GradMode.INFERENCE_MODE)
     )
@@ -572,7 +613,7 @@ def test_interleaved_generators_do_not_disturb_each_other() -> None:
 
 
 @guards
-def test_a_mode_that_a_body_opens_across_a_yield_is_kept_for_it(
+def test_a_mode_opened_across_a_yield_applies_to_the_body_only(
     guard: ModeGuard, inside: State
 ) -> None:
     @guard
@@ -594,7 +635,7 @@ def test_a_mode_that_a_body_opens_across_a_yield_is_kept_for_it(
     assert seen == [with_flag, with_flag, inside, with_flag]
 
 
-def test_a_body_that_leaves_inference_mode_across_a_yield_keeps_that_to_itself() -> None:
+def test_leaving_inference_mode_across_a_yield_affects_the_body_only() -> None:
     @grad_mode("inference_mode")
     def body() -> Iterator[State]:
         with torch.inference_mode(False):
@@ -624,7 +665,7 @@ def test_a_coroutine_has_the_mode_at_every_resume_and_other_tasks_do_not(
     asyncio.run(main())
 
 
-def test_tasks_in_different_modes_do_not_disturb_each_other() -> None:
+def test_tasks_in_different_modes_are_independent() -> None:
     async def main() -> None:
         kinds = [grad_mode(mode)(coroutine)(7) for mode in GradMode]
         with torch.no_grad():
@@ -635,7 +676,7 @@ def test_tasks_in_different_modes_do_not_disturb_each_other() -> None:
 
 
 @guards
-def test_cancelling_a_coroutine_ends_it_in_its_mode(guard: ModeGuard, inside: State) -> None:
+def test_a_cancelled_coroutine_cleans_up_in_its_mode(guard: ModeGuard, inside: State) -> None:
     seen = []
 
     @guard
@@ -663,7 +704,7 @@ def test_cancelling_a_coroutine_ends_it_in_its_mode(guard: ModeGuard, inside: St
 
 
 @guards
-def test_an_error_in_a_coroutine_restores(guard: ModeGuard, inside: State) -> None:
+def test_an_error_in_a_coroutine_restores_the_state(guard: ModeGuard, inside: State) -> None:
     @guard
     async def failing() -> None:
         await asyncio.sleep(0)
@@ -679,7 +720,7 @@ def test_an_error_in_a_coroutine_restores(guard: ModeGuard, inside: State) -> No
 
 
 @guards
-def test_a_coroutine_that_is_closed_ends_in_its_mode(guard: ModeGuard, inside: State) -> None:
+def test_a_closed_coroutine_cleans_up_in_its_mode(guard: ModeGuard, inside: State) -> None:
     seen = []
 
     class Never:
@@ -687,13 +728,13 @@ def test_a_coroutine_that_is_closed_ends_in_its_mode(guard: ModeGuard, inside: S
             yield
 
     @guard
-    async def held() -> None:
+    async def suspended() -> None:
         try:
             await Never()
         finally:
             seen.append(state())
 
-    one = held()
+    one = suspended()
     one.send(None)
     one.close()
     assert seen == [inside]
@@ -701,7 +742,7 @@ def test_a_coroutine_that_is_closed_ends_in_its_mode(guard: ModeGuard, inside: S
 
 
 @both
-def test_the_condition_of_a_coroutine_is_asked_once(make: Any, inside: State) -> None:
+def test_the_condition_of_a_coroutine_is_evaluated_once(make: Any, inside: State) -> None:
     asked = []
 
     @make(lambda: asked.append(1) or True)
@@ -713,7 +754,7 @@ def test_the_condition_of_a_coroutine_is_asked_once(make: Any, inside: State) ->
     assert asked == [1]
 
 
-def test_a_mode_that_a_coroutine_opens_across_an_await_is_kept_for_it() -> None:
+def test_a_mode_opened_across_an_await_applies_to_the_coroutine_only() -> None:
     @conditional_no_grad(True)
     async def body() -> list[State]:
         with torch.enable_grad():
@@ -745,9 +786,7 @@ def test_an_async_generator_runs_in_the_mode_and_its_caller_does_not(
 
 
 @guards
-def test_an_async_generator_passes_on_what_is_sent_and_thrown(
-    guard: ModeGuard, inside: State
-) -> None:
+def test_an_async_generator_forwards_send_and_throw(guard: ModeGuard, inside: State) -> None:
     @guard
     async def echo() -> Any:
         got = yield "first"
@@ -774,13 +813,13 @@ def test_an_async_generator_passes_on_what_is_sent_and_thrown(
 
 @guards
 @pytest.mark.parametrize("how", ["aclose", "cancel"])
-def test_ending_an_async_generator_early_runs_its_end_in_the_mode(
+def test_closing_an_async_generator_runs_its_cleanup_in_the_mode(
     guard: ModeGuard, inside: State, how: str
 ) -> None:
     seen = []
 
     @guard
-    async def held() -> AsyncIterator[int]:
+    async def suspended() -> AsyncIterator[int]:
         try:
             yield 1
             await asyncio.sleep(60)
@@ -790,7 +829,7 @@ def test_ending_an_async_generator_early_runs_its_end_in_the_mode(
             seen.append(state())
 
     async def consume(stop_at_once: bool) -> None:
-        open_one = held()
+        open_one = suspended()
         async for _ in open_one:
             assert state() == GRAD
             if stop_at_once:
@@ -811,27 +850,28 @@ def test_ending_an_async_generator_early_runs_its_end_in_the_mode(
 
 
 @both
-def test_for_an_async_generator_the_condition_is_fixed_when_it_is_created(
+def test_the_condition_of_an_async_generator_is_evaluated_at_the_first_step(
     make: Any, inside: State
 ) -> None:
-    holds = True
-    decorated = make(lambda: holds)(async_generator)
+    active = True
+    decorated = make(lambda: active)(async_generator)
 
     async def main() -> None:
-        nonlocal holds
-        one = decorated(2)
-        holds = False
-        assert [seen async for seen in one] == [inside] * 2
+        nonlocal active
+        first = decorated(2)
+        assert await anext(first) == inside
+        active = False
+        assert [seen async for seen in first] == [inside]
         assert [seen async for seen in decorated(2)] == [GRAD] * 2
 
     asyncio.run(main())
 
 
-def test_an_async_generator_that_is_dropped_is_closed_by_the_loop() -> None:
+def test_an_abandoned_async_generator_is_closed_by_the_loop() -> None:
     seen = []
 
     @conditional_no_grad(True)
-    async def held() -> AsyncIterator[int]:
+    async def suspended() -> AsyncIterator[int]:
         try:
             yield 1
         finally:
@@ -839,7 +879,7 @@ def test_an_async_generator_that_is_dropped_is_closed_by_the_loop() -> None:
             seen.append(state())
 
     async def main() -> None:
-        async for _ in held():
+        async for _ in suspended():
             break
         await asyncio.sleep(0.01)
 
@@ -851,7 +891,7 @@ def test_a_loop_that_ends_closes_async_generators_once(caplog: pytest.LogCapture
     seen = []
 
     @conditional_no_grad(True)
-    async def held() -> AsyncIterator[int]:
+    async def suspended() -> AsyncIterator[int]:
         try:
             yield 1
         finally:
@@ -861,7 +901,7 @@ def test_a_loop_that_ends_closes_async_generators_once(caplog: pytest.LogCapture
     kept = []
 
     async def main() -> None:
-        kept.append(held())
+        kept.append(suspended())
         await anext(kept[0])
 
     asyncio.run(main())
@@ -869,7 +909,7 @@ def test_a_loop_that_ends_closes_async_generators_once(caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_torch_covers_neither() -> None:
+def test_torch_does_not_cover_coroutines_and_async_generators() -> None:
     """Why there are decorators of our own; when this fails, torch has learned it."""
 
     async def main() -> None:
@@ -880,7 +920,7 @@ def test_torch_covers_neither() -> None:
 
 
 @both
-def test_autocast_that_a_coroutine_keeps_on_is_its_own(make: Any, inside: State) -> None:
+def test_autocast_opened_by_a_coroutine_applies_to_it_only(make: Any, inside: State) -> None:
     @make(True)
     async def body() -> list[torch.dtype]:
         ones, kinds = torch.ones(2, 2), []
@@ -905,7 +945,7 @@ def test_autocast_that_a_coroutine_keeps_on_is_its_own(make: Any, inside: State)
     asyncio.run(main())
 
 
-def test_inference_mode_that_a_body_opens_across_a_yield_is_its_own() -> None:
+def test_inference_mode_opened_across_a_yield_applies_to_the_body_only() -> None:
     @conditional_no_grad(True)
     def body() -> Iterator[State]:
         with torch.inference_mode():
@@ -1000,7 +1040,7 @@ def test_a_decorated_function_can_call_a_compiled_one(backend: Counted) -> None:
 
 
 @pytest.mark.parametrize("flags", OUTSIDE)
-def test_observe_tells_the_state_and_changes_nothing(flags: State) -> None:
+def test_observe_returns_the_state_without_changing_it(flags: State) -> None:
     with entered(flags):
         seen = observe()
         assert (seen.grad, seen.inference) == flags == state()
@@ -1009,13 +1049,13 @@ def test_observe_tells_the_state_and_changes_nothing(flags: State) -> None:
         assert (torch.ones(1, requires_grad=True) * 2).requires_grad is seen.records
 
 
-def test_states_say_what_they_are() -> None:
+def test_a_state_has_a_readable_name() -> None:
     assert str(observe()) == "grad"
     with torch.inference_mode():
         assert str(observe()) == "inference_mode, no forward AD"
 
 
-def test_observed_elsewhere_it_is_another_thread() -> None:
+def test_observe_returns_the_current_thread() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(observe).result().thread != observe().thread
 
@@ -1025,16 +1065,16 @@ def test_a_block_that_restores_passes() -> None:
         pass
 
 
-def test_a_block_that_does_not_restore_fails_and_the_next_test_is_safe() -> None:
+def test_a_block_that_does_not_restore_fails_and_the_flag_is_restored() -> None:
     with (
-        pytest.raises(AssertionError, match=r"found the thread in grad and left it in no_grad"),
+        pytest.raises(AssertionError, match=r"was grad before the block and no_grad after"),
         assert_restored(),
     ):
         torch.set_grad_enabled(False)
     assert state() == GRAD
 
 
-def test_a_leak_is_told_also_when_the_block_raised() -> None:
+def test_a_leak_is_reported_even_if_the_block_raised() -> None:
     with pytest.raises(AssertionError, match="no_grad") as raised, assert_restored():  # noqa: PT012
         torch.set_grad_enabled(False)
         raise KeyError("first")
@@ -1042,22 +1082,22 @@ def test_a_leak_is_told_also_when_the_block_raised() -> None:
     assert state() == GRAD
 
 
-def test_an_error_without_a_leak_is_what_comes_out() -> None:
+def test_an_error_without_a_leak_is_not_replaced() -> None:
     with pytest.raises(KeyError), assert_restored(), torch.no_grad():
         raise KeyError
 
 
-def test_the_classic_leak_is_caught() -> None:
+def test_the_leak_of_a_reentered_torch_guard_is_detected() -> None:
     """One instance of torch's entered twice, nested, leaks its state."""
     guard = torch.no_grad()
     with pytest.raises(AssertionError), assert_restored(), guard, guard:
         pass
 
 
-def test_it_is_no_decorator_which_would_watch_nothing() -> None:
+def test_assert_restored_is_not_a_decorator() -> None:
     assert not callable(assert_restored())
 
 
-def test_a_state_can_be_kept_and_compared() -> None:
+def test_states_can_be_compared_and_pickled() -> None:
     seen = observe()
     assert pickle.loads(pickle.dumps(seen)) == seen
