@@ -29,7 +29,7 @@ from gradrun.inference.device import resolve_device
 from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import infer
 from gradrun.inference.signals import GracefulShutdown
-from gradrun.output.run_folder import RunFolder, checking
+from gradrun.output.run_folder import RunFolder, locked_check_folder
 from gradrun.results.ratios import paired
 from gradrun.results.result import (
     CheckResult,
@@ -111,7 +111,7 @@ def check(
         GracefulShutdown(),  # a SIGTERM must not leave a checked-out revision behind
         whole.error_locations(),
         _rival(whole, earlier, baseline, against, changes) as rival,
-        checking(subject.output.path),
+        locked_check_folder(subject.output.path),
     ):
         try:
             predicted = infer(

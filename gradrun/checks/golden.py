@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.units import pluralize
+from gradrun.output.formats.npy import output_name
 from gradrun.results.result import Output
 
 _WINDOW_BYTES = 16 * 1024 * 1024
@@ -28,11 +29,8 @@ Array = np.ndarray[Any, Any]
 
 def predictions(folder: Path, files: Iterable[str]) -> dict[str, Array]:
     """Output name to rows [samples, ...], mapped from a run's .npy files; of others nothing."""
-    found = {}
-    for file in (file for file in files if file.endswith(".npy")):
-        name = file.removesuffix(".npy").removeprefix("predictions").lstrip(".") or "prediction"
-        found[name] = np.load(folder / file, mmap_mode="r")
-    return found
+    npy_files = [file for file in files if file.endswith(".npy")]
+    return {output_name(file): np.load(folder / file, mmap_mode="r") for file in npy_files}
 
 
 def described(outputs: Mapping[str, Array]) -> tuple[Output, ...]:

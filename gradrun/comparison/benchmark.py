@@ -38,7 +38,7 @@ from gradrun.inference.meters import (
     system_load,
 )
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.reordering import restore_input_order
+from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import Runner, execution_context
 from gradrun.inference.sampling import first_batches
 from gradrun.models import class_names, load_model
@@ -161,8 +161,8 @@ def _predict(runnable: LoadedVariant, trust_code: bool) -> None:
         data = open_data(config.data, seed=config.run.seed, model=config.model)
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink = open_writer(config.output, data.samples, class_names(model))
-        sink, _ = restore_input_order(sink, data)
+        sink = open_writer(config.output, data.samples, commit_unit(data), class_names(model))
+        sink = restore_input_order(sink, data)
         sink.open(outputs)
         stopped = runner.run(sink).stopped
         sink.close()

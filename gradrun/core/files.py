@@ -13,6 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from gradrun.core.units import format_bytes
 
@@ -38,6 +39,15 @@ def open_regular(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise _not_plain(path)
     return descriptor
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """A regular file of a run folder, open for reading.
+
+    Raises:
+        OSError: as open_regular does.
+    """
+    return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
 
 
 def _not_plain(path: Path) -> OSError:
@@ -113,13 +123,13 @@ def size(descriptor: int) -> int:
 
 
 def check_size(descriptor: int, least: int, path: Path) -> None:
-    """See that a file holds what the journal says of it.
+    """Check that a file has at least so many bytes.
 
     Raises:
         OSError: it is shorter.
     """
     if size(descriptor) < least:
-        raise OSError(errno.EIO, "the file holds less than the journal says", path)
+        raise OSError(errno.EIO, "the file is shorter than the journal says", path)
 
 
 def read_chunks(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterator[bytes]:

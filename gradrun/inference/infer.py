@@ -24,8 +24,8 @@ from gradrun.data.source import HasFileList
 from gradrun.inference import metrics
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
-from gradrun.inference.recovery import BatchRecovery, numbers_apart
-from gradrun.inference.reordering import restore_input_order
+from gradrun.inference.recovery import BatchRecovery
+from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import class_names, load_model
@@ -33,8 +33,9 @@ from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import JournalHeader
+from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import Outputs, can_be_missing
+from gradrun.output.transforms import Outputs
 from gradrun.results.result import InferResult, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
@@ -94,8 +95,8 @@ def infer(
         )
         listed = data.listed if isinstance(data, HasFileList) else ()
         head = fingerprint(config, data.samples, __version__, listed)
-        folder.check_same(head)
-        finished = folder.finished()
+        folder.check_resumable(head)
+        finished = folder.finished_result()
         if finished and _scored_alike(finished, config):
             return finished
         runner = Runner(model, data, config, device)
@@ -104,8 +105,8 @@ def infer(
         compute = metrics.prepared(config, data, outputs, classes)
         if finished:
             return _scored_anew(finished, config, compute, folder)
-        sink = open_writer(config.output, data.samples, classes)
-        sink, unit = restore_input_order(sink, data)
+        unit = commit_unit(data)
+        sink = restore_input_order(open_writer(config.output, data.samples, unit, classes), data)
         environment = current_environment(device)
         with folder.locked():
             keeper = _opened(runner, folder, head, sink, outputs, unit)
@@ -117,7 +118,7 @@ def infer(
             gathered = _predict(runner, keeper, beat, interruption)
             measured = runner.finish(gathered, load_seconds, open_seconds)
             # Of a batch that was not finished more may have been noted than is in the files.
-            apart = sum(number < sink.written for number in numbers_apart(folder.path))
+            apart = sum(number < sink.written for number in quarantined_positions(folder.path))
             result = InferResult(
                 gradrun=environment.gradrun,
                 started_at=started_at,
@@ -131,7 +132,7 @@ def infer(
                 resumed_at=resumed_at,
                 warnings=(
                     *runner.warnings,
-                    *_told_of_files(folder, sink, runner.rescue, outputs, apart),
+                    *_told_of_files(folder, sink, runner.rescue, apart),
                     # What to do about figures is no help with a run that did not come to its end.
                     *(
                         ()
@@ -141,7 +142,9 @@ def infer(
                 ),
             )
             if gathered.stopped:
-                ended = _ended_early(gathered.stopped, result, folder, keeper.kept, data.samples)
+                ended = _ended_early(
+                    gathered.stopped, result, folder, keeper.committed, data.samples
+                )
                 # The disk that failed the run may fail its report too; the first error is told.
                 with suppress(RunFailed, KeyboardInterrupt), interruption.deferred():
                     folder.save(ended.result)
@@ -168,10 +171,10 @@ def _opened(
     """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
     row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
     try:
-        journal, kept = folder.journal(head, unit)
+        journal, kept = folder.open_journal(head, unit)
         try:
             sink.open(outputs, kept)
-            runner.rescue.quarantine.keep_before(sink.written)
+            runner.rescue.quarantine.truncate(sink.written)
         except BaseException:
             journal.close()
             with suppress(OSError):
@@ -183,7 +186,7 @@ def _opened(
     except GradrunError:
         raise
     except Exception as error:
-        resumable = bool(folder.kept and folder.kept.stop)
+        resumable = bool(folder.previous and folder.previous.committed)
         raise _unwritten(error, resumable=resumable) from error
     return Checkpointer(sink, journal, unit, row_bytes)
 
@@ -199,11 +202,11 @@ def _predict(
     def keep() -> None:
         with interruption.deferred():
             try:
-                keeper.look()
+                keeper.commit_if_due()
             except OSError as error:  # the disk's fault, which no batch is to blame for
                 raise _unwritten(error) from error
 
-    sink, before = keeper.sink, keeper.sink.written
+    sink, before = keeper.writer, keeper.writer.written
     gathered = runner.run(sink, keep, beat)
     began = time.perf_counter_ns()
     try:
@@ -226,7 +229,7 @@ def _unwritten(error: Exception, *, resumable: bool = False) -> RunFailed:
 
 
 def _told_of_files(
-    folder: RunFolder, sink: PredictionWriter, rescue: BatchRecovery, outputs: Outputs, apart: int
+    folder: RunFolder, sink: PredictionWriter, rescue: BatchRecovery, apart: int
 ) -> list[Warning]:
     """What a reader of the predictions must know; `apart`: samples in them that have none."""
     found = []
@@ -248,8 +251,7 @@ def _told_of_files(
                 f"{places} in the predictions, and batches that failed are not timed",
             )
         )
-    counted = any(can_be_missing(tensor.dtype) for tensor in outputs.values())
-    if (bad := sink.nonfinite - (apart if counted else 0)) > 0:
+    if bad := sink.nonfinite:
         found.append(
             Warning(
                 code="nonfinite",
@@ -257,7 +259,7 @@ def _told_of_files(
                 "run.on_nonfinite: quarantine or stop says which",
             )
         )
-    if folder.kept and folder.kept.torn:
+    if folder.previous and folder.previous.torn:
         found.append(
             Warning(
                 code="torn_journal",

@@ -18,9 +18,10 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.units import pluralize
 from gradrun.data.source import BatchSource, HasLabels
-from gradrun.inference.recovery import numbers_apart
 from gradrun.output.formats import READERS
-from gradrun.output.transforms import MISSING_CLASS, Outputs
+from gradrun.output.missing import MISSING_CLASS
+from gradrun.output.quarantine import quarantined_positions
+from gradrun.output.transforms import Outputs
 from gradrun.results.result import Metric
 
 Compute = Callable[[Path], tuple[Metric, ...]]
@@ -66,11 +67,11 @@ def prepared(
             metric.check_labels(labels.double())
 
     def compute(folder: Path) -> tuple[Metric, ...]:
-        for _, rows in READERS[form](folder):
+        for _, rows in _read(form, folder):
             for metric in asked:
                 metric.count_classes(rows)
         measures, samples = [metric.measure() for metric in asked], 0
-        for rows, truth in _pairs(READERS[form](folder), data, numbers_apart(folder)):
+        for rows, truth in _pairs(_read(form, folder), data, quarantined_positions(folder)):
             samples += len(truth)
             for metric, measure in zip(asked, measures, strict=True):
                 measure.update(*metric.given(rows, truth))
@@ -92,6 +93,12 @@ def _check_order(classes: Sequence[str] | None, called: Sequence[str]) -> None:
             f"set data.classes: [{', '.join(called)}]",
             "data.classes",
         )
+
+
+def _read(form: str, folder: Path) -> Iterator[tuple[torch.Tensor, Outputs]]:
+    for numbers, rows in READERS[form](folder):
+        outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
+        yield torch.from_numpy(numbers), outputs
 
 
 def _pairs(

@@ -6,75 +6,19 @@ Knows errors, batches and the file of those samples; not how a batch is timed.
 
 from __future__ import annotations
 
-import json
-import os
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from gradrun.config.run import RunSection
-from gradrun.core import files
 from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.source import Batch, cut_batch
 from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
-from gradrun.output.transforms import Outputs, nonfinite_rows
-
-FILE = "quarantine.jsonl"
-
-
-class Quarantine:
-    """The samples that no prediction could be made for, one JSON object a line.
-
-    There is no file until there is a sample. A line is on the disk before the commit that tells of
-    the samples around it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
-        self.count = 0
-
-    def keep_before(self, sample: int) -> None:
-        """Keep what an earlier run noted of samples before this one, and drop the rest."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in files.lines(self.path):
-            try:
-                known = line.endswith(b"\n") and json.loads(line)["sample"] < sample
-            except (ValueError, KeyError, TypeError, RecursionError):
-                known = False
-            kept += [line] if known else []
-        self.count = len(kept)
-        draft = self.path.with_name(f"{FILE}.tmp")
-        _write(draft, b"".join(kept), os.O_TRUNC)
-        draft.replace(self.path)
-
-    def add(self, sample: int, name: int | str, error: str, details: str) -> None:
-        """Note a sample: its place, its id, what was wrong, and the traceback."""
-        line = {"sample": sample, "id": name, "error": error, "traceback": details}
-        _write(self.path, json.dumps(line).encode() + b"\n", os.O_APPEND)
-        self.count += 1
-
-
-def numbers_apart(folder: Path) -> set[int]:
-    """The numbers, by their place in the input, of the samples that were set apart in a folder."""
-    path = folder / FILE
-    if not path.exists():
-        return set()
-    return {json.loads(line)["sample"] for line in files.lines(path)}
-
-
-def _write(path: Path, data: bytes, flag: int) -> None:
-    descriptor = files.open_regular(path, os.O_WRONLY | os.O_CREAT | flag)
-    try:
-        files.write_all(descriptor, data)
-        files.sync(descriptor)
-    finally:
-        os.close(descriptor)
+from gradrun.output.missing import count_nonfinite
+from gradrun.output.quarantine import Quarantine
+from gradrun.output.transforms import Outputs
 
 
 class BatchRecovery:
@@ -156,9 +100,9 @@ class BatchRecovery:
         Raises:
             RunFailed: there are such, and `run.on_nonfinite` is stop.
         """
-        if not nonfinite_rows(outputs.values()):
+        if not count_nonfinite(outputs.values()):
             return outputs, set()
-        missing = {row for row in range(batch.size) if nonfinite_rows(_row(outputs, row))}
+        missing = {row for row in range(batch.size) if count_nonfinite(_row(outputs, row))}
         for row in sorted(missing):
             text = f"sample {batch.ids[row]} has an output that is NaN or infinite"
             if self.run.on_nonfinite == "stop":
@@ -256,23 +200,14 @@ class BatchRecovery:
             )
 
     def _whole(self, size: int, pieces: list[tuple[int, Outputs]]) -> Outputs:
-        """Pieces put together; where there is none, NaN or the type's most unlikely value."""
+        """Pieces put together; zeros where there is none."""
         whole = {}
         for name, like in (pieces[0][1] if pieces else self.like).items():
-            made = torch.full((size, *like.shape[1:]), _absent(like.dtype), dtype=like.dtype)
+            made = torch.zeros((size, *like.shape[1:]), dtype=like.dtype)
             for begin, piece in pieces:
                 made[begin : begin + len(piece[name])] = piece[name]
             whole[name] = made
         return whole
-
-
-def _absent(dtype: torch.dtype) -> Any:
-    """NaN; of integers the least, or the greatest where 0 is the least."""
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    if dtype == torch.bool:
-        return False
-    return torch.iinfo(dtype).min or torch.iinfo(dtype).max
 
 
 def _row(outputs: Outputs, row: int) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ Holds the outputs of one window until the window is whole. Knows no file and no 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -15,14 +15,19 @@ from gradrun.output.journal import CommittedRange
 from gradrun.output.transforms import Outputs
 
 
-def restore_input_order(sink: PredictionWriter, data: BatchSource) -> tuple[PredictionWriter, int]:
-    """The sink to write to, and how many samples belong together when predictions are made safe.
+def commit_unit(data: BatchSource) -> int:
+    """Number of samples that are committed together: a batch, or a window of grouped batches.
 
-    A resume begins with such a whole number of samples, so that batches are cut as they were.
+    A resume starts at a multiple of it, so that batches are cut at the same samples.
     """
+    return data.window if isinstance(data, LengthGrouped) and data.grouped else data.batch_size
+
+
+def restore_input_order(writer: PredictionWriter, data: BatchSource) -> PredictionWriter:
+    """The writer, behind a buffer that restores the input order of grouped batches."""
     if isinstance(data, LengthGrouped) and data.grouped:
-        return ReorderBuffer(sink, data, data.samples), data.window
-    return sink, data.batch_size
+        return ReorderBuffer(writer, data, data.samples)
+    return writer
 
 
 class ReorderBuffer:
@@ -30,22 +35,21 @@ class ReorderBuffer:
 
     def __init__(self, sink: PredictionWriter, data: LengthGrouped, samples: int) -> None:
         self.sink, self.data, self.samples = sink, data, samples
-        self.spelling = sink.spelling
         self.written = self.nonfinite = 0
         self._held: list[Outputs] = []
         self._ids: list[int | str] = []
-        self._missing: set[int] = set()
+        self._valid: list[torch.Tensor] = []
 
     def open(self, outputs: Outputs, kept: Sequence[CommittedRange] = ()) -> None:
         self.sink.open(outputs, kept)
         self._look()
 
     def write(
-        self, outputs: Outputs, ids: Sequence[int | str], missing: Collection[int] = ()
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         # A copy: a model may return the same memory with every batch.
         self._held.append({name: tensor.clone() for name, tensor in outputs.items()})
-        self._missing.update(len(self._ids) + row for row in missing)
+        self._valid.append(torch.ones(len(ids), dtype=torch.bool) if valid is None else valid)
         self._ids += ids
         stop = self.written + len(self._ids)
         if len(self._ids) >= self.data.window or stop >= self.samples:
@@ -54,16 +58,16 @@ class ReorderBuffer:
     def _pass_on(self, stop: int) -> None:
         places = self.data.input_positions(self.written, stop)
         order = sorted(range(len(places)), key=places.__getitem__)
-        ids, missing = [self._ids[i] for i in order], self._missing
-        held, self._held, self._ids, self._missing = self._held, [], [], set()
+        ids, valid = [self._ids[i] for i in order], torch.cat(self._valid)[order]
+        held, self._held, self._ids, self._valid = self._held, [], [], []
         alike = all(_row_shapes(part) == _row_shapes(held[0]) for part in held)
         if alike:
             whole = {name: torch.cat([part[name] for part in held])[order] for name in held[0]}
-            self.sink.write(whole, ids, {new for new, old in enumerate(order) if old in missing})
+            self.sink.write(whole, ids, None if valid.all() else valid)
         else:  # sequences as long as the longest of their batch
             rows = [_row(part, i) for part in held for i in range(len(next(iter(part.values()))))]
-            for old, name in zip(order, ids, strict=True):
-                self.sink.write(rows[old], [name], {0} if old in missing else ())
+            for new, (old, name) in enumerate(zip(order, ids, strict=True)):
+                self.sink.write(rows[old], [name], valid[new : new + 1])
         self._look()
 
     def commit(self) -> list[CommittedRange]:

@@ -49,9 +49,10 @@ from gradrun.inference.meters import (
 )
 from gradrun.inference.meters.timeline import Forward
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.recovery import BatchRecovery, Quarantine
+from gradrun.inference.recovery import BatchRecovery
 from gradrun.modes import grad_mode
 from gradrun.output.formats import PredictionWriter
+from gradrun.output.quarantine import Quarantine
 from gradrun.output.transforms import Outputs, iter_tensors, output_selector
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
@@ -229,7 +230,7 @@ class Runner:
             outputs, missing = self.rescue.unreadable(at, batch)
         else:
             outputs, missing = self.rescue.failed(at, batch.size, error)
-        sink.write(outputs, batch.ids, missing)
+        sink.write(outputs, batch.ids, _valid(batch.size, missing))
         gathered.apart += batch.size
         gathered.done += batch.size
 
@@ -238,7 +239,7 @@ class Runner:
     ) -> None:
         at = gathered.start + gathered.done
         outputs, missing = self.rescue.check(at, batch, outputs)
-        sink.write(outputs, batch.ids, missing)
+        sink.write(outputs, batch.ids, _valid(batch.size, missing))
 
     def _again(self, at: int, size: int) -> Batch:
         """A batch of any place and size, read anew."""
@@ -453,6 +454,15 @@ class Runner:
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
+
+
+def _valid(size: int, missing: set[int]) -> torch.Tensor | None:
+    """Mask [size] of the samples with a prediction; None if all have one."""
+    if not missing:
+        return None
+    valid = torch.ones(size, dtype=torch.bool)
+    valid[sorted(missing)] = False
+    return valid
 
 
 def _nothing(*_: object) -> None:

@@ -1,7 +1,4 @@
-"""When predictions are made safe: a sink's commits and the journal that tells of them, together.
-
-Knows the clock and the order of the two; not how either writes.
-"""
+"""Commit predictions about once per second: flush the writer, then append to the journal."""
 
 from __future__ import annotations
 
@@ -13,65 +10,65 @@ from gradrun.output.journal import CommittedRange, Journal
 SECONDS = 1.0
 BYTES = 64 * 1024 * 1024
 
-_SHARE = 0.01
-"""Of the time that commits may take: on a slow disk they come less often."""
+_TIME_SHARE = 0.01
+"""Greatest share of the run's time for commits; on a slow disk they become less frequent."""
 
 
 class Checkpointer:
-    """Commits what a sink has written, about once a second."""
+    """Commits the output of a writer at regular intervals."""
 
     def __init__(
-        self, sink: PredictionWriter, journal: Journal, batch_size: int, row_bytes: int
+        self, writer: PredictionWriter, journal: Journal, batch_size: int, row_bytes: int
     ) -> None:
-        self.sink, self.journal = sink, journal
+        self.writer, self.journal = writer, journal
         self.batch_size = batch_size
-        self._most_rows = max(1, BYTES // max(1, row_bytes))
-        self.kept = sink.written
-        """Samples that the journal tells of."""
+        self._max_rows = max(1, BYTES // max(1, row_bytes))
+        self.committed = writer.written
+        """Samples in the journal."""
+        self.pending: list[CommittedRange] = []
+        """Synced ranges that are not in the journal yet."""
         self._due = time.monotonic() + SECONDS
-        self._broken = False
-        self._untold: list[CommittedRange] = []
+        self._failed = False
 
-    def look(self) -> None:
-        """Commit if it is time to.
+    def commit_if_due(self) -> None:
+        """Commit once a second, or after BYTES of predictions, at the end of a batch.
 
         Raises:
-            OSError: what was written since the last commit may not be on the disk.
+            OSError: predictions since the last commit may be lost.
         """
-        written = self.sink.written
-        # A resume begins with a whole batch, so that batches are cut as they were.
-        whole = written % self.batch_size == 0
-        late = time.monotonic() >= self._due or written - self.kept >= self._most_rows
-        if late and whole:
+        written = self.writer.written
+        due = time.monotonic() >= self._due or written - self.committed >= self._max_rows
+        # A resume starts with a whole batch, so that batches are cut at the same samples.
+        if due and written % self.batch_size == 0:
             self.commit()
 
     def commit(self) -> None:
-        """Bring what was written to the disk, and say so in the journal."""
-        began = time.monotonic()
+        """Sync the predictions and append their ranges to the journal."""
+        started = time.monotonic()
         try:
-            self._untold += self.sink.commit()
-            self._tell()
+            self.pending += self.writer.commit()
+            self._record()
         except OSError:
-            # A disk that failed to sync may have dropped what it held: nothing more is promised.
-            self._broken = True
+            # After a failed sync, the system may have dropped the data: commit nothing more.
+            self._failed = True
             raise
-        self._due = time.monotonic() + max(SECONDS, (time.monotonic() - began) / _SHARE)
+        self._due = time.monotonic() + max(SECONDS, (time.monotonic() - started) / _TIME_SHARE)
 
     def close(self) -> None:
-        """End the files, with the last commit.
+        """Close the writer, and commit its last rows.
 
         Raises:
-            OSError: they are not whole; what the journal says is there nevertheless.
+            OSError: the files are incomplete; ranges in the journal are valid nevertheless.
         """
         try:
-            commits = self.sink.close()
-            if not self._broken:
-                self._untold += commits
-                self._tell()
+            ranges = self.writer.close()
+            if not self._failed:
+                self.pending += ranges
+                self._record()
         finally:
             self.journal.close()
 
-    def _tell(self) -> None:
-        while self._untold:
-            self.journal.add(self._untold[:1])
-            self.kept = self._untold.pop(0).stop
+    def _record(self) -> None:
+        while self.pending:
+            self.journal.append(self.pending[0])
+            self.committed = self.pending.pop(0).stop

@@ -1,7 +1,4 @@
-"""What makes two runs the same run: config, files read, number of samples; and what differs.
-
-Reads a sample of each file, never all of it. Knows no torch and no format.
-"""
+"""Fingerprint of a run: config, input files and number of samples."""
 
 from __future__ import annotations
 
@@ -17,76 +14,72 @@ from gradrun.core.errors import ConfigError
 from gradrun.output.journal import JournalHeader
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
+_MISSING = "missing"
 
 
 def fingerprint(
     config: RunConfig, samples: int, version: str, listed: Sequence[Path] = ()
 ) -> JournalHeader:
-    """The head of the journal of a run of this config over so many samples.
+    """The journal header of a run, with a checksum of a sample of each input file.
 
     Args:
-        config: the run's.
-        samples: how many there are.
-        version: of gradrun.
-        listed: files that the run reads and no key of the config names.
+        config: config of the run.
+        samples: number of samples.
+        version: version of gradrun.
+        listed: input files that no config key names, such as the images of a folder.
 
     Raises:
-        ConfigError: a file cannot be read any more.
+        ConfigError: a file cannot be read.
     """
     dumped = config.model_dump(mode="json")
-    dumped.pop("measure")  # how a run is measured changes no prediction
-    dumped.pop("check")
-    dumped.pop("metrics")
+    for key in ("measure", "check", "metrics"):  # do not affect predictions
+        dumped.pop(key)
     for key in ("labels", "classes"):
         dumped["data"].pop(key, None)
     dumped["output"].pop("path")  # a folder may be moved
-    # Neither is what is done about a sample that fails: those behind the last commit are run anew.
+    # Error handling may change: samples after the last commit run again.
     for key in ("warmup", "on_error", "max_errors"):
         dumped["run"].pop(key)
-    files = config.input_files()
+    paths = config.input_files()
     if isinstance(config.model, PythonModel):
-        place = Path(config.model.target.rpartition(":")[0])
-        files += [place] if place.suffix == ".py" else []
-    # A folder that the files listed lie in is told by them.
-    told = [place for place in files if not (listed and listed[0].is_relative_to(place))]
+        source = Path(config.model.target.rpartition(":")[0])
+        paths += [source] if source.suffix == ".py" else []
+    # The listed files cover a folder that contains them.
+    paths = [path for path in paths if not (listed and listed[0].is_relative_to(path))]
     described = {
-        os.fspath(path): _described(path) for place in sorted(told) for path in _within(place)
+        os.fspath(file): _describe(file) for path in sorted(paths) for file in _files_in(path)
     }
     if listed:
-        described["what data.path names"] = _listing(listed)
-    return JournalHeader(
-        gradrun=version,
-        samples=samples,
-        config=dumped,
-        files=described,
-    )
+        described["the files in data.path"] = _describe_list(listed)
+    return JournalHeader(gradrun=version, samples=samples, config=dumped, files=described)
 
 
 def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
-    """What is not as it was, each in a few words: "run.mode was grad and is no_grad"."""
-    found = [
-        f"{key} was {old} and is {new}" for key, old, new in _changed(before.config, now.config)
+    """Describe each change in a few words, such as "run.mode changed from grad to no_grad"."""
+    changes = [
+        f"{key} changed from {old} to {new}"
+        for key, old, new in _changed(before.config, now.config)
     ]
     if before.samples != now.samples:
-        found.append(f"there were {before.samples:,} samples and are {now.samples:,}")
+        changes.append(f"the number of samples changed from {before.samples:,} to {now.samples:,}")
     for path, described in now.files.items():
         known = before.files.get(path)
         if known is None:
-            continue  # another path is another key of the config, told above
+            continue  # its config key changed, which is in the list already
         changed = [key for key, value in described.items() if known.get(key) != value]
         if changed:
-            found.append(f"{path} has changed ({', '.join(changed)})")
-    return found
+            changes.append(f"{path} changed ({', '.join(changed)})")
+    return changes
 
 
-def _within(place: Path) -> list[Path]:
-    """A file itself; of a folder the files that lie in it."""
-    if not place.is_dir():
-        return [place]
-    return sorted(path for path in place.iterdir() if path.is_file())
+def _files_in(path: Path) -> list[Path]:
+    """The file itself, or the files directly in a folder."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.is_file())
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
         return {
@@ -94,33 +87,33 @@ def _described(path: Path) -> dict[str, Any]:
             "time": status.st_mtime_ns,
             "content": _sampled_checksum(path, status.st_size),
         }
-    except OSError as error:  # it was there when it was opened
+    except OSError as error:  # the file existed when it was opened
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _listing(paths: Iterable[Path]) -> dict[str, Any]:
-    """How many files there are, and a checksum of their names, sizes and times."""
-    count = found = 0
+def _describe_list(paths: Iterable[Path]) -> dict[str, Any]:
+    """Number of files, and a checksum of their names, sizes and times."""
+    count = crc = 0
     for path in paths:
         try:
             status = path.stat()
             line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        except (OSError, ValueError):  # a link to nowhere, or no name of a file
-            line = f"{path}\0not there\n"
-        count, found = count + 1, zlib.crc32(line.encode("utf-8", "surrogateescape"), found)
-    return {"files": count, "names, sizes and times": found}
+        except (OSError, ValueError):  # a broken link, or an invalid file name
+            line = f"{path}\0{_MISSING}\n"
+        count, crc = count + 1, zlib.crc32(line.encode("utf-8", "surrogateescape"), crc)
+    return {"files": count, "names, sizes and times": crc}
 
 
 def _sampled_checksum(path: Path, size: int) -> int:
-    """CRC-32 of blocks spread evenly over the file, its beginning and end among them."""
+    """CRC-32 of 64 blocks of 4 KiB, evenly spaced from the start to the end of the file."""
     last = max(0, size - _BLOCK_BYTES)
-    places = sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
-    found = 0
+    offsets = sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
+    crc = 0
     with path.open("rb") as file:
-        for place in places:
-            file.seek(place)
-            found = zlib.crc32(file.read(_BLOCK_BYTES), found)
-    return found
+        for offset in offsets:
+            file.seek(offset)
+            crc = zlib.crc32(file.read(_BLOCK_BYTES), crc)
+    return crc
 
 
 def _changed(
@@ -128,7 +121,7 @@ def _changed(
 ) -> Iterator[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) of every leaf that differs."""
     for key in [*before, *(key for key in now if key not in before)]:
-        old, new = before.get(key, "not there"), now.get(key, "not there")
+        old, new = before.get(key, _MISSING), now.get(key, _MISSING)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _changed(old, new, f"{prefix}{key}.")
         elif old != new:

@@ -1,7 +1,7 @@
-"""The journal of a run: which samples are safely in its files, and whose run they are.
+"""journal.jsonl: a header that identifies the run, then the committed sample ranges.
 
-Knows lines of JSON that are written once and synced; not how predictions are laid out. What it says
-is there, is there: a line is added when the data behind it are on the disk.
+Each line is appended after the predictions that it describes are synced, so every range in the
+journal is on the disk.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
 
-FORMAT = 1
+FILE_NAME = "journal.jsonl"
+DRAFT_NAME = f"{FILE_NAME}.tmp"
+
+FORMAT = 2
+_READABLE = {1, FORMAT}
+"""Format 1, of development versions, is verified but not resumed: its incomplete shards are in
+files that this version does not write, and it counts quarantined samples as not finite."""
 
 
 class _Line(BaseModel):
@@ -25,20 +31,19 @@ class _Line(BaseModel):
 
 
 class JournalHeader(_Line):
-    """The first line: what must be the same for another run to go on with these files."""
+    """First line: all properties of the run that a resume must share."""
 
-    journal: Literal[1] = 1
+    journal: int = FORMAT
     gradrun: str
     samples: NonNegativeInt
     config: dict[str, Any]
     files: dict[str, dict[str, Any]]
-    """Of each file that the run reads: its size in bytes, time of change and a checksum."""
+    """Path of each input file to its size in bytes, modification time and checksum."""
 
 
-def _beside(name: str) -> str:
-    """The name of a file that lies beside the journal, and nowhere else."""
+def _validate_file_name(name: str) -> str:
     if name != Path(name).name:
-        raise ValueError("a journal tells of the files beside it")
+        raise ValueError("a range refers to a file outside the run folder")
     return name
 
 
@@ -47,58 +52,66 @@ class CommittedRange(_Line):
 
     start: NonNegativeInt
     stop: NonNegativeInt
-    files: dict[Annotated[str, AfterValidator(_beside)], int]
-    """File name to the CRC-32 of what it holds of these samples."""
+    files: dict[Annotated[str, AfterValidator(_validate_file_name)], int]
+    """File name to the CRC-32 of these samples in it, as the format computes it."""
     end: NonNegativeInt | None = None
-    """Where they end, in bytes, in a file whose rows differ in length."""
+    """Offset of their end in bytes, in text formats."""
     nonfinite: NonNegativeInt = 0
-    """How many of them hold a NaN or an infinity."""
+    """Number of samples with a NaN or an infinity, without the quarantined ones."""
 
 
 class JournalState:
-    """What a journal says: its head and its commits in order."""
+    """The content of a journal."""
 
     def __init__(
         self,
-        head: JournalHeader,
-        commits: Sequence[CommittedRange],
+        header: JournalHeader,
+        ranges: Sequence[CommittedRange],
         ends: Sequence[int],
         torn: bool,
     ) -> None:
-        self.head, self.commits = head, list(commits)
+        """Store the parsed lines.
+
+        Args:
+            header: first line.
+            ranges: the other lines.
+            ends: offset of the end of each line, in bytes.
+            torn: the file ends with an incomplete line.
+        """
+        self.header, self.ranges, self.torn = header, list(ranges), torn
         self._ends = list(ends)
-        self.torn = torn
-        """Whether a line that was cut off follows."""
 
     @property
     def size(self) -> int:
-        """Bytes of the journal up to the last commit's end."""
+        """Bytes up to the end of the last range."""
         return self._ends[-1]
 
-    def without_part_of_a_batch(self, batch_size: int) -> JournalState:
-        """Up to the last commit that ends with a whole batch, so that batches are cut as before."""
-        count = len(self.commits)
-        while count and self.commits[count - 1].stop % batch_size and not self.complete:
-            count -= 1
-        return JournalState(self.head, self.commits[:count], self._ends[: count + 1], self.torn)
-
     @property
-    def stop(self) -> int:
-        """The first sample that is not there."""
-        return self.commits[-1].stop if self.commits else 0
+    def committed(self) -> int:
+        """Number of committed samples."""
+        return self.ranges[-1].stop if self.ranges else 0
 
     @property
     def complete(self) -> bool:
-        """Whether every sample is there."""
-        return self.stop == self.head.samples
+        """Whether all samples are committed."""
+        return self.committed == self.header.samples
+
+    def whole_batches(self, batch_size: int) -> JournalState:
+        """The state up to the last range that ends with a whole batch.
+
+        A resume continues from there, so that batches are cut at the same samples.
+        """
+        count = len(self.ranges)
+        while count and self.ranges[count - 1].stop % batch_size and not self.complete:
+            count -= 1
+        return JournalState(self.header, self.ranges[:count], self._ends[: count + 1], self.torn)
 
 
 def read(path: Path) -> JournalState:
-    """What the journal says; a last line that was cut off does not count.
+    """Read a journal; an incomplete or damaged last line is ignored.
 
     Raises:
-        GradrunError: it cannot be read, is damaged elsewhere than at its end, or another gradrun
-            has written it in a format of its own.
+        GradrunError: the file cannot be read, an earlier line is damaged, or the format is unknown.
     """
     try:
         lines = [*files.lines(path)]
@@ -106,36 +119,36 @@ def read(path: Path) -> JournalState:
         raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
     size = sum(map(len, lines))
     if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()  # it was cut off
+        lines.pop()
     parsed: list[Any] = []
     ends: list[int] = []
     for number, line in enumerate(lines):
         try:
-            # Not pydantic's own reader, which takes no file name that is no UTF-8.
-            said = json.loads(line)
+            # pydantic's JSON parser rejects file names that are not UTF-8.
+            data = json.loads(line)
             if not parsed:
-                _check_format(said, path)
+                _check_format(data, path)
             kind: type[_Line] = CommittedRange if parsed else JournalHeader
-            parsed.append(kind.model_validate(said))
+            parsed.append(kind.model_validate(data))
             _check_order(parsed)
         except (ValueError, RecursionError) as error:
             if number == len(lines) - 1 and number > 0:
-                break  # a torn sector may end in anything
+                break  # a torn sector may contain any bytes
             raise GradrunError(
-                f"{path}:{number + 1}  the journal is damaged here; --overwrite begins anew"
+                f"{path}:{number + 1}  the journal is damaged; start over with --overwrite"
             ) from error
         ends.append((ends[-1] if ends else 0) + len(line))
     if not parsed:
-        raise GradrunError(f"{path} is no journal of a run: its first line was cut off")
+        raise GradrunError(f"{path} is not a journal of a run: its first line is incomplete")
     return JournalState(parsed[0], parsed[1:], ends, torn=ends[-1] < size)
 
 
-def _check_format(head: Any, path: Path) -> None:
-    found = head.get("journal", FORMAT) if isinstance(head, dict) else FORMAT
-    if found != FORMAT:
+def _check_format(header: Any, path: Path) -> None:
+    number = header.get("journal", FORMAT) if isinstance(header, dict) else FORMAT
+    if number not in _READABLE:
         raise GradrunError(
-            f"{path} is a journal of format {found!r:.60}, and this gradrun reads format {FORMAT}; "
-            "go on with the gradrun that began it, or begin anew with --overwrite"
+            f"{path} has journal format {number!r:.60}; this version of gradrun reads formats up "
+            f"to {FORMAT}. Use the version that started the run, or start over with --overwrite"
         )
 
 
@@ -146,62 +159,58 @@ def _check_order(parsed: list[Any]) -> None:
     last = parsed[-1]
     if last.start != before or last.stop <= last.start or last.stop > parsed[0].samples:
         parsed.pop()
-        raise ValueError("the ranges do not follow one another")
-
-
-def draft(path: Path) -> Path:
-    """Where a journal is begun."""
-    return path.with_name(f"{path.name}.tmp")
+        raise ValueError("the ranges are not consecutive")
 
 
 class Journal:
-    """The file, open for adding lines."""
+    """A journal that is open for appending."""
 
-    def __init__(self, path: Path, head: JournalHeader, kept: JournalState | None = None) -> None:
-        """Begin a journal, or go on with what is kept of one: what follows that is cut off.
+    def __init__(
+        self, path: Path, header: JournalHeader, previous: JournalState | None = None
+    ) -> None:
+        """Create a journal, or continue a previous one and cut off what follows its last range.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self.path = path
-        # Under another name until its head is whole: a journal always says whose it is.
-        place = path if kept else draft(path)
-        flags = os.O_RDWR | os.O_APPEND | (0 if kept else os.O_CREAT)
-        self._descriptor = files.open_regular(place, flags)
-        self._size = kept.size if kept else 0
+        # The header is written under another name, so that a journal always has one.
+        target = path if previous else path.with_name(DRAFT_NAME)
+        flags = os.O_WRONLY | os.O_APPEND | (0 if previous else os.O_CREAT)
+        self._descriptor = files.open_regular(target, flags)
+        self._size = previous.size if previous else 0
         try:
             os.ftruncate(self._descriptor, self._size)
-            if kept is None:
-                self._add(head)
-                place.replace(path)
+            if previous is None:
+                self._append(header)
+                target.replace(path)
                 files.sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
 
-    def add(self, commits: Sequence[CommittedRange]) -> None:
-        """Say that samples are on the disk.
+    def append(self, committed: CommittedRange) -> None:
+        """Append a range whose samples are synced.
 
         Raises:
-            OSError: the line is not there, and nothing after it will be.
+            OSError: the line was not written; append nothing more.
         """
-        for committed in commits:
-            self._add(committed)
+        self._append(committed)
 
-    def _add(self, line: _Line) -> None:
-        # JSON of json's own: it may hold a file name that is no UTF-8, which pydantic refuses.
+    def _append(self, line: _Line) -> None:
+        # pydantic's JSON writer rejects file names that are not UTF-8.
         data = json.dumps(line.model_dump(mode="python", exclude_none=True), default=str)
         encoded = data.encode() + b"\n"
         try:
             files.write_all(self._descriptor, encoded)
             files.sync(self._descriptor)
-        except BaseException:  # Ctrl-C too: the line will be added once more
+        except BaseException:  # after Ctrl-C, the line is appended again
             os.ftruncate(self._descriptor, self._size)
             raise
         self._size += len(encoded)
 
     def close(self) -> None:
-        """Nothing more will be said."""
+        """Close the file; closing twice has no effect."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

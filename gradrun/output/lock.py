@@ -1,48 +1,46 @@
-"""One writer at a time in a folder: a lock that ends with the process that holds it.
-
-Knows file locks, hosts and process ids; not what is written.
-"""
+"""Folder locks, which end with the process that took them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from gradrun.core import files
 from gradrun.core.errors import ConfigError
 
-NAME = ".gradrun.output.lock"
+FILE_NAME = ".gradrun.output.lock"
 
 
 class FolderLock:
-    """Held from `take` to `release`, and no longer than the process lives."""
+    """An flock on a file in the folder, which the system releases when the process ends.
 
-    def __init__(self, folder: Path, name: str = NAME, *, stays: bool = False) -> None:
-        """`stays`: the file does, empty, to say whose the folder is."""
-        self.path, self._stays = folder / name, stays
+    On network file systems without flock, two machines can lock the same folder.
+    """
+
+    def __init__(self, folder: Path, name: str = FILE_NAME, *, keep_file: bool = False) -> None:
+        """Set up; `keep_file` leaves the file in the folder after the release, empty."""
+        self.path, self._keep_file = folder / name, keep_file
         self._descriptor = -1
 
-    def take(self) -> None:
-        """Hold the folder, or take over from a process that died holding it.
+    def acquire(self) -> None:
+        """Lock the folder; the lock file of a dead process has no effect.
 
         Raises:
-            ConfigError: another process holds it; names its host and process id.
-            OSError: the folder cannot be written.
+            ConfigError: another process has the lock; the message names its host and process id.
+            OSError: the folder is not writable.
         """
         while self._descriptor < 0:
             descriptor = files.open_regular(self.path, os.O_RDWR | os.O_CREAT)
             try:
-                if not _locked(descriptor, self.path):
-                    raise _held(self.path)
-                # Whoever held it may have removed the file that we opened.
-                if not _same_file(descriptor, self.path):
+                if not _try_lock(descriptor):
+                    raise _in_use(self.path)
+                # The previous owner may have removed the file after we opened it.
+                if not _is_same_file(descriptor, self.path):
                     continue
                 os.ftruncate(descriptor, 0)
                 owner = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -53,12 +51,12 @@ class FolderLock:
                     os.close(descriptor)
 
     def release(self) -> None:
-        """Let others in; does nothing where it is not held."""
+        """Unlock the folder; has no effect if it is not locked."""
         if self._descriptor < 0:
             return
         try:
-            with suppress(OSError):  # the folder may be gone; a file that stays holds nobody up
-                if self._stays:
+            with suppress(OSError):  # the folder may be gone; a remaining file blocks nobody
+                if self._keep_file:
                     os.ftruncate(self._descriptor, 0)
                 else:
                     self.path.unlink()
@@ -67,40 +65,33 @@ class FolderLock:
             self._descriptor = -1
 
 
-def check_free(folder: Path) -> None:
-    """See that nobody writes into a folder, without holding it.
+def check_unlocked(folder: Path) -> None:
+    """Check that no process writes to a folder, without locking it.
 
     Raises:
-        ConfigError: another process does; names its host and process id.
+        ConfigError: a process does; the message names its host and process id.
     """
-    path = folder / NAME
+    path = folder / FILE_NAME
     try:
         descriptor = files.open_regular(path, os.O_RDWR)
     except OSError:
         return
     try:
-        if not _locked(descriptor, path):
-            raise _held(path)
+        if not _try_lock(descriptor):
+            raise _in_use(path)
     finally:
         os.close(descriptor)
 
 
-def _same_file(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _locked(descriptor: int, path: Path) -> bool:
-    """Whether the lock is ours now; it is given back when the descriptor is closed."""
-    if sys.platform == "win32":
-        owner = _owner(path)
-        return owner.get("host") != socket.gethostname() or not psutil.pid_exists(
-            int(owner.get("pid", 0))
-        )
-    import fcntl
-
+def _try_lock(descriptor: int) -> bool:
+    """Lock a file until its descriptor is closed; false if another process has the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -108,22 +99,22 @@ def _locked(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _held(path: Path) -> ConfigError:
-    owner = _owner(path)
-    by = (
+def _in_use(path: Path) -> ConfigError:
+    owner = _read_owner(path)
+    writer = (
         f"process {owner['pid']} on {owner['host']}"
         if {"pid", "host"} <= owner.keys()
         else "another process"
     )
     return ConfigError(
-        f"{by} is writing into {path.parent}; wait for it, or choose another output.path",
+        f"{writer} is writing to {path.parent}; wait for it, or choose another output.path",
         "output.path",
     )
 
 
-def _owner(path: Path) -> dict[str, Any]:
+def _read_owner(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        owner = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return owner if isinstance(owner, dict) else {}

@@ -1,7 +1,4 @@
-"""A run's folder: what lies in it under which name, who writes it, and what a resume goes on with.
-
-Knows files and names; not what the figures in them mean.
-"""
+"""Layout of a run folder: which files belong to a run, who may write, what a resume continues."""
 
 from __future__ import annotations
 
@@ -13,32 +10,32 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import format_bytes, pluralize
-from gradrun.output import journal, readback
+from gradrun.output import journal, lock, quarantine
 from gradrun.output.fingerprint import differences
 from gradrun.output.journal import CommittedRange, Journal, JournalHeader, JournalState
-from gradrun.output.lock import NAME as LOCK
-from gradrun.output.lock import FolderLock, check_free
+from gradrun.output.lock import FolderLock, check_unlocked
+from gradrun.output.verification import damaged_ranges
 from gradrun.results.result import InferResult, RunResult
 
 RESULT = "result.json"
-JOURNAL = "journal.jsonl"
-CHECKED = ".gradrun.check"
-"""In the folder of a check, from its beginning on."""
+CHECK_LOCK = ".gradrun.check"
+"""Marks the folder of a check, from its start on."""
 
-_BEGINNING = {LOCK, journal.draft(Path(JOURNAL)).name}
-"""What a process leaves behind that died before its run had begun."""
+_STARTUP_FILES = {lock.FILE_NAME, journal.DRAFT_NAME}
+"""Left by a process that died before its run started."""
 
-_PARTS = [f"predictions-{'[0-9]' * 5}.{suffix}" for suffix in ("safetensors", "parquet")]
-_OURS = (
-    *(RESULT, f"{RESULT}.tmp", "quarantine.jsonl", "quarantine.jsonl.tmp"),
+_SHARDS = [f"predictions-{'[0-9]' * 5}.{suffix}" for suffix in ("safetensors", "parquet")]
+_RUN_FILES = (
+    *(RESULT, f"{RESULT}.tmp", quarantine.FILE_NAME, f"{quarantine.FILE_NAME}.tmp"),
     *("predictions.npy", "predictions.*.npy", "predictions.jsonl", "predictions.csv"),
-    *(f"{part}{ending}" for part in _PARTS for ending in ("", ".tmp", ".rest")),
-    *(f"{JOURNAL}.tmp", JOURNAL),  # last: it says whose the others are
+    *(f"{shard}{suffix}" for shard in _SHARDS for suffix in ("", ".tmp", ".rest")),
+    *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )
+"""Patterns of a run's files; .rest files come from journal format 1."""
 
 
 class RunFolder:
-    """The folder of one run; looked at when it is made, written inside `writing`."""
+    """The folder of one run, inspected at construction and written inside `locked`."""
 
     def __init__(
         self,
@@ -48,173 +45,180 @@ class RunFolder:
         resume: bool = False,
         inputs: Iterable[Path] = (),
     ) -> None:
-        """Look at the folder.
+        """Inspect the folder.
 
         Raises:
-            ConfigError: something lies there that the user did not give up, another process writes
-                there, or a file of `inputs` would be overwritten.
+            ConfigError: the folder is in use, may not be overwritten or cannot be resumed, or an
+                overwrite would remove one of `inputs`.
         """
         self.path, self.overwrite, self.resume = path, overwrite, resume
-        check_free(path)
-        self.kept = self._look()
-        """What an earlier run has left to go on with."""
-        doomed = {file.resolve() for file in self._ours()} if overwrite else set()
-        if eaten := [file for file in inputs if file.resolve() in doomed]:
+        check_unlocked(path)
+        self.previous = self._inspect()
+        """Journal of the earlier run to resume, if any."""
+        removed = {file.resolve() for file in self._run_files()} if overwrite else set()
+        if needed := [file for file in inputs if file.resolve() in removed]:
             raise ConfigError(
-                f"--overwrite would remove {eaten[0]}, which this run reads; choose another "
-                "output.path",
+                f"--overwrite would remove {needed[0]}, which is an input of this run; choose "
+                "another output.path",
                 "output.path",
             )
 
-    def _check_plain(self) -> None:
-        """Refuse a folder where a name of ours is a link or a pipe: what it leads to is not ours.
-
-        Raises:
-            ConfigError: something lies there that no run has made.
-        """
-        for file in (self.path / LOCK, *self._ours()):
+    def _check_regular(self) -> None:
+        """Refuse links and pipes in place of a run's files, which lead out of the folder."""
+        for file in (self.path / lock.FILE_NAME, *self._run_files()):
             if file.is_symlink() or (file.exists() and not file.is_file()):
                 kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "a pipe"
                 raise ConfigError(
-                    f"{file} is {kind}, which no run has made and none writes to; remove it, or "
-                    "choose another output.path",
+                    f"{file} is {kind}, not a regular file; remove it, or choose another "
+                    "output.path",
                     "output.path",
                 )
 
-    def _look(self) -> JournalState | None:
-        """Find what is kept of an earlier run, or say why it cannot be gone on with."""
+    def _inspect(self) -> JournalState | None:
+        """Read the journal of an earlier run; raises if this run cannot use the folder."""
         path = self.path
         try:
             if path.exists() and not path.is_dir():
-                raise ConfigError(f"{path} is a file, where a folder is wanted", "output.path")
-            self._check_plain()
-            there = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+                raise ConfigError(f"{path} is a file, not a folder", "output.path")
+            self._check_regular()
+            names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         except OSError as error:
             raise RunFailed(f"{path} cannot be read: {error.strerror}") from error
-        there -= _BEGINNING
-        if self.resume:  # what is not ours stays, so it is no reason not to begin
-            there &= {file.name for file in self._ours()}
-        if self.overwrite or not there:
+        names -= _STARTUP_FILES
+        if self.resume:  # files of other programs do not prevent a resume
+            names &= {file.name for file in self._run_files()}
+        if self.overwrite or not names:
             return None
-        kept = journal.read(path / JOURNAL) if JOURNAL in there else None
-        if kept and self.resume:
-            return kept
-        if kept and not (kept.complete and RESULT in there):
+        state = journal.read(path / journal.FILE_NAME) if journal.FILE_NAME in names else None
+        if state and self.resume:
+            return state
+        if state and not (state.complete and RESULT in names):
             raise ConfigError(
-                f"{path} holds an unfinished run ({kept.stop:,} of "
-                f"{pluralize(kept.head.samples, 'sample')}); --resume goes on with it, "
-                "--overwrite begins anew",
+                f"{path} has an unfinished run ({state.committed:,} of "
+                f"{pluralize(state.header.samples, 'sample')}); use --resume to continue it, or "
+                "--overwrite to replace it",
                 "output.path",
             )
         raise ConfigError(
-            f"{path} exists already; --overwrite replaces the run in it, and another "
-            "output.path keeps both",
+            f"output folder {path} already exists; use --overwrite to replace it, or choose "
+            "another output.path",
             "output.path",
         )
 
-    def finished(self) -> InferResult | None:
-        """The result of the earlier run, where that came to its end.
+    def finished_result(self) -> InferResult | None:
+        """The result of the earlier run, if it is complete.
 
         Raises:
-            GradrunError: it cannot be read.
+            GradrunError: the result cannot be read, or predictions are damaged.
         """
-        if not (self.kept and self.kept.complete and (self.path / RESULT).exists()):
+        if not (self.previous and self.previous.complete and (self.path / RESULT).exists()):
             return None
         try:
             result = RunResult.load(self.path)
         except GradrunError as error:
-            text = f"{error}; the predictions are whole: remove that file, and --resume writes it"
-            raise GradrunError(text) from error
-        if damaged := next(readback.faults(self.path, self.kept), None):
             raise GradrunError(
-                f"{self.path / damaged.file} is not what this finished run wrote ({damaged.what}); "
-                "--overwrite makes it anew, and gradrun verify tells what is left"
+                f"{error}; the predictions are complete: remove this file, and --resume writes it "
+                "again"
+            ) from error
+        if damaged := next(damaged_ranges(self.path, self.previous), None):
+            raise GradrunError(
+                f"{self.path / damaged.file} changed after the run finished ({damaged.what}); "
+                "list the damage with gradrun verify, or start over with --overwrite"
             )
-        # It tells of fewer where a resume was killed between its last commit and its result.
+        # The result has fewer if a resume was killed between its last commit and its result.
         if not isinstance(result, InferResult):
             return None
-        whole = result.predictions == self.kept.head.samples
-        return result if whole else None
+        return result if result.predictions == self.previous.header.samples else None
 
-    def check_same(self, head: JournalHeader) -> None:
-        """See that a resume would go on with the same run.
+    def check_resumable(self, header: JournalHeader) -> None:
+        """Check that the earlier run, if any, is the same as this one.
 
         Raises:
-            ConfigError: it would not; says what differs.
+            ConfigError: it is not; the message lists the differences.
         """
-        if self.kept is None:
+        if self.previous is None:
             return
-        if found := differences(self.kept.head, head):
+        if self.previous.header.journal != journal.FORMAT:
             raise ConfigError(
-                f"{self.path} cannot be resumed, because this is another run: {'; '.join(found)}. "
-                "Put that back as it was, or begin anew with --overwrite",
+                f"cannot resume {self.path}: an earlier version of gradrun wrote its journal "
+                f"(format {self.previous.header.journal}). Choose another output.path, or start "
+                "over with --overwrite",
+                "output.path",
+            )
+        if changes := differences(self.previous.header, header):
+            raise ConfigError(
+                f"cannot resume {self.path}: since the run started, {'; '.join(changes)}. Undo the "
+                "change, or start over with --overwrite",
                 "output.path",
             )
 
-    def _ours(self) -> list[Path]:
-        # By name alone: a glob does not see a link to nowhere, and writing through it makes a file.
-        there = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        return [file for pattern in _OURS for file in there if fnmatchcase(file.name, pattern)]
+    def _run_files(self) -> list[Path]:
+        # iterdir, because glob omits broken links, and a write through one creates a file.
+        files = sorted(self.path.iterdir()) if self.path.is_dir() else []
+        return [file for pattern in _RUN_FILES for file in files if fnmatchcase(file.name, pattern)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and hold it.
+        """Create and lock the folder.
 
         Raises:
-            ConfigError: another process holds it, or has run in it since it was looked at.
-            RunFailed: it cannot be written.
+            ConfigError: another process has the lock, or has run here since the inspection.
+            RunFailed: the folder is not writable.
         """
-        with _held(FolderLock(self.path)):
-            self.kept = self._look()
+        with _locked(FolderLock(self.path)):
+            self.previous = self._inspect()
             yield
 
-    def journal(self, head: JournalHeader, batch_size: int) -> tuple[Journal, list[CommittedRange]]:
-        """The journal, open, and what it tells of an earlier run; only inside `writing`.
+    def open_journal(
+        self, header: JournalHeader, batch_size: int
+    ) -> tuple[Journal, list[CommittedRange]]:
+        """Open the journal; call only inside `locked`.
 
-        Where there is nothing to go on with, files of an earlier run are removed. What is not ours
-        stays.
+        Returns:
+            The journal and the ranges of the earlier run to continue. Without an earlier run, its
+            leftover files are removed; files of other programs stay.
 
         Raises:
-            ConfigError: the earlier run is another one.
-            OSError: it cannot be written.
+            ConfigError: the earlier run differs from this one.
+            OSError: the journal cannot be written.
         """
-        self.check_same(head)
-        kept = self.kept.without_part_of_a_batch(batch_size) if self.kept else None
-        if kept and kept.commits:
-            return Journal(self.path / JOURNAL, head, kept), kept.commits
-        # First, and in one step: from here on the files of another run count for nothing.
-        begun = Journal(self.path / JOURNAL, head)
+        self.check_resumable(header)
+        previous = self.previous.whole_batches(batch_size) if self.previous else None
+        if previous and previous.ranges:
+            return Journal(self.path / journal.FILE_NAME, header, previous), previous.ranges
+        # Replace the journal first, in one step: after that, older files have no meaning.
+        created = Journal(self.path / journal.FILE_NAME, header)
         try:
-            self.clear(begun.path)
+            self.clear(keep=created.path)
         except BaseException:
-            begun.close()
+            created.close()
             raise
-        return begun, []
+        return created, []
 
-    def clear(self, but: Path | None = None) -> None:
-        """Remove the files of a run, or all but one; only inside `writing`.
+    def clear(self, keep: Path | None = None) -> None:
+        """Remove the files of a run, except `keep`; call only inside `locked`.
 
         Raises:
-            OSError: one of them cannot be removed.
+            OSError: a file cannot be removed.
         """
-        for file in self._ours():
-            if file != but:
+        for file in self._run_files():
+            if file != keep:
                 file.unlink(missing_ok=True)
 
-    def disk_space_hint(self, kept: int, samples: int) -> str:
-        """How much of the disk the rest of a run wants, as what is kept of it tells, in words."""
+    def disk_space_hint(self, committed: int, samples: int) -> str:
+        """Free disk space, and an estimate for the other samples based on the committed ones."""
         free = format_bytes(shutil.disk_usage(self.path).free)
-        held = sum(file.stat().st_size for file in self.path.glob("predictions*"))
-        if not kept:
+        used = sum(file.stat().st_size for file in self.path.glob("predictions*"))
+        if not committed:
             return f"{free} are free"
-        left = format_bytes(held * (samples - kept) // kept)
-        return f"{free} are free, and about {left} more are wanted"
+        needed = format_bytes(used * (samples - committed) // committed)
+        return f"{free} are free, and the run needs about {needed} more"
 
     def save(self, result: RunResult) -> None:
         """Write result.json.
 
         Raises:
-            RunFailed: it cannot be written; the predictions are not touched.
+            RunFailed: the file cannot be written; the predictions are not affected.
         """
         try:
             result.save(self.path / RESULT)
@@ -224,42 +228,41 @@ class RunFolder:
 
 
 @contextmanager
-def checking(folder: Path) -> Iterator[None]:
-    """Hold the folder of a check over all of its runs, and mark it as one.
+def locked_check_folder(folder: Path) -> Iterator[None]:
+    """Lock the folder of a check during all of its runs.
 
     Raises:
-        ConfigError: another check holds it, or what lies there is no check's.
-        RunFailed: it cannot be written.
+        ConfigError: another check has the lock, or the folder has the result of another command.
+        RunFailed: the folder is not writable.
     """
-    _see_whose(folder)
-    with _held(FolderLock(folder, CHECKED, stays=True)):
+    _refuse_other_result(folder)
+    with _locked(FolderLock(folder, CHECK_LOCK, keep_file=True)):
         yield
 
 
-def _see_whose(folder: Path) -> None:
-    """Refuse a folder whose result another command has written."""
-    # A check that was ended early leaves its infer's result, or none.
-    if (folder / CHECKED).exists() or not (folder / RESULT).exists():
+def _refuse_other_result(folder: Path) -> None:
+    # A check that stopped early leaves the result of its infer run, or none.
+    if (folder / CHECK_LOCK).exists() or not (folder / RESULT).exists():
         return
     with suppress(GradrunError):
         if RunResult.load(folder).kind == "check":
             return
     raise ConfigError(
-        f"{folder} holds a run that is no check's, and a check would overwrite it; choose another "
+        f"{folder} has the output of another command, which a check would replace; choose another "
         "output.path",
         "output.path",
     )
 
 
 @contextmanager
-def _held(lock: FolderLock) -> Iterator[None]:
-    folder = lock.path.parent
+def _locked(folder_lock: FolderLock) -> Iterator[None]:
+    folder = folder_lock.path.parent
     try:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock.take()
+            folder_lock.acquire()
         except OSError as error:
             raise RunFailed(f"{folder} cannot be written: {error.strerror}") from error
         yield
     finally:
-        lock.release()
+        folder_lock.release()

@@ -1,61 +1,92 @@
-"""`gradrun.verify`: a run's folder against its journal.
-
-Knows where the journal lies; how files are read back stands in readback.py. Needs no torch.
-"""
+"""`gradrun.verify`: compare the files of a run with the checksums in its journal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.output import journal
-from gradrun.output.readback import faults
-from gradrun.output.run_folder import JOURNAL
+from gradrun.output.formats import CHECKSUMS, text_writer
+from gradrun.output.journal import CommittedRange, JournalState
 from gradrun.results.result import DamagedRange
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What a folder holds of its run."""
+    """Result of a verification."""
 
     folder: Path
     samples: int
-    """That the run is of."""
+    """Samples of the run."""
     committed: int
-    """That the journal says are there."""
+    """Samples in the journal."""
     ranges: int
-    faults: tuple[DamagedRange, ...]
+    damaged: tuple[DamagedRange, ...]
     torn: bool
-    """Whether the journal's last line was cut off."""
+    """The last line of the journal is incomplete and was ignored."""
 
     @property
     def complete(self) -> bool:
-        """Whether every sample of the run is there, as it was written."""
-        return not self.faults and self.committed == self.samples
+        """Whether all samples of the run are committed and unchanged."""
+        return not self.damaged and self.committed == self.samples
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Fields as JSON types."""
         return asdict(self) | {"folder": str(self.folder), "complete": self.complete}
 
 
 def verify(folder: str | Path) -> Verification:
-    """Read back everything that a run's journal says is in its files.
+    """Compare all committed ranges of a run with their checksums.
 
     Raises:
-        ConfigError: there is no journal.
-        GradrunError: the journal cannot be read, or is damaged.
+        ConfigError: the folder has no journal, or pyarrow is needed and missing.
+        GradrunError: the journal cannot be read or is damaged.
     """
     folder = Path(folder)
-    if not (folder / JOURNAL).is_file():
-        raise ConfigError(f"{folder} holds no {JOURNAL}, so no run of gradrun infer to verify")
-    kept = journal.read(folder / JOURNAL)
+    path = folder / journal.FILE_NAME
+    if not path.is_file():
+        raise ConfigError(f"{folder} has no {path.name}: it is not the output of gradrun infer")
+    state = journal.read(path)
     return Verification(
         folder=folder,
-        samples=kept.head.samples,
-        committed=kept.stop,
-        ranges=len(kept.commits),
-        faults=tuple(faults(folder, kept)),
-        torn=kept.torn,
+        samples=state.header.samples,
+        committed=state.committed,
+        ranges=len(state.ranges),
+        damaged=tuple(damaged_ranges(folder, state)),
+        torn=state.torn,
     )
+
+
+def damaged_ranges(folder: Path, state: JournalState) -> Iterator[DamagedRange]:
+    """Yield the committed ranges that are missing or changed, per file."""
+    previous: CommittedRange | None = None
+    for committed in state.ranges:
+        # Offset of the range in a text file, and in the incomplete shard of journal format 1.
+        continued = previous is not None and previous.files.keys() == committed.files.keys()
+        begin = (previous.end or 0) if previous and continued else 0
+        for file, expected in committed.files.items():
+            try:
+                problem = "" if _checksum(folder, file, committed, begin) == expected else _CHANGED
+            except OSError as error:
+                problem = error.strerror or str(error)
+            except GradrunError:  # pyarrow is missing
+                raise
+            except Exception:  # a damaged file causes any of a dozen exceptions
+                problem = "the file is damaged"
+            if problem:
+                yield DamagedRange(committed.start, committed.stop, file, problem)
+        previous = committed
+
+
+_CHANGED = "the checksum differs"
+
+
+def _checksum(folder: Path, file: str, committed: CommittedRange, begin: int) -> int:
+    path = folder / file
+    rest = folder / f"{file}.rest"  # rows of an incomplete shard in journal format 1
+    if not path.exists() and rest.exists():
+        return text_writer.checksum(rest, committed, begin)
+    return CHECKSUMS[path.suffix.removeprefix(".")](path, committed, begin)

@@ -30,24 +30,24 @@ class Found(Protocol):
     @property
     def ranges(self) -> int: ...
     @property
-    def faults(self) -> tuple[DamagedRange, ...]: ...
+    def damaged(self) -> tuple[DamagedRange, ...]: ...
     @property
     def torn(self) -> bool: ...
 
 
 def show(found: Found, console: Console) -> None:
     """Print what is there, what is not, and what to do."""
-    for fault in found.faults[:_SHOWN]:
+    for fault in found.damaged[:_SHOWN]:
         text = f"samples {fault.start:,} to {fault.stop - 1:,} in {fault.file}: {fault.what}"
         console.print(hanging("x", text, "bold red"))
-    if len(found.faults) > _SHOWN:
-        console.print(f"and {pluralize(len(found.faults) - _SHOWN, 'range')} more")
+    if len(found.damaged) > _SHOWN:
+        console.print(f"and {pluralize(len(found.damaged) - _SHOWN, 'range')} more")
     if found.torn:
         console.print(hanging("!", "the journal's last line was cut off and does not count"))
     name = escape_control_chars(display_path(str(found.folder)))
     checked = f"{found.committed:,} of {pluralize(found.samples, 'sample')}"
-    if found.faults:
-        bad = pluralize(len(found.faults), "range")
+    if found.damaged:
+        bad = pluralize(len(found.damaged), "range")
         say, style = f"{name}: {bad} damaged; infer --overwrite makes them anew", "bold red"
     elif found.committed < found.samples:
         say = f"{name}: unfinished, {checked} are there and whole; infer --resume goes on"

@@ -127,7 +127,7 @@ def test_scores_that_are_no_numbers_are_wrong_however_they_are_kept(
     np.savez(tmp_path / "data.npz", x=scores, y=LABELS)
     right = CHOSEN == LABELS
     right[lost] = False
-    config["model"] = {"source": "python", "target": f"{__file__}:Named"}
+    config["model"] = {"source": "python", "target": f"{__file__}:Outputs"}
     for transform in TRANSFORMS:
         output = {"format": form, "transform": transform, "k": 1}
         found = gradrun.infer(config, output=output, overwrite=True, trust_code=True)

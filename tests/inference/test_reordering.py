@@ -20,6 +20,7 @@ from gradrun.core.optional import import_transformers
 from gradrun.data.text import WINDOW_BATCHES
 from gradrun.inference import runner
 from gradrun.output import checkpointer, journal
+from gradrun.output.formats import sharded_writer
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.support.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed
@@ -31,12 +32,15 @@ SAMPLES = 3 * WINDOW + 10
 NET = '''
 import os
 import torch
-from gradrun import keeping, runner
+from gradrun.inference import runner
+from gradrun.output import checkpointer
+from gradrun.output.formats import sharded_writer
 from pathlib import Path
 from torch import nn
 
-if "EAGER" in os.environ:  # commit as often as it goes
-    keeping.SECONDS, keeping._SHARE, runner._BEAT_NS = 0, 1e9, 0
+if "EAGER" in os.environ:  # commit as often as possible
+    sharded_writer.SHARD_BYTES = 0
+    checkpointer.SECONDS, checkpointer._TIME_SHARE, runner._BEAT_NS = 0, 1e9, 0
 HERE = Path(__file__).parent
 BAD, FITS, KILL = {bad}, {fits}, {kill}
 calls = 0
@@ -207,7 +211,7 @@ def test_rows_as_long_as_their_batch_go_to_jsonl_and_nowhere_else(
         assert torch.allclose(got, states, atol=1e-12)
     told = cli("infer", tmp_path / "c.yaml", "--set", "output.format=npy", "--overwrite")
     assert told.code != 0
-    assert "jsonl takes any" in told.err
+    assert "format: jsonl for rows of any shape" in told.err
     assert "mean_pool" in told.err
 
 
@@ -264,8 +268,14 @@ def test_a_run_that_stops_keeps_whole_windows_and_a_resume_makes_the_same_bytes(
 
 @pytest.mark.parametrize("form", ["jsonl", "safetensors"])
 def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
-    config: Config, tmp_path: Path, sums: list[int], process: Command, form: str
+    config: Config,
+    tmp_path: Path,
+    sums: list[int],
+    process: Command,
+    form: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(sharded_writer, "SHARD_BYTES", 0)
     infer(config(format=form))
     (tmp_path / "out").rename(tmp_path / "whole")
     path = tmp_path / "c.json"
@@ -274,7 +284,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
     killed = process("infer", path, "--trust-code", env=environment)
     assert killed.code == -signal.SIGKILL
     kept = journal.read(tmp_path / "out/journal.jsonl")
-    assert kept.stop == 2 * WINDOW
+    assert kept.committed == 2 * WINDOW
     infer(json.loads(path.read_text()), resume=True)
     for file in (tmp_path / "whole").glob("predictions*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
@@ -284,10 +294,10 @@ def test_commits_end_with_windows(
     config: Config, tmp_path: Path, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpointer, "SECONDS", 0)
-    monkeypatch.setattr(checkpointer, "_SHARE", 1e9)
+    monkeypatch.setattr(checkpointer, "_TIME_SHARE", 1e9)
     monkeypatch.setattr(runner, "_BEAT_NS", 0)
     infer(config())
     kept = journal.read(tmp_path / "out/journal.jsonl")
-    assert len(kept.commits) > 2
-    assert {commit.stop % WINDOW for commit in kept.commits[:-1]} == {0}
+    assert len(kept.ranges) > 2
+    assert {commit.stop % WINDOW for commit in kept.ranges[:-1]} == {0}
     assert kept.complete

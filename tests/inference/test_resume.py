@@ -73,9 +73,11 @@ def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
     assert "interrupted" in text
     assert "Traceback" not in text
     kept = journal.read(tmp_path / "out" / "journal.jsonl")
-    assert 0 < kept.stop < kill.LONG
-    assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.stop
-    assert json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.stop
+    assert 0 < kept.committed < kill.LONG
+    assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.committed
+    assert (
+        json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.committed
+    )
     (line,) = [line for line in text.splitlines() if line.startswith("to resume: ")]
     words = shlex.split(line.removeprefix("to resume: "))
     assert words[0] == "gradrun"
@@ -89,7 +91,7 @@ def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert f"the first {kept.stop:,} by the run before" in done.stdout
+    assert f"the first {kept.committed:,} by the run before" in done.stdout
     assert folder.files("out") == whole
 
 
@@ -135,7 +137,7 @@ def test_a_signal_is_heard_at_any_time_and_told_with_its_exit_code(
         else:
             assert f"{kept} of 60 predictions are kept" in str(ended.value)
             assert ended.value.resumable
-            assert journal.read(tmp_path / "run" / "journal.jsonl").stop == kept
+            assert journal.read(tmp_path / "run" / "journal.jsonl").committed == kept
         result = gradrun.infer(config, trust_code=True, resume=True)
     assert result.predictions == SAMPLES
 
@@ -248,41 +250,41 @@ def replaced(file: Path, change: Callable[[bytes], bytes]) -> None:
 CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
     "data": (
         lambda folder, config: replaced(folder / "x.npy", lambda data: data[:-4] + b"abcd"),
-        r"x\.npy has changed \(content\)",
+        r"x\.npy changed \(content\)",
     ),
     "data's time": (
         lambda folder, config: os.utime(folder / "x.npy", (1, 1)),
-        r"x\.npy has changed \(time\)",
+        r"x\.npy changed \(time\)",
     ),
     "data's size": (
         lambda folder, config: np.save(folder / "x.npy", np.zeros((61, 2), np.float32)),
-        r"there were 60 samples and are 61; .*x\.npy has changed \(size, time, content\)",
+        r"number of samples changed from 60 to 61; .*x\.npy changed \(size, time, content\)",
     ),
     "weights": (
         lambda folder, config: replaced(folder / "w.safetensors", lambda data: data[:-4] + b"abcd"),
-        r"w\.safetensors has changed \(content\)",
+        r"w\.safetensors changed \(content\)",
     ),
     "the model's source": (
         lambda folder, config: (folder / "net.py").write_text(MODEL.replace("STOP", "99")) and None,
-        r"net\.py has changed",
+        r"net\.py changed",
     ),
     "the mode": (
         lambda folder, config: config.update(run={"mode": "grad"}),
-        r"run\.mode was inference_mode and is grad",
+        r"run\.mode changed from inference_mode to grad",
     ),
     "an argument": (
         lambda folder, config: config["model"].update(args={"scale": 3.0}),
-        r"model\.args\.scale was not there and is 3\.0",
+        r"model\.args\.scale changed from missing to 3\.0",
     ),
     "two keys": (
         lambda folder, config: config.update(
             run={"seed": 7}, data=config["data"] | {"batch_size": 5}
         ),
-        r"data\.batch_size was 4 and is 5; run\.seed was 0 and is 7",
+        r"data\.batch_size changed from 4 to 5; run\.seed changed from 0 to 7",
     ),
     "the sink": (
         lambda folder, config: config["output"].update(format="jsonl"),
-        r"output\.format was npy and is jsonl",
+        r"output\.format changed from npy to jsonl",
     ),
 }
 
@@ -312,7 +314,7 @@ def test_how_it_is_measured_and_where_it_lies_may_change(
 def test_without_resume_an_unfinished_run_is_an_error_that_says_what_to_do(
     stopped: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"40 of 60 samples\); --resume .* --overwrite"):
+    with pytest.raises(ConfigError, match=r"40 of 60 samples\); use --resume .* --overwrite"):
         gradrun.infer(stopped, trust_code=True)
 
 
@@ -330,10 +332,10 @@ def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda text: text.replace('"journal": 1', '"journal": 2'), "a journal of format 2"),
-        (lambda text: text.replace('"start": 0', '"start": 4'), "journal is damaged here"),
-        (lambda text: "", "no journal of a run"),
-        (lambda text: text[:50], "no journal of a run"),
+        (lambda text: text.replace('"journal": 2', '"journal": 3'), "has journal format 3"),
+        (lambda text: text.replace('"start": 0', '"start": 4'), "the journal is damaged"),
+        (lambda text: "", "not a journal of a run"),
+        (lambda text: text[:50], "not a journal of a run"),
     ],
 )
 def test_a_journal_that_is_damaged_is_told_with_its_line(
@@ -354,7 +356,7 @@ def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
     with pytest.raises(RunFailed) as ended:
         gradrun.infer(stopped, trust_code=True, resume=True)
     assert "torn_journal" in {warning.code for warning in ended.value.result.warnings}
-    assert journal.read(tmp_path / "run" / "journal.jsonl").stop == 40
+    assert journal.read(tmp_path / "run" / "journal.jsonl").committed == 40
 
 
 def test_a_result_that_is_gone_is_written_anew_and_a_damaged_one_is_told(tmp_path: Path) -> None:
@@ -368,7 +370,7 @@ def test_a_result_that_is_gone_is_written_anew_and_a_damaged_one_is_told(tmp_pat
     with pytest.raises(GradrunError, match=r"result\.json is not a gradrun result: .* --resume"):
         gradrun.infer(config, resume=True)
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); --resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); use --resume"):
         gradrun.infer(config)
     before = (tmp_path / "run" / "predictions.npy").read_bytes()
     assert gradrun.infer(config, resume=True).predictions == 8
@@ -393,7 +395,7 @@ def test_data_that_are_replaced_while_a_run_reads_them_are_seen_by_the_resume(
     file.write_text(text)
     with pytest.raises(RunFailed, match="no further"):
         gradrun.infer(stopped, trust_code=True)
-    with pytest.raises(ConfigError, match=r"another run: .*x\.npy has changed \(time, content\)"):
+    with pytest.raises(ConfigError, match=r"cannot resume .*x\.npy changed \(time, content\)"):
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 

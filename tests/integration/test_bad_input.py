@@ -241,8 +241,8 @@ def test_a_wrong_file_is_an_error_and_runs_no_code(cli, use, name, make, message
         ("broken", "failed: ValueError: no such luck"),
         ("Nothing", "nets.py has no 'Nothing'; "),
         ("Text", "the model returned str, where a tensor"),
-        ("Mean", "its first dimension must be the batch's"),
-        ("Climbs", "names an output '../../evil', which is no file name"),
+        ("Mean", "the first dimension must be the batch"),
+        ("Climbs", "an output named '../../evil', which is not a safe file name"),
     ],
 )
 def test_a_target_that_is_not_a_usable_model_is_an_error(cli, name, message):
@@ -298,7 +298,7 @@ def test_control_characters_in_a_file_name_do_not_reach_the_terminal(cli):
         assert "\x1b" not in answer.text
         assert "\x07" not in answer.text
     assert "[bold]" in answer.err
-    assert "exists already" in answer.err
+    assert "already exists" in answer.err
     assert (folder / "out/predictions.npy").exists()
 
 
@@ -428,7 +428,7 @@ def test_too_little_disk_space_is_reported_before_the_first_batch(cli, small_dis
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_full_disk_leaves_valid_files(cli, small_disk, kind, monkeypatch):
-    monkeypatch.setattr(sharded_writer, "PART_BYTES", 8192)
+    monkeypatch.setattr(sharded_writer, "SHARD_BYTES", 8192)
     monkeypatch.setattr(
         files, "ensure_free_space", lambda *_: None
     )  # another process uses it up later

@@ -1,4 +1,4 @@
-"""When commits come, in which order the sink and the journal are asked, and what a fault ends."""
+"""When commits happen, in which order writer and journal are called, and errors in both."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from gradrun.output.journal import CommittedRange
 
 
 @dataclass
-class Paper:
-    """A sink and a journal that note what they are asked."""
+class FakeOutput:
+    """A writer and a journal that record their calls."""
 
-    said: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     written: int = 0
-    told: int = 0
+    reported: int = 0
     fails: str = ""
 
-    def _do(self, what: str) -> None:
-        self.said.append(what)
-        if what == self.fails:
+    def _do(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fails:
             raise OSError(5, "Input/output error")
 
     def commit(self) -> list[CommittedRange]:
@@ -36,7 +36,7 @@ class Paper:
         return self._range()
 
     def _range(self) -> list[CommittedRange]:
-        start, self.told = self.told, self.written
+        start, self.reported = self.reported, self.written
         return (
             [CommittedRange(start=start, stop=self.written, files={})]
             if self.written > start
@@ -46,7 +46,7 @@ class Paper:
     @property
     def journal(self) -> Any:
         return SimpleNamespace(
-            add=lambda commits: self._do(f"journal to {commits[0].stop}"),
+            append=lambda committed: self._do(f"journal to {committed.stop}"),
             close=lambda: self._do("journal closed"),
         )
 
@@ -58,60 +58,60 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def keeper(paper: Paper, row_bytes: int = 4) -> Checkpointer:
-    return Checkpointer(paper, paper.journal, batch_size=4, row_bytes=row_bytes)
+def new_checkpointer(output: FakeOutput, row_bytes: int = 4) -> Checkpointer:
+    return Checkpointer(output, output.journal, batch_size=4, row_bytes=row_bytes)
 
 
-def test_nothing_is_committed_before_a_second_has_gone(now: SimpleNamespace) -> None:
-    paper = Paper()
-    kept = keeper(paper)
-    paper.written, now.seconds = 40, 100.9
-    kept.look()
-    assert paper.said == []
+def test_nothing_is_committed_within_the_first_second(now: SimpleNamespace) -> None:
+    output = FakeOutput()
+    target = new_checkpointer(output)
+    output.written, now.seconds = 40, 100.9
+    target.commit_if_due()
+    assert output.calls == []
     now.seconds = 101.0
-    kept.look()
-    assert paper.said == ["commit", "journal to 40"], "the data first, then the line"
-    paper.written, now.seconds = 80, 101.5
-    kept.look()
-    assert len(paper.said) == 2
+    target.commit_if_due()
+    assert output.calls == ["commit", "journal to 40"], "first the data, then the line"
+    output.written, now.seconds = 80, 101.5
+    target.commit_if_due()
+    assert len(output.calls) == 2
 
 
-def test_much_data_does_not_wait_for_the_second(now: SimpleNamespace) -> None:
-    paper = Paper()
-    kept = keeper(paper, row_bytes=1024 * 1024)
-    paper.written = 60
-    kept.look()
-    assert paper.said == []
-    paper.written = 64
-    kept.look()
-    assert paper.said == ["commit", "journal to 64"]
+def test_much_data_is_committed_within_the_second(now: SimpleNamespace) -> None:
+    output = FakeOutput()
+    target = new_checkpointer(output, row_bytes=1024 * 1024)
+    output.written = 60
+    target.commit_if_due()
+    assert output.calls == []
+    output.written = 64
+    target.commit_if_due()
+    assert output.calls == ["commit", "journal to 64"]
 
 
 def test_a_commit_waits_for_the_end_of_a_batch(now: SimpleNamespace) -> None:
-    paper = Paper(written=6)
-    kept = keeper(Paper())
-    kept.sink = paper
+    output = FakeOutput(written=6)
+    target = new_checkpointer(FakeOutput())
+    target.writer = output
     now.seconds = 200.0
-    kept.look()
-    assert paper.said == []
-    paper.written = 8
-    kept.look()
-    assert paper.said == ["commit"]
+    target.commit_if_due()
+    assert output.calls == []
+    output.written = 8
+    target.commit_if_due()
+    assert output.calls == ["commit"]
 
 
-def test_on_a_slow_disk_commits_come_less_often(now: SimpleNamespace) -> None:
-    paper = Paper(written=4)
-    kept = keeper(paper)
-    kept.sink = slow = SimpleNamespace(written=4, commit=lambda: _takes(now, 0.1))
+def test_commits_are_less_frequent_on_a_slow_disk(now: SimpleNamespace) -> None:
+    output = FakeOutput(written=4)
+    target = new_checkpointer(output)
+    target.writer = slow = SimpleNamespace(written=4, commit=lambda: _takes(now, 0.1))
     now.seconds = 101.0
-    kept.look()
-    slow.commit = paper.commit
+    target.commit_if_due()
+    slow.commit = output.commit
     now.seconds = 101.1 + 9.9
-    kept.look()
-    assert paper.said == []
+    target.commit_if_due()
+    assert output.calls == []
     now.seconds = 101.1 + 10.1
-    kept.look()
-    assert paper.said[:1] == ["commit"], "a tenth of a second is a hundredth of ten"
+    target.commit_if_due()
+    assert output.calls[:1] == ["commit"], "a tenth of a second is a hundredth of ten"
 
 
 def _takes(now: SimpleNamespace, seconds: float) -> list[CommittedRange]:
@@ -119,28 +119,28 @@ def _takes(now: SimpleNamespace, seconds: float) -> list[CommittedRange]:
     return []
 
 
-def test_the_end_commits_the_rest_and_closes_both() -> None:
-    paper = Paper(written=7)
-    kept = keeper(Paper())
-    kept.sink, kept.journal = paper, paper.journal
-    kept.close()
-    assert paper.said == ["close", "journal to 7", "journal closed"]
+def test_closing_commits_the_rest_and_closes_writer_and_journal() -> None:
+    output = FakeOutput(written=7)
+    target = new_checkpointer(FakeOutput())
+    target.writer, target.journal = output, output.journal
+    target.close()
+    assert output.calls == ["close", "journal to 7", "journal closed"]
 
 
 @pytest.mark.parametrize("fails", ["commit", "journal to 8"])
-def test_after_a_fault_nothing_more_is_promised(now: SimpleNamespace, fails: str) -> None:
-    paper = Paper(fails=fails)
-    kept = keeper(paper)
-    paper.written, now.seconds = 8, 200.0
+def test_nothing_is_committed_after_a_failed_commit(now: SimpleNamespace, fails: str) -> None:
+    output = FakeOutput(fails=fails)
+    target = new_checkpointer(output)
+    output.written, now.seconds = 8, 200.0
     with pytest.raises(OSError, match="Input/output"):
-        kept.look()
-    paper.fails, paper.written = "", 12
-    kept.close()
-    assert paper.said[-2:] == ["close", "journal closed"]
+        target.commit_if_due()
+    output.fails, output.written = "", 12
+    target.close()
+    assert output.calls[-2:] == ["close", "journal closed"]
 
 
-def test_a_fault_at_the_end_still_closes_the_journal() -> None:
-    paper = Paper(fails="close")
+def test_a_failed_close_still_closes_the_journal() -> None:
+    output = FakeOutput(fails="close")
     with pytest.raises(OSError, match="Input/output"):
-        keeper(paper).close()
-    assert paper.said[-1] == "journal closed"
+        new_checkpointer(output).close()
+    assert output.calls[-1] == "journal closed"

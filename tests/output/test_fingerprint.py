@@ -1,4 +1,4 @@
-"""What makes two runs the same run, and the words for what differs."""
+"""Fingerprints of runs, and messages about their differences."""
 
 from __future__ import annotations
 
@@ -36,32 +36,34 @@ def test_the_same_run_has_no_differences(source: Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"measure.memory": False}, {"output.path": "elsewhere"}, {"run.warmup": 3}]
 )
-def test_what_changes_no_prediction_does_not_count(source: Path, changes: dict[str, Any]) -> None:
+def test_settings_that_do_not_affect_predictions_are_ignored(
+    source: Path, changes: dict[str, Any]
+) -> None:
     assert differences(head(source), head(source, **changes)) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
-        ({"run.mode": "grad"}, "run.mode was inference_mode and is grad"),
-        ({"run.seed": 3}, "run.seed was 0 and is 3"),
-        ({"output.transform": "argmax"}, "output.transform was none and is argmax"),
-        ({"model.args": {"width": 4}}, "model.args.width was not there and is 4"),
+        ({"run.mode": "grad"}, "run.mode changed from inference_mode to grad"),
+        ({"run.seed": 3}, "run.seed changed from 0 to 3"),
+        ({"output.transform": "argmax"}, "output.transform changed from none to argmax"),
+        ({"model.args": {"width": 4}}, "model.args.width changed from missing to 4"),
     ],
 )
-def test_a_key_that_changed_is_named_with_both_values(
-    source: Path, changes: dict[str, Any], told: str
+def test_a_changed_key_is_reported_with_both_values(
+    source: Path, changes: dict[str, Any], message: str
 ) -> None:
-    assert differences(head(source), head(source, **changes)) == [told]
+    assert differences(head(source), head(source, **changes)) == [message]
 
 
-def test_the_number_of_samples_counts(source: Path) -> None:
-    told = ["there were 10 samples and are 1,100"]
-    assert differences(head(source), head(source, samples=1100)) == told
+def test_a_changed_number_of_samples_is_reported(source: Path) -> None:
+    message = ["the number of samples changed from 10 to 1,100"]
+    assert differences(head(source), head(source, samples=1100)) == message
 
 
 @pytest.mark.parametrize("place", [0, 128, 200_000, -1])
-def test_content_that_changed_is_seen_where_the_sample_falls(source: Path, place: int) -> None:
+def test_changed_content_is_detected_in_the_sampled_blocks(source: Path, place: int) -> None:
     """First and last bytes always; in between 64 blocks of 4 KiB."""
     before, status = head(source), source.stat()
     data = bytearray(source.read_bytes())
@@ -69,18 +71,18 @@ def test_content_that_changed_is_seen_where_the_sample_falls(source: Path, place
         data[place + offset] ^= 1
     source.write_bytes(data)
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert differences(before, head(source)) == [f"{source} has changed (content)"]
+    assert differences(before, head(source)) == [f"{source} changed (content)"]
 
 
-def test_time_and_size_count_too(source: Path) -> None:
+def test_a_changed_time_or_size_is_reported(source: Path) -> None:
     before = head(source)
     os.utime(source, (1, 1))
-    assert differences(before, head(source)) == [f"{source} has changed (time)"]
+    assert differences(before, head(source)) == [f"{source} changed (time)"]
     source.write_bytes(source.read_bytes() + b"x")
     assert "size" in differences(before, head(source))[0]
 
 
-def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
+def test_a_changed_python_model_file_is_reported(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text("class Net: pass\n")
 
     def now() -> JournalHeader:
@@ -93,11 +95,11 @@ def test_the_source_of_a_python_model_counts(tmp_path: Path) -> None:
 
     before = now()
     (tmp_path / "net.py").write_text("class Net: 'another'\n")
-    (told,) = differences(before, now())
-    assert "net.py has changed" in told
+    (message,) = differences(before, now())
+    assert "net.py changed" in message
 
 
-def test_it_is_the_same_after_it_was_written_and_read(source: Path) -> None:
+def test_a_header_survives_a_round_trip_through_json(source: Path) -> None:
     before = head(source)
     assert (
         differences(JournalHeader.model_validate_json(before.model_dump_json()), head(source)) == []

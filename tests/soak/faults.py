@@ -36,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.inference import runner
-from gradrun.output import checkpointer, journal, readback
+from gradrun.output import checkpointer, journal
 from gradrun.output.formats import READERS, WRITERS, npy, sharded_writer
-from gradrun.output.lock import NAME as LOCK
+from gradrun.output.lock import FILE_NAME as LOCK
+from gradrun.output.verification import damaged_ranges
 from gradrun.results.result import RunResult
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8
@@ -93,14 +94,15 @@ class Disk:
             for name, (home, attribute, number) in CALLS.items():
                 wrapped = self._wrapped(name, getattr(home, attribute), number)
                 stack.enter_context(mock.patch.object(home, attribute, wrapped))
-            look, batches = checkpointer.Checkpointer.look, itertools.count(1)
+            target = checkpointer.Checkpointer
+            commit, batches = target.commit_if_due, itertools.count(1)
 
             def at_times(keeper: checkpointer.Checkpointer) -> None:
                 """Commit after every so many batches: the clock may cut ranges anywhere."""
                 if next(batches) % self.every == 0:
-                    look(keeper)
+                    commit(keeper)
 
-            stack.enter_context(mock.patch.object(checkpointer.Checkpointer, "look", at_times))
+            stack.enter_context(mock.patch.object(target, "commit_if_due", at_times))
             yield
 
     def _wrapped(self, name: str, real: Callable[..., Any], number: int) -> Any:
@@ -185,9 +187,9 @@ def commits_at_every_batch() -> Iterator[None]:
     with ExitStack() as stack:
         for home, name, value in (
             (checkpointer, "SECONDS", 0.0),
-            (checkpointer, "_SHARE", float("inf")),
+            (checkpointer, "_TIME_SHARE", float("inf")),
             (runner, "_BEAT_NS", 0),
-            (sharded_writer, "PART_BYTES", 11 * ROW_BYTES),
+            (sharded_writer, "SHARD_BYTES", 11 * ROW_BYTES),
             (sharded_writer, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),
             (os, "fsync", lambda _: None),  # nobody cuts our own power
@@ -242,7 +244,7 @@ class FaultyRun:
             return {key: torch.cat([part[key] for part in held]).numpy() for key in held[0]}
         if self.form == "parquet":
             read = [rows for _, rows in READERS["parquet"](folder)]
-            return {key: torch.cat([rows[key] for rows in read]).numpy() for key in read[0]}
+            return {key: np.concatenate([rows[key] for rows in read]) for key in read[0]}
         return {}
 
     def _stopped(self, fault: str) -> dict[str, bytes]:
@@ -320,9 +322,9 @@ class FaultyRun:
         if not (folder / "journal.jsonl").exists():
             return 0
         kept = journal.read(folder / "journal.jsonl")
-        assert not [*readback.faults(folder, kept)]
+        assert not [*damaged_ranges(folder, kept)]
         begin = 0
-        for committed in kept.commits:
+        for committed in kept.ranges:
             if self.form == "npy":
                 right = {
                     name: zlib.crc32(rows[committed.start : committed.stop])
@@ -344,7 +346,7 @@ class FaultyRun:
                 assert lines[: committed.end].count(b"\n") == committed.stop + headings
                 assert committed.files == {name: zlib.crc32(lines[begin : committed.end])}
                 begin = committed.end or 0
-        return kept.stop
+        return kept.committed
 
     def check_whole(self, folder: Path) -> None:
         """See that the folder holds a whole run and nothing else."""

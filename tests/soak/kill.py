@@ -68,9 +68,9 @@ def hurry() -> None:
     from gradrun.output import checkpointer
     from gradrun.output.formats import npy, sharded_writer
 
-    checkpointer.SECONDS, checkpointer._SHARE = 0.02, 1.0
+    checkpointer.SECONDS, checkpointer._TIME_SHARE = 0.02, 1.0
     runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
-    sharded_writer.PART_BYTES, sharded_writer.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
+    sharded_writer.SHARD_BYTES, sharded_writer.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
 
 
 class Folder:
@@ -279,15 +279,16 @@ def _ended_badly(folder: Path, course: Course) -> str:
 
 def check_truth(folder: Folder, out: str) -> int:
     """See that what the journal says is in the files; how many samples that is."""
-    from gradrun.output import journal, readback
+    from gradrun.output import journal
+    from gradrun.output.verification import damaged_ranges
 
     path = folder.path / out
     if not (path / "journal.jsonl").exists():
         return 0
     kept = journal.read(path / "journal.jsonl")
-    if faults := [*readback.faults(path, kept)]:
+    if faults := [*damaged_ranges(path, kept)]:
         raise SystemExit(f"{path}: the journal tells of what is not there: {faults}")
-    return kept.stop
+    return kept.committed
 
 
 def check_whole(folder: Folder, out: str, whole: dict[str, bytes]) -> None:

@@ -517,7 +517,7 @@ def _there(name: str, kind: str, *options: str) -> Attack:
         (folder / "out").mkdir()
         KINDS[kind](folder / "out" / name)
 
-    said = f"{name} is a (link|pipe|folder), which no run has made"
+    said = f"{name} is a (link|pipe|folder), not a regular file"
     return Attack(lay_out, said, ([*INFER, *options],))
 
 
@@ -610,16 +610,15 @@ def _files(lines: list[dict[str, Any]], name: str) -> None:
 
 RESUME = [*INFER, "--resume"]
 DAMAGED = {"code": 1}
-PARTS = "predictions-00000.safetensors.rest"
 RUNS = {
     "a journal that points out": _journal(
-        "journal is damaged here", lambda lines: _files(lines, "../precious"), **DAMAGED
+        "journal is damaged", lambda lines: _files(lines, "../precious"), **DAMAGED
     ),
     "a journal that points anywhere": _journal(
-        "journal is damaged here", lambda lines: _files(lines, "/etc/passwd"), **DAMAGED
+        "journal is damaged", lambda lines: _files(lines, "/etc/passwd"), **DAMAGED
     ),
     "a journal of files of nobody's": _journal(
-        "no run writes a file of this kind", lambda lines: _files(lines, "x.pkl")
+        "the file is damaged", lambda lines: _files(lines, "x.pkl")
     ),
     "a journal that drives the terminal": _journal(
         SHOWN, lambda lines: _files(lines, SCREEN.replace("/", "_") + ".npy")
@@ -628,35 +627,35 @@ RUNS = {
         "a line that gradrun did not write", "killed", {}, after=_hole("journal.jsonl"), **DAMAGED
     ),
     "a journal of brackets": _run(
-        "journal is damaged here",
+        "journal is damaged",
         "killed",
         {"journal.jsonl": lambda data: b'{"a":' * 100_000 + b"\n" + data},
         **DAMAGED,
     ),
     "a journal of samples below zero": _journal(
-        "journal is damaged here", lambda lines: lines[0].update(samples=-1), **DAMAGED
+        "journal is damaged", lambda lines: lines[0].update(samples=-1), **DAMAGED
     ),
     "a journal of ranges beyond": _journal(
-        "cut off", lambda lines: (lines[0].update(samples=2**70), lines[-1].update(stop=2**70))
+        "shorter than", lambda lines: (lines[0].update(samples=2**70), lines[-1].update(stop=2**70))
     ),
     "a journal of a time to come": _journal(
-        "journal of format", lambda lines: lines[0].update(journal=SCREEN * 1000), **DAMAGED
+        "journal format", lambda lines: lines[0].update(journal=SCREEN * 1000), **DAMAGED
     ),
     "a journal in a pipe": _run(
-        "holds no journal.jsonl", "killed", {}, after=_piped("journal.jsonl"), code=2
+        "has no journal.jsonl", "killed", {}, after=_piped("journal.jsonl"), code=2
     ),
     "predictions in a pipe": _run(
         "a pipe or the like", "killed", {}, after=_piped("predictions.npy")
     ),
     "predictions elsewhere": _run("a link, a pipe", "killed", {}, after=_linked("predictions.npy")),
     "predictions elsewhere, resumed": _run(
-        "is a link, which no run", "killed", {}, RESUME, after=_linked("predictions.npy"), code=2
+        "is a link, not a regular", "killed", {}, RESUME, after=_linked("predictions.npy"), code=2
     ),
     "a journal elsewhere, resumed": _run(
-        "is a link, which no run", "killed", {}, RESUME, after=_linked("journal.jsonl"), code=2
+        "is a link, not a regular", "killed", {}, RESUME, after=_linked("journal.jsonl"), code=2
     ),
     "predictions with a header of code": _run(
-        "header is damaged",
+        "file is damaged",
         "killed",
         {"predictions.npy": lambda _: npy("__import__('os').mkdir('evil')", "(1,)")},
     ),
@@ -673,7 +672,7 @@ RUNS = {
         after=_hole("predictions-00000.safetensors"),
     ),
     "a part of no samples": _run(
-        "header is damaged",
+        "file is damaged",
         "finished",
         {"predictions-00000.safetensors": lambda data: data.replace(b'"shape":[', b'"shape":[0,')},
         form="safetensors",

@@ -1,105 +1,124 @@
-"""Predictions to files: the contract of the shelf and its table.
-
-Knows named tensors and a folder; not which model they came from.
-"""
+"""Output formats: each module writes, resumes, reads and verifies the files of one format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from gradrun.config.output import OutputSection
-from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors
+from gradrun.output.class_labels import ClassLabels
+from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors, text_writer
 from gradrun.output.journal import CommittedRange
-from gradrun.output.transforms import ClassLabels
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PredictionWriter(Protocol):
-    """Takes the outputs of one batch after the other, in the order of the input."""
+    """Writes the outputs of consecutive batches, in the order of the input."""
 
-    written: int
-    """Samples that are in the files, whole, or will be with the next commit."""
+    @property
+    def written(self) -> int:
+        """Samples received so far; they survive a crash only after a commit."""
 
-    nonfinite: int
-    """Of the samples committed, those that hold a NaN or an infinity."""
+    @property
+    def nonfinite(self) -> int:
+        """Committed samples with a NaN or an infinity, without the quarantined ones."""
 
-    spelling: ClassLabels
-    """What the numbers of classes are called, for a format that holds text."""
+    def open(
+        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
+    ) -> None:
+        """Create the files, or continue those of an earlier run after its last range.
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
-        """Make room for the run, given the first batch's outputs [size, ...] (written later).
-
-        With commits of an earlier run, go on behind the last: what follows it in the files is
-        forgotten.
+        Args:
+            outputs: tensors [size, ...] of some batch, for names, shapes and dtypes.
+            committed: ranges of the earlier run; anything after them in the files is discarded.
 
         Raises:
-            OSError: the folder cannot be written, the disk has too little room, or the files of
-                the earlier run are not there.
+            OSError: the folder is not writable, the disk is too small, or the files of the earlier
+                run are missing or incomplete.
+            ValueError: the format cannot represent the outputs.
         """
 
     def write(
         self,
         outputs: dict[str, torch.Tensor],
         ids: Sequence[int | str],
-        missing: Collection[int] = (),
+        valid: torch.Tensor | None = None,
     ) -> None:
-        """Add one batch; of the positions in `missing` the outputs hold nothing that was predicted.
+        """Add a batch.
+
+        Args:
+            outputs: tensors [n, ...].
+            ids: ids of the n samples.
+            valid: mask [n], false for samples without a prediction; None if all have one.
 
         Raises:
-            OSError: the disk is full; what was written before stays valid.
-            ValueError: an output changed its shape.
+            OSError: the disk is full; earlier rows are not affected.
+            ValueError: an output has another shape or dtype than before.
         """
 
     def commit(self) -> list[CommittedRange]:
-        """Bring what was written to the disk; tells what was not told before.
+        """Sync complete rows to the disk; returns their ranges, each once.
 
         Raises:
-            OSError: it may not be there.
+            OSError: rows since the last commit may be lost.
         """
 
     def close(self) -> list[CommittedRange]:
-        """End the files so that they hold the samples written, and no more; the last commit."""
+        """Commit all rows and close the files."""
 
     def files(self) -> list[str]:
-        """The names of the files in the folder."""
+        """Names of the files in the folder."""
 
 
-WRITERS: dict[str, Callable[[Path, int], Any]] = {
+WRITERS: dict[str, Callable[[Path, int, int, ClassLabels], PredictionWriter]] = {
     "npy": npy.NpyWriter,
     "safetensors": safetensors.SafetensorsWriter,
     "jsonl": jsonl.JsonlWriter,
     "csv": csv_table.CsvWriter,
     "parquet": parquet.ParquetWriter,
 }
-"""format -> (folder, samples) to Sink."""
+"""Format to a function (folder, samples, batch size, class labels) -> writer."""
 
+Rows = tuple[npy.Array, dict[str, npy.Array]]
+"""Numbers [n] of some samples in order, and their outputs [n, ...]."""
 
-Read = tuple[torch.Tensor, dict[str, torch.Tensor]]
-"""Some samples in order: their numbers [n], and their outputs [n, ...]."""
-
-READERS: dict[str, Callable[[Path], Iterator[Read]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Rows]]] = {
     "npy": npy.read,
     "safetensors": safetensors.read,
     "jsonl": jsonl.read,
     "csv": csv_table.read,
     "parquet": parquet.read,
 }
-"""format -> what reads a finished run's folder back, about a MiB at a time.
+"""Format to a function that yields the rows of a run folder, in chunks of about a MiB.
 
-Of samples that were set apart a reader gives what lies in their place, or leaves them out.
+Rows of quarantined samples are omitted, or have the missing value of their dtype.
+"""
+
+CHECKSUMS: dict[str, Callable[[Path, CommittedRange, int], int]] = {
+    "npy": npy.checksum,
+    "safetensors": safetensors.checksum,
+    "jsonl": text_writer.checksum,
+    "csv": text_writer.checksum,
+    "parquet": parquet.checksum,
+}
+"""Format to a function (file, range, offset of its first byte in a text file) -> CRC-32.
+
+It raises OSError if the file is missing or too short, and any exception if it is damaged.
 """
 
 
 def open_writer(
-    config: OutputSection, samples: int, classes: Sequence[str] = ()
+    config: OutputSection, samples: int, batch_size: int = 1, classes: Sequence[str] = ()
 ) -> PredictionWriter:
-    """The sink that a config names; nothing is written before its `open`.
+    """The writer for a config; it creates no files before `open`.
 
-    `classes` are what the model calls them; a format that holds text writes their names.
+    Args:
+        config: the output section.
+        samples: number of samples of the run.
+        batch_size: samples between two points at which a run can be resumed.
+        classes: class names of the model, which text and table formats write.
     """
-    sink: PredictionWriter = WRITERS[config.format](config.path, samples)
-    sink.spelling = ClassLabels(config, classes)
-    return sink
+    return WRITERS[config.format](config.path, samples, batch_size, ClassLabels(config, classes))

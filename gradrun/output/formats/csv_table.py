@@ -1,7 +1,7 @@
-"""A table of comma-separated values: a row a sample, a column for its id and for each number.
+"""One row of comma-separated values per sample: its id and one column per number.
 
-An output of several numbers a sample is laid flat: "prediction.0", "prediction.1". A float is
-written so that reading it gives the same bits; a sample without a prediction has empty cells.
+Several numbers of an output are in columns prediction.0, prediction.1, and so on. A float is
+written with enough digits to read back the same bits. A missing prediction is empty cells.
 """
 
 from __future__ import annotations
@@ -13,105 +13,110 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_lots
+from gradrun.output.class_labels import ClassLabels
+from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chunks
 
-_TRUTHS = {"True", "False"}
+Array = np.ndarray[Any, Any]
+
+_BOOLEANS = {"True", "False"}
 
 
 class CsvWriter(TextWriter):
-    """predictions.csv; every row has the columns of the first."""
+    """Writes predictions.csv; every row has the columns of the first."""
 
     suffix = "csv"
 
-    def __init__(self, *place: Any) -> None:
-        super().__init__(*place)
+    def __init__(
+        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+    ) -> None:
+        super().__init__(folder, samples, batch_size, labels)
         self._cells: dict[str, list[str]] = {}
-        """Of each output, what its columns are called."""
+        """Output name to the names of its columns."""
 
     def header(self, columns: Columns) -> str:
         self._cells = {
-            name: [called for called, _ in _flat(name, values[0])]
+            name: [title for title, _ in _flatten(name, values[0])]
             for name, values in columns.items()
         }
-        return _written([["id", *(called for cells in self._cells.values() for called in cells)]])
+        return _to_csv([["id", *(title for titles in self._cells.values() for title in titles)]])
 
     def lines(self, columns: Columns, ids: Sequence[int | str]) -> str:
-        return _written([name, *self._row(columns, row)] for row, name in enumerate(ids))
+        return _to_csv([name, *self._row(columns, row)] for row, name in enumerate(ids))
 
     def _row(self, columns: Columns, row: int) -> Iterator[Any]:
-        for name, cells in self._cells.items():
+        for name, titles in self._cells.items():
             value = columns[name][row]
             if value is None:
-                yield from [None] * len(cells)
+                yield from [None] * len(titles)
                 continue
-            found = _flat(name, value)
-            if [called for called, _ in found] != cells:
+            cells = _flatten(name, value)
+            if [title for title, _ in cells] != titles:
                 raise ValueError(
-                    f"the rows of {name!r} began with {len(cells)} numbers, and one has "
-                    f"{len(found)}; format: jsonl takes any"
+                    f"the first row of {name!r} has {len(titles)} numbers, but another has "
+                    f"{len(cells)}; use format: jsonl for rows of any shape"
                 )
-            yield from (number for _, number in found)
+            yield from (number for _, number in cells)
 
 
-def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """The rows of every output, some lines at a time; those with empty cells are left out."""
+def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the rows without empty cells, some lines at a time."""
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        places = _places(next(rows)[1:])
-        for taken in numbered_lots(rows):
-            # Of what was set apart every cell is empty; a class may be called nothing.
-            whole = [(number, cells[1:]) for number, cells in taken if any(cells[1:])]
-            if whole:
+        layout = _layout(next(rows)[1:])
+        for chunk in numbered_chunks(rows):
+            # All cells of a missing prediction are empty; the name of a class may be, too.
+            present = [(number, cells[1:]) for number, cells in chunk if any(cells[1:])]
+            if present:
                 outputs = {
-                    name: _tensor([[cells[i] for i in columns] for _, cells in whole], shape)
-                    for name, (columns, shape) in places.items()
-                    if not any(_is_text(cells[columns[0]]) for _, cells in whole)
+                    name: _parse([[cells[i] for i in columns] for _, cells in present], shape)
+                    for name, (columns, shape) in layout.items()
+                    if not any(_is_text(cells[columns[0]]) for _, cells in present)
                 }
-                yield torch.tensor([number for number, _ in whole]), outputs
+                yield np.array([number for number, _ in present]), outputs
 
 
-def _places(called: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
-    """Output name to its columns and to the shape of a sample, as _flat has laid it."""
-    found: dict[str, tuple[list[int], list[int]]] = {}
-    for column, title in enumerate(called):
+def _layout(titles: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
+    """Output name to its column numbers and the shape of a sample."""
+    layout: dict[str, tuple[list[int], list[int]]] = {}
+    for column, title in enumerate(titles):
         name, *place = re.split(r"\.(?=[0-9.]+$)", title, maxsplit=1)
-        at = [int(part) for part in ".".join(place).split(".")] if place else []
-        columns, _ = found.setdefault(name, ([], []))
+        index = [int(part) for part in ".".join(place).split(".")] if place else []
+        columns, _ = layout.setdefault(name, ([], []))
         columns.append(column)
-        found[name] = columns, [part + 1 for part in at]  # the last cell is the greatest
-    return found
+        layout[name] = columns, [part + 1 for part in index]  # the last cell has the greatest index
+    return layout
 
 
 def _is_text(cell: str) -> bool:
     try:
         float(cell)
     except ValueError:
-        return cell not in _TRUTHS
+        return cell not in _BOOLEANS
     return False
 
 
-def _tensor(cells: list[list[str]], shape: list[int]) -> torch.Tensor:
-    """As exact as the numbers are written."""
+def _parse(cells: list[list[str]], shape: list[int]) -> Array:
+    """Parse cells as booleans, integers or float64, whichever the first one is."""
     first = cells[0][0]
-    if first in _TRUTHS:
-        made = torch.tensor([[cell == "True" for cell in row] for row in cells])
+    if first in _BOOLEANS:
+        values = np.array([[cell == "True" for cell in row] for row in cells])
     elif first.lstrip("-").isdecimal():
-        made = torch.tensor([[int(cell) for cell in row] for row in cells])
+        values = np.array([[int(cell) for cell in row] for row in cells])
     else:
-        made = torch.tensor([[float(cell) for cell in row] for row in cells], dtype=torch.float64)
-    return made.reshape(len(cells), *shape)
+        values = np.array([[float(cell) for cell in row] for row in cells])
+    return values.reshape(len(cells), *shape)
 
 
-def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The numbers in a nest of lists, each with its column: name.0.2."""
+def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The numbers in a nested list, each with its column name, such as name.0.2."""
     if not isinstance(value, list):
         return [(name, value)]
-    return [cell for i, item in enumerate(value) for cell in _flat(f"{name}.{i}", item)]
+    return [cell for i, item in enumerate(value) for cell in _flatten(f"{name}.{i}", item)]
 
 
-def _written(rows: Iterable[Iterable[Any]]) -> str:
+def _to_csv(rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

@@ -1,7 +1,7 @@
-"""One JSON object a sample and line: its id and its outputs as numbers or lists.
+"""One JSON object per sample and line: its id and its outputs as numbers or lists.
 
-Knows JSON; a float is written so that reading it gives the same bits. NaN and infinities are
-written as Python reads them (NaN, Infinity), for which JSON proper has no word.
+A float is written with enough digits to read back the same bits. NaN and infinities are written as
+Python's json module reads them (NaN, Infinity); JSON itself lacks them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
-from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_lots
+from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chunks
+
+Array = np.ndarray[Any, Any]
 
 
 class JsonlWriter(TextWriter):
-    """predictions.jsonl; a row may have any shape, and each its own."""
+    """Writes predictions.jsonl; each row may have another shape."""
 
     suffix = "jsonl"
 
@@ -29,29 +31,23 @@ class JsonlWriter(TextWriter):
         return "\n".join(lines) + "\n"
 
 
-def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """The rows of every output, some lines at a time; those that hold null are left out.
+def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the rows without null, some lines at a time.
 
     Raises:
-        ValueError: rows are not of one shape.
+        ValueError: rows differ in shape.
     """
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        for taken in numbered_lots(map(json.loads, file)):
-            whole = [(number, line) for number, line in taken if None not in line.values()]
-            if whole:
-                # What classes are called is no output of the model's.
-                names = [name for name, value in whole[0][1].items() if not _is_text(name, value)]
-                rows = {name: _tensor([line[name] for _, line in whole]) for name in names}
-                yield torch.tensor([number for number, _ in whole]), rows
+        for chunk in numbered_chunks(map(json.loads, file)):
+            present = [(number, line) for number, line in chunk if None not in line.values()]
+            if present:
+                names = [name for name, value in present[0][1].items() if not _is_text(name, value)]
+                rows = {name: np.array([line[name] for _, line in present]) for name in names}
+                yield np.array([number for number, _ in present]), rows
 
 
 def _is_text(name: str, value: Any) -> bool:
+    """Whether a field is the id or a class name."""
     while isinstance(value, list) and value:
         value = value[0]
     return name == "id" or isinstance(value, str)
-
-
-def _tensor(values: list[Any]) -> torch.Tensor:
-    """As exact as the numbers are written."""
-    tensor = torch.tensor(values)
-    return torch.tensor(values, dtype=torch.float64) if tensor.is_floating_point() else tensor

@@ -1,7 +1,4 @@
-"""One .npy file an output, its whole size set aside at the start and filled some rows at a time.
-
-Knows numpy's file format.
-"""
+"""One .npy file per output, allocated in full at the start and written some rows at a time."""
 
 from __future__ import annotations
 
@@ -11,55 +8,66 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from gradrun.core import files
 from gradrun.core.units import format_bytes
+from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
 from gradrun.output.journal import CommittedRange
-from gradrun.output.transforms import DEFAULT_OUTPUT, MISSING_CLASS
+from gradrun.output.missing import MISSING_CLASS, fill_missing
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
 
 BUFFER_BYTES = 128 * 1024
-"""How much is gathered for one write: a call for every few rows would cost more, and what is much
-larger has left the processor's cache when it is written."""
+"""Size of a write: small enough to stay in the processor's cache."""
 
-_WINDOW_BYTES = 1024 * 1024
-
-_NUMPY_FLOATS = {torch.float16, torch.float32, torch.float64}
+_CHUNK_BYTES = 1024 * 1024
 
 
 class NpyWriter:
-    """Rows of every output, each in a file of its own."""
+    """Writes each output to predictions.npy or predictions.NAME.npy."""
 
-    def __init__(self, folder: Path, samples: int) -> None:
+    def __init__(
+        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+    ) -> None:
         self.folder, self.samples, self.written = folder, samples, 0
         self.nonfinite = self._committed = 0
         self._arrays: dict[str, _NpyFile] = {}
+        self._invalid: list[int] = []
+        """Rows without a prediction since the last commit."""
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
-        self.written = self._committed = kept[-1].stop if kept else 0
-        self.nonfinite = sum(committed.nonfinite for committed in kept)
+    def open(
+        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
+    ) -> None:
+        self.written = self._committed = committed[-1].stop if committed else 0
+        self.nonfinite = sum(part.nonfinite for part in committed)
         for name, tensor in outputs.items():
             file = f"predictions{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
             array = _NpyFile(self.folder / file, self.samples, tensor)
             self._arrays[name] = array
             array.open(self.written)
-        if not kept:
+        if not committed:
             files.sync_folder(self.folder)
 
     def write(
         self,
         outputs: dict[str, torch.Tensor],
         ids: Sequence[int | str],
-        missing: Collection[int] = (),
+        valid: torch.Tensor | None = None,
     ) -> None:
         if outputs.keys() != self._arrays.keys():
             raise ValueError(f"the outputs were {[*self._arrays]} and now are {[*outputs]}")
+        if valid is not None:
+            outputs = fill_missing(outputs, valid)
+            self._invalid += (self.written + np.flatnonzero(~valid.numpy())).tolist()
         for name, tensor in outputs.items():
             self._arrays[name].write(self.written, tensor)
         self.written += len(ids)
@@ -72,86 +80,98 @@ class NpyWriter:
             array.sync(stop)
         bad = np.zeros(stop - start, bool)
         checksums = {a.path.name: a.checksum(start, stop, bad) for a in self._arrays.values()}
+        bad[[row - start for row in self._invalid if row < stop]] = False
         nonfinite = int(bad.sum())
-        self._committed, self.nonfinite = stop, self.nonfinite + nonfinite
+        self._committed, self.nonfinite, self._invalid = stop, self.nonfinite + nonfinite, []
         return [CommittedRange(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
 
     def close(self) -> list[CommittedRange]:
-        with ExitStack() as stack:  # each is closed, whatever befalls the others
+        with ExitStack() as stack:  # closes every file, also after an error in one of them
             for array in self._arrays.values():
-                stack.callback(self._end, array)
+                stack.callback(self._finish, array)
             try:
                 return self.commit()
             except BaseException:
-                self.written = self._committed  # the others may be in no file
+                self.written = self._committed  # later rows may be missing from some files
                 raise
 
-    def _end(self, array: _NpyFile) -> None:
+    def _finish(self, array: _NpyFile) -> None:
         array.close(self.written)
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
 
 
-def read(folder: Path) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """The rows of every output, a window at a time."""
-    files = {
-        path.name.removeprefix("predictions").removesuffix(".npy")[1:] or DEFAULT_OUTPUT: path
-        for path in sorted(folder.glob("predictions*.npy"))
-    }
-    first = [np.load(path, mmap_mode="r") for path in files.values()]
+def output_name(file: str) -> str:
+    """Name of the output in a file: predictions.logits.npy to logits."""
+    return file.removeprefix("predictions").removesuffix(".npy")[1:] or DEFAULT_OUTPUT
+
+
+def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield all rows, about a MiB at a time."""
+    paths = {output_name(path.name): path for path in sorted(folder.glob("predictions*.npy"))}
+    first = [np.load(path, mmap_mode="r") for path in paths.values()]
     row_bytes = sum(array[:1].nbytes for array in first)
-    samples, step = len(first[0]), max(1, _WINDOW_BYTES // max(1, row_bytes))
+    samples, step = len(first[0]), max(1, _CHUNK_BYTES // max(1, row_bytes))
     del first
     for begin in range(0, samples, step):
-        # Mapped anew, so that pages already read are given back.
+        # Map the files again for each chunk, which releases the pages of the one before.
         rows = {
-            name: torch.from_numpy(np.array(np.load(path, mmap_mode="r")[begin : begin + step]))
-            for name, path in files.items()
+            name: np.array(np.load(path, mmap_mode="r")[begin : begin + step])
+            for name, path in paths.items()
         }
-        yield torch.arange(begin, min(begin + step, samples)), rows
+        yield np.arange(begin, min(begin + step, samples)), rows
+
+
+def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
+    """CRC-32 of the rows of a range, as they are in the file."""
+    with files.open_binary(path) as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        row_bytes, data = dtype.itemsize * math.prod(shape[1:]), file.tell()
+        start, stop = (data + row * row_bytes for row in (committed.start, committed.stop))
+        files.check_size(file.fileno(), stop, path)
+        return files.checksum(file.fileno(), start, stop)
 
 
 class _NpyFile:
     def __init__(self, path: Path, samples: int, first: torch.Tensor) -> None:
         self.path, self.samples = path, samples
-        # numpy has no bfloat16 and no float8; float32 holds each of their values exactly.
-        unknown = first.dtype.is_floating_point and first.dtype not in _NUMPY_FLOATS
-        self.cast = torch.float32 if unknown else None
-        like = first[:0].to(self.cast or first.dtype).numpy()
+        self.widen = not has_numpy_dtype(first)
+        like = (first[:0].float() if self.widen else first[:0]).numpy()
         self.row_shape, self.dtype = like.shape[1:], like.dtype
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
         self.step = max(1, BUFFER_BYTES // max(1, self.row_bytes))
         self.buffer = np.empty((min(self.step, samples), *self.row_shape), self.dtype)
         self.begin = 0
-        """The row that the buffer's first is; those before it are in the file."""
+        """Row number of the first row in the buffer; earlier rows are in the file."""
         self.header = self._header(samples)
         self.descriptor = -1
 
     def _offset(self, row: int) -> int:
         return len(self.header) + row * self.row_bytes
 
-    def open(self, kept: int) -> None:
-        """Make the file, or take one with so many rows; then set the whole size aside."""
-        self.begin = kept
-        flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
+    def open(self, written: int) -> None:
+        """Create the file, or open one with some rows, and allocate its full size."""
+        self.begin = written
+        flags = os.O_RDWR if written else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.descriptor = files.open_regular(self.path, flags)
         try:
-            if kept:
-                files.check_size(self.descriptor, self._offset(kept), self.path)
+            if written:
+                files.check_size(self.descriptor, self._offset(written), self.path)
             else:
-                # Of no samples yet: what a kill leaves must not be zeros that look like results.
+                # With a count of 0, so that after a kill no allocated zeros look like predictions.
                 files.write_all(self.descriptor, self._header(0))
-            self._reserve(self._offset(self.samples))
+            self._allocate(self._offset(self.samples))
         except OSError:
             os.close(self.descriptor)
             self.descriptor = -1
-            if not kept:
+            if not written:
                 self.path.unlink()
             raise
 
     def _header(self, samples: int) -> bytes:
-        """The file's header, as long for few samples as for many: numpy leaves room in it."""
+        """The file header; its length does not depend on the number of samples."""
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,
@@ -164,12 +184,13 @@ class _NpyFile:
         return header.getvalue()
 
     def write(self, at: int, tensor: torch.Tensor) -> None:
-        rows = (tensor if self.cast is None else tensor.to(self.cast)).numpy()
+        rows = (tensor.float() if self.widen else tensor).numpy()
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise ValueError(
-                f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)} and now "
-                f"gets {rows.dtype} of {list(rows.shape[1:])}; format: jsonl takes any, and "
-                "output.transform: mean_pool or cls makes one row of a sequence"
+                f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)}, but the "
+                f"next batch has {rows.dtype} rows of shape {list(rows.shape[1:])}; use format: "
+                "jsonl for rows of any shape, or output.transform: mean_pool or cls for one row "
+                "per sequence"
             )
         stop = at + len(rows)
         if stop - self.begin > self.step:
@@ -181,59 +202,59 @@ class _NpyFile:
             self.buffer[at - self.begin : stop - self.begin] = rows
 
     def flush(self, written: int) -> None:
-        """Bring the rows up to `written` from the buffer to the file; twice does no harm."""
+        """Write the buffered rows before `written` to the file; repeating it is harmless."""
         if written > self.begin:
             self._write_rows(self.begin, self.buffer[: written - self.begin])
             self.begin = written
 
-    def _write_rows(self, at: int, rows: np.ndarray[Any, Any]) -> None:
+    def _write_rows(self, at: int, rows: Array) -> None:
         if rows.nbytes:
             data = np.ascontiguousarray(rows).view(np.uint8).data
             files.write_at(self.descriptor, data, self._offset(at))
 
     def sync(self, written: int) -> None:
-        """Say in the header how many rows are there, and bring both to the disk."""
+        """Write the buffer and the number of rows, and sync the file."""
         self.flush(written)
-        self._count(written)
+        self._write_count(written)
         files.sync(self.descriptor)
 
-    def checksum(self, start: int, stop: int, bad: np.ndarray[Any, Any]) -> int:
-        """CRC-32 of the rows start to stop; marks in `bad` those that hold a NaN or the like."""
-        begin, end = self._offset(start), self._offset(stop)
-        floats, found, row = self.dtype.kind in "fc", 0, 0
-        for piece in files.read_chunks(
-            self.descriptor, begin, end, self.step * max(1, self.row_bytes)
+    def checksum(self, start: int, stop: int, bad: Array) -> int:
+        """CRC-32 of the rows start to stop; sets `bad` for rows that are not finite."""
+        floats, crc, row = self.dtype.kind in "fc", 0, 0
+        step = self.step * max(1, self.row_bytes)
+        for chunk in files.read_chunks(
+            self.descriptor, self._offset(start), self._offset(stop), step
         ):
-            found = zlib.crc32(piece, found)
+            crc = zlib.crc32(chunk, crc)
             if floats or self.dtype == np.int64:
-                values = np.frombuffer(piece, self.dtype)
-                good = np.isfinite(values) if floats else values != MISSING_CLASS
-                rows = len(piece) // self.row_bytes
-                if not good.all():
-                    bad[row : row + rows] |= ~good.reshape(rows, -1).all(axis=1)
+                values = np.frombuffer(chunk, self.dtype)
+                finite = np.isfinite(values) if floats else values != MISSING_CLASS
+                rows = len(chunk) // self.row_bytes
+                if not finite.all():
+                    bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
                 row += rows
-        return found
+        return crc
 
-    def _count(self, written: int) -> None:
+    def _write_count(self, written: int) -> None:
         files.write_at(self.descriptor, self._header(written), 0)
 
     def close(self, written: int) -> None:
         if self.descriptor < 0:
             return
         try:
-            self._count(written)
+            self._write_count(written)
             if written < self.samples:
                 os.ftruncate(self.descriptor, self._offset(written))
         finally:
             os.close(self.descriptor)
             self.descriptor = -1
 
-    def _reserve(self, size: int) -> None:
-        """Set `size` bytes aside: a full disk under a memory map would kill the process."""
+    def _allocate(self, size: int) -> None:
+        """Allocate `size` bytes, so that a full disk is reported at the start."""
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self.descriptor, 0, size)
-            else:
+            else:  # macOS
                 files.ensure_free_space(self.path.parent, size, self.path.name)
                 os.ftruncate(self.descriptor, size)
         except OSError as error:
@@ -241,6 +262,16 @@ class _NpyFile:
                 raise
             free = format_bytes(shutil.disk_usage(self.path.parent).free)
             raise OSError(
-                error.errno,
-                f"{self.path.name} needs {format_bytes(size)}, and {free} of disk are free",
+                error.errno, f"{self.path.name} needs {format_bytes(size)}, and {free} are free"
             ) from error
+
+
+def has_numpy_dtype(tensor: torch.Tensor) -> bool:
+    """False for bfloat16 and float8, whose values float32 represents exactly."""
+    if not tensor.dtype.is_floating_point:
+        return True
+    try:
+        tensor[:0].numpy()
+    except TypeError:
+        return False
+    return True

@@ -1,99 +1,129 @@
-"""Predictions in .parquet parts: a row a sample, with its id and its outputs as numbers or lists.
+"""Predictions in .parquet shards: one row per sample, with its id, outputs and class names.
 
-Knows pyarrow's tables; when a part is written stands in parts.py.
+An output of several numbers is a column of (nested) lists. A missing class is null.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from gradrun.core import files
 from gradrun.core.optional import import_optional
-from gradrun.output.formats.sharded_writer import Columns, ShardedWriter
+from gradrun.output.class_labels import ClassLabels
+from gradrun.output.formats.npy import has_numpy_dtype
+from gradrun.output.formats.sharded_writer import Columns, ShardedWriter, row_checksum
 from gradrun.output.journal import CommittedRange
-from gradrun.output.transforms import MISSING_CLASS
+from gradrun.output.missing import MISSING_CLASS
 
-_WIDENED = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-"""Parquet has no such types; float32 holds each of their values exactly."""
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, Any]
 
 _ROWS = 16 * 1024
-"""How many are read back at once."""
+"""Number of rows read at once."""
 
 
 class ParquetWriter(ShardedWriter):
-    """One column an output in every part, one of the ids, and what classes are called."""
+    """One column per output in each shard, besides the ids and the class names."""
 
     suffix = "parquet"
-    keeps_ids = True
+    stores_ids = True
 
-    def __init__(self, folder: Path, samples: int) -> None:
-        _arrow("parquet")  # where it is missing, nothing is to be written
-        super().__init__(folder, samples)
+    def __init__(
+        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+    ) -> None:
+        _pyarrow("parquet")  # fails before anything is written if pyarrow is missing
+        super().__init__(folder, samples, batch_size, labels)
 
-    def open(self, outputs: Columns, kept: Sequence[CommittedRange] = ()) -> None:
+    def open(self, outputs: Columns, committed: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
-            raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
+            raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
         if any(tensor.is_complex() for tensor in outputs.values()):
-            raise ValueError("Parquet has no complex numbers; format: npy has")
-        super().open(outputs, kept)
+            raise ValueError("Parquet has no complex numbers; use format: npy")
+        super().open(outputs, committed)
 
     def write(
-        self, outputs: Columns, ids: Sequence[int | str], missing: Collection[int] = ()
+        self, outputs: Columns, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         if not isinstance(ids, range):
-            ids = [_text(name) if isinstance(name, str) else name for name in ids]
-        super().write(outputs, ids, missing)
+            ids = [_as_utf8(name) if isinstance(name, str) else name for name in ids]
+        super().write(outputs, ids, valid)
 
-    def prepared(self, outputs: Columns) -> Columns:
-        if any(tensor.dtype in _WIDENED for tensor in outputs.values()):
-            return {n: t.float() if t.dtype in _WIDENED else t for n, t in outputs.items()}
-        return outputs
+    def convert(self, outputs: Columns) -> Columns:
+        if all(has_numpy_dtype(tensor) for tensor in outputs.values()):
+            return outputs
+        return {n: t if has_numpy_dtype(t) else t.float() for n, t in outputs.items()}
 
     def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
-        arrow, parquet = _arrow(), _arrow("parquet")
-        names = list(ids) if all(isinstance(name, int) for name in ids) else [*map(str, ids)]
-        held = {"id": names, **{name: _column(arrow, rows) for name, rows in columns.items()}}
-        for name, called in self.spelling.columns(columns).items():
-            held[called] = self.spelling.names_of(columns[name].tolist())
-        table = arrow.table(held)
+        arrow, parquet = _pyarrow(), _pyarrow("parquet")
+        numbered = all(isinstance(sample_id, int) for sample_id in ids)
+        fields = {"id": list(ids) if numbered else [*map(str, ids)]}
+        fields |= {name: _to_arrow(arrow, rows) for name, rows in columns.items()}
+        for name, label in self.labels.columns(columns).items():
+            fields[label] = self.labels.names_of(columns[name].tolist())
         shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
-        told = {"start": str(start), **shapes}
+        table = arrow.table(fields).replace_schema_metadata({"start": str(start), **shapes})
         buffer = arrow.BufferOutputStream()
-        parquet.write_table(table.replace_schema_metadata(told), buffer)
+        parquet.write_table(table, buffer)
         return bytes(buffer.getvalue())
 
     def decode(self, path: Path) -> tuple[Columns, Sequence[int | str]]:
-        table = _arrow("parquet").read_table(_arrow().BufferReader(path.read_bytes()))
-        return _columns(table), table.column("id").to_pylist()
+        from torch import from_numpy
+
+        table = _read_table(path)
+        columns = {name: from_numpy(rows) for name, rows in _to_numpy(table).items()}
+        return columns, table.column("id").to_pylist()
 
 
-def read(folder: Path) -> Iterator[tuple[torch.Tensor, Columns]]:
-    """The rows of every output, some at a time, part after part."""
-    start = 0
+def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield all rows, some at a time; a missing class is MISSING_CLASS."""
+    first = 0
     for path in sorted(folder.glob("predictions-*.parquet")):
-        with _arrow("parquet").ParquetFile(path) as part:
-            for batch in part.iter_batches(_ROWS):
-                columns = _columns(_arrow().Table.from_batches([batch]))
-                yield torch.arange(start, start + batch.num_rows), columns
-                start += batch.num_rows
+        with _pyarrow("parquet").ParquetFile(path) as shard:
+            for batch in shard.iter_batches(_ROWS):
+                columns = _to_numpy(_pyarrow().Table.from_batches([batch]))
+                yield np.arange(first, first + batch.num_rows), columns
+                first += batch.num_rows
 
 
-def _text(name: str) -> str:
-    """A name that UTF-8 can hold: one of a file may be any bytes."""
+def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
+    """CRC-32 of the rows of a range: those of each output in turn, by name, then the ids."""
+    table = _read_table(path)
+    start, count = (
+        committed.start - int(table.schema.metadata[b"start"]),
+        committed.stop - committed.start,
+    )
+    if start + count > table.num_rows:
+        raise ValueError("the shard has fewer rows")
+    rows = table.slice(start, count)
+    columns = _to_numpy(rows)
+    values = (columns[name].tobytes() for name in sorted(columns))
+    return row_checksum(values, rows.column("id").to_pylist())
+
+
+def _as_utf8(name: str) -> str:
+    """Escape bytes of a file name that UTF-8 cannot encode."""
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
-def _arrow(part: str = "") -> Any:
-    return import_optional("pyarrow", "output.format", part)
+def _pyarrow(module: str = "") -> Any:
+    return import_optional("pyarrow", "output.format", module)
 
 
-def _column(arrow: Any, rows: torch.Tensor) -> Any:
-    """A tensor [n, ...] as numbers, or as lists (of lists) of numbers; null for no class."""
+def _read_table(path: Path) -> Any:
+    arrow, parquet = _pyarrow(), _pyarrow("parquet")
+    with files.open_binary(path) as file:
+        return parquet.read_table(arrow.BufferReader(file.read()))
+
+
+def _to_arrow(arrow: Any, rows: torch.Tensor) -> Any:
+    """An arrow array of a tensor [n, ...]: numbers, or (nested) lists; MISSING_CLASS as null."""
     flat = rows.contiguous().numpy().reshape(-1)
     values = arrow.array(flat, mask=flat == MISSING_CLASS if flat.dtype == np.int64 else None)
     for depth in range(rows.ndim - 1, 0, -1):
@@ -103,19 +133,19 @@ def _column(arrow: Any, rows: torch.Tensor) -> Any:
     return values
 
 
-def _columns(table: Any) -> Columns:
-    """A part's columns as the tensors that they were written from."""
-    columns: Columns = {}
+def _to_numpy(table: Any) -> dict[str, Array]:
+    """The output columns of a table as arrays [n, ...]; null as MISSING_CLASS."""
+    columns: dict[str, Array] = {}
     for name in table.column_names:
-        said = table.schema.metadata.get(f"shape.{name}".encode())
-        if said is None:
-            continue  # the id, or what classes are called
-        shape = [int(size) for size in said.split()]
+        shape_text = table.schema.metadata.get(f"shape.{name}".encode())
+        if shape_text is None:
+            continue  # ids or class names
+        shape = [int(size) for size in shape_text.split()]
         values = table.column(name).combine_chunks()
         for _ in shape:
             values = values.flatten()
         if values.null_count:
             values = values.fill_null(MISSING_CLASS)
-        flat = torch.from_numpy(values.to_numpy(zero_copy_only=False).copy())
-        columns[name] = flat.reshape(table.num_rows, *shape)
+        columns[name] = values.to_numpy(zero_copy_only=False).copy()
+        columns[name] = columns[name].reshape(table.num_rows, *shape)
     return columns

@@ -1,69 +1,71 @@
-"""A line of text a sample, appended to one file: what jsonl and csv share.
-
-Knows the file and what classes are called; not how a line is written.
-"""
+"""One line of text per sample, appended to one file: the common part of jsonl and csv."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradrun.core import files
+from gradrun.output.class_labels import ClassLabels
 from gradrun.output.journal import CommittedRange
-from gradrun.output.transforms import ClassLabels, nonfinite_rows
+from gradrun.output.missing import count_nonfinite
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
-_READ_AT_ONCE = 1024
+_CHUNK_LINES = 1024
 
 Columns = dict[str, list[Any]]
-"""Output name to a number, a nest of lists, a text or None for each sample."""
+"""Column name to a number, a nested list, a text or None for each sample."""
 
 
 class TextWriter:
-    """Appends whole lines; the one that a full disk cuts off is taken back."""
+    """Appends whole lines, and removes a line that a full disk cut off."""
 
     suffix = ""
-    spelling = ClassLabels()
-    """What the numbers of classes are called, in a column of their own."""
 
-    def __init__(self, folder: Path, samples: int) -> None:
+    def __init__(
+        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+    ) -> None:
         self.path, self.samples = folder / f"predictions.{self.suffix}", samples
+        self.labels = labels or ClassLabels()
         self.written = 0
-        self.nonfinite = self._bad = 0
+        self.nonfinite = self._nonfinite_written = 0
         self._descriptor = -1
         self._size = 0
         self._committed, self._checksum = 0, 0
 
-    def open(self, outputs: dict[str, torch.Tensor], kept: Sequence[CommittedRange] = ()) -> None:
+    def open(
+        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
+    ) -> None:
         if "id" in outputs:
-            raise ValueError("an output is called 'id', as the sample is; format: npy keeps both")
+            raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
         if any(tensor.is_complex() for tensor in outputs.values()):
-            raise ValueError(f"{self.suffix} has no complex numbers; format: npy has")
-        columns = self._columns(outputs, ())
+            raise ValueError(f"{self.suffix} has no complex numbers; use format: npy")
+        columns = self._columns(outputs, None)
         header = self.header(columns).encode()
         rows = max((len(values) for values in columns.values()), default=0)
         row_bytes = len(self.lines(columns, range(rows))) / max(1, rows)
-        left = self.samples - (kept[-1].stop if kept else 0)
+        left = self.samples - (committed[-1].stop if committed else 0)
         files.ensure_free_space(self.path.parent, int(row_bytes * left), self.path.name)
-        # Unbuffered: what write() returned from is with the kernel, so a crash of ours keeps it.
-        flags = os.O_RDWR if kept else os.O_RDWR | os.O_CREAT | os.O_EXCL
+        # Unbuffered: after write() the lines are in the kernel, and survive the process.
+        flags = os.O_RDWR if committed else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._descriptor = files.open_regular(self.path, flags | os.O_APPEND)
-        if kept:
-            self.written = self._committed = kept[-1].stop
-            self._size = kept[-1].end or 0
-            self.nonfinite = self._bad = sum(committed.nonfinite for committed in kept)
+        if committed:
+            self.written = self._committed = committed[-1].stop
+            self._size = committed[-1].end or 0
+            self.nonfinite = self._nonfinite_written = sum(part.nonfinite for part in committed)
             files.check_size(self._descriptor, self._size, self.path)
         else:
             files.sync_folder(self.path.parent)
         os.ftruncate(self._descriptor, self._size)
-        if header and not kept:
+        if header and not committed:
             files.write_all(self._descriptor, header)
             self._size, self._checksum = len(header), zlib.crc32(header)
 
@@ -71,36 +73,39 @@ class TextWriter:
         self,
         outputs: dict[str, torch.Tensor],
         ids: Sequence[int | str],
-        missing: Collection[int] = (),
+        valid: torch.Tensor | None = None,
     ) -> None:
-        # A name may come from a file, whose name may be any bytes.
-        data = self.lines(self._columns(outputs, missing), ids).encode("utf-8", "backslashreplace")
-        checksum = zlib.crc32(data, self._checksum)
-        bad, size = self._bad + nonfinite_rows(outputs.values()), self._size + len(data)
+        # An id may be a file name, and so contain any bytes.
+        data = self.lines(self._columns(outputs, valid), ids).encode("utf-8", "backslashreplace")
+        checksum, size = zlib.crc32(data, self._checksum), self._size + len(data)
+        nonfinite = self._nonfinite_written + count_nonfinite(outputs.values(), valid)
         written = self.written + len(ids)
         files.write_all(self._descriptor, data)
-        # Nothing is called from here on, so that Ctrl-C leaves all of these or none.
-        self._size, self._checksum, self._bad, self.written = size, checksum, bad, written
+        # One statement without calls, which Ctrl-C does not interrupt halfway.
+        self._size, self._checksum, self._nonfinite_written, self.written = (
+            size, checksum, nonfinite, written,
+        )  # fmt: skip
 
-    def _columns(self, outputs: dict[str, torch.Tensor], missing: Collection[int]) -> Columns:
+    def _columns(self, outputs: dict[str, torch.Tensor], valid: torch.Tensor | None) -> Columns:
         columns: Columns = {name: tensor.tolist() for name, tensor in outputs.items()}
-        for name, called in self.spelling.columns(outputs).items():
-            columns[called] = self.spelling.names_of(columns[name])
-        for values in columns.values():
-            for row in missing:
-                values[row] = None
+        for name, label in self.labels.columns(outputs).items():
+            columns[label] = self.labels.names_of(columns[name])
+        if valid is not None:
+            for row in (~valid).nonzero().flatten().tolist():
+                for values in columns.values():
+                    values[row] = None
         return columns
 
     def header(self, columns: Columns) -> str:
-        """The line above all, if there is one, given the columns of some samples.
+        """First line of the file, given the columns of some samples; empty if it has none.
 
         Raises:
-            ValueError: the format cannot hold them.
+            ValueError: the format cannot represent the columns.
         """
         return ""
 
     def lines(self, columns: Columns, ids: Sequence[int | str]) -> str:
-        """The lines of some samples, each with its end."""
+        """Lines of some samples, each with a line break."""
         raise NotImplementedError
 
     def commit(self) -> list[CommittedRange]:
@@ -112,9 +117,11 @@ class TextWriter:
             stop=self.written,
             files={self.path.name: self._checksum},
             end=self._size,
-            nonfinite=self._bad - self.nonfinite,
+            nonfinite=self._nonfinite_written - self.nonfinite,
         )
-        self.nonfinite, self._committed, self._checksum = self._bad, self.written, 0
+        self.nonfinite, self._committed, self._checksum = (
+            self._nonfinite_written, self.written, 0,
+        )  # fmt: skip
         return [committed]
 
     def close(self) -> list[CommittedRange]:
@@ -131,8 +138,16 @@ class TextWriter:
         return [self.path.name] if self.written else []
 
 
-def numbered_lots(rows: Iterable[T]) -> Iterator[list[tuple[int, T]]]:
-    """Rows that are read back, each with its number, some at a time."""
+def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
+    """CRC-32 of the bytes from offset `begin` to the end of a range."""
+    end = committed.end or 0
+    with files.open_binary(path) as file:
+        files.check_size(file.fileno(), end, path)
+        return files.checksum(file.fileno(), begin, end)
+
+
+def numbered_chunks(rows: Iterable[T]) -> Iterator[list[tuple[int, T]]]:
+    """Yield rows with their numbers, some at a time."""
     numbered = enumerate(rows)
-    while taken := list(itertools.islice(numbered, _READ_AT_ONCE)):
-        yield taken
+    while chunk := list(itertools.islice(numbered, _CHUNK_LINES)):
+        yield chunk

@@ -1,0 +1,62 @@
+"""quarantine.jsonl: the samples that failed, one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gradrun.core import files
+
+FILE_NAME = "quarantine.jsonl"
+
+
+class Quarantine:
+    """Records failed samples; the file is created with the first one.
+
+    A line is synced before the commit of the samples around it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self.count = 0
+
+    def truncate(self, sample: int) -> None:
+        """Keep the entries of samples before this one, and remove all others."""
+        if not self.path.exists():
+            return
+        retained = [line for line in files.lines(self.path) if _is_before(line, sample)]
+        self.count = len(retained)
+        draft = self.path.with_name(f"{FILE_NAME}.tmp")
+        _write(draft, b"".join(retained), os.O_TRUNC)
+        draft.replace(self.path)
+
+    def add(self, sample: int, sample_id: int | str, error: str, details: str) -> None:
+        """Append a sample: position in the input, id, error message, traceback."""
+        line = {"sample": sample, "id": sample_id, "error": error, "traceback": details}
+        _write(self.path, json.dumps(line).encode() + b"\n", os.O_APPEND)
+        self.count += 1
+
+
+def quarantined_positions(folder: Path) -> set[int]:
+    """Input positions of the quarantined samples of a run folder."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return set()
+    return {json.loads(line)["sample"] for line in files.lines(path)}
+
+
+def _is_before(line: bytes, sample: int) -> bool:
+    try:
+        return line.endswith(b"\n") and bool(json.loads(line)["sample"] < sample)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _write(path: Path, data: bytes, flag: int) -> None:
+    descriptor = files.open_regular(path, os.O_WRONLY | os.O_CREAT | flag)
+    try:
+        files.write_all(descriptor, data)
+        files.sync(descriptor)
+    finally:
+        os.close(descriptor)
