@@ -108,9 +108,13 @@ def refused(answer, *, code: int = 2) -> str:
         ("7", '!!python/object/apply:os.mkdir ["trapped"]', "c.yaml:7:12  tag !!python/object"),
         ("path: out", "path: ../out", "c.yaml:9:16  output.path: '../out' contains '..'"),
         ("path: out", "path: out/../..", "c.yaml:9:16  output.path: 'out/../..' contains '..'"),
-        ("path: out", "path: c.yaml", "is a file, where a folder is wanted"),
-        ("path: out", "path: out, transform: topk", "output.k: top 5 of 3 classes"),
-        ("path: out", "path: out, dim: 2, transform: argmax", "c.yaml:9:26  output.dim: argmax ov"),
+        ("path: out", "path: c.yaml", "is a file, not a folder"),
+        ("path: out", "path: out, transform: topk", "output.k: topk with k=5 exceeds the 3"),
+        (
+            "path: out",
+            "path: out, dim: 2, transform: argmax",
+            "c.yaml:9:26  output.dim: cannot apply",
+        ),
         ("path: out", "path: out, select: [a]", "the model has no output 'a'; allowed: 0"),
         ("shape: [4]", "shape: [4], dtype: int64", "normal numbers are no int64"),
         ("Linear: [4, 3]", "Liner: [4, 3]", "torch.nn has no layer 'Liner'; did you mean Linear?"),
@@ -240,7 +244,7 @@ def test_a_wrong_file_is_an_error_and_runs_no_code(cli, use, name, make, message
         ("none", "gives the NoneType None, where a torch.nn.Module is wanted"),
         ("broken", "failed: ValueError: no such luck"),
         ("Nothing", "nets.py has no 'Nothing'; "),
-        ("Text", "the model returned str, where a tensor"),
+        ("Text", "the model returned str; it must return a tensor"),
         ("Mean", "the first dimension must be the batch"),
         ("Climbs", "an output named '../../evil', which is not a safe file name"),
     ],
@@ -407,7 +411,7 @@ def check_files_after_full_disk(answer, folder: Path, kind: str, right: np.ndarr
         assert committed
         if "No space left" in answer.err:
             assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
-            more = re.search(r"and about [\d.]+ [KM]iB more are wanted", answer.err)
+            more = re.search(r"the run needs about [\d.]+ [KM]iB more", answer.err)
             assert more or committed[1] == "0", answer.err
             assert re.search(r"to resume: gradrun infer .*--resume", answer.err)
         assert int(committed[1].replace(",", "")) <= len(written)

@@ -262,7 +262,8 @@ class _NpyFile:
                 raise
             free = format_bytes(shutil.disk_usage(self.path.parent).free)
             raise OSError(
-                error.errno, f"{self.path.name} needs {format_bytes(size)}, and {free} are free"
+                error.errno,
+                f"{self.path.name} needs {format_bytes(size)}, and {free} of disk are free",
             ) from error
 
 
