@@ -1,18 +1,17 @@
-"""The optional libraries: which extra of gradrun brings each, and the sentence when it is missing.
-
-Knows names only; the one file that uses a library asks for it here, when it is needed.
-"""
+"""Import optional libraries on use; a missing one is an error that names gradrun's extra."""
 
 from __future__ import annotations
 
 import importlib
-import os
+import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, first_line
 
 EXTRAS = {
     "torchmetrics": ("torchmetrics", "metrics"),
@@ -22,80 +21,94 @@ EXTRAS = {
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
 }
-"""library as it is imported -> its name, and the extra that installs it."""
+"""import name -> package name, and the extra that installs it."""
+
+NEEDS_TRUST = "which was not run; if you trust it, pass --trust-code"
 
 
-def import_optional(name: str, key: str, part: str = "") -> Any:
-    """The library, or a part of it ("torchmetrics", part "classification").
+def import_optional(name: str, key: str, submodule: str = "") -> Any:
+    """Import a library of EXTRAS or one of its submodules.
 
     Args:
-        name: a library of EXTRAS.
-        key: the config key that asks for it.
-        part: the submodule wanted; default: the library itself.
+        name: the library's import name.
+        key: the config key that needs it.
+        submodule: such as "classification" of torchmetrics; default: the library itself.
 
     Raises:
-        ConfigError: it is not installed, or is and cannot be imported.
+        ConfigError: the library is not installed or fails to import.
     """
     package, extra = EXTRAS[name]
     try:
-        return importlib.import_module(f"{name}.{part}" if part else name)
+        return importlib.import_module(f"{name}.{submodule}" if submodule else name)
     except ImportError as error:
         raise ConfigError(f"this needs {package}; pip install 'gradrun[{extra}]'", key) from error
-    except Exception as error:  # what was built for another torch fails in its own way
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception as error:  # a build for another torch may raise anything
         raise ConfigError(
-            f"{package} is installed and cannot be imported ({said}): it, or what it needs, does "
-            f"not fit this torch; pip install 'gradrun[{extra}]' from where torch came from",
+            f"{package} is installed but cannot be imported ({type(error).__name__}: "
+            f"{first_line(error)}): it, or a dependency, does not match this torch; "
+            f"pip install 'gradrun[{extra}]' from the index that torch was installed from",
             key,
         ) from error
 
 
-NEEDS_TRUST = "which would run with your rights; if you trust it, run with --trust-code"
-
-
 def import_transformers(key: str) -> Any:
-    """The package transformers, told to be quiet.
+    """Import transformers without its progress bars and log messages, within `library_settings`.
 
     Raises:
-        ConfigError: it is not installed; `key` asks for it.
+        ConfigError: it is not installed; `key` needs it.
     """
-    # Bars and advice of its own would stand among our tables; what matters of it raises.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     transformers = import_optional("transformers", key)
-    said: Any = transformers.logging
-    said.set_verbosity_error()
-    said.disable_progress_bar()
+    _set_transformers_logging(transformers, logging.ERROR, progress_bar=False)
     return transformers
 
 
 @contextmanager
-def hub_errors(place: Path | str, key: str, of_code: str = NEEDS_TRUST) -> Iterator[None]:
-    """Turn what transformers raises into a ConfigError about `key`.
+def library_settings() -> Iterator[None]:
+    """Restore warning filters and transformers' log settings at the end of the block."""
+    loaded = sys.modules.get("transformers")
+    level = loaded.logging.get_verbosity() if loaded else logging.WARNING
+    progress_bar = loaded.logging.is_progress_bar_enabled() if loaded else True
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        if transformers := sys.modules.get("transformers"):
+            _set_transformers_logging(transformers, level, progress_bar=progress_bar)
 
-    `of_code` goes on about a place that brings code.
+
+def _set_transformers_logging(transformers: Any, level: int, *, progress_bar: bool) -> None:
+    settings = transformers.logging
+    settings.set_verbosity(level)
+    (settings.enable_progress_bar if progress_bar else settings.disable_progress_bar)()
+
+
+@contextmanager
+def hub_errors(source: Path | str, key: str, advice: str = NEEDS_TRUST) -> Iterator[None]:
+    """Convert errors of transformers to a ConfigError for `key`.
+
+    Args:
+        source: the folder or hub name that is loaded.
+        key: the config key at fault.
+        advice: the end of the message if the source contains Python code.
     """
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # a folder can be broken in any of a hundred ways
-        raise ConfigError(_said(place, error, of_code), key) from error
+    except Exception as error:  # a damaged folder may raise anything
+        raise ConfigError(_hub_message(source, error, advice), key) from error
 
 
-def _said(place: Path | str, error: Exception, of_code: str) -> str:
+def _hub_message(source: Path | str, error: Exception, advice: str) -> str:
     text = str(error)
     line = next((line for line in text.splitlines() if line.strip()), type(error).__name__)
     if "trust_remote_code" in text:
-        return f"{place} brings code of its own, {of_code}"
+        return f"{source} contains Python code, {advice}"
     if isinstance(error, OSError) and "safetensors" in text:
         return (
-            f"{place} holds no .safetensors weights; save them with save_pretrained, or, if you "
-            "trust its other files, run with --trust-code"
+            f"{source} has no .safetensors weights; save them with save_pretrained, or, if you "
+            "trust its other files, pass --trust-code"
         )
-    if isinstance(place, str):
-        return (
-            f"there is no folder {place!r} beside the config, and the hub gives nothing of that "
-            f"name: {line:.300}"
-        )
-    return f"{place} cannot be opened: {line:.300}"
+    if isinstance(source, str):
+        return f"{source!r} is neither a folder relative to the config nor on the hub: {line:.300}"
+    return f"{source} cannot be loaded: {line:.300}"

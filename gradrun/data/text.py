@@ -236,7 +236,7 @@ class Texts:
 def _tokenizer(config: TextData, model: ModelConfig | None) -> Any:
     place, revision = config.tokenizer_source(model)
     auto = import_transformers("data.tokenizer").AutoTokenizer
-    with hub_errors(place, "data.tokenizer", "and tokenizers of gradrun run none; name another"):
+    with hub_errors(place, "data.tokenizer", "which tokenizers never run; use another tokenizer"):
         tokenizer = auto.from_pretrained(
             place, revision=revision or "main", trust_remote_code=False
         )

@@ -11,6 +11,7 @@ import torch
 from gradrun.config.run import RunSection
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError
+from gradrun.core.optional import library_settings
 
 
 def resolve_device(name: str) -> torch.device:
@@ -49,7 +50,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def device_context(run: RunSection) -> Iterator[torch.device]:
-    """Apply threads, determinism and seed of a config, and restore them afterwards.
+    """Apply threads, determinism and seed of a config; restore these and libraries' settings.
 
     Yields:
         The device.
@@ -63,7 +64,7 @@ def device_context(run: RunSection) -> Iterator[torch.device]:
     # Events and new tensors use the current device, which is the first one by default.
     current = torch.cuda.device(device) if cuda else nullcontext()
     random_state = torch.random.fork_rng(devices=[device] if cuda else [])
-    with current, random_state, _deterministic_algorithms(run.deterministic):
+    with library_settings(), current, random_state, _deterministic_algorithms(run.deterministic):
         try:
             torch.set_num_threads(available_cpus() if run.threads == "auto" else run.threads)
             seed_generators(run.seed, device)

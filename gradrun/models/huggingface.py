@@ -64,7 +64,7 @@ def _check_kernels(config: HuggingFaceModel, revision: str, transformers: Any) -
     for name in _attention_names(raw):
         if "/" in name:
             raise ConfigError(
-                f"{config.path} asks for the kernel {name!r} from the hub, {NEEDS_TRUST}; or "
+                f"{config.path} requires the kernel {name!r} from the hub, {NEEDS_TRUST}, or "
                 "choose model.attention",
                 _KEY,
             )

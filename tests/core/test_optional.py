@@ -1,4 +1,4 @@
-"""Each optional library missing: one sentence that says what to install, and exit code 2."""
+"""Optional libraries: one sentence if one is missing; its settings are restored after a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gradrun.core.optional import EXTRAS
+from gradrun.core.optional import EXTRAS, import_transformers, library_settings
 
 ROOT = Path(__file__).parents[2]
 WITHOUT = """\
@@ -50,13 +51,13 @@ def config(case: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write", "timm model"])
-def test_a_missing_library_is_one_sentence_that_says_what_to_install(
+def test_a_missing_library_is_one_sentence_with_the_package_to_install(
     tmp_path: Path, case: str
 ) -> None:
-    import_optional = case.split()[0]
+    library = case.split()[0]
     (tmp_path / "c.yaml").write_text(json.dumps(config(case, tmp_path)))
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, import_optional, "infer", "c.yaml"],
+        [sys.executable, "-c", WITHOUT, library, "infer", "c.yaml"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
         capture_output=True,
@@ -65,7 +66,21 @@ def test_a_missing_library_is_one_sentence_that_says_what_to_install(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    package, extra = EXTRAS[import_optional]
+    package, extra = EXTRAS[library]
     assert f"needs {package}; pip install 'gradrun[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_libraries_are_restored() -> None:
+    settings = pytest.importorskip("transformers").logging
+
+    def state() -> tuple[Any, ...]:
+        return settings.get_verbosity(), settings.is_progress_bar_enabled(), [*warnings.filters]
+
+    before = state()
+    with library_settings():
+        import_transformers("model.source")
+        warnings.simplefilter("error")
+        assert state()[:2] == (settings.ERROR, False)
+    assert state() == before

@@ -210,7 +210,7 @@ def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -
     path.write_text(json.dumps(described))
     (tmp_path / "coded/mine.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     said = refused(folder, tokenizer=str(tmp_path / "coded"))
-    assert "brings code of its own, and tokenizers of gradrun run none" in said
+    assert "contains Python code, which tokenizers never run" in said
     assert not (tmp_path / "mark").exists()
 
 
