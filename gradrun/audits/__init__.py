@@ -1,7 +1,4 @@
-"""What is looked for in a model: the contract of the shelf and its table.
-
-A look runs the model in one mode and gives Findings. Knows no config file and no table to print.
-"""
+"""The passes of an audit: each runs the model in one mode and yields Findings."""
 
 from __future__ import annotations
 
@@ -13,9 +10,9 @@ from gradrun.results.result import Finding
 
 AUDIT_PASSES: tuple[Callable[[AuditTarget], Iterable[Finding]], ...] = (
     side_effects.first_run,
-    side_effects.disturbed,
-    mode_switches.switches,
-    retained_graphs.kept_graphs,
-    retained_graphs.growth,
+    side_effects.side_effects,
+    mode_switches.mode_switches,
+    retained_graphs.retained_graphs,
+    retained_graphs.memory_growth,
 )
-"""In order. The first gets the model as it was loaded; each leaves it as it found it."""
+"""In order. The first pass gets the newly loaded model; each pass restores the model's state."""

@@ -1,7 +1,4 @@
-"""Whether the modes agree, and whether one agrees with itself: equivalence in words.
-
-Knows divergence.py's answers; not how they come about.
-"""
+"""Compare the outputs of the modes, and of one mode with itself."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from gradrun.comparison.equivalence import equivalence
 from gradrun.results.result import Equivalence, Finding
 
 _FUSED = (
-    "nn.TransformerEncoderLayer takes a fused path when gradients are off: the same mathematics in "
-    "another order, so the last bits differ; gradrun compare says what it gains"
+    "nn.TransformerEncoderLayer uses a fused implementation when gradients are off, which computes "
+    "in another order, so the last bits differ; gradrun compare measures its speedup"
 )
 _FUSED_TYPES = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
 
@@ -21,9 +18,14 @@ _FUSED_TYPES = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAtten
 def across(
     base: AuditTarget, other: AuditTarget, *, steady: bool
 ) -> tuple[Equivalence, Iterable[Finding]]:
-    """The other mode's outputs against the baseline's; `steady`: that agrees with itself."""
+    """Compare another mode's outputs with the baseline's.
+
+    Args:
+        steady: whether repeated runs of the baseline give equal outputs; otherwise a difference
+            is not a finding.
+    """
     found = equivalence(base, other)
-    if found.bitwise or not steady:  # what differs by itself says nothing of modes
+    if found.bitwise or not steady:
         return found, ()
     fused = (found.first_module or "").rstrip(")").endswith(_FUSED_TYPES)
     finding = Finding(
@@ -37,13 +39,13 @@ def across(
         + (f": {_FUSED}" if fused else ""),
         advice=""
         if found.equal
-        else "Find out which of the two is meant; measure.rtol and measure.atol say what counts",
+        else "Check which outputs are intended; measure.rtol and measure.atol set the tolerance",
     )
     return found, (finding,)
 
 
 def repeated(subject: AuditTarget) -> Iterable[Finding]:
-    """The same mode twice, from the same seed."""
+    """Compare two runs of the same mode from the same seed."""
     found = equivalence(subject, subject)
     if found.bitwise:
         return
@@ -53,10 +55,10 @@ def repeated(subject: AuditTarget) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=found.first_module or "",
         source=_source(subject, found),
-        text=f"The same batch from the same seed gives other outputs, by up to "
+        text=f"Two runs of the same batch from the same seed differ by up to "
         f"{found.max_abs_diff:.2g}",
-        advice="With run.deterministic: true torch chooses repeatable algorithms; a model that "
-        "counts its calls or reads a clock must be mended",
+        advice="Set run.deterministic: true for deterministic algorithms; remove call counters or "
+        "clock reads from the model",
     )
 
 

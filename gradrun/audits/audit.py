@@ -1,7 +1,4 @@
-"""`gradrun.audit`: what each gradient mode does to one model, found out and saved.
-
-Knows the order of the steps; what is looked for stands in audits/.
-"""
+"""`gradrun.audit`: find problems of a model in each gradient mode."""
 
 from __future__ import annotations
 
@@ -39,17 +36,15 @@ from gradrun.results.result import (
     SavedForBackward,
 )
 
-"""Told (what is being looked at, steps done, steps in all)."""
-
 
 @dataclass
 class _Audited:
-    """What has been found so far."""
+    """Results collected so far."""
 
     findings: list[Finding] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     equivalence: list[Equivalence] = field(default_factory=list)
-    kept: tuple[SavedForBackward, ...] = ()
+    saved_for_backward: tuple[SavedForBackward, ...] = ()
 
 
 def audit(
@@ -60,27 +55,28 @@ def audit(
     progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> AuditResult:
-    """Find out whether a model is safe and lean under each gradient mode.
+    """Find problems of a model in each gradient mode, and its memory use per module.
 
     Args:
         config: the path of a YAML file, its content as a mapping, or a loaded config.
-        trust_code: let a `python` model run the code that the config names.
-        compile: also look at what torch.compile makes of the model; takes a few seconds.
+        trust_code: allow the code that the config names to run.
+        compile: also report graph breaks under torch.compile; takes a few seconds.
         progress: called before each mode.
         overrides: as for `infer`.
 
     Returns:
-        Findings, one Measurement a mode (its memory only), the outputs' equivalence, and what each
-        module keeps for backward. It is in result.json too, in the folder beside output.path that
-        ends in -audit.
+        Findings, one Measurement per mode (memory only), the equivalence of outputs, and the bytes
+        that each module saves for backward. Also written to result.json in the folder beside
+        output.path whose name ends in -audit.
 
     Raises:
-        ConfigError: the config, model or data are wrong, or the model runs in no mode.
+        ConfigError: the config, model or data are invalid, or the model fails in every mode.
+        RunFailed: the model failed after its first batch.
     """
     loaded = resolve_config(config, overrides)
     path = loaded.config.output.path
     folder = RunFolder(path.with_name(f"{path.name}-audit"), overwrite=True)
-    # Hooks do not run in a compiled model; torch.compile is examined separately.
+    # Hooks cannot observe modules of a compiled model; torch_compile.py reports on compilation.
     whole = loaded.config.replace({"model.compile": False, "output.path": folder.path})
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     found, base = _Audited(), None
@@ -89,17 +85,15 @@ def audit(
         modes = list(GradMode)
         for step, mode in enumerate(modes):
             progress(Progress(f"auditing {mode}", step, len(modes) + compile))
-            subject, load_seconds = _loaded(whole, mode, device, batches, is_trusted(trust_code))
+            subject, load_seconds = _load(whole, mode, device, batches, is_trusted(trust_code))
             try:
                 last = base is None and mode is modes[-1]
-                if _looked_at(subject, found, load_seconds, last=last):
-                    base = _compared(base, subject, found)
+                if _run_passes(subject, found, load_seconds, last=last):
+                    base = _compare_to(base, subject, found)
             except GradrunError:
                 raise
-            except Exception as error:  # it ran one batch, and fails on another
-                text = (
-                    f"the model failed while it was looked at: {describe_model_error(error, mode)}"
-                )
+            except Exception as error:  # the first batch succeeded
+                text = f"the model failed during the audit: {describe_model_error(error, mode)}"
                 raise RunFailed(text) from error
         if compile and base:
             progress(Progress("auditing torch.compile", len(modes), len(modes) + 1))
@@ -113,18 +107,18 @@ def audit(
         environment=environment,
         measurements=tuple(found.measurements),
         equivalence=tuple(found.equivalence),
-        findings=_merged(found.findings),
-        saved_for_backward=found.kept,
+        findings=_merge(found.findings),
+        saved_for_backward=found.saved_for_backward,
     )
     with folder.locked():
         folder.save(result)
     return result
 
 
-def _loaded(
+def _load(
     config: RunConfig, mode: GradMode, device: torch.device, batches: list[Batch], trust_code: bool
 ) -> tuple[AuditTarget, float]:
-    """The model anew: what it made lazily in another mode must not hide what it does in this."""
+    """Load a new model: tensors created lazily in another mode must not hide findings."""
     in_mode = config.replace({"run.mode": mode})
     began = time.perf_counter()
     seed_generators(config.run.seed, device)
@@ -132,19 +126,19 @@ def _loaded(
     return AuditTarget(mode.value, in_mode, device, model, batches), time.perf_counter() - began
 
 
-def _looked_at(subject: AuditTarget, found: _Audited, load_seconds: float, *, last: bool) -> bool:
-    """Look for everything in one mode; whether the model runs in it at all.
+def _run_passes(subject: AuditTarget, found: _Audited, load_seconds: float, *, last: bool) -> bool:
+    """Run all passes in one mode; return whether the model runs in it.
 
     Raises:
-        ConfigError: it does not, and this is the last mode that it could have run in.
+        ConfigError: the model fails in this mode, and `last` is set.
     """
     try:
         first, *others = AUDIT_PASSES
-        found.findings += first(subject)  # runs the model as it is: what fails here is its fault
-        found.measurements.append(_measured(subject, load_seconds))
+        found.findings += first(subject)  # an error here is the model's
+        found.measurements.append(_measure_memory(subject, load_seconds))
     except GradrunError:
         raise
-    except (Exception, SystemExit) as error:  # whatever a model may raise
+    except (Exception, SystemExit) as error:  # a model may raise anything
         if last:
             batch = subject.copy()
             with subject.active():
@@ -155,42 +149,42 @@ def _looked_at(subject: AuditTarget, found: _Audited, load_seconds: float, *, la
         found.findings.append(
             Finding(
                 severity="error",
-                code="fails",
+                code="model_fails",
                 modes=(subject.mode,),
-                text=f"The model cannot be run: {reason.rstrip('.')}",
+                text=f"The model fails: {reason.rstrip('.')}",
                 advice="",
             )
         )
         return False
-    for look in (*others, agreement.repeated):
-        with _noted(found, subject, look.__name__):
-            found.findings += look(subject)
+    for audit_pass in (*others, agreement.repeated):
+        with _report_failure(found, subject, audit_pass.__name__):
+            found.findings += audit_pass(subject)
     if subject.mode is GradMode.GRAD:
-        with _noted(found, subject, "kept_for_backward"):
-            found.kept = saved_tensors.kept_for_backward(subject)
+        with _report_failure(found, subject, "saved_for_backward"):
+            found.saved_for_backward = saved_tensors.saved_for_backward(subject)
     return True
 
 
 @contextmanager
-def _noted(found: _Audited, subject: AuditTarget, look: str) -> Iterator[None]:
-    """Turn what a look cannot look at into a warning: it says nothing of the model."""
+def _report_failure(found: _Audited, subject: AuditTarget, name: str) -> Iterator[None]:
+    """Turn an error of a pass into a warning: it is not a finding about the model."""
     try:
         yield
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
+        reason = f"{type(error).__name__}: {first_line(error)}".rstrip(".")
         found.findings.append(
             Finding(
                 severity="warning",
-                code="not_looked_at",
+                code="pass_failed",
                 modes=(subject.mode,),
-                text=f"{look.replace('_', ' ').capitalize()} could not be looked at: {said}",
+                text=f"The pass {name.replace('_', ' ')!r} failed: {reason}",
                 advice="",
             )
         )
 
 
-def _compared(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -> AuditTarget:
-    """The first mode that runs is the baseline, whose model the others are compared on."""
+def _compare_to(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -> AuditTarget:
+    """Compare with the first mode that runs, the baseline; both modes use its model."""
     if base is None:
         return subject
     same_model = AuditTarget(subject.name, subject.config, subject.device, base.model, base.batches)
@@ -201,8 +195,8 @@ def _compared(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -
     return base
 
 
-def _measured(subject: AuditTarget, load_seconds: float) -> Measurement:
-    """The mode's memory; time is not taken here, where hooks and meters would count into it."""
+def _measure_memory(subject: AuditTarget, load_seconds: float) -> Measurement:
+    """Measure the mode's memory. Times are left empty: hooks and meters would distort them."""
     batch = subject.copy()
     with subject.active():
         memory = measure_forward_memory(subject.model, batch, subject.device)
@@ -224,8 +218,8 @@ def _measured(subject: AuditTarget, load_seconds: float) -> Measurement:
     )
 
 
-def _merged(findings: list[Finding]) -> tuple[Finding, ...]:
-    """What is the same in several modes once, with all of them; the worst first."""
+def _merge(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Merge findings that are equal except for their mode; most severe first."""
     merged: dict[tuple[Any, ...], Finding] = {}
     for finding in findings:
         key = (finding.severity, finding.code, finding.module, finding.source, finding.text)

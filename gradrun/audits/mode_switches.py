@@ -1,7 +1,4 @@
-"""Where a model changes the gradient mode itself: the line, the module, and what that does.
-
-Knows Python's profiler and torch's guards; not what it costs.
-"""
+"""Detect where a model changes the gradient mode itself: module, source line and effect."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch import nn
 from torch.utils import _contextlib
 
 from gradrun import modes
-from gradrun.audits.saved_tensors import saved_in_vain
+from gradrun.audits.saved_tensors import unused_saved_bytes
 from gradrun.audits.target import AuditTarget, source_of
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes
@@ -42,7 +39,7 @@ _ENTRIES: set[CodeType] = {
 }
 _EXITS: set[CodeType] = {guard.__exit__.__code__ for guard in _GUARDS}
 _DECORATED = {"decorate_context", "generator_context", "covered"}
-"""How torch and modes.py call what stands around a decorated function."""
+"""Names of the wrappers that torch and modes.py put around a decorated function."""
 
 _MACHINERY = {
     str(file)
@@ -57,7 +54,7 @@ _MACHINERY = {
 
 @dataclass(frozen=True)
 class Switch:
-    """One change of the mode inside a forward."""
+    """A change of the mode inside a forward."""
 
     module: nn.Module | None
     source: str | None
@@ -65,21 +62,21 @@ class Switch:
     after: ModeState
 
 
-def switches(subject: AuditTarget) -> Iterable[Finding]:
-    """Modules that switch the mode inside, and a forward that leaves the thread in another one."""
+def mode_switches(subject: AuditTarget) -> Iterable[Finding]:
+    """Report modules that switch the mode, and forwards that do not restore it."""
     found: dict[Switch, int] = {}
     leaks: dict[nn.Module, tuple[ModeState, ModeState]] = {}
 
-    def left(module: nn.Module, before: ModeState, _: Any) -> None:
+    def leave(module: nn.Module, before: ModeState, _: Any) -> None:
         after = observe()
-        if after != before and not leaks:  # the innermost returns first
+        if after != before and not leaks:  # the innermost module returns first
             leaks[module] = before, after
 
     batch = subject.copy()
     with (
         preserve_module_state(subject.model),
-        track_module_calls(lambda *_: observe(), left) as calls,
-        _switches_noted(calls, subject, found),
+        track_module_calls(lambda *_: observe(), leave) as calls,
+        _record_switches(calls, subject, found),
     ):
         subject.run(batch)
     for module, (before, after) in leaks.items():
@@ -89,12 +86,12 @@ def switches(subject: AuditTarget) -> Iterable[Finding]:
             modes=(subject.mode,),
             module=subject.label(module),
             source=source_of(module),
-            text=f"Enters its forward in {before} and leaves the thread in {after}",
-            advice="Use a with block: torch.set_grad_enabled(...) as a call, and a guard entered "
-            "by hand, stay in force for whatever the thread does next",
+            text=f"The forward starts in {before} and leaves the thread in {after}",
+            advice="Use a with block: a plain call of torch.set_grad_enabled(...), or a guard "
+            "entered by hand, stays in effect for the rest of the thread",
         )
     tracked = any(switch.after.records for switch in found)
-    costs = saved_in_vain(subject) if tracked else {}
+    costs = unused_saved_bytes(subject) if tracked else {}
     for switch in found:
         label = subject.label(subject.model if switch.module is None else switch.module)
         yield _finding(subject.mode, label, switch, costs.get(label))
@@ -104,21 +101,23 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
     before, after = switch.before, switch.after
     severity: Severity
     if after.records:
-        severity, code = "warning", "tracks"
-        saves = f", and saves {format_bytes(cost)} for a backward not to come" if cost else ""
-        text = f"Turns gradients on in the middle of {mode}{saves}"
-        advice = "Leave the mode to the caller, or use gradrun.modes.conditional_no_grad"
+        severity, code = "warning", "enables_grad"
+        saves = (
+            f", and saves {format_bytes(cost)} for a backward pass that never runs" if cost else ""
+        )
+        text = f"Enables gradients inside {mode}{saves}"
+        advice = "Let the caller set the mode, or use gradrun.modes.conditional_no_grad"
     elif after.inference and after.grad and not before.grad:
-        severity, code = "info", "tracks_in_vain"
-        text = "Turns the grad flag on inside inference_mode, where nothing is recorded anyway"
-        advice = "A block that needs gradients leaves the mode: torch.inference_mode(False)"
+        severity, code = "info", "redundant_enable_grad"
+        text = "Enables gradients inside inference_mode, where operations are never recorded"
+        advice = "To record gradients, leave the mode with torch.inference_mode(False)"
     elif before.records:
         severity, code = "info", "stops_gradients"
-        text = f"Switches to {after} inside: what it computes there carries no gradient"
-        advice = "Fine for inference; training through this module gives it no gradient"
+        text = f"Switches to {after}: tensors computed there carry no gradient"
+        advice = "No change needed for inference; in training this module receives no gradient"
     else:
         severity, code = "info", "switches"
-        text = f"Switches from {before} to {after} inside"
+        text = f"Switches from {before} to {after}"
         advice = ""
     return Finding(
         severity=severity,
@@ -132,17 +131,17 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
     )
 
 
-# --- seeing the switches -----------------------------------------------------------------------
+# --- detecting switches --------------------------------------------------------------------------
 
 
 @contextmanager
-def _switches_noted(
+def _record_switches(
     calls: ModuleCallStack[ModeState], subject: AuditTarget, found: dict[Switch, int]
 ) -> Iterator[None]:
-    """Count the switches made by Python code while the block runs.
+    """Count the switches that Python code makes while the block runs.
 
-    A profile function sees each call of a guard without changing what torch does, which a torch
-    function mode would: nn.TransformerEncoderLayer leaves its fused path under one.
+    A profile function sees each call of a guard without changing torch's behavior. A torch
+    function mode would change it: nn.TransformerEncoderLayer leaves its fused path under one.
     """
     current: ModeState | None = None
 
@@ -155,7 +154,7 @@ def _switches_noted(
         if after == before:
             return
         current = after
-        if before is None or not calls.calls:  # the mode of the run itself
+        if before is None or not calls.calls:  # the mode of the run, not a switch of the model
             return
         site = _site(frame)
         if site:
@@ -171,7 +170,7 @@ def _switches_noted(
 
 
 def _site(frame: FrameType | None) -> str | None:
-    """file:line that asked for a switch; None where a guard only restores."""
+    """Return file:line of the code that switched the mode; None if a guard only restores it."""
     while frame is not None:
         code = frame.f_code
         if code in _EXITS:

@@ -1,7 +1,4 @@
-"""Graphs that outlive a call: outputs that keep one, and memory that grows with every batch.
-
-Knows outputs and the memory meter; not which module saved what (saved.py does).
-"""
+"""Detect autograd graphs that outlive a call, and memory that grows with every batch."""
 
 from __future__ import annotations
 
@@ -21,20 +18,20 @@ from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Finding
 
 _SETTLING, _WATCHED = 2, 3
-"""Batches that may fill caches, and batches that must not hold on to anything."""
+"""Batches that may fill caches, then batches that must not retain memory."""
 
 _MANY, _PATIENCE = 64, 2.0
-"""Batches, or seconds, after which one that still leaves memory behind is no cache."""
+"""Batches, or seconds, after which continued growth is not a cache."""
 
 
-def kept_graphs(subject: AuditTarget) -> Iterable[Finding]:
-    """Outputs that hold a graph, with all that it needs, where nobody asked for one."""
+def retained_graphs(subject: AuditTarget) -> Iterable[Finding]:
+    """Report outputs that keep an autograd graph alive in a mode without gradients."""
     if subject.mode is GradMode.GRAD:
         return
     batch = subject.copy()
     with preserve_module_state(subject.model):
         returned = subject.run(batch)
-        # A parameter that is returned as it is requires grad and has no graph.
+        # A parameter returned unchanged requires grad, but has no graph.
         names = [name for name, tensor in iter_tensors(returned) if tensor.grad_fn is not None]
         del returned
     if not names:
@@ -51,30 +48,30 @@ def kept_graphs(subject: AuditTarget) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=subject.label(subject.model),
         source=source_of(subject.model),
-        text=f"{listed} keeps its graph as long as it lives, and with it what backward needs"
+        text=f"{listed} keeps its autograd graph and the tensors saved for backward alive"
         + (f": {format_bytes(retained)}" if retained else ""),
-        advice="Find the block that turns gradients on, or detach() what is returned",
+        advice="Remove the block that enables gradients, or detach() the output",
         cost=retained,
     )
 
 
-def growth(subject: AuditTarget) -> Iterable[Finding]:
-    """Bytes that stay behind with every batch, though nobody holds its outputs."""
+def memory_growth(subject: AuditTarget) -> Iterable[Finding]:
+    """Report memory that remains allocated after each batch although its outputs are deleted."""
     meter = FORWARD_MEMORY.get(subject.device.type)
     if meter is None:
         return
-    before = {}
-    left = []
+    before: dict[str, int] = {}
+    remaining = []
     with preserve_module_state(subject.model):
         for number in range(_SETTLING + _WATCHED):
             if number == _SETTLING:
-                before = dict(_held(subject))
+                before = dict(_attribute_bytes(subject))
             batch = subject.copy(number)
-            left.append(meter(lambda batch=batch: _dropped(subject, batch)).retained)  # type: ignore[misc]
-        after = dict(_held(subject))
-        grown = [path for path, held in after.items() if held > before.get(path, 0)]
-        lost = min(left[_SETTLING:])
-        grows = lost > 0 and _goes_on(subject, meter, lost)
+            remaining.append(meter(lambda batch=batch: _run_and_discard(subject, batch)).retained)  # type: ignore[misc]
+        after = dict(_attribute_bytes(subject))
+        grown = [path for path, size in after.items() if size > before.get(path, 0)]
+        lost = min(remaining[_SETTLING:])
+        grows = lost > 0 and _keeps_growing(subject, meter, lost)
     if not grows:
         return
     path = grown[0] if grown else ""
@@ -86,16 +83,18 @@ def growth(subject: AuditTarget) -> Iterable[Finding]:
         modes=(subject.mode,),
         module=subject.label(owner),
         source=source_of(owner),
-        text=f"Keeps {format_bytes(lost)} of every batch, {where}: a long run ends out of memory",
-        advice="Keep numbers, not tensors: .item(), or .detach().cpu() where the tensor is needed",
+        text=f"Retains {format_bytes(lost)} of every batch {where}; a long run will run out of "
+        "memory",
+        advice="Store numbers instead of tensors (.item()), or .detach().cpu() copies",
         cost=lost,
     )
 
 
-def _goes_on(subject: AuditTarget, meter: ForwardMeter, lost: int) -> bool:
-    """Whether as much is left behind by each of many batches: a cache of bounded size fills up.
+def _keeps_growing(subject: AuditTarget, meter: ForwardMeter, lost: int) -> bool:
+    """Return whether many batches retain as much each; a cache of bounded size fills up.
 
-    In one go, since the meter does not see that a block is freed which is older than its look.
+    All batches run within one measurement, because the meter misses the release of a block that
+    was allocated before it started.
     """
     done = 0
 
@@ -103,20 +102,20 @@ def _goes_on(subject: AuditTarget, meter: ForwardMeter, lost: int) -> bool:
         nonlocal done
         deadline = time.monotonic() + _PATIENCE
         while done < _MANY and (done < 2 * _WATCHED or time.monotonic() < deadline):
-            _dropped(subject, subject.copy(done))
+            _run_and_discard(subject, subject.copy(done))
             done += 1
 
     return meter(many).retained > 0.9 * lost * done
 
 
-def _dropped(subject: AuditTarget, batch: Any) -> None:
-    """Run, and let go of the outputs, cycles included."""
+def _run_and_discard(subject: AuditTarget, batch: Any) -> None:
+    """Run the model and delete its outputs, including reference cycles."""
     subject.run(batch)
-    gc.collect(1)  # what the call made is young; a full collection walks all of torch
+    gc.collect(1)  # the outputs are young objects; a full collection visits all of torch
 
 
-def _held(subject: AuditTarget) -> Iterator[tuple[str, int]]:
-    """Bytes of the tensors, graphs apart, in each plain attribute of each module."""
+def _attribute_bytes(subject: AuditTarget) -> Iterator[tuple[str, int]]:
+    """Yield "path.attribute" and tensor bytes of each plain attribute of each module."""
     for name, module in subject.model.named_modules():
         for attribute, value in vars(module).items():
             if attribute in TABLES:
@@ -124,13 +123,13 @@ def _held(subject: AuditTarget) -> Iterator[tuple[str, int]]:
             values = (
                 value if isinstance(value, list | tuple | dict | torch.Tensor) else _items(value)
             )
-            held = cpu_memory.storage_bytes(t for _, t in iter_tensors(values))
-            if held:
-                yield f"{name}.{attribute}" if name else attribute, held
+            size = cpu_memory.storage_bytes(t for _, t in iter_tensors(values))
+            if size:
+                yield f"{name}.{attribute}" if name else attribute, size
 
 
 def _items(value: Any) -> list[Any]:
-    """What a deque or a set holds."""
+    """Return the items of a deque or set; empty for other types."""
     from collections import deque
 
     return list(value) if isinstance(value, deque | set | frozenset) else []

@@ -1,7 +1,4 @@
-"""Where the memory goes under grad: bytes saved for the backward pass, by the module that saved.
-
-Knows torch's hooks for saved tensors; what they sum to is checked against the memory meter.
-"""
+"""Bytes that autograd saves for the backward pass, per module."""
 
 from __future__ import annotations
 
@@ -25,50 +22,49 @@ OUTPUTS = "(outputs)"
 
 
 class _Saved:
-    """What the graph holds instead of a tensor; it dies with the graph's node."""
+    """A stand-in that the graph saves instead of a tensor; deleted with the graph's node."""
 
     def __init__(self, tensor: torch.Tensor, module: nn.Module | None) -> None:
-        # The same storage, without the graph: an operation that saves its own output would
-        # otherwise hold itself for ever.
+        # Same storage without the graph: an operation that saves its own output would otherwise
+        # form a reference cycle.
         self.tensor, self.module = tensor.detach(), module
         self.used = False
 
     def unpacked(self) -> torch.Tensor:
-        """The tensor, for a backward inside the forward."""
+        """Return the tensor for a backward pass inside the forward."""
         self.used = True
         return self.tensor
 
 
-def saved_in_vain(subject: AuditTarget) -> dict[str, int]:
-    """Module to the bytes that it saves in one batch for a backward that does not come.
+def unused_saved_bytes(subject: AuditTarget) -> dict[str, int]:
+    """Return the bytes that each module saves per batch for a backward pass that never runs.
 
-    A module that runs a backward of its own is not there.
+    Modules that run a backward pass inside their forward are left out.
     """
     by_module: dict[str, int] = {}
-    held: list[_Saved] = []
-    with preserve_module_state(subject.model), _packed(subject, held.append) as batch:
-        counted = _there(subject, batch)
+    saved: list[_Saved] = []
+    with preserve_module_state(subject.model), _packed(subject, saved.append) as batch:
+        counted = _existing_storages(subject, batch)
         subject.run(batch)
-    for one in held:
+    for one in saved:
         _count(subject, one, counted, by_module)
-    for one in held:
+    for one in saved:
         if one.used and one.module is not None:
             by_module.pop(subject.label(one.module), None)
     return by_module
 
 
-def kept_for_backward(subject: AuditTarget) -> tuple[SavedForBackward, ...]:
-    """Bytes that one batch's graph keeps alive, most first.
+def saved_for_backward(subject: AuditTarget) -> tuple[SavedForBackward, ...]:
+    """Return the bytes that the graph of one batch keeps alive per module, largest first.
 
-    Storage that several modules share counts once, for the first that saved it; parameters, buffers
-    and the input were there before and do not count. What the outputs hold beyond that stands
-    under "(outputs)".
+    Storage shared by several modules counts once, for the first module that saved it. Parameters,
+    buffers and inputs do not count. Further bytes of the outputs are listed as "(outputs)".
     """
     saved: list[weakref.ref[_Saved]] = []
     by_module: dict[str, int] = {}
     with preserve_module_state(subject.model):
         with _packed(subject, lambda one: saved.append(weakref.ref(one))) as batch:
-            counted = _there(subject, batch)
+            counted = _existing_storages(subject, batch)
             returned = subject.run(batch)
         for alive in filter(None, (reference() for reference in saved)):
             _count(subject, alive, counted, by_module)
@@ -81,7 +77,7 @@ def kept_for_backward(subject: AuditTarget) -> tuple[SavedForBackward, ...]:
 
 @contextmanager
 def _packed(subject: AuditTarget, note: Callable[[_Saved], None]) -> Iterator[Batch]:
-    """Tell of every tensor that is saved while the block runs; yields a batch to run."""
+    """Call `note` for every tensor that is saved while the block runs; yield a batch to run."""
     with track_module_calls(lambda *_: None) as calls:
 
         def pack(tensor: torch.Tensor) -> _Saved:
@@ -93,8 +89,8 @@ def _packed(subject: AuditTarget, note: Callable[[_Saved], None]) -> Iterator[Ba
             yield subject.copy()
 
 
-def _there(subject: AuditTarget, batch: Batch) -> set[int]:
-    """The storages that were there before the call."""
+def _existing_storages(subject: AuditTarget, batch: Batch) -> set[int]:
+    """Return the addresses of the storages that exist before the call."""
     tensors = [*batch.tensors(), *_tensors_of(subject.model)]
     return set(storages(tensors))
 
@@ -105,7 +101,7 @@ def _count(subject: AuditTarget, one: _Saved, counted: set[int], by_module: dict
 
 
 def _new_bytes(tensor: torch.Tensor, counted: set[int]) -> int:
-    """Bytes of a tensor's storage, unless it was counted; notes that it is."""
+    """Return the bytes of a tensor's storage and mark it counted; 0 if it was counted before."""
     new = {place: size for place, size in storages([tensor]).items() if place not in counted}
     counted.update(new)
     return sum(new.values())

@@ -1,7 +1,4 @@
-"""What a forward changes or depends on beside its input: training mode, buffers, random numbers.
-
-Knows modules and their tensors; not gradients.
-"""
+"""Detect state that a forward changes or depends on: training mode, buffers, random numbers."""
 
 from __future__ import annotations
 
@@ -26,24 +23,24 @@ _TRAIN = nn.Module.train.__code__
 
 
 def first_run(subject: AuditTarget) -> Iterable[Finding]:
-    """Parameters, buffers and caches that the first forward made inside inference mode.
+    """Report parameters, buffers and caches that the first forward creates in inference mode.
 
-    They stay: this is the model's first run, and what it makes lazily it makes once.
+    The model's state is not restored: lazily created tensors are created only once.
     """
     returned = subject.run(subject.copy())
     if not list(iter_tensors(returned)):
         kind = type(returned).__name__
-        raise ConfigError(
-            f"the model returned {kind}, where a tensor or several are wanted", "model"
-        )
+        raise ConfigError(f"the model returned {kind}; expected one or more tensors", "model")
     if subject.mode is not GradMode.INFERENCE_MODE:
         return
-    made = {id(t) for m in subject.model.modules() for _, t in _own_tensors(m) if t.is_inference()}
+    created = {
+        id(t) for m in subject.model.modules() for _, t in _own_tensors(m) if t.is_inference()
+    }
     subject.run(subject.copy())
     for name, module in subject.model.named_modules():
         for attribute, tensor in _own_tensors(module):
-            # What each call makes anew is not there for good.
-            if id(tensor) not in made or not tensor.is_inference():
+            # Tensors that each call replaces do not persist.
+            if id(tensor) not in created or not tensor.is_inference():
                 continue
             path = f"{name}.{attribute}" if name else attribute
             registered = attribute in module._parameters or attribute in module._buffers
@@ -54,50 +51,50 @@ def first_run(subject: AuditTarget) -> Iterable[Finding]:
                 modes=(subject.mode,),
                 module=subject.label(module),
                 source=source_of(module),
-                text=f"{kind if registered else 'Attribute'} {path} was made inside "
-                "inference_mode: it is an inference tensor for good, and breaks training later "
-                "in the process",
-                advice="Make it in __init__, or run the model once in grad or no_grad first",
+                text=f"{kind if registered else 'Attribute'} {path} was created in "
+                "inference_mode: it remains an inference tensor and breaks later training in the "
+                "same process",
+                advice="Create it in __init__, or run the model once in grad or no_grad first",
                 cost=tensor.nbytes,
             )
 
 
-def disturbed(subject: AuditTarget) -> Iterable[Finding]:
-    """Training mode, random numbers, and writes into buffers, parameters or the input."""
-    batch, seen = subject.copy(), _Seen(subject.device)
+def side_effects(subject: AuditTarget) -> Iterable[Finding]:
+    """Report training mode, random numbers, and writes to buffers, parameters or inputs."""
+    batch, observed = subject.copy(), _Observed(subject.device)
     inputs = [(tensor, tensor.clone()) for tensor in batch.tensors()]
-    seen.inputs = [tensor for tensor, _ in inputs]
-    kept = {name: tensor.detach().clone() for name, tensor in _plain_state(subject.model)}
+    observed.inputs = [tensor for tensor, _ in inputs]
+    saved = {name: tensor.detach().clone() for name, tensor in _plain_state(subject.model)}
     parameters = dict(subject.model.named_parameters())
     with preserve_module_state(subject.model):
-        with track_module_calls(seen.enter, seen.leave), _train_calls(seen):
+        with track_module_calls(observed.enter, observed.leave), _train_calls(observed):
             subject.run(batch)
         changed = [
             name
             for name, tensor in _plain_state(subject.model)
-            if not _same(kept.get(name), tensor)
+            if not _equal(saved.get(name), tensor)
         ]
     for name in [name for name in changed if name in parameters]:
         with torch.no_grad():
-            parameters[name].copy_(kept[name])
-    yield from _training(subject, seen)
-    yield from _random(subject, seen)
-    yield from _written(subject, changed, parameters, seen)
-    if any(not _same(before, tensor) for tensor, before in inputs):
-        culprit = subject.model if seen.writer is None else seen.writer
+            parameters[name].copy_(saved[name])
+    yield from _training(subject, observed)
+    yield from _random(subject, observed)
+    yield from _written(subject, changed, parameters, observed)
+    if any(not _equal(before, tensor) for tensor, before in inputs):
+        writer = subject.model if observed.writer is None else observed.writer
         yield Finding(
             severity="warning",
             code="changes_input",
             modes=(subject.mode,),
-            module=subject.label(culprit),
-            source=source_of(culprit),
-            text="Changes the model's input in place: whoever still needs the batch gets another",
-            advice="Clone the input first, or use the operation that is not in place",
+            module=subject.label(writer),
+            source=source_of(writer),
+            text="Modifies the model's input in place; other users of the batch see the change",
+            advice="Clone the input first, or use the out-of-place operation",
         )
 
 
-class _Seen:
-    """What module calls show from outside."""
+class _Observed:
+    """State changes observed around module calls."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,26 +102,26 @@ class _Seen:
         self.training: dict[nn.Module, None] = {}
         self.drew: dict[nn.Module, None] = {}
         self.switched_on: str | None = None
-        """Where a forward called train()."""
+        """The source line of a train() call inside a forward."""
         self.writer: nn.Module | None = None
-        self._told: list[bool] = []
-        """For each call under way, whether a module inside it is known to draw."""
+        self._inner_drew: list[bool] = []
+        """For each running call, whether a module inside it has drawn random numbers."""
 
     def enter(self, module: nn.Module, _: Any) -> Any:
         if module.training:
             self.training[module] = None
-        self._told.append(False)
+        self._inner_drew.append(False)
         return self._random_state(), self._versions()
 
     def leave(self, module: nn.Module, before: Any, _: Any) -> None:
         random, versions = before
-        # The innermost module returns first; those around it only called it.
-        told = self._told.pop()
+        # The innermost module returns first; outer modules only called it.
+        inner_drew = self._inner_drew.pop()
         if not torch.equal(random, self._random_state()):
-            if not told:
+            if not inner_drew:
                 self.drew[module] = None
-            if self._told:
-                self._told[-1] = True
+            if self._inner_drew:
+                self._inner_drew[-1] = True
         if self.writer is None and versions != self._versions():
             self.writer = module
 
@@ -138,12 +135,12 @@ class _Seen:
 
 
 @contextmanager
-def _train_calls(seen: _Seen) -> Iterator[None]:
-    """Note where train() is called while the block runs."""
+def _train_calls(observed: _Observed) -> Iterator[None]:
+    """Record the source line of train() calls while the block runs."""
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code is _TRAIN and frame.f_locals.get("mode", True):
-            seen.switched_on = seen.switched_on or users_line(frame.f_back)
+            observed.switched_on = observed.switched_on or users_line(frame.f_back)
 
     earlier = sys.getprofile()
     sys.setprofile(profile)
@@ -153,39 +150,39 @@ def _train_calls(seen: _Seen) -> Iterator[None]:
         sys.setprofile(earlier)
 
 
-def _training(subject: AuditTarget, seen: _Seen) -> Iterator[Finding]:
-    asked = getattr(subject.config.model, "training", False)
-    advice = "Call eval() on it in the end, and do not override train()"
-    if asked:
-        advice = "Leave out model.training: true"
-    elif seen.switched_on:
+def _training(subject: AuditTarget, observed: _Observed) -> Iterator[Finding]:
+    requested = getattr(subject.config.model, "training", False)
+    advice = "Call eval() last, and do not override train()"
+    if requested:
+        advice = "Remove model.training: true"
+    elif observed.switched_on:
         advice = "Do not call train() in a forward"
-    for module in seen.training:
+    for module in observed.training:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            text = f"Drops {module.p:.0%} of its input at random: it is in training mode"
+            text = f"Is in training mode and drops {module.p:.0%} of its input at random"
         elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.InstanceNorm1d) and (
             module.track_running_stats
         ):
             text = (
-                "Is in training mode: it normalizes with the statistics of each batch, and "
-                "moves its running ones with every forward"
+                "Is in training mode: it normalizes with the statistics of each batch and "
+                "updates its running statistics in every forward"
             )
         else:
             continue
         yield Finding(
-            severity="warning" if asked else "error",
+            severity="warning" if requested else "error",
             code="training_mode",
             modes=(subject.mode,),
             module=subject.label(module),
-            source=seen.switched_on or source_of(module),
+            source=observed.switched_on or source_of(module),
             text=text,
             advice=advice,
         )
 
 
-def _random(subject: AuditTarget, seen: _Seen) -> Iterator[Finding]:
-    for module in seen.drew:
-        if module in seen.training and isinstance(module, nn.modules.dropout._DropoutNd):
+def _random(subject: AuditTarget, observed: _Observed) -> Iterator[Finding]:
+    for module in observed.drew:
+        if module in observed.training and isinstance(module, nn.modules.dropout._DropoutNd):
             continue
         yield Finding(
             severity="warning",
@@ -193,23 +190,23 @@ def _random(subject: AuditTarget, seen: _Seen) -> Iterator[Finding]:
             modes=(subject.mode,),
             module=subject.label(module),
             source=source_of(module),
-            text="Draws random numbers, so that there is noise in the predictions",
-            advice="Pass training=self.training to functional dropout; noise is seldom meant",
+            text="Draws random numbers, which adds noise to the predictions",
+            advice="Pass training=self.training to functional dropout",
         )
 
 
 def _written(
-    subject: AuditTarget, changed: list[str], parameters: dict[str, Any], seen: _Seen
+    subject: AuditTarget, changed: list[str], parameters: dict[str, Any], observed: _Observed
 ) -> Iterator[Finding]:
-    """One finding a module for parameters and buffers that its forward wrote."""
+    """Yield one finding per module whose forward writes to parameters or buffers."""
     batch_norms = nn.modules.batchnorm._NormBase
     by_module: dict[str, list[str]] = {}
     for name in changed:
         by_module.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     for path, names in by_module.items():
         module = dict(subject.model.named_modules())[path]
-        if isinstance(module, batch_norms) and module in seen.training:
-            continue  # said already
+        if isinstance(module, batch_norms) and module in observed.training:
+            continue  # reported as training mode
         trained = [name for name in names if f"{path}.{name}".lstrip(".") in parameters]
         yield Finding(
             severity="error" if trained else "warning",
@@ -217,11 +214,11 @@ def _written(
             modes=(subject.mode,),
             module=subject.label(module),
             source=source_of(module),
-            text=f"Its forward changes {', '.join(trained or names)}: a prediction depends on "
-            "what was predicted before it",
-            advice="Keep what a call computes in local variables"
+            text=f"Its forward changes {', '.join(trained or names)}: predictions depend on "
+            "earlier batches",
+            advice="Store intermediate values in local variables"
             if trained
-            else "Fine for a cache that is meant; otherwise keep it in local variables",
+            else "No change needed for an intended cache; otherwise use local variables",
         )
 
 
@@ -230,7 +227,7 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, value in list(table.items()):
             if isinstance(value, torch.Tensor):
                 yield name, value
-            # The modules' own tables are dicts too, and are walked elsewhere.
+            # Parameter and module tables are dicts too; they are visited separately.
             elif isinstance(value, dict | list | tuple) and name not in TABLES:
                 yield from ((f"{name}.{path}", t) for path, t in iter_tensors(value))
 
@@ -241,8 +238,8 @@ def _plain_state(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, tensor
 
 
-def _same(before: torch.Tensor | None, after: torch.Tensor) -> bool:
-    if before is None:  # made by this very call
+def _equal(before: torch.Tensor | None, after: torch.Tensor) -> bool:
+    if before is None:  # created by this call
         return True
     with torch.no_grad():
         return before.shape == after.shape and torch.equal(

@@ -1,7 +1,4 @@
-"""The model under audit in one mode, and a way to watch its modules being called.
-
-Knows how to run it; not what to look for.
-"""
+"""The model under audit in one gradient mode, and the source lines of its modules."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _TORCH = Path(torch.__file__).parent
 
 @dataclass
 class AuditTarget:
-    """A model with batches, in the mode of its config; a Side of divergence.py."""
+    """A model with batches, in the mode of its config; a ComparableModel of equivalence.py."""
 
     name: str
     config: RunConfig
@@ -36,43 +33,43 @@ class AuditTarget:
 
     @property
     def mode(self) -> GradMode:
-        """The mode it runs in."""
+        """The gradient mode of the runs."""
         return self.config.run.mode
 
     def active(self) -> AbstractContextManager[None]:
-        """Its mode and autocast."""
+        """Return a context with the gradient mode and autocast of the config."""
         return execution_context(self.config.run, self.device)
 
     def call(self, number: int) -> Any:
-        """What the model returns for one of the batches."""
+        """Run the model on one of the batches, in the current mode."""
         batch = self.batches[number % len(self.batches)]
         return self.model(*batch.args, **batch.kwargs)
 
     def copy(self, number: int = 0) -> Batch:
-        """A batch that the model may write into: ordinary tensors, whatever the mode."""
+        """Return a copy of a batch that the model may modify; its tensors are normal tensors."""
         return self.batches[number % len(self.batches)].map(torch.clone)
 
     def run(self, batch: Batch) -> Any:
-        """What the model returns, in its mode and from the config's seed."""
+        """Run the model on a batch in its mode, seeded with the config's seed."""
         seed_generators(self.config.run.seed, self.device)
         with self.active():
             return self.model(*batch.args, **batch.kwargs)
 
     def label(self, module: nn.Module) -> str:
-        """ "path (Type)", as a person finds it in the model."""
+        """Return "path (Type)" of a module."""
         for name, known in self.model.named_modules():
             if known is module:
                 return f"{name or '(the model)'} ({type(module).__name__})"
         return f"(outside the model) ({type(module).__name__})"
 
     def labelled(self, label: str) -> nn.Module:
-        """The module of a label; the model where there is none."""
+        """Return the module of a label, or the model if the label matches none."""
         path = label.partition(" (")[0]
         return next((m for name, m in self.model.named_modules() if name == path), self.model)
 
 
 def users_line(frame: FrameType | None) -> str | None:
-    """file:line of the innermost frame that is no part of torch."""
+    """Return file:line of the innermost frame outside of torch."""
     while frame is not None:
         if not Path(frame.f_code.co_filename).is_relative_to(_TORCH):
             return f"{frame.f_code.co_filename}:{frame.f_lineno}"
@@ -81,9 +78,9 @@ def users_line(frame: FrameType | None) -> str | None:
 
 
 def source_of(module: nn.Module) -> str | None:
-    """file:line of a module's forward, or of its class; None where both are torch's."""
+    """Return file:line of a module's forward or class; None if both belong to torch."""
     if isinstance(module, torch.jit.ScriptModule):
-        return None  # it has lines of its own, and no file
+        return None  # TorchScript code has no source file
     for place in (inspect.unwrap(type(module).forward), type(module)):
         try:
             file, line = inspect.getsourcefile(place), inspect.getsourcelines(place)[1]

@@ -1,7 +1,6 @@
-"""What torch.compile makes of a model under each mode: graph breaks and compiles, in plain English.
+"""Graph breaks and recompilations of a model under torch.compile in each mode.
 
-Knows dynamo's own explanations; compiles with a backend that runs graphs as they are, so that no
-compiler is needed.
+The backend runs graphs unchanged, so a compiler is not needed.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gradrun.audits.behavior.snippet import GraphCounter
 from gradrun.audits.target import AuditTarget
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
@@ -29,22 +29,22 @@ _TORCH = Path(torch.__file__).parent
 
 
 def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Finding]:
-    """Graph breaks, those of modes told from others, and how often it is compiled for `modes`."""
+    """Report graph breaks, separated by cause, and recompilations across `modes`."""
     if any(isinstance(module, torch.jit.ScriptModule) for module in subject.model.modules()):
-        return  # it is compiled already
+        return  # TorchScript is compiled already
     graphs: dict[GradMode, int] = {}
     with _dynamo() as dynamo, preserve_module_state(subject.model):
-        counted = _Counted()
-        traced: Any = torch.compile(subject.model, backend=counted)
+        counter = GraphCounter()
+        traced: Any = torch.compile(subject.model, backend=counter)
         for mode in modes:
-            counted.graphs = 0
+            counter.graphs = 0
             in_mode = _in_mode(subject, mode)
             try:
                 replace(in_mode, model=traced).run(subject.copy())
             except Exception as error:
                 yield _not_traced(error)
                 return
-            graphs[mode] = counted.graphs
+            graphs[mode] = counter.graphs
         dynamo.reset()
         batch = subject.copy()
         with subject.active():
@@ -55,20 +55,9 @@ def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Findin
         yield Finding(
             severity="info",
             code="compiles_per_mode",
-            text=f"torch.compile makes its graphs anew for each mode: {listed}",
-            advice="Keep to one mode in a process, so that it compiles once",
+            text=f"torch.compile compiles separate graphs for each mode: {listed}",
+            advice="Use one mode per process to compile once",
         )
-
-
-class _Counted:
-    """A backend that counts graphs and runs them as they are."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph: Any, inputs: Any) -> Any:
-        self.graphs += 1
-        return graph.forward
 
 
 def _in_mode(subject: AuditTarget, mode: GradMode) -> AuditTarget:
@@ -77,7 +66,7 @@ def _in_mode(subject: AuditTarget, mode: GradMode) -> AuditTarget:
 
 @contextmanager
 def _dynamo() -> Iterator[Any]:
-    """Dynamo as new, silent, and left as new."""
+    """Yield dynamo in its initial state with logging off, and reset it afterwards."""
     import torch._dynamo as dynamo
 
     logger = logging.getLogger("torch")
@@ -95,8 +84,8 @@ def _not_traced(error: Exception) -> Finding:
     return Finding(
         severity="info",
         code="not_compiled",
-        text=f"torch.compile cannot take it: {type(error).__name__}: {first_line(error)}",
-        advice="Run it without model.compile",
+        text=f"torch.compile fails: {type(error).__name__}: {first_line(error)}",
+        advice="Run the model without model.compile",
     )
 
 
@@ -117,9 +106,9 @@ def _breaks(explained: Any) -> Iterator[Finding]:
             severity="warning",
             code="mode_breaks_graph",
             source=source,
-            text=f"torch.compile breaks its graph where the mode is changed: {reason}",
-            advice="Use torch's own guards, or gradrun.modes', in a with block that begins in the "
-            "compiled function",
+            text=f"torch.compile breaks the graph at a change of mode: {reason}",
+            advice="Use a with block of torch's or gradrun.modes' guards inside the compiled "
+            "function",
         )
     if others:
         source, reason = others[0]
@@ -128,6 +117,6 @@ def _breaks(explained: Any) -> Iterator[Finding]:
             severity="info",
             code="graph_breaks",
             source=source,
-            text=f"torch.compile breaks its graph, not because of a mode: {reason}{more}",
+            text=f"torch.compile breaks the graph for reasons other than the mode: {reason}{more}",
             advice="",
         )

@@ -19,7 +19,7 @@ from gradrun.results.result import Finding, RunResult
 from gradrun.results.safety import errors_in, has_errors, lowest_memory_safe_mode, verdict
 from tests.conftest import ROOT, Command
 
-PLANTED = ROOT / "tests" / "planted.py"
+PLANTED = ROOT / "tests" / "support" / "planted.py"
 ALL = tuple(GradMode)
 GRAD, NO_GRAD, INFERENCE = ALL
 
@@ -67,10 +67,10 @@ def codes(result: RunResult) -> set[str]:
 
 FAULTS: list[tuple[str, str, str, str, tuple[GradMode, ...]]] = [
     # fault, code, severity, its module, the modes it is seen in
-    ("Tracks", "tracks", "warning", "block.1 (Tracks)", (NO_GRAD,)),
-    ("TracksByDecorator", "tracks", "warning", "block.1 (TracksByDecorator)", (NO_GRAD,)),
-    ("TracksByGuard", "tracks", "warning", "block.1 (TracksByGuard)", (NO_GRAD,)),
-    ("Tracks", "tracks_in_vain", "info", "block.1 (Tracks)", (INFERENCE,)),
+    ("Tracks", "enables_grad", "warning", "block.1 (Tracks)", (NO_GRAD,)),
+    ("TracksByDecorator", "enables_grad", "warning", "block.1 (TracksByDecorator)", (NO_GRAD,)),
+    ("TracksByGuard", "enables_grad", "warning", "block.1 (TracksByGuard)", (NO_GRAD,)),
+    ("Tracks", "redundant_enable_grad", "info", "block.1 (Tracks)", (INFERENCE,)),
     ("StopsGradients", "stops_gradients", "info", "block.1 (StopsGradients)", (GRAD,)),
     ("StaysInTraining", "training_mode", "error", "block.1 (StaysInTraining)", ALL),
     ("NormStaysInTraining", "training_mode", "error", "block.1 (NormStaysInTraining)", ALL),
@@ -111,11 +111,11 @@ def test_a_planted_fault_is_found_and_its_module_named(
 @pytest.mark.parametrize(
     ("fault", "code"),
     [
-        ("Tracks", "tracks"),
-        ("TracksByDecorator", "tracks"),
-        ("TracksByGuard", "tracks"),
+        ("Tracks", "enables_grad"),
+        ("TracksByDecorator", "enables_grad"),
+        ("TracksByGuard", "enables_grad"),
         ("StopsGradients", "stops_gradients"),
-        ("TracksWithoutNeed", "tracks"),
+        ("TracksWithoutNeed", "enables_grad"),
         ("CallsTrain", "training_mode"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_switch_is_found_to_the_line(audited: Any, fault: str, code: str) -> N
 
 def test_a_block_that_leaves_inference_mode_tracks_in_both_modes(audited: Any) -> None:
     result = audited("LeavesInference")
-    by_mode = {f.modes: f.source for f in result.findings if f.code == "tracks"}
+    by_mode = {f.modes: f.source for f in result.findings if f.code == "enables_grad"}
     assert by_mode == {
         (NO_GRAD,): line_of("LeavesInference"),
         (INFERENCE,): line_of("LeavesInference"),
@@ -152,8 +152,8 @@ def test_outputs_that_keep_a_graph_without_gradients_are_told_with_their_cost(
 
 def test_tracking_is_told_with_what_it_saves(audited: Any) -> None:
     """x * weight saves x, [4, 4] floats, which the Linear before it made; x itself is no cost."""
-    assert found(audited("Tracks"), "tracks").cost == 4 * 4 * 4
-    assert not found(audited("Tracks", build="alone"), "tracks").cost
+    assert found(audited("Tracks"), "enables_grad").cost == 4 * 4 * 4
+    assert not found(audited("Tracks", build="alone"), "enables_grad").cost
 
 
 def test_an_input_that_is_written_is_told_with_the_module_that_wrote(audited: Any) -> None:
@@ -186,7 +186,7 @@ def test_growth_is_told_with_the_bytes_of_one_batch_and_the_place(
 
 def test_a_mode_in_which_the_model_fails_is_not_safe_and_the_others_go_on(audited: Any) -> None:
     result = audited("NeedsGradients")
-    fails = [f for f in result.findings if f.code == "fails"]
+    fails = [f for f in result.findings if f.code == "model_fails"]
     assert [(f.severity, f.modes) for f in fails] == [
         ("error", (NO_GRAD,)),
         ("error", (INFERENCE,)),
@@ -238,8 +238,8 @@ def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> No
 @pytest.mark.parametrize(
     ("fault", "clean"),
     [
-        ("KeepsCache", {"fails", "changes_input"}),
-        ("Sparse", {"fails", "not_looked_at"}),
+        ("KeepsCache", {"model_fails", "changes_input"}),
+        ("Sparse", {"model_fails", "pass_failed"}),
         ("FillsABoundedCache", {"memory_grows"}),
         ("RemakesBuffer", {"made_in_inference_mode"}),
         ("ReturnsParameter", {"keeps_graph"}),

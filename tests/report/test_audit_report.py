@@ -77,7 +77,11 @@ RESULTS = {
         equivalence=(),
         findings=(
             finding(
-                "error", code="fails", modes=("no_grad", "inference_mode"), advice="", cost=None
+                "error",
+                code="model_fails",
+                modes=("no_grad", "inference_mode"),
+                advice="",
+                cost=None,
             ),
         ),
     ),
