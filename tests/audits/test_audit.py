@@ -180,7 +180,7 @@ def test_growth_is_told_with_the_bytes_of_one_batch_and_the_place(
         assert (finding.severity, finding.module) == ("error", module)
         assert finding.source is not None
         assert place in finding.text
-    assert f"Keeps {bytes_of_grad} of every batch" in in_grad.text
+    assert f"Retains {bytes_of_grad} of every batch" in in_grad.text
     assert in_grad.cost > without.cost
 
 
@@ -253,11 +253,11 @@ def test_what_is_sound_is_not_called_a_fault(audited: Any, fault: str, clean: se
 
 def test_a_backward_of_its_own_is_not_called_waste(audited: Any) -> None:
     for finding in audited("Energy", build="alone").findings:
-        assert "backward not to come" not in finding.text
+        assert "backward pass that never runs" not in finding.text
 
 
 def test_a_model_that_returns_no_tensor_is_not_called_safe(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the model returned list, where a tensor"):
+    with pytest.raises(ConfigError, match="the model returned list; expected one or more tensors"):
         gradrun.audit(config(tmp_path, "WithoutTensors", "alone"), trust_code=True, compile=False)
 
 
@@ -274,7 +274,7 @@ def test_a_mode_entered_by_hand_breaks_the_graph_and_its_line_is_told(audited: A
 
 def test_another_graph_break_is_told_apart(audited: Any) -> None:
     result = audited("BreaksGraph", compile=True)
-    assert "not because of a mode" in found(result, "graph_breaks").text
+    assert "reasons other than the mode" in found(result, "graph_breaks").text
     assert "mode_breaks_graph" not in codes(result)
 
 
@@ -327,7 +327,7 @@ def test_the_fused_path_is_explained(zoo: dict[str, RunResult]) -> None:
     assert finding.severity == "info"
     assert finding.modes == (NO_GRAD, INFERENCE)
     assert "TransformerEncoderLayer" in finding.module
-    assert "fused path when gradients are off" in finding.text
+    assert "fused implementation when gradients are off" in finding.text
     assert all(e.equal for e in zoo["transformer_encoder"].equivalence)
 
 
