@@ -18,7 +18,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import Progress, ProgressCallback, ignore
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.device import device_context, seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradrun.audits.target import AuditTarget
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.meters.cpu_memory import storages
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.device import seed_generators
 from gradrun.inference.runner import execution_context
 

@@ -26,7 +26,7 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data import open_data
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.device import device_context, resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment

@@ -16,7 +16,7 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.output.transforms import iter_tensors

@@ -68,7 +68,7 @@ class _Stored:
             raise ConfigError(f"{path} claims {shape[0]:,} rows of no values", "data.path")
         self.path, self.samples, self.shape, self.dtype = path, shape[0], shape[1:], dtype
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -81,8 +81,8 @@ class _ConvertedRows:
         dtype = getattr(torch, spec.dtype) if spec.dtype else stored.dtype
         self.sample_bytes = math.prod(stored.shape) * dtype.itemsize
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
-        return self.convert(self.stored.window(start, stop))
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
+        return self.convert(self.stored.chunk(start, stop))
 
 
 class _NpyRows(_Stored):
@@ -95,7 +95,7 @@ class _NpyRows(_Stored):
         super().__init__(path, self.header.shape, self.header.torch_dtype)
         self.header.check(path.stat().st_size - self.offset, path)
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         # Read and not mapped, so that the disk is waited for here and not in the model's first
         # touch of a page, and so that a model may write to its input.
         header, begin = self.header, start * self.header.row_bytes
@@ -128,7 +128,7 @@ class _NpzRows(_Stored):
             ) from error
         return file, _Header(file, path)
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         if start < self.at:
             self.file.close()
             (self.file, _), self.at = self._open(self.path), 0
@@ -164,7 +164,7 @@ class _SafetensorsRows(_Stored):
             dtype = rows[:0].dtype if shape else torch.float32
         super().__init__(path, shape, dtype)
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         with safetensors.safe_open(self.path, framework="pt") as file:
             rows: torch.Tensor = file.get_slice(self.name)[start:stop]
         return rows

@@ -26,8 +26,9 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
+from gradrun.data.batch import Batch
 from gradrun.data.image_transforms import Steps, steps
-from gradrun.data.source import Batch, BatchSource, by_position, class_number, no_labels
+from gradrun.data.source import BatchSource, InputBatcher, class_number, missing_labels
 
 _FORMATS = {
     "PNG": (".png",),
@@ -63,12 +64,12 @@ class _Images:
         self.root, self.names, self.said = _listed(config)
         self.classes = config.classes or _classes(self.said)
         self.batch_size, self.samples = config.batch_size, len(self.names)
-        self.by_position = by_position(config.call, 1)
+        self.batch = InputBatcher(config.call, 1)
         self.shape = self._first_shape()
         self.sample_bytes = 4 * math.prod(self.shape)
 
     @property
-    def listed(self) -> list[Path]:
+    def files(self) -> list[Path]:
         return [self.root / name for name in self.names]
 
     def _first_shape(self) -> tuple[int, ...]:
@@ -103,7 +104,7 @@ class _Images:
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:
-            raise no_labels()
+            raise missing_labels()
         for begin in range(0, self.samples, _LABELS):
             numbers = range(begin, min(begin + _LABELS, self.samples))
             yield torch.tensor([self._label(number) for number in numbers])
@@ -153,9 +154,7 @@ class _Images:
         for chunk in chunks:
             faults |= chunk.result()
         ids = [self.names[number] for number in numbers]
-        if self.by_position:
-            return Batch((rows,), {}, len(numbers), ids, faults)
-        return Batch((), {self.config.input: rows}, len(numbers), ids, faults)
+        return self.batch({self.config.input: rows}, ids, faults)
 
     def _read(self, number: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """One picture [channels, height, width].

@@ -13,7 +13,8 @@ from threading import Event, Thread
 from typing import Any
 
 from gradrun.core.errors import GradrunError
-from gradrun.data.source import Batch, BatchSource
+from gradrun.data.batch import Batch
+from gradrun.data.source import BatchSource
 
 WORTH_SECONDS = 0.001
 """Handing a batch from thread to thread costs about a tenth of this; less is not worth it."""

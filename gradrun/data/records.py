@@ -22,7 +22,14 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
-from gradrun.data.source import Batch, BatchSource, by_position, cast_rows, class_number, no_labels
+from gradrun.data.batch import Batch
+from gradrun.data.source import (
+    BatchSource,
+    InputBatcher,
+    cast_rows,
+    class_number,
+    missing_labels,
+)
 
 _PARQUET_ROWS = 1024
 _BUFFER_BYTES = 256 * 1024
@@ -54,7 +61,7 @@ class _Records:
         self.truth, self.classes = config.labels, config.classes
         self.read = READERS[config.path.suffix]
         self.batch_size = config.batch_size
-        self.by_position = by_position(config.call, len(config.inputs))
+        self.batch = InputBatcher(config.call, len(config.inputs))
         self.samples, self.sample_bytes = 0, 0
         self.widths: dict[str, int] = {}
         with closing(self._records()) as records:
@@ -101,9 +108,7 @@ class _Records:
         ids: Sequence[int | str] = rows
         if self.id:
             ids = [self._id(record) for record in records]
-        if self.by_position:
-            return Batch(tuple(tensors.values()), {}, len(records), ids)
-        return Batch((), tensors, len(records), ids)
+        return self.batch(tensors, ids)
 
     def _id(self, record: Record) -> str:
         line, fields = record
@@ -155,7 +160,7 @@ def labels_in(
         ConfigError: no column is named, or one of its fields is neither a number nor a class.
     """
     if column is None:
-        raise no_labels()
+        raise missing_labels()
     while taken := list(itertools.islice(records, _LABELS)):
         found = [_label(record, path, column, classes) for record in taken]
         yield torch.tensor(found, dtype=torch.float64)

@@ -55,7 +55,7 @@ class _SyntheticRows:
                     f"{key}.low" if spec.low < least else f"{key}.high",
                 )
 
-    def window(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
         first, last = start // self.block, (stop - 1) // self.block
         blocks = torch.cat([self._draw(i) for i in range(first, last + 1)])
         offset = first * self.block

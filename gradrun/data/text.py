@@ -22,8 +22,9 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import hub_errors, import_transformers
 from gradrun.core.suggest import suggest
+from gradrun.data.batch import Batch
 from gradrun.data.records import READERS, labels_in
-from gradrun.data.source import Batch, BatchSource, by_position
+from gradrun.data.source import BatchSource, InputBatcher
 from gradrun.results.result import Padding
 
 WINDOW_BATCHES = 16
@@ -62,7 +63,7 @@ class Texts:
     def __init__(self, config: TextData, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.batch_size = config.batch_size
-        self.window = WINDOW_BATCHES * config.batch_size
+        self.chunk_size = WINDOW_BATCHES * config.batch_size
         self.limit = config.max_length or _limit(tokenizer)
         self.grouped = False
         # A batch that failed is read again while a thread may be reading ahead.
@@ -72,7 +73,7 @@ class Texts:
         self.samples = 0
         self.classes = config.classes
         with closing(self._texts()) as texts:
-            window = self._tokenized(list(itertools.islice(texts, self.window)))
+            window = self._tokenized(list(itertools.islice(texts, self.chunk_size)))
             self.samples = len(window.ids) + sum(1 for _ in texts)
         lengths = [len(row) for row in window.tokens["input_ids"]]
         inputs = len(self._inputs(window))
@@ -82,15 +83,15 @@ class Texts:
             if config.group_by_length == "auto"
             else (config.group_by_length and config.padding == "longest")
         )
-        self.by_position = by_position(config.call, inputs)
+        self.batch = InputBatcher(config.call, inputs)
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        begin = start - start % self.window
+        begin = start - start % self.chunk_size
         with closing(self._texts()) as texts:
             rest = itertools.islice(texts, begin, None)
-            for first in range(begin, self.samples, self.window):
-                taken = list(itertools.islice(rest, self.window))
-                if len(taken) < min(self.window, self.samples - first):
+            for first in range(begin, self.samples, self.chunk_size):
+                taken = list(itertools.islice(rest, self.chunk_size))
+                if len(taken) < min(self.chunk_size, self.samples - first):
                     raise ConfigError(f"{self.config.path} lost lines while it was read")
                 window = self._tokenized(taken)
                 self._remember(first, window)
@@ -98,7 +99,7 @@ class Texts:
                     yield self._batch(window, at, min(at + self.batch_size, len(taken)))
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
-        first = start - start % self.window
+        first = start - start % self.chunk_size
         if first not in self._orders:
             next(self.batches(first))
         return [first + place for place in self._orders[first][start - first : stop - first]]
@@ -156,8 +157,7 @@ class Texts:
             return_tensors="pt",
         )
         tensors: dict[str, torch.Tensor] = {name: padded[name] for name in self._inputs(window)}
-        args = tuple(tensors.values()) if self.by_position else ()
-        return Batch(args, {} if args else tensors, end - begin, window.ids[begin:end])
+        return self.batch(tensors, window.ids[begin:end])
 
     def _remember(self, first: int, window: _Window) -> None:
         self._orders.pop(first, None)  # what is read again is the last to be forgotten

@@ -93,7 +93,7 @@ def infer(
         data, open_seconds = _timed(
             lambda: open_data(config.data, seed=config.run.seed, model=config.model)
         )
-        listed = data.listed if isinstance(data, HasFileList) else ()
+        listed = data.files if isinstance(data, HasFileList) else ()
         head = fingerprint(config, data.samples, __version__, listed)
         folder.check_resumable(head)
         finished = folder.finished_result()

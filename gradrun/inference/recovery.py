@@ -14,7 +14,7 @@ import torch
 from gradrun.config.run import RunSection
 from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
-from gradrun.data.source import Batch, cut_batch
+from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
 from gradrun.output.missing import count_nonfinite
 from gradrun.output.quarantine import Quarantine
@@ -58,7 +58,7 @@ class BatchRecovery:
                 yield batch
             else:
                 for begin in range(0, batch.size, self.most):
-                    yield cut_batch(batch, begin, min(begin + self.most, batch.size))
+                    yield batch.slice(begin, min(begin + self.most, batch.size))
 
     def failed(self, at: int, size: int, error: Exception) -> tuple[Outputs, set[int]]:
         """Outputs for the batch that begins at sample `at`, and the positions that have none.
@@ -80,19 +80,19 @@ class BatchRecovery:
             Exception: as `failed` does.
         """
         if self.run.on_error != "quarantine":
-            batch.check()
-        sound = [row for row in range(batch.size) if row not in batch.faults]
+            batch.raise_errors()
+        sound = [row for row in range(batch.size) if row not in batch.errors]
         try:
             outputs = self.predict(batch.select(sound)) if sound else {}
         except Exception as error:  # others fail for another reason, or are too many
             return self.failed(at, batch.size, error)
-        for row in sorted(batch.faults):
-            self._set_apart(at + row, batch.ids[row], str(batch.faults[row]), "")
+        for row in sorted(batch.errors):
+            self._set_apart(at + row, batch.ids[row], str(batch.errors[row]), "")
         pieces = [
             (row, {name: tensor[i : i + 1] for name, tensor in outputs.items()})
             for i, row in enumerate(sound)
         ]
-        return self._whole(batch.size, pieces), set(batch.faults)
+        return self._whole(batch.size, pieces), set(batch.errors)
 
     def check(self, at: int, batch: Batch, outputs: Outputs) -> tuple[Outputs, set[int]]:
         """The outputs, and the positions where one of them is NaN or infinite.
@@ -119,14 +119,12 @@ class BatchRecovery:
         if ran_out_of_memory(error):
             if batch.size == 1:
                 return None
-            half = cut_batch(batch, 0, batch.size // 2)
+            half = batch.slice(0, batch.size // 2)
             failure = self._failure(half)
             self.most = half.size
             return self.healthy(half, failure) if failure else half
         rows = [
-            row
-            for row in range(batch.size)
-            if self._failure(cut_batch(batch, row, row + 1)) is None
+            row for row in range(batch.size) if self._failure(batch.slice(row, row + 1)) is None
         ]
         return batch.select(rows) if rows else None
 

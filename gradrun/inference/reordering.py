@@ -20,7 +20,7 @@ def commit_unit(data: BatchSource) -> int:
 
     A resume starts at a multiple of it, so that batches are cut at the same samples.
     """
-    return data.window if isinstance(data, LengthGrouped) and data.grouped else data.batch_size
+    return data.chunk_size if isinstance(data, LengthGrouped) and data.grouped else data.batch_size
 
 
 def restore_input_order(writer: PredictionWriter, data: BatchSource) -> PredictionWriter:
@@ -52,7 +52,7 @@ class ReorderBuffer:
         self._valid.append(torch.ones(len(ids), dtype=torch.bool) if valid is None else valid)
         self._ids += ids
         stop = self.written + len(self._ids)
-        if len(self._ids) >= self.data.window or stop >= self.samples:
+        if len(self._ids) >= self.data.chunk_size or stop >= self.samples:
             self._pass_on(stop)
 
     def _pass_on(self, stop: int) -> None:

@@ -29,15 +29,9 @@ from gradrun.core.errors import (
     first_line,
 )
 from gradrun.core.grad_mode import GradMode
+from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
-from gradrun.data.source import (
-    Batch,
-    BatchSource,
-    LengthGrouped,
-    cut_batch,
-    input_position,
-    transfer_to,
-)
+from gradrun.data.source import BatchSource, LengthGrouped, input_position
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -190,7 +184,7 @@ class Runner:
                 read_ns = now() - mark
                 try:
                     if faults:
-                        batch.check()
+                        batch.raise_errors()
                     start()
                     returned = model(*args, **kwargs)
                     stop()
@@ -226,7 +220,7 @@ class Runner:
     ) -> None:
         """Write what can be made of a batch that failed, untimed."""
         at = gathered.start + gathered.done
-        if batch.faults:
+        if batch.errors:
             outputs, missing = self.rescue.unreadable(at, batch)
         else:
             outputs, missing = self.rescue.failed(at, batch.size, error)
@@ -246,7 +240,7 @@ class Runner:
         # From the whole batch: texts are padded to its longest, whatever piece is run again.
         ahead = at % self.data.batch_size
         batch = next(self.data.batches(at - ahead))
-        batch = batch if batch.size == size else cut_batch(batch, ahead, ahead + size)
+        batch = batch if batch.size == size else batch.slice(ahead, ahead + size)
         return self.move(batch) if self.move else batch
 
     def finish(self, gathered: TimedPass, load_seconds: float, open_seconds: float) -> Measurement:
@@ -345,8 +339,8 @@ class Runner:
     def _first_readable(self) -> Batch:
         """The first batch, without the samples at fault where these are set apart."""
         for batch in self.data.batches():
-            sound = [row for row in range(batch.size) if row not in batch.faults]
-            fault = next(iter(batch.faults.values()), None)
+            sound = [row for row in range(batch.size) if row not in batch.errors]
+            fault = next(iter(batch.errors.values()), None)
             if fault is None:
                 return batch
             if self.config.run.on_error != "quarantine":
@@ -356,7 +350,7 @@ class Runner:
         raise ConfigError(f"no sample can be read; the last: {fault}", "data.path")
 
     def _predicted(self, batch: Batch) -> Outputs:
-        batch.check()
+        batch.raise_errors()
         return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _first_returned(self) -> Any:

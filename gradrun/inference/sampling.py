@@ -7,7 +7,7 @@ import torch
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
-from gradrun.data.source import Batch, transfer_to
+from gradrun.data.batch import Batch, transfer_to
 from gradrun.inference.meters.cpu_memory import storage_bytes
 
 _MAX_BATCHES = 8
@@ -28,8 +28,8 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     batches: list[Batch] = []
     size, error = 0, ""
     for batch in data.batches():
-        if batch.faults:
-            error = str(next(iter(batch.faults.values())))
+        if batch.errors:
+            error = str(next(iter(batch.errors.values())))
             continue
         if batches and batch.size < batches[0].size:
             break

@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from gradrun.comparison.equivalence import equivalence, first_differing_module
 from gradrun.config.schema import RunConfig
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.modes import grad_mode
 from gradrun.report.tables import outputs_text
 

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from gradrun.config.data import DataConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
-from gradrun.data.source import Batch, BatchSource
+from gradrun.data.batch import Batch
+from gradrun.data.source import BatchSource
 
 ROOT = Path(__file__).parents[2]
 

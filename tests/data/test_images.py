@@ -160,7 +160,7 @@ def test_compare_takes_batches_without_a_fault(digits: Path, tmp_path: Path) -> 
     ).config
     device = torch.device("cpu")
     (batch,) = first_batches(config, device)
-    assert not batch.faults
+    assert not batch.errors
     assert {str(name)[0] for name in batch.ids} == {"5"}, "of class 3 the first batch has one"
     with pytest.raises(
         ConfigError, match=r"every batch has a sample that cannot be read: 3/007\.png is no picture"
@@ -269,7 +269,7 @@ def test_what_cannot_be_found_is_an_error(tmp_path: Path, name: str) -> None:
 
 def faults(path: Path, **changes: Any) -> dict[str, str]:
     (batch,) = opened(path, **changes).batches()
-    return {str(batch.ids[row]): str(fault) for row, fault in batch.faults.items()}
+    return {str(batch.ids[row]): str(fault) for row, fault in batch.errors.items()}
 
 
 def bomb() -> bytes:
@@ -309,8 +309,8 @@ def test_a_fault_is_an_exception_that_no_batch_hides(tmp_path: Path) -> None:
     (tmp_path / "b.png").touch()
     (batch,) = opened(tmp_path).batches()
     with pytest.raises(SampleError, match=r"b\.png"):
-        batch.check()
-    batch.select([0]).check()
+        batch.raise_errors()
+    batch.select([0]).raise_errors()
 
 
 # --- what is done to a picture -----------------------------------------------------------------

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gradrun.core.errors import ConfigError
+from gradrun.data.batch import Batch
 from gradrun.data.prefetch import _TRIAL_SECONDS, prefetch, should_prefetch
-from gradrun.data.source import Batch
 
 
 def batch(value: int) -> Batch:

@@ -16,7 +16,8 @@ from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
-from gradrun.data.source import Batch, input_position
+from gradrun.data.batch import Batch
+from gradrun.data.source import input_position
 from gradrun.data.text import WINDOW_BATCHES, Texts
 from tests.support.small_models import save_bert, save_tokenizer, sentences, skewed
 
@@ -217,7 +218,7 @@ def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -
 def test_a_window_that_was_forgotten_is_read_again(folder: Path) -> None:
     data = opened(folder, batch_size=2)
     assert data.grouped
-    assert data.samples > 9 * data.window, "more windows than are remembered"
+    assert data.samples > 9 * data.chunk_size, "more windows than are remembered"
     expected = [name for batch in data.batches() for name in batch.ids]
     assert [input_position(data, at) for at in range(data.samples)] == expected
 
@@ -241,14 +242,14 @@ def test_texts_are_grouped_where_it_saves_a_tenth_and_not_elsewhere(folder: Path
 
 def test_grouped_texts_are_all_there_once_and_their_places_are_known(folder: Path) -> None:
     data, expected = opened(folder), by_hand(LINES, folder)
-    assert data.samples > data.window, "more than a window, and the last is not whole"
+    assert data.samples > data.chunk_size, "more than a window, and the last is not whole"
     found = tokens(data.batches())
     places = [input_position(data, at) for at in range(data.samples)]
     assert sorted(places) == list(range(data.samples))
     assert [expected[place] for place in places] == found
     assert places != sorted(places)
-    for first in range(0, data.samples, data.window):
-        stop = min(first + data.window, data.samples)
+    for first in range(0, data.samples, data.chunk_size):
+        stop = min(first + data.chunk_size, data.samples)
         assert sorted(places[first:stop]) == list(range(first, stop)), "a window keeps its texts"
         lengths = [len(row) for row in found[first:stop]]
         batches = [lengths[at : at + 8] for at in range(0, len(lengths), 8)]

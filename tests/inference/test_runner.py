@@ -15,7 +15,7 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference import runner as the_runner
 from gradrun.inference.meters import clock as the_clock
 from gradrun.inference.runner import Runner, TimedPass

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from gradrun.data.source import Batch
+from gradrun.data.batch import Batch
 from gradrun.inference.meters import cpu_memory, device_memory
 from gradrun.inference.meters.timeline import Forward
 from gradrun.inference.module_state import preserve_module_state

@@ -1,0 +1,65 @@
+"""One batch of model inputs: selecting, slicing, and moving to a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from gradrun.core.errors import SampleError
+
+
+class Batch(NamedTuple):
+    """Arguments for one call of the model; every tensor has the shape [size, ...]."""
+
+    args: tuple[torch.Tensor, ...]
+    kwargs: dict[str, torch.Tensor]
+    size: int
+    ids: Sequence[int | str]
+    errors: Mapping[int, SampleError] = MappingProxyType({})
+    """Row -> the error for a sample that could not be read; its rows in the tensors are zero."""
+
+    def raise_errors(self) -> None:
+        """Raise the first SampleError, if any."""
+        for error in self.errors.values():
+            raise error
+
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return a batch of the given rows, which must be free of errors."""
+        index = torch.tensor(rows, dtype=torch.int64)
+        selected = self.map(lambda tensor: tensor[index.to(tensor.device)])
+        return selected._replace(size=len(rows), ids=[self.ids[row] for row in rows], errors={})
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Return a batch of the rows from `start` up to but excluding `stop`."""
+        errors = {row - start: error for row, error in self.errors.items() if start <= row < stop}
+        sliced = self.map(lambda tensor: tensor[start:stop])
+        return sliced._replace(size=stop - start, ids=self.ids[start:stop], errors=errors)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every input, in order."""
+        return [*self.args, *self.kwargs.values()]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Return a batch with `function` applied to every input."""
+        return self._replace(
+            args=tuple(map(function, self.args)),
+            kwargs={name: function(value) for name, value in self.kwargs.items()},
+        )
+
+
+def transfer_to(device: torch.device, dtype: str | None) -> Callable[[Batch], Batch] | None:
+    """Return a function that moves a batch to `device` and casts floating-point inputs to `dtype`.
+
+    Return None if the batches of a data source need neither.
+    """
+    if device.type == "cpu" and dtype is None:
+        return None
+    target: Any = getattr(torch, dtype) if dtype else None
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, target if tensor.is_floating_point() else None)
+
+    return lambda batch: batch.map(move)
