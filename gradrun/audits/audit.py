@@ -141,7 +141,7 @@ def _run_passes(subject: AuditTarget, found: _Audited, load_seconds: float, *, l
     except (Exception, SystemExit) as error:  # a model may raise anything
         if last:
             batch = subject.copy()
-            with subject.active():
+            with subject.execution_context():
                 raise explain_first_batch_failure(
                     subject.model, batch.args, batch.kwargs, error, subject.mode
                 ) from error
@@ -198,7 +198,7 @@ def _compare_to(base: AuditTarget | None, subject: AuditTarget, found: _Audited)
 def _measure_memory(subject: AuditTarget, load_seconds: float) -> Measurement:
     """Measure the mode's memory. Times are left empty: hooks and meters would distort them."""
     batch = subject.copy()
-    with subject.active():
+    with subject.execution_context():
         memory = measure_forward_memory(subject.model, batch, subject.device)
     return Measurement(
         mode=subject.mode,

@@ -36,11 +36,11 @@ class AuditTarget:
         """The gradient mode of the runs."""
         return self.config.run.mode
 
-    def active(self) -> AbstractContextManager[None]:
+    def execution_context(self) -> AbstractContextManager[None]:
         """Return a context with the gradient mode and autocast of the config."""
         return execution_context(self.config.run, self.device)
 
-    def call(self, number: int) -> Any:
+    def run_batch(self, number: int) -> Any:
         """Run the model on one of the batches, in the current mode."""
         batch = self.batches[number % len(self.batches)]
         return self.model(*batch.args, **batch.kwargs)
@@ -52,7 +52,7 @@ class AuditTarget:
     def run(self, batch: Batch) -> Any:
         """Run the model on a batch in its mode, seeded with the config's seed."""
         seed_generators(self.config.run.seed, self.device)
-        with self.active():
+        with self.execution_context():
             return self.model(*batch.args, **batch.kwargs)
 
     def label(self, module: nn.Module) -> str:

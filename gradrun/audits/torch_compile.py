@@ -47,7 +47,7 @@ def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Findin
             graphs[mode] = counter.graphs
         dynamo.reset()
         batch = subject.copy()
-        with subject.active():
+        with subject.execution_context():
             explained = dynamo.explain(subject.model)(*batch.args, **batch.kwargs)
     yield from _breaks(explained)
     if sum(graphs.values()) > 1:

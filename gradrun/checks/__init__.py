@@ -1,1 +1,1 @@
-"""Compare a model with its limits, a baseline or another revision."""
+"""Check a model against limits, a baseline or another revision."""

@@ -1,7 +1,4 @@
-"""A git revision as files: checked out into a folder of its own, and removed again.
-
-Knows git's commands; not what the files mean.
-"""
+"""Check out a git revision to a temporary worktree."""
 
 from __future__ import annotations
 
@@ -17,81 +14,81 @@ from gradrun.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class CheckedOut:
-    """A repository's folder, and the one that holds it as it was in a revision."""
+class Worktree:
+    """A worktree of another revision, and the repository that it belongs to."""
 
-    top: Path
-    tree: Path
+    repository: Path
+    path: Path
 
-    def of(self, folder: Path) -> Path:
-        """The place in the revision of a folder of the repository."""
-        return self.tree / folder.relative_to(self.top)
+    def path_of(self, folder: Path) -> Path:
+        """Return the worktree's path of a folder of the repository."""
+        return self.path / folder.relative_to(self.repository)
 
 
 @contextmanager
 def git_worktree(
-    revision: str, beside: Path, untracked_files: Iterable[Path]
-) -> Iterator[CheckedOut]:
-    """A repository as it was in a revision, as long as the block runs.
+    revision: str, folder: Path, untracked_files: Iterable[Path]
+) -> Iterator[Worktree]:
+    """Check out a revision to a temporary worktree, removed when the block ends.
 
     Args:
         revision: a branch, a tag or a commit.
-        beside: a folder of the repository.
-        borrowed: files that the revision may lack because git does not track them, such as data;
-            where it does, it gets a link to them.
+        folder: a folder of the repository.
+        untracked_files: files that the revision may lack, such as data that git does not track; the
+            worktree gets symbolic links to them.
 
     Raises:
-        ConfigError: there is no git, no repository or no such revision.
+        ConfigError: git, the repository or the revision does not exist.
     """
-    beside = beside.resolve()
-    top = Path(_git(beside, "rev-parse", "--show-toplevel")).resolve()
+    folder = folder.resolve()
+    repository = Path(_git(folder, "rev-parse", "--show-toplevel")).resolve()
     commit = _git(
-        beside, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}",
-        otherwise=f"--against {revision}: neither a file nor a revision that git knows",
+        folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}",
+        error=f"--against {revision} is neither a file nor a git revision",
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="gradrun-") as made:
-        tree = Path(made).resolve() / "tree"
-        # No hook of the repository's: nobody asked for it to run.
-        plain = ("-c", f"core.hooksPath={os.devnull}")
-        _git(beside, "worktree", "prune")
-        _git(beside, *plain, "worktree", "add", "--quiet", "--detach", str(tree), commit)
+    with tempfile.TemporaryDirectory(prefix="gradrun-") as temporary:
+        path = Path(temporary).resolve() / "tree"
+        _git(folder, "worktree", "prune")
+        # Do not run the repository's hooks: the user only asked for a comparison.
+        no_hooks = ("-c", f"core.hooksPath={os.devnull}")
+        _git(folder, *no_hooks, "worktree", "add", "--quiet", "--detach", str(path), commit)
         try:
             for file in untracked_files:
-                _lend(file, top, tree)
-            yield CheckedOut(top, tree)
+                _link_untracked(file, repository, path)
+            yield Worktree(repository, path)
         finally:
-            _git(beside, "worktree", "remove", "--force", str(tree))
+            _git(folder, "worktree", "remove", "--force", str(path))
 
 
-def _lend(file: Path, top: Path, tree: Path) -> None:
-    # By where it lies, and not by where a link leads: it may lead out of the repository.
-    held = file.parent.resolve() / file.name
-    if not held.is_relative_to(top):
+def _link_untracked(file: Path, repository: Path, worktree: Path) -> None:
+    # Use the path of a link, not its target, which can be outside the repository.
+    source = file.parent.resolve() / file.name
+    if not source.is_relative_to(repository):
         return
-    place = tree / held.relative_to(top)
-    if not place.exists() and not place.is_symlink():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(file.resolve())
-    elif place.is_dir() and held.is_dir():  # tracked in part
-        untracked = _git(held, "ls-files", "-z", "--others").split("\0")
+    link = worktree / source.relative_to(repository)
+    if not link.exists() and not link.is_symlink():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file.resolve())
+    elif link.is_dir() and source.is_dir():  # partly tracked
+        untracked = _git(source, "ls-files", "-z", "--others").split("\0")
         for name in filter(None, untracked):
-            _lend(held / name, top, tree)
+            _link_untracked(source / name, repository, worktree)
 
 
-def _git(folder: Path, *words: str, otherwise: str = "") -> str:
+def _git(folder: Path, *words: str, error: str = "") -> str:
     try:
-        done = subprocess.run(  # noqa: S603 - no word of these is an option that a user wrote
+        done = subprocess.run(  # noqa: S603 - user input cannot be taken for an option
             ["git", "-C", str(folder), *words],  # noqa: S607 - the user's own git
             capture_output=True,
             text=True,
             check=False,
-            # In a hook git names the index of the commit that is being made; it is not ours.
+            # In a commit hook GIT_INDEX_FILE names the index of that commit; leave it alone.
             env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
         )
-    except OSError as error:
-        raise ConfigError(f"--against a revision takes git: {error.strerror}") from error
+    except OSError as failure:
+        raise ConfigError(f"--against a revision requires git: {failure.strerror}") from failure
     if done.returncode:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         command = next(word for word in words if word[0] != "-" and "=" not in word)
-        raise ConfigError(otherwise or f"git {command} failed: {said[-1] if said else 'silently'}")
+        raise ConfigError(error or f"git {command} failed: {lines[-1] if lines else 'no message'}")
     return done.stdout.strip()

@@ -1,7 +1,6 @@
-"""pytest's plugin: a fixture that runs `gradrun check`, and a marker for tests without a graph.
+"""pytest plugin: the fixture `gradrun_check` and the marker `no_graph`.
 
-Registered by an entry point, so that it is there where gradrun is installed. Imports torch only for
-tests that ask for it.
+pytest loads it by its entry point in every session, so it imports torch only for tests that use it.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ import pytest
 if TYPE_CHECKING:
     from gradrun.results.result import CheckResult
 
-_MARKER = "no_graph: fails when a model called in the test returns a tensor that keeps a graph"
+_MARKER = "no_graph: fail if a model called in the test returns a tensor with an autograd graph"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known to --strict-markers."""
+    """Register the marker."""
     config.addinivalue_line("markers", _MARKER)
 
 
 @pytest.fixture
 def gradrun_check() -> Callable[..., CheckResult]:
-    """Runs `gradrun.check(config, ...)` and fails the test where a check fails.
+    """Return a function that runs `gradrun.check` and fails the test if a check fails.
 
-    Takes what gradrun.check takes, and returns its result. `inconclusive="fail"` fails the test
-    where a check cannot be decided too; by default it is a warning of the test's.
+    It takes the arguments of `gradrun.check` and returns its result. An inconclusive check is a
+    warning, or with `inconclusive="fail"` a failure.
     """
 
     def run(config: Any, *, inconclusive: str = "pass", **options: Any) -> CheckResult:
@@ -40,11 +39,11 @@ def gradrun_check() -> Callable[..., CheckResult]:
         __tracebackhide__ = True
         try:
             result = check(config, **options)
-        except GradrunError as error:  # a sentence for a person, without the way that it came
+        except GradrunError as error:  # show the message without gradrun's frames
             raise error.with_traceback(None) from None
         bad = ["fail"] if inconclusive == "pass" else ["fail", "inconclusive"]
         lines = [
-            f"{o.check}: {o.reason} (allowed: {o.limit}; found: {o.value})"
+            f"{o.check}: {o.reason} (limit: {o.limit}; value: {o.value})"
             for o in result.outcomes
             if o.status in bad
         ]
@@ -60,33 +59,33 @@ def gradrun_check() -> Callable[..., CheckResult]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
-    """Watch the models that a marked test calls."""
+    """Fail a marked test if a model returned a tensor with a graph."""
     if item.get_closest_marker("no_graph") is None:
         return (yield)
-    with _watched() as kept:
-        found = yield
-    if kept:
-        count = "1 output keeps" if len(kept) == 1 else f"{len(kept)} outputs keep"
+    with _record_graphs() as models:
+        outcome = yield
+    if models:
+        count = "1 output retains" if len(models) == 1 else f"{len(models)} outputs retain"
         pytest.fail(
-            f"{count} a graph, the first of {kept[0]}; run the model under "
+            f"{count} an autograd graph (first: {models[0]}); run the model under "
             "torch.inference_mode() or torch.no_grad()",
             pytrace=False,
         )
-    return found
+    return outcome
 
 
 @contextmanager
-def _watched() -> Iterator[list[str]]:
-    """Note each output with a graph that a model gives to code outside any model."""
+def _record_graphs() -> Iterator[list[str]]:
+    """Record the type of each outermost module that returns a tensor with a graph."""
     from gradrun.inference.module_calls import track_module_calls
     from gradrun.output.transforms import iter_tensors
 
-    kept: list[str] = []
+    models: list[str] = []
 
-    def leave(module: Any, _: Any, returned: Any) -> None:
-        # Inside another model a graph may yet be dropped.
-        if not stack.calls and any(t.requires_grad for _, t in iter_tensors(returned)):
-            kept.append(type(module).__name__)
+    def leave(module: Any, _: Any, output: Any) -> None:
+        # An enclosing module can still drop the graph.
+        if not stack.calls and any(t.requires_grad for _, t in iter_tensors(output)):
+            models.append(type(module).__name__)
 
     with track_module_calls(lambda *_: None, leave, always_leave=True) as stack:
-        yield kept
+        yield models

@@ -1,1 +1,1 @@
-"""Variants timed against each other in worker processes."""
+"""Time variants of a run against each other in worker processes."""

@@ -1,7 +1,7 @@
-"""What a worker does: variants of one run timed in turns, weighed, and their outputs compared.
+"""Time variants in interleaved blocks, measure their memory and compare their outputs.
 
-All variants live in one process and take turns in short blocks, so that layout, clocks and noise
-are the same for each. Knows no other process; workers.py brings the job and takes the report.
+Runs inside a worker process: all variants share it, so that memory layout, clock speed and noise
+are the same for each.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,65 +46,101 @@ from gradrun.models import class_names, load_model
 from gradrun.models.imports import ImportSpace
 from gradrun.output.formats import open_writer
 from gradrun.results import stats
-from gradrun.results.result import Phases
+from gradrun.results.result import Memory, Phases
 
 BLOCK_SECONDS = 0.01
-"""A block is as many batches as take at least this long: clock reads and jitter vanish in it."""
+"""Minimum length of a timing block, which makes clock overhead and jitter negligible."""
 
-_WARM_SECONDS = 0.2
-_FEWEST_ROUNDS = 5
-_PATIENCE = 3
-"""Times the seconds asked for that slow variants may take to make their fewest rounds."""
+_WARM_UP_SECONDS = 0.2
+_MIN_ROUNDS = 5
+_MAX_OVERTIME = 3
+"""Slow variants may take this many times the requested seconds to reach the minimum rounds."""
 
-_WARM_ORDER = list(GradMode)
-"""What a model makes lazily is made in grad first, and so is an ordinary tensor."""
+_LOAD_ORDER = list(GradMode)
+"""Load in grad mode first, so that lazily created tensors are ordinary and fit every mode."""
 
 
-class LoadedVariant:
-    """A variant with its model and batches, ready to be run in blocks."""
+@dataclass
+class PlannedVariant:
+    """A variant before its model is loaded."""
 
-    def __init__(
-        self, index: int, name: str, config: RunConfig, marker: Marker, space: ImportSpace
-    ) -> None:
-        self.index, self.name, self.config, self.marker = index, name, config, marker
-        self.space = space
-        self.device: torch.device
-        run = config.run
-        self.threads = available_cpus() if run.threads == "auto" else run.threads
-        self.model: nn.Module
-        self.batches: list[Batch]
-        self.load_seconds = self.open_seconds = self.first_seconds = self.warm_seconds = 0.0
-        self.batch_seconds = 0.0
-        self.rounds: list[float] = []
+    index: int
+    name: str
+    config: RunConfig
+    imports: ImportSpace
+
+
+@dataclass
+class LoadedVariant(PlannedVariant):
+    """A variant with its model and batches."""
+
+    marker: Marker
+    device: torch.device
+    threads: int
+    model: nn.Module
+    batches: list[Batch]
+    load_seconds: float
+    open_seconds: float
+    first_seconds: float = 0.0
+    warm_up_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    """Time per batch at the end of the warm-up."""
+    rounds: list[float] = field(default_factory=list)
+    """Seconds per batch in each timed round."""
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """The variant's threads, mode and autocast."""
+    def execution_context(self) -> Iterator[None]:
+        """Set the variant's imports, threads, gradient mode and autocast."""
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
-        with self.space.entered(), execution_context(self.config.run, self.device):
+        with self.imports.entered(), execution_context(self.config.run, self.device):
             yield
 
-    def call(self, number: int) -> Any:
-        """Run one batch; `number` counts on, the batches come round."""
-        batch = self.batches[number % len(self.batches)]
-        self.marker.at(self.index, number % len(self.batches))
+    def run_batch(self, number: int) -> Any:
+        """Return the model's output for a batch; numbers past the last batch wrap around."""
+        number %= len(self.batches)
+        batch = self.batches[number]
+        self.marker.set(self.index, number)
         return self.model(*batch.args, **batch.kwargs)
 
-    def block(self, count: int, first: int) -> float:
-        """Seconds a batch over `count` batches from number `first` on."""
+    def warm_up(self) -> None:
+        """Run batches until their time is steady.
+
+        Raises:
+            ConfigError: the model failed on the first batch.
+        """
+        began = time.perf_counter()
+        seconds: list[float] = []
+        with self.execution_context(), preserve_module_state(self.model):
+            try:
+                self.run_batch(0)
+            except GradrunError:
+                raise
+            except Exception as error:  # user code can raise anything
+                first = self.batches[0]
+                raise explain_first_batch_failure(
+                    self.model, first.args, first.kwargs, error, self.config.run.mode
+                ) from error
+            self.first_seconds = time.perf_counter() - began
+            while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_UP_SECONDS:
+                seconds.append(self.time_block(1, len(seconds)))
+        self.warm_up_seconds = time.perf_counter() - began - self.first_seconds
+        self.batch_seconds = min(seconds, default=self.first_seconds)
+
+    def time_block(self, count: int, first: int) -> float:
+        """Run `count` batches from number `first` and return the seconds per batch."""
         model, batches = self.model, self.batches
-        chosen = [batches[(first + i) % len(batches)] for i in range(count)]
-        self.marker.at(self.index, first % len(batches))
-        with self.active():
-            self._settle()
+        block = [batches[(first + i) % len(batches)] for i in range(count)]
+        self.marker.set(self.index, first % len(batches))
+        with self.execution_context():
+            self._synchronize()
             began = time.perf_counter_ns()
-            for args, kwargs, _, _, _ in chosen:
+            for args, kwargs, _, _, _ in block:
                 model(*args, **kwargs)
-            self._settle()
+            self._synchronize()
             return (time.perf_counter_ns() - began) * 1e-9 / count
 
-    def _settle(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -111,206 +148,208 @@ class LoadedVariant:
 
 
 def run_task(job: Job) -> WorkerReport:
-    """Do a job; what a variant raises becomes a Failure, and the others go on."""
+    """Run a job; an exception in a variant becomes a Failure and the other variants continue."""
     marker = Marker(Path(job.marker))
     failures: list[Failure] = []
-    ready: list[LoadedVariant] = []
+    planned = _plan(job)
     if job.kind == "predict":
-        (runnable,) = _in_warm_order(job, marker)
-        with _noted(failures, runnable, marker):
-            _predict(runnable, job.trust_code)
+        with _record_failure(failures, planned[0], marker):
+            _predict(planned[0], marker, job.trust_code)
         return WorkerReport(failures=tuple(failures))
-    for runnable in _in_warm_order(job, marker):
-        with _noted(failures, runnable, marker):
-            marker.at(runnable.index, 0)  # a model's code may fail before its first batch
-            with runnable.space.entered():
-                _load(runnable, ready, job.trust_code)
-            _warm_up(runnable)
-            runnable.space.check()
-            ready.append(runnable)
-    ready.sort(key=lambda runnable: runnable.index)
-    gc.freeze()  # the collector need not walk torch's modules between blocks
+    loaded: list[LoadedVariant] = []
+    for variant in planned:
+        with _record_failure(failures, variant, marker):
+            loaded.append(_load(variant, loaded, marker, job.trust_code))
+    loaded.sort(key=lambda variant: variant.index)
+    gc.freeze()  # spare the collector torch's modules between blocks
     gc.enable()
-    with system_load.measure_system_load() as load_meter:
+    with system_load.measure_system_load() as load:
         if job.kind == "time":
-            _time_in_turns(ready, job, failures, marker)
-    trials, agreed = [], []
-    for runnable in ready:
-        with _noted(failures, runnable, marker):
-            trials.append(_trial(runnable, weigh=job.kind == "weigh"))
-    if job.kind == "time" and ready:
-        base = ready[0]
-        for runnable in ready[1:]:
-            with _noted(failures, runnable, marker):
-                agreed.append(equivalence(base, runnable))
+            loaded = _time_rounds(loaded, job, failures)
+    measurements, compared = [], []
+    for measured in loaded:
+        with _record_failure(failures, measured, marker):
+            alone = job.kind == "measure_memory"
+            memory = (_measure_process_memory if alone else _measure_tensor_memory)(measured)
+            measurements.append(_measurement(measured, memory))
+    if job.kind == "time":
+        for candidate in loaded[1:]:
+            with _record_failure(failures, candidate, marker):
+                compared.append(equivalence(loaded[0], candidate))
     return WorkerReport(
-        trials=tuple(trials),
-        equivalence=tuple(agreed),
+        measurements=tuple(measurements),
+        equivalence=tuple(compared),
         failures=tuple(failures),
-        disturbance=load_meter.noise(),
-        environment=current_environment(ready[0].device) if ready else None,
+        noise=load.noise(),
+        environment=current_environment(loaded[0].device) if loaded else None,
     )
 
 
-def _predict(runnable: LoadedVariant, trust_code: bool) -> None:
-    """Write predictions for all of a variant's data into its folder, with no journal."""
-    config = runnable.config
-    runnable.marker.at(runnable.index, 0)
-    with runnable.space.entered(), device_context(config.run) as device:
+def _predict(variant: PlannedVariant, marker: Marker, trust_code: bool) -> None:
+    """Write predictions for all of a variant's data to its output folder, without a journal."""
+    config = variant.config
+    marker.set(variant.index, 0)
+    with variant.imports.entered(), device_context(config.run) as device:
         model = load_model(config.model, device, trust_code=trust_code)
         data = open_data(config.data, seed=config.run.seed, model=config.model)
         runner = Runner(model, data, config, device)
         outputs = runner.prepare()
-        sink = open_writer(config.output, data.samples, commit_unit(data), class_names(model))
-        sink = restore_input_order(sink, data)
-        sink.open(outputs)
-        stopped = runner.run(sink).stopped
-        sink.close()
-    runnable.space.check()
+        writer = open_writer(config.output, data.samples, commit_unit(data), class_names(model))
+        writer = restore_input_order(writer, data)
+        writer.open(outputs)
+        stopped = runner.run(writer).stopped
+        writer.close()
+    variant.imports.check()
     if stopped:
         raise stopped
 
 
-def _in_warm_order(job: Job, marker: Marker) -> list[LoadedVariant]:
-    """In grad first: what a model makes lazily there is an ordinary tensor, fit for every mode."""
-    apart = any(variant.moved for variant in job.variants)
-    spaces = {moved: ImportSpace(moved, apart) for moved in {v.moved for v in job.variants}}
-    runnables = [
-        LoadedVariant(
+def _plan(job: Job) -> list[PlannedVariant]:
+    """Parse the variants' configs and return them in load order."""
+    worktrees = {task.worktree for task in job.variants}
+    isolated = worktrees != {None}
+    imports = {worktree: ImportSpace(worktree, isolated) for worktree in worktrees}
+    planned = [
+        PlannedVariant(
             index,
-            variant.name,
-            RunConfig.model_validate(variant.config, strict=False),
-            marker,
-            spaces[variant.moved],
+            task.name,
+            RunConfig.model_validate(task.config, strict=False),
+            imports[task.worktree],
         )
-        for index, variant in enumerate(job.variants)
+        for index, task in enumerate(job.variants)
     ]
-    return sorted(runnables, key=lambda runnable: _WARM_ORDER.index(runnable.config.run.mode))
+    return sorted(planned, key=lambda variant: _LOAD_ORDER.index(variant.config.run.mode))
 
 
 @contextmanager
-def _noted(failures: list[Failure], runnable: LoadedVariant, marker: Marker) -> Iterator[None]:
-    """Turn what the block raises into a Failure of the variant."""
-    mode = runnable.config.run.mode
+def _record_failure(
+    failures: list[Failure], variant: PlannedVariant, marker: Marker
+) -> Iterator[None]:
+    """Convert an exception inside the block into a Failure of the variant."""
     try:
         yield
-    except Exception as error:  # the user's model may raise anything
+    except Exception as error:  # user code can raise anything
+        text = str(error)
+        if not isinstance(error, GradrunError):
+            text = describe_model_error(error, variant.config.run.mode)
         failures.append(
             Failure(
-                variant=runnable.name,
+                variant=variant.name,
                 batch=marker.batch,
-                error=str(error)
-                if isinstance(error, GradrunError)
-                else describe_model_error(error, mode),
+                error=text,
                 details=traceback.format_exc(),
                 config_key=error.key if isinstance(error, ConfigError) else None,
             )
         )
 
 
-def _load(runnable: LoadedVariant, loaded: list[LoadedVariant], trust_code: bool) -> None:
-    """Give the variant its model and batches: another's, where they are the same."""
-    config = runnable.config
-    device = runnable.device = resolve_device(config.run.device)
-    seed = config.run.seed  # draws weights and data
-    alike = [
-        r
-        for r in loaded
-        if r.device == device and r.config.run.seed == seed and r.space is runnable.space
-    ]
-    twin = next((r for r in alike if r.config.model == config.model), None)
-    if twin:
-        runnable.model, runnable.load_seconds = twin.model, twin.load_seconds
-    else:
-        began = time.perf_counter()
-        torch.manual_seed(config.run.seed)
-        runnable.model = load_model(config.model, device, trust_code=trust_code)
-        runnable.load_seconds = time.perf_counter() - began
-    if twin and twin.config.data == config.data:
-        runnable.batches, runnable.open_seconds = twin.batches, twin.open_seconds
-    else:
-        began = time.perf_counter()
-        runnable.batches = first_batches(config, device)
-        runnable.open_seconds = time.perf_counter() - began
+def _load(
+    variant: PlannedVariant, loaded: Sequence[LoadedVariant], marker: Marker, trust_code: bool
+) -> LoadedVariant:
+    """Load and warm up a variant, sharing the model and batches of an equal one."""
+    config, imports = variant.config, variant.imports
+    marker.set(variant.index, 0)  # the model's code can fail before its first batch
+    device = resolve_device(config.run.device)
+    seed = config.run.seed  # determines both weights and data
+    twin = next(
+        (
+            other
+            for other in loaded
+            if (other.device, other.config.run.seed, other.config.model)
+            == (device, seed, config.model)
+            and other.imports is imports
+        ),
+        None,
+    )
+    with imports.entered():
+        if twin:
+            model, load_seconds = twin.model, twin.load_seconds
+        else:
+            began = time.perf_counter()
+            torch.manual_seed(seed)
+            model = load_model(config.model, device, trust_code=trust_code)
+            load_seconds = time.perf_counter() - began
+        if twin and twin.config.data == config.data:
+            batches, open_seconds = twin.batches, twin.open_seconds
+        else:
+            began = time.perf_counter()
+            batches = first_batches(config, device)
+            open_seconds = time.perf_counter() - began
+    threads = available_cpus() if config.run.threads == "auto" else config.run.threads
+    ready = LoadedVariant(
+        variant.index, variant.name, config, imports, marker, device, threads, model, batches,
+        load_seconds, open_seconds,
+    )  # fmt: skip
+    ready.warm_up()
+    imports.check()
+    return ready
 
 
-def _warm_up(runnable: LoadedVariant) -> None:
-    began = time.perf_counter()
-    with runnable.active(), preserve_module_state(runnable.model):
-        first = runnable.batches[0]
-        try:
-            runnable.call(0)
-        except GradrunError:
-            raise
-        except Exception as error:  # whatever a model may raise
-            mode = runnable.config.run.mode
-            raise explain_first_batch_failure(
-                runnable.model, first.args, first.kwargs, error, mode
-            ) from error
-        runnable.first_seconds = time.perf_counter() - began
-        seconds: list[float] = []
-        while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_SECONDS:
-            seconds.append(runnable.block(1, len(seconds)))
-    runnable.warm_seconds = time.perf_counter() - began - runnable.first_seconds
-    runnable.batch_seconds = min(seconds, default=runnable.first_seconds)
+def _time_rounds(
+    loaded: Sequence[LoadedVariant], job: Job, failures: list[Failure]
+) -> list[LoadedVariant]:
+    """Time rounds of one block per variant in random order until the time is spent.
 
-
-def _time_in_turns(
-    ready: list[LoadedVariant], job: Job, failures: list[Failure], marker: Marker
-) -> None:
-    """Rounds of one block a variant, in random order, until the time is spent."""
-    if not ready:
-        return
-    order, shuffled = list(ready), random.Random(job.seed)  # noqa: S311
-    count = math.ceil(BLOCK_SECONDS / min(runnable.batch_seconds for runnable in ready))
+    Returns:
+        The variants that did not fail, in the given order.
+    """
+    order, shuffled = list(loaded), random.Random(job.seed)  # noqa: S311
+    count = math.ceil(BLOCK_SECONDS / min((v.batch_seconds for v in loaded), default=1.0))
     began, done = time.perf_counter(), 0
-    while done < _FEWEST_ROUNDS or time.perf_counter() - began < job.seconds:
-        if done and time.perf_counter() - began > _PATIENCE * job.seconds:
+    while order and (done < _MIN_ROUNDS or time.perf_counter() - began < job.seconds):
+        if done and time.perf_counter() - began > _MAX_OVERTIME * job.seconds:
             break
         shuffled.shuffle(order)
-        for runnable in order:
-            with _noted(failures, runnable, marker), preserve_module_state(runnable.model):
-                runnable.rounds.append(runnable.block(count, done * count))
+        for variant in order:
+            with (
+                _record_failure(failures, variant, variant.marker),
+                preserve_module_state(variant.model),
+            ):
+                variant.rounds.append(variant.time_block(count, done * count))
         done += 1
-        for failed in [r for r in order if len(r.rounds) < done]:
-            order.remove(failed)
-            ready.remove(failed)
+        order = [variant for variant in order if len(variant.rounds) == done]
+    return [variant for variant in loaded if variant in order]
 
 
-def _trial(runnable: LoadedVariant, *, weigh: bool) -> VariantMeasurement:
-    """The variant's figures; what is weighed has its process to itself, so its peak counts."""
-    first, resident = runnable.batches[0], None
-    device_memory.reset(runnable.device)
-    method = "unavailable"
-    if weigh:
-        with runnable.active():
-            for number in range(len(runnable.batches)):
-                runnable.call(number)
-        resident, method = process_memory.peak_resident()
-    allocated, reserved = device_memory.peaks(runnable.device)
-    memory = model_memory(runnable.model, first)
-    if not weigh and runnable.config.measure.memory:
-        batch = first.map(torch.clone)
-        runnable.marker.at(runnable.index, 0)
-        with runnable.active():
-            memory = measure_forward_memory(runnable.model, batch, runnable.device)
+def _measure_process_memory(variant: LoadedVariant) -> Memory:
+    """Run all batches in a process without other variants, whose peak is therefore its own."""
+    device_memory.reset(variant.device)
+    with variant.execution_context():
+        for number in range(len(variant.batches)):
+            variant.run_batch(number)
+    peak, method = process_memory.peak_resident()
+    allocated, reserved = device_memory.peaks(variant.device)
+    return model_memory(variant.model, variant.batches[0]).replace(
+        process_peak=peak,
+        process_method=method,
+        device_allocated=allocated,
+        device_reserved=reserved,
+    )
+
+
+def _measure_tensor_memory(variant: LoadedVariant) -> Memory:
+    batch = variant.batches[0].map(torch.clone)
+    if not variant.config.measure.memory:
+        return model_memory(variant.model, batch)
+    variant.marker.set(variant.index, 0)
+    with variant.execution_context():
+        return measure_forward_memory(variant.model, batch, variant.device)
+
+
+def _measurement(variant: LoadedVariant, memory: Memory) -> VariantMeasurement:
+    rounds = tuple(variant.rounds)
     return VariantMeasurement(
-        variant=runnable.name,
-        batch_seconds=tuple(runnable.rounds),
-        batch_sizes=(first.size,) * len(runnable.rounds),
+        variant=variant.name,
+        batch_seconds=rounds,
+        batch_sizes=(variant.batches[0].size,) * len(rounds),
         phases=Phases(
-            load_model=runnable.load_seconds,
-            open_data=runnable.open_seconds,
-            first_batch=runnable.first_seconds,
-            warm_up=runnable.warm_seconds,
+            load_model=variant.load_seconds,
+            open_data=variant.open_seconds,
+            first_batch=variant.first_seconds,
+            warm_up=variant.warm_up_seconds,
             data=0.0,
-            forward=float(sum(runnable.rounds)),
+            forward=sum(rounds, 0.0),
             output=0.0,
         ),
-        memory=memory.replace(
-            process_peak=resident,
-            process_method=method,
-            device_allocated=allocated if weigh else None,
-            device_reserved=reserved if weigh else None,
-        ),
+        memory=memory,
     )

@@ -1,7 +1,4 @@
-"""What gradrun and its workers say to each other, and the marker that outlives a worker.
-
-Knows plain data only; nothing of processes or torch.
-"""
+"""Messages between a session and its workers, and the marker that survives a worker's crash."""
 
 from __future__ import annotations
 
@@ -13,45 +10,56 @@ from typing import Any, Literal
 from gradrun.core.record import Record
 from gradrun.results.result import Environment, Equivalence, Memory, Phases, SystemNoise
 
+JobKind = Literal["time", "measure_memory", "predict"]
 
-class Variant(Record, frozen=True, kw_only=True):
-    """One side of a comparison: its name and its whole config."""
+
+class VariantTask(Record, frozen=True, kw_only=True):
+    """A variant to run: its name and its complete config."""
 
     name: str
     config: dict[str, Any]
-    moved: tuple[str, str] | None = None
-    """A folder, and the one in whose place its code is imported from."""
+    worktree: tuple[str, str] | None = None
+    """(repository, worktree): imports from the repository are redirected to the worktree."""
 
 
 class Job(Record, frozen=True, kw_only=True):
-    """What a worker is asked: time variants against each other, run one and be weighed, or let one
-    predict all of its data into its folder."""
+    """Work for one worker process.
 
-    kind: Literal["time", "weigh", "predict"]
-    variants: tuple[Variant, ...]
+    `time` runs variants in interleaved blocks and compares their outputs, `measure_memory` runs one
+    variant to find its process peak, and `predict` writes one variant's predictions for all data.
+    """
+
+    kind: JobKind
+    variants: tuple[VariantTask, ...]
     """The first is the baseline."""
     seed: int
     seconds: float = 1.0
-    """How long to measure, all variants together."""
+    """Measuring time of all variants together."""
     trust_code: bool = False
     marker: str = ""
-    """The file of a Marker."""
+    """Path of the Marker file."""
 
 
 class Failure(Record, frozen=True, kw_only=True):
-    """A variant that could not be run: what was raised, or how its process ended."""
+    """A variant that failed: the exception raised or the way its process ended."""
 
     variant: str
+    """Empty if the process ended before it reached a variant."""
     batch: int
     error: str
     details: str = ""
     """The traceback, or the last lines that the process printed."""
     config_key: str | None = None
-    """Set where the config is at fault: the key, or empty."""
+    """The config key at fault; None if the config is not the cause."""
+
+    @property
+    def message(self) -> str:
+        """The failure in one sentence: variant, batch and cause."""
+        return f"{self.variant or 'a worker'}, batch {self.batch}: {self.error}"
 
 
 class VariantMeasurement(Record, frozen=True, kw_only=True):
-    """What one process found of one variant; `batch_seconds` has one entry a round."""
+    """One variant measured in one process; `batch_seconds` has one entry per round."""
 
     variant: str
     batch_seconds: tuple[float, ...] = ()
@@ -61,19 +69,19 @@ class VariantMeasurement(Record, frozen=True, kw_only=True):
 
 
 class WorkerReport(Record, frozen=True, kw_only=True):
-    """What one process sends back."""
+    """The reply of one worker process."""
 
-    trials: tuple[VariantMeasurement, ...] = ()
+    measurements: tuple[VariantMeasurement, ...] = ()
     equivalence: tuple[Equivalence, ...] = ()
     failures: tuple[Failure, ...] = ()
-    disturbance: SystemNoise = SystemNoise()
+    noise: SystemNoise = SystemNoise()
     environment: Environment | None = None
 
 
 class Marker:
-    """Which variant and batch a worker is at, kept in a file so that it outlives the worker.
+    """The variant and batch that a worker is running, readable after the worker has died.
 
-    Writing costs a store into mapped memory, so that it can stand next to a measurement.
+    The file is memory-mapped, so an update is one store and does not disturb the measurement.
     """
 
     _LAYOUT = struct.Struct("qq")
@@ -83,15 +91,15 @@ class Marker:
         with path.open("r+b") as file:
             self._page = mmap.mmap(file.fileno(), self.SIZE)
         self.batch = 0
-        self.at(-1, 0)
+        self.set(-1, 0)
 
-    def at(self, variant: int, batch: int) -> None:
-        """Note what comes next."""
+    def set(self, variant: int, batch: int) -> None:
+        """Record the variant and batch that run next."""
         self.batch = batch
         self._LAYOUT.pack_into(self._page, 0, variant, batch)
 
     @classmethod
     def read(cls, path: Path) -> tuple[int, int]:
-        """(variant, batch) last noted; (-1, 0) before any."""
+        """Return the last recorded (variant, batch), or (-1, 0) if none was recorded."""
         variant, batch = cls._LAYOUT.unpack(path.read_bytes())
         return variant, batch

@@ -1,4 +1,7 @@
-"""`gradrun check` on real models: what passes, what fails, and with which exit code."""
+"""`gradrun check` on real models: outcomes, files and exit codes.
+
+Workers run in the test process, except where a test needs real ones.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from gradrun.core.progress import Progress
 from gradrun.data import open_data
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
+from tests.support.workers import in_process_workers
 
 CONFIG = """\
 model:
@@ -32,7 +37,7 @@ data:
   samples: 40
   batch_size: 8
 run: {threads: 1, warmup: 0}
-measure: {processes: 2, budget: 2, precision: 0.5}
+measure: {processes: 2, budget: 1, precision: 0.5}
 output:
   path: runs/mine
 """
@@ -58,7 +63,7 @@ class Net(nn.Module):
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model of the user's own."""
+    """The current folder, with a user's own model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADRUN_TRUST_CODE", "1")
     Path("nets").mkdir()
@@ -68,15 +73,30 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def in_process():
+    with in_process_workers():
+        yield
+
+
+in_this_process = pytest.mark.usefixtures("in_process")
+
+
 def statuses(result: RunResult) -> dict[str, str]:
     return {outcome.check: outcome.status for outcome in result.outcomes}
 
 
-def test_a_sound_model_passes_and_leaves_its_predictions(project):
+@in_this_process
+def test_a_sound_model_passes_and_saves_its_predictions(project):
     result = gradrun.check("gradrun.yaml", sets=["check.limits.forward_peak=1 MiB"])
     assert result.status == "pass"
     assert [*statuses(result)] == [
-        *("runs", "predictions", "finite", "no graph", "grad agrees", "no_grad agrees"),
+        "model runs",
+        "predictions complete",
+        "predictions finite",
+        "no retained graph",
+        "outputs match grad",
+        "outputs match no_grad",
         "forward peak",
     ]
     assert result.predictions == 40
@@ -84,28 +104,33 @@ def test_a_sound_model_passes_and_leaves_its_predictions(project):
     assert (output.shape, output.dtype) == ((10,), "float32")
     assert RunResult.load(project / "runs" / "mine-check") == result
     assert (project / "runs" / "mine-check" / "predictions.npy").exists()
-    assert not (project / "runs" / "mine").exists(), "what infer writes is left alone"
+    assert not (project / "runs" / "mine").exists(), "the folder of infer is not used"
 
 
+@in_this_process
 @pytest.mark.parametrize(
     ("body", "check", "reason"),
     [
-        ("return self.last(torch.relu(self.first(x))) / 0", "finite", "NaN or an infinity"),
+        (
+            "return self.last(torch.relu(self.first(x))) / 0",
+            "predictions finite",
+            "NaN or an infinity",
+        ),
         (
             "with torch.inference_mode(False), torch.enable_grad():\n"
             "            return self.last(self.first(x.clone()))",
-            "no graph",
+            "no retained graph",
             "keeps a graph",
         ),
         (
             "return self.last(self.first(x)) + torch.is_grad_enabled()",
-            "grad agrees",
-            "differ from inference_mode's by 1",
+            "outputs match grad",
+            "differ from inference_mode by 1",
         ),
-        ("raise ValueError('out of tune')", "runs", "out of tune"),
+        ("raise ValueError('out of tune')", "model runs", "out of tune"),
     ],
 )
-def test_a_fault_fails_its_smoke_check(project, body, check, reason):
+def test_a_faulty_model_fails_its_smoke_check(project, body, check, reason):
     Path("nets/mine.py").write_text(NET.partition("for _")[0] + body + "\n")
     result = gradrun.check("gradrun.yaml")
     failed = {
@@ -116,40 +141,43 @@ def test_a_fault_fails_its_smoke_check(project, body, check, reason):
     assert RunResult.load(project / "runs" / "mine-check").status == "fail"
 
 
-def test_a_nan_is_found_behind_an_argmax_and_wherever_in_the_data_it_is(project):
+@in_this_process
+def test_a_nan_in_the_last_sample_is_found_before_argmax(project):
     Path("nets/mine.py").write_text(
         NET.replace("return out", "out[x[:, 0] == LAST] = torch.nan\n        return out").replace(
             "class Net", f"LAST = {float(last_of_the_data()):.9g}\n\n\nclass Net"
         )
     )
     result = gradrun.check("gradrun.yaml", output={"transform": "argmax", "path": "runs/mine"})
-    assert statuses(result)["finite"] == "fail"
+    assert statuses(result)["predictions finite"] == "fail"
     assert result.predictions == 40
     least = np.iinfo(np.int64).min
     assert (np.load("runs/mine-check/predictions.npy") == least).nonzero()[0].tolist() == [39]
 
 
 def last_of_the_data() -> torch.Tensor:
-    """The first value of the last sample that the config draws."""
+    """The first value of the last sample of the data."""
     config = gradrun.load_config("gradrun.yaml").config
     return [*open_data(config.data, seed=config.run.seed).batches()][-1].args[0][-1, 0]
 
 
-def test_smoke_can_be_left_out_where_something_else_is_asked(project):
+@in_this_process
+def test_smoke_can_be_disabled_if_something_else_is_checked(project):
     result = gradrun.check(
         "gradrun.yaml", check={"smoke": False, "limits": {"forward_peak": "1 MiB"}}
     )
     assert statuses(result) == {"forward peak": "pass"}
-    with pytest.raises(ConfigError, match="nothing is asked"):
+    with pytest.raises(ConfigError, match="nothing to check"):
         gradrun.check("gradrun.yaml", check={"smoke": False})
 
 
-def test_golden_outputs_are_written_once_and_held_to(project, cli):
+@in_this_process
+def test_golden_outputs_are_written_once_and_compared(project, cli):
     words = ["check", "gradrun.yaml", "--set", "check.expected=golden.safetensors"]
     answer = cli(*words)
     assert answer.code == 2
-    assert "--update-expected writes it" in answer.err
-    assert not Path("runs").exists(), "that is told before anything runs"
+    assert "--update-expected creates it" in answer.err
+    assert not Path("runs").exists(), "reported before anything runs"
     answer = cli(*words, "--update-expected", "--save-baseline", "base.json")
     assert answer.code == 0
     assert "wrote base.json\nwrote golden.safetensors\n" in answer.out
@@ -161,7 +189,8 @@ def test_golden_outputs_are_written_once_and_held_to(project, cli):
     assert cli("check", "gradrun.yaml", "--update-expected").code == 2
 
 
-def test_a_check_that_fails_quietly_says_what_failed(project, cli):
+@in_this_process
+def test_quiet_prints_only_the_failed_checks(project, cli):
     words = ["check", "gradrun.yaml", "-q", "--set", "check.limits.retained=1 B"]
     answer = cli(*words)
     assert (answer.code, answer.out) == (3, "")
@@ -169,7 +198,8 @@ def test_a_check_that_fails_quietly_says_what_failed(project, cli):
     assert cli(*words[:3]).text == ""
 
 
-def test_a_baseline_of_a_check_that_failed_is_told_of(project, cli):
+@in_this_process
+def test_a_baseline_of_a_failed_check_is_reported(project, cli):
     answer = cli(
         "check",
         "gradrun.yaml",
@@ -182,12 +212,13 @@ def test_a_baseline_of_a_check_that_failed_is_told_of(project, cli):
     assert "wrote base.json, of a check that failed\n" in answer.out
 
 
-def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(project, cli):
+@in_this_process
+def test_a_baseline_decides_memory_and_outputs_everywhere_and_time_on_its_machine(project, cli):
     limits = ["--set", "check.regression.time=999999%"]
     answer = cli("check", "gradrun.yaml", "--save-baseline", "base.json", *limits)
     assert answer.code == 0, answer.text
     base = RunResult.load("base.json")
-    assert len({m.process for m in base.measurements}) >= 2, "one process supports no interval"
+    assert len({m.process for m in base.measurements}) >= 2, "one process gives no interval"
     answer = cli("check", "gradrun.yaml", "--baseline", "base.json", *limits)
     assert answer.code == 0, answer.text
     assert "time vs" in answer.out
@@ -196,25 +227,28 @@ def test_a_baseline_holds_memory_and_outputs_everywhere_and_time_on_its_machine(
     other["environment"]["cpu"] = "another"
     Path("other.json").write_text(json.dumps(other))
     words = ["check", "gradrun.yaml", "--baseline", "other.json"]
-    answer = cli(*words, "--json", "said.json")
+    answer = cli(*words, "--json", "result.json")
     assert answer.code == 4, answer.text
     assert "cpu another, here" in " ".join(answer.out.split())
-    (untimed,) = [m for m in RunResult.load("said.json").measurements if m.mode == "inference_mode"]
-    assert len(untimed.batch_seconds) == 1, "nothing is timed where no time could decide"
+    (untimed,) = [
+        m for m in RunResult.load("result.json").measurements if m.mode == "inference_mode"
+    ]
+    assert len(untimed.batch_seconds) == 1, "nothing is timed if times cannot decide"
     assert cli(*words, "--inconclusive", "pass").code == 0
     assert cli(*words, "--inconclusive", "fail").code == 3
 
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 160, 1\n")
-    answer = cli(*words, "--json", "said.json", "--junit", "said.xml")
+    answer = cli(*words, "--json", "result.json", "--junit", "junit.xml")
     assert answer.code == 3
-    found = statuses(RunResult.load("said.json"))
+    found = statuses(RunResult.load("result.json"))
     assert found["forward peak vs other.json"] == "fail"
     assert found["outputs vs other.json"] == "fail"
     assert found["time vs other.json"] == "inconclusive"
-    assert 'failures="2"' in Path("said.xml").read_text()
+    assert 'failures="2"' in Path("junit.xml").read_text()
 
 
-def test_a_baseline_of_other_batches_decides_nothing_but_outputs(project, cli):
+@in_this_process
+def test_a_baseline_with_another_batch_size_decides_only_outputs(project, cli):
     assert cli("check", "gradrun.yaml", "--save-baseline", "base.json").code == 0
     words = ["--set", "data.batch_size=4", "--set", "check.regression.time=999999%"]
     answer = cli("check", "gradrun.yaml", "--baseline", "base.json", "--json", "s.json", *words)
@@ -222,11 +256,12 @@ def test_a_baseline_of_other_batches_decides_nothing_but_outputs(project, cli):
     found = {o.check: o for o in RunResult.load("s.json").outcomes}
     for check in ("time vs base.json", "forward peak vs base.json"):
         assert found[check].status == "inconclusive"
-        assert "batches of 8, here 4" in found[check].reason
+        assert "batch size 8, here 4" in found[check].reason
     assert found["outputs vs base.json"].status == "pass"
 
 
-def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(project, cli):
+@in_this_process
+def test_an_interrupted_check_does_not_block_the_next(project, cli):
     def stop(progress: Progress) -> None:
         if progress.stage != "predicting":
             raise KeyboardInterrupt
@@ -239,7 +274,8 @@ def test_a_check_that_was_ended_early_does_not_stand_in_the_way_of_the_next(proj
     assert RunResult.load("runs/mine-check").kind == "check"
 
 
-def test_two_checks_do_not_write_into_one_folder(project, cli):
+@in_this_process
+def test_two_checks_do_not_write_to_one_folder(project, cli):
     def second(progress: Progress) -> None:
         if progress.stage == "predicting":
             return
@@ -261,22 +297,26 @@ def git(*words: str) -> None:
     )
 
 
-needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def commit() -> None:
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="requires git")
 
 
 @needs_git
-def test_a_revision_runs_beside_with_its_own_helpers(project):
-    git("init", "-q")
-    git("add", "nets", "gradrun.yaml")
-    git("commit", "-qm", "one")
-    # 16 times the work, in a helper: the model's own file is the same on both sides.
-    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 16\n")
+def test_a_revision_uses_its_own_helper_modules(project):
+    commit()
+    # 64 times the work, in a helper module: the model's file is the same on both sides.
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 64\n")
     result = gradrun.check("gradrun.yaml", against="HEAD")
     found = {outcome.check: outcome for outcome in result.outcomes}
     assert found["time vs HEAD"].status == "fail"
     assert found["outputs vs HEAD"].status == "pass"
     worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
-    assert len(worktrees.stdout.splitlines()) == 1, "the revision's folder is gone"
+    assert len(worktrees.stdout.splitlines()) == 1, "the worktree is removed"
 
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 132, 1\n")
     result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
@@ -290,41 +330,44 @@ def test_a_package_is_imported_from_the_revision(project):
     Path("nets/__init__.py").touch()
     Path("nets/mine.py").write_text(NET.replace("import sizes", "from nets import sizes"))
     Path("gradrun.yaml").write_text(CONFIG.replace("nets/mine.py:Net", "nets.mine:Net"))
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
+    commit()
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 256, 1\n")
     result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
     assert statuses(result)["forward peak vs HEAD"] == "fail"
 
 
-WITHOUT = NET.replace("import sizes\n", "").replace("sizes.HIDDEN", "128")
+REPEATED = NET.partition("for _")[0] + (
+    "rows = x.repeat(sizes.ROUNDS, 1)\n"
+    "        return self.last(torch.relu(self.first(rows)))[: len(x)]\n"
+)
+WITHOUT = REPEATED.replace("import sizes\n", "").replace("sizes.HIDDEN", "128")
 LATE = {
     "in the constructor": WITHOUT.replace("sizes.ROUNDS", "self.rounds").replace(
         "        super()",
         "        import sizes\n\n        self.rounds = sizes.ROUNDS\n        super()",
     ),
-    "in the forward": WITHOUT.replace("        for _", "        import sizes\n\n        for _"),
-    "from the current folder": NET.replace("import sizes", "from nets import sizes"),
+    "in the forward": WITHOUT.replace("        rows", "        import sizes\n\n        rows"),
+    "from the current folder": REPEATED.replace("import sizes", "from nets import sizes"),
 }
 
 
 @needs_git
 @pytest.mark.parametrize("late", LATE)
-def test_whatever_a_side_imports_late_is_its_own(project, late, monkeypatch):
-    monkeypatch.syspath_prepend(str(project))  # as a command finds the current folder
+def test_late_imports_come_from_the_own_revision(project, late, monkeypatch):
+    monkeypatch.syspath_prepend(str(project))  # as for a command in the current folder
     Path("nets/mine.py").write_text(LATE[late])
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
+    commit()
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 16\n")
-    result = gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
-    assert statuses(result)["time vs HEAD"] == "fail"
+    regression = {"time": None, "outputs": False}
+    result = gradrun.check(
+        "gradrun.yaml", against="HEAD", check={"smoke": False, "regression": regression}
+    )
+    assert statuses(result)["forward peak vs HEAD"] == "fail", "16 times the rows"
 
 
 @needs_git
-def test_code_that_cannot_be_had_from_the_revision_is_no_verdict(project, monkeypatch):
-    """As of a package that is installed in a way that names its folder."""
+def test_code_that_cannot_be_imported_from_the_revision_is_an_error(project, monkeypatch):
+    """Like a package whose installation fixes its folder."""
     Path("finder").mkdir()
     Path("finder/sitecustomize.py").write_text(
         "import importlib.util, sys\n"
@@ -336,16 +379,15 @@ def test_code_that_cannot_be_had_from_the_revision_is_no_verdict(project, monkey
         "sys.meta_path.insert(0, Finder())\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{project / 'finder'}:{ROOT}")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
+    commit()
     with pytest.raises(
         (ConfigError, RunFailed), match=r"imports sizes from .*, a file of the working tree"
     ):
         gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
 
 
-def test_a_run_of_the_user_s_own_is_not_overwritten(project):
+@in_this_process
+def test_a_run_of_another_command_is_not_overwritten(project):
     gradrun.infer("gradrun.yaml", output={"path": "runs/mine-check"})
     before = Path("runs/mine-check/result.json").read_bytes()
     with pytest.raises(ConfigError, match="holds a run that is no check's"):
@@ -354,35 +396,40 @@ def test_a_run_of_the_user_s_own_is_not_overwritten(project):
 
 
 @pytest.mark.parametrize(
-    ("body", "failed"),
+    ("body", "failed", "real"),
     [
         (
             "assert not torch.is_grad_enabled()\n        return self.last(self.first(x))",
-            "grad agrees",
+            "outputs match grad",
+            False,
         ),
         (
             "import os\n        if torch.is_grad_enabled(): os.abort()\n"
             "        return self.last(self.first(x))",
-            "grad agrees",
+            "outputs match grad",
+            True,
         ),
         (
             "import os\n        if os.getppid() != PARENT: raise ValueError('no')\n"
             "        return self.last(self.first(x))",
-            "runs again",
+            "model runs in a new process",
+            True,
         ),
     ],
 )  # fmt: skip
-def test_a_model_that_fails_elsewhere_fails_the_check_and_nothing_breaks(project, body, failed):
+def test_a_model_that_fails_in_a_worker_fails_the_check(project, body, failed, real):
     source = NET.partition("for _")[0].replace(
         "import sizes", f"import sizes\nPARENT = {os.getppid()}"
     )
     Path("nets/mine.py").write_text(source + body + "\n")
-    result = gradrun.check("gradrun.yaml")
+    with nullcontext() if real else in_process_workers():
+        result = gradrun.check("gradrun.yaml")
     assert statuses(result)[failed] == "fail"
-    assert statuses(result)["runs"] == "pass"
+    assert statuses(result)["model runs"] == "pass"
 
 
-def test_rows_of_many_shapes_are_checked_in_jsonl(project):
+@in_this_process
+def test_rows_of_different_shapes_are_checked_in_jsonl(project):
     Path("nets/mine.py").write_text(
         NET.partition("for _")[0] + "return self.last(self.first(x))[:, : 1 + int(x[0, 0] > 0)]\n"
     )
@@ -391,10 +438,8 @@ def test_rows_of_many_shapes_are_checked_in_jsonl(project):
 
 
 @needs_git
-def test_sigterm_leaves_nothing_checked_out(project):
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "one")
+def test_sigterm_removes_the_worktree(project):
+    commit()
     words = [sys.executable, "-m", "gradrun", "check", "gradrun.yaml", "--against", "HEAD"]
     running = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=-1)
     deadline = time.monotonic() + 60
@@ -410,8 +455,9 @@ def test_sigterm_leaves_nothing_checked_out(project):
 UNTIMED = {"regression": {"time": None}}
 
 
-def test_every_sample_of_the_other_side_is_compared_as_it_is_kept(project):
-    longer = CONFIG.replace("samples: 40", "samples: 80")  # more than a worker takes for timing
+@in_this_process
+def test_every_sample_is_compared_with_the_reference(project):
+    longer = CONFIG.replace("samples: 40", "samples: 80")  # more than a worker uses for timing
     Path("gradrun.yaml").write_text(longer)
     late = "return torch.complex(out, (x[:, :1] == LAST) * 1.0)"
     last = f"LAST = {float(last_of_the_data()):.9g}\n\n\nclass Net"
@@ -421,24 +467,26 @@ def test_every_sample_of_the_other_side_is_compared_as_it_is_kept(project):
     result = gradrun.check("mine.yaml", against="gradrun.yaml", check=UNTIMED)
     (found,) = [o for o in result.outcomes if o.check.startswith("outputs vs")]
     assert found.status == "fail"
-    assert "differs in 1 sample of 80, first 79" in found.reason
-    assert not [*Path("runs").glob("*against*")], "the other side's predictions are gone"
+    assert "differs in 1 sample of 80, first at 79" in found.reason
+    assert not [*Path("runs").glob("*against*")], "the predictions of the reference are removed"
 
 
+@in_this_process
 @pytest.mark.parametrize(
     ("form", "samples", "status"), [("npy", 39, "fail"), ("jsonl", 40, "pass")]
 )
-def test_the_number_of_samples_is_compared_too(project, form, samples, status):
+def test_the_number_of_samples_is_compared(project, form, samples, status):
     fewer = CONFIG.replace("samples: 40", f"samples: {samples}")
     Path("fewer.yaml").write_text(fewer)
     output = {"format": form, "path": "runs/mine"}
     result = gradrun.check("fewer.yaml", against="gradrun.yaml", check=UNTIMED, output=output)
     found = statuses(result)
     assert found["outputs vs gradrun.yaml"] == status
-    assert not result.comparisons, "nobody asked for times"
+    assert not result.comparisons, "nothing is timed"
 
 
-def test_another_config_may_be_the_other_side(project):
+@in_this_process
+def test_another_config_can_be_the_reference(project):
     Path("slow.yaml").write_text(CONFIG.replace("batch_size: 8", "batch_size: 4"))
     result = gradrun.check(
         "slow.yaml", against="gradrun.yaml", check={"regression": {"time": None, "outputs": False}}
@@ -449,36 +497,36 @@ def test_another_config_may_be_the_other_side(project):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"against": "no-such-branch"}, "neither a file nor a revision|git"),
-        ({"against": "--output=x"}, "neither a file nor a revision|git"),
-        ({"against": "x", "baseline": "y"}, "choose one"),
+        ({"against": "no-such-branch"}, "neither a file nor a git revision|git"),
+        ({"against": "--output=x"}, "neither a file nor a git revision|git"),
+        ({"against": "x", "baseline": "y"}, "cannot be combined"),
     ],
 )
-def test_what_cannot_be_compared_with_is_told_before_anything_runs(project, options, said):
+def test_an_invalid_reference_is_reported_before_anything_runs(project, options, message):
     if "against" in options and shutil.which("git"):
-        git("init", "-q")
-        git("add", "gradrun.yaml")
-        git("commit", "-qm", "one")
-    with pytest.raises(ConfigError, match=said):
+        commit()
+    with pytest.raises(ConfigError, match=message):
         gradrun.check("gradrun.yaml", **options)
     assert not Path("runs").exists()
 
 
-def test_a_baseline_in_another_mode_is_told_before_anything_runs(project):
+def test_a_baseline_in_another_mode_is_reported_before_anything_runs(project):
     gradrun.infer("gradrun.yaml", **{"run.mode": "grad"})
     with pytest.raises(ConfigError, match="no measurement in inference_mode"):
         gradrun.check("gradrun.yaml", baseline="runs/mine")
 
 
-def test_the_other_side_that_cannot_run_is_no_verdict(project):
+@in_this_process
+def test_a_reference_that_cannot_run_is_an_error(project):
     Path("broken.yaml").write_text(CONFIG.replace("shape: [64]", "shape: [65]"))
     with pytest.raises((RunFailed, ConfigError), match="65"):
         gradrun.check("gradrun.yaml", against="broken.yaml")
 
 
-def test_on_github_annotations_point_to_the_config(project, cli, monkeypatch):
+@in_this_process
+def test_github_annotations_point_to_the_config(project, cli, monkeypatch):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     Path("gradrun.yaml").write_text(CONFIG + "check:\n  limits:\n    retained: 1 B\n")
     answer = cli("check", "gradrun.yaml")
@@ -486,7 +534,7 @@ def test_on_github_annotations_point_to_the_config(project, cli, monkeypatch):
     assert "::error file=gradrun.yaml,line=15,title=gradrun%3A retained::" in answer.err
 
 
-def test_a_check_that_cannot_begin_is_told_to_the_server_too(project, cli, monkeypatch):
+def test_an_invalid_config_is_reported_to_github(project, cli, monkeypatch):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_WORKSPACE", str(project))
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(project / "summary.md"))
@@ -502,36 +550,40 @@ def test_a_check_that_cannot_begin_is_told_to_the_server_too(project, cli, monke
     assert 'errors="1"' in Path("j.xml").read_text()
 
 
+@in_this_process
 @pytest.mark.parametrize(("limit", "status"), [(">= 0.97", "pass"), (">= 0.999", "fail")])
-def test_accuracy_is_limited_where_the_data_have_labels(tmp_path, limit, status):
+def test_accuracy_has_a_limit_if_the_data_have_labels(tmp_path, limit, status):
     pytest.importorskip("torchmetrics")
     result = gradrun.check(
         ROOT / "configs" / "digits.yaml",
         output={"path": str(tmp_path / "run"), "transform": "none"},
         check={"smoke": False, "limits": {"accuracy": limit}},
-        **{"data.labels": {"key": "labels"}},
+        **{"data.labels": {"key": "labels"}, "run.threads": 1},
     )
     (found,) = result.outcomes
     assert (found.check, found.status, found.value) == ("accuracy", status, "0.9960")
 
 
 @pytest.mark.parametrize(
-    ("limits", "said"),
+    ("limits", "message"),
     [
         (
             {"retaned": "1 MiB"},
             r"limits.retaned: unknown limit; did you mean retained\? \(allowed: weights",
         ),
         ({"accuracy": "0.97"}, "'0.97' is not a limit; write '>= 0.97'"),
-        ({"forward_peak": ">= 1 MiB"}, "no limit of bytes"),
+        ({"forward_peak": ">= 1 MiB"}, "not a limit in bytes"),
     ],
 )
-def test_a_wrong_limit_is_told_with_what_is_allowed(project, limits, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_invalid_limit_is_reported_with_the_allowed_ones(project, limits, message):
+    with pytest.raises(ConfigError, match=message):
         gradrun.check("gradrun.yaml", check={"limits": limits})
 
 
-def test_the_bundled_example_passes(process):
-    answer = process("check", ROOT / "configs" / "digits.yaml", "--set", "output.path=runs/digits")
+def test_the_bundled_example_passes(cli, tmp_path):
+    """With real workers."""
+    answer = cli(
+        "check", ROOT / "configs" / "digits.yaml", "--set", f"output.path={tmp_path / 'digits'}"
+    )
     assert answer.code == 0, answer.text
     assert "6 passed" in answer.out

@@ -1,4 +1,4 @@
-"""Limits and baselines held against figures: what passes, what fails, what cannot be told."""
+"""Evaluation of limits and references: pass, fail and inconclusive."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradrun.results.stats import Estimate
 from tests.support.run_results import MACHINE, MEMORY, measurement, run_result
 
 
-def asked(**sections: object) -> CheckSection:
+def section_of(**sections: object) -> CheckSection:
     return CheckSection.model_validate(sections)
 
 
@@ -26,7 +26,7 @@ def predicted(*warnings: Warning, mode: str = "inference_mode", rows: int = 498)
     return run_result(measurement(mode=mode), predictions=rows, warnings=warnings)
 
 
-# --- smoke -------------------------------------------------------------------------------------
+# --- smoke ---------------------------------------------------------------------------------------
 
 
 def test_a_sound_run_passes_every_smoke_check():
@@ -34,57 +34,67 @@ def test_a_sound_run_passes_every_smoke_check():
         baseline="inference_mode", candidate="grad", bitwise=True, max_abs_diff=0, equal=True
     )
     outcomes = by_name(evaluate.smoke(predicted(), [same]))
-    assert [*outcomes] == ["runs", "predictions", "finite", "no graph", "grad agrees"]
+    assert [*outcomes] == [
+        "model runs",
+        "predictions complete",
+        "predictions finite",
+        "no retained graph",
+        "outputs match grad",
+    ]
     assert {outcome.status for outcome in outcomes.values()} == {"pass"}
-    assert outcomes["predictions"].value == "498 rows"
+    assert outcomes["predictions complete"].value == "498 rows"
 
 
 @pytest.mark.parametrize(
     ("code", "check"),
-    [("nonfinite", "finite"), ("quarantined", "predictions"), ("graph_kept", "no graph")],
+    [
+        ("nonfinite", "predictions finite"),
+        ("quarantined", "predictions complete"),
+        ("graph_kept", "no retained graph"),
+    ],
 )
-def test_what_a_run_warned_of_fails_its_smoke_check(code, check):
+def test_a_warning_of_the_run_fails_its_smoke_check(code, check):
     found = by_name(evaluate.smoke(predicted(Warning(code=code, text="12 of them")), []))
     assert {name for name, outcome in found.items() if outcome.status == "fail"} == {check}
     assert found[check].reason == "12 of them"
 
 
-def test_a_prediction_too_few_fails():
+def test_a_missing_prediction_fails():
     found = by_name(evaluate.smoke(predicted(rows=497), []))
-    assert found["predictions"].status == "fail"
-    assert "498" in found["predictions"].reason
+    assert found["predictions complete"].status == "fail"
+    assert "498" in found["predictions complete"].reason
 
 
-def test_in_grad_a_graph_is_no_fault():
-    assert "no graph" not in by_name(evaluate.smoke(predicted(mode="grad"), []))
+def test_a_graph_is_allowed_in_grad():
+    assert "no retained graph" not in by_name(evaluate.smoke(predicted(mode="grad"), []))
 
 
-def test_a_mode_with_other_outputs_fails_and_names_the_module():
+def test_a_mode_with_different_outputs_fails_and_names_the_module():
     other = Equivalence(
         baseline="inference_mode", candidate="grad", bitwise=False, max_abs_diff=0.25,
         equal=False, first_module="drop (Dropout)",
     )  # fmt: skip
-    found = by_name(evaluate.smoke(predicted(), [other]))["grad agrees"]
+    found = by_name(evaluate.smoke(predicted(), [other]))["outputs match grad"]
     assert found.status == "fail"
     assert "0.25" in found.reason
     assert "drop (Dropout)" in found.reason
 
 
-# --- limits ------------------------------------------------------------------------------------
+# --- limits --------------------------------------------------------------------------------------
 
 
-def test_memory_is_held_to_the_byte():
+def test_memory_limits_are_exact_to_the_byte():
     limits = {"forward_peak": "66048", "retained": "159", "device_allocated": "1 GiB"}
-    found = by_name(evaluate.memory_limits(asked(limits=limits), MEMORY))
+    found = by_name(evaluate.memory_limits(section_of(limits=limits), MEMORY))
     assert found["forward peak"].status == "pass"
     assert found["retained"].status == "fail"
-    assert found["retained"].reason == "1 B too much (160 bytes)"
+    assert found["retained"].reason == "1 B above the limit (160 bytes)"
     assert found["retained"].key == "check.limits.retained"
-    assert found["device allocated"].status == "inconclusive", "nothing counted it"
+    assert found["device allocated"].status == "inconclusive", "not measured"
 
 
-def trials(mode: str, scale: float, spread: float = 0.001):
-    """Five processes of a mode; `scale` is the time of a round."""
+def processes(mode: str, scale: float, spread: float = 0.001):
+    """Five processes of a mode; `scale` is the time per batch."""
     return [
         measurement(
             mode=mode,
@@ -101,21 +111,23 @@ def trials(mode: str, scale: float, spread: float = 0.001):
     ("seconds", "limit", "status"),
     [(1.25, ">= 1.2", "pass"), (1.25, ">= 1.3", "fail"), (1.25, "<= 1.3", "pass")],
 )
-def test_a_speedup_is_time_of_the_other_over_time_of_this(seconds, limit, status):
-    measured = [*trials("inference_mode", 1.0), *trials("grad", seconds)]
-    section = asked(limits={"speedup_over_grad": limit})
+def test_a_speedup_is_the_time_of_the_other_mode_over_that_of_the_checked_mode(
+    seconds, limit, status
+):
+    measured = [*processes("inference_mode", 1.0), *processes("grad", seconds)]
+    section = section_of(limits={"speedup_over_grad": limit})
     (found,) = evaluate.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
     assert (found.status, found.check) == (status, "speedup over grad")
     assert found.value.startswith("1.25")
 
 
-def test_an_interval_on_both_sides_of_a_limit_is_inconclusive():
-    noisy = [m.replace(batch_seconds=(1.0 + 0.1 * m.process,) * 5) for m in trials("grad", 1.0)]
-    section = asked(limits={"speedup_over_grad": ">= 1.15"})
-    measured = [*trials("inference_mode", 1.0), *noisy]
+def test_an_interval_that_includes_the_limit_is_inconclusive():
+    noisy = [m.replace(batch_seconds=(1.0 + 0.1 * m.process,) * 5) for m in processes("grad", 1.0)]
+    section = section_of(limits={"speedup_over_grad": ">= 1.15"})
+    measured = [*processes("inference_mode", 1.0), *noisy]
     (found,) = evaluate.speedup_limits(section, GradMode.INFERENCE_MODE, measured)
     assert found.status == "inconclusive"
-    assert "both sides" in found.reason
+    assert "includes the limit" in found.reason
 
 
 @pytest.mark.parametrize(
@@ -123,51 +135,56 @@ def test_an_interval_on_both_sides_of_a_limit_is_inconclusive():
     [(0.98, ">= 0.97", "pass"), (0.96, ">= 0.97", "fail"), (0.2, "<= 0.3", "pass"),
      (math.nan, ">= 0.97", "fail"), (None, ">= 0.97", "fail")],
 )  # fmt: skip
-def test_a_metric_keeps_its_limit_and_one_that_is_not_there_does_not(value, limit, status):
+def test_a_metric_is_compared_with_its_limit_and_a_missing_one_fails(value, limit, status):
     metrics = [] if value is None else [Metric(name="accuracy", value=value, samples=9)]
-    (found,) = evaluate.metric_limits(asked(limits={"accuracy": limit}), metrics)
+    (found,) = evaluate.metric_limits(section_of(limits={"accuracy": limit}), metrics)
     assert (found.check, found.status) == ("accuracy", status)
 
 
-# --- regression --------------------------------------------------------------------------------
+# --- regression ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("low", "high", "status"),
     [(0.9, 1.0, "pass"), (1.02, 1.05, "pass"), (1.04, 1.06, "inconclusive"), (1.06, 1.2, "fail")],
 )
-def test_time_fails_only_where_the_whole_interval_is_beyond(low, high, status):
+def test_time_fails_only_if_the_whole_interval_is_outside(low, high, status):
     slowdown = Estimate((low + high) / 2, low, high)
-    (found,) = evaluate.time_regression(asked(), "main", slowdown)
+    (found,) = evaluate.time_regression(section_of(), "main", slowdown)
     assert (found.status, found.check) == (status, "time vs main")
 
 
-def test_times_of_another_machine_are_not_compared_and_memory_is():
+def test_memory_but_not_time_is_compared_across_machines():
     before = MACHINE.replace(cpu="Xeon", threads=8)
-    differs = evaluate.machines_differ(before, MACHINE)
+    differs = evaluate.machine_differences(before, MACHINE)
     assert differs == ["cpu Xeon, here AMD EPYC", "threads 8, here 2"]
-    (found,) = evaluate.time_regression(asked(), "b.json", Estimate(2, 1.9, 2.1), differs)
+    (found,) = evaluate.time_regression(section_of(), "b.json", Estimate(2, 1.9, 2.1), differs)
     assert found.status == "inconclusive"
     assert "--against" in found.reason
     grown = MEMORY.replace(forward_peak=67_400)
-    (found,) = evaluate.memory_regression(asked(), "b.json", MEMORY, grown)
+    (found,) = evaluate.memory_regression(section_of(), "b.json", MEMORY, grown)
     assert found.status == "fail"
 
 
-def test_figures_of_other_batches_are_no_regression():
+def test_another_batch_size_is_inconclusive():
     before, now = [measurement(3, 4)], [measurement(3, 8, batch_sizes=(8, 8, 8))]
-    assert evaluate.batches_differ(before, before) == []
-    differs = evaluate.batches_differ(before, now)
-    assert differs == ["batches of 4, here 8"]
+    assert evaluate.batch_size_difference(before, before) == []
+    differs = evaluate.batch_size_difference(before, now)
+    assert differs == ["batch size 4, here 8"]
     grown = MEMORY.replace(forward_peak=132_096)
-    (found,) = evaluate.memory_regression(asked(), "base", MEMORY, grown, differs)
+    (found,) = evaluate.memory_regression(section_of(), "base", MEMORY, grown, differs)
     assert (found.status, found.value) == ("inconclusive", "–")
-    assert "measured with batches of 4, here 8; --save-baseline" in found.reason
+    assert (
+        "measured with batch size 4, here 8; create a new baseline with --save-baseline"
+        in found.reason
+    )
 
 
-def test_one_process_of_a_baseline_supports_no_interval():
-    before, now = trials("grad", 1.0)[:1], trials("grad", 2.0)
-    (found,) = evaluate.time_regression(asked(), "b.json", evaluate.apart(before, now))
+def test_a_baseline_of_one_process_gives_no_interval():
+    before, now = processes("grad", 1.0)[:1], processes("grad", 2.0)
+    (found,) = evaluate.time_regression(
+        section_of(), "b.json", evaluate.unpaired_slowdown(before, now)
+    )
     assert found.status == "inconclusive"
     assert "--save-baseline" in found.reason
 
@@ -175,22 +192,22 @@ def test_one_process_of_a_baseline_supports_no_interval():
 @pytest.mark.parametrize(
     ("grown", "status"), [(0, "pass"), (660, "pass"), (661, "fail"), (-5000, "pass")]
 )
-def test_memory_may_grow_by_its_share_and_no_byte_more(grown, status):
+def test_memory_growth_is_limited_to_the_byte(grown, status):
     now = MEMORY.replace(forward_peak=66_048 + grown)
-    (found,) = evaluate.memory_regression(asked(), "main", MEMORY, now)
+    (found,) = evaluate.memory_regression(section_of(), "main", MEMORY, now)
     assert found.status == status
 
 
-def test_memory_that_came_from_nothing_fails_and_nothing_to_nothing_passes():
+def test_growth_from_zero_fails_and_zero_to_zero_passes():
     none = MEMORY.replace(retained=0)
-    section = asked(regression={"retained": "10%", "forward_peak": None})
+    section = section_of(regression={"retained": "10%", "forward_peak": None})
     assert next(evaluate.memory_regression(section, "m", none, MEMORY)).status == "fail"
     assert next(evaluate.memory_regression(section, "m", none, none)).status == "pass"
 
 
-def test_a_figure_that_one_side_lacks_is_inconclusive():
+def test_memory_that_one_side_lacks_is_inconclusive():
     unknown = MEMORY.replace(forward_peak=None)
-    (found,) = evaluate.memory_regression(asked(), "m", unknown, MEMORY)
+    (found,) = evaluate.memory_regression(section_of(), "m", unknown, MEMORY)
     assert found.status == "inconclusive"
 
 
@@ -198,37 +215,37 @@ OUTPUT = Output(name="prediction", dtype="float32", shape=(10,), mean=0.5, sprea
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         ({"mean": 0.50001}, ""),
         ({"mean": 0.6}, "mean was 0.5 and is 0.6"),
         ({"spread": math.nan}, "spread was 0.1 and is nan"),
         ({"shape": (5,)}, r"was float32 [10] and is float32 [5]"),
         ({"dtype": "float16"}, "is float16"),
-        ({"name": "other"}, "there is no prediction any more; other is new"),
+        ({"name": "other"}, "prediction is missing; other is new"),
     ],
 )
-def test_outputs_are_known_by_type_shape_mean_and_spread(change, said):
+def test_outputs_are_compared_by_dtype_shape_mean_and_spread(change, reason):
     now = OUTPUT.replace(**change)
-    (found,) = evaluate.outputs_regression(asked(), "b.json", [OUTPUT], [now])
-    assert found.status == ("fail" if said else "pass")
-    assert said in found.reason
+    (found,) = evaluate.outputs_regression(section_of(), "b.json", [OUTPUT], [now])
+    assert found.status == ("fail" if reason else "pass")
+    assert reason in found.reason
 
 
-def test_a_regression_that_nobody_asks_for_is_not_looked_for():
-    section = asked(regression={"time": None, "forward_peak": None, "outputs": False})
+def test_a_disabled_regression_is_not_evaluated():
+    section = section_of(regression={"time": None, "forward_peak": None, "outputs": False})
     assert not [*evaluate.time_regression(section, "m", Estimate(9, 8, 10))]
     assert not [*evaluate.memory_regression(section, "m", MEMORY, MEMORY)]
     assert not [*evaluate.outputs_regression(section, "m", [OUTPUT], [])]
 
 
-# --- the whole ---------------------------------------------------------------------------------
+# --- status -----------------------------------------------------------------------------------
 
 
-def test_one_failure_fails_and_one_doubt_without_failure_is_inconclusive():
+def test_status_is_fail_then_inconclusive_then_pass():
     good = evaluate.smoke(predicted(), [])
-    bad = evaluate.failed_smoke("runs", "no")
-    (unclear,) = evaluate.time_regression(asked(), "m", None)
+    bad = evaluate.model_failed("model runs", "no")
+    (unclear,) = evaluate.time_regression(section_of(), "m", None)
     for outcomes, status in (
         (good, "pass"),
         ([*good, unclear], "inconclusive"),

@@ -1,4 +1,4 @@
-"""Golden outputs: written, read back, and what is told where they differ."""
+"""Golden outputs: writing, reading and describing differences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradrun.core.errors import ConfigError, GradrunError
 RNG = np.random.default_rng(0)
 
 
-def test_what_was_written_is_no_different(tmp_path):
+def test_written_outputs_compare_equal(tmp_path):
     outputs = {
         "floats": RNG.standard_normal((50, 3, 2)).astype(np.float32),
         "halves": RNG.standard_normal((50, 3)).astype(np.float16),
@@ -23,12 +23,12 @@ def test_what_was_written_is_no_different(tmp_path):
         "nothing": np.zeros((50, 0), np.float32),
     }
     golden.write(tmp_path / "new" / "g.safetensors", outputs)
-    assert golden.differences(tmp_path / "new" / "g.safetensors", outputs, 0, 0) == {}
+    assert golden.compare_with_file(tmp_path / "new" / "g.safetensors", outputs, 0, 0) == {}
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["g.safetensors"]
 
 
-def test_differences_name_the_first_sample_how_many_and_how_far(tmp_path, monkeypatch):
-    monkeypatch.setattr(golden, "_WINDOW_BYTES", 7 * 12)
+def test_a_difference_has_its_first_sample_count_and_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(golden, "_CHUNK_BYTES", 7 * 12)
     rows = RNG.standard_normal((50, 3)).astype(np.float32)
     golden.write(tmp_path / "g.safetensors", {"a": rows, "b": rows, "c": np.arange(50)})
     changed, classes = rows.copy(), np.arange(50)
@@ -36,38 +36,38 @@ def test_differences_name_the_first_sample_how_many_and_how_far(tmp_path, monkey
     changed[3] *= 1 + 1e-6
     classes[49] = 0
     now = {"a": changed, "d": rows, "c": classes}
-    found = golden.differences(tmp_path / "g.safetensors", now, 1e-4, 1e-5)
+    found = golden.compare_with_file(tmp_path / "g.safetensors", now, 1e-4, 1e-5)
     assert found == {
-        "a": "differs in 2 samples of 50, first 13, by 0.5",
+        "a": "differs in 2 samples of 50, first at 13, by up to 0.5",
         "b": "is missing",
-        "c": "differs in 1 sample of 50, first 49, by 49",
+        "c": "differs in 1 sample of 50, first at 49, by up to 49",
         "d": "is new",
     }
 
 
 @pytest.mark.parametrize("now", [np.zeros((49, 3), np.float32), np.zeros((50, 3))])
-def test_another_shape_or_type_is_told_as_such(tmp_path, now):
+def test_another_shape_or_dtype_is_a_difference(tmp_path, now):
     golden.write(tmp_path / "g.safetensors", {"a": np.zeros((50, 3), np.float32)})
-    (said,) = golden.differences(tmp_path / "g.safetensors", {"a": now}, 1, 1).values()
-    assert "where [50, 3] float32 is expected" in said
+    (text,) = golden.compare_with_file(tmp_path / "g.safetensors", {"a": now}, 1, 1).values()
+    assert "expected [50, 3] float32" in text
 
 
 FILES = ("predictions.a.npy", "predictions.b.npy")
 
 
-def test_a_run_is_compared_with_another_file_by_file(tmp_path):
+def test_runs_are_compared_file_by_file(tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     rows = RNG.standard_normal((50, 3)).astype(np.complex64)
     for folder in (one, other):
         folder.mkdir()
         np.save(folder / "predictions.a.npy", rows)
-    assert golden.differences_from(other, one, FILES[:1], 0, 0) == {}
-    rows[17] *= 1j  # as long as before
+    assert golden.compare_runs(other, one, FILES[:1], 0, 0) == {}
+    rows[17] *= 1j  # the same absolute value
     np.save(one / "predictions.a.npy", rows)
     np.save(one / "predictions.b.npy", rows)
-    found = golden.differences_from(other, one, FILES, 1e-4, 1e-5)
-    assert found["a"].startswith("differs in 1 sample of 50, first 17, by ")
-    assert not found["a"].endswith("by 0")
+    found = golden.compare_runs(other, one, FILES, 1e-4, 1e-5)
+    assert found["a"].startswith("differs in 1 sample of 50, first at 17, by up to ")
+    assert not found["a"].endswith("by up to 0")
     assert found["b"] == "is new"
 
 
@@ -79,43 +79,46 @@ LINES = [
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "text"),
     [
         ({"id": 1, "prediction": [3.0000001], "label": "cat"}, ""),
-        ({"id": 1, "prediction": [3.1], "label": "cat"}, "differs in 1 sample of 3, first 1"),
-        ({"id": 1, "prediction": [3.0, 0.0], "label": "cat"}, "differs in 1 sample of 3, first 1"),
-        ({"id": 1, "prediction": [3.0], "label": "dog"}, "differs in 1 sample of 3, first 1"),
-        ({"id": 1, "prediction": None, "label": "cat"}, "differs in 1 sample of 3, first 1"),
-        ({"id": 1, "prediction": [3.0]}, "differs in 1 sample of 3, first 1"),
-        (None, "has fewer samples than the other side's"),
+        ({"id": 1, "prediction": [3.1], "label": "cat"}, "differs in 1 sample of 3, first at 1"),
+        (
+            {"id": 1, "prediction": [3.0, 0.0], "label": "cat"},
+            "differs in 1 sample of 3, first at 1",
+        ),
+        ({"id": 1, "prediction": [3.0], "label": "dog"}, "differs in 1 sample of 3, first at 1"),
+        ({"id": 1, "prediction": None, "label": "cat"}, "differs in 1 sample of 3, first at 1"),
+        ({"id": 1, "prediction": [3.0]}, "differs in 1 sample of 3, first at 1"),
+        (None, "has fewer samples than the reference"),
     ],
 )
-def test_rows_of_many_shapes_are_compared_line_by_line(tmp_path, line, said):
+def test_rows_of_different_shapes_are_compared_line_by_line(tmp_path, line, text):
     changed = [LINES[0], *([line] if line else []), LINES[2]]
     for name, lines in (("one", changed), ("other", LINES)):
         (tmp_path / name).mkdir()
-        text = "".join(json.dumps(each) + "\n" for each in lines)
-        (tmp_path / name / "predictions.jsonl").write_text(text)
-    found = golden.differences_from(
+        content = "".join(json.dumps(each) + "\n" for each in lines)
+        (tmp_path / name / "predictions.jsonl").write_text(content)
+    found = golden.compare_runs(
         tmp_path / "other", tmp_path / "one", ("predictions.jsonl",), 1e-4, 1e-5
     )
-    assert found == ({"predictions.jsonl": said} if said else {})
+    assert found == ({"predictions.jsonl": text} if text else {})
 
 
-def test_a_file_that_is_none_is_a_sentence(tmp_path):
+def test_an_invalid_or_unwritable_file_is_an_error(tmp_path):
     (tmp_path / "g.safetensors").write_bytes(b"no header at all")
-    with pytest.raises(ConfigError, match="no safetensors file"):
-        golden.differences(tmp_path / "g.safetensors", {}, 0, 0)
+    with pytest.raises(ConfigError, match="not a valid safetensors file"):
+        golden.compare_with_file(tmp_path / "g.safetensors", {}, 0, 0)
     (tmp_path / "file").touch()
     with pytest.raises(GradrunError, match="cannot be written"):
         golden.write(tmp_path / "file" / "g.safetensors", {})
 
 
-def test_outputs_are_described_in_windows_as_in_one(monkeypatch):
+def test_a_summary_does_not_depend_on_the_chunk_size(monkeypatch):
     rows = RNG.standard_normal((1000, 4)).astype(np.float32)
-    (whole,) = golden.described({"a": rows})
-    monkeypatch.setattr(golden, "_WINDOW_BYTES", 48)
-    (parts,) = golden.described({"a": rows})
+    (whole,) = golden.summarize({"a": rows})
+    monkeypatch.setattr(golden, "_CHUNK_BYTES", 48)
+    (parts,) = golden.summarize({"a": rows})
     assert (whole.dtype, whole.shape) == ("float32", (4,))
     assert whole.mean == pytest.approx(rows.mean(dtype=np.float64))
     assert whole.spread == pytest.approx(rows.std(dtype=np.float64))

@@ -1,12 +1,11 @@
-"""What a worker does: turns in one process, exact memory, and variants that fail.
+"""run_task: interleaved blocks, exact memory and failing variants.
 
-Most tests run the trial in their own process with a clock that moves only when the model says so.
+Most tests run in the test process, with a clock that only the model advances.
 """
 
 from __future__ import annotations
 
 import random
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,21 +16,20 @@ import torch
 from torch import nn
 
 from gradrun.comparison import benchmark
-from gradrun.comparison.protocol import Job, Marker, Variant, WorkerReport
+from gradrun.comparison.protocol import Job, Marker, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
+from tests.support.workers import keep_gc_unfrozen
 
 MODES = ("grad", "no_grad", "inference_mode")
 
 
 @pytest.fixture(autouse=True)
-def gc_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker freezes what it imported; these tests are no worker."""
-    nothing = types.SimpleNamespace(freeze=lambda: None, enable=lambda: None)
-    monkeypatch.setattr(benchmark, "gc", nothing)
+def real_gc_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_gc_unfrozen(monkeypatch)
 
 
-def variants(folder: Path, *modes: str, **changes: Any) -> tuple[Variant, ...]:
+def variants(folder: Path, *modes: str, **changes: Any) -> tuple[VariantTask, ...]:
     written = {
         "model": {"source": "zoo", "name": "mlp", "args": {"width": 4, "depth": 1}},
         "data": {
@@ -47,7 +45,7 @@ def variants(folder: Path, *modes: str, **changes: Any) -> tuple[Variant, ...]:
     for number, mode in enumerate(modes or MODES):
         config = load_config(written | changes, {"run.mode": mode}).config.model_dump(mode="json")
         again = " again" * (modes or MODES)[:number].count(mode)
-        made.append(Variant(name=mode + again, config=config))
+        made.append(VariantTask(name=mode + again, config=config))
     return tuple(made)
 
 
@@ -64,12 +62,12 @@ def job(folder: Path, *modes: str, **changes: Any) -> Job:
     return Job(**(settings | changes))
 
 
-# --- turns, by a clock of our own --------------------------------------------------------------
+# --- timing blocks, with a fake clock ------------------------------------------------------------
 
 
 @dataclass
 class FakeTime:
-    """Stands in for the time module."""
+    """Replaces the time module."""
 
     now: int = 0
 
@@ -80,7 +78,7 @@ class FakeTime:
         return self.now * 1e-9
 
 
-def mode_now() -> str:
+def current_mode() -> str:
     if torch.is_inference_mode_enabled():
         return "inference_mode"
     return "grad" if torch.is_grad_enabled() else "no_grad"
@@ -88,7 +86,7 @@ def mode_now() -> str:
 
 @dataclass
 class Call:
-    """What the model saw of one call."""
+    """One call of the model."""
 
     mode: str
     batch: int
@@ -97,7 +95,7 @@ class Call:
 
 @dataclass
 class Bench:
-    """A model that takes as long as it is told in each mode, and notes its calls."""
+    """A model with a given duration per mode that records its calls."""
 
     time: FakeTime
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(MODES, 0.004))
@@ -114,7 +112,7 @@ class Bench:
                 self.register_buffer("calls", torch.zeros(()))
 
             def forward(self, x: torch.Tensor) -> torch.Tensor:
-                call = Call(mode_now(), x.data_ptr(), id(self))
+                call = Call(current_mode(), hash(x.numpy().tobytes()), id(self))
                 bench.before(call)
                 bench.calls.append(call)
                 bench.time.now += round(bench.seconds[call.mode] * 1e9)
@@ -125,7 +123,7 @@ class Bench:
         return self.models[-1]
 
     def blocks(self, count: int, rounds: int, sides: int = 3) -> list[list[Call]]:
-        """The calls of the timed pass, block by block; what follows it runs batch 0 first."""
+        """Find the calls of the timed rounds, block by block."""
         timed = count * rounds * sides
         for start in range(len(self.calls) - timed):
             found = [self.calls[start + i : start + i + count] for i in range(0, timed, count)]
@@ -134,7 +132,7 @@ class Bench:
                 len({block[0].mode for block in turn}) == sides for turn in turns
             ):
                 return found
-        raise AssertionError("no turns to be seen")
+        raise AssertionError("found no interleaved blocks")
 
 
 @pytest.fixture
@@ -147,10 +145,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
 
 def rounds_of(report: WorkerReport) -> dict[str, tuple[float, ...]]:
     assert not report.failures
-    return {found.variant: found.batch_seconds for found in report.trials}
+    return {found.variant: found.batch_seconds for found in report.measurements}
 
 
-def test_every_variant_is_told_its_own_seconds_a_batch(bench: Bench, tmp_path: Path) -> None:
+def test_each_variant_gets_its_own_seconds_per_batch(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = {"grad": 0.006, "no_grad": 0.005, "inference_mode": 0.004}
     found = rounds_of(benchmark.run_task(job(tmp_path)))
     for mode, seconds in bench.seconds.items():
@@ -161,7 +159,7 @@ def test_every_variant_is_told_its_own_seconds_a_batch(bench: Bench, tmp_path: P
 @pytest.mark.parametrize(
     ("fastest", "count"), [(0.004, 3), (0.005, 2), (0.0101, 1), (0.5, 1), (0.0007, 15)]
 )
-def test_every_block_takes_ten_milliseconds_or_more(
+def test_every_block_takes_at_least_ten_milliseconds(
     bench: Bench, tmp_path: Path, fastest: float, count: int
 ) -> None:
     bench.seconds = {"grad": 2 * fastest, "no_grad": 1.5 * fastest, "inference_mode": fastest}
@@ -183,10 +181,10 @@ def test_all_variants_run_the_same_model_over_the_same_batches(
         for mode in MODES
     }
     assert batches["grad"] == batches["no_grad"] == batches["inference_mode"]
-    assert len(set(batches["grad"])) == 5, "they come round, all of them"
+    assert len(set(batches["grad"])) == 5, "every batch is used"
 
 
-def test_variants_of_two_models_each_have_their_own(bench: Bench, tmp_path: Path) -> None:
+def test_variants_with_different_models_load_both(bench: Bench, tmp_path: Path) -> None:
     one, other = variants(tmp_path, "grad", "no_grad")
     other.config["model"]["args"]["depth"] = 2
     benchmark.run_task(job(tmp_path, variants=(one, other)))
@@ -203,34 +201,32 @@ def order_of(bench: Bench, report: WorkerReport) -> list[list[str]]:
     return [names[i : i + 3] for i in range(0, len(names), 3)]
 
 
-def test_turns_are_taken_in_random_order_that_the_seed_decides(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_the_seed_determines_the_random_order_of_blocks(bench: Bench, tmp_path: Path) -> None:
     orders = []
     for seed in (1, 1, 2):
         bench.calls.clear()
         orders.append(order_of(bench, benchmark.run_task(job(tmp_path, seed=seed, seconds=1.0))))
     assert orders[0] == orders[1] != orders[2]
-    assert len({tuple(turn) for turn in orders[0]}) == 6, "every order comes up"
+    assert len({tuple(turn) for turn in orders[0]}) == 6, "every order occurs"
 
 
-def test_grad_is_warmed_up_first_wherever_it_stands(bench: Bench, tmp_path: Path) -> None:
+def test_grad_is_warmed_up_first_in_any_order_of_variants(bench: Bench, tmp_path: Path) -> None:
     report = benchmark.run_task(job(tmp_path, "inference_mode", "no_grad", "grad"))
     firsts = list(dict.fromkeys(call.mode for call in bench.calls))
     assert firsts == ["grad", "no_grad", "inference_mode"]
-    assert [t.variant for t in report.trials] == ["inference_mode", "no_grad", "grad"]
+    assert [m.variant for m in report.measurements] == ["inference_mode", "no_grad", "grad"]
     assert [(e.baseline, e.candidate) for e in report.equivalence] == [
         ("inference_mode", "no_grad"),
         ("inference_mode", "grad"),
     ]
 
 
-def test_it_goes_on_for_the_seconds_asked_for(bench: Bench, tmp_path: Path) -> None:
+def test_rounds_continue_for_the_requested_seconds(bench: Bench, tmp_path: Path) -> None:
     found = rounds_of(benchmark.run_task(job(tmp_path, seconds=1.0)))
     assert len(found["grad"]) == 28  # of 3 blocks of 12 ms each; 27 take less than a second
 
 
-def test_a_slow_model_makes_few_rounds_but_at_least_one(bench: Bench, tmp_path: Path) -> None:
+def test_a_slow_model_runs_fewer_rounds_but_at_least_one(bench: Bench, tmp_path: Path) -> None:
     bench.seconds = dict.fromkeys(MODES, 0.02)
     assert len(rounds_of(benchmark.run_task(job(tmp_path)))["grad"]) == 3  # 3 x 60 ms > 3 x 50 ms
     bench.seconds = dict.fromkeys(MODES, 20.0)
@@ -243,26 +239,26 @@ def test_a_mode_named_twice_is_measured_twice(bench: Bench, tmp_path: Path) -> N
     assert len(found["grad"]) == len(found["grad again"]) >= 3
 
 
-def test_buffers_are_as_they_were_after_all_that(bench: Bench, tmp_path: Path) -> None:
+def test_buffers_are_restored(bench: Bench, tmp_path: Path) -> None:
     benchmark.run_task(job(tmp_path))
     assert len(bench.calls) > 30
     assert bench.models[0].calls == 0
 
 
-def test_only_whole_batches_are_timed(bench: Bench, tmp_path: Path) -> None:
+def test_only_full_batches_are_timed(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 43, "batch_size": 8}
     report = benchmark.run_task(job(tmp_path, config={"data": data}))
-    assert {size for found in report.trials for size in found.batch_sizes} == {8}
+    assert {size for found in report.measurements for size in found.batch_sizes} == {8}
     assert len({call.batch for call in bench.calls}) == 5
 
 
-def test_a_short_batch_is_timed_where_there_is_no_other(bench: Bench, tmp_path: Path) -> None:
+def test_a_short_batch_is_timed_if_it_is_the_only_one(bench: Bench, tmp_path: Path) -> None:
     data = {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 3, "batch_size": 8}
     report = benchmark.run_task(job(tmp_path, config={"data": data}))
-    assert set(report.trials[0].batch_sizes) == {3}
+    assert set(report.measurements[0].batch_sizes) == {3}
 
 
-def test_of_much_data_only_some_batches_are_held(bench: Bench, tmp_path: Path) -> None:
+def test_at_most_eight_batches_of_large_data_are_loaded(bench: Bench, tmp_path: Path) -> None:
     data = {
         "source": "synthetic",
         "inputs": {"x": {"shape": [4]}},
@@ -273,7 +269,7 @@ def test_of_much_data_only_some_batches_are_held(bench: Bench, tmp_path: Path) -
     assert len({call.batch for call in bench.calls}) == 8
 
 
-def test_each_variants_threads_are_set_while_it_runs(bench: Bench, tmp_path: Path) -> None:
+def test_threads_of_each_variant_are_set_while_it_runs(bench: Bench, tmp_path: Path) -> None:
     one, two = variants(tmp_path, "grad", "no_grad")
     two.config["run"]["threads"] = 2
     seen: set[tuple[str, int]] = set()
@@ -286,22 +282,20 @@ def test_each_variants_threads_are_set_while_it_runs(bench: Bench, tmp_path: Pat
     assert seen == {("grad", 1), ("no_grad", 2)}
 
 
-# --- variants that fail ------------------------------------------------------------------------
+# --- failing variants ----------------------------------------------------------------------------
 
 
-def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_an_exception_in_a_round_removes_only_that_variant(bench: Bench, tmp_path: Path) -> None:
     def fail_late(call: Call) -> None:
         if call.mode == "no_grad" and sum(c.mode == "no_grad" for c in bench.calls) > 40:
             raise ValueError("enough\nof this")
 
     bench.before = fail_late
     report = benchmark.run_task(job(tmp_path, seconds=1.0))
-    assert [found.variant for found in report.trials] == ["grad", "inference_mode"]
-    rounds = {len(found.batch_seconds) for found in report.trials}
+    assert [found.variant for found in report.measurements] == ["grad", "inference_mode"]
+    rounds = {len(found.batch_seconds) for found in report.measurements}
     assert len(rounds) == 1
-    assert rounds.pop() > 28, "the time is theirs now"
+    assert rounds.pop() > 28, "the others get its time"
     (failure,) = report.failures
     assert failure.variant == "no_grad"
     assert failure.error.startswith("ValueError: enough (")
@@ -309,12 +303,12 @@ def test_what_a_variant_raises_amid_the_turns_leaves_the_others(
     assert [e.candidate for e in report.equivalence] == ["inference_mode"]
 
 
-def test_a_first_batch_that_is_refused_is_the_configs_fault(bench: Bench, tmp_path: Path) -> None:
-    def refuse(call: Call) -> None:
+def test_a_failing_first_batch_is_a_config_error(bench: Bench, tmp_path: Path) -> None:
+    def fail(call: Call) -> None:
         if call.mode == "grad":
             raise ValueError("not this")
 
-    bench.before = refuse
+    bench.before = fail
     report = benchmark.run_task(job(tmp_path))
     (failure,) = report.failures
     assert (failure.variant, failure.batch, failure.config_key) == ("grad", 0, "data.inputs")
@@ -332,7 +326,7 @@ def test_a_backward_without_a_graph_names_the_mode_of_its_variant(
 
     bench.before = go_back
     report = benchmark.run_task(job(tmp_path, seconds=1.0))
-    assert [found.variant for found in report.trials] == ["grad"]
+    assert [found.variant for found in report.measurements] == ["grad"]
     for failure in report.failures:
         assert failure.error.startswith(f"backward() at {__file__}:")
         assert f"the model ran in {failure.variant}," in failure.error
@@ -340,27 +334,27 @@ def test_a_backward_without_a_graph_names_the_mode_of_its_variant(
     assert {failure.variant for failure in report.failures} == {"no_grad", "inference_mode"}
 
 
-def test_where_all_fail_there_is_a_report_all_the_same(bench: Bench, tmp_path: Path) -> None:
+def test_a_report_is_returned_even_if_all_variants_fail(bench: Bench, tmp_path: Path) -> None:
     def fail(call: Call) -> None:
         raise ValueError("no")
 
     bench.before = fail
     report = benchmark.run_task(job(tmp_path))
     assert [failure.variant for failure in report.failures] == list(MODES)
-    assert (report.trials, report.equivalence, report.environment) == ((), (), None)
+    assert (report.measurements, report.equivalence, report.environment) == ((), (), None)
 
 
-def test_the_marker_names_the_variant_and_batch_of_every_single_call_when_weighing(
+def test_the_marker_names_every_batch_while_memory_is_measured(
     bench: Bench, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
     bench.before = lambda call: seen.append(Marker.read(tmp_path / "marker"))
-    benchmark.run_task(job(tmp_path, "grad", kind="weigh"))
+    benchmark.run_task(job(tmp_path, "grad", kind="measure_memory"))
     assert seen[-5:] == [(0, number) for number in range(5)]
     assert {variant for variant, _ in seen} == {0}
 
 
-def test_the_marker_is_at_the_variant_while_its_model_is_built(
+def test_the_marker_names_the_variant_while_its_model_is_built(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> nn.Module:
@@ -373,19 +367,19 @@ def test_the_marker_is_at_the_variant_while_its_model_is_built(
     assert seen == [(1, 0), (0, 0)]
 
 
-# --- memory ------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 WIDE = {
-    "model": {"source": "zoo", "name": "mlp", "args": {"width": 1024}},
+    "model": {"source": "zoo", "name": "mlp", "args": {"width": 256}},
     "data": {
         "source": "synthetic",
-        "inputs": {"x": {"shape": [1024]}},
-        "samples": 256,
-        "batch_size": 256,
+        "inputs": {"x": {"shape": [256]}},
+        "samples": 64,
+        "batch_size": 64,
     },
 }
-EXACT = {"grad": 9_437_184, "no_grad": 3_145_728, "inference_mode": 3_145_728}
-ACTIVATION = 256 * 1024 * 4
+ACTIVATION = 64 * 256 * 4
+EXACT = {"grad": 9 * ACTIVATION, "no_grad": 3 * ACTIVATION, "inference_mode": 3 * ACTIVATION}
 
 
 @pytest.fixture(scope="module")
@@ -396,41 +390,41 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> WorkerReport:
 
 
 def test_tensor_memory_is_exact_to_the_byte(wide: WorkerReport) -> None:
-    assert {found.variant: found.memory.forward_peak for found in wide.trials} == EXACT
-    retained = {found.variant: found.memory.retained for found in wide.trials}
-    # In grad the output of every ReLU is kept; the activations of Linear are not needed.
+    assert {found.variant: found.memory.forward_peak for found in wide.measurements} == EXACT
+    retained = {found.variant: found.memory.retained for found in wide.measurements}
+    # In grad the output of every ReLU is saved; those of Linear are not needed.
     assert retained == {"grad": 8 * ACTIVATION, "no_grad": ACTIVATION, "inference_mode": ACTIVATION}
 
 
 def test_tensor_memory_is_equal_from_process_to_process(wide: WorkerReport, tmp_path: Path) -> None:
     here = benchmark.run_task(job(tmp_path, seconds=0.01, config=WIDE))
-    assert [(t.memory.forward_peak, t.memory.retained) for t in here.trials] == [
-        (t.memory.forward_peak, t.memory.retained) for t in wide.trials
+    assert [(m.memory.forward_peak, m.memory.retained) for m in here.measurements] == [
+        (m.memory.forward_peak, m.memory.retained) for m in wide.measurements
     ]
 
 
-def test_weights_and_inputs_are_counted_apart(wide: WorkerReport) -> None:
-    for found in wide.trials:
-        assert found.memory.weights == 8 * (1024 * 1024 + 1024) * 4
+def test_weights_and_inputs_are_counted_separately(wide: WorkerReport) -> None:
+    for found in wide.measurements:
+        assert found.memory.weights == 8 * (256 * 256 + 256) * 4
         assert found.memory.inputs == ACTIVATION
 
 
-def test_the_process_peak_is_of_a_process_that_ran_that_variant_only(
+def test_the_process_peak_comes_from_a_process_with_one_variant(
     wide: WorkerReport, tmp_path: Path
 ) -> None:
-    assert {found.memory.process_peak for found in wide.trials} == {None}
-    (weighed,) = benchmark.run_task(job(tmp_path, "grad", kind="weigh")).trials
-    assert weighed.memory.process_peak
-    assert (weighed.memory.forward_peak, weighed.batch_seconds) == (None, ())
+    assert {found.memory.process_peak for found in wide.measurements} == {None}
+    (alone,) = benchmark.run_task(job(tmp_path, "grad", kind="measure_memory")).measurements
+    assert alone.memory.process_peak
+    assert (alone.memory.forward_peak, alone.batch_seconds) == (None, ())
 
 
-def test_memory_that_nobody_asked_for_is_not_counted(tmp_path: Path) -> None:
+def test_tensor_memory_is_not_measured_if_disabled(tmp_path: Path) -> None:
     config = {"measure": {"memory": False}}
     report = benchmark.run_task(job(tmp_path, config=config, seconds=0.01))
-    assert {found.memory.forward_peak for found in report.trials} == {None}
+    assert {found.memory.forward_peak for found in report.measurements} == {None}
 
 
-# --- outputs -----------------------------------------------------------------------------------
+# --- outputs -------------------------------------------------------------------------------------
 
 
 def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_path: Path) -> None:
@@ -456,16 +450,14 @@ def test_the_fused_path_of_the_transformer_is_named_and_within_tolerance(tmp_pat
     assert 0 < off.max_abs_diff < 1e-5
 
 
-def test_modes_that_compute_the_same_give_the_same_to_the_bit(wide: WorkerReport) -> None:
+def test_modes_with_the_same_arithmetic_are_bitwise_equal(wide: WorkerReport) -> None:
     assert [(e.candidate, e.bitwise, e.first_module) for e in wide.equivalence] == [
         ("no_grad", True, None),
         ("inference_mode", True, None),
     ]
 
 
-def test_the_order_of_turns_owes_nothing_to_pythons_own_random_state(
-    bench: Bench, tmp_path: Path
-) -> None:
+def test_the_global_random_state_is_not_used(bench: Bench, tmp_path: Path) -> None:
     before = random.getstate()
     benchmark.run_task(job(tmp_path))
     assert random.getstate() == before

@@ -1,6 +1,6 @@
-"""`gradrun compare` as it is typed, and `gradrun.compare`: what is asked, what is answered.
+"""`gradrun compare` and `gradrun.compare`: arguments, errors and results.
 
-Most tests stop before any worker; what is true of real workers is asked of two real comparisons.
+Most tests replace the workers; two real comparisons cover the rest.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gradrun.results.ratios import compare_measured
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
 from tests.support.run_results import MACHINE, measurement
+from tests.support.workers import in_process_workers
 
 ALL = ["grad", "no_grad", "inference_mode"]
 
@@ -31,14 +32,14 @@ YAML = """\
 model: {source: zoo, name: mlp, args: {width: 4, depth: 1}}
 data: {source: synthetic, inputs: {x: {shape: [4]}}, samples: 64, batch_size: 8}
 run: {threads: 1}
-measure: {processes: 2, budget: 5}
+measure: {processes: 2, budget: 2}
 output: {path: runs/out}
 """
 
 
 @dataclass
-class Asked:
-    """What a comparison was asked, by the time its workers would have been started."""
+class Requests:
+    """The sessions that would have been run."""
 
     sessions: list[Any]
 
@@ -49,18 +50,18 @@ class Asked:
 
     @property
     def configs(self) -> list[dict[str, Any]]:
-        return [variant.config for variant in self.sessions[0].variants]
+        return [variant.config.model_dump(mode="json") for variant in self.sessions[0].variants]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
-    """No worker runs; the result has one row a variant."""
-    found = Asked([])
+def requests(monkeypatch: pytest.MonkeyPatch) -> Requests:
+    """Replace the workers by fixed measurements."""
+    requests = Requests([])
 
     def run(session: Any, progress: Any = None) -> SessionData:
-        found.sessions.append(session)
+        requests.sessions.append(session)
         measured = [
-            measurement(5, last=4, variant=v.name, mode=v.config["run"]["mode"], process=process)
+            measurement(5, last=4, variant=v.name, mode=v.config.run.mode, process=process)
             for v in session.variants
             for process in range(2)
         ]
@@ -71,18 +72,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         )
 
     monkeypatch.setattr(session.Session, "run", run)
-    return found
+    return requests
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder but for c.yaml, which is the current one."""
+    """The current folder, which contains only c.yaml."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(YAML)
     return tmp_path
 
 
-# --- every form --------------------------------------------------------------------------------
+# --- forms of the command ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -106,39 +107,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("c.yaml --over model.args.width=4,8", ["model.args.width=4", "model.args.width=8"]),
     ],
 )
-def test_every_form_compares_what_it_names_in_that_order(
-    cli: Command, asked: Asked, words: str, names: list[str]
+def test_every_form_compares_the_named_variants_in_order(
+    cli: Command, requests: Requests, words: str, names: list[str]
 ) -> None:
     answer = cli("compare", *words.split())
     assert answer.code == 0, answer.text
-    assert asked.names[: len(names)] == names
-    assert len(set(asked.names)) == len(asked.names)
-    assert all(config["model"]["name"] == "mlp" for config in asked.configs)
+    assert requests.names[: len(names)] == names
+    assert len(set(requests.names)) == len(requests.names)
+    assert all(config["model"]["name"] == "mlp" for config in requests.configs)
 
 
 @pytest.mark.parametrize("words", ["--modes", ""])
-def test_without_a_config_the_bundled_digits_are_compared_and_the_result_lies_here(
-    cli: Command, asked: Asked, folder: Path, words: str
+def test_the_bundled_digits_are_compared_without_a_config(
+    cli: Command, requests: Requests, folder: Path, words: str
 ) -> None:
     (folder / "c.yaml").unlink()
     answer = cli("compare", *words.split())
     assert answer.code == 0, answer.text
-    assert asked.names == ALL
-    assert {config["model"]["name"] for config in asked.configs} == {"digits_cnn"}
+    assert requests.names == ALL
+    assert {config["model"]["name"] for config in requests.configs} == {"digits_cnn"}
     assert (folder / "runs" / "digits-compare" / "result.json").is_file()
 
 
-def test_variants_differ_in_the_key_compared_and_in_nothing_else(
-    cli: Command, asked: Asked
-) -> None:
+def test_variants_differ_only_in_the_compared_key(cli: Command, requests: Requests) -> None:
     cli("compare", "c.yaml", "--over", "run.threads=1,2", "--set", "run.seed=5")
-    one, two = asked.configs
+    one, two = requests.configs
     assert (one["run"].pop("threads"), two["run"].pop("threads")) == (1, 2)
     assert one == two
     assert one["run"]["seed"] == 5
 
 
-def test_the_first_is_the_baseline(cli: Command, asked: Asked) -> None:
+def test_the_first_is_the_baseline(cli: Command, requests: Requests) -> None:
     answer = cli("compare", "c.yaml", "--modes", "no_grad,grad,inference_mode", "--json", "-")
     found = json.loads(answer.out)["comparisons"]
     assert [(c["baseline"], c["candidate"]) for c in found] == [
@@ -147,16 +146,16 @@ def test_the_first_is_the_baseline(cli: Command, asked: Asked) -> None:
     ]
 
 
-# --- what is refused ---------------------------------------------------------------------------
+# --- invalid requests ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         ("c.yaml --modes grad,no_gard", ["no_gard", "did you mean", "no_grad"]),
         ("c.yaml --modes inference", ["inference", "did you mean", "inference_mode"]),
         ("c.yaml --modes grad", ["two values of run.mode"]),
-        ("c.yaml --over output.path=a,b", ["output.path", "nothing that is measured"]),
+        ("c.yaml --over output.path=a,b", ["output.path", "does not affect the measurement"]),
         ("c.yaml --over run.threads=1,2 --over run.seed=1,2", ["one key at a time"]),
         ("c.yaml --over run.thread=1,2", ["run.thread", "did you mean", "threads"]),
         ("c.yaml --over run.threads=1,two", ["run.threads", "two"]),
@@ -169,31 +168,33 @@ def test_the_first_is_the_baseline(cli: Command, asked: Asked) -> None:
         ("c.yaml --json no/such/folder.json", ["no/such"]),
     ],
 )
-def test_what_cannot_be_compared_is_said_before_anything_runs(
-    cli: Command, asked: Asked, folder: Path, words: str, told: list[str]
+def test_an_invalid_request_is_reported_before_anything_runs(
+    cli: Command, requests: Requests, folder: Path, words: str, expected: list[str]
 ) -> None:
     answer = cli("compare", *words.split())
     assert answer.code == 2
     assert answer.out == ""
-    assert all(word in answer.err.lower() for word in told), answer.err
+    assert all(word in answer.err.lower() for word in expected), answer.err
     assert "Traceback" not in answer.err
-    assert not asked.sessions
+    assert not requests.sessions
     assert not (folder / "runs").exists()
 
 
-def test_a_file_in_the_place_of_the_results_folder_is_said_before_anything_runs(
-    cli: Command, asked: Asked, folder: Path
+def test_a_file_at_the_path_of_the_result_folder_is_reported_before_anything_runs(
+    cli: Command, requests: Requests, folder: Path
 ) -> None:
     (folder / "runs").mkdir()
     (folder / "runs" / "out-compare").touch()
     assert cli("compare", "c.yaml").code == 2
-    assert not asked.sessions
+    assert not requests.sessions
 
 
-# --- what is answered --------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 
-def test_json_on_stdout_is_alone_there(cli: Command, asked: Asked, folder: Path) -> None:
+def test_stdout_contains_only_json_with_json_dash(
+    cli: Command, requests: Requests, folder: Path
+) -> None:
     answer = cli("compare", "c.yaml", "--json", "-")
     result = RunResult.from_json(answer.out)
     assert result == RunResult.load(folder / "runs" / "out-compare")
@@ -201,54 +202,56 @@ def test_json_on_stdout_is_alone_there(cli: Command, asked: Asked, folder: Path)
     assert "inference_mode" in answer.err
 
 
-def test_json_goes_to_a_file_too(cli: Command, asked: Asked, folder: Path) -> None:
+def test_json_is_written_to_a_file(cli: Command, requests: Requests, folder: Path) -> None:
     answer = cli("compare", "c.yaml", "--json", "here.json")
     assert RunResult.load(folder / "here.json").kind == "compare"
     assert "inference_mode" in answer.out
 
 
-def test_quiet_says_nothing(cli: Command, asked: Asked, folder: Path) -> None:
+def test_quiet_prints_nothing(cli: Command, requests: Requests, folder: Path) -> None:
     assert cli("compare", "c.yaml", "--quiet").text == ""
     assert (folder / "runs" / "out-compare" / "result.json").is_file()
 
 
-def test_an_earlier_run_of_infer_is_not_touched(cli: Command, asked: Asked, folder: Path) -> None:
+def test_an_earlier_run_of_infer_is_not_modified(
+    cli: Command, requests: Requests, folder: Path
+) -> None:
     assert cli("infer", "c.yaml", "--quiet").code == 0
     before = {path: path.read_bytes() for path in (folder / "runs" / "out").iterdir()}
     assert cli("compare", "c.yaml").code == 0
-    assert cli("compare", "c.yaml").code == 0, "and it can be asked again"
+    assert cli("compare", "c.yaml").code == 0, "compare can be repeated"
     assert {path: path.read_bytes() for path in (folder / "runs" / "out").iterdir()} == before
 
 
-def test_the_function_takes_what_the_command_takes(asked: Asked, folder: Path) -> None:
+def test_the_function_takes_modes_and_overrides(requests: Requests, folder: Path) -> None:
     compared = gradrun.compare("c.yaml", ["no_grad", gradrun.GradMode.GRAD], run={"seed": 3})
-    assert asked.names == ["no_grad", "grad"]
-    assert {config["run"]["seed"] for config in asked.configs} == {3}
+    assert requests.names == ["no_grad", "grad"]
+    assert {config["run"]["seed"] for config in requests.configs} == {3}
     assert [type(c) for c in compared] == [gradrun.Comparison]
     assert compared.result.comparisons == tuple(compared)
 
 
-def test_the_function_compares_along_any_key_with_values_of_any_type(asked: Asked) -> None:
+def test_the_function_compares_along_any_key_with_values_of_any_type(requests: Requests) -> None:
     written = gradrun.load_config("c.yaml").config
     gradrun.compare(written, over=("model.args", [{"width": 8}, {"width": 4, "depth": 2}]))
-    assert [config["model"]["args"] for config in asked.configs] == [
-        {"width": 8, "depth": 1},  # a mapping is laid over what c.yaml says, as everywhere
+    assert [config["model"]["args"] for config in requests.configs] == [
+        {"width": 8, "depth": 1},  # a mapping is merged with the values of c.yaml
         {"width": 4, "depth": 2},
     ]
 
 
-def test_the_function_refuses_a_mode_that_there_is_none_of(asked: Asked) -> None:
+def test_the_function_rejects_an_unknown_mode(requests: Requests) -> None:
     with pytest.raises(ConfigError, match="no_grad"):
         gradrun.compare("c.yaml", ["grad", "nograd"])
-    assert not asked.sessions
+    assert not requests.sessions
 
 
-# --- real workers ------------------------------------------------------------------------------
+# --- real workers --------------------------------------------------------------------------------
 
 SCRIPT = """\
 import json, sys, time
 import gradrun
-gradrun.compare, gradrun.RunConfig  # imported outside of what is counted
+gradrun.compare, gradrun.RunConfig  # imported before the clock starts
 began, used = time.perf_counter(), time.process_time()
 compared = gradrun.compare("c.yaml", ["grad", "inference_mode"])
 wall, cpu = time.perf_counter() - began, time.process_time() - used
@@ -262,9 +265,9 @@ print(json.dumps({
 
 @dataclass
 class Real:
-    """A comparison by real workers, in a process of its own."""
+    """A comparison with real workers, run in a separate process."""
 
-    said: dict[str, Any]
+    printed: dict[str, Any]
     result: RunResult
 
 
@@ -286,22 +289,22 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     return Real(json.loads(done.stdout), RunResult.load(folder / "runs" / "out-compare"))
 
 
-def test_the_parent_neither_imports_torch_nor_takes_the_processor_from_its_workers(
+def test_the_parent_does_not_import_torch_and_uses_little_cpu(
     real: Real,
 ) -> None:
-    assert real.said["torch"] is False
-    assert real.said["cpu"] < 0.2 * real.said["wall"]
+    assert real.printed["torch"] is False
+    assert real.printed["cpu"] < 0.2 * real.printed["wall"]
 
 
-def test_a_real_comparison_has_every_figure_that_the_issue_asks_for(real: Real) -> None:
-    assert real.said["kinds"] == ["Comparison"]
+def test_a_real_comparison_is_complete(real: Real) -> None:
+    assert real.printed["kinds"] == ["Comparison"]
     result = real.result
     (compared,) = result.comparisons
     assert compared.low <= compared.ratio <= compared.high
     assert compared.verdict in {"faster", "slower", "no_difference", "inconclusive"}
     assert [(e.bitwise, e.equal) for e in result.equivalence] == [(True, True)]
     assert {m.variant for m in result.measurements} == {"grad", "inference_mode"}
-    assert {m.process for m in result.measurements} == set(range(real.said["processes"] + 1))
+    assert {m.process for m in result.measurements} == set(range(real.printed["processes"] + 1))
     assert len({m.process for m in result.measurements}) >= 2
     for measured in result.measurements:
         assert measured.batch_seconds, "raw samples of every process"
@@ -356,20 +359,20 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answer, RunResult]
     )
 
 
-def test_modes_that_fail_are_told_in_one_sentence_each_with_their_batch(
+def test_each_failed_mode_is_reported_in_one_line_with_its_batch(
     broken: tuple[Answer, RunResult],
 ) -> None:
     answer, result = broken
     assert answer.code == 1
     assert "Traceback" not in answer.err
     raised, killed = answer.err.strip().splitlines()
-    said = r"error: grad, batch 2: ValueError: no 16 in grad \(/.*/nets\.py:9\)"
-    assert re.fullmatch(said, raised)
+    expected = r"error: grad, batch 2: ValueError: no 16 in grad \(/.*/nets\.py:9\)"
+    assert re.fullmatch(expected, raised)
     assert killed.startswith("no_grad, batch 3: was killed by SIGKILL")
     assert list(result.failures) == [raised.removeprefix("error: "), killed]
 
 
-def test_the_rows_of_the_others_are_shown_and_saved_all_the_same(
+def test_the_other_modes_are_shown_and_saved(
     broken: tuple[Answer, RunResult],
 ) -> None:
     answer, result = broken
@@ -380,24 +383,26 @@ def test_the_rows_of_the_others_are_shown_and_saved_all_the_same(
     assert [c.baseline for c in result.comparisons] == ["inference_mode"]
 
 
-def test_a_device_that_is_not_there_is_told_as_infer_tells_it(cli: Command, folder: Path) -> None:
-    answer = cli("compare", "c.yaml", "--over", "run.device=cpu,cuda:99")
+def test_a_missing_device_is_reported(cli: Command, folder: Path) -> None:
+    with in_process_workers():
+        answer = cli("compare", "c.yaml", "--over", "run.device=cpu,cuda:99")
     assert answer.code in {1, 2}
     assert "device cuda:99 is not available" in answer.err
 
 
-def test_ctrl_c_shows_and_saves_what_was_measured(
+def test_ctrl_c_shows_and_saves_the_data_so_far(
     cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    enough = session.Session._enough
+    is_done = session.Session._is_done
 
     def stop(session: Any, cost: float) -> bool:
-        if len(session.paces) == 2:
+        if len(session.process_medians) == 2:
             raise KeyboardInterrupt
-        return enough(session, cost)
+        return is_done(session, cost)
 
-    monkeypatch.setattr(session.Session, "_enough", stop)
-    answer = cli("compare", "c.yaml", "--modes", "grad,no_grad")
+    monkeypatch.setattr(session.Session, "_is_done", stop)
+    with in_process_workers():
+        answer = cli("compare", "c.yaml", "--modes", "grad,no_grad")
     assert answer.code == 130, answer.text
     assert "error: interrupted" in answer.err
     assert "in 2 fresh processes" in answer.out

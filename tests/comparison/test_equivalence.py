@@ -1,4 +1,4 @@
-"""Whether two variants agree, and where they first part: on models made for it."""
+"""Output comparison and the first differing module, on small models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(mode: str, **measure: float) -> RunConfig:
 
 @dataclass
 class ComparableModel:
-    """A variant as divergence.py sees it."""
+    """A variant without a worker."""
 
     name: str
     model: nn.Module
@@ -43,11 +43,11 @@ class ComparableModel:
     batches: list[Batch]
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def execution_context(self) -> Iterator[None]:
         with grad_mode(self.config.run.mode):
             yield
 
-    def call(self, number: int) -> Any:
+    def run_batch(self, number: int) -> Any:
         return self.model(*self.batches[number].args)
 
 
@@ -65,7 +65,7 @@ def sides(
 
 
 class InGrad(nn.Module):
-    """Returns something else while gradients are on."""
+    """Changes its input only if gradients are enabled."""
 
     def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
@@ -84,14 +84,14 @@ def off_by(difference: float) -> InGrad:
     return InGrad(lambda x: x + difference)
 
 
-def test_the_same_outputs_are_the_same_to_the_bit() -> None:
+def test_equal_outputs_are_bitwise_equal() -> None:
     found = equivalence(*sides(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Softmax(-1))))
     assert (found.baseline, found.candidate) == ("grad", "inference_mode")
     assert (found.bitwise, found.equal, found.max_abs_diff) == (True, True, 0.0)
     assert found.first_module is None
 
 
-def test_a_difference_is_told_with_its_size_and_its_first_module() -> None:
+def test_a_difference_has_its_size_and_first_module() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(), off_by(0.5)), nn.Linear(4, 4))
     found = equivalence(*sides(nn.Sequential(nn.Linear(4, 4), off_by(0.5))))
     assert not found.bitwise
@@ -101,15 +101,13 @@ def test_a_difference_is_told_with_its_size_and_its_first_module() -> None:
 
 
 @pytest.mark.parametrize(("tolerance", "equal"), [(1e-2, True), (1e-4, False)])
-def test_a_small_difference_counts_by_the_tolerance_asked_for(
-    tolerance: float, equal: bool
-) -> None:
+def test_a_small_difference_is_judged_by_the_tolerance(tolerance: float, equal: bool) -> None:
     found = equivalence(*sides(off_by(1e-3), rtol=0.0, atol=tolerance))
     assert (found.bitwise, found.equal) == (False, equal)
     assert found.max_abs_diff == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_difference_in_a_later_batch_counts_too() -> None:
+def test_a_difference_in_a_later_batch_counts() -> None:
     base, other = sides(nn.Identity())
     base.model = InGrad(lambda x: x + float(x is base.batches[1].args[0]))
     other.model = base.model
@@ -125,7 +123,7 @@ def test_a_difference_in_any_output_counts() -> None:
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-def test_the_same_nan_or_infinity_is_no_difference(odd: float) -> None:
+def test_equal_nan_or_infinity_is_not_a_difference(odd: float) -> None:
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.masked_fill(x > 0, odd)
@@ -135,47 +133,47 @@ def test_the_same_nan_or_infinity_is_no_difference(odd: float) -> None:
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf])
-def test_a_nan_or_infinity_on_one_side_alone_is_no_small_difference(odd: float) -> None:
+def test_nan_or_infinity_on_one_side_is_an_infinite_difference(odd: float) -> None:
     found = equivalence(*sides(InGrad(lambda x: x.masked_fill(x > 0, odd))))
     assert (found.bitwise, found.equal, found.max_abs_diff) == (False, False, math.inf)
 
 
-def test_a_nan_is_not_taken_for_the_zero_on_the_other_side() -> None:
+def test_nan_differs_from_zero() -> None:
     model = nn.Sequential(nn.ReLU(), InGrad(lambda x: x.masked_fill(x == 0, math.nan)))
     found = equivalence(*sides(model))
     assert (found.bitwise, found.equal) == (False, False)
     assert found.first_module == "1 (InGrad)"
 
 
-def test_complex_outputs_are_compared_whole() -> None:
+def test_complex_outputs_are_compared() -> None:
     model = nn.Sequential(Complex(), InGrad(lambda x: x + 0.25j))
     found = equivalence(*sides(model))
     assert (found.equal, found.max_abs_diff) == (False, pytest.approx(0.25))
 
 
-def test_complex_outputs_beside_real_ones_are_compared_as_numbers() -> None:
+def test_complex_and_real_outputs_are_compared_as_numbers() -> None:
     found = equivalence(*sides(InGrad(lambda x: torch.complex(x, torch.full_like(x, 0.25)))))
     assert (found.equal, found.max_abs_diff) == (False, pytest.approx(0.25))
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:, :2], lambda x: (x, x), lambda x: {"y": x}])
-def test_outputs_of_another_shape_or_name_are_infinitely_far(change: Any) -> None:
+def test_other_shapes_or_names_are_an_infinite_difference(change: Any) -> None:
     found = equivalence(*sides(InGrad(change)))
     assert (found.bitwise, found.equal, found.max_abs_diff) == (False, False, math.inf)
 
 
-def test_another_type_with_the_same_values_is_not_the_same_to_the_bit() -> None:
+def test_equal_values_of_another_dtype_are_not_bitwise_equal() -> None:
     found = equivalence(*sides(InGrad(lambda x: x.double())))
     assert (found.bitwise, found.equal, found.max_abs_diff) == (False, True, 0.0)
 
 
-def test_dropout_falls_alike_on_both_sides() -> None:
+def test_both_sides_draw_the_same_dropout() -> None:
     base, other = sides(nn.Sequential(nn.Dropout(0.5)))
     base.model.train()
     assert equivalence(base, other).bitwise
 
 
-def test_what_a_model_counts_in_a_buffer_is_no_difference_between_modes() -> None:
+def test_a_counter_in_a_buffer_is_not_a_difference() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -190,7 +188,7 @@ def test_what_a_model_counts_in_a_buffer_is_no_difference_between_modes() -> Non
     assert model.calls == 0
 
 
-def test_the_fused_path_of_transformer_layers_is_found() -> None:
+def test_the_fused_path_of_a_transformer_layer_is_named() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     found = equivalence(*sides(nn.TransformerEncoder(layer, 2), shape=(4, 8, 16)))
     assert not found.bitwise
@@ -198,7 +196,7 @@ def test_the_fused_path_of_transformer_layers_is_found() -> None:
     assert found.first_module == "layers.0 (TransformerEncoderLayer)"
 
 
-def test_no_hook_is_left_behind() -> None:
+def test_hooks_are_removed() -> None:
     def hooks() -> int:
         return len(torch_module._global_forward_hooks)
 
@@ -210,7 +208,7 @@ def test_no_hook_is_left_behind() -> None:
     assert hooks() == before
 
 
-def test_a_module_that_one_side_does_not_call_is_passed_over() -> None:
+def test_a_module_that_one_side_does_not_call_is_skipped() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -224,11 +222,11 @@ def test_a_module_that_one_side_does_not_call_is_passed_over() -> None:
     assert first_differing_module(*sides(Skips())) == "last (Identity)"
 
 
-def test_a_model_that_is_itself_the_difference_is_called_the_model() -> None:
+def test_a_difference_in_the_root_module_is_named_the_model() -> None:
     assert first_differing_module(*sides(off_by(1.0))) == "(the model) (InGrad)"
 
 
-def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> None:
+def test_in_place_changes_of_the_input_do_not_reach_the_other_side() -> None:
     class InPlace(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.mul_(2.0)
@@ -239,11 +237,11 @@ def test_a_model_that_writes_into_its_input_does_not_reach_the_other_side() -> N
     assert torch.equal(base.batches[0].args[0], value)
 
 
-# --- batches of different sizes ----------------------------------------------------------------
+# --- different batches ---------------------------------------------------------------------------
 
 
 def in_batches(side: ComparableModel, *sizes: int) -> ComparableModel:
-    """The same samples, cut otherwise."""
+    """The same samples in batches of other sizes."""
     whole = torch.cat([batch.args[0] for batch in side.batches])
     ends = list(itertools.accumulate(sizes))
     batches = [
@@ -253,7 +251,7 @@ def in_batches(side: ComparableModel, *sizes: int) -> ComparableModel:
     return ComparableModel(side.name, side.model, side.config, batches)
 
 
-def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
+def test_samples_are_matched_if_batch_sizes_differ() -> None:
     one, other = sides(nn.Linear(4, 3), "no_grad", "no_grad")
     found = equivalence(one, in_batches(other, 2, 2, 2, 2))
     assert found.equal
@@ -261,7 +259,7 @@ def test_the_same_samples_are_compared_where_batches_differ_in_size() -> None:
     assert found.first_module is None
 
 
-def test_sides_without_a_common_sample_are_not_called_the_same() -> None:
+def test_variants_without_a_common_sample_are_not_equal() -> None:
     one, other = sides(nn.Linear(4, 3), "no_grad", "no_grad")
     strangers = [batch._replace(ids=[f"x{n}" for n in batch.ids]) for batch in other.batches]
     found = equivalence(one, ComparableModel(other.name, other.model, other.config, strangers))
@@ -270,7 +268,7 @@ def test_sides_without_a_common_sample_are_not_called_the_same() -> None:
     assert outputs_text(found) == "no common sample"
 
 
-def test_a_difference_is_still_found_where_batches_differ_in_size() -> None:
+def test_a_difference_is_found_if_batch_sizes_differ() -> None:
     one, other = sides(InGrad(lambda x: x + 1), "grad", "no_grad")
     found = equivalence(one, in_batches(other, 3, 5))
     assert not found.equal
@@ -278,16 +276,14 @@ def test_a_difference_is_still_found_where_batches_differ_in_size() -> None:
 
 
 class Twice(nn.Module):
-    """As a model of texts: as many rows a sample as the longest of its batch has."""
+    """Like a text model: samples are padded to the longest of their batch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
 
 
 @pytest.mark.parametrize(("changed", "equal"), [(0.0, True), (0.5, False)])
-def test_samples_are_found_by_their_id_in_whatever_order_and_padded_to_whatever_length(
-    changed: float, equal: bool
-) -> None:
+def test_samples_are_matched_by_id_in_any_order_and_padding(changed: float, equal: bool) -> None:
     one, other = sides(Twice(), "grad", "grad")
     torch.manual_seed(0)
     texts = [torch.rand(length, 3) for length in (4, 1, 3, 2)]
@@ -308,7 +304,7 @@ def test_samples_are_found_by_their_id_in_whatever_order_and_padded_to_whatever_
     assert found.max_abs_diff == pytest.approx(2 * changed)
 
 
-def test_a_model_that_marks_its_input_leaves_the_batch_as_it_was() -> None:
+def test_requires_grad_of_the_input_is_restored() -> None:
     class Marks(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.requires_grad_() * 2
@@ -319,9 +315,7 @@ def test_a_model_that_marks_its_input_leaves_the_batch_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(("kind", "equal"), [("bfloat16", True), (None, False)])
-def test_what_counts_as_equal_is_what_the_precision_can_promise(
-    kind: str | None, equal: bool
-) -> None:
+def test_the_tolerance_follows_the_precision(kind: str | None, equal: bool) -> None:
     one, other = sides(InGrad(lambda x: x * 1.005), "grad", "no_grad")
     model = one.config.model.model_copy(update={"dtype": kind})
     for side in (one, other):

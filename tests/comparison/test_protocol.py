@@ -1,4 +1,4 @@
-"""What workers are told and answer, and the marker that says where one was when it died."""
+"""Messages between a session and its workers, and the marker of a worker's position."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gradrun.comparison.protocol import (
     Failure,
     Job,
     Marker,
-    Variant,
     VariantMeasurement,
+    VariantTask,
     WorkerReport,
 )
 from gradrun.results.result import Equivalence, SystemNoise
@@ -20,14 +20,14 @@ from tests.support.run_results import MACHINE, MEMORY, PHASES
 
 JOB = Job(
     kind="time",
-    variants=(Variant(name="grad", config={"run": {"mode": "grad"}}),),
+    variants=(VariantTask(name="grad", config={"run": {"mode": "grad"}}),),
     seed=3,
     seconds=0.25,
     trust_code=True,
     marker="/tmp/marker",
 )
 REPORT = WorkerReport(
-    trials=(
+    measurements=(
         VariantMeasurement(
             variant="grad",
             batch_seconds=(0.1 + 0.2, 1e-5),
@@ -47,45 +47,45 @@ REPORT = WorkerReport(
         ),
     ),
     failures=(Failure(variant="no_grad", batch=3, error="ValueError: größer\n\x00", details="…"),),
-    disturbance=SystemNoise(steal=0.01, others=1.5, preemptions=20.0),
+    noise=SystemNoise(steal=0.01, others=1.5, preemptions=20.0),
     environment=MACHINE,
 )
 
 
-def test_a_job_arrives_as_it_was_sent() -> None:
+def test_a_job_survives_serialization() -> None:
     assert Job.from_json(JOB.to_json()) == JOB
 
 
-def test_a_report_arrives_as_it_was_sent_to_the_last_bit() -> None:
+def test_a_report_survives_serialization_to_the_last_bit() -> None:
     assert WorkerReport.from_json(REPORT.to_json()) == REPORT
 
 
-def test_a_message_cannot_be_changed_on_its_way() -> None:
+def test_messages_are_immutable() -> None:
     with pytest.raises(AttributeError):
         JOB.seed = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "dance"}', "Loading model...\n{}"])
-def test_what_is_no_message_is_refused(text: str) -> None:
+def test_an_invalid_message_is_rejected(text: str) -> None:
     with pytest.raises(ValueError, match=r"Expect|Invalid"):
         Job.from_json(text)
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Path:
-    path = tmp_path / "marker"
-    path.write_bytes(bytes(Marker.SIZE))
-    return path
+def path(tmp_path: Path) -> Path:
+    marker = tmp_path / "marker"
+    marker.write_bytes(bytes(Marker.SIZE))
+    return marker
 
 
-def test_a_new_marker_is_at_no_variant(page: Path) -> None:
-    Marker(page)
-    assert Marker.read(page) == (-1, 0)
+def test_a_new_marker_names_no_variant(path: Path) -> None:
+    Marker(path)
+    assert Marker.read(path) == (-1, 0)
 
 
-def test_a_marker_says_where_its_owner_was_at_any_moment(page: Path) -> None:
-    marker = Marker(page)
-    for place in [(0, 0), (2, 7), (1, 123_456_789_012)]:
-        marker.at(*place)
-        assert Marker.read(page) == place
-        assert marker.batch == place[1]
+def test_a_marker_records_the_current_variant_and_batch(path: Path) -> None:
+    marker = Marker(path)
+    for position in [(0, 0), (2, 7), (1, 123_456_789_012)]:
+        marker.set(*position)
+        assert Marker.read(path) == position
+        assert marker.batch == position[1]

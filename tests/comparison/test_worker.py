@@ -1,4 +1,4 @@
-"""Worker processes: what becomes of a job whatever its process does, and that none is left."""
+"""Worker processes: every way a process can end gives a report, and none is left running."""
 
 from __future__ import annotations
 
@@ -18,37 +18,42 @@ import psutil
 import pytest
 
 from gradrun.comparison import worker
-from gradrun.comparison.protocol import Job, Variant, WorkerReport
+from gradrun.comparison.protocol import Job, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
 from tests.conftest import ROOT
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="relies on Linux's own signals")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="requires Linux")
 
 LONG = 300.0
 JOB = Job(
     kind="time",
-    variants=(Variant(name="grad", config={}), Variant(name="no_grad", config={})),
+    variants=(VariantTask(name="grad", config={}), VariantTask(name="no_grad", config={})),
     seed=0,
 )
 
 
-def lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < deadline, "it did not come"
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
     return found
 
 
-# --- processes that do anything but their job --------------------------------------------------
+def wait_until_dead(pid: int) -> None:
+    """Wait for a killed process, which the kernel removes a moment later."""
+    wait_for(lambda: not is_alive(pid), 10)
+
+
+# --- processes that misbehave --------------------------------------------------------------------
 
 STUB = """\
 #!{python}
@@ -73,7 +78,7 @@ Stub = Callable[[str], Worker]
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    """A Worker whose process runs a few lines in the place of gradrun."""
+    """A Worker whose process runs a few lines of Python instead of gradrun."""
     with_python = STUB.format(python=sys.executable, folder=str(tmp_path))
 
     def make(lines: str) -> Worker:
@@ -86,7 +91,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     yield make
     for name in ("worker", "child"):
         if (tmp_path / name).exists():
-            assert not lives(int((tmp_path / name).read_text())), f"the {name} is left"
+            wait_until_dead(int((tmp_path / name).read_text()))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         ("at(0, 1); print('{}, and more')", "grad", 1, "ended without a report"),
     ],
 )
-def test_a_process_that_died_is_told_in_words_with_its_variant_and_batch(
+def test_a_dead_process_is_a_failure_with_its_variant_and_batch(
     stub: Stub, lines: str, variant: str, batch: int, cause: str
 ) -> None:
     with stub(lines) as worker:
@@ -109,28 +114,28 @@ def test_a_process_that_died_is_told_in_words_with_its_variant_and_batch(
     (failure,) = report.failures
     assert (failure.variant, failure.batch) == (variant, batch)
     assert failure.error.startswith(cause)
-    assert report.trials == ()
-    assert ("memory" in failure.error) == ("SIGKILL" in cause), "what commonly sends it is said"
+    assert report.measurements == ()
+    assert ("memory" in failure.error) == ("SIGKILL" in cause), "the usual cause of SIGKILL"
 
 
-def test_the_last_lines_that_a_dead_process_printed_are_kept(stub: Stub) -> None:
+def test_a_failure_has_the_last_lines_that_the_process_printed(stub: Stub) -> None:
     with stub("for i in range(100): print(i, file=sys.stderr, flush=True)\nos._exit(1)") as worker:
         (failure,) = worker.report(LONG).failures
     assert failure.details.split() == [str(i) for i in range(88, 100)]
 
 
-def test_a_process_that_never_returns_is_ended_after_the_timeout_with_what_it_started(
+def test_a_process_that_hangs_is_killed_with_its_children_after_the_timeout(
     stub: Stub,
 ) -> None:
     with stub("at(1, 5); leave('child'); time.sleep(300)") as worker:
-        (failure,) = worker.report(3.0).failures
+        (failure,) = worker.report(1.0).failures
     assert (failure.variant, failure.batch) == ("no_grad", 5)
-    assert failure.error == "did not return within 3 s (measure.timeout)"
+    assert failure.error == "did not return within 1 s (measure.timeout)"
 
 
 @linux
 @pytest.mark.parametrize("end", ["os._exit(7)", "os.kill(os.getpid(), signal.SIGKILL)"])
-def test_what_a_dead_process_had_started_neither_lives_on_nor_keeps_us_waiting(
+def test_children_of_a_dead_process_are_killed_and_do_not_delay_the_report(
     stub: Stub, end: str
 ) -> None:
     with stub(f"leave('child'); at(1, 4); {end}") as worker:
@@ -139,12 +144,12 @@ def test_what_a_dead_process_had_started_neither_lives_on_nor_keeps_us_waiting(
 
 
 @linux
-def test_a_report_is_not_kept_waiting_by_what_its_process_had_started(stub: Stub) -> None:
+def test_children_of_a_finished_process_do_not_delay_the_report(stub: Stub) -> None:
     with stub("leave('child'); print('{}', flush=True); os._exit(0)") as worker:
         assert worker.report(LONG) == WorkerReport()
 
 
-def test_a_process_that_is_given_up_ends_though_it_does_not_want_to(
+def test_an_abandoned_process_is_killed_although_it_ignores_signals(
     stub: Stub, tmp_path: Path
 ) -> None:
     lines = f"""
@@ -155,10 +160,10 @@ def test_a_process_that_is_given_up_ends_though_it_does_not_want_to(
     """
     with stub(lines):
         wait_for((tmp_path / "ready").exists)
-    # The fixture finds out whether it is gone.
+    # The fixture checks that the process is gone.
 
 
-def test_the_marker_file_goes_with_the_worker(stub: Stub) -> None:
+def test_the_marker_file_is_deleted_with_the_worker(stub: Stub) -> None:
     with stub("os._exit(1)") as worker:
         folder = Path(worker.job.marker).parent
         assert folder.is_dir()
@@ -166,7 +171,7 @@ def test_the_marker_file_goes_with_the_worker(stub: Stub) -> None:
     assert not folder.exists()
 
 
-def test_thread_counts_stand_in_the_environment_before_anything_is_imported(
+def test_thread_counts_are_set_in_the_environment_of_the_process(
     stub: Stub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -178,7 +183,7 @@ def test_thread_counts_stand_in_the_environment_before_anything_is_imported(
     assert failure.details == "1 1"
 
 
-# --- the real other side -----------------------------------------------------------------------
+# --- the real worker process ---------------------------------------------------------------------
 
 NETS = """\
 import os, subprocess, sys, time
@@ -217,8 +222,8 @@ class Net(nn.Module):
 """
 
 
-def written(folder: Path, fate: str = "none") -> dict[str, Any]:
-    """A config for Net, over a file whose batch i begins with the number 8 * i."""
+def config_of(folder: Path, fate: str = "none") -> dict[str, Any]:
+    """A config for Net with a file whose batch i starts with the number 8 * i."""
     (folder / "nets.py").write_text(NETS)
     rows = "\n".join(f"{i},0,0,0" for i in range(40))
     (folder / "rows.csv").write_text("a,b,c,d\n" + rows + "\n")
@@ -244,52 +249,54 @@ FATES = ["loud", "picky", "unbuildable", "fork"]
 def report(tmp_path_factory: pytest.TempPathFactory) -> WorkerReport:
     folder = tmp_path_factory.mktemp("real")
     variants = tuple(
-        Variant(name=fate, config=load_config(written(folder, fate)).config.model_dump(mode="json"))
+        VariantTask(
+            name=fate, config=load_config(config_of(folder, fate)).config.model_dump(mode="json")
+        )
         for fate in FATES
     )
     job = Job(kind="time", variants=variants, seed=0, seconds=0.1, trust_code=True)
     with Worker(job, threads=1) as worker:
-        found = worker.report(LONG)
+        report = worker.report(LONG)
     if sys.platform == "linux":
-        assert not lives(int((folder / "child").read_text()))
-    return found
+        wait_until_dead(int((folder / "child").read_text()))
+    return report
 
 
-def test_what_a_model_prints_to_stdout_does_not_break_the_report(report: WorkerReport) -> None:
-    assert "loud" in [trial.variant for trial in report.trials]
+def test_prints_of_a_model_do_not_corrupt_the_report(report: WorkerReport) -> None:
+    assert "loud" in [measured.variant for measured in report.measurements]
 
 
-def test_what_a_model_raises_is_told_with_its_batch_and_the_others_go_on(
+def test_an_exception_in_a_model_is_a_failure_and_the_others_continue(
     report: WorkerReport,
 ) -> None:
-    assert [trial.variant for trial in report.trials] == ["loud", "fork"]
+    assert [measured.variant for measured in report.measurements] == ["loud", "fork"]
     picky = {failure.variant: failure for failure in report.failures}["picky"]
     assert re.fullmatch(r"ValueError: 24 is too much \(.*nets\.py:\d+\)", picky.error)
     assert picky.batch == 3
-    assert "nets.py" in picky.details, "the traceback comes along whole"
+    assert "nets.py" in picky.details, "the complete traceback"
     assert "Traceback" in picky.details
 
 
-def test_a_model_that_cannot_be_built_is_told_as_such(report: WorkerReport) -> None:
+def test_a_model_that_cannot_be_built_is_a_failure(report: WorkerReport) -> None:
     found = {failure.variant: failure for failure in report.failures}["unbuildable"]
     assert "no such weights" in found.error
     assert found.batch == 0, "not the batch at which another model failed"
 
 
-def test_the_worker_says_on_what_it_ran(report: WorkerReport) -> None:
+def test_the_report_has_environment_and_noise(report: WorkerReport) -> None:
     assert report.environment
     assert report.environment.threads == 1
-    assert report.disturbance.steal >= 0
+    assert report.noise.steal >= 0
 
 
-# --- the whole command, stopped ----------------------------------------------------------------
+# --- stopping the whole command ------------------------------------------------------------------
 
 
 @pytest.fixture
 def comparing(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A `gradrun compare` whose first worker is in the middle of a batch that takes long."""
+    """A running `gradrun compare` whose first worker is inside a slow batch."""
     config = tmp_path / "c.yaml"
-    config.write_text(json.dumps(written(tmp_path, "slow")))
+    config.write_text(json.dumps(config_of(tmp_path, "slow")))
     process = subprocess.Popen(
         [sys.executable, "-m", "gradrun", "compare", str(config), "--trust-code"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -307,7 +314,7 @@ def comparing(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.communicate()
 
 
-def test_ctrl_c_ends_all_workers_with_one_sentence(
+def test_ctrl_c_stops_all_workers_with_one_message(
     comparing: tuple[subprocess.Popen[str], int],
 ) -> None:
     process, worker = comparing
@@ -317,11 +324,12 @@ def test_ctrl_c_ends_all_workers_with_one_sentence(
     out, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert (out, err.strip()) == ("", "error: interrupted")
-    assert not [child for child in children if lives(child.pid)]
+    for child in children:
+        wait_until_dead(child.pid)
 
 
 @linux
-def test_no_worker_outlives_a_parent_that_was_killed(
+def test_no_worker_survives_a_killed_parent(
     comparing: tuple[subprocess.Popen[str], int],
 ) -> None:
     process, worker = comparing
@@ -329,12 +337,12 @@ def test_no_worker_outlives_a_parent_that_was_killed(
     assert worker in [child.pid for child in children]
     process.kill()
     process.wait()
-    wait_for(lambda: not any(lives(child.pid) for child in children), 20)
+    wait_for(lambda: not any(is_alive(child.pid) for child in children), 20)
 
 
 @linux
-def test_a_worker_whose_parent_is_gone_before_it_has_begun_ends_at_once() -> None:
-    # Our own process plays the parent that is not the one which started it.
+def test_a_worker_whose_parent_has_already_died_exits_at_once() -> None:
+    # The test process is the parent, but not the one whose id is passed.
     done = subprocess.run(
         [sys.executable, "-m", "gradrun.comparison.worker", "1234567890"],
         input=b"not even a job",
