@@ -282,7 +282,7 @@ def test_two_checks_do_not_write_to_one_folder(project, cli):
         answer = cli("check", "gradrun.yaml")
         assert answer.code == 2
         assert f"process {os.getpid()} on" in answer.err
-        assert "is writing into" in answer.err
+        assert "is writing to" in answer.err
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -390,7 +390,7 @@ def test_code_that_cannot_be_imported_from_the_revision_is_an_error(project, mon
 def test_a_run_of_another_command_is_not_overwritten(project):
     gradrun.infer("gradrun.yaml", output={"path": "runs/mine-check"})
     before = Path("runs/mine-check/result.json").read_bytes()
-    with pytest.raises(ConfigError, match="holds a run that is no check's"):
+    with pytest.raises(ConfigError, match="has the output of another command"):
         gradrun.check("gradrun.yaml")
     assert Path("runs/mine-check/result.json").read_bytes() == before
 
