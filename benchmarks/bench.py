@@ -112,13 +112,13 @@ def loop(folder: Path) -> list[float]:
                 file.unlink()
             config.output.path.mkdir(exist_ok=True)
             runner = Runner(model, data, config, device)
-            outputs = runner.prepare()
+            prepared = runner.prepare()
             start = time.perf_counter()
-            writer = open_writer(config.output, data.samples)
+            writer = open_writer(config.output, data.samples, 8)
             journal = Journal(config.output.path / "journal.jsonl", head)
-            writer.open(outputs)
+            writer.open(prepared.outputs)
             checkpointer = Checkpointer(writer, journal, 8, row_bytes=256)
-            timed = runner.run(writer, checkpointer.look)
+            timed = runner.run_timed_pass(prepared, writer, checkpointer.commit_if_due)
             checkpointer.close()
             if timed.stopped:
                 raise timed.stopped
@@ -304,14 +304,14 @@ def overlap(folder: Path) -> list[float]:
 
         def both() -> None:
             runner = Runner(model, data, config, device)
-            outputs = runner.prepare()
+            prepared = runner.prepare()
             for file in config.output.path.glob("*"):
                 file.unlink()
             config.output.path.mkdir(exist_ok=True)
-            writer = open_writer(config.output, data.samples)
-            writer.open(outputs)
+            writer = open_writer(config.output, data.samples, data.batch_size)
+            writer.open(prepared.outputs)
             seconds.append(-time.perf_counter())
-            runner.run(writer)
+            runner.run_timed_pass(prepared, writer)
             seconds[-1] += time.perf_counter()
             writer.close()
 

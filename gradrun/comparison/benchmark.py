@@ -193,11 +193,11 @@ def _predict(variant: PlannedVariant, marker: Marker, trust_code: bool) -> None:
         model = load_model(config.model, device, trust_code=trust_code)
         data = open_data(config.data, seed=config.run.seed, model=config.model)
         runner = Runner(model, data, config, device)
-        outputs = runner.prepare()
+        prepared = runner.prepare()
         writer = open_writer(config.output, data.samples, commit_unit(data), class_names(model))
         writer = restore_input_order(writer, data)
-        writer.open(outputs)
-        stopped = runner.run(writer).stopped
+        writer.open(prepared.outputs)
+        stopped = runner.run_timed_pass(prepared, writer).stopped
         writer.close()
     variant.imports.check()
     if stopped:

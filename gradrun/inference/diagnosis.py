@@ -1,7 +1,4 @@
-"""Why a model refused its input or failed, in a sentence: both shapes, or mode and line.
-
-Knows modules, their call order and what a mode forbids; not where the input came from.
-"""
+"""Explain why a model failed: input shapes and the module, or the gradient mode and the line."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from gradrun.core.units import format_bytes
 from gradrun.inference.module_calls import track_module_calls
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
-"""How torch says that nothing was recorded to go back through."""
+"""Part of torch's message for a backward pass without a graph."""
 
 _TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
@@ -34,39 +31,42 @@ def explain_first_batch_failure(
     error: BaseException,
     mode: GradMode,
 ) -> ModelInputError:
-    """The error to raise when `model(*args, **kwargs)` raised `error` on the first batch.
+    """Return the error to raise after `model(*args, **kwargs)` raised `error` on the first batch.
 
-    Runs the model once more to see which module was entered last.
+    Runs the model again to find the module that failed.
     """
-    said = first_line(error)
     if ran_out_of_memory(error):
         return ModelInputError(
-            f"the first batch does not fit in memory ({memory_asked(error)}); "
+            f"the first batch does not fit in memory ({describe_allocation(error)}); "
             "choose a smaller batch",
             "data.batch_size",
         )
-    if _is_of_the_mode(error, mode):
+    if _needs_graph(error, mode):
         return ModelInputError(describe_model_error(error, mode), "run.mode")
-    named = [f"{name} {_shape(value)}" for name, value in kwargs.items()]
-    shapes = ", ".join([*map(_shape, args), *named])
-    where = _innermost(model, args, kwargs)
-    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in said else ""
+    named = [f"{name} {_describe(value)}" for name, value in kwargs.items()]
+    inputs = ", ".join([*map(_describe, args), *named])
+    module = _failing_module(model, args, kwargs)
+    dtype_hint = "dtype" in first_line(error)
+    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if dtype_hint else ""
     return ModelInputError(
-        f"the model refuses the input {shapes}{where}: {describe_model_error(error, mode)}{hint}",
+        f"the model failed on the input {inputs}{module}: {describe_model_error(error, mode)}"
+        f"{hint}",
         "data.inputs",
     )
 
 
 def describe_model_error(error: BaseException, mode: GradMode) -> str:
-    """What a model that ran in `mode` raised, and where; of a backward() without a graph, why."""
-    if not _is_of_the_mode(error, mode):
-        return f"{type(error).__name__}: {first_line(error)}{_raised_at(error)}"
-    # Inference mode records nothing, whatever the grad flag says.
-    below = "" if mode is GradMode.NO_GRAD else "run.mode=no_grad with "
+    """Describe an error of a model that ran in `mode`, with the line of the user's code.
+
+    For a backward pass without a graph, the description names the mode as the cause.
+    """
+    if not _needs_graph(error, mode):
+        return f"{type(error).__name__}: {first_line(error)}{_raising_line(error)}"
+    # Inference mode records no graph even with gradients enabled.
+    outer_mode = "" if mode is GradMode.NO_GRAD else "run.mode=no_grad with "
     return (
-        f"{_asked_at(error)} has nothing to go back through: the model ran in {mode}, which "
-        f"records nothing; choose run.mode=grad, or {below}torch.enable_grad() around that part "
-        "of the model"
+        f"{_backward_line(error)} needs a graph, but the model ran in {mode}, which records none; "
+        f"set run.mode=grad, or use {outer_mode}torch.enable_grad() around that part of the model"
     )
 
 
@@ -77,69 +77,69 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "allocate memory" in first_line(error)
 
 
-def memory_asked(error: BaseException) -> str:
-    """What an allocation that failed wanted, and what the machine has."""
-    asked = re.search(r"allocate (\d+) bytes", str(error))
-    free = format_bytes(psutil.virtual_memory().available)
-    said = f"torch asked for {format_bytes(int(asked[1]))}" if asked else first_line(error)
-    return f"{said}, and {free} of the machine's memory are free"
+def describe_allocation(error: BaseException) -> str:
+    """Describe the size of a failed allocation and the available memory."""
+    size = re.search(r"allocate (\d+) bytes", str(error))
+    request = f"torch requested {format_bytes(int(size[1]))}" if size else first_line(error)
+    available = format_bytes(psutil.virtual_memory().available)
+    return f"{request}; {available} of host memory available"
 
 
-def _is_of_the_mode(error: BaseException, mode: GradMode) -> bool:
+def _needs_graph(error: BaseException, mode: GradMode) -> bool:
     return mode is not GradMode.GRAD and _NO_GRAPH in first_line(error)
 
 
-def _asked_at(error: BaseException) -> str:
-    """The user's line that asked torch for gradients: "backward() at /home/me/net.py:13"."""
-    for called, place, line in _lines_outside(error):
-        if called:
-            return f"{called}() at {place}:{line}"
+def _backward_line(error: BaseException) -> str:
+    """Return the user's call that needs gradients: "backward() at /home/me/net.py:13"."""
+    for callee, file, line in _user_frames(error):
+        if callee:
+            return f"{callee}() at {file}:{line}"
     return "backward()"
 
 
-def _raised_at(error: BaseException) -> str:
-    """The last line outside of torch that led to it: " (/home/me/net.py:13)"."""
-    for _, place, line in _lines_outside(error):
-        if place.is_file():
-            return f" ({place}:{line})"
+def _raising_line(error: BaseException) -> str:
+    """Return the innermost line outside of torch: " (/home/me/net.py:13)"."""
+    for _, file, line in _user_frames(error):
+        if file.is_file():
+            return f" ({file}:{line})"
     return ""
 
 
-def _lines_outside(error: BaseException) -> Iterator[tuple[str, Path, int | None]]:
-    """(what was called there, file, line) of the model's lines outside of torch, the last first.
+def _user_frames(error: BaseException) -> Iterator[tuple[str, Path, int | None]]:
+    """Yield (function called there, file, line) of the frames outside of torch, innermost first.
 
-    A TorchScript program has no lines of Python, so there may be none.
+    A TorchScript program has no Python frames.
     """
-    called = ""
+    callee = ""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        place = Path(frame.filename)
-        if place.is_relative_to(_GRADRUN):
+        file = Path(frame.filename)
+        if file.is_relative_to(_GRADRUN):
             return
-        if not place.is_relative_to(_TORCH):
-            yield called, place, frame.lineno
-        called = frame.name
+        if not file.is_relative_to(_TORCH):
+            yield callee, file, frame.lineno
+        callee = frame.name
 
 
-def _innermost(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _failing_module(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     # The model fails again, and its unfinished calls stay on the stack.
-    with track_module_calls(lambda _, given: given) as stack, suppress(Exception, SystemExit):
+    with track_module_calls(lambda _, inputs: inputs) as stack, suppress(Exception, SystemExit):
         model(*args, **kwargs)
     if not stack.calls:
         return ""
-    module, given = stack.calls[-1]
+    module, inputs = stack.calls[-1]
     path = {inner: name for name, inner in model.named_modules()}.get(module, "")
     weight = getattr(module, "weight", None)
     kind = str(module).splitlines()[0].rstrip("(")
-    has = f" with weight {_shape(weight)}" if isinstance(weight, torch.Tensor) else ""
-    got = ", ".join(_shape(value) for value in given if isinstance(value, torch.Tensor))
-    if not got:  # called by keyword, and global hooks receive only positional arguments
+    size = f" with weight {_describe(weight)}" if isinstance(weight, torch.Tensor) else ""
+    tensors = ", ".join(_describe(value) for value in inputs if isinstance(value, torch.Tensor))
+    if not tensors:  # called by keyword, and global hooks receive only positional arguments
         return ""
-    return f"; module {path or '(the model)'} is {kind}{has} and got {got}"
+    return f"; module {path or '(the model)'} is {kind}{size} and got {tensors}"
 
 
-def _shape(value: Any) -> str:
+def _describe(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     if nn.parameter.is_lazy(value):
-        return "(not yet sized)"
+        return "(not yet initialized)"
     return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"

@@ -1,32 +1,32 @@
-"""`gradrun.infer`, where the parts meet: config -> model and data -> runner -> result.
-
-Knows the order of the steps; what each does stands in its own module.
-"""
+"""`gradrun.infer`: run a model over a data source, measure it, and save predictions and result."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
-from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import HasFileList
-from gradrun.inference import metrics
+from gradrun.data.source import BatchSource, HasFileList
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
+from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
-from gradrun.inference.runner import Runner, TimedPass
+from gradrun.inference.runner import PreparedRun, Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import class_names, load_model
 from gradrun.output.checkpointer import Checkpointer
@@ -35,13 +35,43 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import JournalHeader
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import Outputs
-from gradrun.results.result import InferResult, RunInfo, Warning
+from gradrun.results.result import InferResult, Memory, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
 T = TypeVar("T")
 
 _NO_METRICS = "no_metrics"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The opened parts of a run, before the model has run."""
+
+    config: RunConfig
+    device: torch.device
+    folder: RunFolder
+    header: JournalHeader
+    data: BatchSource
+    runner: Runner
+    classes: tuple[str, ...]
+    """Names of the model's classes, if it has any."""
+    started_at: str
+    load_seconds: float
+    open_seconds: float
+    finished: InferResult | None
+    """The result of an earlier run that is complete and is to be resumed."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The outcome of the timed pass and the memory pass, complete or not."""
+
+    timed: TimedPass
+    memory: Memory
+    writer: PredictionWriter
+    resumed_at: int
+    committed: int
+    """Samples in the journal."""
 
 
 def infer(
@@ -53,133 +83,209 @@ def infer(
     progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> InferResult:
-    """Run all data through the model and write every prediction below `output.path`.
+    """Run all data through the model and write the predictions below `output.path`.
 
     Args:
         config: the path of a YAML file, its content as a mapping, or a loaded config.
-        trust_code: let a `python` model run the code that the config names.
+        trust_code: allow the config to run code, such as a `python` model.
         overwrite: replace an earlier run in the folder.
-        resume: go on with an unfinished run in the folder; where there is none, begin one.
+        resume: continue an unfinished run in the folder, if any.
         progress: called with the number of predicted samples, a few times per second.
         overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
 
     Returns:
-        What was measured: times in seconds, memory in bytes. It is in result.json too. Of a run
-        that was finished already, its result, with the metrics that are asked for now.
+        The measurements, with times in seconds and memory in bytes; also saved as result.json. If
+        the run is already finished, its result, with the metrics of this config.
 
     Raises:
-        ConfigError: the config, model or data are wrong, or a resume would go on with another
-            run; nothing was written.
-        RunFailed, Interrupted: the run ended early; the predictions written stay, and the
-            error's `result` holds what was measured.
+        ConfigError: the config, model or data are invalid, or the run to resume is a different
+            one; nothing was written.
+        RunFailed: the run ended early. Committed predictions stay; `result` has the measurements.
+        Interrupted: as RunFailed, after Ctrl-C or SIGTERM.
     """
     loaded = resolve_config(config, overrides)
     config = loaded.config
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
-
-    training = bool(getattr(config.model, "training", False))
-
     with (
-        GracefulShutdown() as interruption,
+        GracefulShutdown() as shutdown,
         loaded.error_locations(),
         device_context(config.run) as device,
     ):
-        folder = RunFolder(
-            config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
-        )
-        model, load_seconds = _timed(
-            lambda: load_model(config.model, device, trust_code=is_trusted(trust_code))
-        )
-        data, open_seconds = _timed(
-            lambda: open_data(config.data, seed=config.run.seed, model=config.model)
-        )
-        listed = data.files if isinstance(data, HasFileList) else ()
-        head = fingerprint(config, data.samples, __version__, listed)
-        folder.check_resumable(head)
-        finished = folder.finished_result()
-        if finished and _scored_alike(finished, config):
-            return finished
-        runner = Runner(model, data, config, device)
-        outputs = runner.prepare()
-        classes = class_names(model)
-        compute = metrics.prepared(config, data, outputs, classes)
-        if finished:
-            return _scored_anew(finished, config, compute, folder)
-        unit = commit_unit(data)
-        sink = restore_input_order(open_writer(config.output, data.samples, unit, classes), data)
-        environment = current_environment(device)
-        with folder.locked():
-            keeper = _opened(runner, folder, head, sink, outputs, unit)
-            resumed_at = sink.written
-
-            def beat(done: int) -> None:
-                progress(Progress("predicting", resumed_at + done, data.samples))
-
-            gathered = _predict(runner, keeper, beat, interruption)
-            measured = runner.finish(gathered, load_seconds, open_seconds)
-            # Of a batch that was not finished more may have been noted than is in the files.
-            apart = sum(number < sink.written for number in quarantined_positions(folder.path))
-            result = InferResult(
-                gradrun=environment.gradrun,
-                started_at=started_at,
-                info=RunInfo.from_config(dumped := config.model_dump(mode="json")),
-                config=dumped,
-                environment=environment,
-                measurements=(measured,),
-                files=tuple(sink.files()),
-                predictions=sink.written,
-                quarantined=apart,
-                resumed_at=resumed_at,
-                warnings=(
-                    *runner.warnings,
-                    *_told_of_files(folder, sink, runner.rescue, apart),
-                    # What to do about figures is no help with a run that did not come to its end.
-                    *(
-                        ()
-                        if gathered.stopped
-                        else run_warnings(measured, environment, training=training)
-                    ),
-                ),
-            )
-            if gathered.stopped:
-                ended = _ended_early(
-                    gathered.stopped, result, folder, keeper.committed, data.samples
-                )
-                # The disk that failed the run may fail its report too; the first error is told.
-                with suppress(RunFailed, KeyboardInterrupt), interruption.deferred():
-                    folder.save(ended.result)
-                raise ended from gathered.stopped.__cause__
-            result = _scored(result, compute, folder)
-            with interruption.deferred():
-                folder.save(result)
+        plan = plan_run(config, device, trust_code=trust_code, overwrite=overwrite, resume=resume)
+        if plan.finished and _has_same_metrics(plan.finished, config):
+            return plan.finished
+        prepared = plan.runner.prepare()
+        metrics = prepare_metrics(config, plan.data, prepared.outputs, plan.classes)
+        if plan.finished:
+            return _replace_metrics(plan.finished, config, metrics, plan.folder)
+        with plan.folder.locked():
+            execution = execute(plan, prepared, shutdown, progress)
+            result = build_result(plan, prepared, execution, metrics)
+            save(plan, execution, result, shutdown)
     return result
 
 
-def _timed(step: Callable[[], T]) -> tuple[T, float]:
-    began = time.perf_counter()
-    return step(), time.perf_counter() - began
+def plan_run(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    trust_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> RunPlan:
+    """Open the run folder, model and data, and check that a resume continues the same run.
+
+    Raises:
+        ConfigError: one of them cannot be opened, or the folder has another run.
+    """
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    folder = RunFolder(
+        config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
+    )
+    model, load_seconds = _timed(
+        lambda: load_model(config.model, device, trust_code=is_trusted(trust_code))
+    )
+    data, open_seconds = _timed(
+        lambda: open_data(config.data, seed=config.run.seed, model=config.model)
+    )
+    file_list = data.files if isinstance(data, HasFileList) else ()
+    header = fingerprint(config, data.samples, __version__, file_list)
+    folder.check_resumable(header)
+    return RunPlan(
+        config=config,
+        device=device,
+        folder=folder,
+        header=header,
+        data=data,
+        runner=Runner(model, data, config, device),
+        classes=tuple(class_names(model)),
+        started_at=started_at,
+        load_seconds=load_seconds,
+        open_seconds=open_seconds,
+        finished=folder.finished_result(),
+    )
 
 
-def _opened(
-    runner: Runner,
-    folder: RunFolder,
-    head: JournalHeader,
-    sink: PredictionWriter,
-    outputs: Outputs,
-    unit: int,
-) -> Checkpointer:
-    """The sink with its files, behind what is kept of an earlier run, and the journal of both."""
-    row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
+def execute(
+    plan: RunPlan,
+    prepared: PreparedRun,
+    shutdown: GracefulShutdown,
+    progress: ProgressCallback = ignore,
+) -> Execution:
+    """Write and measure all predictions that are missing in the folder.
+
+    An error or signal during the timed pass is in `timed.stopped`.
+
+    Raises:
+        GradrunError: the files could not be opened.
+    """
+    config, data, runner = plan.config, plan.data, plan.runner
+    unit = commit_unit(data)
+    writer = open_writer(config.output, data.samples, unit, plan.classes)
+    writer = restore_input_order(writer, data)
+    checkpointer = _open_files(plan, prepared, writer, unit)
+    resumed_at = writer.written
+
+    def commit() -> None:
+        with shutdown.deferred():
+            try:
+                checkpointer.commit_if_due()
+            except OSError as error:
+                raise _write_error(error) from error
+
+    timed = runner.run_timed_pass(prepared, writer, commit, progress)
+    started = time.perf_counter_ns()
     try:
-        journal, kept = folder.open_journal(head, unit)
+        with shutdown.deferred():
+            checkpointer.close()
+    except OSError as error:
+        timed.stop(_write_error(error))
+    except KeyboardInterrupt:
+        timed.stop(Interrupted())
+    timed.total_ns += time.perf_counter_ns() - started
+    timed.trim(writer.written - resumed_at)
+    memory = runner.measure_memory(prepared, timed)
+    return Execution(timed, memory, writer, resumed_at, checkpointer.committed)
+
+
+def build_result(
+    plan: RunPlan, prepared: PreparedRun, execution: Execution, metrics: ComputeMetrics | None
+) -> InferResult:
+    """Combine the measurements, warnings and metrics of a run."""
+    timed, writer = execution.timed, execution.writer
+    environment = current_environment(plan.device)
+    measurement = plan.runner.measurement(
+        prepared,
+        timed,
+        execution.memory,
+        load_seconds=plan.load_seconds,
+        open_seconds=plan.open_seconds,
+    )
+    # An unfinished batch may have more quarantined samples than the files have rows.
+    positions = quarantined_positions(plan.folder.path)
+    quarantined = sum(position < writer.written for position in positions)
+    warnings = [
+        *plan.runner.warnings,
+        *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
+    ]
+    if not timed.stopped:
+        training = bool(getattr(plan.config.model, "training", False))
+        warnings += run_warnings(measurement, environment, training=training)
+    dumped = plan.config.model_dump(mode="json")
+    result = InferResult(
+        gradrun=environment.gradrun,
+        started_at=plan.started_at,
+        info=RunInfo.from_config(dumped),
+        config=dumped,
+        environment=environment,
+        measurements=(measurement,),
+        files=tuple(writer.files()),
+        predictions=writer.written,
+        quarantined=quarantined,
+        resumed_at=execution.resumed_at,
+        warnings=tuple(warnings),
+    )
+    return result if timed.stopped else _add_metrics(result, metrics, plan.folder)
+
+
+def save(
+    plan: RunPlan, execution: Execution, result: InferResult, shutdown: GracefulShutdown
+) -> None:
+    """Write result.json.
+
+    Raises:
+        GradrunError: the run ended early, or the result cannot be written.
+    """
+    if stopped := execution.timed.stopped:
+        error = _stopped_error(stopped, result, plan, execution.committed)
+        # A full disk may also prevent saving the result; report the first error.
+        with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
+            plan.folder.save(error.result)
+        raise error from stopped.__cause__
+    with shutdown.deferred():
+        plan.folder.save(result)
+
+
+def _timed(step: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    return step(), time.perf_counter() - started
+
+
+def _open_files(
+    plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter, unit: int
+) -> Checkpointer:
+    """Open the journal, the predictions and the quarantine, after the last committed sample."""
+    folder = plan.folder
+    row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
+    try:
+        journal, committed = folder.open_journal(plan.header, unit)
         try:
-            sink.open(outputs, kept)
-            runner.rescue.quarantine.truncate(sink.written)
+            writer.open(prepared.outputs, committed)
+            prepared.recovery.quarantine.truncate(writer.written)
         except BaseException:
             journal.close()
             with suppress(OSError):
-                sink.close()
-            if not kept:  # the run has not begun, so nothing is to be resumed
+                writer.close()
+            if not committed:  # leave no folder that looks like a run to resume
                 with suppress(OSError):
                     folder.clear()
             raise
@@ -187,115 +293,84 @@ def _opened(
         raise
     except Exception as error:
         resumable = bool(folder.previous and folder.previous.committed)
-        raise _unwritten(error, resumable=resumable) from error
-    return Checkpointer(sink, journal, unit, row_bytes)
+        raise _write_error(error, resumable=resumable) from error
+    return Checkpointer(writer, journal, unit, row_bytes)
 
 
-def _predict(
-    runner: Runner,
-    keeper: Checkpointer,
-    beat: Callable[[int], None] | None,
-    interruption: GracefulShutdown,
-) -> TimedPass:
-    """Fill the sink and end its files; what stops either is in the Pass, with what was done."""
-
-    def keep() -> None:
-        with interruption.deferred():
-            try:
-                keeper.commit_if_due()
-            except OSError as error:  # the disk's fault, which no batch is to blame for
-                raise _unwritten(error) from error
-
-    sink, before = keeper.writer, keeper.writer.written
-    gathered = runner.run(sink, keep, beat)
-    began = time.perf_counter_ns()
-    try:
-        with interruption.deferred():
-            keeper.close()
-    except OSError as error:
-        gathered.stopped = gathered.stopped or _unwritten(error)
-    except KeyboardInterrupt:
-        gathered.stopped = gathered.stopped or Interrupted()
-    gathered.total_ns += time.perf_counter_ns() - began
-    gathered.trim(sink.written - before)
-    return gathered
-
-
-def _unwritten(error: Exception, *, resumable: bool = False) -> RunFailed:
+def _write_error(error: Exception, *, resumable: bool = False) -> RunFailed:
     reason = getattr(error, "strerror", None) or error
     file = Path(getattr(error, "filename", None) or "").name
     text = f"the predictions cannot be written: {reason}{f' ({file})' if file else ''}"
     return RunFailed(text, resumable=resumable)
 
 
-def _told_of_files(
-    folder: RunFolder, sink: PredictionWriter, rescue: BatchRecovery, apart: int
+def _output_warnings(
+    folder: RunFolder, writer: PredictionWriter, recovery: BatchRecovery, quarantined: int
 ) -> list[Warning]:
-    """What a reader of the predictions must know; `apart`: samples in them that have none."""
-    found = []
-    if rescue.most:
-        found.append(
+    warnings = []
+    if recovery.batch_limit:
+        warnings.append(
             Warning(
                 code="out_of_memory",
-                text=f"memory ran out at sample {rescue.cut_at:,}: from there on batches are of "
-                f"{rescue.most}; set data.batch_size to that",
+                text=f"out of memory at sample {recovery.limited_from:,}: batches after it were "
+                f"split to {recovery.batch_limit}; set data.batch_size to that",
             )
         )
-    if apart:
-        verb, places = ("is", "its place") if apart == 1 else ("are", "their places")
-        found.append(
+    if quarantined:
+        warnings.append(
             Warning(
                 code="quarantined",
-                text=f"{pluralize(apart, 'sample')} could not be predicted and {verb} in "
-                f"{rescue.quarantine.path.name}, with what was wrong; there is no value in "
-                f"{places} in the predictions, and batches that failed are not timed",
+                text=f"{pluralize(quarantined, 'sample')} could not be predicted; "
+                f"{recovery.quarantine.path.name} lists the errors. The predictions mark them as "
+                "missing, and failed batches are not timed",
             )
         )
-    if bad := sink.nonfinite:
-        found.append(
+    if writer.nonfinite:
+        warnings.append(
             Warning(
                 code="nonfinite",
-                text=f"{pluralize(bad, 'prediction')} with NaN or an infinity, or of one; "
-                "run.on_nonfinite: quarantine or stop says which",
+                text=f"{pluralize(writer.nonfinite, 'prediction')} with NaN or infinity; set "
+                "run.on_nonfinite to quarantine or stop to list them",
             )
         )
     if folder.previous and folder.previous.torn:
-        found.append(
+        warnings.append(
             Warning(
                 code="torn_journal",
-                text="the journal's last line had been cut off; the predictions that it told of "
-                "were made again",
+                text="the last line of the journal was incomplete; its predictions were made again",
             )
         )
-    return found
+    return warnings
 
 
-def _scored(result: InferResult, compute: metrics.Compute | None, folder: RunFolder) -> InferResult:
-    """With its metrics; or with why there are none, for the predictions are there all the same."""
-    if compute is None:
+def _add_metrics(
+    result: InferResult, metrics: ComputeMetrics | None, folder: RunFolder
+) -> InferResult:
+    """Compute the metrics; a failure becomes a warning, because the predictions are complete."""
+    if metrics is None:
         return result
     try:
-        return result.replace(metrics=compute(folder.path))
+        return result.replace(metrics=metrics(folder.path))
     except Exception as error:
-        said = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
-        return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=said)))
+        text = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
+        return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
 
 
-def _scored_alike(finished: InferResult, config: RunConfig) -> bool:
-    """Whether an earlier run has the metrics that this config asks for."""
-    dumped = config.model_dump(mode="json")
+def _has_same_metrics(finished: InferResult, config: RunConfig) -> bool:
+    """Whether an earlier run computed the metrics of this config, with the same labels."""
 
-    def asked(told: dict[str, Any]) -> list[Any]:
-        return [told.get("metrics"), *(told["data"].get(key) for key in ("labels", "classes"))]
+    def metric_keys(dumped: dict[str, Any]) -> list[Any]:
+        return [dumped.get("metrics"), *(dumped["data"].get(key) for key in ("labels", "classes"))]
 
     failed = any(warning.code == _NO_METRICS for warning in finished.warnings)
-    return asked(finished.config) == asked(dumped) and not failed
+    same = metric_keys(finished.config) == metric_keys(config.model_dump(mode="json"))
+    return same and not failed
 
 
-def _scored_anew(
-    finished: InferResult, config: RunConfig, compute: metrics.Compute | None, folder: RunFolder
+def _replace_metrics(
+    finished: InferResult, config: RunConfig, metrics: ComputeMetrics | None, folder: RunFolder
 ) -> InferResult:
-    """An earlier run's result with other metrics, saved; nothing is predicted or measured."""
+    """Save an earlier run's result with the metrics of this config; predicts nothing."""
     dumped = config.model_dump(mode="json")
     result = finished.replace(
         config=finished.config | {key: dumped[key] for key in ("metrics", "data")},
@@ -303,21 +378,21 @@ def _scored_anew(
         warnings=tuple(w for w in finished.warnings if w.code != _NO_METRICS),
     )
     with folder.locked():
-        result = _scored(result, compute, folder)
+        result = _add_metrics(result, metrics, folder)
         folder.save(result)
     return result
 
 
-def _ended_early(
-    error: GradrunError, result: InferResult, folder: RunFolder, kept: int, samples: int
+def _stopped_error(
+    error: GradrunError, result: InferResult, plan: RunPlan, committed: int
 ) -> GradrunError:
-    """The error with its result and with the place of what was kept."""
-    reason = str(error)
+    """Return the error with the result, and with the number and folder of the predictions."""
+    reason, samples = str(error), plan.data.samples
     if files.is_disk_full(error):
-        reason += f"; {folder.disk_space_hint(kept, samples)}"
-    note = Warning(code="ended_early", text=f"{reason}, after {kept:,} of {samples:,} samples")
+        reason += f"; {plan.folder.disk_space_hint(committed, samples)}"
+    note = Warning(code="ended_early", text=f"{reason}, after {committed:,} of {samples:,} samples")
     return type(error)(
-        f"{reason}; {kept:,} of {samples:,} predictions are kept in {folder.path}",
+        f"{reason}; {committed:,} of {samples:,} predictions are saved in {plan.folder.path}",
         result=result.replace(warnings=(*result.warnings, note)),
         resumable=True,
     )

@@ -1,7 +1,4 @@
-"""What a module remembers from call to call, put back as it was: measuring must not change it.
-
-Knows buffers and attributes of modules; parameters are not put back, but looked at for changes.
-"""
+"""Preserve the state of a model while it runs for a measurement."""
 
 from __future__ import annotations
 
@@ -13,33 +10,37 @@ import torch
 from torch import nn
 
 TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+"""Attributes of nn.Module that contain its tensors and submodules."""
+
 _ABSENT = object()
+
+_Saved = dict[str, tuple[Any, Any]]
+"""Name to value and, if the value is mutable, a copy of its content."""
 
 
 @contextmanager
 def preserve_module_state(model: nn.Module) -> Iterator[None]:
-    """Give every module the buffers and attributes back that it had before the block.
+    """Restore buffers and attributes of all modules after the block.
 
-    Running figures of batch norm, counters, hidden states and caches made on the way are as if the
-    block had not been; objects that a module only refers to are not looked into. Where the block
-    changed a parameter nothing is put back: weights that are packed at the first call, and the flag
-    that says so, belong together.
+    This covers running statistics of batch norm, counters, hidden states and caches, but not the
+    content of objects that a module references. If the block changed a parameter, nothing is
+    restored: weights packed at the first call must stay consistent with the flag that marks them.
     """
     modules = [module for module in model.modules() if type(module).__name__ != "OptimizedModule"]
     eager = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
     scripted = [buffer for module in modules if module not in eager for buffer in module.buffers()]
-    kept = [(module, _copied(module._buffers), _copied(_attributes(module))) for module in eager]
-    held = [(buffer, _copy(buffer)) for buffer in scripted]
+    saved = [(module, _save(module._buffers), _save(_attributes(module))) for module in eager]
+    saved_buffers = [(buffer, _copy(buffer)) for buffer in scripted]
     versions = [(parameter, parameter._version) for parameter in _parameters(model)]
     try:
         yield
     finally:
         if all(parameter._version == before for parameter, before in versions):
             with torch.no_grad():
-                for module, buffers, attributes in kept:
-                    _put_back(module._buffers, buffers)
-                    _put_back(module.__dict__, attributes, leave=TABLES)
-                for buffer, copy in held:
+                for module, buffers, attributes in saved:
+                    _restore(module._buffers, buffers)
+                    _restore(module.__dict__, attributes, ignore=TABLES)
+                for buffer, copy in saved_buffers:
                     if copy is not None:
                         buffer.copy_(copy)
 
@@ -54,8 +55,7 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in TABLES}
 
 
-def _copied(values: Any) -> dict[str, tuple[Any, Any]]:
-    """Each value with a copy of what it holds, where it is of a kind that is changed in place."""
+def _save(values: Any) -> _Saved:
     with torch.no_grad():
         return {name: (value, _copy(value)) for name, value in values.items()}
 
@@ -67,10 +67,10 @@ def _copy(value: Any) -> Any:
     return value.copy() if type(value) in {list, dict, set} else None
 
 
-def _put_back(table: Any, kept: dict[str, tuple[Any, Any]], leave: set[str] = frozenset()) -> None:  # type: ignore[assignment]
-    for name in [name for name in table if name not in kept and name not in leave]:
+def _restore(table: Any, saved: _Saved, ignore: set[str] | frozenset[str] = frozenset()) -> None:
+    for name in [name for name in table if name not in saved and name not in ignore]:
         del table[name]
-    for name, (value, copy) in kept.items():
+    for name, (value, copy) in saved.items():
         if isinstance(value, torch.Tensor) and copy is not None:
             if not torch.equal(value, copy):
                 with torch.inference_mode(value.is_inference()):

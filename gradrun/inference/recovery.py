@@ -1,13 +1,11 @@
-"""What becomes of a batch whose forward fails: cut smaller where memory ran out, or taken apart
-until the samples at fault stand alone.
-
-Knows errors, batches and the file of those samples; not how a batch is timed.
-"""
+"""Recover from failed batches: split them after an out-of-memory error, or isolate bad samples."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,205 +13,237 @@ from gradrun.config.run import RunSection
 from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.inference.diagnosis import memory_asked, ran_out_of_memory
-from gradrun.output.missing import count_nonfinite
+from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
+from gradrun.output.missing import finite_rows
 from gradrun.output.quarantine import Quarantine
 from gradrun.output.transforms import Outputs
 
+Recovered = tuple[Outputs, torch.Tensor | None]
+"""Outputs [size, ...] and a mask [size] of the samples with a prediction; None if all have one."""
+
+
+@dataclass(frozen=True)
+class SampleFailure:
+    """A sample that gets no prediction."""
+
+    sample_id: int | str
+    error: str
+    traceback: str = ""
+
 
 class BatchRecovery:
-    """Makes of a failed batch what can be made of it, as `run.on_error` asks."""
+    """Predicts the samples of a failed batch that can be predicted, as `run.on_error` asks."""
 
     def __init__(
         self,
         run: RunSection,
-        predict: Callable[[Batch], Outputs],
-        again: Callable[[int, int], Batch],
         quarantine: Quarantine,
+        template: Outputs,
+        *,
+        predict: Callable[[Batch], Outputs],
+        read_batch: Callable[[int, int], Batch],
+        input_position: Callable[[int], int],
+        batch_limit: int | None = None,
     ) -> None:
         """Set up.
 
         Args:
-            run: what is asked of it.
-            predict: the model's outputs for a batch.
-            again: a batch anew by its first sample and size, since a failed forward may have
-                written into the one it got.
-            quarantine: takes the samples at fault.
+            run: the config section with the error policy.
+            quarantine: records the samples that fail.
+            template: outputs of any batch, for names, shapes and dtypes.
+            predict: runs the model on a batch.
+            read_batch: reads the batch with this first sample and size again, because a failed
+                forward may have written into the first copy.
+            input_position: maps the number of a sample in the order of the run to the input's.
+            batch_limit: size of the largest batch known to fit in memory after a larger one did
+                not.
         """
-        self.run, self.predict, self.again = run, predict, again
-        self.quarantine = quarantine
-        self.like: Outputs = {}
-        """Outputs of some batch, for their names, shapes and types."""
-        self.most: int | None = None
-        """Samples that fit in memory at once, where a batch did not."""
-        self.place: Callable[[int], int] = lambda at: at
-        """Where in the input the sample stands that is run as the at-th."""
-        self.cut_at = 0
-        """The sample from which on batches are no larger than that."""
+        self.run, self.quarantine, self.template = run, quarantine, template
+        self._predict, self._read_batch = predict, read_batch
+        self._input_position = input_position
+        self.batch_limit = batch_limit
+        self.limited_from = 0
+        """Input position of the first sample to which the batch limit applies."""
 
-    def cut(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches, in pieces that fit once one did not."""
+    def split_to_fit(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Split batches that exceed the current batch limit."""
         for batch in batches:
-            if self.most is None or batch.size <= self.most:
+            if self.batch_limit is None or batch.size <= self.batch_limit:
                 yield batch
             else:
-                for begin in range(0, batch.size, self.most):
-                    yield batch.slice(begin, min(begin + self.most, batch.size))
+                for begin in range(0, batch.size, self.batch_limit):
+                    yield batch.slice(begin, min(begin + self.batch_limit, batch.size))
 
-    def failed(self, at: int, size: int, error: Exception) -> tuple[Outputs, set[int]]:
-        """Outputs for the batch that begins at sample `at`, and the positions that have none.
+    def recover(self, start: int, size: int, error: Exception) -> Recovered:
+        """Predict what is possible of the batch whose first sample is `start`.
 
         Raises:
-            Exception: the run is to end: `error` itself, or a RunFailed that says why.
+            Exception: the run must stop, with `error` or with a RunFailed.
         """
-        if not self._goes_on(error):
-            raise error
-        pieces: list[tuple[int, Outputs]] = []
-        missing: set[int] = set()
-        self._apart(at, at, size, error, pieces, missing)
-        return self._whole(size, pieces), missing
+        pieces, failures = self._bisect(start, size, error)
+        return self._assemble(start, size, pieces, failures)
 
-    def unreadable(self, at: int, batch: Batch) -> tuple[Outputs, set[int]]:
-        """Outputs for a batch of which some samples could not be read, and their positions.
+    def recover_unreadable(self, start: int, batch: Batch) -> Recovered:
+        """Predict the readable samples of a batch, and quarantine the others.
 
         Raises:
-            Exception: as `failed` does.
+            Exception: the run must stop, as in `recover`.
         """
         if self.run.on_error != "quarantine":
             batch.raise_errors()
-        sound = [row for row in range(batch.size) if row not in batch.errors]
+        rows = [row for row in range(batch.size) if row not in batch.errors]
         try:
-            outputs = self.predict(batch.select(sound)) if sound else {}
-        except Exception as error:  # others fail for another reason, or are too many
-            return self.failed(at, batch.size, error)
-        for row in sorted(batch.errors):
-            self._set_apart(at + row, batch.ids[row], str(batch.errors[row]), "")
-        pieces = [
-            (row, {name: tensor[i : i + 1] for name, tensor in outputs.items()})
-            for i, row in enumerate(sound)
-        ]
-        return self._whole(batch.size, pieces), set(batch.errors)
+            outputs = self._predict(batch.select(rows)) if rows else {}
+        except Exception as error:
+            return self.recover(start, batch.size, error)
+        pieces = {start + row: _rows(outputs, i, i + 1) for i, row in enumerate(rows)}
+        failures = {
+            start + row: SampleFailure(batch.ids[row], str(error))
+            for row, error in batch.errors.items()
+        }
+        return self._assemble(start, batch.size, pieces, failures)
 
-    def check(self, at: int, batch: Batch, outputs: Outputs) -> tuple[Outputs, set[int]]:
-        """The outputs, and the positions where one of them is NaN or infinite.
+    def check_finite(self, start: int, batch: Batch, outputs: Outputs) -> Recovered:
+        """Apply `run.on_nonfinite` to outputs with NaN or infinity.
 
         Raises:
-            RunFailed: there are such, and `run.on_nonfinite` is stop.
+            RunFailed: the policy is stop, or too many samples failed.
         """
-        if not count_nonfinite(outputs.values()):
-            return outputs, set()
-        missing = {row for row in range(batch.size) if count_nonfinite(_row(outputs, row))}
-        for row in sorted(missing):
-            text = f"sample {batch.ids[row]} has an output that is NaN or infinite"
+        finite = finite_rows(outputs.values())
+        if finite.all():
+            return outputs, None
+        for row in (~finite).nonzero().flatten().tolist():
+            text = f"the output of sample {batch.ids[row]} contains NaN or infinity"
             if self.run.on_nonfinite == "stop":
-                raise RunFailed(f"{text}; run.on_nonfinite: warn or quarantine goes on")
-            self._set_apart(at + row, batch.ids[row], text, "")
-        good = [row for row in range(batch.size) if row not in missing]
-        pieces = [(row, {name: t[row : row + 1] for name, t in outputs.items()}) for row in good]
-        return self._whole(batch.size, pieces), missing
+                raise RunFailed(f"{text}; to continue, set run.on_nonfinite to warn or quarantine")
+            self._quarantine(start + row, SampleFailure(batch.ids[row], text))
+        return outputs, finite
 
-    def healthy(self, batch: Batch, error: Exception) -> Batch | None:
-        """What the model can be run on of a batch that failed; None where it is nothing."""
-        if not self._goes_on(error):
-            return None
-        if ran_out_of_memory(error):
-            if batch.size == 1:
-                return None
-            half = batch.slice(0, batch.size // 2)
-            failure = self._failure(half)
-            self.most = half.size
-            return self.healthy(half, failure) if failure else half
-        rows = [
-            row for row in range(batch.size) if self._failure(batch.slice(row, row + 1)) is None
-        ]
-        return batch.select(rows) if rows else None
+    def _bisect(
+        self, start: int, size: int, error: Exception
+    ) -> tuple[dict[int, Outputs], dict[int, SampleFailure]]:
+        """Halve a failed range until each part runs or is a single sample.
 
-    def _failure(self, batch: Batch) -> Exception | None:
-        try:
-            self.predict(batch)
-        except GradrunError:
-            raise
-        except Exception as error:
-            return error
-        return None
-
-    # --- taking apart --------------------------------------------------------------------------
-
-    def _goes_on(self, error: Exception) -> bool:
-        if isinstance(error, GradrunError):
-            return False
-        return ran_out_of_memory(error) or self.run.on_error == "quarantine"
-
-    def _apart(
-        self,
-        first: int,
-        at: int,
-        size: int,
-        error: Exception,
-        pieces: list[tuple[int, Outputs]],
-        missing: set[int],
-    ) -> None:
-        """Halve what failed until what is left runs, or is a single sample."""
-        details = "".join(traceback.format_exception(error, chain=False))
-        error.__traceback__ = None  # its frames hold the tensors that memory is short of
-        if not self._goes_on(error):
+        Returns:
+            The outputs by first sample of each part, and the failures by sample.
+        """
+        if not _is_recoverable(error, self.run):
             raise error
+        details = "".join(traceback.format_exception(error, chain=False))
+        error.__traceback__ = None  # its frames reference tensors that occupy memory
         if ran_out_of_memory(error):
             if size == 1:
-                raise _too_large(self.place(at), error)
-            if self.most is None or size // 2 < self.most:
-                self.most, self.cut_at = size // 2, self.place(at)
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.empty_cache()
+                raise _does_not_fit(self._input_position(start), error)
+            self._limit_batches(start, size // 2)
         elif size == 1:
-            batch = self.again(at, 1)
-            said = f"{type(error).__name__}: {first_line(error)}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             if isinstance(error, SampleError):
-                said, details = str(error), ""
-            self._set_apart(at, batch.ids[0], said, details)
-            missing.add(at - first)
-            return
+                message, details = str(error), ""
+            sample_id = self._read_batch(start, 1).ids[0]
+            return {}, {start: SampleFailure(sample_id, message, details)}
+        pieces: dict[int, Outputs] = {}
+        failures: dict[int, SampleFailure] = {}
         half = (size + 1) // 2
-        for begin, count in ((at, half), (at + half, size - half)):
-            failure = self._try(first, begin, count, pieces)
-            if failure:
-                self._apart(first, begin, count, failure, pieces, missing)
+        for first, count in ((start, half), (start + half, size - half)):
+            outputs, failure = _attempt(self._predict_again, first, count)
+            if failure is None:
+                pieces[first] = outputs
+            else:
+                more_pieces, more_failures = self._bisect(first, count, failure)
+                pieces |= more_pieces
+                failures |= more_failures
+        return pieces, failures
 
-    def _try(
-        self, first: int, at: int, size: int, pieces: list[tuple[int, Outputs]]
-    ) -> Exception | None:
-        try:
-            pieces.append((at - first, self.predict(self.again(at, size))))
-        except Exception as error:
-            return error
-        return None
+    def _predict_again(self, start: int, size: int) -> Outputs:
+        return self._predict(self._read_batch(start, size))
 
-    def _set_apart(self, at: int, name: int | str, error: str, details: str) -> None:
-        self.quarantine.add(self.place(at), name, error, details)
-        most = self.run.max_errors
-        if most is not None and self.quarantine.count > most:
+    def _limit_batches(self, start: int, size: int) -> None:
+        if self.batch_limit is None or size < self.batch_limit:
+            self.batch_limit, self.limited_from = size, self._input_position(start)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+
+    def _assemble(
+        self,
+        start: int,
+        size: int,
+        pieces: dict[int, Outputs],
+        failures: dict[int, SampleFailure],
+    ) -> Recovered:
+        """Join the outputs, with zeros for the samples that failed, and quarantine these."""
+        for sample, failure in sorted(failures.items()):
+            self._quarantine(sample, failure)
+        template = next(iter(pieces.values()), self.template)
+        outputs = {
+            name: torch.zeros((size, *tensor.shape[1:]), dtype=tensor.dtype)
+            for name, tensor in template.items()
+        }
+        for first, piece in pieces.items():
+            for name, tensor in piece.items():
+                outputs[name][first - start : first - start + len(tensor)] = tensor
+        if not failures:
+            return outputs, None
+        valid = torch.tensor([start + row not in failures for row in range(size)])
+        return outputs, valid
+
+    def _quarantine(self, sample: int, failure: SampleFailure) -> None:
+        position = self._input_position(sample)
+        self.quarantine.add(position, failure.sample_id, failure.error, failure.traceback)
+        limit = self.run.max_errors
+        if limit is not None and self.quarantine.count > limit:
             raise RunFailed(
                 f"{pluralize(self.quarantine.count, 'sample')} failed, more than run.max_errors "
-                f"allows ({most}); the last: {error}; all are in {self.quarantine.path}"
+                f"allows ({limit}); the last error: {failure.error}; see {self.quarantine.path} "
+                "for all of them"
             )
 
-    def _whole(self, size: int, pieces: list[tuple[int, Outputs]]) -> Outputs:
-        """Pieces put together; zeros where there is none."""
-        whole = {}
-        for name, like in (pieces[0][1] if pieces else self.like).items():
-            made = torch.zeros((size, *like.shape[1:]), dtype=like.dtype)
-            for begin, piece in pieces:
-                made[begin : begin + len(piece[name])] = piece[name]
-            whole[name] = made
-        return whole
+
+def runnable_subset(
+    run: RunSection, predict: Callable[[Batch], Outputs], batch: Batch, error: Exception
+) -> tuple[Batch | None, int | None]:
+    """Find samples of a failed batch on which the model runs.
+
+    Returns:
+        The batch of these samples, or None; and the batch limit found after an out-of-memory
+        error, or None.
+    """
+    limit = None
+    while ran_out_of_memory(error) and batch.size > 1:
+        batch = batch.slice(0, batch.size // 2)
+        limit = batch.size
+        _, failure = _attempt(predict, batch)
+        if failure is None:
+            return batch, limit
+        error = failure
+    if ran_out_of_memory(error) or not _is_recoverable(error, run):
+        return None, limit
+    samples = (batch.slice(row, row + 1) for row in range(batch.size))
+    rows = [row for row, sample in enumerate(samples) if _attempt(predict, sample)[1] is None]
+    return (batch.select(rows) if rows else None), limit
 
 
-def _row(outputs: Outputs, row: int) -> list[torch.Tensor]:
-    return [tensor[row : row + 1] for tensor in outputs.values()]
+def _attempt(predict: Callable[..., Outputs], *args: Any) -> tuple[Outputs, Exception | None]:
+    """Return the outputs or the error; a returned error's frames can be freed."""
+    try:
+        return predict(*args), None
+    except GradrunError:
+        raise
+    except Exception as error:
+        return {}, error
 
 
-def _too_large(at: int, error: Exception) -> RunFailed:
+def _is_recoverable(error: Exception, run: RunSection) -> bool:
+    if isinstance(error, GradrunError):
+        return False
+    return ran_out_of_memory(error) or run.on_error == "quarantine"
+
+
+def _rows(outputs: Outputs, begin: int, end: int) -> Outputs:
+    return {name: tensor[begin:end] for name, tensor in outputs.items()}
+
+
+def _does_not_fit(position: int, error: Exception) -> RunFailed:
     return RunFailed(
-        f"sample {at:,} alone does not fit in memory ({memory_asked(error)}); a smaller "
-        "model.dtype or run.autocast takes less"
+        f"sample {position:,} alone does not fit in memory ({describe_allocation(error)}); a "
+        "smaller model.dtype or run.autocast needs less"
     )

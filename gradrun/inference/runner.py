@@ -1,7 +1,4 @@
-"""The one loop: first batch, warm-up, the timed pass that writes predictions, the memory pass.
-
-Knows how to run a model over data and what that took; prints nothing and opens nothing.
-"""
+"""Run a model over data: first batch, warm-up, timed pass, memory pass."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +27,7 @@ from gradrun.core.errors import (
     first_line,
 )
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import BatchSource, LengthGrouped, input_position
@@ -36,14 +35,14 @@ from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
-    clock,
-    cpu_memory,
     device_memory,
+    measure_forward_memory,
+    model_memory,
     process_memory,
 )
-from gradrun.inference.meters.timeline import Forward
+from gradrun.inference.meters.clock import Clock, clock_for
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.recovery import BatchRecovery
+from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
 from gradrun.output.formats import PredictionWriter
 from gradrun.output.quarantine import Quarantine
@@ -52,423 +51,453 @@ from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
 
 WARM_UP_SECONDS = 0.3
-"""Warm-up goes on until the time is steady, and no longer than this."""
+"""Limit of an automatic warm-up, which ends earlier once the batch time is steady."""
 
-_BEAT_NS = 200_000_000
-_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_CALLBACK_NS = 200_000_000
+"""Interval of commit and progress callbacks."""
 
-_SETS_APART = "; run.on_error: quarantine sets such samples apart and goes on"
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-ProgressCallback = Callable[[int], None]
-"""Told how many samples are done, a few times a second."""
+_QUARANTINE_HINT = "; with run.on_error: quarantine, such samples are skipped"
 
 CommitCallback = Callable[[], None]
-"""Asked a few times a second, between two batches, to make safe what was written."""
+"""Called between two batches, a few times per second, to commit predictions."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """The first batch and its outputs, after warm-up."""
+
+    first: Batch
+    outputs: Outputs
+    """Outputs of the first batch, [size, ...] each: the template for a writer."""
+    recovery: BatchRecovery
+    prefetch: bool
+    """Whether batches are read ahead in a thread."""
+    first_batch_seconds: float
+    warm_up_seconds: float
 
 
 @dataclass
 class TimedPass:
-    """What the timed pass gathered, complete or not."""
+    """The measurements of the timed pass, complete or not."""
 
-    start: int = 0
-    """The first sample."""
+    start: int
+    """The number of the first sample."""
+    seconds: array[float]
+    """Forward time per timed batch."""
     sizes: array[int] = field(default_factory=lambda: array("q"))
-    """Of the batches that were timed."""
-    apart: int = 0
-    """Samples of batches that failed and were rescued, which are not timed."""
+    """Samples per timed batch."""
+    recovered: int = 0
+    """Samples of failed batches, which are not timed."""
     done: int = 0
-    """Samples through model and sink."""
+    """Samples passed to the writer."""
     data_ns: int = 0
     total_ns: int = 0
     stopped: GradrunError | None = None
+    """The error that ended the pass, if it did not complete."""
+
+    def stop(self, error: GradrunError) -> None:
+        """Record why the pass ended early; the first error counts."""
+        self.stopped = self.stopped or error
 
     def trim(self, written: int) -> None:
-        """Forget batches that did not come to be whole in the files."""
-        kept = sum(self.sizes) + self.apart
-        while kept > written and self.sizes:
-            kept -= self.sizes.pop()
+        """Remove trailing batches that are not completely in the `written` samples."""
+        samples = sum(self.sizes) + self.recovered
+        while samples > written and self.sizes:
+            samples -= self.sizes.pop()
 
 
 class Runner:
-    """A model, its data and a mode, taken through the passes in order: prepare, run, finish."""
+    """A model and its data, run in this order: prepare, run_timed_pass, measure_memory."""
 
     def __init__(
         self, model: nn.Module, data: BatchSource, config: RunConfig, device: torch.device
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.mode = config.run.mode
-        self.read = output_selector(config.output)
-        model_type = config.model.dtype if isinstance(config.model, EagerModel) else None
-        self.move = transfer_to(device, model_type)
-        self.clock: clock.Clock = clock.clock_for(device)
         self.warnings: list[Warning] = []
-        self.first_seconds = self.warm_seconds = 0.0
-        self.ahead = False
-        quarantine = Quarantine(config.output.path)
-        self.rescue = BatchRecovery(config.run, self._predicted, self._again, quarantine)
-        self.rescue.place = lambda at: input_position(data, at)
+        self._select = output_selector(config.output)
+        dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
+        self._transfer = transfer_to(device, dtype)
 
-    def prepare(self) -> Outputs:
-        """Run the first batch, then warm up; nothing of it is kept.
-
-        Returns:
-            The first batch's outputs, [size, ...] each, for a sink to make room.
+    def prepare(self) -> PreparedRun:
+        """Run the first batch, then warm up; writes no predictions.
 
         Raises:
-            ConfigError: the model refuses the data, or its outputs cannot be kept.
+            ConfigError: the model fails on the data, or the output config does not match it.
+            RunFailed: the model fails when it runs the first batch again.
         """
-        began = time.perf_counter()
-        self.first = self._first_batch()
+        started = time.perf_counter()
+        batch, clock = self._first_batch(), clock_for(self.device)
         with execution_context(self.config.run, self.device), preserve_module_state(self.model):
-            outputs = self._first_outputs()
-            self.first_seconds = time.perf_counter() - began
+            first, returned, limit = self._first_forward(batch, clock)
+            self._check_graph(returned)
+            outputs = self._first_outputs(first, returned)
+            del returned
+            first_batch_seconds = time.perf_counter() - started
             try:
-                self._warm_up()
-            except (Exception, SystemExit) as error:  # whatever a model may raise
+                self._warm_up(first, clock)
+                ahead = should_prefetch(self.data, forward_seconds=clock.seconds[-1])
+            except (Exception, SystemExit) as error:  # a model may raise anything
                 raise RunFailed(
-                    f"the model ran its first batch, and failed when it ran it again: "
+                    f"the model ran its first batch, but failed when it ran it again: "
                     f"{describe_model_error(error, self.mode)}"
                 ) from error
-        self.warm_seconds = time.perf_counter() - began - self.first_seconds
-        return outputs
+        warm_up_seconds = time.perf_counter() - started - first_batch_seconds
+        recovery = BatchRecovery(
+            self.config.run,
+            Quarantine(self.config.output.path),
+            outputs,
+            predict=self._predict,
+            read_batch=self._read_batch,
+            input_position=partial(input_position, self.data),
+            batch_limit=limit,
+        )
+        return PreparedRun(
+            first=first,
+            outputs=outputs,
+            recovery=recovery,
+            prefetch=ahead,
+            first_batch_seconds=first_batch_seconds,
+            warm_up_seconds=warm_up_seconds,
+        )
 
-    def run(
+    def run_timed_pass(
         self,
-        sink: PredictionWriter,
-        keep: CommitCallback | None = None,
-        beat: ProgressCallback | None = None,
+        prepared: PreparedRun,
+        writer: PredictionWriter,
+        commit: CommitCallback = lambda: None,
+        progress: ProgressCallback = ignore,
     ) -> TimedPass:
-        """The timed pass: every batch that the sink does not have yet, through the model into it.
+        """Predict every sample that the writer does not have yet.
 
-        A fault or Ctrl-C ends it early, with `stopped` set and the clocks of what ran.
+        An error or Ctrl-C ends the pass early; it is in `stopped`, with the measurements up to it.
         """
         device_memory.reset(self.device)
         seed_generators(self.config.run.seed, self.device)  # dropout in training mode repeats
-        gathered = TimedPass(start=sink.written)
-        batches = self._batches(sink.written)
+        clock = clock_for(self.device)
+        timed = TimedPass(writer.written, clock.seconds)
+        batches = self._batches(writer.written, ahead=prepared.prefetch)
         try:
             with execution_context(self.config.run, self.device):
                 self._loop(
-                    self.rescue.cut(batches), sink, gathered, keep or _nothing, beat or _nothing
+                    prepared.recovery.split_to_fit(batches),
+                    writer,
+                    timed,
+                    clock,
+                    prepared.recovery,
+                    commit,
+                    progress,
                 )
         except KeyboardInterrupt:
-            gathered.stopped = Interrupted()
-        except BaseException as error:  # whatever a model may raise, sys.exit() included
-            gathered.stopped = self._stop(error, gathered)
+            timed.stop(Interrupted())
+        except BaseException as error:  # a model may raise anything, also SystemExit
+            timed.stop(self._stop_error(error, timed))
         finally:
             batches.close()
         try:
-            self.clock.finish()
-        except Exception as error:  # a fault on the device shows at the first wait after it
-            gathered.stopped = gathered.stopped or self._stop(error, gathered)
-        return gathered
+            clock.finish()
+        except Exception as error:  # errors of a device appear at the next synchronization
+            timed.stop(self._stop_error(error, timed))
+        self._check_training_mode()
+        return timed
 
     def _loop(
         self,
         batches: Iterator[Batch],
-        sink: PredictionWriter,
-        gathered: TimedPass,
-        keep: CommitCallback,
-        beat: ProgressCallback,
+        writer: PredictionWriter,
+        timed: TimedPass,
+        clock: Clock,
+        recovery: BatchRecovery,
+        commit: CommitCallback,
+        progress: ProgressCallback,
     ) -> None:
-        # Every name is local and nothing is made per batch that a hand-written loop would not
-        # make: this is what keeps gradrun within a few per cent of one.
-        model, read, write, sizes = self.model, self.read, sink.write, gathered.sizes
-        start, stop, now = self.clock.start, self.clock.stop, time.perf_counter_ns
-        checked = self.config.run.on_nonfinite != "warn"
+        # Only local names, and no object per batch that a hand-written loop would not create:
+        # this keeps the overhead within a few percent of such a loop.
+        model, select, write, sizes = self.model, self._select, writer.write, timed.sizes
+        start, stop, now = clock.start, clock.stop, time.perf_counter_ns
+        check_finite = self.config.run.on_nonfinite != "warn"
         began = mark = now()
-        next_beat = began + _BEAT_NS
+        next_callback = began + _CALLBACK_NS
         try:
             for batch in batches:
-                args, kwargs, size, ids, faults = batch
+                args, kwargs, size, ids, errors = batch
                 read_ns = now() - mark
                 try:
-                    if faults:
+                    if errors:
                         batch.raise_errors()
                     start()
                     returned = model(*args, **kwargs)
                     stop()
-                except Exception as error:  # whatever a model may raise
-                    self._rescued(batch, error, sink, gathered)
-                    began += now() - mark  # what a rescue takes says nothing of the model
+                except Exception as error:  # a model may raise anything
+                    self._recover(batch, error, recovery, writer, timed)
+                    began += now() - mark  # recovery is not part of the measured time
                     mark = now()
                     continue
-                # Counted before it is written: Ctrl-C between the two must not lose a batch that
-                # is in the file. One that is not is forgotten by trim().
+                # Count before writing: if Ctrl-C comes in between, trim() removes the entry. The
+                # other order could lose a written batch.
                 sizes.append(size)
-                if checked:
-                    self._write_checked(batch, read(returned, size, kwargs), sink, gathered)
-                else:
-                    write(read(returned, size, kwargs), ids)
-                # The graph that grad mode keeps must not live into the next forward.
-                del returned
-                gathered.data_ns += read_ns
-                gathered.done += size
+                outputs, valid = select(returned, size, kwargs), None
+                if check_finite:
+                    at = timed.start + timed.done
+                    outputs, valid = recovery.check_finite(at, batch, outputs)
+                write(outputs, ids, valid)
+                # In grad mode, the graph must be freed before the next forward.
+                del returned, outputs
+                timed.data_ns += read_ns
+                timed.done += size
                 mark = now()
-                if mark > next_beat:
-                    keep()
-                    kept = now()
-                    beat(gathered.done)
+                if mark > next_callback:
+                    commit()
+                    committed = now()
+                    progress(Progress("predicting", timed.start + timed.done, self.data.samples))
                     mark = now()
-                    began += mark - kept  # drawing is not the run's time
-                    next_beat = mark + _BEAT_NS
+                    began += mark - committed  # progress display is not part of the measured time
+                    next_callback = mark + _CALLBACK_NS
         finally:
-            gathered.total_ns = mark - began
+            timed.total_ns = mark - began
 
-    def _rescued(
-        self, batch: Batch, error: Exception, sink: PredictionWriter, gathered: TimedPass
+    def _recover(
+        self,
+        batch: Batch,
+        error: Exception,
+        recovery: BatchRecovery,
+        writer: PredictionWriter,
+        timed: TimedPass,
     ) -> None:
-        """Write what can be made of a batch that failed, untimed."""
-        at = gathered.start + gathered.done
+        """Write the predictions that can be recovered from a failed batch, untimed."""
+        at = timed.start + timed.done
         if batch.errors:
-            outputs, missing = self.rescue.unreadable(at, batch)
+            outputs, valid = recovery.recover_unreadable(at, batch)
         else:
-            outputs, missing = self.rescue.failed(at, batch.size, error)
-        sink.write(outputs, batch.ids, _valid(batch.size, missing))
-        gathered.apart += batch.size
-        gathered.done += batch.size
+            outputs, valid = recovery.recover(at, batch.size, error)
+        writer.write(outputs, batch.ids, valid)
+        timed.recovered += batch.size
+        timed.done += batch.size
 
-    def _write_checked(
-        self, batch: Batch, outputs: Outputs, sink: PredictionWriter, gathered: TimedPass
-    ) -> None:
-        at = gathered.start + gathered.done
-        outputs, missing = self.rescue.check(at, batch, outputs)
-        sink.write(outputs, batch.ids, _valid(batch.size, missing))
+    def measure_memory(self, prepared: PreparedRun, timed: TimedPass) -> Memory:
+        """Read the memory meters, then measure one forward in a pass of its own.
 
-    def _again(self, at: int, size: int) -> Batch:
-        """A batch of any place and size, read anew."""
-        # From the whole batch: texts are padded to its longest, whatever piece is run again.
-        ahead = at % self.data.batch_size
-        batch = next(self.data.batches(at - ahead))
-        batch = batch if batch.size == size else batch.slice(ahead, ahead + size)
-        return self.move(batch) if self.move else batch
-
-    def finish(self, gathered: TimedPass, load_seconds: float, open_seconds: float) -> Measurement:
-        """Read the meters, then count tensor memory in a pass of its own."""
-        resident, method = process_memory.peak_resident()
+        The forward pass is skipped after a stop, or if `measure.memory` is off. Its failure is a
+        warning, because the predictions are complete.
+        """
+        process_peak, method = process_memory.peak_resident()
         allocated, reserved = device_memory.peaks(self.device)
-        if training := self._in_training():
+        memory = model_memory(self.model, prepared.first)
+        try:
+            if timed.stopped or not self.config.measure.memory:
+                pass
+            elif self.device.type not in FORWARD_MEMORY:
+                text = f"{self.device.type} has no meter for the memory of a forward pass"
+                self._warn("no_tensor_memory", text)
+            else:
+                batch = prepared.first.map(torch.clone)
+                with execution_context(self.config.run, self.device):
+                    memory = measure_forward_memory(self.model, batch, self.device)
+        except KeyboardInterrupt:
+            timed.stop(Interrupted("interrupted during the memory measurement"))
+        except Exception as error:  # a model may raise anything
             self._warn(
-                "training_inside",
-                f"{training} ran in training mode, though model.training is off: its dropout or "
-                "batch norm goes into the predictions; gradrun audit says more",
+                "no_tensor_memory",
+                f"the memory of tensors was not measured ({type(error).__name__}: "
+                f"{first_line(error)}); measure.memory: false skips this pass",
             )
-        if resident is None:
-            self._warn("no_process_peak", "this system does not say a process's peak memory")
-        memory = self._memory_pass(gathered)
-        seconds = tuple(self.clock.seconds[: len(gathered.sizes)])
-        sizes = tuple(gathered.sizes[: len(seconds)])
-        data, total = gathered.data_ns * 1e-9, gathered.total_ns * 1e-9
-        forward = float(sum(seconds))
+        return memory.replace(
+            process_peak=process_peak,
+            process_method=method,
+            device_allocated=allocated,
+            device_reserved=reserved,
+        )
+
+    def measurement(
+        self,
+        prepared: PreparedRun,
+        timed: TimedPass,
+        memory: Memory,
+        *,
+        load_seconds: float,
+        open_seconds: float,
+    ) -> Measurement:
+        """Combine the measurements of all passes."""
+        seconds = tuple(timed.seconds[: len(timed.sizes)])
+        data, total, forward = timed.data_ns * 1e-9, timed.total_ns * 1e-9, float(sum(seconds))
         return Measurement(
             mode=self.mode,
-            batch_limit=self.rescue.most,
-            padding=self._padding(gathered),
+            batch_limit=prepared.recovery.batch_limit,
+            padding=self._padding(timed),
             batch_seconds=seconds,
-            batch_sizes=sizes,
+            batch_sizes=tuple(timed.sizes[: len(seconds)]),
             phases=Phases(
                 load_model=load_seconds,
                 open_data=open_seconds,
-                first_batch=self.first_seconds,
-                warm_up=self.warm_seconds,
+                first_batch=prepared.first_batch_seconds,
+                warm_up=prepared.warm_up_seconds,
                 data=data,
                 forward=forward,
                 output=max(0.0, total - data - forward),
             ),
-            memory=Memory(
-                weights=cpu_memory.weight_bytes(self.model),
-                inputs=cpu_memory.storage_bytes(self.first.tensors()),
-                forward_peak=memory and memory.peak,
-                retained=memory and memory.retained,
-                timeline=memory and memory.timeline,
-                peak_module=memory and memory.peak_module,
-                process_peak=resident,
-                process_method=method,
-                device_allocated=allocated,
-                device_reserved=reserved,
-            ),
+            memory=memory,
         )
 
-    def _padding(self, gathered: TimedPass) -> Padding | None:
+    # --- prepare -------------------------------------------------------------------------------
+
+    def _first_batch(self) -> Batch:
+        batch = self._first_readable_batch()
+        try:
+            # A copy, so that the source can release the chunk of the batch.
+            return (self._transfer(batch) if self._transfer else batch).map(torch.clone)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"the first batch cannot be moved to {self.device}: {first_line(error)}",
+                "data.batch_size",
+            ) from error
+
+    def _first_readable_batch(self) -> Batch:
+        """Return the first batch; with on_error: quarantine, without its unreadable samples."""
+        for batch in self.data.batches():
+            rows = [row for row in range(batch.size) if row not in batch.errors]
+            error = next(iter(batch.errors.values()), None)
+            if error is None:
+                return batch
+            if self.config.run.on_error != "quarantine":
+                raise ConfigError(f"{error}{_QUARANTINE_HINT}", "data.path") from error
+            if rows:
+                return batch.select(rows)
+        raise ConfigError(f"every sample is unreadable; the last error: {error}", "data.path")
+
+    def _first_forward(self, batch: Batch, clock: Clock) -> tuple[Batch, Any, int | None]:
+        """Run the first batch, or the subset of it that the model can run.
+
+        Returns:
+            The batch, the model's output, and the batch limit after an out-of-memory error.
+        """
+        try:
+            return batch, self._forward(batch, clock), None
+        except GradrunError:
+            raise
+        except (Exception, SystemExit) as error:  # a model may raise anything
+            subset, limit = None, None
+            if isinstance(error, Exception):
+                subset, limit = runnable_subset(self.config.run, self._predict, batch, error)
+            if subset is None:
+                raise explain_first_batch_failure(
+                    self.model, batch.args, batch.kwargs, error, self.mode
+                ) from error
+        return subset, self._forward(subset, clock), limit
+
+    def _first_outputs(self, first: Batch, returned: Any) -> Outputs:
+        try:
+            return self._select(returned, first.size, first.kwargs)
+        except GradrunError:
+            raise
+        except Exception as error:  # torch raises many types
+            transforms = ", ".join(self.config.output.transform)
+            raise ConfigError(
+                f"{transforms} cannot be applied to this output: {first_line(error)}",
+                "output.transform",
+            ) from error
+
+    def _check_graph(self, returned: Any) -> None:
+        names = [name for name, tensor in iter_tensors(returned) if tensor.requires_grad]
+        if names and self.mode is not GradMode.GRAD:
+            self._warn(
+                "graph_kept",
+                f"output {names[0]} has a gradient graph in mode {self.mode}: code in the model "
+                "enables gradients; run gradrun audit to find it",
+            )
+
+    def _warm_up(self, batch: Batch, clock: Clock) -> None:
+        """Repeat the first batch until its time is steady, or `run.warmup` times.
+
+        A forward of over a second is not repeated, because its cold start is relatively small.
+        """
+        warmup = self.config.run.warmup
+        deadline = time.perf_counter() + WARM_UP_SECONDS
+        for _ in range(warmup) if isinstance(warmup, int) else itertools.count():
+            clock.finish()
+            late = time.perf_counter() > deadline or clock.seconds[-1] > 1.0
+            if warmup == "auto" and (late or stats.is_steady(clock.seconds[1:])):
+                break
+            self._forward(batch, clock)
+        clock.finish()
+
+    # --- shared --------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch, clock: Clock) -> Any:
+        """Run the model on a copy of the batch, because it may change its input in place."""
+        batch = batch.map(torch.clone)
+        clock.start()
+        returned = self.model(*batch.args, **batch.kwargs)
+        clock.stop()
+        return returned
+
+    def _predict(self, batch: Batch) -> Outputs:
+        batch.raise_errors()
+        return self._select(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
+
+    def _batches(self, start: int, *, ahead: bool) -> Any:
+        batches: Iterator[Batch] = self.data.batches(start)
+        if ahead:
+            batches = prefetch(batches)
+        return (self._transfer(batch) for batch in batches) if self._transfer else batches
+
+    def _read_batch(self, start: int, size: int) -> Batch:
+        """Read the batch with this first sample and size again."""
+        # Read the full batch and slice it, so that texts are padded to the same length.
+        offset = start % self.data.batch_size
+        batch = next(self.data.batches(start - offset))
+        batch = batch if batch.size == size else batch.slice(offset, offset + size)
+        return self._transfer(batch) if self._transfer else batch
+
+    def _padding(self, timed: TimedPass) -> Padding | None:
         if not isinstance(self.data, LengthGrouped):
             return None
-        return self.data.padding(gathered.start, gathered.start + gathered.done)
+        return self.data.padding(timed.start, timed.start + timed.done)
 
-    def _stop(self, error: BaseException, gathered: TimedPass) -> GradrunError:
-        """What ended the pass, as the error to raise once everything is saved."""
+    def _check_training_mode(self) -> None:
+        """Warn about modules whose training mode affects predictions, if config disables it."""
+        if getattr(self.config.model, "training", False):
+            return
+        kinds = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm
+        modules = self.model.named_modules()
+        names = [name for name, m in modules if m.training and isinstance(m, kinds)]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            self._warn(
+                "training_inside",
+                f"{', '.join(names[:3])}{more} ran in training mode, although model.training is "
+                "off: dropout or batch norm affects the predictions; run gradrun audit for details",
+            )
+
+    def _stop_error(self, error: BaseException, timed: TimedPass) -> GradrunError:
+        """Return the error to raise once the result is saved."""
         if isinstance(error, GradrunError):
             text = str(error)
         elif isinstance(error, SampleError):
-            text = f"{error}{_SETS_APART}"
-        elif isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            text = f"{error}{_QUARANTINE_HINT}"
+        elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
-            at = gathered.start + gathered.done
-            first = input_position(self.data, at)
+            sample = timed.start + timed.done
             text = (
-                f"batch {at // self.data.batch_size}, which begins at sample {first:,}, failed: "
+                f"batch {sample // self.data.batch_size}, which starts at sample "
+                f"{input_position(self.data, sample):,}, failed: "
                 f"{describe_model_error(error, self.mode)}"
             )
         stopped = RunFailed(text)
         stopped.__cause__ = error
         return stopped
 
-    def _in_training(self) -> str:
-        """The modules whose training mode changes predictions, where nobody asked for it."""
-        if getattr(self.config.model, "training", False):
-            return ""
-        kinds = nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm
-        named = self.model.named_modules()
-        found = [name for name, m in named if m.training and isinstance(m, kinds)]
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return ", ".join(found[:3]) + more
-
-    # --- the steps -----------------------------------------------------------------------------
-
-    def _first_batch(self) -> Batch:
-        batch = self._first_readable()
-        try:
-            # A copy: the window that it lies in is given back when the run moves on.
-            return (self.move(batch) if self.move else batch).map(torch.clone)
-        except (RuntimeError, TypeError) as error:
-            raise ConfigError(
-                f"the first batch cannot be brought to {self.device}: {first_line(error)}",
-                "data.batch_size",
-            ) from error
-
-    def _first_readable(self) -> Batch:
-        """The first batch, without the samples at fault where these are set apart."""
-        for batch in self.data.batches():
-            sound = [row for row in range(batch.size) if row not in batch.errors]
-            fault = next(iter(batch.errors.values()), None)
-            if fault is None:
-                return batch
-            if self.config.run.on_error != "quarantine":
-                raise ConfigError(f"{fault}{_SETS_APART}", "data.path") from fault
-            if sound:
-                return batch.select(sound)
-        raise ConfigError(f"no sample can be read; the last: {fault}", "data.path")
-
-    def _predicted(self, batch: Batch) -> Outputs:
-        batch.raise_errors()
-        return self.read(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
-
-    def _first_returned(self) -> Any:
-        try:
-            return self._call(self.first)
-        except GradrunError:
-            raise
-        except (Exception, SystemExit) as error:  # whatever a model may raise
-            one = None
-            if isinstance(error, Exception):
-                one = self.rescue.healthy(self.first, error)
-            if one is None:
-                given = self.first.args, self.first.kwargs
-                raise explain_first_batch_failure(self.model, *given, error, self.mode) from error
-        # A sample of it is at fault; the others show what outputs look like.
-        self.first = one
-        return self._call(self.first)
-
-    def _first_outputs(self) -> Outputs:
-        returned = self._first_returned()
-        self._note_graph(returned)
-        try:
-            self.rescue.like = self.read(returned, self.first.size, self.first.kwargs)
-            return self.rescue.like
-        except GradrunError:
-            raise
-        except Exception as error:  # torch has many ways to say that it cannot
-            words = ", ".join(self.config.output.transform)
-            raise ConfigError(
-                f"{words} cannot take this output: {first_line(error)}",
-                "output.transform",
-            ) from error
-
-    def _note_graph(self, returned: Any) -> None:
-        kept = [name for name, tensor in iter_tensors(returned) if tensor.requires_grad]
-        if kept and self.mode is not GradMode.GRAD:
-            self._warn(
-                "graph_kept",
-                f"output {kept[0]} keeps a graph, though the mode is {self.mode}: something in the "
-                "model turns gradients on again; gradrun audit names it",
-            )
-
-    def _batches(self, start: int) -> Any:
-        batches: Iterator[Batch] = self.data.batches(start)
-        if self.ahead:
-            batches = prefetch(batches)
-        return (self.move(batch) for batch in batches) if self.move else batches
-
-    def _call(self, batch: Batch) -> Any:
-        """Run a copy of the batch, since a model may change its input in place."""
-        batch = batch.map(torch.clone)
-        self.clock.start()
-        returned = self.model(*batch.args, **batch.kwargs)
-        self.clock.stop()
-        return returned
-
-    def _warm_up(self) -> None:
-        """Repeat the first batch until its time is steady, or as often as the config says.
-
-        A forward of a second or more is left alone: what is cold in it is small beside the rest.
-        """
-        asked = self.config.run.warmup
-        rounds = range(asked) if isinstance(asked, int) else itertools.count()
-        deadline = time.perf_counter() + WARM_UP_SECONDS
-        for _ in rounds:
-            self.clock.finish()
-            late = time.perf_counter() > deadline or self.clock.seconds[-1] > 1.0
-            if asked == "auto" and (late or stats.is_steady(self.clock.seconds[1:])):
-                break
-            self._call(self.first)
-        self.clock.finish()
-        self.ahead = should_prefetch(self.data, forward_seconds=self.clock.seconds[-1])
-        self.clock = clock.clock_for(self.device)
-
-    def _memory_pass(self, gathered: TimedPass) -> Forward | None:
-        """The first batch's; None after a stop, without a meter, on a fault."""
-        if gathered.stopped or not self.config.measure.memory:
-            return None
-        meter, batch = FORWARD_MEMORY.get(self.device.type), self.first.map(torch.clone)
-        if meter is None:
-            self._warn("no_tensor_memory", f"{self.device.type} does not count a forward's memory")
-            return None
-        try:
-            with execution_context(self.config.run, self.device), preserve_module_state(self.model):
-                return meter(lambda: self.model(*batch.args, **batch.kwargs), self.model)
-        except KeyboardInterrupt:
-            gathered.stopped = Interrupted("interrupted while memory was counted")
-        except Exception as error:  # the predictions are safe already
-            self._warn(
-                "no_tensor_memory",
-                f"tensor memory could not be counted ({type(error).__name__}: "
-                f"{first_line(error)}); measure.memory: false does without",
-            )
-        return None
-
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
 
 
-def _valid(size: int, missing: set[int]) -> torch.Tensor | None:
-    """Mask [size] of the samples with a prediction; None if all have one."""
-    if not missing:
-        return None
-    valid = torch.ones(size, dtype=torch.bool)
-    valid[sorted(missing)] = False
-    return valid
-
-
-def _nothing(*_: object) -> None:
-    """Nobody asked to be told."""
-
-
 @contextmanager
 def execution_context(run: RunSection, device: torch.device) -> Iterator[None]:
-    """The gradient mode and autocast that a config asks for."""
+    """Apply the gradient mode and autocast of a config."""
     with ExitStack() as stack:
         stack.enter_context(grad_mode(run.mode))
         if run.autocast:
-            kind = getattr(torch, run.autocast)
-            stack.enter_context(torch.autocast(device.type, dtype=kind))
+            stack.enter_context(torch.autocast(device.type, dtype=getattr(torch, run.autocast)))
         yield

@@ -81,7 +81,7 @@ def timing(result: RunResult) -> Table:
     bound, shares = measured.bound_by
     asked = measured.batch_limit
     rows = [
-        *([("batch size", f"{asked}", "cut down: memory ran out")] if asked else []),
+        *([("batch size", f"{asked}", "reduced: out of memory")] if asked else []),
         (
             "cold start",
             format_seconds(measured.cold_start),

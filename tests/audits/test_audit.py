@@ -207,7 +207,7 @@ def test_a_model_that_marks_its_input_is_audited_like_any_other(audited: Any) ->
 
 
 def test_a_model_that_runs_in_no_mode_is_the_configs_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="the model refuses the input"):
+    with pytest.raises(ConfigError, match="the model failed on the input"):
         gradrun.audit(config(tmp_path, "FailsAlways"), trust_code=True, compile=False)
 
 

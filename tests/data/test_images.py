@@ -108,7 +108,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
             raise KeyboardInterrupt
 
     infer(digits, tmp_path / "whole")
-    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", 0)
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         infer(digits, tmp_path / "out", progress=stop)
     result = infer(digits, tmp_path / "out", resume=True)
@@ -122,7 +122,7 @@ def test_a_resume_refuses_other_pictures(tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     files = lay_out(tmp_path / "few", 150, {})
-    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", 0)
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         infer(tmp_path / "few", tmp_path / "out", progress=stop)
     os.utime(files[40], (1, 1))

@@ -1,4 +1,4 @@
-"""Metrics against labels: as scikit-learn computes them, whatever the files are called."""
+"""Metrics equal those of scikit-learn, for every output format."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ALL = [
 
 @pytest.mark.parametrize("form", WRITERS)
 @pytest.mark.parametrize("transform", ["none", "softmax"])
-def test_metrics_of_scores_are_those_of_scikit_learn(
+def test_metrics_of_scores_equal_scikit_learn(
     config: dict[str, Any], form: str, transform: str
 ) -> None:
     output = {"format": form, "transform": transform}
@@ -80,12 +80,12 @@ def test_metrics_of_scores_are_those_of_scikit_learn(
     assert {metric.name: metric.value for metric in kept.metrics} == found
 
 
-def test_every_sink_is_read_back() -> None:
+def test_every_format_is_readable() -> None:
     assert READERS.keys() == WRITERS.keys()
 
 
 @pytest.mark.parametrize("form", WRITERS)
-def test_metrics_of_the_likeliest_class_alone(config: dict[str, Any], form: str) -> None:
+def test_metrics_of_the_most_likely_class(config: dict[str, Any], form: str) -> None:
     output = {"transform": "argmax", "format": form}
     found = values(gradrun.infer(config, output=output, metrics=["accuracy", "f1"]))
     right = {
@@ -95,7 +95,7 @@ def test_metrics_of_the_likeliest_class_alone(config: dict[str, Any], form: str)
     assert found == pytest.approx(right, abs=1e-6)
 
 
-def test_metrics_of_the_likeliest_few(config: dict[str, Any]) -> None:
+def test_metrics_of_the_most_likely_classes(config: dict[str, Any]) -> None:
     asked = ["accuracy", {"name": "accuracy", "top_k": 3}]
     found = values(gradrun.infer(config, output={"transform": "topk", "k": 4}, metrics=asked))
     right = {
@@ -105,8 +105,8 @@ def test_metrics_of_the_likeliest_few(config: dict[str, Any]) -> None:
     assert found == pytest.approx(right, abs=1e-6)
 
 
-class Outputs(torch.nn.Module):
-    """Gives back its input as the scores of classes, of which one is called nothing."""
+class Scores(torch.nn.Module):
+    """Returns its input as scores of classes, one of them with an empty name."""
 
     class_names = ("", "1", "2", "3+", "d", "e", "f")
 
@@ -118,32 +118,30 @@ TRANSFORMS = ("none", "softmax", "argmax", "classify", "topk")
 
 
 @pytest.mark.parametrize("form", WRITERS)
-def test_scores_that_are_no_numbers_are_wrong_however_they_are_kept(
+def test_samples_with_nonfinite_scores_count_as_wrong_for_every_transform(
     config: dict[str, Any], tmp_path: Path, form: str
 ) -> None:
     scores = SCORES.copy()
     lost = np.arange(0, SAMPLES, 10)
-    scores[lost, LABELS[lost]] = np.where(lost % 20, np.nan, np.inf)  # where they seem right
+    scores[lost, LABELS[lost]] = np.where(lost % 20, np.nan, np.inf)  # else correct
     np.savez(tmp_path / "data.npz", x=scores, y=LABELS)
     right = CHOSEN == LABELS
     right[lost] = False
-    config["model"] = {"source": "python", "target": f"{__file__}:Outputs"}
+    config["model"] = {"source": "python", "target": f"{__file__}:Scores"}
     for transform in TRANSFORMS:
         output = {"format": form, "transform": transform, "k": 1}
         found = gradrun.infer(config, output=output, overwrite=True, trust_code=True)
         assert values(found) == {"accuracy": pytest.approx(right.mean())}, transform
 
 
-def test_one_class_alone_is_no_reason_to_have_no_metric(
-    config: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_single_class_has_a_metric(config: dict[str, Any], tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=[[1.0, 0.0], [np.nan, 0.0]], y=[0, 0])
     result = gradrun.infer(config, output={"transform": "argmax"})
     assert [metric.value for metric in result.metrics] == [0.5]
 
 
 def test_one_score_for_two_classes(config: dict[str, Any], tmp_path: Path) -> None:
-    # Far beyond where a sigmoid in float32 is 1: the order must still be seen.
+    # A float32 sigmoid of these scores would be 1 for many, and lose their order.
     scores, truth = 100 * SCORES[:, 0] + 50, (LABELS == 0).astype(np.int64)
     np.savez(tmp_path / "data.npz", x=scores, y=truth)
     asked = [
@@ -167,7 +165,7 @@ def test_the_squared_error_of_values(config: dict[str, Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["uint16", "bool", "float32", "int8"])
-def test_labels_may_be_of_any_type_of_number(
+def test_labels_may_have_any_numeric_dtype(
     config: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:
     truth = LABELS % 2 if kind == "bool" else LABELS
@@ -177,7 +175,9 @@ def test_labels_may_be_of_any_type_of_number(
 
 
 @pytest.mark.parametrize("form", WRITERS)
-def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, form: str) -> None:
+def test_quarantined_samples_are_excluded(
+    config: dict[str, Any], tmp_path: Path, form: str
+) -> None:
     spoiled = SCORES.copy()
     spoiled[::9] = np.nan
     np.savez(tmp_path / "data.npz", x=spoiled, y=LABELS)
@@ -189,13 +189,13 @@ def test_samples_set_apart_are_left_out(config: dict[str, Any], tmp_path: Path, 
     assert metric.value == pytest.approx(accuracy_score(LABELS[good], CHOSEN[good]), abs=1e-6)
 
 
-def test_a_resumed_run_has_the_metrics_of_all_samples(
+def test_a_resumed_run_has_metrics_over_all_samples(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(progress: Progress) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", 0)
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         gradrun.infer(config, progress=stop)
     result = gradrun.infer(config, resume=True)
@@ -203,13 +203,13 @@ def test_a_resumed_run_has_the_metrics_of_all_samples(
     assert values(result) == {"accuracy": pytest.approx(accuracy_score(LABELS, CHOSEN))}
 
 
-def test_a_finished_run_is_scored_anew_where_other_metrics_are_asked_for(
+def test_a_resume_with_other_metrics_recomputes_them_without_running_the_model(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = config["data"].pop("labels")
     first = gradrun.infer(config | {"metrics": []})
     monkeypatch.setattr(
-        "gradrun.inference.runner.Runner.run", lambda *_: pytest.fail("it ran anew")
+        "gradrun.inference.runner.Runner.run_timed_pass", lambda *_: pytest.fail("it ran again")
     )
 
     config["data"]["labels"] = labels
@@ -224,7 +224,7 @@ def test_a_finished_run_is_scored_anew_where_other_metrics_are_asked_for(
     assert gradrun.infer(config | {"metrics": []}, resume=True).metrics == ()
 
 
-def test_what_could_not_be_scored_is_tried_again_by_a_resume(
+def test_a_resume_retries_failed_metrics(
     config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
@@ -237,7 +237,7 @@ def test_what_could_not_be_scored_is_tried_again_by_a_resume(
     assert "no_metrics" not in {warning.code for warning in scored.warnings}
 
 
-def test_labels_of_records_may_be_names(config: dict[str, Any], tmp_path: Path) -> None:
+def test_labels_of_records_may_be_class_names(config: dict[str, Any], tmp_path: Path) -> None:
     names = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
     rows = [
         {"x": row.tolist(), "y": names[label]} for row, label in zip(SCORES, LABELS, strict=True)
@@ -261,11 +261,11 @@ WRONG = {
     "no labels": ({"data.labels": None}, "data.labels is not set"),
     "argmax keeps no scores": (
         {"output.transform": "argmax", "metrics": ["auroc"]},
-        r"auroc needs a score for each class, which output\.transform does not leave",
+        r"auroc needs a score per class, which output\.transform removes",
     ),
     "too few were kept": (
         {"output": {"transform": "topk", "k": 2}, "metrics": [{"name": "accuracy", "top_k": 3}]},
-        "top_k is 3, and the predictions hold 2",
+        "top_k is 3, but the predictions contain 2",
     ),
     "an argument of another": (
         {"metrics": [{"name": "mse", "top_k": 3}]},
@@ -277,15 +277,18 @@ WRONG = {
     ),
     "an unknown metric": ({"metrics": ["acuracy"]}, r"did you mean accuracy\?"),
     "one name for two": ({"metrics": ["f1", "f1"]}, "two metrics have the name f1"),
-    "another output": ({"metrics": [{"name": "f1", "output": "logits"}]}, "say by `output` which"),
-    "more classes than scores": ({"data.labels": {"key": "z"}}, "labels lie from 0 to 9"),
+    "another output": (
+        {"metrics": [{"name": "f1", "output": "logits"}]},
+        "set `output` to one of the outputs: prediction",
+    ),
+    "more classes than scores": ({"data.labels": {"key": "z"}}, "labels range from 0 to 9"),
     "fewer labels than samples": ({"data.labels": {"key": "short"}}, "3 labels for 2,500 samples"),
     "no such array": ({"data.labels": {"key": "labels"}}, "has no array 'labels'"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_compared_is_an_error_before_the_run(
+def test_labels_or_outputs_that_do_not_match_are_an_error_before_the_run(
     config: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
     changes, said = WRONG[name]
@@ -296,7 +299,7 @@ def test_what_cannot_be_compared_is_an_error_before_the_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_shows_them(config: dict[str, Any], tmp_path: Path, cli: Command) -> None:
+def test_the_table_shows_the_metrics(config: dict[str, Any], tmp_path: Path, cli: Command) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     answer = cli("infer", tmp_path / "c.yaml")
     assert answer.code == 0

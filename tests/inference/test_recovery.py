@@ -1,4 +1,4 @@
-"""Batches that fail: taken apart, cut smaller, set apart, and never out of order."""
+"""Recovery from failed batches: bad samples, NaN outputs and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BAD = {BAD}
 
 
 class Net(nn.Module):
-    """Twice the input; what happens at a sample whose number is in BAD is up to `kind`."""
+    """Doubles the input; `kind` selects the failure for samples whose number is in BAD."""
 
     def __init__(self, kind="raise", fits=5):
         super().__init__()
@@ -98,11 +98,11 @@ QUARANTINE = {"run.on_error": "quarantine"}
 # --- bad samples -------------------------------------------------------------------------------
 
 
-def test_by_default_a_bad_sample_ends_the_run_and_the_samples_before_it_stay(
+def test_by_default_a_bad_sample_stops_the_run_and_earlier_samples_stay(
     infer: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        RunFailed, match=r"begins at sample 8, failed: ValueError: .* \(.*net\.py:\d+\)"
+        RunFailed, match=r"starts at sample 8, failed: ValueError: .* \(.*net\.py:\d+\)"
     ):
         infer()
     assert len(rows(tmp_path)) == 8
@@ -110,7 +110,7 @@ def test_by_default_a_bad_sample_ends_the_run_and_the_samples_before_it_stay(
 
 
 @pytest.mark.parametrize("kind", ["raise", "writes"])
-def test_bad_samples_are_set_apart_and_the_others_predicted_in_their_places(
+def test_bad_samples_are_quarantined_and_the_others_predicted(
     infer: Any, tmp_path: Path, kind: str
 ) -> None:
     result = infer(kind, **QUARANTINE)
@@ -129,7 +129,7 @@ def test_bad_samples_are_set_apart_and_the_others_predicted_in_their_places(
 
 
 @pytest.mark.parametrize("bad", [[0], [7], [0, 1, 2, 3, 4, 5, 6], [49], list(range(8, 16))])
-def test_bad_samples_may_lie_anywhere_even_fill_a_batch(
+def test_bad_samples_may_be_anywhere_and_fill_a_batch(
     infer: Any, tmp_path: Path, bad: list[int]
 ) -> None:
     infer(bad=bad, **QUARANTINE)
@@ -137,13 +137,13 @@ def test_bad_samples_may_lie_anywhere_even_fill_a_batch(
     assert np.isnan(rows(tmp_path)[:, 0]).nonzero()[0].tolist() == bad
 
 
-def test_where_the_whole_first_batch_is_bad_there_is_nothing_to_learn_from(infer: Any) -> None:
-    with pytest.raises(ConfigError, match="the model refuses the input"):
+def test_a_first_batch_of_bad_samples_is_an_error(infer: Any) -> None:
+    with pytest.raises(ConfigError, match="the model failed on the input"):
         infer(bad=list(range(8)), **QUARANTINE)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "safetensors"])
-def test_every_sink_marks_the_place_of_a_bad_sample(infer: Any, tmp_path: Path, form: str) -> None:
+def test_every_format_marks_a_bad_sample_as_missing(infer: Any, tmp_path: Path, form: str) -> None:
     infer(**QUARANTINE, **{"output.format": form})
     if form == "jsonl":
         lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
@@ -155,16 +155,14 @@ def test_every_sink_marks_the_place_of_a_bad_sample(infer: Any, tmp_path: Path, 
         assert found.isnan().all(1).nonzero().flatten().tolist() == BAD
 
 
-def test_of_whole_numbers_the_least_marks_the_place(infer: Any, tmp_path: Path) -> None:
+def test_the_lowest_integer_marks_a_missing_class(infer: Any, tmp_path: Path) -> None:
     infer(**QUARANTINE, output={"path": str(tmp_path / "run"), "transform": "argmax"})
     found = rows(tmp_path)
     assert found[BAD].tolist() == [np.iinfo(np.int64).min] * 3
 
 
 @pytest.mark.parametrize("transform", ["argmax", "topk"])
-def test_in_parquet_there_is_no_class_at_the_place(
-    infer: Any, tmp_path: Path, transform: str
-) -> None:
+def test_parquet_has_a_null_for_a_missing_class(infer: Any, tmp_path: Path, transform: str) -> None:
     output = {"path": str(tmp_path / "run"), "transform": transform, "format": "parquet"}
     infer(**QUARANTINE, output=output | ({"k": 2} if transform == "topk" else {}))
     name = {"argmax": "prediction", "topk": "indices"}[transform]
@@ -178,26 +176,26 @@ def test_in_parquet_there_is_no_class_at_the_place(
     assert gradrun.verify(tmp_path / "run").complete
 
 
-def test_more_bad_samples_than_allowed_end_the_run(infer: Any, tmp_path: Path) -> None:
+def test_more_bad_samples_than_max_errors_stop_the_run(infer: Any, tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"3 samples failed, more than run\.max_errors allows"):
         infer(**QUARANTINE, **{"run.max_errors": 2})
     assert len(rows(tmp_path)) == 24
     kept = RunResult.load(tmp_path / "run")
-    assert (kept.predictions, kept.quarantined) == (24, 2), "29 lies in a batch that is not there"
+    assert (kept.predictions, kept.quarantined) == (24, 2), "the batch with sample 29 is missing"
     infer(**QUARANTINE, **{"run.max_errors": 3})
     assert RunResult.load(tmp_path / "run").quarantined == 3
 
 
-def test_batches_that_were_rescued_are_not_timed(infer: Any) -> None:
+def test_recovered_batches_are_not_timed(infer: Any) -> None:
     (measured,) = infer(**QUARANTINE).measurements
     assert measured.batch_sizes == (8, 8, 8, 8, 2)
     assert len(measured.batch_seconds) == 5
 
 
-def test_a_resume_drops_what_was_set_apart_after_the_last_commit(
+def test_a_resume_removes_samples_quarantined_after_the_last_commit(
     infer: Any, tmp_path: Path
 ) -> None:
-    """Samples 13 and 14 are committed with the first stop; 29 is found by the second run."""
+    """Samples 13 and 14 are committed at the first stop; 29 fails in the second run."""
     with pytest.raises(RunFailed):
         infer(**QUARANTINE, **{"run.max_errors": 2})
     assert len(quarantined(tmp_path)) == 3
@@ -213,26 +211,26 @@ def test_a_resume_drops_what_was_set_apart_after_the_last_commit(
 
 @pytest.mark.parametrize("kind", ["nan", "infinite"])
 @pytest.mark.parametrize("form", ["npy", "jsonl", "safetensors"])
-def test_predictions_that_are_no_numbers_are_counted_and_kept(
+def test_nonfinite_predictions_are_counted_and_written(
     infer: Any, tmp_path: Path, kind: str, form: str
 ) -> None:
     result = infer(kind, **{"output.format": form})
-    assert warning(result, "nonfinite").startswith("3 predictions with NaN or an infinity")
+    assert warning(result, "nonfinite").startswith("3 predictions with NaN or infinity")
     if form == "npy":
         assert (~np.isfinite(rows(tmp_path)[:, 0])).nonzero()[0].tolist() == BAD
 
 
-def test_they_can_be_set_apart(infer: Any, tmp_path: Path) -> None:
+def test_nonfinite_predictions_can_be_quarantined(infer: Any, tmp_path: Path) -> None:
     result = infer("infinite", **{"run.on_nonfinite": "quarantine"})
     assert [line["sample"] for line in quarantined(tmp_path)] == BAD
     assert np.isnan(rows(tmp_path)[BAD]).all()
     assert rows(tmp_path)[12].tolist() == [24.0, 24.0]
     assert "nonfinite" not in {w.code for w in result.warnings}
-    assert sum(result.measurements[0].batch_sizes) == SAMPLES, "the forward was sound, and timed"
+    assert sum(result.measurements[0].batch_sizes) == SAMPLES, "the forward succeeded and was timed"
 
 
-def test_or_end_the_run(infer: Any, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="sample 13 has an output that is NaN or infinite"):
+def test_nonfinite_predictions_can_stop_the_run(infer: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="the output of sample 13 contains NaN or infinity"):
         infer("nan", **{"run.on_nonfinite": "stop"})
     assert len(rows(tmp_path)) == 8
 
@@ -241,7 +239,7 @@ def test_or_end_the_run(infer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fits", [5, 4, 1, 7])
-def test_where_memory_runs_out_batches_are_cut_and_order_is_kept(
+def test_batches_that_do_not_fit_in_memory_are_split_in_order(
     infer: Any, tmp_path: Path, fits: int
 ) -> None:
     result = infer("memory", fits=fits)
@@ -250,11 +248,11 @@ def test_where_memory_runs_out_batches_are_cut_and_order_is_kept(
     assert measured.batch_limit is not None
     assert measured.batch_limit <= fits
     assert max(measured.batch_sizes) == measured.batch_limit
-    assert "memory ran out at sample 0" in warning(result, "out_of_memory")
+    assert "out of memory at sample 0" in warning(result, "out_of_memory")
 
 
-def test_memory_that_runs_out_later_is_the_same(infer: Any, tmp_path: Path) -> None:
-    """The first batches fit: the model fails from its sixth call on, for more than 5 samples."""
+def test_a_later_batch_that_does_not_fit_in_memory_is_split(infer: Any, tmp_path: Path) -> None:
+    """The first batches fit; from sample 24 on the model fails for more than 5 samples."""
     text = (
         "import torch\nfrom torch import nn\nclass Net(nn.Module):\n"
         "    calls = 0\n"
@@ -272,30 +270,30 @@ def test_memory_that_runs_out_later_is_the_same(infer: Any, tmp_path: Path) -> N
     assert "at sample 24" in warning(result, "out_of_memory")
 
 
-def test_a_sample_that_does_not_fit_alone_ends_the_run_with_the_figures(
-    infer: Any, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=r"torch asked for .*iB, and .*iB of the machine's"):
+def test_a_sample_that_does_not_fit_in_memory_stops_the_run(infer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"torch requested .*iB; .*iB of host memory available"):
         infer("memory", fits=0)
 
 
-def test_the_command_tells_of_both_and_ends_well(cli: Command, infer: Any, tmp_path: Path) -> None:
+def test_the_command_reports_split_batches_and_succeeds(
+    cli: Command, infer: Any, tmp_path: Path
+) -> None:
     result = infer("memory", fits=4)
     file = tmp_path / "c.yaml"
     file.write_text(json.dumps(result.config))
     answer = cli("infer", file, "--overwrite", "--trust-code")
     assert answer.code == 0, answer.text
-    assert "cut down: memory ran out" in answer.out
+    assert "reduced: out of memory" in answer.out
     assert "50 predictions" in answer.out
 
 
-def test_errors_of_ours_are_never_set_apart(infer: Any) -> None:
-    """An output that cannot be kept is the config's fault, not a sample's."""
+def test_config_errors_are_never_quarantined(infer: Any) -> None:
+    """An output that a transform cannot handle is an error of the config, not of a sample."""
     with pytest.raises(ConfigError, match="argmax"):
         infer(bad=[], **QUARANTINE, output={"path": "/tmp", "transform": "argmax", "dim": 5})
 
 
-def test_a_mode_of_torch_is_as_it_was_after_a_rescue(infer: Any) -> None:
+def test_the_gradient_mode_is_restored_after_a_recovery(infer: Any) -> None:
     infer(**QUARANTINE)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()

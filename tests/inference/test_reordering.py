@@ -40,7 +40,7 @@ from torch import nn
 
 if "EAGER" in os.environ:  # commit as often as possible
     sharded_writer.SHARD_BYTES = 0
-    checkpointer.SECONDS, checkpointer._TIME_SHARE, runner._BEAT_NS = 0, 1e9, 0
+    checkpointer.SECONDS, checkpointer._TIME_SHARE, runner._CALLBACK_NS = 0, 1e9, 0
 HERE = Path(__file__).parent
 BAD, FITS, KILL = {bad}, {fits}, {kill}
 calls = 0
@@ -253,7 +253,7 @@ def test_a_run_that_stops_keeps_whole_windows_and_a_resume_makes_the_same_bytes(
     asked = config([sums[at]])
     with pytest.raises(RunFailed, match="a bad text") as caught:
         infer(asked, overwrite=True)
-    assert f"{2 * WINDOW} of {SAMPLES} predictions are kept" in str(caught.value)
+    assert f"{2 * WINDOW} of {SAMPLES} predictions are saved" in str(caught.value)
     assert found(tmp_path).tolist() == sums[: 2 * WINDOW]
     measured = caught.value.result.measurements[0]
     assert measured.samples == 2 * WINDOW
@@ -295,7 +295,7 @@ def test_commits_end_with_windows(
 ) -> None:
     monkeypatch.setattr(checkpointer, "SECONDS", 0)
     monkeypatch.setattr(checkpointer, "_TIME_SHARE", 1e9)
-    monkeypatch.setattr(runner, "_BEAT_NS", 0)
+    monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
     infer(config())
     kept = journal.read(tmp_path / "out/journal.jsonl")
     assert len(kept.ranges) > 2

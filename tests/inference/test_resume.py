@@ -135,7 +135,7 @@ def test_a_signal_is_heard_at_any_time_and_told_with_its_exit_code(
         if kept is None:
             assert not (tmp_path / "run").exists()
         else:
-            assert f"{kept} of 60 predictions are kept" in str(ended.value)
+            assert f"{kept} of 60 predictions are saved" in str(ended.value)
             assert ended.value.resumable
             assert journal.read(tmp_path / "run" / "journal.jsonl").committed == kept
         result = gradrun.infer(config, trust_code=True, resume=True)
@@ -235,7 +235,7 @@ def stopped(tmp_path: Path) -> dict[str, Any]:
         "data": {"source": "arrays", "path": str(tmp_path / "x.npy"), "batch_size": BATCH},
         "output": {"path": str(tmp_path / "run")},
     }
-    with pytest.raises(RunFailed, match="which begins at sample 40"):
+    with pytest.raises(RunFailed, match="which starts at sample 40"):
         gradrun.infer(config, trust_code=True)
     return config
 
@@ -307,7 +307,7 @@ def test_how_it_is_measured_and_where_it_lies_may_change(
     shutil.move(tmp_path / "run", tmp_path / "moved")
     stopped["output"]["path"] = str(tmp_path / "moved")
     stopped["measure"] = {"memory": False}
-    with pytest.raises(RunFailed, match="which begins at sample 40"):
+    with pytest.raises(RunFailed, match="which starts at sample 40"):
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
@@ -411,7 +411,7 @@ def test_files_that_are_gone_are_an_error_and_not_zeros(
 def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
     tmp_path: Path, sink: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_BEAT_NS", 0)
+    monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
     out = tmp_path / "run"
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},

@@ -1,4 +1,4 @@
-"""The one loop, driven with tiny modules and a clock that moves only when it is told to."""
+"""The passes of a run, with small modules and a fake clock."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFaile
 from gradrun.data.batch import Batch
 from gradrun.inference import runner as the_runner
 from gradrun.inference.meters import clock as the_clock
-from gradrun.inference.runner import Runner, TimedPass
+from gradrun.inference.runner import PreparedRun, Runner, TimedPass
 from gradrun.results.result import Measurement
 
 CPU = torch.device("cpu")
 MODES = {"grad": (True, False), "no_grad": (False, False), "inference_mode": (False, True)}
-"""mode -> what torch says inside it: (is_grad_enabled, is_inference_mode_enabled)."""
+"""Mode -> (is_grad_enabled, is_inference_mode_enabled) inside it."""
 
 
 def nothing() -> None:
@@ -32,7 +32,7 @@ def nothing() -> None:
 
 @dataclass
 class FakeTime:
-    """Stands in for the time module."""
+    """Replaces the time module; moves only in passes()."""
 
     now: int = 0
 
@@ -56,7 +56,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 @dataclass
 class Numbers:
-    """0, 1, 2, ... as data: one float a sample, in batches of two."""
+    """A source of the numbers 0, 1, 2, ...: one float per sample, in batches of two."""
 
     samples: int = 9
     batch_size: int = 2
@@ -74,8 +74,8 @@ class Numbers:
 
 
 @dataclass
-class JournalState:
-    """A sink that keeps its rows in a list."""
+class ListWriter:
+    """A writer that appends rows to a list."""
 
     rows: list[float] = field(default_factory=list)
     ids: list[int | str] = field(default_factory=list)
@@ -88,9 +88,9 @@ class JournalState:
     def open(self, outputs: dict[str, torch.Tensor]) -> None: ...
 
     def write(
-        self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str], missing: Any = ()
+        self, outputs: dict[str, torch.Tensor], ids: Sequence[int | str], valid: Any = None
     ) -> None:
-        self.locked()
+        self.writing()
         self.rows += outputs["prediction"].flatten().tolist()
         self.ids += ids
 
@@ -101,12 +101,12 @@ class JournalState:
 
 
 class Model(nn.Module):
-    """x times a weight of one; counts its calls and does `during` inside each of them."""
+    """x times a weight of one; counts its calls and runs `during` in each of them."""
 
     def __init__(self, during: Callable[[], None] = nothing) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
-        self.seen = SimpleNamespace(calls=0)  # not an attribute, which warm-up would put back
+        self.seen = SimpleNamespace(calls=0)  # warm-up restores attributes
         self.during = during
 
     @property
@@ -136,85 +136,90 @@ def make(model: nn.Module, data: Numbers | None = None, **settings: Any) -> Runn
     return Runner(model, data or Numbers(), config(**settings), CPU)
 
 
-def done(runner: Runner, sink: JournalState | None = None) -> tuple[TimedPass, Measurement]:
-    """The three passes, one after the other."""
-    runner.prepare()
-    gathered = runner.run(sink or JournalState())
-    return gathered, runner.finish(gathered, 0.5, 0.25)
+def run_all(runner: Runner, writer: ListWriter | None = None) -> tuple[TimedPass, Measurement]:
+    """Run all passes."""
+    prepared = runner.prepare()
+    timed = runner.run_timed_pass(prepared, writer or ListWriter())
+    return timed, measure(runner, prepared, timed)
+
+
+def measure(runner: Runner, prepared: PreparedRun, timed: TimedPass) -> Measurement:
+    memory = runner.measure_memory(prepared, timed)
+    return runner.measurement(prepared, timed, memory, load_seconds=0.5, open_seconds=0.25)
 
 
 # --- the passes --------------------------------------------------------------------------------
 
 
-def test_the_passes_follow_one_another_and_only_run_writes() -> None:
-    model, sink = Model(), JournalState()
+def test_only_the_timed_pass_writes_predictions() -> None:
+    model, writer = Model(), ListWriter()
     runner = make(model, warmup=3)
-    outputs = runner.prepare()
-    assert outputs["prediction"].tolist() == [[0.0], [1.0]]
-    assert (model.calls, sink.written) == (1 + 3, 0)
-    gathered = runner.run(sink)
-    assert (model.calls, sink.written) == (1 + 3 + 5, 9)
-    measured = runner.finish(gathered, 0.5, 0.25)
-    assert (model.calls, sink.written) == (1 + 3 + 5 + 1, 9)
-    assert sink.rows == [float(i) for i in range(9)]
-    assert sink.ids == list(range(9))
+    prepared = runner.prepare()
+    assert prepared.outputs["prediction"].tolist() == [[0.0], [1.0]]
+    assert (model.calls, writer.written) == (1 + 3, 0)
+    timed = runner.run_timed_pass(prepared, writer)
+    assert (model.calls, writer.written) == (1 + 3 + 5, 9)
+    measured = measure(runner, prepared, timed)
+    assert (model.calls, writer.written) == (1 + 3 + 5 + 1, 9)
+    assert writer.rows == [float(i) for i in range(9)]
+    assert writer.ids == list(range(9))
     assert measured.batch_sizes == (2, 2, 2, 2, 1)
     assert len(measured.batch_seconds) == 5
     assert (measured.phases.load_model, measured.phases.open_data) == (0.5, 0.25)
-    assert gathered.stopped is None
+    assert timed.stopped is None
 
 
-def test_data_forward_and_output_add_up_to_the_whole(time: FakeTime) -> None:
+def test_data_forward_and_output_add_up_to_the_total(time: FakeTime) -> None:
     data = Numbers(reading=lambda: time.passes(0.0005))
-    sink = JournalState(writing=lambda: time.passes(0.125))
+    writer = ListWriter(writing=lambda: time.passes(0.125))
     runner = make(Model(lambda: time.passes(0.25)), data)
-    runner.prepare()
+    prepared = runner.prepare()
     began = time.now
-    gathered = runner.run(sink)
-    whole = (time.now - began) * 1e-9
-    measured = runner.finish(gathered, 0, 0)
+    timed = runner.run_timed_pass(prepared, writer)
+    total = (time.now - began) * 1e-9
+    measured = measure(runner, prepared, timed)
     assert measured.batch_seconds == pytest.approx((0.25,) * 5)
     assert measured.phases.data == pytest.approx(5 * 0.0005)
     assert measured.phases.forward == pytest.approx(5 * 0.25)
     assert measured.phases.output == pytest.approx(5 * 0.125)
-    assert measured.seconds == pytest.approx(whole)
+    assert measured.seconds == pytest.approx(total)
 
 
-def test_the_first_batch_and_the_warm_up_are_timed_apart(time: FakeTime) -> None:
+def test_the_first_batch_and_the_warm_up_are_timed_separately(time: FakeTime) -> None:
     seconds = iter([3.0, 0.5, 0.5] + [0.25] * 6)
-    _, measured = done(make(Model(lambda: time.passes(next(seconds))), warmup=2))
+    _, measured = run_all(make(Model(lambda: time.passes(next(seconds))), warmup=2))
     assert measured.phases.first_batch == pytest.approx(3.0)
     assert measured.phases.warm_up == pytest.approx(1.0)
     assert measured.cold_start == pytest.approx(3.75)
     assert measured.batch_seconds == pytest.approx((0.25,) * 5)
 
 
-def test_a_model_that_changes_its_input_in_place_still_sees_every_sample_once() -> None:
+def test_a_model_that_writes_into_its_input_still_gets_every_sample_once() -> None:
     class InPlace(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.add_(100)
 
-    sink = JournalState()
-    done(make(InPlace(), warmup=4), sink)
-    assert sink.rows == [100.0 + i for i in range(9)]
+    writer = ListWriter()
+    run_all(make(InPlace(), warmup=4), writer)
+    assert writer.rows == [100.0 + i for i in range(9)]
 
 
 def test_dropout_repeats_with_the_seed() -> None:
     def rows(seed: int) -> list[float]:
-        sink = JournalState()
-        done(make(nn.Dropout(0.5), Numbers(samples=64), seed=seed), sink)
-        return sink.rows
+        writer = ListWriter()
+        run_all(make(nn.Dropout(0.5), Numbers(samples=64), seed=seed), writer)
+        return writer.rows
 
     assert rows(1) == rows(1) != rows(2)
 
 
-def test_a_model_that_refuses_the_first_batch_is_a_config_error_with_both_shapes() -> None:
+def test_a_failure_on_the_first_batch_is_a_config_error_with_both_shapes() -> None:
     with pytest.raises(ConfigError, match=r"\[2, 1\].*weight \[2, 3\]") as caught:
         make(nn.Linear(3, 2)).prepare()
     assert caught.value.key == "data.inputs"
 
 
-def test_a_model_that_goes_back_without_a_graph_is_told_its_mode_and_line() -> None:
+def test_a_backward_without_a_graph_is_reported_with_the_mode_and_the_line() -> None:
     with pytest.raises(
         ConfigError, match=r"backward\(\) at .*test_runner.py:\d+.*no_grad"
     ) as caught:
@@ -225,11 +230,11 @@ def test_a_model_that_goes_back_without_a_graph_is_told_its_mode_and_line() -> N
 # --- warm-up -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [0, 1, 7])
-def test_warm_up_runs_as_often_as_asked(time: FakeTime, asked: int) -> None:
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_warm_up_runs_the_configured_number_of_times(time: FakeTime, warmup: int) -> None:
     model = Model(lambda: time.passes(0.5))
-    make(model, warmup=asked).prepare()
-    assert model.calls == 1 + asked
+    make(model, warmup=warmup).prepare()
+    assert model.calls == 1 + warmup
 
 
 @pytest.mark.parametrize(
@@ -243,7 +248,7 @@ def test_warm_up_runs_as_often_as_asked(time: FakeTime, asked: int) -> None:
     ],
     ids=["steady at once", "falls, then steady", "never steady", "half a budget", "over a second"],
 )
-def test_warm_up_ends_when_steady_or_when_its_time_is_spent(
+def test_warm_up_ends_when_steady_or_at_its_time_limit(
     time: FakeTime, seconds: Callable[[int], float], calls: int
 ) -> None:
     model = Model(lambda: time.passes(seconds(model.calls - 1)))
@@ -252,7 +257,7 @@ def test_warm_up_ends_when_steady_or_when_its_time_is_spent(
 
 
 class Counting(nn.Module):
-    """Buffers of each kind that a model may change while it runs."""
+    """Changes buffers of each kind while it runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -266,7 +271,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_only_the_timed_pass_leaves_its_mark_on_buffers(mode: str) -> None:
+def test_only_the_timed_pass_changes_buffers(mode: str) -> None:
     def buffers() -> dict[str, torch.Tensor]:
         return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
@@ -276,16 +281,16 @@ def test_only_the_timed_pass_leaves_its_mark_on_buffers(mode: str) -> None:
     model = Counting().train()
     runner = make(model, Numbers(samples=8), mode=mode, warmup=4)
     before = buffers()
-    runner.prepare()
+    prepared = runner.prepare()
     assert same(buffers(), before)
-    gathered = runner.run(JournalState())
+    timed = runner.run_timed_pass(prepared, ListWriter())
     after = buffers()
     assert (after["in_place"].item(), after["norm.num_batches_tracked"].item()) == (4, 4)
-    runner.finish(gathered, 0, 0)
+    measure(runner, prepared, timed)
     assert same(buffers(), after)
 
 
-def test_warm_up_leaves_no_mark_on_buffers_that_are_replaced() -> None:
+def test_warm_up_restores_replaced_buffers() -> None:
     class Replacing(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -300,11 +305,11 @@ def test_warm_up_leaves_no_mark_on_buffers_that_are_replaced() -> None:
     assert model.count.item() == 0
 
 
-# --- the end comes early -----------------------------------------------------------------------
+# --- early stops -------------------------------------------------------------------------------
 
 
 def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
-    """Raises in the call for that batch of the timed pass, which follows the first batch's."""
+    """Raise in the call for this batch of the timed pass, which follows the first batch's."""
     calls = 0
 
     def during() -> None:
@@ -321,7 +326,7 @@ def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
     ("error", "kind", "text"),
     [
         (KeyboardInterrupt(), Interrupted, "interrupted"),
-        (ValueError("no\nmore"), RunFailed, "begins at sample {first}, failed: ValueError: no"),
+        (ValueError("no\nmore"), RunFailed, "starts at sample {first}, failed: ValueError: no"),
         (ConfigError("a bad row", "data"), RunFailed, "a bad row"),
         (
             OSError(28, "No space left on device"),
@@ -331,44 +336,44 @@ def stops_at(batch: int, error: BaseException) -> Callable[[], None]:
     ],
     ids=["Ctrl-C", "model", "data", "disk"],
 )
-def test_what_stops_the_run_keeps_the_batches_before_it(
+def test_after_a_stop_the_earlier_batches_are_kept(
     batch: int, error: BaseException, kind: type[GradrunError], text: str
 ) -> None:
-    sink = JournalState()
+    writer = ListWriter()
     runner = make(Model(stops_at(batch, error)))
-    gathered, measured = done(runner, sink)
-    assert type(gathered.stopped) is kind
-    assert text.format(first=2 * batch) in str(gathered.stopped)
-    assert list(gathered.sizes) == [2] * batch
-    assert sink.rows == [float(i) for i in range(2 * batch)]
+    timed, measured = run_all(runner, writer)
+    assert type(timed.stopped) is kind
+    assert text.format(first=2 * batch) in str(timed.stopped)
+    assert list(timed.sizes) == [2] * batch
+    assert writer.rows == [float(i) for i in range(2 * batch)]
     assert len(measured.batch_seconds) == len(measured.batch_sizes) == batch
     assert (measured.memory.forward_peak, measured.memory.retained) == (None, None)
     assert torch.is_grad_enabled()
 
 
-def test_a_backward_without_a_graph_is_told_as_one_in_later_batches_too() -> None:
+def test_a_backward_without_a_graph_in_a_later_batch_is_reported_with_the_mode() -> None:
     model = Model(lambda: model.calls == 3 and torch.ones(1).backward())
-    gathered, _ = done(make(model, mode="inference_mode"))
-    text = str(gathered.stopped)
-    assert text.startswith("batch 1, which begins at sample 2, failed: backward() at ")
+    timed, _ = run_all(make(model, mode="inference_mode"))
+    text = str(timed.stopped)
+    assert text.startswith("batch 1, which starts at sample 2, failed: backward() at ")
     assert "the model ran in inference_mode" in text
 
 
 @pytest.mark.parametrize("where", ["reading", "writing"])
-def test_a_fault_outside_the_model_stops_the_run_too(where: str) -> None:
-    data, sink = Numbers(), JournalState()
+def test_an_interrupt_outside_the_model_stops_the_run_too(where: str) -> None:
+    data, writer = Numbers(), ListWriter()
     runner = make(Model(), data)
-    runner.prepare()
-    setattr(data if where == "reading" else sink, where, stops_at(2, KeyboardInterrupt()))
-    gathered = runner.run(sink)
-    assert isinstance(gathered.stopped, Interrupted)
-    gathered.trim(sink.written)
-    measured = runner.finish(gathered, 0, 0)
-    assert measured.samples == sink.written == 6
+    prepared = runner.prepare()
+    setattr(data if where == "reading" else writer, where, stops_at(2, KeyboardInterrupt()))
+    timed = runner.run_timed_pass(prepared, writer)
+    assert isinstance(timed.stopped, Interrupted)
+    timed.trim(writer.written)
+    measured = measure(runner, prepared, timed)
+    assert measured.samples == writer.written == 6
     assert len(measured.batch_seconds) == len(measured.batch_sizes) == 3
 
 
-def test_the_split_of_a_stopped_run_is_that_of_its_whole_batches(time: FakeTime) -> None:
+def test_the_phases_of_a_stopped_run_cover_its_complete_batches(time: FakeTime) -> None:
     stop = stops_at(2, KeyboardInterrupt())
 
     def during() -> None:
@@ -376,15 +381,15 @@ def test_the_split_of_a_stopped_run_is_that_of_its_whole_batches(time: FakeTime)
         stop()
 
     data = Numbers(reading=lambda: time.passes(0.0005))
-    _, measured = done(make(Model(during), data), JournalState(writing=lambda: time.passes(0.125)))
+    _, measured = run_all(make(Model(during), data), ListWriter(writing=lambda: time.passes(0.125)))
     assert measured.phases.data == pytest.approx(2 * 0.0005)
     assert measured.phases.output == pytest.approx(2 * 0.125)
 
 
-def test_ctrl_c_while_memory_is_counted_is_no_traceback() -> None:
+def test_ctrl_c_during_the_memory_pass_stops_the_run() -> None:
     runner = make(Model(stops_at(5, KeyboardInterrupt())))
-    gathered, measured = done(runner)
-    assert isinstance(gathered.stopped, Interrupted)
+    timed, measured = run_all(runner)
+    assert isinstance(timed.stopped, Interrupted)
     assert measured.samples == 9
     assert measured.memory.forward_peak is None
 
@@ -394,7 +399,7 @@ def test_ctrl_c_while_memory_is_counted_is_no_traceback() -> None:
 
 @pytest.mark.parametrize(("mode", "inside"), MODES.items())
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.enable_grad])
-def test_the_mode_holds_inside_every_forward_and_nowhere_else(
+def test_the_mode_applies_inside_every_forward_and_nowhere_else(
     mode: str, inside: tuple[bool, bool], outside: Any
 ) -> None:
     seen = []
@@ -404,21 +409,21 @@ def test_the_mode_holds_inside_every_forward_and_nowhere_else(
 
     with outside():
         before = torch.is_grad_enabled()
-        done(make(Model(look), mode=mode, warmup=2))
+        run_all(make(Model(look), mode=mode, warmup=2))
         assert torch.is_grad_enabled() is before
     assert not torch.is_inference_mode_enabled()
     assert seen == [inside] * (1 + 2 + 5 + 1)
 
 
-def test_autocast_holds_inside_every_forward() -> None:
+def test_autocast_applies_inside_every_forward() -> None:
     seen = []
     model = Model(lambda: seen.append(torch.is_autocast_enabled("cpu")))
-    done(make(model, autocast="bfloat16", warmup=1))
+    run_all(make(model, autocast="bfloat16", warmup=1))
     assert seen == [True] * (1 + 1 + 5 + 1)
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_the_graph_of_a_batch_is_gone_before_the_next_forward() -> None:
+def test_the_graph_of_a_batch_is_freed_before_the_next_forward() -> None:
     class Remembering(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -434,35 +439,37 @@ def test_the_graph_of_a_batch_is_gone_before_the_next_forward() -> None:
 
     model = Remembering()
     runner = make(model, mode="grad")
-    runner.prepare()
+    prepared = runner.prepare()
     model.refs.clear()
     model.alive.clear()
-    runner.run(JournalState())
+    runner.run_timed_pass(prepared, ListWriter())
     assert model.alive == [0] * 5
 
 
 # --- progress ----------------------------------------------------------------------------------
 
 
-def test_the_beat_is_told_rising_counts_a_few_times_a_second(time: FakeTime) -> None:
+def test_progress_is_reported_a_few_times_per_second(time: FakeTime) -> None:
     model = Model(lambda: time.passes(0.06))
     runner = make(model, Numbers(samples=40))
-    runner.prepare()
-    beats: list[tuple[int, float]] = []
+    prepared = runner.prepare()
+    reports: list[tuple[int, float]] = []
     began = time.perf_counter()
-    runner.run(
-        JournalState(), None, lambda count: beats.append((count, time.perf_counter() - began))
+    runner.run_timed_pass(
+        prepared,
+        ListWriter(),
+        progress=lambda progress: reports.append((progress.done, time.perf_counter() - began)),
     )
-    assert [count for count, _ in beats] == [8, 16, 24, 32, 40]
-    gaps = [after - before for (_, before), (_, after) in itertools.pairwise(beats)]
+    assert [count for count, _ in reports] == [8, 16, 24, 32, 40]
+    gaps = [after - before for (_, before), (_, after) in itertools.pairwise(reports)]
     assert min(gaps) > 0.2
 
 
 # --- meters ------------------------------------------------------------------------------------
 
 
-def test_memory_is_of_the_first_batch_and_of_the_model() -> None:
-    _, measured = done(make(Model()))
+def test_memory_is_measured_for_the_first_batch() -> None:
+    _, measured = run_all(make(Model()))
     memory = measured.memory
     assert (memory.weights, memory.inputs) == (4, 8)
     assert (memory.forward_peak, memory.retained) == (8, 8)
@@ -471,28 +478,27 @@ def test_memory_is_of_the_first_batch_and_of_the_model() -> None:
     assert (memory.device_allocated, memory.device_reserved) == (None, None)
 
 
-def test_memory_is_not_counted_where_it_is_not_wanted() -> None:
+def test_the_memory_pass_is_skipped_if_disabled() -> None:
     model = Model()
-    _, measured = done(make(model, memory=False))
+    _, measured = run_all(make(model, memory=False))
     assert (measured.memory.forward_peak, measured.memory.retained) == (None, None)
     assert model.calls == 1 + 5
 
 
-def test_meters_that_cannot_run_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(the_runner.process_memory, "peak_resident", lambda: (None, "unavailable"))
+def test_a_failed_memory_pass_is_a_warning() -> None:
     runner = make(Model(stops_at(5, RuntimeError("not here"))))
-    gathered, measured = done(runner)
-    assert gathered.stopped is None
-    assert (measured.memory.process_peak, measured.memory.forward_peak) == (None, None)
-    warned = {warning.code: warning.text for warning in runner.warnings}
-    assert warned.keys() == {"no_process_peak", "no_tensor_memory"}
-    assert "RuntimeError: not here" in warned["no_tensor_memory"]
-    assert "measure.memory: false" in warned["no_tensor_memory"]
+    timed, measured = run_all(runner)
+    assert timed.stopped is None
+    assert measured.memory.forward_peak is None
+    (warning,) = runner.warnings
+    assert warning.code == "no_tensor_memory"
+    assert "RuntimeError: not here" in warning.text
+    assert "measure.memory: false" in warning.text
 
 
-def test_a_device_whose_memory_cannot_be_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_without_a_memory_meter_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(the_runner, "FORWARD_MEMORY", {})
     runner = make(Model())
-    _, measured = done(runner)
+    _, measured = run_all(runner)
     assert (measured.memory.forward_peak, measured.memory.retained) == (None, None)
     assert [warning.code for warning in runner.warnings] == ["no_tensor_memory"]

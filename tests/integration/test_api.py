@@ -114,7 +114,7 @@ def test_overrides_change_only_their_keys(
 def test_progress_receives_the_samples_done_and_the_total(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradrun.inference.runner._BEAT_NS", -1)
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", -1)
     calls: list[tuple[int, int]] = []
     gradrun.infer(written, progress=lambda p: calls.append((p.done, p.total)))
     assert calls == [(4, 10), (8, 10), (10, 10)]
@@ -195,7 +195,7 @@ def test_a_run_that_ends_early_keeps_its_predictions_and_its_result(
 ) -> None:
     Path("stopping.py").write_text(STOPPING.format(error=error))
     written["model"] = {"source": "python", "target": "stopping.py:Net"}
-    with pytest.raises(kind, match="4 of 10 predictions are kept in") as caught:
+    with pytest.raises(kind, match="4 of 10 predictions are saved in") as caught:
         gradrun.infer(written, trust_code=True, **{"output.format": data_format})
     assert caught.value.exit_code == code
     result = caught.value.result

@@ -131,7 +131,7 @@ def test_a_config_error_is_reported_at_its_location(cli, old, new, message):
 def test_an_input_of_the_wrong_shape_is_reported_with_both_shapes(cli):
     message = refused(cli("infer", config(("shape: [4]", "shape: [5]"))))
     assert message.startswith(
-        "c.yaml:6:11  data.inputs: the model refuses the input [7, 5] float32; "
+        "c.yaml:6:11  data.inputs: the model failed on the input [7, 5] float32; "
     )
     assert (
         "module 0 is Linear(in_features=4, out_features=3, bias=True) with weight [3, 4]" in message
@@ -363,10 +363,10 @@ def test_a_model_that_fails_half_way_leaves_the_earlier_predictions(cli, kind):
     answer = cli("infer", config(data, net), "--trust-code", "--set", f"output.format={kind}")
     assert answer.code == 1
     assert "Traceback" not in answer.text
-    assert "error: batch 5, which begins at sample 50, failed: ValueError: sample too [bold]" in (
+    assert "error: batch 5, which starts at sample 50, failed: ValueError: sample too [bold]" in (
         answer.err
     )
-    assert "50 of 100 predictions are kept in " in answer.err
+    assert "50 of 100 predictions are saved in " in answer.err
     assert "Peak memory" in answer.out
     assert np.array_equal(predictions("out"), right[:50])
     assert RunResult.load("out").measurements[0].samples == 50
@@ -407,7 +407,7 @@ def check_files_after_full_disk(answer, folder: Path, kind: str, right: np.ndarr
     else:
         assert 0 < len(written) < len(right)
         # The message counts committed predictions; the files may contain more.
-        committed = re.search(rf"([\d,]+) of {len(right):,} predictions are kept in ", answer.err)
+        committed = re.search(rf"([\d,]+) of {len(right):,} predictions are saved in ", answer.err)
         assert committed
         if "No space left" in answer.err:
             assert re.search(r"; [\d.]+ (B|KiB) are free[,;]", answer.err)
@@ -500,7 +500,7 @@ def test_ctrl_c_leaves_the_predictions_so_far_and_shows_the_tables(kind):
     assert 900 <= len(written) < len(right)
     assert np.array_equal(written, right[: len(written)].reshape(written.shape))
     assert (
-        f"error: interrupted; {len(written):,} of 200,000 predictions are kept in " in done.stderr
+        f"error: interrupted; {len(written):,} of 200,000 predictions are saved in " in done.stderr
     )
     for table in ("Peak memory", "throughput", "p99"):
         assert table in done.stdout

@@ -131,7 +131,7 @@ def test_a_model_that_exits_half_way_fails_and_keeps_the_earlier_predictions(
 ) -> None:
     model = network(f"if x[0, 0] > 40: sys.exit({status})\n        return x")
     message = refused(cli("infer", config(model=model), "--trust-code"), 1)
-    assert "batch 2, which begins at sample 10, failed: SystemExit" in message
+    assert "batch 2, which starts at sample 10, failed: SystemExit" in message
     assert np.array_equal(predictions(), ROWS[:10])
     assert RunResult.load("out").measurements[0].samples == 10
 
@@ -228,7 +228,7 @@ def test_a_transform_that_does_not_support_the_output_is_an_error(
     if transform != "topk":
         del output["k"]
     message = refused(cli("infer", config(model=model, output=output), "--trust-code"))
-    assert f"output.transform: {transform} cannot take this output" in message
+    assert f"output.transform: {transform} cannot be applied to this output" in message
     assert not Path("out").exists()
 
 
@@ -258,7 +258,7 @@ def test_an_output_with_a_name_reserved_by_the_format_is_an_error(
     model = network(f"return {{{name!r}: x, 'other': x}}")
     name_of_config = config(model=model, output={"format": kind})
     message = refused(cli("infer", name_of_config, "--trust-code"), 1, 2)
-    assert f"an output is called '{name}'" in message
+    assert f"the output name '{name}' is reserved" in message
     assert not list(Path("out").glob("*"))
 
 

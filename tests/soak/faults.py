@@ -188,7 +188,7 @@ def commits_at_every_batch() -> Iterator[None]:
         for home, name, value in (
             (checkpointer, "SECONDS", 0.0),
             (checkpointer, "_TIME_SHARE", float("inf")),
-            (runner, "_BEAT_NS", 0),
+            (runner, "_CALLBACK_NS", 0),
             (sharded_writer, "SHARD_BYTES", 11 * ROW_BYTES),
             (sharded_writer, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),
@@ -284,7 +284,7 @@ class FaultyRun:
             if second.left is not None:
                 lay_out(folder, second.left)
         kept = self.check_truth(folder)
-        if counted := re.search(r"(\d+) of 23 predictions are kept", said):
+        if counted := re.search(r"(\d+) of 23 predictions are saved", said):
             # A line that can neither be synced nor taken back is true, and was not counted on.
             more = fault == "fails from then on" and kept > int(counted[1])
             assert disk.left or more or kept == int(counted[1]), said

@@ -69,7 +69,7 @@ def hurry() -> None:
     from gradrun.output.formats import npy, sharded_writer
 
     checkpointer.SECONDS, checkpointer._TIME_SHARE = 0.02, 1.0
-    runner._BEAT_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
+    runner._CALLBACK_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
     sharded_writer.SHARD_BYTES, sharded_writer.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
 
 
@@ -164,7 +164,7 @@ def _process(folder: Path, words: list[str], phases: Connection) -> None:
     sync, os.fsync = os.fsync, slow
     hurry()
     told(infer, "load_model", "load", "load")
-    told(infer, "_opened", "open", "run")
+    told(infer, "_open_files", "open", "run")
     told(checkpointer.Checkpointer, "commit", "commit", "run")
     told(checkpointer.Checkpointer, "close", "close", "end")
     sys.argv = ["gradrun", *words]
