@@ -83,8 +83,8 @@ def check(
             else:
                 run = CheckRun(checked, predicted, reference, is_trusted(trust_code), progress)
                 result = run.result(timed=bool(save_baseline), update_expected=update_expected)
-            outcomes = evaluate.with_sources(result.outcomes, loaded.location)
-            result = result.replace(outcomes=outcomes)
+            outcomes = (o.replace(source=loaded.location(o.key)) for o in result.outcomes)
+            result = result.replace(outcomes=tuple(outcomes))
             folder = RunFolder(checked.output.path, overwrite=True)
             with folder.locked():
                 folder.save(result)
@@ -156,7 +156,14 @@ class CheckRun:
         self.mode, self.reference = config.run.mode, reference
         self.trust_code, self.progress = trust_code, progress
         self.variants = [self._variant(self.mode)]
-        if reference and reference.config:
+        self.other_sizes: list[str] = []
+        self.other_conditions: list[str] = []
+        if reference and (earlier := reference.result):
+            old = measurements_in(earlier.measurements, self.mode)
+            self.other_sizes = evaluate.batch_size_difference(old, predicted.measurements)
+            machine = evaluate.machine_differences(earlier.environment, predicted.environment)
+            self.other_conditions = [*machine, *self.other_sizes]
+        elif reference and reference.config:
             tolerances = {"measure.rtol": self.section.rtol, "measure.atol": self.section.atol}
             other = reference.config.replace(tolerances)
             self.variants.append(Variant(reference.variant, other, reference.worktree))
@@ -175,9 +182,9 @@ class CheckRun:
         memory = next(m.memory for m in measured.measurements if m.variant == self.mode)
         outcomes = [
             *self._smoke(compared),
-            *evaluate.limits(
-                self.section, self.mode, measured.measurements, memory, self.predicted.metrics
-            ),
+            *evaluate.memory_limits(self.section, memory),
+            *evaluate.speedup_limits(self.section, self.mode, measured.measurements),
+            *evaluate.metric_limits(self.section, self.predicted.metrics),
             *self._regression(compared, measured, outputs),
             *self._expected(predictions, update_expected),
         ]
@@ -233,7 +240,7 @@ class CheckRun:
         return bool(
             evaluate.timed_modes(self.section)
             or any(name in limits or name in growth for name in _PROCESS_MEMORY)
-            or ("time" in growth and not self._conditions())
+            or ("time" in growth and not self.other_conditions)
         )
 
     def _time(self) -> SessionData:
@@ -249,22 +256,6 @@ class CheckRun:
         for failure in data.failures:
             if failure.variant in required:
                 raise RunFailed(failure.message)
-
-    def _batch_sizes(self) -> list[str]:
-        """Describe the difference in batch size from an earlier result."""
-        if not (self.reference and self.reference.result):
-            return []
-        return evaluate.batch_size_difference(
-            measurements_in(self.reference.result.measurements, self.mode),
-            self.predicted.measurements,
-        )
-
-    def _conditions(self) -> list[str]:
-        """Describe differences from an earlier result that make its times incomparable."""
-        if not (self.reference and self.reference.result):
-            return []
-        before, now = self.reference.result.environment, self.predicted.environment
-        return [*evaluate.machine_differences(before, now), *self._batch_sizes()]
 
     # --- evaluate --------------------------------------------------------------------------------
 
@@ -289,11 +280,13 @@ class CheckRun:
         if before := self.reference.result:
             old = measurements_in(before.measurements, self.mode)
             now = measurements_in(measured.measurements, self.mode)
-            slowdown, sizes = evaluate.unpaired_slowdown(old, now), self._batch_sizes()
+            slowdown = evaluate.unpaired_slowdown(old, now)
             previous = before.outputs if isinstance(before, CheckResult) else ()
             return [
-                *evaluate.time_regression(section, name, slowdown, self._conditions()),
-                *evaluate.memory_regression(section, name, old[0].memory, now[0].memory, sizes),
+                *evaluate.time_regression(section, name, slowdown, self.other_conditions),
+                *evaluate.memory_regression(
+                    section, name, old[0].memory, now[0].memory, self.other_sizes
+                ),
                 *evaluate.outputs_regression(section, name, previous, outputs),
             ]
         variant = self.reference.variant
@@ -327,8 +320,9 @@ class CheckRun:
         file, section = self.section.expected, self.section
         if file is None:
             return []
+        differences = None
         if update:
             golden.write(file, predictions)
-            return [evaluate.golden_written(file.name)]
-        found = golden.compare_with_file(file, predictions, section.rtol, section.atol)
-        return [evaluate.golden(found, file.name)]
+        else:
+            differences = golden.compare_with_file(file, predictions, section.rtol, section.atol)
+        return [evaluate.golden(file.name, differences)]

@@ -6,7 +6,7 @@ A check passes or fails where the data decide it. Otherwise it is inconclusive, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -107,40 +107,14 @@ def _smoke(
 
 def has_checks(section: CheckSection) -> bool:
     """Report whether a section checks anything without a reference."""
-    return bool(
-        section.smoke
-        or section.expected
-        or _memory_limits(section)
-        or _speedup_limits(section)
-        or section.limits.of_metrics()
-    )
+    limits = section.limits.model_dump(exclude_none=True)
+    return bool(section.smoke or section.expected or limits)
 
 
 def timed_modes(section: CheckSection) -> list[GradMode]:
     """Return the modes that speedup limits refer to."""
     modes = _speedup_limits(section)
     return [mode for mode in GradMode if mode in modes]
-
-
-def limits(
-    section: CheckSection,
-    mode: GradMode,
-    measurements: Sequence[Measurement],
-    memory: Memory,
-    metrics: Sequence[Metric],
-) -> Iterator[Outcome]:
-    """Evaluate all limits.
-
-    Args:
-        section: the limits.
-        mode: the checked mode.
-        measurements: of the checked mode and of the modes that speedup limits name.
-        memory: of the checked mode.
-        metrics: computed from labels.
-    """
-    yield from memory_limits(section, memory)
-    yield from speedup_limits(section, mode, measurements)
-    yield from metric_limits(section, metrics)
 
 
 def memory_limits(section: CheckSection, memory: Memory) -> Iterator[Outcome]:
@@ -358,25 +332,16 @@ def same_outputs(
     )
 
 
-def golden_written(file: str) -> Outcome:
-    """Return the outcome of writing the expected file instead of comparing with it."""
-    verdict = _Verdict("written", "pass")
-    return _outcome("expected outputs", f"written to {file}", "expected", verdict)
-
-
-def golden(differences: Mapping[str, str], file: str) -> Outcome:
-    """Check that outputs equal those of the expected file."""
-    reason = _format_differences(differences)
-    hint = "; if this is intended, run with --update-expected" if reason else ""
-    verdict = _passed_unless(f"{reason}{hint}", "equal", "different")
-    return _outcome("expected outputs", f"equal to {file}", "expected", verdict)
-
-
-def with_sources(
-    outcomes: Sequence[Outcome], locate: Callable[[str], str | None]
-) -> tuple[Outcome, ...]:
-    """Return the outcomes with the location of their config keys."""
-    return tuple(outcome.replace(source=locate(outcome.key)) for outcome in outcomes)
+def golden(file: str, differences: Mapping[str, str] | None) -> Outcome:
+    """Check that outputs equal those of the expected file; None if it was written instead."""
+    if differences is None:
+        limit, verdict = f"written to {file}", _Verdict("written", "pass")
+    else:
+        reason = _format_differences(differences)
+        hint = "; if this is intended, run with --update-expected" if reason else ""
+        limit = f"equal to {file}"
+        verdict = _passed_unless(f"{reason}{hint}", "equal", "different")
+    return _outcome("expected outputs", limit, "expected", verdict)
 
 
 # --- text ----------------------------------------------------------------------------------------

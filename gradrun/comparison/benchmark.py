@@ -10,7 +10,6 @@ import gc
 import math
 import random
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -237,7 +236,6 @@ def _record_failure(
                 variant=variant.name,
                 batch=marker.batch,
                 error=text,
-                details=traceback.format_exc(),
                 config_key=error.key if isinstance(error, ConfigError) else None,
             )
         )
@@ -251,16 +249,9 @@ def _load(
     marker.set(variant.index, 0)  # the model's code can fail before its first batch
     device = resolve_device(config.run.device)
     seed = config.run.seed  # determines both weights and data
-    twin = next(
-        (
-            other
-            for other in loaded
-            if (other.device, other.config.run.seed, other.config.model)
-            == (device, seed, config.model)
-            and other.imports is imports
-        ),
-        None,
-    )
+    key = (device, seed, config.model)
+    alike = [v for v in loaded if (v.device, v.config.run.seed, v.config.model) == key]
+    twin = next((v for v in alike if v.imports is imports), None)
     with imports.entered():
         if twin:
             model, load_seconds = twin.model, twin.load_seconds

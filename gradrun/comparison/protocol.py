@@ -47,8 +47,6 @@ class Failure(Record, frozen=True, kw_only=True):
     """Empty if the process ended before it reached a variant."""
     batch: int
     error: str
-    details: str = ""
-    """The traceback, or the last lines that the process printed."""
     config_key: str | None = None
     """The config key at fault; None if the config is not the cause."""
 

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from gradrun.comparison.protocol import Failure, Job, Marker, WorkerReport
 
-_TAIL_LINES = 12
-
 
 class Worker:
     """A fresh process for one job; the process ends with the `with` block."""
@@ -31,7 +29,7 @@ class Worker:
             [sys.executable, "-m", "gradrun.comparison.worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
             env=_environment(threads),
             start_new_session=True,
         )
@@ -51,22 +49,20 @@ class Worker:
         """
         try:
             message = self.job.to_json().encode()
-            out, err = self._process.communicate(message, timeout=timeout)
+            out, _ = self._process.communicate(message, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return self._failed(f"did not return within {timeout:g} s (measure.timeout)", b"")
+            return self._failed(f"did not return within {timeout:g} s (measure.timeout)")
         if self._process.returncode:
-            return self._failed(_exit_cause(self._process.returncode), err)
+            return self._failed(_exit_cause(self._process.returncode))
         try:
             return WorkerReport.from_json(out)
         except ValueError:
-            return self._failed("ended without a report", err)
+            return self._failed("ended without a report")
 
-    def _failed(self, cause: str, err: bytes) -> WorkerReport:
+    def _failed(self, cause: str) -> WorkerReport:
         variant, batch = Marker.read(self._marker)
-        tail = err.decode(errors="replace").splitlines()[-_TAIL_LINES:]
         name = self.job.variants[variant].name if variant >= 0 else ""
-        failure = Failure(variant=name, batch=batch, error=cause, details="\n".join(tail))
-        return WorkerReport(failures=(failure,))
+        return WorkerReport(failures=(Failure(variant=name, batch=batch, error=cause),))
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -85,7 +81,7 @@ def _kill(worker: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
-    for pipe in (worker.stdin, worker.stdout, worker.stderr):
+    for pipe in (worker.stdin, worker.stdout):
         if pipe:
             pipe.close()
 

@@ -46,7 +46,7 @@ REPORT = WorkerReport(
             first_module="layers.0 (Linear)",
         ),
     ),
-    failures=(Failure(variant="no_grad", batch=3, error="ValueError: größer\n\x00", details="…"),),
+    failures=(Failure(variant="no_grad", batch=3, error="ValueError: größer\n\x00…"),),
     noise=SystemNoise(steal=0.01, others=1.5, preemptions=20.0),
     environment=MACHINE,
 )
