@@ -83,4 +83,4 @@ def test_json_into_a_folder_that_is_not_there_is_an_error_before_anything_runs(
     monkeypatch.setattr(questions, "QUESTIONS", None)  # iterating it would fail
     answer = cli("modes", "--json", "nowhere/modes.json")
     assert answer.code == 2
-    assert "there is no folder nowhere" in answer.err
+    assert "folder nowhere does not exist" in answer.err

@@ -1,4 +1,4 @@
-"""The commands as a user types them: what they print where, write, refuse and leave alone."""
+"""Commands: output streams, files, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ finally:
 
 
 def loaded(*words: str) -> set[str]:
-    """Which heavy modules a command loads; the command must succeed."""
+    """Return the heavy modules that a successful command imports."""
     done = subprocess.run(
         [sys.executable, "-c", LOADED, *words],
         capture_output=True,
@@ -92,7 +92,7 @@ def test_help_loads_neither_torch_nor_pydantic(words):
     assert not loaded(*words)
 
 
-def test_no_summary_of_a_command_is_cut_in_a_terminal_of_80_columns(cli, monkeypatch):
+def test_summaries_of_commands_fit_into_80_columns(cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert "..." not in cli("--help").out.partition("Commands:")[2]
 
@@ -109,23 +109,23 @@ def test_commands_that_run_nothing_load_no_torch(words):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_help_that_names_its_options(cli, command):
+def test_every_command_has_help(cli, command):
     answer = cli(command, "-h")
     assert answer.code == 0
     assert f"gradrun {command}" in answer.out
     assert "--help" in answer.out
 
 
-def test_version(cli):
+def test_version_option_prints_the_version(cli):
     assert cli("--version").out == f"gradrun {__version__}\n"
 
 
-def test_the_module_is_the_command(process):
+def test_the_module_runs_the_command(process):
     assert process("--version").out == f"gradrun {__version__}\n"
 
 
 @pytest.mark.parametrize("words", [[], ["infr"], ["infer", "--nope"], ["infer", "a", "b"]])
-def test_a_mistyped_command_line_is_exit_2(cli, words):
+def test_an_invalid_command_line_exits_with_2(cli, words):
     answer = cli(*words)
     assert answer.code == 2
     assert "Traceback" not in answer.text
@@ -149,34 +149,34 @@ def test_infer_writes_predictions_and_prints_both_tables(cli):
     assert not answer.err
 
 
-def test_set_changes_the_run(cli):
+def test_set_overrides_the_config(cli):
     assert cli("infer", "c.yaml", "--set", "data.samples=5", "--set", "run.mode=grad").code == 0
     assert len(np.load("out/predictions.npy")) == 5
     assert RunResult.load("out").measurements[0].mode == "grad"
 
 
-def test_json_file_holds_the_result(cli):
+def test_json_writes_the_result_to_a_file(cli):
     answer = cli("infer", "c.yaml", "--json", "r.json")
     assert "Peak memory" in answer.out
     assert Path("r.json").read_text() == Path("out/result.json").read_text()
 
 
-def test_json_dash_keeps_stdout_for_json_alone(cli):
+def test_json_dash_prints_only_json_to_stdout(cli):
     answer = cli("infer", "c.yaml", "--json", "-")
     assert json.loads(answer.out) == json.loads(Path("out/result.json").read_text())
     assert "Peak memory" in answer.err
 
 
-def test_json_dash_keeps_stdout_empty_after_an_error(cli):
+def test_json_dash_prints_nothing_to_stdout_after_an_error(cli):
     answer = cli("infer", "c.yaml", "--json", "-", "--set", "run.mod=1")
     assert (answer.code, answer.out) == (2, "")
 
 
-def test_a_json_file_that_cannot_be_written_is_an_error(cli):
+def test_an_unwritable_json_file_is_reported_before_the_run(cli):
     answer = cli("infer", "c.yaml", "--json", "no/r.json")
     assert answer.code == 2
-    assert "--json no/r.json: there is no folder no" in answer.err
-    assert not Path("out").exists(), "found out before the run, not after it"
+    assert "--json no/r.json: folder no does not exist" in answer.err
+    assert not Path("out").exists(), "reported before the run"
 
 
 def test_quiet_prints_nothing(cli):
@@ -185,7 +185,7 @@ def test_quiet_prints_nothing(cli):
     assert Path("out/predictions.npy").exists()
 
 
-def test_quiet_still_tells_errors_and_still_writes_json(cli):
+def test_quiet_prints_errors_and_writes_json(cli):
     answer = cli("infer", "c.yaml", "-q", "--json", "-")
     assert json.loads(answer.out)["kind"] == "infer"
     assert not answer.err
@@ -193,13 +193,13 @@ def test_quiet_still_tells_errors_and_still_writes_json(cli):
 
 
 @pytest.mark.parametrize("folder", ["other", "a/b", "../elsewhere"])
-def test_output_goes_where_the_command_line_says(cli, folder):
+def test_output_option_selects_the_folder(cli, folder):
     assert cli("infer", "c.yaml", "--output", folder).code == 0
     assert Path(folder, "predictions.npy").exists()
     assert not Path("out").exists()
 
 
-def test_an_existing_folder_is_refused_and_overwrite_is_named(cli):
+def test_an_existing_folder_is_rejected_with_a_hint_to_overwrite(cli):
     assert cli("infer", "c.yaml").code == 0
     before = {path: path.read_bytes() for path in Path("out").iterdir()}
     answer = cli("infer", "c.yaml", "--set", "data.samples=5")
@@ -209,7 +209,7 @@ def test_an_existing_folder_is_refused_and_overwrite_is_named(cli):
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_overwrite_replaces_the_run_and_leaves_other_files_alone(cli):
+def test_overwrite_replaces_the_run_but_not_other_files(cli):
     jsonl = ["--set", "output.format=jsonl"]
     assert cli("infer", "c.yaml", *jsonl).code == 0
     for name in ("notes.txt", "predictions", "my_predictions.npy"):
@@ -221,14 +221,14 @@ def test_overwrite_replaces_the_run_and_leaves_other_files_alone(cli):
     assert len(np.load("out/predictions.npy")) == 5
 
 
-def test_overwrite_with_a_wrong_config_leaves_the_earlier_run_alone(cli):
+def test_overwrite_with_an_invalid_config_does_not_change_the_earlier_run(cli):
     assert cli("infer", "c.yaml").code == 0
     answer = cli("infer", "c.yaml", "--overwrite", "--set", "data.inputs.x.shape=[5]")
     assert answer.code == 2
     assert len(np.load("out/predictions.npy")) == 7
 
 
-def test_an_empty_folder_is_taken(cli):
+def test_an_empty_folder_is_accepted(cli):
     Path("out").mkdir()
     assert cli("infer", "c.yaml").code == 0
 
@@ -243,14 +243,14 @@ def test_example_runs_in_an_empty_folder(process, tmp_path):
     assert "\x1b" not in answer.text, "a pipe gets plain text"
 
 
-def test_an_unknown_example_names_the_ones_there_are(cli):
+def test_an_unknown_example_lists_the_available_ones(cli):
     answer = cli("infer", "--example", "digit")
     assert answer.code == 2
-    assert "there is no example 'digit'; did you mean digits? (allowed: digits" in answer.err
+    assert "unknown example 'digit'; did you mean digits? (allowed: digits" in answer.err
 
 
 @pytest.mark.parametrize("words", [[], ["c.yaml", "--example", "digits"]])
-def test_infer_wants_one_config(cli, words):
+def test_infer_needs_exactly_one_config(cli, words):
     answer = cli("infer", *words)
     assert answer.code == 2
     assert answer.err.startswith("error: ")
@@ -260,31 +260,31 @@ def test_infer_wants_one_config(cli, words):
 @pytest.mark.parametrize(
     "settings", [{"NO_COLOR": "1"}, {"NO_COLOR": "1", "TERM": "xterm-256color"}]
 )
-def test_no_color_gives_no_colours_on_a_terminal(settings):
+def test_no_color_disables_colors_on_a_terminal(settings):
     assert "\x1b[3" not in on_a_terminal(settings)
 
 
-def test_a_terminal_gets_colours():
+def test_a_terminal_gets_colors():
     assert "\x1b[" in on_a_terminal({"TERM": "xterm-256color"})
 
 
 def on_a_terminal(settings: dict[str, str]) -> str:
-    """What `gradrun infer c.yaml --set run.mod=1` prints where stderr is a terminal."""
+    """Return the output of `gradrun infer c.yaml --set run.mod=1` if stderr is a terminal."""
     pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
+    parent, child = pty.openpty()
     words = [sys.executable, "-m", "gradrun", "infer", "c.yaml", "--set", "run.mod=1"]
     plain = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")}
     subprocess.run(
-        words, stderr=theirs, env={**plain, "PYTHONPATH": str(ROOT), **settings}, check=False
+        words, stderr=child, env={**plain, "PYTHONPATH": str(ROOT), **settings}, check=False
     )
-    os.close(theirs)
-    said = os.read(ours, 65536).decode()
-    os.close(ours)
-    assert "unknown key" in said
-    return said
+    os.close(child)
+    output = os.read(parent, 65536).decode()
+    os.close(parent)
+    assert "unknown key" in output
+    return output
 
 
-def test_debug_shows_the_traceback_on_purpose(cli):
+def test_debug_shows_the_traceback(cli):
     with pytest.raises(Exception, match="unknown key"):
         cli("infer", "c.yaml", "--debug", "--set", "run.mod=1")
 
@@ -296,13 +296,13 @@ def test_python_code_is_not_imported_without_trust(cli):
     answer = cli("infer", "p.yaml")
     assert answer.code == 2
     assert answer.err.startswith("error: p.yaml:3:11  model.target: ")
-    assert "--trust-code or GRADRUN_TRUST_CODE=1" in answer.err
+    assert "pass --trust-code or set GRADRUN_TRUST_CODE=1" in answer.err
     assert not Path("imported").exists()
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("value", ["", "0", "yes", "true"])
-def test_only_the_value_1_is_trust(cli, monkeypatch, value):
+def test_trust_needs_the_value_1(cli, monkeypatch, value):
     monkeypatch.setenv("GRADRUN_TRUST_CODE", value)
     assert cli("infer", "p.yaml").code == 2
     assert not Path("imported").exists()
@@ -317,7 +317,7 @@ def test_trusted_code_runs(cli, monkeypatch, how):
     assert np.load("out/predictions.npy").shape == (7,)
 
 
-def test_validate_imports_no_code_even_where_it_is_trusted(cli, monkeypatch):
+def test_validate_imports_no_code_even_if_trusted(cli, monkeypatch):
     monkeypatch.setenv("GRADRUN_TRUST_CODE", "1")
     assert cli("validate", "p.yaml").code == 0
     assert not Path("imported").exists()
@@ -334,7 +334,7 @@ def test_every_example_is_valid_and_short_and_commented(cli, path):
     assert lines[0].startswith("#")
 
 
-def test_validate_tells_the_errors_of_all_files_and_writes_nothing(cli):
+def test_validate_reports_errors_of_all_files_and_writes_nothing(cli):
     Path("a.yaml").write_text(CONFIG.replace("run:", "rn:"))
     Path("b.yaml").write_text(CONFIG.replace("samples", "smples"))
     answer = cli("validate", "a.yaml", "c.yaml", "b.yaml")
@@ -345,20 +345,20 @@ def test_validate_tells_the_errors_of_all_files_and_writes_nothing(cli):
     assert not Path("out").exists()
 
 
-def test_validate_gives_the_resolved_config_as_json(cli, tmp_path):
+def test_validate_writes_the_resolved_config_as_json(cli, tmp_path):
     answer = cli("validate", "c.yaml", "--json", "-", "--set", "run.seed=3")
     checked = json.loads(answer.out)["c.yaml"]
-    resolve_config = checked["config"]
+    resolved = checked["config"]
     assert checked["valid"] is True
-    assert resolve_config["run"]["seed"] == 3
-    assert resolve_config["output"] == resolve_config["output"] | {
+    assert resolved["run"]["seed"] == 3
+    assert resolved["output"] == resolved["output"] | {
         "path": f"{tmp_path}/out",
         "format": "npy",
     }
     assert answer.err == "c.yaml: valid (weights and shapes are checked by infer)\n"
 
 
-def test_validate_gives_errors_as_json_too(cli):
+def test_validate_writes_errors_as_json(cli):
     answer = cli("validate", "c.yaml", "--json", "-", "--set", "run.mod=3")
     assert answer.code == 2
     checked = json.loads(answer.out)["c.yaml"]
@@ -382,13 +382,13 @@ def accepts(schema, config) -> bool:
     return jsonschema.Draft202012Validator(schema).is_valid(config)
 
 
-def test_the_schema_is_one(schema):
+def test_the_schema_is_valid(schema):
     jsonschema.Draft202012Validator.check_schema(schema)
     assert "2020-12" in schema["$schema"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_schema_accepts_every_example_and_refuses_a_mistyped_key(schema, path):
+def test_the_schema_accepts_every_example_and_rejects_unknown_keys(schema, path):
     config = yaml.safe_load(path.read_text())
     jsonschema.Draft202012Validator(schema).validate(config)
     for section, value in config.items():
@@ -406,16 +406,16 @@ def test_the_schema_accepts_every_example_and_refuses_a_mistyped_key(schema, pat
         ("run", "seed", -1),
     ],
 )
-def test_the_schema_refuses_wrong_values(schema, section, key, value):
+def test_the_schema_rejects_invalid_values(schema, section, key, value):
     config = yaml.safe_load(CONFIG)
     assert accepts(schema, config)
     assert not accepts(schema, config | {section: config[section] | {key: value}})
 
 
-def test_the_schema_explains_the_keys(schema):
+def test_the_schema_describes_the_keys(schema):
     text = json.dumps(schema)
     assert "where the model runs" in text
-    assert "samples a batch; the last batch may be shorter" in text
+    assert "samples per batch; the last batch may be shorter" in text
 
 
 # --- init --------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_init_writes_a_config_that_validates_and_runs(cli):
 
 @pytest.mark.parametrize("name", ["m.py", "sub/m.py", "a %s b.py", "odd: #.py"])
 @pytest.mark.parametrize("config", ["gradrun.yaml", "conf/g.yaml"])
-def test_init_from_a_model_of_ones_own_runs(cli, name, config):
+def test_init_from_a_users_model_runs(cli, name, config):
     Path(name).parent.mkdir(exist_ok=True)
     Path(config).parent.mkdir(exist_ok=True)
     Path(name).write_text(NET)
@@ -444,22 +444,22 @@ def test_init_from_a_model_of_ones_own_runs(cli, name, config):
 
 
 @pytest.mark.parametrize("target", ["m.py", "m.py:", ":", "m.py:a b", "Net"])
-def test_init_from_wants_a_file_and_a_name(cli, target):
+def test_init_from_needs_a_file_and_a_name(cli, target):
     answer = cli("init", "--from", target)
     assert answer.code == 2
-    assert "is written FILE.PY:NAME" in answer.err
+    assert "expected FILE.PY:NAME" in answer.err
     assert not Path("gradrun.yaml").exists()
 
 
-def test_init_replaces_no_file(cli):
+def test_init_does_not_replace_a_file(cli):
     answer = cli("init", "c.yaml")
     assert answer.code == 2
-    assert "c.yaml exists already" in answer.err
+    assert "c.yaml already exists" in answer.err
     assert Path("c.yaml").read_text() == CONFIG
 
 
 @pytest.mark.parametrize("name", ["no/c.yaml", "c.yaml/d.yaml", "."])
-def test_init_says_where_it_cannot_write(cli, name):
+def test_init_reports_an_unwritable_path(cli, name):
     answer = cli("init", name)
     assert answer.code in (1, 2)
     assert answer.err.startswith(f"error: {name}")

@@ -156,7 +156,7 @@ def test_the_first_is_the_baseline(cli: Command, requests: Requests) -> None:
         ("c.yaml --modes inference", ["inference", "did you mean", "inference_mode"]),
         ("c.yaml --modes grad", ["two values of run.mode"]),
         ("c.yaml --over output.path=a,b", ["output.path", "does not affect the measurement"]),
-        ("c.yaml --over run.threads=1,2 --over run.seed=1,2", ["one key at a time"]),
+        ("c.yaml --over run.threads=1,2 --over run.seed=1,2", ["only once"]),
         ("c.yaml --over run.thread=1,2", ["run.thread", "did you mean", "threads"]),
         ("c.yaml --over run.threads=1,two", ["run.threads", "two"]),
         ("c.yaml --over run.threads", ["--over run.threads", "run.threads=1,2"]),

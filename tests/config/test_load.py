@@ -1,4 +1,4 @@
-"""YAML to RunConfig: every error with its place, nothing run, and --set checked like the file."""
+"""Loading configs: locations of errors, YAML, paths and overrides."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def write(old: str = "", new: str = "") -> str:
 
 
 def errors(old: str = "", new: str = "", *sets: str) -> str:
-    """What loading the config says, with `old` in it replaced by `new`."""
+    """Return the errors of loading the config with `old` replaced by `new`."""
     with pytest.raises(ConfigError) as caught:
         load_config(write(old, new), sets)
     return str(caught.value)
 
 
-def test_a_right_config_gives_its_values_and_the_defaults():
+def test_a_valid_config_has_its_values_and_defaults():
     config = load_config(write()).config
     assert config.data.samples == 7
     assert config.run.mode is GradMode.NO_GRAD
     assert config.output.format == "npy"
 
 
-# --- places ------------------------------------------------------------------------------------
+# --- locations ------------------------------------------------------------------------------------
 
 UNKNOWN = "unknown key; did you mean"
 PLACED = {
@@ -126,7 +126,7 @@ PLACED = {
 
 
 @pytest.mark.parametrize(("old", "new", "place", "text"), PLACED.values(), ids=PLACED.keys())
-def test_an_error_says_its_line_and_column_with_a_caret(old, new, place, text):
+def test_an_error_has_line_column_and_caret(old, new, place, text):
     said = errors(old, new)
     first = next(line for line in said.splitlines() if line.startswith(f"c.yaml:{place}  "))
     assert text in first
@@ -136,7 +136,7 @@ def test_an_error_says_its_line_and_column_with_a_caret(old, new, place, text):
     assert shown == ["    " + written[:120].replace("\t", " "), "    " + " " * (column - 1) + "^"]
 
 
-def test_all_errors_are_told_at_once_in_the_order_of_their_lines():
+def test_all_errors_are_reported_in_the_order_of_lines():
     text = CONFIG.replace("mode: no_grad", "mode: nograd").replace("samples: 7", "samples: 7.5")
     Path("c.yaml").write_text(text.replace("path: out", "pth: out").replace("ReLU", "[]"))
     with pytest.raises(ConfigError) as caught:
@@ -146,7 +146,7 @@ def test_all_errors_are_told_at_once_in_the_order_of_their_lines():
     assert places == [f"c.yaml:{at}" for at in ("3:30", "7:12", "9:9", "10:1", "11:3")]
 
 
-def test_a_key_far_right_in_a_long_line_is_shown_around_its_caret():
+def test_long_lines_are_truncated_around_the_caret():
     said = errors("{x: {shape: [4]}}", "{x: {shape: [4]}}" + " " * 300 + "junk")
     line, caret = said.splitlines()[1:3]
     assert len(line) < 130
@@ -159,7 +159,7 @@ def test_a_python_tag_runs_nothing():
     assert not Path("marker").exists()
 
 
-# --- YAML, as it is written --------------------------------------------------------------------
+# --- YAML --------------------------------------------------------------------
 
 
 def test_anchors_and_aliases_work():
@@ -168,7 +168,7 @@ def test_anchors_and_aliases_work():
 
 
 @pytest.mark.parametrize("kind", ["list", "map"])
-def test_an_alias_bomb_is_refused_at_once(kind):
+def test_an_alias_bomb_is_rejected_quickly(kind):
     level = "[{}]" if kind == "list" else "{{{}}}"
     text = "a0: &a0 x\n"
     for i in range(1, 40):
@@ -182,13 +182,13 @@ def test_an_alias_bomb_is_refused_at_once(kind):
 
 
 @pytest.mark.parametrize("text", ["[" * 5000, "[" * 900 + "]" * 900, "a: " + "{a: " * 3000])
-def test_a_nest_without_end_is_refused(text):
+def test_deep_nesting_is_rejected(text):
     Path("c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"^c\.yaml"):
         load_config("c.yaml")
 
 
-def test_a_long_config_is_read_in_no_time():
+def test_a_long_config_is_read_quickly():
     began = time.perf_counter()
     errors("ReLU", "[x], " * 9_000)
     assert time.perf_counter() - began < 20
@@ -217,7 +217,7 @@ def test_a_long_config_is_read_in_no_time():
         ("|\n    two\n    lines", "two\nlines\n"),
     ],
 )
-def test_scalars_are_read_by_yaml_1_2(text, value):
+def test_scalars_follow_yaml_1_2(text, value):
     zoo = f"source: zoo\n  name: mlp\n  args:\n   v: {text}"
     config = load_config(write("source: layers\n  layers: [{Linear: [4, 3]}, ReLU]", zoo)).config
     found = config.model.args["v"]
@@ -227,7 +227,7 @@ def test_scalars_are_read_by_yaml_1_2(text, value):
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("start", ["", "\ufeff", "---\n", "%YAML 1.2\n---\n"])
-def test_byte_order_marks_and_line_ends_of_other_systems_are_read(start, ending):
+def test_byte_order_marks_and_crlf_are_accepted(start, ending):
     Path("c.yaml").write_bytes((start + CONFIG).replace("\n", ending).encode())
     assert load_config("c.yaml").config.data.samples == 7
 
@@ -244,7 +244,7 @@ def test_byte_order_marks_and_line_ends_of_other_systems_are_read(start, ending)
         (b"- a\n- b\n", "c.yaml:1:1  a config is a mapping with the sections"),
     ],
 )
-def test_a_file_that_is_no_config_is_refused_in_one_sentence(raw, text):
+def test_a_file_that_is_not_a_config_is_rejected_with_one_sentence(raw, text):
     Path("c.yaml").write_bytes(raw)
     with pytest.raises(ConfigError) as caught:
         load_config("c.yaml")
@@ -260,7 +260,7 @@ def test_a_config_that_cannot_be_opened_is_an_error(name):
 # --- paths -------------------------------------------------------------------------------------
 
 
-def test_paths_start_at_the_config_wherever_one_stands(tmp_path, monkeypatch):
+def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
     folder = tmp_path / "deep"
     folder.mkdir()
     (folder / "x.npy").write_bytes(b"")
@@ -278,17 +278,17 @@ def test_paths_start_at_the_config_wherever_one_stands(tmp_path, monkeypatch):
         assert config.output.path == folder / "out"
 
 
-def test_a_missing_data_file_is_told_with_its_whole_path(tmp_path):
+def test_a_missing_data_file_is_reported_with_its_absolute_path(tmp_path):
     data = "source: arrays\n  path: sub/x.npy"
     said = errors("source: synthetic\n  inputs: {x: {shape: [4]}}\n  samples: 7", data)
     assert said.startswith(f"c.yaml:6:9  data.path: file {tmp_path / 'sub/x.npy'} does not exist")
 
 
-def test_an_absolute_output_path_is_the_users_right(tmp_path):
+def test_an_absolute_output_path_is_accepted(tmp_path):
     assert load_config(write("out\n", f"{tmp_path}/b\n")).config.output.path == tmp_path / "b"
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+def test_a_tilde_expands_to_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert load_config(write("out\n", "~/b\n")).config.output.path == tmp_path / "home/b"
 
@@ -312,12 +312,12 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
         ("measure={memory: false}", "measure", "memory", False),
     ],
 )
-def test_set_is_typed_like_the_file(text, section, key, value):
+def test_set_values_are_parsed_like_the_file(text, section, key, value):
     config = load_config(write(), [text]).config
     assert getattr(getattr(config, section), key) == value
 
 
-def test_the_last_set_of_a_key_holds():
+def test_the_last_set_of_a_key_wins():
     assert load_config(write(), ["run.seed=1", "run.seed=2"]).config.run.seed == 2
 
 
@@ -345,7 +345,7 @@ def test_set_replaces_a_whole_section():
         ("a..b=3", 1, "expected key.path=value"),
     ],
 )
-def test_a_wrong_set_shows_its_place(text, column, said):
+def test_an_invalid_set_is_reported_with_its_location(text, column, said):
     first, shown, caret = errors("", "", text).splitlines()
     assert first.startswith(f"--set:1:{column}  ")
     assert said in first
@@ -353,13 +353,13 @@ def test_a_wrong_set_shows_its_place(text, column, said):
     assert caret == "    " + " " * (column - 1) + "^"
 
 
-def test_errors_of_the_file_and_of_set_are_told_together():
+def test_errors_of_the_file_and_of_set_are_reported_together():
     said = errors("samples: 7", "smples: 7", "run.md=1", "rn.mode=grad")
     places = [line.split()[0] for line in said.splitlines() if not line.startswith(" ")]
     assert places == ["--set:1:8", "--set:1:9", "c.yaml:4:1", "c.yaml:7:3"]
 
 
-# --- configs from code -------------------------------------------------------------------------
+# --- mappings -------------------------------------------------------------------------
 
 MAPPING = {
     "model": {"source": "layers", "layers": ("ReLU",)},
@@ -368,7 +368,7 @@ MAPPING = {
 }
 
 
-def test_a_mapping_is_a_config_whose_paths_start_here(tmp_path):
+def test_paths_of_a_mapping_are_relative_to_the_current_folder(tmp_path):
     config = load_config(MAPPING).config
     assert config.output.path == tmp_path / "out"
     assert config.data.inputs["x"].shape == (4,)
@@ -379,21 +379,21 @@ def test_a_mapping_is_a_config_whose_paths_start_here(tmp_path):
     [["run.seed=3"], {"run.seed": 3}, {"run": {"seed": 3}}],
     ids=["texts", "dotted keys", "sections"],
 )
-def test_overrides_are_texts_or_a_mapping(overrides):
+def test_overrides_can_be_texts_or_a_mapping(overrides):
     before = repr(MAPPING)
     config = load_config(MAPPING | {"run": {"mode": "grad"}}, overrides).config
     assert (config.run.seed, config.run.mode) == (3, GradMode.GRAD)
     assert repr(MAPPING) == before
 
 
-def test_a_mapping_with_a_wrong_key_names_the_key():
+def test_an_unknown_key_in_overrides_is_reported():
     with pytest.raises(
         ConfigError, match=r"^override:1:1  run\.md: unknown key; did you mean mode"
     ):
         load_config(MAPPING, {"run": {"md": 1}})
 
 
-def test_located_gives_a_later_error_the_place_of_its_key():
+def test_a_later_error_gets_the_location_of_its_key():
     loaded = load_config(write())
     with (
         pytest.raises(ConfigError, match=r"^c\.yaml:3:30  model\.layers\.1: odd\n"),
@@ -402,6 +402,6 @@ def test_located_gives_a_later_error_the_place_of_its_key():
         raise ConfigError("odd", "model.layers.1")
 
 
-def test_located_leaves_an_error_without_a_key_alone():
+def test_a_later_error_without_a_key_is_not_changed():
     with pytest.raises(ConfigError, match=r"^odd$"), load_config(write()).error_locations():
         raise ConfigError("odd")

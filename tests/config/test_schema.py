@@ -1,4 +1,4 @@
-"""RunConfig: frozen, strict, closed, and the same after a round through JSON."""
+"""RunConfig: immutable, strictly typed, without unknown keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make(**sections) -> RunConfig:
 
 
 def sections(kind: type[BaseModel] = RunConfig) -> set[type[BaseModel]]:
-    """Every section class that a config can hold."""
+    """Return all section classes of a config."""
     pending, found = [kind], set()
     while pending:
         part = pending.pop()
@@ -42,13 +42,13 @@ def test_every_section_is_frozen_strict_and_closed():
     assert len(sections()) >= 14
     for section in sections():
         settings = section.model_config
-        # What else may be limited is a metric of the config's, which is checked there.
+        # Other keys of the limits are metrics, which RunConfig validates.
         unknown = "allow" if section is LimitsSection else "forbid"
         assert (settings["frozen"], settings["strict"], settings["extra"]) == (True, True, unknown)
 
 
 @pytest.mark.parametrize("path", ["run", "run.mode", "data.samples", "model.layers", "output.path"])
-def test_a_config_cannot_be_changed(path):
+def test_a_config_is_immutable(path):
     config = make()
     *parents, name = path.split(".")
     section = getattr(config, parents[0]) if parents else config
@@ -56,59 +56,73 @@ def test_a_config_cannot_be_changed(path):
         setattr(section, name, getattr(section, name))
 
 
-def test_a_config_survives_json():
+def test_a_config_round_trips_through_json():
     config = make(run={"mode": "grad", "threads": 2}, output={"path": "o", "select": ["a"]})
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_a_config_without_context_looks_for_no_files():
+def test_without_a_path_resolver_paths_stay_as_written():
     config = make(model={"source": "torchscript", "path": "nowhere.pt"})
     assert config.model.path == Path("nowhere.pt")
 
 
-def test_the_gradient_modes_are_texts():
+def test_gradient_modes_are_strings():
     assert [str(mode) for mode in GradMode] == ["grad", "no_grad", "inference_mode"]
     assert make().run.mode is GradMode.INFERENCE_MODE
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "cuda:127", "mps"])
-def test_a_device_is_one_that_torch_may_have(device):
+def test_valid_devices_are_accepted(device):
     assert make(run={"device": device}).run.device == device
 
 
 @pytest.mark.parametrize(
     "device", ["", "gpu", "cuda:", "cuda:-1", "cuda:1234", "cpu\n", "CPU", " cpu"]
 )
-def test_other_devices_are_refused(device):
+def test_invalid_devices_are_rejected(device):
     with pytest.raises(ValidationError):
         make(run={"device": device})
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\\b", "../x"])
-def test_a_selected_output_is_no_path(name):
+def test_a_selected_output_must_not_be_a_path(name):
     with pytest.raises(ValidationError, match=r"below output\.path"):
         make(output={"path": "o", "select": [name]})
 
 
 @pytest.mark.parametrize(("given", "kept"), [("a", ("a",)), (["a", "1"], ("a", "1")), ([], ())])
-def test_one_selected_output_needs_no_list(given, kept):
+def test_a_single_selected_output_needs_no_list(given, kept):
     assert make(output={"path": "o", "select": given}).output.select == kept
 
 
 @pytest.mark.parametrize("target", ["mine.py:Net", "a/b.py:build", "pkg.mod:build", "pkg:x"])
-def test_a_target_is_a_place_and_a_name(target):
+def test_valid_targets_are_accepted(target):
     assert make(model={"source": "python", "target": target}).model.target == target
 
 
 @pytest.mark.parametrize("target", ["", "mine.py", ":Net", "mine.py:", "mine.py:a b", "a.py:x()"])
-def test_other_targets_are_refused(target):
+def test_invalid_targets_are_rejected(target):
     with pytest.raises(ValidationError, match="a target is"):
         make(model={"source": "python", "target": target})
 
 
-def test_the_nouns_need_no_torch():
+def test_the_schema_does_not_import_torch():
     code = (
         "import gradrun.config.schema, gradrun.config.load, sys; sys.exit('torch' in sys.modules)"
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_replace_changes_keys_and_sections() -> None:
+    config = make(check={"limits": {"accuracy": ">= 0.9"}})
+    changed = config.replace({"run.mode": GradMode.GRAD, "output.path": Path("new"), "metrics": ()})
+    assert (changed.run.mode, changed.output.path) == (GradMode.GRAD, Path("new"))
+    assert (changed.data, changed.check) == (config.data, config.check)
+    assert config.run.mode is GradMode.INFERENCE_MODE
+
+
+@pytest.mark.parametrize("change", [{"run.threads": 0}, {"run.mod": "grad"}, {"run": 3}])
+def test_replace_validates(change: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        make().replace(change)

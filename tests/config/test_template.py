@@ -1,4 +1,4 @@
-"""The starter config: commented, valid as it is, and filled in for a model of one's own."""
+"""The starter config is valid, also for a model in the user's code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradrun.config.model import PythonModel
 from gradrun.config.template import config_template
 
 
-def test_the_starter_is_valid_and_says_what_else_there_is(tmp_path):
+def test_the_starter_is_valid_and_names_the_alternatives(tmp_path):
     (tmp_path / "c.yaml").write_text(config_template())
     config = load_config(tmp_path / "c.yaml").config
     assert config.output.path == tmp_path / "runs/first"
@@ -20,12 +20,12 @@ def test_the_starter_is_valid_and_says_what_else_there_is(tmp_path):
 
 
 @pytest.mark.parametrize("text", [config_template(), config_template("nets/mine.py:Net")])
-def test_its_comments_are_written_within_a_terminals_width(text):
+def test_lines_have_at_most_100_characters(text):
     assert max(map(len, text.splitlines())) <= 100
     assert "%" not in text
 
 
-def test_the_commented_out_lines_are_valid_too(tmp_path):
+def test_the_commented_lines_are_valid(tmp_path):
     text = config_template().replace("  # weights: weights.safetensors", "  weights: w.safetensors")
     for line in ("source: synthetic", "inputs: {x", "samples: 10000"):
         text = text.replace(f"  {line}", f"  # {line}")
@@ -41,10 +41,10 @@ def test_the_commented_out_lines_are_valid_too(tmp_path):
 @pytest.mark.parametrize(
     "target", ["nets/mine.py:Net", "a b.py:Net", "#a.py:Net", "a: #b.py:Net", "x\x1b%s'\".py:Net"]
 )
-def test_a_target_is_filled_in_whatever_its_name(target):
+def test_any_target_is_inserted(target):
     model = yaml.safe_load(config_template(target))["model"]
     assert PythonModel.model_validate(model).target == target
 
 
-def test_a_plain_target_is_written_without_quotes():
+def test_a_plain_target_is_not_quoted():
     assert "target: nets/mine.py:Net\n" in config_template("nets/mine.py:Net")

@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-def test_all_is_written_though_the_system_takes_a_little_at_a_time(
+def test_partial_writes_are_continued(
     file: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, sizes = os.write, []
@@ -34,7 +34,7 @@ def test_all_is_written_though_the_system_takes_a_little_at_a_time(
     assert len(sizes) == 15
 
 
-def test_a_failing_write_or_sync_is_raised(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_write_or_sync_raises(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
@@ -53,13 +53,13 @@ def test_a_folder_can_be_synced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 3_000_000), (5, 6), (7, 7), (1_048_570, 1_048_580)])
-def test_a_checksum_is_of_the_stretch_asked_for(file: int, begin: int, end: int) -> None:
+def test_a_checksum_covers_the_requested_range(file: int, begin: int, end: int) -> None:
     data = os.urandom(3_000_000)
     files.write_all(file, data)
     assert files.checksum(file, begin, end) == zlib.crc32(data[begin:end])
     assert files.size(file) == len(data)
 
 
-def test_beyond_the_end_there_is_nothing(file: int) -> None:
+def test_reading_beyond_the_end_yields_nothing(file: int) -> None:
     files.write_all(file, b"abc")
     assert b"".join(files.read_chunks(file, 1, 100)) == b"bc"

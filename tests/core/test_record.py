@@ -25,14 +25,14 @@ class Figures(Record, frozen=True, kw_only=True):
 
 
 @given(st.lists(st.floats(), max_size=20), st.integers(-(2**70), 2**70), st.text())
-def test_what_was_written_is_read_bit_for_bit(floats, count, text):
+def test_floats_round_trip_bit_for_bit(floats, count, text):
     noun = Figures(floats=tuple(floats), count=count, inner=Figures(words={text: text}))
     back = Figures.from_json(noun.to_json())
     assert [repr(f) for f in back.floats] == [repr(f) for f in floats]
     assert (back.count, back.inner) == (count, noun.inner)
 
 
-def test_numbers_that_json_has_no_word_for_are_words():
+def test_infinity_and_nan_are_written_as_strings():
     text = Figures(floats=(math.inf, -math.inf, math.nan)).to_json()
     told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert told["floats"] == ["Infinity", "-Infinity", "NaN"]
@@ -41,18 +41,18 @@ def test_numbers_that_json_has_no_word_for_are_words():
     assert math.isnan(none)
 
 
-def test_figures_of_numpy_are_figures():
+def test_numpy_numbers_are_written_as_numbers():
     noun = Figures(floats=(np.float64(0.1), np.float32(0.5)), count=np.int64(3))
     assert Figures.from_json(noun.to_json()) == Figures(floats=(0.1, 0.5), count=3)
 
 
-def test_a_name_that_is_no_utf8_does_not_lose_the_rest():
+def test_a_name_that_is_not_utf8_is_escaped():
     noun = Figures(words={"file": "a\udcff"}, floats=(math.inf,))
     assert noun.to_json().isascii()
     assert Figures.from_json(noun.to_json()) == noun
 
 
-def test_a_changed_copy_leaves_the_first_as_it_was():
+def test_replace_does_not_change_the_original():
     first = Figures(count=1)
     assert first.replace(count=2) == Figures(count=2)
     assert first.count == 1
@@ -71,16 +71,16 @@ def test_a_changed_copy_leaves_the_first_as_it_was():
         ([], "Expected `object`"),
     ],
 )
-def test_another_type_is_refused_with_its_place(told, where):
+def test_a_wrong_type_is_rejected_with_its_location(told, where):
     with pytest.raises(msgspec.ValidationError, match=where):
         Figures.of(told)
 
 
-def test_unknown_keys_are_passed_over():
+def test_unknown_keys_are_ignored():
     assert Figures.of({"count": 2, "moon": "full"}) == Figures(count=2)
 
 
-def test_a_record_needs_no_pydantic_to_be_read():
+def test_records_do_not_import_pydantic():
     code = (
         "import sys, gradrun.results.result, gradrun.comparison.protocol\n"
         "print('pydantic' in sys.modules)"

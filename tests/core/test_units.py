@@ -30,7 +30,7 @@ from gradrun.core.units import format_bytes, format_number, format_seconds, plur
         (-999.6e-6, "-1.00 ms"),
     ],
 )
-def test_seconds_have_three_digits_and_the_unit_that_fits(seconds: float, text: str) -> None:
+def test_seconds_have_three_digits_and_a_suitable_unit(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
@@ -47,7 +47,7 @@ def test_seconds_have_three_digits_and_the_unit_that_fits(seconds: float, text: 
         (4.7e-3, 0.45, "5 ms"),
     ],
 )
-def test_uncertainty_cuts_digits_but_never_the_last(
+def test_uncertainty_removes_all_digits_but_one(
     seconds: float, uncertainty: float, text: str
 ) -> None:
     assert format_seconds(seconds, uncertainty) == text
@@ -102,5 +102,5 @@ def test_bytes_are_in_binary_units_with_two_decimals(count: int, text: str) -> N
         (2, "process", "2 processes"),
     ],
 )
-def test_counts_have_a_noun_that_agrees(count: int, noun: str, text: str) -> None:
+def test_counts_pluralize_the_noun(count: int, noun: str, text: str) -> None:
     assert pluralize(count, noun) == text

@@ -386,7 +386,7 @@ def test_a_report_that_cannot_be_printed_is_one_error(words: list[str]) -> None:
             check=False,
         )
     assert done.returncode == 1, done.stderr
-    assert done.stderr == "error: the report cannot be printed: No space left on device\n"
+    assert done.stderr == "error: cannot print the report: No space left on device\n"
     assert np.array_equal(predictions(), ROWS)
 
 

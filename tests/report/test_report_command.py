@@ -88,9 +88,9 @@ def test_several_are_shown_side_by_side(cli: Command, saved: Path) -> None:
     ("words", "said"),
     [
         (["nowhere"], "nowhere cannot be read: No such file"),
-        (["runs/run", "--format", "htm"], "there is no format 'htm'; did you mean html?"),
-        (["runs/run", "-o", "out.pdf"], "its suffix names no format"),
-        (["runs/run", "-o", "runs"], "a folder, where a file is wanted"),
+        (["runs/run", "--format", "htm"], "unknown format 'htm'; did you mean html?"),
+        (["runs/run", "-o", "out.pdf"], "no format has this suffix"),
+        (["runs/run", "-o", "runs"], "is a folder, not a file"),
         (["runs/run", "-o", "runs/run/result.json"], "is the result itself"),
         (["runs/run", "-o", "no/such/x.md"], "cannot be written: No such file"),
     ],
