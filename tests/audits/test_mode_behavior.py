@@ -73,7 +73,7 @@ def test_a_device_that_is_not_there_is_exit_2_in_a_sentence(cli: Command, device
     answer = cli("modes", "--device", device)
     assert answer.code == 2
     assert answer.out == ""
-    assert answer.err.startswith(("error: there is no", "error: unknown device"))
+    assert answer.err.startswith(("error: device cuda:99 is not", "error: unknown device"))
     assert "cpu" in answer.err
 
 

@@ -58,7 +58,7 @@ def run_snippet(code: str, mode: GradMode, device: torch.device, error: str | No
         "tensor_mode": _tensor_mode,
     }
     try:
-        exec(compile(code, "<question>", "exec"), names)  # noqa: S102 - text of questions.py
+        exec(compile(code, "<question>", "exec"), names)  # noqa: S102 - text of questions.yaml
         answer = names.get("answer", "works")
         return {True: "yes", False: "no"}[answer] if isinstance(answer, bool) else str(answer)
     except Unavailable:
