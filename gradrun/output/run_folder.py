@@ -90,9 +90,17 @@ class RunFolder:
         if self.overwrite or not names:
             return None
         state = journal.read(path / journal.FILE_NAME) if journal.FILE_NAME in names else None
+        unfinished = state and not (state.complete and RESULT in names)
+        if state and (self.resume or unfinished) and state.header.journal != journal.FORMAT:
+            raise ConfigError(
+                f"{path} has a run of an earlier version of gradrun (journal format "
+                f"{state.header.journal}), which this version cannot resume; choose another "
+                "output.path, or start over with --overwrite",
+                "output.path",
+            )
         if state and self.resume:
             return state
-        if state and not (state.complete and RESULT in names):
+        if state and unfinished:
             raise ConfigError(
                 f"{path} has an unfinished run ({state.committed:,} of "
                 f"{pluralize(state.header.samples, 'sample')}); use --resume to continue it, or "
@@ -138,13 +146,6 @@ class RunFolder:
         """
         if self.previous is None:
             return
-        if self.previous.header.journal != journal.FORMAT:
-            raise ConfigError(
-                f"cannot resume {self.path}: an earlier version of gradrun wrote its journal "
-                f"(format {self.previous.header.journal}). Choose another output.path, or start "
-                "over with --overwrite",
-                "output.path",
-            )
         if changes := differences(self.previous.header, header):
             raise ConfigError(
                 f"cannot resume {self.path}: since the run started, {'; '.join(changes)}. Undo the "

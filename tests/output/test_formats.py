@@ -330,6 +330,32 @@ def test_class_names_are_written_and_a_missing_prediction_is_null(
     assert "".join(contents(tmp_path)[f"predictions.{form}"].decode()) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_values_of_an_invalid_sample_are_null_in_parquet(
+    tmp_path: Path, dtype: str, stop: int
+) -> None:
+    outputs = {"a": torch.ones(5, 2).to(getattr(torch, dtype)), "b": torch.arange(5.0)}
+    outputs["b"][2] = torch.nan
+    valid = torch.tensor([True, False, True, True, False])
+    ranges: list[CommittedRange] = []
+    for start, end in ((0, stop), (stop, 5)):  # interrupted and resumed
+        target = new_writer(tmp_path, "parquet", 5)
+        target.open(outputs, ranges)
+        rows = slice(start, end)
+        batch = {name: tensor[rows] for name, tensor in outputs.items()}
+        target.write(batch, range(start, end), valid[rows])
+        ranges += target.close()
+    assert not damaged(tmp_path, ranges)
+    assert sum(committed.nonfinite for committed in ranges) == 1
+    table = pandas.read_parquet(tmp_path / "predictions-00000.parquet", dtype_backend="pyarrow")
+    assert table["b"].isna().tolist() == (~valid).tolist(), "a predicted NaN is not null"
+    assert [list(row) == [None, None] for row in table["a"]] == (~valid).tolist()
+    ((_, read),) = READERS["parquet"](tmp_path)
+    assert read["a"].dtype == outputs["a"].numpy().dtype
+    assert np.array_equal(read["a"][valid], outputs["a"][valid].numpy())
+
+
 @pytest.mark.parametrize("form", ["npy", "jsonl"])
 def test_an_existing_file_is_not_overwritten(tmp_path: Path, form: str) -> None:
     fill(new_writer(tmp_path, form), {DEFAULT_OUTPUT: numbered(2)})

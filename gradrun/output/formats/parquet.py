@@ -1,6 +1,7 @@
 """Predictions in .parquet shards: one row per sample, with its id, outputs and class names.
 
-An output of several numbers is a column of (nested) lists. A missing class is null.
+An output of several numbers is a column of (nested) lists. The values of a missing prediction and
+missing classes are null.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gradrun.core import files
 from gradrun.core.optional import import_optional
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.formats.npy import has_numpy_dtype
-from gradrun.output.formats.sharded_writer import Columns, ShardedWriter, row_checksum
+from gradrun.output.formats.sharded_writer import Columns, Shard, ShardedWriter, row_checksum
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import MISSING_CLASS
 
@@ -64,7 +65,8 @@ class ParquetWriter(ShardedWriter):
         arrow, parquet = _pyarrow(), _pyarrow("parquet")
         numbered = all(isinstance(sample_id, int) for sample_id in ids)
         fields = {"id": list(ids) if numbered else [*map(str, ids)]}
-        fields |= {name: _to_arrow(arrow, rows) for name, rows in columns.items()}
+        valid = self._valid[: len(ids)].numpy()
+        fields |= {name: _to_arrow(arrow, rows, valid) for name, rows in columns.items()}
         for name, label in self.labels.columns(columns).items():
             fields[label] = self.labels.names_of(columns[name].tolist())
         shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
@@ -73,16 +75,16 @@ class ParquetWriter(ShardedWriter):
         parquet.write_table(table, buffer)
         return bytes(buffer.getvalue())
 
-    def decode(self, path: Path) -> tuple[Columns, Sequence[int | str]]:
+    def decode(self, path: Path) -> Shard:
         from torch import from_numpy
 
         table = _read_table(path)
         columns = {name: from_numpy(rows) for name, rows in _to_numpy(table).items()}
-        return columns, table.column("id").to_pylist()
+        return Shard(columns, table.column("id").to_pylist(), from_numpy(_valid_rows(table)))
 
 
 def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield all rows, some at a time; a missing class is MISSING_CLASS."""
+    """Yield all rows, some at a time."""
     first = 0
     for path in sorted(folder.glob("predictions-*.parquet")):
         with _pyarrow("parquet").ParquetFile(path) as shard:
@@ -122,10 +124,16 @@ def _read_table(path: Path) -> Any:
         return parquet.read_table(arrow.BufferReader(file.read()))
 
 
-def _to_arrow(arrow: Any, rows: torch.Tensor) -> Any:
-    """An arrow array of a tensor [n, ...]: numbers, or (nested) lists; MISSING_CLASS as null."""
+def _to_arrow(arrow: Any, rows: torch.Tensor, valid: Array) -> Any:
+    """An arrow array of a tensor [n, ...]: numbers, or (nested) lists.
+
+    Values of invalid rows and MISSING_CLASS become null.
+    """
     flat = rows.contiguous().numpy().reshape(-1)
-    values = arrow.array(flat, mask=flat == MISSING_CLASS if flat.dtype == np.int64 else None)
+    missing = np.repeat(~valid, flat.size // max(1, len(rows)))
+    if flat.dtype == np.int64:
+        missing |= flat == MISSING_CLASS
+    values = arrow.array(flat, mask=missing if missing.any() else None)
     for depth in range(rows.ndim - 1, 0, -1):
         lists, size = math.prod(rows.shape[:depth]), rows.shape[depth]
         ends = arrow.array(np.arange(lists + 1, dtype=np.int32) * np.int32(size))
@@ -134,8 +142,33 @@ def _to_arrow(arrow: Any, rows: torch.Tensor) -> Any:
 
 
 def _to_numpy(table: Any) -> dict[str, Array]:
-    """The output columns of a table as arrays [n, ...]; null as MISSING_CLASS."""
+    """The output columns of a table as arrays [n, ...]; null as the missing value of the dtype."""
     columns: dict[str, Array] = {}
+    for name, values, shape in _flat_columns(table):
+        missing = values.is_null().to_numpy(zero_copy_only=False)
+        dtype = np.dtype(values.type.to_pandas_dtype())
+        if dtype.kind in "iub" and values.null_count:
+            values = values.fill_null(False if dtype.kind == "b" else 0)
+        array = values.to_numpy(zero_copy_only=False).copy()
+        if dtype.kind in "iu":
+            array[missing] = np.iinfo(dtype).min or np.iinfo(dtype).max
+        elif dtype.kind == "f":
+            array[missing] = np.nan
+        columns[name] = array.reshape(table.num_rows, *shape)
+    return columns
+
+
+def _valid_rows(table: Any) -> Array:
+    """Mask of the rows with a value that is not null in any output."""
+    valid = np.zeros(table.num_rows, bool)
+    for _, values, shape in _flat_columns(table):
+        present = values.is_valid().to_numpy(zero_copy_only=False)
+        valid |= present.reshape(table.num_rows, math.prod(shape)).any(axis=1)
+    return valid
+
+
+def _flat_columns(table: Any) -> Iterator[tuple[str, Any, list[int]]]:
+    """Yield name, values without lists, and row shape of each output column."""
     for name in table.column_names:
         shape_text = table.schema.metadata.get(f"shape.{name}".encode())
         if shape_text is None:
@@ -144,8 +177,4 @@ def _to_numpy(table: Any) -> dict[str, Array]:
         values = table.column(name).combine_chunks()
         for _ in shape:
             values = values.flatten()
-        if values.null_count:
-            values = values.fill_null(MISSING_CLASS)
-        columns[name] = values.to_numpy(zero_copy_only=False).copy()
-        columns[name] = columns[name].reshape(table.num_rows, *shape)
-    return columns
+        yield name, values, shape

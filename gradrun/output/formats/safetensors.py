@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from gradrun.core import files
 from gradrun.output.formats.npy import has_numpy_dtype
-from gradrun.output.formats.sharded_writer import Columns, ShardedWriter
+from gradrun.output.formats.sharded_writer import Columns, Shard, ShardedWriter
 from gradrun.output.journal import CommittedRange
 
 Array = np.ndarray[Any, Any]
@@ -46,10 +46,10 @@ class SafetensorsWriter(ShardedWriter):
         # One entry only: the library writes several in an order that varies from file to file.
         return save(columns, {"samples": f"{start}:{stop}"})
 
-    def decode(self, path: Path) -> tuple[Columns, Sequence[int | str]]:
+    def decode(self, path: Path) -> Shard:
         from safetensors.torch import load_file
 
-        return load_file(path), ()
+        return Shard(load_file(path))
 
 
 def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:

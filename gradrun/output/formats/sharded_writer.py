@@ -14,7 +14,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
@@ -32,6 +32,16 @@ ID_BYTES = 256
 
 Columns = dict[str, "torch.Tensor"]
 """Output name to a tensor [n, ...]."""
+
+
+class Shard(NamedTuple):
+    """Content of a shard file."""
+
+    columns: Columns
+    ids: Sequence[int | str] = ()
+    """Empty if the format does not store them."""
+    valid: torch.Tensor | None = None
+    """Mask [n] of the rows with a prediction; None if the format does not store it."""
 
 
 def shard_rows(samples: int, row_bytes: int, batch_size: int) -> int:
@@ -77,8 +87,8 @@ class ShardedWriter(ABC):
         """Bytes of the shard with the rows from sample `start` on."""
 
     @abstractmethod
-    def decode(self, path: Path) -> tuple[Columns, Sequence[int | str]]:
-        """Rows and ids of a shard; raises any exception if the file is damaged."""
+    def decode(self, path: Path) -> Shard:
+        """Read a shard; raises any exception if the file is damaged."""
 
     @property
     def nonfinite(self) -> int:
@@ -191,11 +201,12 @@ class ShardedWriter(ABC):
 
     def _load(self, path: Path, rows: int) -> None:
         try:
-            columns, ids = self.decode(path)
-            complete = all(len(columns[name]) >= rows for name in self._buffers)
+            shard = self.decode(path)
+            complete = all(len(shard.columns[name]) >= rows for name in self._buffers)
             for name, buffer in self._buffers.items():
-                buffer[:rows] = columns[name][:rows]
-            self._ids = list(ids[:rows])
+                buffer[:rows] = shard.columns[name][:rows]
+            self._valid[:rows] = True if shard.valid is None else shard.valid[:rows]
+            self._ids = list(shard.ids[:rows])
         except OSError:
             raise
         except Exception as error:  # a damaged file causes any of a dozen exceptions
