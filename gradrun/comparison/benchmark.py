@@ -162,7 +162,7 @@ def run_task(job: Job) -> WorkerReport:
     loaded.sort(key=lambda variant: variant.index)
     gc.freeze()  # spare the collector torch's modules between blocks
     gc.enable()
-    with system_load.measure_system_load() as load:
+    with system_load.SystemLoadMeter() as load:
         if job.kind == "time":
             loaded = _time_rounds(loaded, job, failures)
     measurements, compared = [], []

@@ -20,7 +20,7 @@ from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasFileList
+from gradrun.data.source import HasFileList
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
@@ -45,16 +45,12 @@ _NO_METRICS = "no_metrics"
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The opened parts of a run, before the model has run."""
+    """A run that is ready to start."""
 
-    config: RunConfig
-    device: torch.device
     folder: RunFolder
     header: JournalHeader
-    data: BatchSource
     runner: Runner
-    classes: tuple[str, ...]
-    """Names of the model's classes, if it has any."""
+    """The model, data source, config and device."""
     started_at: str
     load_seconds: float
     open_seconds: float
@@ -68,10 +64,7 @@ class Execution:
 
     timed: TimedPass
     memory: Memory
-    writer: PredictionWriter
-    resumed_at: int
-    committed: int
-    """Samples in the journal."""
+    checkpointer: Checkpointer
 
 
 def infer(
@@ -113,8 +106,10 @@ def infer(
         plan = plan_run(config, device, trust_code=trust_code, overwrite=overwrite, resume=resume)
         if plan.finished and _has_same_metrics(plan.finished, config):
             return plan.finished
-        prepared = plan.runner.prepare()
-        metrics = prepare_metrics(config, plan.data, prepared.outputs, plan.classes)
+        runner = plan.runner
+        prepared = runner.prepare()
+        classes = class_names(runner.model)
+        metrics = prepare_metrics(config, runner.data, prepared.outputs, classes)
         if plan.finished:
             return _replace_metrics(plan.finished, config, metrics, plan.folder)
         with plan.folder.locked():
@@ -151,13 +146,9 @@ def plan_run(
     header = fingerprint(config, data.samples, __version__, file_list)
     folder.check_resumable(header)
     return RunPlan(
-        config=config,
-        device=device,
         folder=folder,
         header=header,
-        data=data,
         runner=Runner(model, data, config, device),
-        classes=tuple(class_names(model)),
         started_at=started_at,
         load_seconds=load_seconds,
         open_seconds=open_seconds,
@@ -178,12 +169,8 @@ def execute(
     Raises:
         GradrunError: the files could not be opened.
     """
-    config, data, runner = plan.config, plan.data, plan.runner
-    unit = commit_unit(data)
-    writer = open_writer(config.output, data.samples, unit, plan.classes)
-    writer = restore_input_order(writer, data)
-    checkpointer = _open_files(plan, prepared, writer, unit)
-    resumed_at = writer.written
+    runner, checkpointer = plan.runner, _open_files(plan, prepared)
+    writer = checkpointer.writer
 
     def commit() -> None:
         with shutdown.deferred():
@@ -202,18 +189,18 @@ def execute(
     except KeyboardInterrupt:
         timed.stop(Interrupted())
     timed.total_ns += time.perf_counter_ns() - started
-    timed.trim(writer.written - resumed_at)
+    timed.trim(writer.written - timed.start)
     memory = runner.measure_memory(prepared, timed)
-    return Execution(timed, memory, writer, resumed_at, checkpointer.committed)
+    return Execution(timed, memory, checkpointer)
 
 
 def build_result(
     plan: RunPlan, prepared: PreparedRun, execution: Execution, metrics: ComputeMetrics | None
 ) -> InferResult:
     """Combine the measurements, warnings and metrics of a run."""
-    timed, writer = execution.timed, execution.writer
-    environment = current_environment(plan.device)
-    measurement = plan.runner.measurement(
+    runner, timed, writer = plan.runner, execution.timed, execution.checkpointer.writer
+    environment = current_environment(runner.device)
+    measurement = runner.measurement(
         prepared,
         timed,
         execution.memory,
@@ -224,13 +211,13 @@ def build_result(
     positions = quarantined_positions(plan.folder.path)
     quarantined = sum(position < writer.written for position in positions)
     warnings = [
-        *plan.runner.warnings,
+        *runner.warnings,
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
     ]
     if not timed.stopped:
-        training = bool(getattr(plan.config.model, "training", False))
+        training = bool(getattr(runner.config.model, "training", False))
         warnings += run_warnings(measurement, environment, training=training)
-    dumped = plan.config.model_dump(mode="json")
+    dumped = runner.config.model_dump(mode="json")
     result = InferResult(
         gradrun=environment.gradrun,
         started_at=plan.started_at,
@@ -241,7 +228,7 @@ def build_result(
         files=tuple(writer.files()),
         predictions=writer.written,
         quarantined=quarantined,
-        resumed_at=execution.resumed_at,
+        resumed_at=timed.start,
         warnings=tuple(warnings),
     )
     return result if timed.stopped else _add_metrics(result, metrics, plan.folder)
@@ -256,7 +243,7 @@ def save(
         GradrunError: the run ended early, or the result cannot be written.
     """
     if stopped := execution.timed.stopped:
-        error = _stopped_error(stopped, result, plan, execution.committed)
+        error = _stopped_error(stopped, result, plan, execution.checkpointer.committed)
         # A full disk may also prevent saving the result; report the first error.
         with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
             plan.folder.save(error.result)
@@ -270,11 +257,12 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - started
 
 
-def _open_files(
-    plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter, unit: int
-) -> Checkpointer:
+def _open_files(plan: RunPlan, prepared: PreparedRun) -> Checkpointer:
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
-    folder = plan.folder
+    folder, data, output = plan.folder, plan.runner.data, plan.runner.config.output
+    unit = commit_unit(data)
+    writer = open_writer(output, data.samples, unit, class_names(plan.runner.model))
+    writer = restore_input_order(writer, data)
     row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     try:
         journal, committed = folder.open_journal(plan.header, unit)
@@ -307,40 +295,22 @@ def _write_error(error: Exception, *, resumable: bool = False) -> RunFailed:
 def _output_warnings(
     folder: RunFolder, writer: PredictionWriter, recovery: BatchRecovery, quarantined: int
 ) -> list[Warning]:
-    warnings = []
-    if recovery.batch_limit:
-        warnings.append(
-            Warning(
-                code="out_of_memory",
-                text=f"out of memory at sample {recovery.limited_from:,}: batches after it were "
-                f"split to {recovery.batch_limit}; set data.batch_size to that",
-            )
-        )
-    if quarantined:
-        warnings.append(
-            Warning(
-                code="quarantined",
-                text=f"{pluralize(quarantined, 'sample')} could not be predicted; "
-                f"{recovery.quarantine.path.name} lists the errors. The predictions mark them as "
-                "missing, and failed batches are not timed",
-            )
-        )
-    if writer.nonfinite:
-        warnings.append(
-            Warning(
-                code="nonfinite",
-                text=f"{pluralize(writer.nonfinite, 'prediction')} with NaN or infinity; set "
-                "run.on_nonfinite to quarantine or stop to list them",
-            )
-        )
-    if folder.previous and folder.previous.torn:
-        warnings.append(
-            Warning(
-                code="torn_journal",
-                text="the last line of the journal was incomplete; its predictions were made again",
-            )
-        )
-    return warnings
+    texts = {
+        "out_of_memory": recovery.batch_limit
+        and f"out of memory at sample {recovery.limited_from:,}: batches after it were split to "
+        f"{recovery.batch_limit}; set data.batch_size to that",
+        "quarantined": quarantined
+        and f"{pluralize(quarantined, 'sample')} could not be predicted; "
+        f"{recovery.quarantine.path.name} lists the errors. The predictions mark them as missing, "
+        "and failed batches are not timed",
+        "nonfinite": writer.nonfinite
+        and f"{pluralize(writer.nonfinite, 'prediction')} with NaN or infinity; set "
+        "run.on_nonfinite to quarantine or stop to list them",
+        "torn_journal": folder.previous
+        and folder.previous.torn
+        and "the last line of the journal was incomplete; its predictions were made again",
+    }
+    return [Warning(code=code, text=str(text)) for code, text in texts.items() if text]
 
 
 def _add_metrics(
@@ -387,7 +357,7 @@ def _stopped_error(
     error: GradrunError, result: InferResult, plan: RunPlan, committed: int
 ) -> GradrunError:
     """Return the error with the result, and with the number and folder of the predictions."""
-    reason, samples = str(error), plan.data.samples
+    reason, samples = str(error), plan.runner.data.samples
     if files.is_disk_full(error):
         reason += f"; {plan.folder.disk_space_hint(committed, samples)}"
     note = Warning(code="ended_early", text=f"{reason}, after {committed:,} of {samples:,} samples")

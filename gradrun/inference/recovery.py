@@ -80,11 +80,10 @@ class BatchRecovery:
         Raises:
             Exception: the run must stop, with `error` or with a RunFailed.
         """
-        pieces, failures = self._bisect(start, size, error)
-        return self._assemble(start, size, pieces, failures)
+        return self._assemble(start, size, *self._bisect(start, size, error))
 
     def recover_unreadable(self, start: int, batch: Batch) -> Recovered:
-        """Predict the readable samples of a batch, and quarantine the others.
+        """Predict the readable samples of a batch together, and quarantine the others.
 
         Raises:
             Exception: the run must stop, as in `recover`.
@@ -92,11 +91,13 @@ class BatchRecovery:
         if self.run.on_error != "quarantine":
             batch.raise_errors()
         rows = [row for row in range(batch.size) if row not in batch.errors]
-        try:
-            outputs = self._predict(batch.select(rows)) if rows else {}
-        except Exception as error:
+        outputs, error = _attempt(self._predict, batch.select(rows)) if rows else ({}, None)
+        if error:
             return self.recover(start, batch.size, error)
-        pieces = {start + row: _rows(outputs, i, i + 1) for i, row in enumerate(rows)}
+        pieces = {
+            start + row: {name: tensor[i : i + 1] for name, tensor in outputs.items()}
+            for i, row in enumerate(rows)
+        }
         failures = {
             start + row: SampleFailure(batch.ids[row], str(error))
             for row, error in batch.errors.items()
@@ -133,7 +134,11 @@ class BatchRecovery:
         error.__traceback__ = None  # its frames reference tensors that occupy memory
         if ran_out_of_memory(error):
             if size == 1:
-                raise _does_not_fit(self._input_position(start), error)
+                raise RunFailed(
+                    f"sample {self._input_position(start):,} alone does not fit in memory "
+                    f"({describe_allocation(error)}); a smaller model.dtype or run.autocast needs "
+                    "less"
+                )
             self._limit_batches(start, size // 2)
         elif size == 1:
             message = f"{type(error).__name__}: {first_line(error)}"
@@ -236,14 +241,3 @@ def _is_recoverable(error: Exception, run: RunSection) -> bool:
     if isinstance(error, GradrunError):
         return False
     return ran_out_of_memory(error) or run.on_error == "quarantine"
-
-
-def _rows(outputs: Outputs, begin: int, end: int) -> Outputs:
-    return {name: tensor[begin:end] for name, tensor in outputs.items()}
-
-
-def _does_not_fit(position: int, error: Exception) -> RunFailed:
-    return RunFailed(
-        f"sample {position:,} alone does not fit in memory ({describe_allocation(error)}); a "
-        "smaller model.dtype or run.autocast needs less"
-    )

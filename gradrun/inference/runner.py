@@ -7,7 +7,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -48,7 +48,7 @@ from gradrun.output.formats import PredictionWriter
 from gradrun.output.quarantine import Quarantine
 from gradrun.output.transforms import Outputs, iter_tensors, output_selector
 from gradrun.results import stats
-from gradrun.results.result import Measurement, Memory, Padding, Phases, Warning
+from gradrun.results.result import Measurement, Memory, Phases, Warning
 
 WARM_UP_SECONDS = 0.3
 """Limit of an automatic warm-up, which ends earlier once the batch time is steady."""
@@ -181,15 +181,7 @@ class Runner:
         batches = self._batches(writer.written, ahead=prepared.prefetch)
         try:
             with execution_context(self.config.run, self.device):
-                self._loop(
-                    prepared.recovery.split_to_fit(batches),
-                    writer,
-                    timed,
-                    clock,
-                    prepared.recovery,
-                    commit,
-                    progress,
-                )
+                self._loop(batches, writer, timed, clock, prepared.recovery, commit, progress)
         except KeyboardInterrupt:
             timed.stop(Interrupted())
         except BaseException as error:  # a model may raise anything, also SystemExit
@@ -221,7 +213,7 @@ class Runner:
         began = mark = now()
         next_callback = began + _CALLBACK_NS
         try:
-            for batch in batches:
+            for batch in recovery.split_to_fit(batches):
                 args, kwargs, size, ids, errors = batch
                 read_ns = now() - mark
                 try:
@@ -231,7 +223,14 @@ class Runner:
                     returned = model(*args, **kwargs)
                     stop()
                 except Exception as error:  # a model may raise anything
-                    self._recover(batch, error, recovery, writer, timed)
+                    at = timed.start + timed.done
+                    if errors:
+                        outputs, valid = recovery.recover_unreadable(at, batch)
+                    else:
+                        outputs, valid = recovery.recover(at, size, error)
+                    write(outputs, ids, valid)
+                    timed.recovered += size
+                    timed.done += size
                     began += now() - mark  # recovery is not part of the measured time
                     mark = now()
                     continue
@@ -257,24 +256,6 @@ class Runner:
                     next_callback = mark + _CALLBACK_NS
         finally:
             timed.total_ns = mark - began
-
-    def _recover(
-        self,
-        batch: Batch,
-        error: Exception,
-        recovery: BatchRecovery,
-        writer: PredictionWriter,
-        timed: TimedPass,
-    ) -> None:
-        """Write the predictions that can be recovered from a failed batch, untimed."""
-        at = timed.start + timed.done
-        if batch.errors:
-            outputs, valid = recovery.recover_unreadable(at, batch)
-        else:
-            outputs, valid = recovery.recover(at, batch.size, error)
-        writer.write(outputs, batch.ids, valid)
-        timed.recovered += batch.size
-        timed.done += batch.size
 
     def measure_memory(self, prepared: PreparedRun, timed: TimedPass) -> Memory:
         """Read the memory meters, then measure one forward in a pass of its own.
@@ -325,7 +306,9 @@ class Runner:
         return Measurement(
             mode=self.mode,
             batch_limit=prepared.recovery.batch_limit,
-            padding=self._padding(timed),
+            padding=self.data.padding(timed.start, timed.start + timed.done)
+            if isinstance(self.data, LengthGrouped)
+            else None,
             batch_seconds=seconds,
             batch_sizes=tuple(timed.sizes[: len(seconds)]),
             phases=Phases(
@@ -343,7 +326,17 @@ class Runner:
     # --- prepare -------------------------------------------------------------------------------
 
     def _first_batch(self) -> Batch:
-        batch = self._first_readable_batch()
+        """Return a copy of the first batch; with on_error: quarantine, of its readable samples."""
+        for batch in self.data.batches():
+            rows = [row for row in range(batch.size) if row not in batch.errors]
+            error = next(iter(batch.errors.values()), None)
+            if error and self.config.run.on_error != "quarantine":
+                raise ConfigError(f"{error}{_QUARANTINE_HINT}", "data.path") from error
+            if rows:
+                break
+        else:
+            raise ConfigError(f"every sample is unreadable; the last error: {error}", "data.path")
+        batch = batch.select(rows) if error else batch
         try:
             # A copy, so that the source can release the chunk of the batch.
             return (self._transfer(batch) if self._transfer else batch).map(torch.clone)
@@ -352,19 +345,6 @@ class Runner:
                 f"the first batch cannot be moved to {self.device}: {first_line(error)}",
                 "data.batch_size",
             ) from error
-
-    def _first_readable_batch(self) -> Batch:
-        """Return the first batch; with on_error: quarantine, without its unreadable samples."""
-        for batch in self.data.batches():
-            rows = [row for row in range(batch.size) if row not in batch.errors]
-            error = next(iter(batch.errors.values()), None)
-            if error is None:
-                return batch
-            if self.config.run.on_error != "quarantine":
-                raise ConfigError(f"{error}{_QUARANTINE_HINT}", "data.path") from error
-            if rows:
-                return batch.select(rows)
-        raise ConfigError(f"every sample is unreadable; the last error: {error}", "data.path")
 
     def _first_forward(self, batch: Batch, clock: Clock) -> tuple[Batch, Any, int | None]:
         """Run the first batch, or the subset of it that the model can run.
@@ -450,11 +430,6 @@ class Runner:
         batch = batch if batch.size == size else batch.slice(offset, offset + size)
         return self._transfer(batch) if self._transfer else batch
 
-    def _padding(self, timed: TimedPass) -> Padding | None:
-        if not isinstance(self.data, LengthGrouped):
-            return None
-        return self.data.padding(timed.start, timed.start + timed.done)
-
     def _check_training_mode(self) -> None:
         """Warn about modules whose training mode affects predictions, if config disables it."""
         if getattr(self.config.model, "training", False):
@@ -496,8 +471,7 @@ class Runner:
 @contextmanager
 def execution_context(run: RunSection, device: torch.device) -> Iterator[None]:
     """Apply the gradient mode and autocast of a config."""
-    with ExitStack() as stack:
-        stack.enter_context(grad_mode(run.mode))
-        if run.autocast:
-            stack.enter_context(torch.autocast(device.type, dtype=getattr(torch, run.autocast)))
+    dtype = getattr(torch, run.autocast) if run.autocast else None
+    autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+    with grad_mode(run.mode), autocast:
         yield

@@ -309,7 +309,7 @@ def test_the_hosts_clock_has_one_time_a_forward(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("device", "kind"),
-    [("cpu", clock.HostClock), ("cuda", clock.CudaClock), ("mps", clock.MpsClock)],
+    [("cpu", clock.Clock), ("cuda", clock.CudaClock), ("mps", clock.MpsClock)],
 )
 def test_each_device_has_its_clock(device: str, kind: type) -> None:
     assert type(clock.clock_for(torch.device(device))) is kind

@@ -4,45 +4,34 @@ from __future__ import annotations
 
 import time
 from array import array
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 _MAX_PENDING_EVENTS = 256
 
 
-class Clock(Protocol):
-    """Times forward passes one at a time."""
+class Clock:
+    """Times forward passes one at a time, for devices whose work ends when the call returns."""
 
-    seconds: array[float]
-    """One entry per forward pass, complete after finish()."""
+    def __init__(self) -> None:
+        self.seconds = array("d")
+        """One entry per forward pass, complete after finish()."""
+        self._started = 0
 
-    def start(self) -> None: ...
+    def start(self) -> None:
+        """Start timing a forward pass."""
+        self._started = time.perf_counter_ns()
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """Stop timing it."""
+        self.seconds.append((time.perf_counter_ns() - self._started) * 1e-9)
 
     def finish(self) -> None:
         """Wait for the device and read the pending times."""
 
 
-class HostClock:
-    """time.perf_counter_ns, for devices whose work is complete when the call returns."""
-
-    def __init__(self) -> None:
-        self.seconds = array("d")
-        self._started = 0
-
-    def start(self) -> None:
-        self._started = time.perf_counter_ns()
-
-    def stop(self) -> None:
-        self.seconds.append((time.perf_counter_ns() - self._started) * 1e-9)
-
-    def finish(self) -> None:
-        """Do nothing: no time is pending."""
-
-
-class MpsClock(HostClock):
+class MpsClock(Clock):
     """The host clock with a synchronization: MPS events share no time base."""
 
     def stop(self) -> None:
@@ -50,11 +39,11 @@ class MpsClock(HostClock):
         super().stop()
 
 
-class CudaClock:
+class CudaClock(Clock):
     """CUDA events on the current stream, read in groups to synchronize rarely."""
 
     def __init__(self) -> None:
-        self.seconds = array("d")
+        super().__init__()
         self._pairs: list[tuple[Any, Any]] = []
         self._begin: Any = None
 
@@ -82,5 +71,4 @@ def _record_event() -> Any:
 
 def clock_for(device: torch.device) -> Clock:
     """Return the clock for forward passes on `device`."""
-    clocks: dict[str, type[Clock]] = {"cuda": CudaClock, "mps": MpsClock}
-    return clocks.get(device.type, HostClock)()
+    return {"cuda": CudaClock, "mps": MpsClock}.get(device.type, Clock)()

@@ -6,25 +6,23 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from gradrun.results.result import SystemNoise
 
 
 class SystemLoadMeter:
-    """Compares the kernel's counters at the start and at the end of a block."""
+    """A context manager that compares the kernel's counters before and after its block."""
 
-    def __init__(self) -> None:
-        self._before = self._after = _counters()
+    def __enter__(self) -> SystemLoadMeter:
+        self._before = _counters()
+        return self
 
-    def stop(self) -> None:
-        """Read the counters a last time."""
+    def __exit__(self, *_: object) -> None:
         self._after = _counters()
 
     def noise(self) -> SystemNoise:
-        """Return the load between start and stop."""
+        """Return the load during the block."""
         seconds, busy, steal, own, switches = (
             after - before for before, after in zip(self._before, self._after, strict=True)
         )
@@ -35,16 +33,6 @@ class SystemLoadMeter:
             others=max(0.0, busy - own) / seconds,
             preemptions=switches / seconds,
         )
-
-
-@contextmanager
-def measure_system_load() -> Iterator[SystemLoadMeter]:
-    """Measure the load on the machine during the block."""
-    meter = SystemLoadMeter()
-    try:
-        yield meter
-    finally:
-        meter.stop()
 
 
 def _counters() -> tuple[float, float, float, float, float]:
