@@ -12,6 +12,7 @@ from gradrun.checks import evaluate, golden
 from gradrun.checks.reference import Reference, checked_config, measurements_in, open_reference
 from gradrun.comparison.protocol import Failure
 from gradrun.comparison.session import Session, SessionData, Variant
+from gradrun.config.check import CheckSection
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
@@ -134,15 +135,7 @@ def _failed_result(config: RunConfig, error: GradrunError) -> CheckResult:
 
 
 class CheckRun:
-    """The check of a model whose predictions are written: measure its variants and evaluate them.
-
-    Args:
-        config: the checked config.
-        predicted: the result of `infer`.
-        reference: what the model is compared with, if anything.
-        trust_code: allow `python` models to run code.
-        progress: called several times in each stage.
-    """
+    """Measures and evaluates a model whose predictions have been written."""
 
     def __init__(
         self,
@@ -305,7 +298,13 @@ class CheckRun:
         own, other = self.config.output, self.variants[1]
         with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
             config = other.config.replace(
-                {"output.path": Path(folder), "output.format": own.format}
+                {
+                    "output.path": Path(folder),
+                    "output.format": own.format,
+                    "measure.memory": False,
+                    "metrics": (),
+                    "check": CheckSection(),
+                }
             )
             self.progress(Progress("predicting with the reference", 0, 1))
             variant = Variant(other.name, config, other.worktree)

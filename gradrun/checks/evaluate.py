@@ -218,13 +218,9 @@ def time_regression(
     slowdown: Estimate | None,
     differences: Sequence[str] = (),
 ) -> Iterator[Outcome]:
-    """Evaluate the allowed growth in time.
+    """Evaluate the growth in time: `slowdown` is time now / time of the reference.
 
-    Args:
-        section: the allowed growth.
-        reference: name of the reference.
-        slowdown: time now / time of the reference; None if unknown.
-        differences: conditions under which the reference was measured that differ.
+    `differences` describes conditions of the reference that make its times incomparable.
     """
     allowed = section.regression.time
     if allowed is None:
@@ -252,14 +248,9 @@ def memory_regression(
     now: Memory,
     differences: Sequence[str] = (),
 ) -> Iterator[Outcome]:
-    """Evaluate the allowed growth in memory, exact to the byte on any machine.
+    """Evaluate the growth in memory, exact to the byte on any machine.
 
-    Args:
-        section: the allowed growth.
-        reference: name of the reference.
-        before: memory of the reference.
-        now: memory of the checked model.
-        differences: differences in the work that was measured.
+    `differences` describes differences in the work that was measured.
     """
     for name, allowed in _fields(section.regression):
         if name in {"time", "outputs"}:
@@ -316,11 +307,7 @@ def same_outputs(
 ) -> Iterator[Outcome]:
     """Check that the predictions of every sample equal the reference's.
 
-    Args:
-        section: whether this is checked.
-        reference: name of the reference.
-        differences: output name -> how it differs.
-        module: the first module whose output differs, if known.
+    `differences` maps output names to descriptions; `module` is the first that differs, if known.
     """
     if not section.regression.outputs:
         return

@@ -25,11 +25,11 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.data import open_data
 from gradrun.data.batch import Batch
-from gradrun.inference.device import device_context, resolve_device
+from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
+from gradrun.inference.infer import infer
 from gradrun.inference.meters import (
     device_memory,
     measure_forward_memory,
@@ -38,12 +38,10 @@ from gradrun.inference.meters import (
     system_load,
 )
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.reordering import commit_unit, restore_input_order
-from gradrun.inference.runner import Runner, execution_context
+from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import first_batches
-from gradrun.models import class_names, load_model
+from gradrun.models import load_model
 from gradrun.models.imports import ImportSpace
-from gradrun.output.formats import open_writer
 from gradrun.results import stats
 from gradrun.results.result import Memory, Phases
 
@@ -185,22 +183,11 @@ def run_task(job: Job) -> WorkerReport:
 
 
 def _predict(variant: PlannedVariant, marker: Marker, trust_code: bool) -> None:
-    """Write predictions for all of a variant's data to its output folder, without a journal."""
-    config = variant.config
+    """Write predictions for all of a variant's data to its output folder."""
     marker.set(variant.index, 0)
-    with variant.imports.entered(), device_context(config.run) as device:
-        model = load_model(config.model, device, trust_code=trust_code)
-        data = open_data(config.data, seed=config.run.seed, model=config.model)
-        runner = Runner(model, data, config, device)
-        prepared = runner.prepare()
-        writer = open_writer(config.output, data.samples, commit_unit(data), class_names(model))
-        writer = restore_input_order(writer, data)
-        writer.open(prepared.outputs)
-        stopped = runner.run_timed_pass(prepared, writer).stopped
-        writer.close()
+    with variant.imports.entered():
+        infer(variant.config, trust_code=trust_code, overwrite=True)
     variant.imports.check()
-    if stopped:
-        raise stopped
 
 
 def _plan(job: Job) -> list[PlannedVariant]:
