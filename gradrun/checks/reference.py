@@ -1,4 +1,4 @@
-"""Find out what a model is compared with: a baseline, another config or a git revision."""
+"""Open the reference of a check: a baseline, another config or a git revision."""
 
 from __future__ import annotations
 

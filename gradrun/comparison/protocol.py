@@ -48,7 +48,7 @@ class Failure(Record, frozen=True, kw_only=True):
     batch: int
     error: str
     config_key: str | None = None
-    """The config key at fault; None if the config is not the cause."""
+    """The invalid config key; None if the config is not the cause."""
 
     @property
     def message(self) -> str:

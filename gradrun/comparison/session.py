@@ -170,7 +170,7 @@ class Session:
             return [worker.report(timeout) for worker in workers]
 
     def _measure_memory(self) -> None:
-        """Measure each variant's peak in a process of its own; untimed, so two run at once."""
+        """Measure each variant's peak in a separate process; untimed, so two run at once."""
         jobs = [self._job("measure_memory", [variant], 0) for variant in self.variants]
         for begin in range(0, len(jobs), _MEMORY_WORKERS):
             batch = jobs[begin : begin + _MEMORY_WORKERS]

@@ -114,13 +114,13 @@ def test_a_sound_model_passes_and_saves_its_predictions(project):
         (
             "return self.last(torch.relu(self.first(x))) / 0",
             "predictions finite",
-            "NaN or an infinity",
+            "NaN or infinity",
         ),
         (
             "with torch.inference_mode(False), torch.enable_grad():\n"
             "            return self.last(self.first(x.clone()))",
             "no retained graph",
-            "keeps a graph",
+            "has a gradient graph",
         ),
         (
             "return self.last(self.first(x)) + torch.is_grad_enabled()",
@@ -332,7 +332,9 @@ def test_a_package_is_imported_from_the_revision(project):
     Path("gradrun.yaml").write_text(CONFIG.replace("nets/mine.py:Net", "nets.mine:Net"))
     commit()
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 256, 1\n")
-    result = gradrun.check("gradrun.yaml", against="HEAD", check={"regression": {"time": None}})
+    result = gradrun.check(
+        "gradrun.yaml", against="HEAD", check={"regression": {"time": None, "outputs": False}}
+    )
     assert statuses(result)["forward peak vs HEAD"] == "fail"
 
 
