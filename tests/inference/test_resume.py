@@ -34,9 +34,9 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: P
     landed = kill.run(tmp_path, kills=15, seed=1)
     print(kill.table(landed))
     assert len(landed) == 15
-    assert {one.sink for one in landed} == {*kill.WRITERS}
+    assert {one.form for one in landed} == {*kill.WRITERS}
     assert any(one.resumes for one in landed), "a resume can be killed too"
-    assert any(0 < one.kept < kill.SHORT for one in landed)
+    assert any(0 < one.committed < kill.SHORT for one in landed)
 
 
 # --- signals -----------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: P
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run that nothing befell."""
-    return kill.Folder(tmp_path_factory.mktemp("whole")).whole("npy")
+    return kill.Folder(tmp_path_factory.mktemp("whole")).uninterrupted("npy")
 
 
 def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes]:
@@ -174,7 +174,7 @@ def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(
     _, said = process.communicate(timeout=20)
     assert process.returncode in {130, 143}
     assert b"Traceback" not in said
-    folder.ended(folder.start("npy", "out", "--resume"))
+    folder.wait(folder.start("npy", "out", "--resume"))
     assert folder.files("out") == whole
 
 

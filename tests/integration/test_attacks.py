@@ -61,11 +61,11 @@ def check(attack: Attack, folder: Path, victim: Victim) -> None:
     attack.lay_out(folder)
     before = beside(folder)
     ending = victim.run(folder, list(attack.commands), SECONDS)
-    said = " ".join(ending.said.split())
+    said = " ".join(ending.output.split())
     assert not ending.wrong, "\n".join(ending.wrong)
-    told = f"{ending.codes}, wanted {attack.code} and {attack.said!r}\n{ending.said[-600:]}"
+    told = f"{ending.codes}, wanted {attack.code} and {attack.said!r}\n{ending.output[-600:]}"
     assert (ending.codes[-1], bool(re.search(attack.said, said))) == (attack.code, True), told
-    assert len(ending.said) < 2**20
+    assert len(ending.output) < 2**20
     assert beside(folder) == before
 
 
@@ -131,7 +131,7 @@ def test_the_files_that_are_damaged_are_read_as_they_are(
     for kind, seeds in fuzzer.kinds.items():
         lay_out(tmp_path, seeds[-1].files)
         ending = victim.run(tmp_path, seeds[-1].commands)
-        assert (ending.codes[-1], ending.wrong) == (0, []), f"{kind}: {ending.said}"
+        assert (ending.codes[-1], ending.wrong) == (0, []), f"{kind}: {ending.output}"
 
 
 def test_a_damaged_file_is_read_or_refused(

@@ -1,8 +1,8 @@
-"""Every call to the disk that a run makes goes wrong in turn: it fails, is cut off, or is the last.
+"""Inject a fault into each disk call of a run in turn: an error, a partial write, or a crash.
 
-After each, what the journal says must be true of the files, and a resume must end with the files of
-a run that nothing befell. `python tests/soak/faults.py` tries every call, and `--stride N` every
-N-th, as tests/test_faults.py does.
+After each fault the files must match the journal, and a resume must end with the files of an
+undisturbed run. `python tests/soak/faults.py` tries every call, and `--stride N` every N-th, as
+tests/integration/test_faults.py does.
 """
 
 from __future__ import annotations
@@ -58,31 +58,31 @@ CALLS: dict[str, tuple[Any, str, int]] = {
     "ftruncate": (os, "ftruncate", errno.EIO),
     "posix_fallocate": (os, "posix_fallocate", errno.ENOSPC),
 }
-"""name -> where the function lies, and the error that it fails with."""
+"""Name to module, attribute and errno of the error."""
 
 FAULTS = {
-    "fails": "it fails, once",
-    "fails from then on": "it fails, and so does every call after it",
-    "is cut off": "a write takes half, and then the disk is full",
-    "Ctrl-C before": "KeyboardInterrupt comes before it",
-    "Ctrl-C after": "KeyboardInterrupt comes after it",
-    "kill": "the process is killed before it: the files stay as they are",
-    "power cut": "the machine stops before it: of the files stays what was synced",
+    "fails": "the call fails once",
+    "fails from then on": "the call and all later ones fail",
+    "is cut off": "half of the data is written, then the disk is full",
+    "Ctrl-C before": "KeyboardInterrupt before the call",
+    "Ctrl-C after": "KeyboardInterrupt after the call",
+    "kill": "the process is killed before the call; the files stay as they are",
+    "power cut": "the machine stops before the call; only synced data remains",
 }
 
 
 class Died(BaseException):
-    """Stands in for the end of the process or the machine: nothing may handle it."""
+    """Simulates the end of the process or the machine; no code may handle it."""
 
 
 class Disk:
-    """Counts the calls that reach files below a folder, and lets one of them go wrong."""
+    """Counts the calls for files below a folder, and injects a fault into one of them."""
 
     def __init__(self, folder: Path, fault: str = "", at: int = -1, every: int = 1) -> None:
         self.folder, self.fault, self.at, self.every = folder, fault, at, every
         self.calls: list[str] = []
-        self.left: dict[str, bytes] | None = None
-        """What kill or power cut leave of the folder."""
+        self.remains: dict[str, bytes] | None = None
+        """Files after a kill or a power cut."""
         there = [*folder.iterdir()] if folder.exists() else []
         self._names = {file.name: file.stat().st_ino for file in there}
         self._synced = {file.stat().st_ino: file.read_bytes() for file in there}
@@ -91,14 +91,14 @@ class Disk:
     @contextmanager
     def watched(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, (home, attribute, number) in CALLS.items():
-                wrapped = self._wrapped(name, getattr(home, attribute), number)
-                stack.enter_context(mock.patch.object(home, attribute, wrapped))
+            for name, (owner, attribute, number) in CALLS.items():
+                wrapped = self._wrapped(name, getattr(owner, attribute), number)
+                stack.enter_context(mock.patch.object(owner, attribute, wrapped))
             target = checkpointer.Checkpointer
             commit, batches = target.commit_if_due, itertools.count(1)
 
             def at_times(keeper: checkpointer.Checkpointer) -> None:
-                """Commit after every so many batches: the clock may cut ranges anywhere."""
+                """Commit after every `every` batches: the clock may end a range anywhere."""
                 if next(batches) % self.every == 0:
                     commit(keeper)
 
@@ -112,19 +112,19 @@ class Disk:
             self.calls.append(name)
             index = len(self.calls) - 1
             if index == self.at:
-                self._go_wrong(name, number, real, given)
+                self._inject(name, number, real, given)
             if index > self.at >= 0 and self.fault == "fails from then on":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             if name in {"unlink", "replace"}:
-                self._part_with(Path(given[-1]))
-            found = self._sync(given[0]) if name == "fsync" else real(*given, **named)
+                self._forget(Path(given[-1]))
+            result = self._sync(given[0]) if name == "fsync" else real(*given, **named)
             if index == self.at and self.fault == "Ctrl-C after":
                 raise KeyboardInterrupt
-            return found
+            return result
 
         return call
 
-    def _go_wrong(self, name: str, number: int, real: Any, given: tuple[Any, ...]) -> None:
+    def _inject(self, name: str, number: int, real: Any, given: tuple[Any, ...]) -> None:
         if name == "fsync" and self.fault in {"fails", "fails from then on", "is cut off"}:
             self._lost.add(os.fstat(given[0]).st_ino)
         match self.fault:
@@ -138,22 +138,22 @@ class Disk:
             case "Ctrl-C before":
                 raise KeyboardInterrupt
             case "kill":
-                self.left = contents(self.folder)
+                self.remains = contents(self.folder)
                 raise Died
             case "power cut":
-                self.left = self.synced()
+                self.remains = self.synced()
                 raise Died
 
-    def _below(self, what: Any) -> bool:
-        if isinstance(what, int):
-            what = Path(f"/proc/self/fd/{what}").readlink()
-        what = getattr(what, "filename", what)
-        return Path(os.fspath(what)).is_relative_to(self.folder)
+    def _below(self, target: Any) -> bool:
+        if isinstance(target, int):
+            target = Path(f"/proc/self/fd/{target}").readlink()
+        target = getattr(target, "filename", target)
+        return Path(os.fspath(target)).is_relative_to(self.folder)
 
     def _sync(self, descriptor: int) -> None:
-        """Remember what a machine would find again; nothing is brought to the disk itself.
+        """Record the state after a power cut; nothing is written to the disk itself.
 
-        Linux forgets what it could not write: a sync after one that failed succeeds in vain.
+        Linux drops data that it could not write: a later sync succeeds without them.
         """
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path == self.folder:
@@ -161,8 +161,8 @@ class Disk:
         elif path.stat().st_ino not in self._lost:
             self._synced[path.stat().st_ino] = path.read_bytes()
 
-    def _part_with(self, path: Path) -> None:
-        """Keep what was synced of a file that goes, since another may get its number."""
+    def _forget(self, path: Path) -> None:
+        """Keep the synced data of a removed file, because another may get its inode number."""
         if path.exists():
             node = path.stat().st_ino
             self._lost.discard(node)
@@ -172,7 +172,7 @@ class Disk:
                 self._names.update(gone)
 
     def synced(self) -> dict[str, bytes]:
-        """What a machine would find again if it stopped now."""
+        """Files after a power cut at this moment."""
         return {name: self._synced.get(node, b"") for name, node in self._names.items()}
 
 
@@ -183,23 +183,23 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def commits_at_every_batch() -> Iterator[None]:
-    """Make commits, parts and windows small, so that little data meet every seam; sync nothing."""
+    """Make commits, shards and buffers small, so that few samples cross every limit; skip syncs."""
     with ExitStack() as stack:
-        for home, name, value in (
+        for owner, name, value in (
             (checkpointer, "SECONDS", 0.0),
             (checkpointer, "_TIME_SHARE", float("inf")),
             (runner, "_CALLBACK_NS", 0),
             (sharded_writer, "SHARD_BYTES", 11 * ROW_BYTES),
             (sharded_writer, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),
-            (os, "fsync", lambda _: None),  # nobody cuts our own power
+            (os, "fsync", lambda _: None),  # no real power cut is tested
         ):
-            stack.enter_context(mock.patch.object(home, name, value))
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield
 
 
 def infer(folder: Path, form: str, **options: Any) -> RunResult:
-    """The run under test: two outputs, six batches, three parts."""
+    """The run under test: two outputs, six batches, three shards."""
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},
         "data": {
@@ -216,12 +216,12 @@ def infer(folder: Path, form: str, **options: Any) -> RunResult:
 
 
 class FaultyRun:
-    """One format: the files that a run of it must end with, and ways to spoil the run."""
+    """One format: the files of an undisturbed run, and faults to inject."""
 
     def __init__(self, form: str, folder: Path) -> None:
         self.form, self.folder = form, folder
-        infer(folder / "right", form)
-        self.right = predictions(folder / "right")
+        infer(folder / "undisturbed", form)
+        self.expected = predictions(folder / "undisturbed")
         self.rows = {
             name: np.ascontiguousarray(rows) for name, rows in sorted(self._read_rows().items())
         }
@@ -230,74 +230,74 @@ class FaultyRun:
             "the resume of a killed run": self._stopped("kill"),
             "the resume of an interrupted run": self._stopped("Ctrl-C before"),
         }
-        """What lies in the folder when a run begins."""
+        """Files in the folder when a run starts."""
 
     def _read_rows(self) -> dict[str, Any]:
-        """Output to rows as the journal's checksums see them."""
-        folder = self.folder / "right"
+        """Output name to the rows that the checksums cover."""
+        folder = self.folder / "undisturbed"
         if self.form == "npy":
-            return {name: np.load(folder / name) for name in self.right}
+            return {name: np.load(folder / name) for name in self.expected}
         if self.form == "safetensors":
             from safetensors.torch import load_file
 
-            held = [load_file(folder / name) for name in sorted(self.right)]
-            return {key: torch.cat([part[key] for part in held]).numpy() for key in held[0]}
+            shards = [load_file(folder / name) for name in sorted(self.expected)]
+            return {key: torch.cat([part[key] for part in shards]).numpy() for key in shards[0]}
         if self.form == "parquet":
             read = [rows for _, rows in READERS["parquet"](folder)]
             return {key: np.concatenate([rows[key] for rows in read]) for key in read[0]}
         return {}
 
     def _stopped(self, fault: str) -> dict[str, bytes]:
-        """The folder of a run that was stopped past its middle."""
+        """Files of a run that stopped after more than half."""
         disk = Disk(self.folder / fault)
         with disk.watched():
             infer(disk.folder, self.form)
         shutil.rmtree(disk.folder)
         stopped = Disk(disk.folder, fault, len(disk.calls) * 3 // 5)
         self._run(stopped)
-        return contents(stopped.folder) if stopped.left is None else stopped.left
+        return contents(stopped.folder) if stopped.remains is None else stopped.remains
 
     def calls(self, which: str) -> list[str]:
-        """The calls of a run that nothing befalls."""
-        disk = Disk(self._begin(which))
+        """Calls of an undisturbed run."""
+        disk = Disk(self._prepare(which))
         with disk.watched():
             infer(disk.folder, self.form, resume=self.before[which] is not None)
         return disk.calls
 
     def check(self, fault: str, at: int, which: str) -> str:
-        """Let a call go wrong, then resume; the error's sentence, or nothing if it ended well."""
-        disk = Disk(self._begin(which), fault, at)
-        said = self._run(disk, resume=self.before[which] is not None)
+        """Inject a fault, then resume; returns the error message, empty if there was none."""
+        disk = Disk(self._prepare(which), fault, at)
+        message = self._run(disk, resume=self.before[which] is not None)
         folder = disk.folder
         if open_below(folder):
-            gc.collect()  # an error's frames hold open files
-        if disk.left is None and (fault, disk.calls[at]) != ("Ctrl-C after", "open"):
+            gc.collect()  # the frames of an error refer to open files
+        if disk.remains is None and (fault, disk.calls[at]) != ("Ctrl-C after", "open"):
             assert not open_below(folder), "files were left open"
         close_below(folder)
-        if disk.left is not None:
-            lay_out(folder, disk.left)
-            self.check_truth(folder)
-            # What a resume makes of the remains must be as sound as what a run makes of nothing.
+        if disk.remains is not None:
+            lay_out(folder, disk.remains)
+            self.check_journal(folder)
+            # A resume must survive a fault as well as a new run does.
             second = Disk(folder, "kill", random.Random(at).randrange(len(disk.calls)), every=2)
             self._run(second, resume=True)
             close_below(folder)
-            if second.left is not None:
-                lay_out(folder, second.left)
-        kept = self.check_truth(folder)
-        if counted := re.search(r"(\d+) of 23 predictions are saved", said):
-            # A line that can neither be synced nor taken back is true, and was not counted on.
-            more = fault == "fails from then on" and kept > int(counted[1])
-            assert disk.left or more or kept == int(counted[1]), said
+            if second.remains is not None:
+                lay_out(folder, second.remains)
+        committed_samples = self.check_journal(folder)
+        if counted := re.search(r"(\d+) of 23 predictions are saved", message):
+            # A line that can be neither synced nor removed is valid, but was not counted.
+            more = fault == "fails from then on" and committed_samples > int(counted[1])
+            assert disk.remains or more or committed_samples == int(counted[1]), message
         lay_out(self.folder / "synced", disk.synced())
-        self.check_truth(self.folder / "synced")
-        if not said:
-            self.check_whole(folder)
+        self.check_journal(self.folder / "synced")
+        if not message:
+            self.check_complete(folder)
         again = infer(folder, self.form, resume=True)
         assert again.predictions == SAMPLES
-        self.check_whole(folder)
-        return said
+        self.check_complete(folder)
+        return message
 
-    def _begin(self, which: str) -> Path:
+    def _prepare(self, which: str) -> Path:
         folder = self.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
         if before := self.before[which]:
@@ -317,14 +317,14 @@ class FaultyRun:
             return "died"
         return ""
 
-    def check_truth(self, folder: Path) -> int:
-        """See that the journal's checksums are of the right rows, and of the files'; how many."""
+    def check_journal(self, folder: Path) -> int:
+        """Check the checksums against rows and files; returns the number of committed samples."""
         if not (folder / "journal.jsonl").exists():
             return 0
-        kept = journal.read(folder / "journal.jsonl")
-        assert not [*damaged_ranges(folder, kept)]
+        state = journal.read(folder / "journal.jsonl")
+        assert not [*damaged_ranges(folder, state)]
         begin = 0
-        for committed in kept.ranges:
+        for committed in state.ranges:
             if self.form == "npy":
                 right = {
                     name: zlib.crc32(rows[committed.start : committed.stop])
@@ -332,32 +332,32 @@ class FaultyRun:
                 }
                 assert committed.files == right
             elif self.form in {"safetensors", "parquet"}:
-                found = 0
+                result = 0
                 for rows in self.rows.values():
-                    found = zlib.crc32(rows[committed.start : committed.stop], found)
+                    result = zlib.crc32(rows[committed.start : committed.stop], result)
                 if self.form == "parquet":
                     ids = range(committed.start, committed.stop)
-                    found = zlib.crc32("".join(f"{name}\n" for name in ids).encode(), found)
-                assert [*committed.files.values()] == [found]
+                    result = zlib.crc32("".join(f"{name}\n" for name in ids).encode(), result)
+                assert [*committed.files.values()] == [result]
             else:
-                (name,) = self.right
-                lines = self.right[name]
+                (name,) = self.expected
+                lines = self.expected[name]
                 headings = name.endswith(".csv")
                 assert lines[: committed.end].count(b"\n") == committed.stop + headings
                 assert committed.files == {name: zlib.crc32(lines[begin : committed.end])}
                 begin = committed.end or 0
-        return kept.committed
+        return state.committed
 
-    def check_whole(self, folder: Path) -> None:
-        """See that the folder holds a whole run and nothing else."""
-        found = contents(folder)
-        found.pop(LOCK, None)  # where it could not be removed; it holds nobody up
-        assert found.keys() == {*self.right, "journal.jsonl", "result.json"}
-        assert predictions(folder) == self.right
-        kept = journal.read(folder / "journal.jsonl")
-        assert kept.complete
+    def check_complete(self, folder: Path) -> None:
+        """Check that the folder has the files of a complete run and no others."""
+        result = contents(folder)
+        result.pop(LOCK, None)  # remains if it could not be removed; harmless
+        assert result.keys() == {*self.expected, "journal.jsonl", "result.json"}
+        assert predictions(folder) == self.expected
+        state = journal.read(folder / "journal.jsonl")
+        assert state.complete
         assert RunResult.load(folder).predictions == SAMPLES
-        self.check_truth(folder)
+        self.check_journal(folder)
 
 
 def predictions(folder: Path) -> dict[str, bytes]:
@@ -365,7 +365,7 @@ def predictions(folder: Path) -> dict[str, bytes]:
 
 
 def lay_out(folder: Path, files: dict[str, bytes]) -> None:
-    """Make the folder hold just these."""
+    """Write these files, and remove all others."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, data in files.items():
@@ -373,28 +373,28 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def open_below(folder: Path) -> list[int]:
-    """Descriptors of the files below a folder that are open."""
-    found = []
+    """Open descriptors of files below a folder."""
+    result = []
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):  # the one that listed them
+        with suppress(FileNotFoundError):  # the descriptor of the listing
             if folder in entry.readlink().parents:
-                found.append(int(entry.name))
-    return found
+                result.append(int(entry.name))
+    return result
 
 
 def close_below(folder: Path) -> None:
-    """What the end of a process does."""
+    """Close these files, as the end of a process does."""
     for descriptor in open_below(folder):
         os.close(descriptor)
 
 
-def cases(trial: FaultyRun, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
-    """(fault, index of the call, of which run, the call), every stride-th of each fault's."""
-    lot = random.Random(seed)
-    for which in trial.before:
-        calls = [*enumerate(trial.calls(which))]
+def cases(test: FaultyRun, stride: int, seed: int) -> Iterator[tuple[str, int, str, str]]:
+    """Yield (fault, index of the call, run, call) for every stride-th call of each fault."""
+    rng = random.Random(seed)
+    for which in test.before:
+        calls = [*enumerate(test.calls(which))]
         for fault in FAULTS:
-            lot.shuffle(calls)
+            rng.shuffle(calls)
             yield from ((fault, at, which, name) for at, name in calls[::stride])
 
 
@@ -402,23 +402,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     bad = 0
     for form in FORMATS:
         with tempfile.TemporaryDirectory() as folder, commits_at_every_batch():
-            trial, began = FaultyRun(form, Path(folder).resolve()), time.monotonic()
-            told: Counter[tuple[str, str]] = Counter()
-            for fault, at, which, name in cases(trial, asked.stride, asked.seed):
+            test, began = FaultyRun(form, Path(folder).resolve()), time.monotonic()
+            outcomes: Counter[tuple[str, str]] = Counter()
+            for fault, at, which, name in cases(test, options.stride, options.seed):
                 try:
-                    said = trial.check(fault, at, which)
-                    told[fault, "an error" if said else "ended well"] += 1
+                    message = test.check(fault, at, which)
+                    outcomes[fault, "an error" if message else "ended well"] += 1
                 except Exception as error:
                     bad += 1
                     print(f"{form}: call {at} of {which} ({name}), {fault}: {error!r}")
                     traceback.print_exc()
-            print(f"{form}: {sum(told.values())} faults in {time.monotonic() - began:.0f} s")
-            for (fault, said), count in sorted(told.items()):
-                print(f"  {count:5}  {fault:20} {said}")
+            print(f"{form}: {sum(outcomes.values())} faults in {time.monotonic() - began:.0f} s")
+            for (fault, message), count in sorted(outcomes.items()):
+                print(f"  {count:5}  {fault:20} {message}")
     return 1 if bad else 0
 
 

@@ -1,8 +1,9 @@
-"""Kill runs at moments drawn by lot, resume them, and compare with a run that nobody killed.
+"""Kill runs at random moments, resume them, and compare with an uninterrupted run.
 
-`kill.py [--kills N] [--seed S]`: real processes, SIGKILL, all sinks in turn. The moments are drawn
-from the course of a whole run: a phase, one of its occurrences, a point within that. Prints in
-which phase the kills landed; exits 1 when a byte differs or a sample is missing or doubled.
+`kill.py [--kills N] [--seed S]`: real processes, SIGKILL, all formats in turn. The moments are
+drawn from the timeline of a complete run: a phase, one of its occurrences, a point within it.
+Prints in which phases the kills happened; exits with 1 if a byte differs or a sample is missing or
+duplicated.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet")
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
-"""Of a process: up to the model, up to the files, the files made, predictions between commits, a
-commit, the last one and the files' end, memory and result; and how often each is aimed at."""
+"""Phase of a process to its weight in the draw. start: until the model is loaded; load: until the
+files are opened; open: files are created; run: predictions between commits; commit; close: the last
+commit; end: memory pass and result."""
 
 LONG = 1200
-"""Samples of a run that somebody watches."""
+"""Samples of a run that receives a signal."""
 
 SHORT = 237
-"""Samples of a run that is killed: a third of a second, in a dozen commits and five parts."""
+"""Samples of a run that is killed: a third of a second, a dozen commits and five shards."""
 
 _MODEL = """\
 import time
@@ -58,12 +60,12 @@ from gradrun.cli.app import main
 main()
 """
 
-# Forked from a process that has torch already, so that a hundred kills take a minute.
+# Forked from a process that has imported torch, so that a hundred kills take a minute.
 _processes = multiprocessing.get_context("forkserver")
 
 
 def hurry() -> None:
-    """Make commits so frequent, and parts so small, that a short run has many."""
+    """Make commits frequent and shards small, so that a short run has many."""
     from gradrun.inference import runner
     from gradrun.output import checkpointer
     from gradrun.output.formats import npy, sharded_writer
@@ -74,13 +76,13 @@ def hurry() -> None:
 
 
 class Folder:
-    """A config of its own for each sink, and the command that runs it."""
+    """One config per format, and the command that runs it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         (path / "net.py").write_text(_MODEL)
         (path / "driver.py").write_text(_DRIVER)
-        for sink in WRITERS:
+        for form in WRITERS:
             config = {
                 "model": {"source": "python", "target": "net.py:Net"},
                 "data": {
@@ -91,42 +93,42 @@ class Folder:
                 },
                 "run": {"threads": 1},
                 "measure": {"memory": False},
-                "output": {"path": sink, "format": sink},
+                "output": {"path": form, "format": form},
             }
-            (path / f"{sink}.yaml").write_text(json.dumps(config))
+            (path / f"{form}.yaml").write_text(json.dumps(config))
 
-    def words(self, sink: str, out: str, *more: str) -> list[str]:
-        """What is typed behind `gradrun`."""
-        return ["infer", f"{sink}.yaml", "--trust-code", "--output", out, *more]
+    def arguments(self, form: str, out: str, *more: str) -> list[str]:
+        """Arguments of `gradrun`."""
+        return ["infer", f"{form}.yaml", "--trust-code", "--output", out, *more]
 
-    def start(self, sink: str, out: str, *more: str) -> subprocess.Popen[bytes]:
+    def start(self, form: str, out: str, *more: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "driver.py", *self.words(sink, out, *more)],
+            [sys.executable, "driver.py", *self.arguments(form, out, *more)],
             cwd=self.path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
 
-    def whole(self, sink: str) -> dict[str, bytes]:
-        """The files of a run that nobody kills."""
-        self.ended(self.start(sink, f"{sink}-whole"))
-        return self.files(f"{sink}-whole")
+    def uninterrupted(self, form: str) -> dict[str, bytes]:
+        """The files of an uninterrupted run."""
+        self.wait(self.start(form, f"{form}-uninterrupted"))
+        return self.files(f"{form}-uninterrupted")
 
-    def ended(self, process: subprocess.Popen[bytes]) -> None:
-        _, said = process.communicate(timeout=120)
+    def wait(self, process: subprocess.Popen[bytes]) -> None:
+        _, message = process.communicate(timeout=120)
         if process.returncode:
-            raise SystemExit(f"exit code {process.returncode}: {said.decode()}")
+            raise SystemExit(f"exit code {process.returncode}: {message.decode()}")
 
     def files(self, out: str) -> dict[str, bytes]:
-        """The predictions, and nothing of the journal, whose ranges depend on the clock."""
+        """The predictions, without the journal, whose ranges depend on the clock."""
         names = sorted((self.path / out).iterdir())
         return {
             file.name: file.read_bytes() for file in names if file.name.startswith("predictions")
         }
 
     def committed(self, out: str) -> int:
-        """Samples that the journal tells of."""
+        """Number of samples in the journal."""
         journal = self.path / out / "journal.jsonl"
         lines = journal.read_bytes().split(b"\n")[1:-1] if journal.exists() else []
         return json.loads(lines[-1])["stop"] if lines else 0
@@ -135,45 +137,47 @@ class Folder:
 # --- the process that is killed ----------------------------------------------------------------
 
 
-def _process(folder: Path, words: list[str], phases: Connection) -> None:
-    """`gradrun` with these words, telling its phases."""
+def _process(folder: Path, arguments: list[str], phases: Connection) -> None:
+    """Run `gradrun` with these arguments, and report its phases."""
     os.chdir(folder)
-    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     from gradrun.cli import app
     from gradrun.inference import infer
     from gradrun.output import checkpointer
+    from gradrun.output.formats import sharded_writer
 
-    def told(home: Any, name: str, before: str, after: str) -> None:
-        real: Callable[..., Any] = getattr(home, name)
+    def report(owner: Any, name: str, before: str, after: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
 
         def call(*given: Any, **named: Any) -> Any:
             phases.send_bytes(before.encode())
-            found = real(*given, **named)
+            result = real(*given, **named)
             phases.send_bytes(after.encode())
-            return found
+            return result
 
-        setattr(home, name, call)
+        setattr(owner, name, call)
 
     def slow(descriptor: int) -> None:
-        time.sleep(0.002)  # as disks are that are not a cache: a kill must be able to hit it
+        time.sleep(0.002)  # like a real disk, so that kills can happen during a sync
         sync(descriptor)
         time.sleep(0.002)
 
     sync, os.fsync = os.fsync, slow
     hurry()
-    told(infer, "load_model", "load", "load")
-    told(infer, "_open_files", "open", "run")
-    told(checkpointer.Checkpointer, "commit", "commit", "run")
-    told(checkpointer.Checkpointer, "close", "close", "end")
-    sys.argv = ["gradrun", *words]
+    report(infer, "load_model", "load", "load")
+    report(infer, "_open_files", "open", "run")
+    report(checkpointer.Checkpointer, "commit", "commit", "run")
+    report(sharded_writer.ShardedWriter, "_seal", "commit", "run")
+    report(checkpointer.Checkpointer, "close", "close", "end")
+    sys.argv = ["gradrun", *arguments]
     app.main()
 
 
 @contextmanager
 def _preloaded() -> Iterator[None]:
-    """Have torch imported by the process that the others are forked from."""
+    """Import torch in the process that all others are forked from."""
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
     _processes.set_forkserver_preload(
@@ -190,7 +194,7 @@ def _preloaded() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Moment:
-    """So many seconds into the n-th time that a phase begins."""
+    """A number of seconds after the n-th start of a phase."""
 
     phase: str
     times: int
@@ -198,147 +202,150 @@ class Moment:
 
 
 @dataclass
-class Course:
-    """What a process went through, each phase with when it began."""
+class Timeline:
+    """Timeline of a process: each phase with its start."""
 
     phases: list[tuple[str, float]] = field(default_factory=list)
     ended: float = 0.0
     code: int | None = None
 
-    def draw(self, lot: random.Random) -> Moment:
-        """A moment of it."""
+    def draw(self, rng: random.Random) -> Moment:
+        """Draw a moment of this timeline."""
         ends = [*(at for _, at in self.phases[1:]), self.ended]
-        (phase,) = lot.choices([*PHASES], [*PHASES.values()])
+        (phase,) = rng.choices([*PHASES], [*PHASES.values()])
         spans = [
             end - at for (name, at), end in zip(self.phases, ends, strict=True) if name == phase
         ]
-        times = lot.randrange(len(spans))
-        return Moment(phase, times, lot.uniform(0, 1.1) * spans[times])
+        times = rng.randrange(len(spans))
+        return Moment(phase, times, rng.uniform(0, 1.1) * spans[times])
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Where one landed."""
+    """Where a kill happened."""
 
-    sink: str
+    form: str
     resumes: int
-    """How often the run had been resumed."""
+    """Number of earlier resumes of the run."""
     phase: str
-    kept: int
-    """Samples that the journal told of."""
+    committed: int
+    """Number of samples in the journal."""
 
 
-def follow(folder: Path, words: list[str], moment: Moment | None = None) -> Course:
-    """Run gradrun in a process of its own, to its end or to the moment when it is killed."""
-    ours, theirs = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_process, args=(folder, words, theirs))
+def follow(folder: Path, arguments: list[str], moment: Moment | None = None) -> Timeline:
+    """Run gradrun in a new process until its end, or until the moment of a kill."""
+    receiver, sender = _processes.Pipe(duplex=False)
+    process = _processes.Process(target=_process, args=(folder, arguments, sender))
     process.start()
-    theirs.close()
-    course = Course([("start", time.monotonic())])
+    sender.close()
+    timeline = Timeline([("start", time.monotonic())])
     deadline, left = time.monotonic() + 60, moment.times if moment else 0
     if moment and moment.phase == "start":
         deadline = time.monotonic() + moment.seconds
     try:
-        while ours.poll(max(0.0, deadline - time.monotonic())):
-            course.phases.append((ours.recv_bytes().decode(), time.monotonic()))
-            if moment and course.phases[-1][0] == moment.phase:
+        while receiver.poll(max(0.0, deadline - time.monotonic())):
+            timeline.phases.append((receiver.recv_bytes().decode(), time.monotonic()))
+            if moment and timeline.phases[-1][0] == moment.phase:
                 left -= 1
                 if left == -1:
                     deadline = time.monotonic() + moment.seconds
         process.kill()
-        while ours.poll(60):
-            course.phases.append((ours.recv_bytes().decode(), time.monotonic()))
-    except EOFError:  # it has ended, by itself or not
-        course.ended = time.monotonic()
+        while receiver.poll(60):
+            timeline.phases.append((receiver.recv_bytes().decode(), time.monotonic()))
+    except EOFError:  # the process has ended
+        timeline.ended = time.monotonic()
     process.join()
-    course.code = process.exitcode
-    return course
+    timeline.code = process.exitcode
+    return timeline
 
 
 def kill_and_resume(
-    folder: Folder, sink: str, moments: list[Moment], out: str
+    folder: Folder, form: str, moments: list[Moment], out: str
 ) -> Iterator[tuple[str, int]]:
-    """Kill a run at each moment and then let it end; the phase and what was kept, of each kill."""
-    words = folder.words(sink, out, "--set", f"data.samples={SHORT}", "--resume")
+    """Kill a run at each moment, then let it finish; yields phase and committed samples."""
+    arguments = folder.arguments(form, out, "--set", f"data.samples={SHORT}", "--resume")
     for moment in moments:
-        course = follow(folder.path, words, moment)
-        if course.code == -signal.SIGKILL:
-            yield course.phases[-1][0], check_truth(folder, out)
-        elif course.code:
-            raise SystemExit(f"{out}: {_ended_badly(folder.path, course)}")
-    course = follow(folder.path, words)
-    if course.code:
-        raise SystemExit(f"{out}: {_ended_badly(folder.path, course)}")
+        timeline = follow(folder.path, arguments, moment)
+        if timeline.code == -signal.SIGKILL:
+            yield timeline.phases[-1][0], check_journal(folder, out)
+        elif timeline.code:
+            raise SystemExit(f"{out}: {_failure(folder.path, timeline)}")
+    timeline = follow(folder.path, arguments)
+    if timeline.code:
+        raise SystemExit(f"{out}: {_failure(folder.path, timeline)}")
 
 
-def _ended_badly(folder: Path, course: Course) -> str:
-    said = folder / "said.txt"
-    phases = [phase for phase, _ in course.phases]
-    return f"exit code {course.code} after {phases}: {said.read_text() if said.exists() else ''}"
+def _failure(folder: Path, timeline: Timeline) -> str:
+    output = folder / "output.txt"
+    phases = [phase for phase, _ in timeline.phases]
+    text = output.read_text() if output.exists() else ""
+    return f"exit code {timeline.code} after {phases}: {text}"
 
 
-def check_truth(folder: Folder, out: str) -> int:
-    """See that what the journal says is in the files; how many samples that is."""
+def check_journal(folder: Folder, out: str) -> int:
+    """Verify the files against the journal; returns the number of committed samples."""
     from gradrun.output import journal
     from gradrun.output.verification import damaged_ranges
 
     path = folder.path / out
     if not (path / "journal.jsonl").exists():
         return 0
-    kept = journal.read(path / "journal.jsonl")
-    if faults := [*damaged_ranges(path, kept)]:
-        raise SystemExit(f"{path}: the journal tells of what is not there: {faults}")
-    return kept.committed
+    state = journal.read(path / "journal.jsonl")
+    if damaged := [*damaged_ranges(path, state)]:
+        raise SystemExit(f"{path}: the files do not match the journal: {damaged}")
+    return state.committed
 
 
-def check_whole(folder: Folder, out: str, whole: dict[str, bytes]) -> None:
-    """See that the folder is that of the run that nobody killed."""
-    found = folder.files(out)
-    if found != whole:
-        differing = [name for name in {*found, *whole} if found.get(name) != whole.get(name)]
+def check_complete(folder: Folder, out: str, expected: dict[str, bytes]) -> None:
+    """Compare the folder with that of the uninterrupted run."""
+    files = folder.files(out)
+    if files != expected:
+        differing = [name for name in {*files, *expected} if files.get(name) != expected.get(name)]
         raise SystemExit(f"{out} in {folder.path}: {sorted(differing)} differ")
-    others = {file.name for file in (folder.path / out).iterdir()} - found.keys()
+    others = {file.name for file in (folder.path / out).iterdir()} - files.keys()
     if others != {"journal.jsonl", "result.json"}:
-        raise SystemExit(f"{out} in {folder.path}: beside the predictions lie {sorted(others)}")
+        raise SystemExit(f"{out} in {folder.path}: unexpected files {sorted(others)}")
     result = json.loads((folder.path / out / "result.json").read_text())
-    if result["predictions"] != SHORT or check_truth(folder, out) != SHORT:
-        raise SystemExit(f"{out} in {folder.path}: the result or the journal tells of fewer")
+    if result["predictions"] != SHORT or check_journal(folder, out) != SHORT:
+        raise SystemExit(f"{out} in {folder.path}: the result or the journal has fewer samples")
 
 
 def run(path: Path, kills: int, seed: int) -> list[Kill]:
-    """So many kills, spread over the sinks; where they landed."""
-    folder, lot = Folder(path), random.Random(seed)
-    landed: list[Kill] = []
+    """Kill runs of all formats; returns where the kills happened."""
+    folder, rng = Folder(path), random.Random(seed)
+    done: list[Kill] = []
     with _preloaded():
-        courses: dict[str, Course] = {}
-        for sink in WRITERS:
-            words = folder.words(sink, f"{sink}-whole", "--set", f"data.samples={SHORT}")
-            courses[sink] = follow(path, words)
-            if courses[sink].code:
-                raise SystemExit(_ended_badly(path, courses[sink]))
+        timelines: dict[str, Timeline] = {}
+        for form in WRITERS:
+            arguments = folder.arguments(
+                form, f"{form}-uninterrupted", "--set", f"data.samples={SHORT}"
+            )
+            timelines[form] = follow(path, arguments)
+            if timelines[form].code:
+                raise SystemExit(_failure(path, timelines[form]))
         number = 0
-        while len(landed) < kills:
-            sink = WRITERS[number % len(WRITERS)]
-            times = min(lot.choice([1, 1, 2]), kills - len(landed))
-            moments = [courses[sink].draw(lot) for _ in range(times)]
-            out = f"{sink}-{number}"
-            killed = enumerate(kill_and_resume(folder, sink, moments, out))
-            landed += [Kill(sink, resumes, *where) for resumes, where in killed]
-            check_whole(folder, out, folder.files(f"{sink}-whole"))
+        while len(done) < kills:
+            form = WRITERS[number % len(WRITERS)]
+            times = min(rng.choice([1, 1, 2]), kills - len(done))
+            moments = [timelines[form].draw(rng) for _ in range(times)]
+            out = f"{form}-{number}"
+            killed = enumerate(kill_and_resume(folder, form, moments, out))
+            done += [Kill(form, resumes, *where) for resumes, where in killed]
+            check_complete(folder, out, folder.files(f"{form}-uninterrupted"))
             number += 1
-    return landed
+    return done
 
 
-def table(landed: list[Kill]) -> str:
-    """How many kills landed in which phase of which sink's run."""
-    counts = Counter((kill.phase, kill.sink) for kill in landed)
-    lines = ["killed in " + "".join(f"{sink:>13}" for sink in (*WRITERS, "all"))]
+def table(done: list[Kill]) -> str:
+    """Number of kills per phase and format."""
+    counts = Counter((kill.phase, kill.form) for kill in done)
+    lines = ["killed in " + "".join(f"{form:>13}" for form in (*WRITERS, "all"))]
     for phase in PHASES:
-        row = [counts[phase, sink] for sink in WRITERS]
+        row = [counts[phase, form] for form in WRITERS]
         lines.append(f"{phase:10}" + "".join(f"{count:13}" for count in (*row, sum(row))))
-    resumes = sum(kill.resumes > 0 for kill in landed)
-    midway = sum(0 < kill.kept < SHORT for kill in landed)
-    lines.append(f"{len(landed)} kills, {resumes} of a resume; {midway} left part of the samples")
+    resumes = sum(kill.resumes > 0 for kill in done)
+    midway = sum(0 < kill.committed < SHORT for kill in done)
+    lines.append(f"{len(done)} kills, {resumes} of a resume; {midway} with some samples committed")
     return "\n".join(lines)
 
 
@@ -346,10 +353,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        print(table(run(Path(name), asked.kills, asked.seed)))
-    print("every file is byte for byte that of a run nobody killed")
+        print(table(run(Path(name), options.kills, options.seed)))
+    print("all files have the same bytes as those of an uninterrupted run")
 
 
 if __name__ == "__main__":

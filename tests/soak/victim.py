@@ -1,7 +1,6 @@
-"""A process that runs gradrun's commands on files of an attacker's, and is watched while it does.
+"""Run gradrun's commands on malicious files in a monitored process.
 
-Knows commands, what they may touch, and how they may end; not what is in the files. Run as a script
-it is the process; `Victim` is the handle of who started it, and survives whatever becomes of it.
+Run as a script, this module is the process; `Victim` starts it and survives its crashes.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 2**31
-"""Bytes of address space above what the process has when it begins; no run here needs so much."""
+"""Limit of the address space in bytes, above its size after startup; no run here needs as much."""
 PEAK = 700 * 2**20
 """Bytes that a command may add to the resident set."""
 SECONDS = 60.0
-"""A command that takes longer hangs."""
+"""Time limit of a command."""
 
 _STARTS_A_PROCESS = (
     "os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty subprocess.Popen pty.spawn "
@@ -40,20 +39,20 @@ _EXIT_CODES = {0, 1, 2, 3}
 
 @dataclass
 class Ending:
-    """How a job's commands ended; `wrong` holds what must not happen, in words."""
+    """Outcome of a job; `wrong` lists violations in arguments."""
 
     codes: list[int] = field(default_factory=list)
-    said: str = ""
-    """What the commands printed."""
+    output: str = ""
+    """Output of the commands."""
     wrong: list[str] = field(default_factory=list)
     seconds: float = 0.0
-    """Of the slowest command."""
+    """Duration of the slowest command."""
     peak: int = 0
-    """Bytes that the greediest added to the resident set."""
+    """Greatest growth of the resident set in bytes."""
 
 
 class Victim:
-    """Runs jobs in a process of its own, which is started anew when one ends it."""
+    """Runs jobs in a separate process, which is restarted when a job ends it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -61,7 +60,7 @@ class Victim:
 
     def run(self, folder: Path, commands: list[list[str]], seconds: float = SECONDS) -> Ending:
         """Run the commands one after the other in `folder`; they may write below folder/out."""
-        process = self._started()
+        process = self._start()
         assert process.stdin
         assert process.stdout
         process.stdin.write(json.dumps([str(folder), commands]) + "\n")
@@ -73,7 +72,7 @@ class Victim:
         timer.cancel()
         if answer:
             return Ending(**json.loads(answer))
-        late = "" if time.monotonic() - began < seconds else f", told to after {seconds:.0f} s"
+        late = "" if time.monotonic() - began < seconds else f", stopped after {seconds:.0f} s"
         ended = f"the interpreter ended with {process.wait()}{late}"
         self.close()
         return Ending(wrong=[f"{ended}: {self._traceback()}"])
@@ -85,7 +84,7 @@ class Victim:
             self._process.communicate()
             self._process = None
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _start(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.soak.victim"],
@@ -98,31 +97,31 @@ class Victim:
                     **os.environ,
                     "PYTHONPATH": str(ROOT),
                     "OMP_NUM_THREADS": "1",
-                    "PYTHONDONTWRITEBYTECODE": "1",  # each file that it opens is looked at
+                    "PYTHONDONTWRITEBYTECODE": "1",  # all opened files are checked
                 },
             )
         return self._process
 
     def _traceback(self) -> str:
         self._errors.seek(0)
-        said = self._errors.read()
+        output = self._errors.read()
         self._errors.seek(0)
         self._errors.truncate()
-        return said[-3000:]
+        return output[-3000:]
 
 
 # --- the process -------------------------------------------------------------------------------
 
 
 class Watch:
-    """Hears of every file opened for writing and every process started, while `folder` is set."""
+    """Records files opened for writing and started processes, while `folder` is set."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
         self.wrong: list[str] = []
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._record)
 
-    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+    def _record(self, event: str, args: tuple[Any, ...]) -> None:
         if self.folder is None:
             return
         if event == "open":
@@ -136,13 +135,13 @@ class Watch:
             self.wrong.append(f"{event}{args!r:.300}")
 
     def _check(self, event: str, path: Any, *, follows: bool) -> None:
-        if isinstance(path, int):  # a descriptor, which was heard of when it was opened
+        if isinstance(path, int):  # a descriptor, which was checked when it was opened
             return
         named = Path(os.fsdecode(path))
         place = named.resolve() if follows else named.parent.resolve() / named.name
         if place.is_relative_to(self.folder) or place == Path(os.devnull):
             return
-        self.wrong.append(f"{event} of {named}, which lies at {place}")
+        self.wrong.append(f"{event} of {named}, which is at {place}")
 
 
 def _peak() -> int:
@@ -156,7 +155,7 @@ def _forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _run(words: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
+def _run(arguments: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
     from typer.testing import CliRunner
 
     from gradrun.cli.app import app
@@ -165,12 +164,12 @@ def _run(words: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
     before, began = _peak(), time.monotonic()
     watch.folder = Path(folder, "out")
     with contextlib.suppress(MemoryError):
-        result = CliRunner().invoke(app, words)
+        result = CliRunner().invoke(app, arguments)
     watch.folder = None
     ending.seconds = max(ending.seconds, time.monotonic() - began)
     ending.peak = max(ending.peak, _peak() - before)
     ending.codes.append(result.exit_code)
-    ending.said += result.output
+    ending.output += result.output
     error = result.exception
     if error is not None and not isinstance(error, SystemExit):
         import traceback
@@ -182,27 +181,27 @@ def _run(words: list[str], ending: Ending, watch: Watch, folder: Path) -> None:
         ending.wrong.append(f"exit code {result.exit_code} without a sentence: {result.stderr!r}")
     if "Traceback" in result.output:
         ending.wrong.append(f"a traceback is shown: {result.output[-3000:]}")
-    if odd := [c for c in result.output if not c.isprintable() and c not in "\n\t"]:
-        ending.wrong.append(f"{odd[:5]} reach the terminal: {result.output!r:.300}")
+    if unprintable := [c for c in result.output if not c.isprintable() and c not in "\n\t"]:
+        ending.wrong.append(f"{unprintable[:5]} reach the terminal: {result.output!r:.300}")
     if ending.peak > PEAK:
-        ending.wrong.append(f"{words} took {ending.peak / 2**20:,.0f} MiB")
+        ending.wrong.append(f"{arguments} took {ending.peak / 2**20:,.0f} MiB")
 
 
 def _warm_up() -> None:
-    """Import what is imported late, so that no job is blamed for it."""
+    """Import modules that are imported late, so that no job is charged for it."""
     from typer.testing import CliRunner
 
     from gradrun.cli.app import app
 
     with contextlib.suppress(ImportError):
-        import matplotlib.pyplot  # noqa: F401 - makes a folder of its own at home
+        import matplotlib.pyplot  # noqa: F401 - creates a folder in the home directory
     with contextlib.suppress(ImportError):
-        import pyarrow.parquet  # noqa: F401 - takes room for its threads
+        import pyarrow.parquet  # noqa: F401 - allocates memory for its threads
 
     with tempfile.TemporaryDirectory() as folder:
         config = str(ROOT / "configs/exported.yaml")
-        words = ["infer", config, "--trust-code", "-o", f"{folder}/out"]
-        for command in (words, ["verify", f"{folder}/out"]):
+        arguments = ["infer", config, "--trust-code", "-o", f"{folder}/out"]
+        for command in (arguments, ["verify", f"{folder}/out"]):
             done = CliRunner().invoke(app, command)
             assert done.exit_code == 0, done.output
 
@@ -223,8 +222,8 @@ def main() -> None:
         folder = Path(named).resolve()
         os.chdir(folder)
         ending, watch.wrong = Ending(), []
-        for words in commands:
-            _run(words, ending, watch, folder)
+        for arguments in commands:
+            _run(arguments, ending, watch, folder)
         ending.wrong += watch.wrong
         answers.write(json.dumps(ending.__dict__) + "\n")
         answers.flush()
