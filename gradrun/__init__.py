@@ -1,6 +1,6 @@
-"""gradrun: run a PyTorch model over data under a gradient mode, and say truly what it cost.
+"""Run PyTorch inference from a config; report latency, throughput and peak memory.
 
-The public names are imported when they are first used: `import gradrun` imports no torch.
+Public names are imported on first use: `import gradrun` does not import torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_MODULES = {
     "infer": "inference.infer",
     "compare": "comparison.compare",
     "audit": "audits.audit",
@@ -69,10 +69,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'gradrun' has no attribute {name!r}")
-    module = importlib.import_module(f"gradrun.{_HOMES[name]}")
-    return module if name == _HOMES[name] else getattr(module, name)
+    module = importlib.import_module(f"gradrun.{_MODULES[name]}")
+    return module if name == _MODULES[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m gradrun`: the same as the `gradrun` command."""
+"""Run the `gradrun` command as `python -m gradrun`."""
 
 from gradrun.cli.app import main
 

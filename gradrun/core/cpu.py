@@ -1,4 +1,4 @@
-"""How many processors this process may use. Knows the operating system only."""
+"""Number of CPUs available to this process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def available_cpus() -> int:
-    """The processors this process may use: the smaller of its affinity and its cgroup's quota."""
+    """Return the smaller of the process's CPU affinity and its cgroup quota."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = _cgroup_quota()
@@ -15,7 +15,7 @@ def available_cpus() -> int:
 
 
 def _cgroup_quota() -> float | None:
-    """Processors that this process's cgroup and those around it allow (v2, then v1)."""
+    """Return the smallest quota of this process's cgroup and its ancestors, in CPUs (v2 and v1)."""
     quotas = [
         _quota(folder / "cpu.max", None) for folder in _cgroup_folders(Path("/sys/fs/cgroup"))
     ]
@@ -25,7 +25,7 @@ def _cgroup_quota() -> float | None:
 
 
 def _cgroup_folders(root: Path) -> list[Path]:
-    """The folder of this process's own cgroup and those above it, up to the root."""
+    """Return the folder of this process's cgroup and its ancestors, up to the root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -18,7 +18,7 @@ EXIT_INCONCLUSIVE = 4
 
 
 class GradrunError(Exception):
-    """An expected failure. The message is one sentence: where, what, what is allowed, what to do.
+    """An expected failure. The message names location, problem, allowed values and a remedy.
 
     Args:
         message: the sentence.

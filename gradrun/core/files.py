@@ -1,7 +1,6 @@
-"""Writing so that it stays: whole writes, syncs, checksums, on raw file descriptors.
+"""Durable writes, syncs and checksums on raw file descriptors (POSIX).
 
-Knows the operating system's calls and nothing of formats. Everything that must survive goes through
-here, so that tests can let each call fail.
+Every write that must survive a crash goes through this module, so that tests can make each fail.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ from typing import IO
 
 from gradrun.core.units import format_bytes
 
-_PIECE = 1024 * 1024
+_CHUNK = 1024 * 1024
 _LONGEST_LINE = 16 * 1024 * 1024
-_GUARDS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-"""A link is not followed, and a pipe not waited for; of a plain file neither changes anything."""
+_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK
+"""Do not follow a link or wait for a pipe; without effect on regular files."""
 
 
 def open_regular(path: Path, flags: int) -> int:
-    """A descriptor of a plain file of a run's folder, and of nothing that lies elsewhere.
+    """Open a regular file and return its descriptor.
 
     Raises:
-        OSError: it cannot be opened, or is a link, a pipe or a device.
+        OSError: it cannot be opened, or is a link, pipe or device.
     """
     try:
-        descriptor = os.open(path, flags | _GUARDS, 0o666)
+        descriptor = os.open(path, flags | _FLAGS, 0o666)
     except OSError as error:
         if error.errno in {errno.ELOOP, errno.ENXIO}:
-            raise _not_plain(path) from error
+            raise _not_regular(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise _not_plain(path)
+        raise _not_regular(path)
     return descriptor
 
 
@@ -50,15 +49,15 @@ def open_binary(path: Path) -> IO[bytes]:
     return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
 
 
-def _not_plain(path: Path) -> OSError:
-    return OSError(errno.EINVAL, "no plain file, but a link, a pipe or the like", path)
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file, but a link, a pipe or a device", path)
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of it: the system may take less at a time.
+    """Write all data; the system may accept less per call.
 
     Raises:
-        OSError: the disk is full or broken; part of it may have been written.
+        OSError: the write failed; part of the data may be written.
     """
     left = memoryview(data).cast("B")
     while left:
@@ -66,31 +65,31 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of it to a place in the file.
+    """Write all data at an offset.
 
     Raises:
-        OSError: as write_all does.
+        OSError: the write failed; part of the data may be written.
     """
     left = memoryview(data).cast("B")
     while left:
-        done = os.pwrite(descriptor, left, offset)
-        left, offset = left[done:], offset + done
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count
 
 
 def sync(descriptor: int) -> None:
-    """Return when the file's data are on the disk.
+    """Wait until the file's data is on the disk.
 
     Raises:
-        OSError: they may not be; what was written since the last sync must not be counted on.
+        OSError: data written since the last sync may be lost.
     """
     os.fsync(descriptor)
 
 
 def replace_file(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all: what was there stays until the new one is on the disk.
+    """Write a file atomically: the old content stays until the new one is on the disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the write failed.
     """
     draft = path.with_name(f"{path.name}.tmp")
     descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -107,9 +106,7 @@ def replace_file(path: Path, data: str | bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Return when the names in a folder are on the disk; systems without that have no need."""
-    if os.name != "posix":
-        return
+    """Wait until the names in a folder are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,7 +115,7 @@ def sync_folder(path: Path) -> None:
 
 
 def size(descriptor: int) -> int:
-    """Bytes of a file."""
+    """Return the size in bytes."""
     return os.fstat(descriptor).st_size
 
 
@@ -132,29 +129,29 @@ def check_size(descriptor: int, least: int, path: Path) -> None:
         raise OSError(errno.EIO, "the file is shorter than the journal says", path)
 
 
-def read_chunks(descriptor: int, begin: int, end: int, step: int = _PIECE) -> Iterator[bytes]:
-    """The bytes from begin to end, a MiB at a time; fewer where the file is shorter."""
+def read_chunks(descriptor: int, begin: int, end: int, step: int = _CHUNK) -> Iterator[bytes]:
+    """Yield the bytes from begin to end, or to the end of the file, 1 MiB at a time."""
     while begin < end:
-        piece = os.pread(descriptor, min(step, end - begin), begin)
-        if not piece:
+        chunk = os.pread(descriptor, min(step, end - begin), begin)
+        if not chunk:
             return
-        yield piece
-        begin += len(piece)
+        yield chunk
+        begin += len(chunk)
 
 
-def lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file with their ends; the last may have none.
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file with their line ends, which the last line may lack.
 
     Raises:
-        OSError: it cannot be read, or a line is longer than any of gradrun's.
+        OSError: the file cannot be read, or a line is longer than gradrun writes.
     """
     descriptor, rest = open_regular(path, os.O_RDONLY), b""
     try:
-        for piece in read_chunks(descriptor, 0, size(descriptor)):
-            *whole, rest = (rest + piece).split(b"\n")
-            yield from (line + b"\n" for line in whole)
+        for chunk in read_chunks(descriptor, 0, size(descriptor)):
+            *complete, rest = (rest + chunk).split(b"\n")
+            yield from (line + b"\n" for line in complete)
             if len(rest) > _LONGEST_LINE:
-                raise OSError(errno.EFBIG, "it has a line that gradrun did not write", path)
+                raise OSError(errno.EFBIG, "a line is longer than gradrun writes", path)
         if rest:
             yield rest
     finally:
@@ -162,14 +159,14 @@ def lines(path: Path) -> Iterator[bytes]:
 
 
 def checksum(descriptor: int, begin: int, end: int, before: int = 0) -> int:
-    """CRC-32 of the bytes from begin to end, continued from `before`."""
-    for piece in read_chunks(descriptor, begin, end):
-        before = zlib.crc32(piece, before)
+    """Return the CRC-32 of the bytes from begin to end, continued from `before`."""
+    for chunk in read_chunks(descriptor, begin, end):
+        before = zlib.crc32(chunk, before)
     return before
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is that the disk has no room left."""
+    """Return whether an error or one of its causes is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
             return True
@@ -178,14 +175,15 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def ensure_free_space(folder: Path, needed: int, file: str) -> None:
-    """See that about so many bytes can still be written below a folder.
+    """Check that about `needed` bytes are free on the disk of a folder.
 
     Raises:
-        OSError: they cannot; says how many are needed and how many are free.
+        OSError: fewer are free; names both sizes.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{file} needs about {format_bytes(needed)}, and {format_bytes(free)} of disk are free",
+            f"{file} needs about {format_bytes(needed)}, but the disk has only "
+            f"{format_bytes(free)} free",
         )

@@ -1,7 +1,4 @@
-"""The names of the gradient modes; modes.py gives them life.
-
-Knows no torch and no config, so that modes.py is useful without the rest of the house.
-"""
+"""Names of the gradient modes; gradrun.modes implements them."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from enum import StrEnum
 
 
 class GradMode(StrEnum):
-    """How torch treats gradients while the model runs."""
+    """How torch handles gradients while a model runs."""
 
     GRAD = "grad"
     NO_GRAD = "no_grad"

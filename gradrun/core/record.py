@@ -1,7 +1,4 @@
-"""Plain frozen records that go to JSON and come back: the base of results and of messages.
-
-Knows no field of theirs, and no file.
-"""
+"""Immutable records with JSON serialization."""
 
 from __future__ import annotations
 
@@ -14,61 +11,61 @@ import msgspec
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A record of figures and words, whose types are held when it is read, not when it is made."""
+    """Base class of records. Field types are checked when a record is read, not at construction."""
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with changed fields."""
         return msgspec.structs.replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields by name, and so on inwards, in the types that JSON has."""
-        told: dict[str, Any] = msgspec.to_builtins(self, enc_hook=_plain)
-        return told
+        """Return the fields by name, recursively, as JSON types."""
+        data: dict[str, Any] = msgspec.to_builtins(self, enc_hook=_to_builtin)
+        return data
 
     def to_json(self) -> str:
-        """Indented JSON, in which every float comes back bit for bit."""
-        told = _spelled(self.as_dict())
+        """Return indented JSON; floats round-trip bit for bit."""
+        data = _encode_nonfinite(self.as_dict())
         try:
-            return msgspec.json.format(msgspec.json.encode(told), indent=1).decode()
-        except UnicodeEncodeError:  # a file name that is no UTF-8, say: JSON can escape it
-            return json.dumps(told, indent=1)
+            return msgspec.json.format(msgspec.json.encode(data), indent=1).decode()
+        except UnicodeEncodeError:  # for example a file name that is not UTF-8; json escapes it
+            return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """What `to_json` made.
+        """Parse the output of `to_json`.
 
         Raises:
-            ValueError: it is no JSON.
-            msgspec.ValidationError: it is no such record; the text says where and why.
+            ValueError: the text is not JSON.
+            msgspec.ValidationError: the data does not match the fields; names the location.
         """
         return cls.of(json.loads(text))
 
     @classmethod
-    def of(cls, told: Any) -> Self:
-        """From what JSON holds; keys that it does not know are passed over.
+    def of(cls, data: Any) -> Self:
+        """Convert JSON data; unknown keys are ignored.
 
         Raises:
-            msgspec.ValidationError: as for `from_json`.
+            msgspec.ValidationError: the data does not match the fields; names the location.
         """
-        return msgspec.convert(told, cls, strict=False)
+        return msgspec.convert(data, cls, strict=False)
 
 
-def _plain(value: Any) -> int | float | str:
-    """What is no type of JSON's: a figure of numpy's, or else its words."""
+def _to_builtin(value: Any) -> int | float | str:
+    """Convert a type that JSON lacks: a NumPy number, or any other value to text."""
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else str(value)
 
 
-_WORDS = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
+_NONFINITE = {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}
 
 
-def _spelled(told: Any) -> Any:
-    """JSON has no infinity and no NaN: they are words, which `of` reads as the numbers again."""
-    if isinstance(told, float):
-        return told if math.isfinite(told) else _WORDS[str(told)]
-    if isinstance(told, dict):
-        return {key: _spelled(value) for key, value in told.items()}
-    if isinstance(told, list | tuple):
-        return [_spelled(value) for value in told]
-    return told
+def _encode_nonfinite(data: Any) -> Any:
+    """Replace infinities and NaN, which JSON lacks, by strings that `of` converts back."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else _NONFINITE[str(data)]
+    if isinstance(data, dict):
+        return {key: _encode_nonfinite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_encode_nonfinite(value) for value in data]
+    return data

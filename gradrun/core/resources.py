@@ -1,7 +1,4 @@
-"""Where the example configs and the zoo lie: inside an installed wheel, or beside a checkout.
-
-Knows the two folders' names and nothing of what is in them.
-"""
+"""Folders of the example configs and the zoo: in an installed wheel, or in a checkout."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def bundled(folder: str) -> Path:
-    """The folder "configs" or "models" of this installation."""
+    """Return the folder "configs" or "models" of this installation."""
     installed = _PACKAGE / "_bundled" / folder
     return installed if installed.is_dir() else _PACKAGE.parent / folder
 
 
 def examples() -> list[str]:
-    """The names that `--example` takes."""
+    """Return the names of the bundled examples, for `--example`."""
     return sorted(path.stem for path in bundled("configs").glob("*.yaml"))

@@ -1,7 +1,4 @@
-"""Seconds and bytes to text, with no more digits than an interval supports.
-
-Knows no result and no table.
-"""
+"""Format seconds and bytes, with no more digits than an uncertainty supports."""
 
 from __future__ import annotations
 
@@ -9,13 +6,13 @@ import math
 
 SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
-"""(size, name), the largest first."""
+"""(size, name), largest first."""
 _ROUNDED_UP = 0.9995
-"""The share of a unit that three digits show as the whole unit: 999.6 µs are 1.00 ms."""
+"""Fraction of a unit that rounds to the unit: 999.6 µs is formatted as 1.00 ms."""
 
 
 def format_seconds(seconds: float, uncertainty: float | None = None) -> str:
-    """`0.0001034` as "103 µs": three digits, or fewer where `uncertainty` (seconds) blurs them."""
+    """Format 0.0001034 as "103 µs": three digits, or fewer if `uncertainty` (seconds) is large."""
     if seconds == 0 or not math.isfinite(seconds):
         return f"{seconds:g} s"
     scale, unit = next(
@@ -27,13 +24,13 @@ def format_seconds(seconds: float, uncertainty: float | None = None) -> str:
 
 
 def seconds_shown(seconds: float, uncertainty: float) -> float:
-    """The seconds that `seconds_text` lets one read."""
+    """Return the value that `format_seconds` displays, in seconds."""
     text, unit = format_seconds(seconds, uncertainty).rsplit(" ", 1)
     return float(text.replace(",", "")) * {name: scale for scale, name in SECOND_UNITS}[unit]
 
 
 def seconds_within(seconds: float, uncertainty: float) -> str:
-    """`0.000375, 0.000002` as "375 ± 2 µs", both in the same unit and to the same digit."""
+    """Format (0.000375, 0.000002) as "375 ± 2 µs", with the same unit and digits."""
     text, unit = format_seconds(seconds, uncertainty).rsplit(" ", 1)
     scale = next(scale for scale, name in SECOND_UNITS if name == unit)
     decimals = len(text.partition(".")[2])
@@ -41,12 +38,12 @@ def seconds_within(seconds: float, uncertainty: float) -> str:
 
 
 def format_number(value: float, uncertainty: float | None = None) -> str:
-    """Three significant digits, cut where `uncertainty` (same unit as `value`) makes them noise."""
+    """Format three significant digits, or fewer if `uncertainty` (same unit) is large."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = _decimals(round(value, _decimals(value)))  # 9.996 has one, as 10.0
+    decimals = _decimals(round(value, _decimals(value)))  # 9.996 is 10.0, with one decimal
     if uncertainty:
-        # One digit stays however wide the interval: 0 would be a figure that nothing measured.
+        # Keep one digit for any uncertainty: 0 would not be the measured value.
         decimals = min(decimals, max(decimals - 2, -math.floor(math.log10(uncertainty))))
     rounded = round(value, decimals)
     return f"{rounded:,.{max(decimals, 0)}f}"
@@ -57,14 +54,14 @@ def _decimals(value: float) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """`9437184` as "9.00 MiB"; below 1 KiB the count itself, which is exact."""
+    """Format 9437184 as "9.00 MiB"; below 1 KiB the exact count."""
     for scale, unit in BYTE_UNITS:
-        if abs(count) >= scale - scale * 0.005 / 1024:  # two decimals would show 1,024.00
+        if abs(count) >= scale - scale * 0.005 / 1024:  # 1,024.00 otherwise
             return f"{count / scale:,.2f} {unit}"
     return f"{count} B"
 
 
 def pluralize(count: int, noun: str) -> str:
-    """`1, "batch"` as "1 batch" and `1250, "batch"` as "1,250 batches"."""
+    """Format (1, "batch") as "1 batch" and (1250, "batch") as "1,250 batches"."""
     ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}"

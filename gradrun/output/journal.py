@@ -114,7 +114,7 @@ def read(path: Path) -> JournalState:
         GradrunError: the file cannot be read, an earlier line is damaged, or the format is unknown.
     """
     try:
-        lines = [*files.lines(path)]
+        lines = [*files.read_lines(path)]
     except OSError as error:
         raise GradrunError(f"{path} cannot be read: {error.strerror}") from error
     size = sum(map(len, lines))

@@ -25,7 +25,7 @@ class Quarantine:
         """Keep the entries of samples before this one, and remove all others."""
         if not self.path.exists():
             return
-        retained = [line for line in files.lines(self.path) if _is_before(line, sample)]
+        retained = [line for line in files.read_lines(self.path) if _is_before(line, sample)]
         self.count = len(retained)
         draft = self.path.with_name(f"{FILE_NAME}.tmp")
         _write(draft, b"".join(retained), os.O_TRUNC)
@@ -43,7 +43,7 @@ def quarantined_positions(folder: Path) -> set[int]:
     path = folder / FILE_NAME
     if not path.exists():
         return set()
-    return {json.loads(line)["sample"] for line in files.lines(path)}
+    return {json.loads(line)["sample"] for line in files.read_lines(path)}
 
 
 def _is_before(line: bytes, sample: int) -> bool:

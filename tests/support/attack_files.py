@@ -107,8 +107,8 @@ CONFIGS = {
     "a tag that makes": _yaml("is not allowed", "run: !!python/object/new:os.mkdir [evil]"),
     "a tag on a key": _yaml("is not allowed", "!!python/name:os.system : 1"),
     "a tag of a stranger": _yaml("is not allowed", "run: !evil {a: 1}"),
-    "aliases upon aliases": _yaml("without end", _bomb()),
-    "an alias of itself": _yaml("without end", "run: &a [*a]"),
+    "aliases upon aliases": _yaml("recursive aliases", _bomb()),
+    "an alias of itself": _yaml("recursive aliases", "run: &a [*a]"),
     "merges upon merges": _yaml("unknown key", "a: &a {x: 1}\nrun: {<<: *a}"),
     "brackets without end": _yaml("nested too deeply", "[" * 60_000),
     "braces without end": _yaml("nested too deeply", "{a: " * 60_000),
@@ -120,11 +120,11 @@ CONFIGS = {
     "a number of 10,000 digits": attack(
         "data.samples", config(data=f"{{source: synthetic, samples: {'9' * 10_000}}}"), VALIDATE
     ),
-    "a config of a terabyte": _yaml("over 1 MiB", "run: {}", holes={"c.yaml": TERABYTE}),
+    "a config of a terabyte": _yaml("larger than 1 MiB", "run: {}", holes={"c.yaml": TERABYTE}),
     "UTF-16": attack("not UTF-8", {"c.yaml": "run: {}".encode("utf-16")}, VALIDATE),
-    "half a character": _yaml("half a character", r'run: {mode: "\ud800"}'),
+    "half a character": _yaml("half of a surrogate", r'run: {mode: "\ud800"}'),
     "a NUL in a path": _yaml("null byte", r'model: {source: exported, path: "a\0b"}'),
-    "a device as a file": _yaml("no plain file", "data: {source: arrays, path: /dev/zero}"),
+    "a device as a file": _yaml("not a regular file", "data: {source: arrays, path: /dev/zero}"),
     "a way out": _yaml(r"contains '\.\.'", "output: {path: out/../../evil}"),
     "a key that drives the terminal": _yaml(SHOWN, f"run: {{{json.dumps(SCREEN)}: 1}}"),
     "a value that drives the terminal": _yaml(SHOWN, f"run: {{mode: {json.dumps(SCREEN)}}}"),
@@ -624,7 +624,11 @@ RUNS = {
         SHOWN, lambda lines: _files(lines, SCREEN.replace("/", "_") + ".npy")
     ),
     "a journal without an end": _run(
-        "a line that gradrun did not write", "killed", {}, after=_hole("journal.jsonl"), **DAMAGED
+        "longer than gradrun writes",
+        "killed",
+        {},
+        after=_hole("journal.jsonl"),
+        **DAMAGED,
     ),
     "a journal of brackets": _run(
         "journal is damaged",
@@ -645,7 +649,7 @@ RUNS = {
         "has no journal.jsonl", "killed", {}, after=_piped("journal.jsonl"), code=2
     ),
     "predictions in a pipe": _run(
-        "a pipe or the like", "killed", {}, after=_piped("predictions.npy")
+        "a pipe or a device", "killed", {}, after=_piped("predictions.npy")
     ),
     "predictions elsewhere": _run("a link, a pipe", "killed", {}, after=_linked("predictions.npy")),
     "predictions elsewhere, resumed": _run(
@@ -678,7 +682,7 @@ RUNS = {
         form="safetensors",
     ),
     "samples set apart in a terabyte": _run(
-        "a line that gradrun did not write",
+        "longer than gradrun writes",
         "killed",
         {},
         RESUME,
@@ -693,7 +697,7 @@ RUNS = {
         code=0,
     ),
     "a result of a terabyte": _run(
-        "over 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
+        "larger than 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
     ),
     "a result of brackets": _run(
         "recursion",
