@@ -1,7 +1,4 @@
-"""config.data to a lazy sequence of Batch: the contract of the shelf and its table.
-
-Knows no model; a source holds no more than a window of its data in memory.
-"""
+"""Open the data of a config: the table of data sources, and the checks that all sources share."""
 
 from __future__ import annotations
 
@@ -36,17 +33,17 @@ def open_data(config: DataConfig, *, seed: int, model: ModelConfig | None = None
         model: the model section, which may provide the tokenizer or the preprocessing.
 
     Raises:
-        ConfigError: a file is missing, broken or empty, or a batch would not fit in memory.
+        ConfigError: a file is missing, damaged or empty, or a batch would not fit in memory.
     """
     data = SOURCES[config.source](config, seed, model)
     if data.samples == 0:
-        raise ConfigError("there are no samples in the data", "data.path")
+        raise ConfigError("the data contains no samples", "data.path")
     batch = min(config.batch_size, data.samples) * data.sample_bytes
     free = psutil.virtual_memory().available
     if batch > free:
         raise ConfigError(
-            f"one batch is {format_bytes(batch)}, and {format_bytes(free)} of memory are free; "
-            f"a sample is {format_bytes(data.sample_bytes)}, so choose a smaller batch",
+            f"one batch needs {format_bytes(batch)}, but only {format_bytes(free)} of memory is "
+            f"free; one sample has {format_bytes(data.sample_bytes)}, so choose a smaller batch",
             "data.batch_size",
         )
     return data

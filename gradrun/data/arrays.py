@@ -1,14 +1,12 @@
-"""Arrays in .npy, .npz and .safetensors files, read a window at a time.
-
-Knows the three formats; the first dimension counts the samples. Never unpickles.
-"""
+"""Arrays in .npy, .npz and .safetensors files, read in chunks and never unpickled."""
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import safetensors
@@ -20,141 +18,137 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data.source import BatchSource, ChunkedSource, RowReader, cast_rows
 
-_MOST_HEADER = 64 * 1024
-_LISTED = 8
-_MOST_EMPTY = 1_000_000
-"""Rows without values, which no file's size bounds."""
+_MAX_HEADER = 64 * 1024
+_MAX_LISTED = 8
+_MAX_EMPTY_ROWS = 1_000_000
+"""Limit of rows without values, whose number the size of the file does not bound."""
 
 
 def open_data(config: ArraysData, seed: int, model: ModelConfig | None) -> BatchSource:
-    """The arrays that a config names, as inputs of the model."""
+    """Open the arrays that a config names as inputs of the model."""
     inputs = config.inputs or {"input": ArrayInput()}
-    rows = {
-        name: _open_input(spec, spec.path or config.path, f"data.inputs.{name}")
-        for name, spec in inputs.items()
+    readers = {
+        name: _open_input(spec, config.path, f"data.inputs.{name}") for name, spec in inputs.items()
     }
-    truth = None
+    labels = None
     if config.labels:
         spec = ArrayInput(path=config.labels.path, key=config.labels.key)
-        truth = _open_input(spec, spec.path or config.path, "data.labels")
-    return ChunkedSource(rows, config.batch_size, config.call, truth)
+        labels = _open_input(spec, config.path, "data.labels")
+    return ChunkedSource(readers, config.batch_size, config.call, labels)
 
 
-def _open_input(spec: ArrayInput, path: Path | None, key: str) -> RowReader:
+def _open_input(spec: ArrayInput, default: Path | None, key: str) -> RowReader:
+    path = spec.path or default
     if path is None:
-        raise ConfigError("no file: set data.path, or a path for each input", "data")
+        raise ConfigError("no file is set; set data.path, or a path for each input", "data")
+    path_key = f"{key}.path" if spec.path else "data.path"
     if path.suffix not in _OPENERS:
         raise ConfigError(
-            f"{path.name} is no .npy, .npz or .safetensors file; "
+            f"{path.name} is not a .npy, .npz or .safetensors file; "
             "text files are read with source: records",
-            f"{key}.path" if spec.path else "data.path",
+            path_key,
         )
     try:
-        stored = _OPENERS[path.suffix](path, spec.key, key)
+        array = _OPENERS[path.suffix](path, spec.key, key)
     except ConfigError as error:
-        if spec.path and error.key == "data.path":
-            raise ConfigError(str(error), f"{key}.path") from error.__cause__
-        raise
-    return _ConvertedRows(stored, spec, key)
+        if error.key != "data.path":
+            raise
+        raise ConfigError(str(error), path_key) from error.__cause__
+    return _ConvertedReader(array, spec, key)
 
 
-class _Stored:
-    """Rows as a file holds them, before conversion."""
+class _ArrayReader:
+    """Reads the rows of an array as stored."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         if not shape:
-            raise ConfigError(f"{path} holds a single number, not a row a sample", "data.path")
-        if 0 in shape[1:] and shape[0] > _MOST_EMPTY:
-            raise ConfigError(f"{path} claims {shape[0]:,} rows of no values", "data.path")
+            raise ConfigError(f"{path} contains a single number, not rows", "data.path")
+        if 0 in shape[1:] and shape[0] > _MAX_EMPTY_ROWS:
+            raise ConfigError(f"{path} has {shape[0]:,} rows without values", "data.path")
         self.path, self.samples, self.shape, self.dtype = path, shape[0], shape[1:], dtype
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         raise NotImplementedError
 
 
-class _ConvertedRows:
-    """Stored rows in the type, scale and shape that the config asks for."""
+class _ConvertedReader:
+    """Reads rows in the dtype, scale and shape of the config."""
 
-    def __init__(self, stored: _Stored, spec: ArrayInput, key: str) -> None:
-        self.stored, self.samples = stored, stored.samples
-        self.convert = cast_rows(spec, stored.shape, key)
-        dtype = getattr(torch, spec.dtype) if spec.dtype else stored.dtype
-        self.sample_bytes = math.prod(stored.shape) * dtype.itemsize
+    def __init__(self, array: _ArrayReader, spec: ArrayInput, key: str) -> None:
+        self.array, self.samples = array, array.samples
+        self.convert = cast_rows(spec, array.shape, key)
+        dtype = getattr(torch, spec.dtype) if spec.dtype else array.dtype
+        self.sample_bytes = math.prod(array.shape) * dtype.itemsize
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        return self.convert(self.stored.chunk(start, stop))
+        return self.convert(self.array.chunk(start, stop))
 
 
-class _NpyRows(_Stored):
-    """A .npy file, read a window at a time."""
-
+class _NpyReader(_ArrayReader):
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
-            self.header = _Header(file, path)
-            self.offset = file.tell()
+            self.header = _NpyHeader(file, path)
         super().__init__(path, self.header.shape, self.header.torch_dtype)
-        self.header.check(path.stat().st_size - self.offset, path)
+        self.header.check_size(path.stat().st_size, path)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        # Read and not mapped, so that the disk is waited for here and not in the model's first
-        # touch of a page, and so that a model may write to its input.
-        header, begin = self.header, start * self.header.row_bytes
+        # Read instead of mapped: the time of reading belongs to the data phase, not to the model's
+        # first access, and a model may write to its input.
+        header = self.header
+        offset = header.offset + start * header.row_bytes
         count = (stop - start) * math.prod(self.shape)
-        rows = np.fromfile(self.path, header.dtype, count, offset=self.offset + begin)
-        if rows.size < count:  # it was cut off while it was read
-            header.check(begin + rows.nbytes, self.path)
+        rows = np.fromfile(self.path, header.dtype, count, offset=offset)
+        if rows.size < count:  # the file was truncated after it was opened
+            header.check_size(offset + rows.nbytes, self.path)
         return torch.from_numpy(rows.reshape(stop - start, *self.shape))
 
 
-class _NpzRows(_Stored):
-    """A member of an .npz archive, streamed, so that a packed one is never unpacked whole."""
+class _NpzReader(_ArrayReader):
+    """Reads a member of an .npz archive as a stream, so a compressed one is not expanded whole."""
 
     def __init__(self, path: Path, member: str) -> None:
-        self.member = member
-        self.file, self.header = self._open(path)
-        self.at = 0
+        self.path, self.member = path, member
+        with self._open() as file:
+            self.header = _NpyHeader(file, path)
         super().__init__(path, self.header.shape, self.header.torch_dtype)
         with zipfile.ZipFile(path) as archive:
-            size = archive.getinfo(member).file_size
-        self.header.check(size - self.file.tell(), path)
+            self.header.check_size(archive.getinfo(member).file_size, path)
+        self.file: IO[bytes] | None = None
+        self.position = 0
 
-    def _open(self, path: Path) -> tuple[IO[bytes], _Header]:
-        # Left open from window to window: a stream cannot be entered in its middle.
+    def _open(self) -> IO[bytes]:
         try:
-            file = zipfile.ZipFile(path).open(self.member)  # noqa: SIM115
-        except Exception as error:  # encrypted, odd compression, damage
+            return zipfile.ZipFile(self.path).open(self.member)
+        except Exception as error:  # encryption, unknown compression, damage
             raise ConfigError(
-                f"{path}: {self.member} cannot be read: {error}", "data.path"
+                f"{self.path}: {self.member} cannot be read: {error}", "data.path"
             ) from error
-        return file, _Header(file, path)
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        if start < self.at:
-            self.file.close()
-            (self.file, _), self.at = self._open(self.path), 0
+        # The stream stays open between chunks; going back needs a new one.
+        offset = self.header.offset + start * self.header.row_bytes
+        if self.file is None or offset < self.position:
+            self.file, self.position = self._open(), 0
         rows = np.empty((stop - start, *self.shape), self.header.dtype)
         try:
-            self._skip((start - self.at) * self.header.row_bytes)
+            while self.position < offset:
+                skipped = len(self.file.read(min(offset - self.position, 1024 * 1024)))
+                if not skipped:
+                    break
+                self.position += skipped
             read = self.file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
-        except Exception as error:  # as many kinds as there are ways to compress
-            raise ConfigError(
-                f"{self.path}: {self.member} is damaged: {error}", "data.path"
-            ) from error
+        except Exception as error:  # each compression has its own types of error
+            raise ConfigError(f"{self.path}: {self.member} is damaged: {error}", "data.path") from (
+                error
+            )
         if read != rows.nbytes:
-            raise ConfigError(f"{self.path}: {self.member} is cut off", "data.path")
-        self.at = stop
+            raise ConfigError(f"{self.path}: {self.member} is truncated", "data.path")
+        self.position += read
         return torch.from_numpy(rows)
 
-    def _skip(self, count: int) -> None:
-        while count > 0:
-            skipped = len(self.file.read(min(count, 1024 * 1024)))
-            if not skipped:
-                return
-            count -= skipped
 
-
-class _SafetensorsRows(_Stored):
-    """A tensor of a .safetensors file, which is opened anew for each window, as an .npy is."""
+class _SafetensorsReader(_ArrayReader):
+    """Reads a tensor of a .safetensors file, which is opened for each chunk."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -170,91 +164,83 @@ class _SafetensorsRows(_Stored):
         return rows
 
 
-class _HeaderReader:
-    """Reads no more at once than a header takes: its length is only claimed, and may be 4 GiB."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-
-    def read(self, count: int) -> bytes:
-        """As a stream's."""
-        if count > _MOST_HEADER:
-            raise ValueError(f"its header claims to have {count:,} bytes")
-        return self.file.read(count)
-
-
-class _Header:
-    """The header of an .npy stream, which is left standing at the first row."""
+class _NpyHeader:
+    """The header of a .npy file: shape, dtype and the offset of the first row."""
 
     def __init__(self, file: IO[bytes], path: Path) -> None:
+        # The length field of a header may be up to 4 GiB; read no more than a real header needs.
         try:
-            head: Any = _HeaderReader(file)
+            head = io.BytesIO(file.read(_MAX_HEADER))
+        except Exception as error:  # each compression has its own types of error
+            raise ConfigError(f"{path} is damaged: {error}", "data.path") from error
+        try:
             version = np.lib.format.read_magic(head)
-            read = (
+            read_header = (
                 np.lib.format.read_array_header_1_0
                 if version == (1, 0)
                 else np.lib.format.read_array_header_2_0
             )
-            self.shape, fortran, dtype = read(head)
+            self.shape, fortran, dtype = read_header(head)
             if any(size < 0 for size in self.shape):
                 raise ValueError(f"its shape is {self.shape}")
-        except Exception as error:  # a damaged header fails in any of a dozen ways
-            raise ConfigError(f"{path} is no array of numpy's: {error}", "data.path") from error
+        except Exception as error:  # numpy raises many types of error for a damaged header
+            raise ConfigError(f"{path} is not a NumPy array: {error}", "data.path") from error
         if max(self.shape, default=0) > 2**62 or len(self.shape) > 32:
-            raise ConfigError(f"{path} claims to have the shape {self.shape}", "data.path")
+            raise ConfigError(f"{path} has the impossible shape {self.shape}", "data.path")
         if dtype.hasobject:
             raise ConfigError(
-                f"{path} holds pickled Python objects, and unpickling them could run code; "
+                f"{path} contains pickled Python objects, and unpickling them could run code; "
                 "save an array of numbers",
                 "data.path",
             )
         if fortran and len(self.shape) > 1:
             raise ConfigError(
-                f"{path} is stored column by column (Fortran order), which cannot be read sample "
-                "by sample; save numpy.ascontiguousarray(array)",
+                f"{path} is stored in Fortran order, which cannot be read sample by sample; save "
+                "numpy.ascontiguousarray(array)",
                 "data.path",
             )
         self.dtype = dtype.newbyteorder("=")
         if not dtype.isnative:
             raise ConfigError(
-                f"{path} has the byte order of another machine; save array.astype({self.dtype})",
+                f"{path} has a foreign byte order; save array.astype({str(self.dtype)!r})",
                 "data.path",
             )
         try:
             self.torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         except TypeError as error:
             raise ConfigError(
-                f"{path} holds {dtype}, which torch has no type for", "data.path"
+                f"{path} contains {dtype}, which torch does not support", "data.path"
             ) from error
+        self.offset = head.tell()
         self.row_bytes = math.prod(self.shape[1:]) * dtype.itemsize
-        self.nbytes = self.row_bytes * (self.shape[0] if self.shape else 1)
 
-    def check(self, held: int, path: Path) -> None:
-        """Raise ConfigError where fewer bytes follow than the header promises."""
-        if held < self.nbytes:
+    def check_size(self, size: int, path: Path) -> None:
+        """Raise ConfigError if a file of `size` bytes is shorter than its header declares."""
+        expected = self.row_bytes * (self.shape[0] if self.shape else 1)
+        if size - self.offset < expected:
             raise ConfigError(
-                f"{path} is cut off: its header promises {self.nbytes:,} bytes and {held:,} are "
-                "there",
+                f"{path} is truncated: its header declares {expected:,} bytes of data, and "
+                f"{size - self.offset:,} follow",
                 "data.path",
             )
 
 
-def _open_npy(path: Path, name: str | None, key: str) -> _Stored:
+def _open_npy(path: Path, name: str | None, key: str) -> _ArrayReader:
     if name is not None:
-        raise ConfigError("a .npy file holds one array, which has no key", f"{key}.key")
-    return _NpyRows(path)
+        raise ConfigError("a .npy file contains one array without a key", f"{key}.key")
+    return _NpyReader(path)
 
 
-def _open_npz(path: Path, name: str | None, key: str) -> _Stored:
+def _open_npz(path: Path, name: str | None, key: str) -> _ArrayReader:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-    except Exception as error:  # a damaged archive fails in any of a dozen ways
-        raise ConfigError(f"{path} is no .npz archive: {error}", "data.path") from error
-    return _NpzRows(path, f"{_chosen(name, names, path, key)}.npy")
+    except Exception as error:  # zipfile raises many types of error for a damaged archive
+        raise ConfigError(f"{path} is not an .npz archive: {error}", "data.path") from error
+    return _NpzReader(path, f"{_choose(name, names, path, key)}.npy")
 
 
-def _open_safetensors(path: Path, name: str | None, key: str) -> _Stored:
+def _open_safetensors(path: Path, name: str | None, key: str) -> _ArrayReader:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -262,25 +248,25 @@ def _open_safetensors(path: Path, name: str | None, key: str) -> _Stored:
         raise ConfigError(
             f"{path} is not a valid safetensors file: {error}", "data.path"
         ) from error
-    chosen = _chosen(name, names, path, key)
+    chosen = _choose(name, names, path, key)
     try:
-        return _SafetensorsRows(path, chosen)
+        return _SafetensorsReader(path, chosen)
     except (safetensors.SafetensorError, RuntimeError) as error:
         raise ConfigError(
-            f"{path}: {chosen} is of a type torch cannot read", f"{key}.key"
+            f"{path}: torch cannot read the type of {chosen}", f"{key}.key"
         ) from error
 
 
-def _chosen(name: str | None, names: list[str], path: Path, key: str) -> str:
-    """The array that an input means: by its key, or the only one there is."""
+def _choose(name: str | None, names: list[str], path: Path, key: str) -> str:
+    """Return the array with the given key, or the only array of the file."""
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
-        more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        listed = ", ".join(names[:_LISTED]) + more
+        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+        listed = ", ".join(names[:_MAX_LISTED]) + more
         example = ", ".join(f"{one}: {{key: {one}}}" for one in names[:2])
         raise ConfigError(
-            f"{path.name} holds {len(names)} arrays ({listed}); say which, as in "
+            f"{path.name} contains {len(names)} arrays ({listed}); select one, for example "
             f"data.inputs: {{{example}}}",
             "data.inputs" if key == "data.inputs.input" else f"{key}.key",
         )

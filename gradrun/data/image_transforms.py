@@ -1,14 +1,8 @@
-"""What is done to a picture before a model sees it: size, crop, colours, by name or in numbers.
-
-Knows Pillow's pictures and the files of two libraries that say what their models expect; not where
-pictures come from.
-"""
+"""Turn images into model inputs: own steps, or those of timm and transformers."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,173 +11,152 @@ import numpy as np
 from gradrun.config.data import ImagesData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import import_optional
+from gradrun.core.optional import hub_errors, import_optional, import_transformers
 
-Size = int | tuple[int, int] | None
-"""The shorter side, or (height, width)."""
+Pixels = np.ndarray[Any, np.dtype[np.float32]]
+ImageTransform = Callable[[Any], Pixels]
+"""A Pillow image -> float32 [channels, height, width]."""
 
-_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""interpolation -> Pillow's number for it."""
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Resize, crop, scale, normalize, in this order; what is None is not done."""
-
-    mode: str = "RGB"
-    resize: Size = None
-    crop: Size = None
-    interpolation: str = "bilinear"
-    scale: float = 1 / 255
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-
-    def __call__(self, picture: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """A Pillow picture as float32 [channels, height, width]."""
-        picture = picture.convert(self.mode)
-        if self.resize is not None:
-            width, height = _resized(picture.size, self.resize)
-            picture = picture.resize((width, height), _FILTERS[self.interpolation])
-        if self.crop is not None:
-            picture = picture.crop(_middle(picture.size, self.crop))
-        pixels = np.asarray(picture, np.float32)
-        rows = np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1))
-        rows *= np.float32(self.scale)
-        if self.mean is not None:
-            rows -= np.array(self.mean, np.float32).reshape(-1, 1, 1)
-        if self.std is not None:
-            rows /= np.array(self.std, np.float32).reshape(-1, 1, 1)
-        return rows
+_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""interpolation -> its number in Pillow."""
 
 
-def steps(config: ImagesData, model: ModelConfig | None) -> Steps:
-    """The steps that a config names, with the keys that it changes.
+def image_transform(config: ImagesData, model: ModelConfig | None) -> ImageTransform:
+    """Return the steps of `data.preprocess`, with the keys that the config overrides.
 
     Raises:
-        ConfigError: their description cannot be read, or does not fit the channels.
+        ConfigError: a preset cannot be loaded, or does not fit the overrides.
     """
-    named = _PRESETS[config.preprocess](config.preprocess_source(model))
-    own = {field.name: getattr(config, field.name) for field in fields(Steps)}
-    found = replace(named, **{key: value for key, value in own.items() if value is not None})
-    channels = len(found.mode)
-    for key in ("mean", "std"):
-        values = getattr(found, key)
-        if values is not None and len(values) != channels:
+    source = config.preprocess_source(model)
+    if config.preprocess == "timm":
+        return _timm_transform(config, str(source))
+    if config.preprocess == "processor":
+        return _processor_transform(config, source or "")
+    imagenet = config.preprocess == "imagenet"
+    size = config.resize or (256 if imagenet else None)
+    crop = config.crop or (224 if imagenet else None)
+    resample = _RESAMPLE[config.interpolation or "bilinear"]
+
+    def resize_and_crop(image: Any) -> Any:
+        if size is not None:
+            image = image.resize(_resized(image.size, size), resample)
+        if crop is not None:
+            image = image.crop(_center(image.size, crop))
+        return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
+
+    mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if imagenet else (None, None)
+    return _normalized(config, resize_and_crop, mean, std)
+
+
+def _normalized(
+    config: ImagesData, geometry: Callable[[Any], Any], mean: Any, std: Any
+) -> ImageTransform:
+    """Return `geometry`, which gives uint8 [channels, height, width], followed by normalization."""
+    mode = config.mode or "RGB"
+    scale = 1 / 255 if config.scale is None else config.scale
+    mean, std = config.mean or mean, config.std or std
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != len(mode):
             raise ConfigError(
-                f"{len(values)} values, where mode {found.mode} has {channels} channels",
-                f"data.{key}",
+                f"{len(values)} values, but mode {mode} has {len(mode)} channels", f"data.{key}"
             )
-    if found.std and not all(found.std):
-        raise ConfigError("0 cannot be divided by", "data.std")
-    return found
+    if std is not None and not all(std):
+        raise ConfigError("a standard deviation must not be 0", "data.std")
+
+    def transform(image: Any) -> Pixels:
+        pixels: Pixels = np.array(geometry(image.convert(mode)), np.float32, order="C")
+        pixels *= np.float32(scale)
+        if mean is not None:
+            pixels -= np.array(mean, np.float32).reshape(-1, 1, 1)
+        if std is not None:
+            pixels /= np.array(std, np.float32).reshape(-1, 1, 1)
+        return pixels
+
+    return transform
 
 
-def _resized(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, int]:
-    """(width, height) after a resize; of a single number it is the shorter side."""
-    if not isinstance(wanted, int):
-        return wanted[1], wanted[0]
+def _resized(size: tuple[int, int], target: int | tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) after a resize to (height, width), or of the shorter side."""
+    if not isinstance(target, int):
+        return target[1], target[0]
     width, height = size
     if width <= height:
-        return wanted, max(1, int(wanted * height / width))
-    return max(1, int(wanted * width / height)), wanted
+        return target, max(1, int(target * height / width))
+    return max(1, int(target * width / height)), target
 
 
-def _middle(size: tuple[int, int], wanted: int | tuple[int, int]) -> tuple[int, int, int, int]:
-    """Pillow's box of the middle; beyond a picture that is smaller lies black."""
-    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
+def _center(size: tuple[int, int], target: int | tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return Pillow's box of a center crop; a smaller image is padded with black."""
+    height, width = (target, target) if isinstance(target, int) else target
     left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
     return left, top, left + width, top + height
 
 
-# --- by name -----------------------------------------------------------------------------------
-
-
-def _imagenet(_: object) -> Steps:
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return Steps(resize=256, crop=224, mean=mean, std=std)
-
-
-def _of_timm(architecture: str | Path | None) -> Steps:
-    """What timm says of an architecture, as its own evaluation does it."""
+def _timm_transform(config: ImagesData, architecture: str) -> ImageTransform:
+    """Return timm's evaluation transform; normalization is done in NumPy, without torch threads."""
     timm = import_optional("timm", "data.preprocess")
-    described = timm.get_pretrained_cfg(str(architecture))
-    if described is None:
+    pretrained = timm.get_pretrained_cfg(architecture)
+    if pretrained is None:
         raise ConfigError(
-            f"timm says nothing of what {str(architecture)!r:.60} expects; give resize, crop, mean "
-            "and std",
+            f"timm has no preprocessing for {architecture!r:.60}; set resize, crop, mean and std",
             "data.preprocess",
         )
-    found = import_optional("timm", "data.preprocess", "data").resolve_data_config(
-        {}, pretrained_cfg=described.to_dict()
-    )
-    _, height, width = found["input_size"]
-    if found["crop_mode"] not in {"center", "squash"} or found["interpolation"] not in _FILTERS:
+    if config.resize is not None:
         raise ConfigError(
-            f"timm's steps of {architecture} (crop {found['crop_mode']}, {found['interpolation']}) "
-            "are not known here; give resize, crop and interpolation",
-            "data.preprocess",
+            "preprocess: timm computes the resize from the crop; set data.crop instead, or choose "
+            "preprocess: none",
+            "data.resize",
         )
-    scaled = tuple(math.floor(side / found["crop_pct"]) for side in (height, width))
-    shorter = height == width and found["crop_mode"] == "center"
-    return Steps(
-        resize=scaled[0] if shorter else scaled,
-        crop=(height, width),
-        interpolation=found["interpolation"],
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-    )
+    data = import_optional("timm", "data.preprocess", "data")
+    settings = data.resolve_data_config({}, pretrained_cfg=pretrained.to_dict())
+    if config.crop is not None:
+        crop = (config.crop, config.crop) if isinstance(config.crop, int) else config.crop
+        settings["input_size"] = (settings["input_size"][0], *crop)
+    if config.interpolation is not None:
+        settings["interpolation"] = config.interpolation
+    # use_prefetcher: uint8 arrays instead of normalized tensors.
+    geometry = data.create_transform(**settings, use_prefetcher=True)
+    return _normalized(config, geometry, tuple(settings["mean"]), tuple(settings["std"]))
 
 
-def _of_processor(place: str | Path | None) -> Steps:
-    """What a preprocessor_config.json says, where it asks for nothing but these steps."""
-    path = Path(str(place))
-    path = path / "preprocessor_config.json" if path.is_dir() else path
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return _processor_steps(said)
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path} cannot be read: {reason}", "data.processor") from error
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} asks for steps that are not known here ({type(error).__name__}: {error}); "
-            "give resize, crop, mean and std",
-            "data.processor",
-        ) from error
+def _processor_transform(config: ImagesData, source: str | Path) -> ImageTransform:
+    """Return the image processor of transformers, with its Pillow backend."""
+    transformers = import_transformers("data.processor")
+    # The torchvision backend gives slightly different pixels, and may not be installed.
+    backend = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
+    if isinstance(source, Path) and source.is_file():
+        source = source.parent
+    with hub_errors(
+        source, "data.processor", "which image processors never run; choose another one"
+    ):
+        processor = transformers.AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=False, **backend
+        )
+    overrides: dict[str, Any] = {}
+    if config.resize is not None:
+        overrides |= {"do_resize": True, "size": _processor_size(config.resize)}
+    if config.crop is not None:
+        crop = (config.crop, config.crop) if isinstance(config.crop, int) else config.crop
+        overrides |= {"do_center_crop": True, "crop_size": _processor_size(crop)}
+    if config.interpolation is not None:
+        overrides["resample"] = _RESAMPLE[config.interpolation]
+    if config.scale is not None:
+        overrides |= {"do_rescale": True, "rescale_factor": config.scale}
+    for key in ("mean", "std"):
+        if (values := getattr(config, key)) is not None:
+            overrides |= {"do_normalize": True, f"image_{key}": list(values)}
+
+    def transform(image: Any) -> Pixels:
+        outputs = processor(
+            images=image.convert(config.mode or "RGB"), return_tensors="np", **overrides
+        )
+        pixels: Pixels = outputs["pixel_values"][0].astype(np.float32, copy=False)
+        return pixels
+
+    return transform
 
 
-def _processor_steps(said: dict[str, Any]) -> Steps:
-    if others := [key for key in ("do_pad", "do_flip_channel_order") if said.get(key)]:
-        raise KeyError(others[0])
-    resize = _size(said["size"]) if said.get("do_resize", True) and "size" in said else None
-    crop = _size(said["crop_size"]) if said.get("do_center_crop") else None
-    if "crop_pct" in said and isinstance(resize, int):  # ConvNext's: larger ones are not cropped
-        if resize < 384:
-            resize, crop = int(resize / said["crop_pct"]), resize
-        else:
-            resize = (resize, resize)
-    normalized = said.get("do_normalize", True) and "image_mean" in said
-    return Steps(
-        resize=resize,
-        crop=crop,
-        interpolation=next(n for n, code in _FILTERS.items() if code == said.get("resample", 2)),
-        scale=float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else 1.0,
-        mean=tuple(map(float, said["image_mean"])) if normalized else None,
-        std=tuple(map(float, said["image_std"])) if normalized else None,
-    )
-
-
-def _size(said: Any) -> Size:
-    if isinstance(said, int):
-        return said
-    if "shortest_edge" in said and "longest_edge" not in said:
-        return int(said["shortest_edge"])
-    return int(said["height"]), int(said["width"])
-
-
-_PRESETS = {
-    "none": lambda _: Steps(),
-    "imagenet": _imagenet,
-    "timm": _of_timm,
-    "processor": _of_processor,
-}
+def _processor_size(size: int | tuple[int, int]) -> dict[str, int]:
+    if isinstance(size, int):
+        return {"shortest_edge": size}
+    return {"height": size[0], "width": size[1]}

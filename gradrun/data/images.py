@@ -1,8 +1,4 @@
-"""Pictures in files, decoded by threads that work ahead of the model, in the order of their names.
-
-Knows Pillow and where pictures lie; holds three batches of them. A file that is no picture is the
-fault of one sample, not of the run.
-"""
+"""Image files, decoded by threads ahead of the model, in the order of their names."""
 
 from __future__ import annotations
 
@@ -10,14 +6,12 @@ import csv
 import itertools
 import math
 import os
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from gradrun.config.data import ImagesData
@@ -27,7 +21,7 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
 from gradrun.data.batch import Batch
-from gradrun.data.image_transforms import Steps, steps
+from gradrun.data.image_transforms import ImageTransform, Pixels, image_transform
 from gradrun.data.source import BatchSource, InputBatcher, class_number, missing_labels
 
 _FORMATS = {
@@ -39,199 +33,195 @@ _FORMATS = {
     "WEBP": (".webp",),
     "PPM": (".ppm", ".pgm"),
 }
-"""Those that Pillow decodes by itself: for others it starts programs, with orders from the file."""
+"""Formats that Pillow decodes itself. For others it starts programs, controlled by the file."""
 
-_AHEAD = 2
-"""Batches that are decoded while the model works on the one before."""
-
-_CHUNK = 8
-"""Pictures that a thread decodes at a time."""
-
-_LABELS = 4096
+_BATCHES_AHEAD = 2
+_IMAGES_PER_TASK = 8
+_LABELS_CHUNK = 4096
 
 
 def open_data(config: ImagesData, seed: int, model: ModelConfig | None) -> BatchSource:
-    """The pictures that a config names, listed; the first one is decoded."""
-    return _Images(config, steps(config, model))
+    """List the images that a config names, and decode the first one to get their shape."""
+    return _Images(config, image_transform(config, model))
+
+
+class _Decoding(NamedTuple):
+    """A batch that is being decoded."""
+
+    numbers: range
+    rows: torch.Tensor
+    tasks: list[Future[dict[int, SampleError]]]
 
 
 class _Images:
-    def __init__(self, config: ImagesData, steps: Steps) -> None:
-        self.image = import_optional("PIL", "data.source", "Image")
-        # It warns of pictures that would fill the memory, and here a warning is as good as a fault.
-        warnings.simplefilter("error", self.image.DecompressionBombWarning)
-        self.config, self.steps = config, steps
-        self.root, self.names, self.said = _listed(config)
-        self.classes = config.classes or _classes(self.said)
-        self.batch_size, self.samples = config.batch_size, len(self.names)
-        self.batch = InputBatcher(config.call, 1)
-        self.shape = self._first_shape()
-        self.sample_bytes = 4 * math.prod(self.shape)
+    def __init__(self, config: ImagesData, transform: ImageTransform) -> None:
+        self._image = import_optional("PIL", "data.source", "Image")
+        self.config, self._transform = config, transform
+        self._root, self._names, self._label_texts = _list_images(config)
+        self.classes = config.classes or _class_names(self._label_texts)
+        self.batch_size, self.samples = config.batch_size, len(self._names)
+        self._new_batch = InputBatcher(config.call, 1)
+        self._shape = self._first_shape()
+        self.sample_bytes = 4 * math.prod(self._shape)
 
     @property
     def files(self) -> list[Path]:
-        return [self.root / name for name in self.names]
+        return [self._root / name for name in self._names]
 
     def _first_shape(self) -> tuple[int, ...]:
-        fault: Exception | None = None
+        last: SampleError | None = None
         for number in range(self.samples):
             try:
-                height, width = self._read(number).shape[1:]
-                return len(self.steps.mode), height, width
+                channels, height, width = self._read(number).shape
+                return channels, height, width
             except SampleError as error:
-                fault = error
-        if fault is None:
-            raise ConfigError(f"there are no pictures in {self.config.path}", "data.path")
-        raise ConfigError(f"no picture can be read; the last: {fault}", "data.path") from fault
+                last = error
+        if last is None:
+            raise ConfigError(f"{self.config.path} contains no images", "data.path")
+        raise ConfigError(f"no image can be read; the last error: {last}", "data.path") from last
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         firsts = iter(range(start, self.samples, self.batch_size))
         ahead: deque[_Decoding] = deque()
-        wanted = 1  # a batch that is read anew is asked for alone
+        wanted = 1  # often only the first batch is read, for example after an error
         pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
         try:
             while True:
-                ahead.extend(
-                    self._begun(pool, first)
-                    for first in itertools.islice(firsts, wanted - len(ahead))
-                )
+                for first in itertools.islice(firsts, wanted - len(ahead)):
+                    ahead.append(self._decode(pool, first))
                 if not ahead:
                     return
-                yield self._batch(ahead.popleft())
-                wanted = 1 + _AHEAD
+                numbers, rows, tasks = ahead.popleft()
+                errors = {row: error for task in tasks for row, error in task.result().items()}
+                ids = [self._names[number] for number in numbers]
+                yield self._new_batch({self.config.input: rows}, ids, errors)
+                wanted = 1 + _BATCHES_AHEAD
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:
             raise missing_labels()
-        for begin in range(0, self.samples, _LABELS):
-            numbers = range(begin, min(begin + _LABELS, self.samples))
+        for start in range(0, self.samples, _LABELS_CHUNK):
+            numbers = range(start, min(start + _LABELS_CHUNK, self.samples))
             yield torch.tensor([self._label(number) for number in numbers])
 
     def _label(self, number: int) -> float:
-        said = self.said[number]
+        text = self._label_texts[number]
         try:
-            return class_number(said, self.classes) if self.classes else float(said)
+            return class_number(text, self.classes) if self.classes else float(text)
         except ValueError:
             raise ConfigError(
-                f"{self.names[number]}: the label {said!r:.60} is no number, and none of "
+                f"{self._names[number]}: the label {text!r:.60} is neither a number nor one of "
                 "data.classes",
                 "data.labels",
             ) from None
 
     # --- decoding ------------------------------------------------------------------------------
 
-    def _begun(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
+    def _decode(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
         numbers = range(first, min(first + self.batch_size, self.samples))
-        rows = torch.zeros((len(numbers), *self.shape))
-        chunks = [
-            pool.submit(self._fill, rows, numbers, range(begin, min(begin + _CHUNK, len(numbers))))
-            for begin in range(0, len(numbers), _CHUNK)
+        rows = torch.zeros((len(numbers), *self._shape))
+        tasks = [
+            pool.submit(self._fill, rows, numbers, start, start + _IMAGES_PER_TASK)
+            for start in range(0, len(numbers), _IMAGES_PER_TASK)
         ]
-        return numbers, rows, chunks
+        return _Decoding(numbers, rows, tasks)
 
-    def _fill(self, rows: torch.Tensor, numbers: range, places: range) -> dict[int, SampleError]:
-        faults = {}
-        for place in places:
+    def _fill(
+        self, rows: torch.Tensor, numbers: range, start: int, stop: int
+    ) -> dict[int, SampleError]:
+        """Decode images into rows start to stop of a batch; return the errors by row."""
+        errors = {}
+        for row, number in list(enumerate(numbers))[start:stop]:
             try:
-                picture = self._read(numbers[place])
-                if picture.shape != self.shape:
-                    height, width = picture.shape[1:]
+                pixels = self._read(number)
+                if pixels.shape != self._shape:
+                    height, width = pixels.shape[1:]
                     raise SampleError(
-                        f"{self.names[numbers[place]]} is {height} pixels high and {width} wide, "
-                        f"and the first is {self.shape[1]} and {self.shape[2]}; data.resize and "
-                        "data.crop bring all to one size"
+                        f"{self._names[number]} is {height} x {width} pixels, but the first image "
+                        f"is {self._shape[1]} x {self._shape[2]}; set data.resize and data.crop to "
+                        "bring all images to one size"
                     )
-                rows.numpy()[place] = picture  # torch would start threads of its own in each
-            except SampleError as fault:
-                faults[place] = fault
-        return faults
+                rows.numpy()[row] = pixels  # torch would start its own threads in each thread
+            except SampleError as error:
+                errors[row] = error
+        return errors
 
-    def _batch(self, decoding: _Decoding) -> Batch:
-        numbers, rows, chunks = decoding
-        faults: dict[int, SampleError] = {}
-        for chunk in chunks:
-            faults |= chunk.result()
-        ids = [self.names[number] for number in numbers]
-        return self.batch({self.config.input: rows}, ids, faults)
-
-    def _read(self, number: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """One picture [channels, height, width].
+    def _read(self, number: int) -> Pixels:
+        """Return one image, float32 [channels, height, width].
 
         Raises:
-            SampleError: it cannot be read.
+            SampleError: the file cannot be decoded.
         """
-        name = self.names[number]
+        name = self._names[number]
         try:
-            with self.image.open(self.root / name, formats=list(_FORMATS)) as picture:
-                return self.steps(picture)
-        except self.image.UnidentifiedImageError as error:
-            what = f"is no picture of the formats {', '.join(_FORMATS)}"
-            raise SampleError(f"{name} {what}") from error
+            with self._image.open(self._root / name, formats=list(_FORMATS)) as image:
+                limit = self._image.MAX_IMAGE_PIXELS
+                if limit is not None and image.width * image.height > limit:
+                    raise ValueError(f"more than {limit:,} pixels")
+                return self._transform(image)
+        except self._image.UnidentifiedImageError as error:
+            raise SampleError(
+                f"{name} is not an image of a supported format ({', '.join(_FORMATS)})"
+            ) from error
         except MemoryError:
             raise
-        except Exception as error:  # a damaged picture fails in any of a dozen ways
+        except Exception as error:  # Pillow raises many types of error for a damaged image
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise SampleError(f"{name} cannot be read: {reason}") from error
 
 
-_Decoding = tuple[range, torch.Tensor, list["Future[dict[int, SampleError]]"]]
-"""Samples, their rows, and those who fill these."""
+# --- lists of images ---------------------------------------------------------------------------
 
 
-# --- where pictures lie ------------------------------------------------------------------------
-
-
-def _listed(config: ImagesData) -> tuple[Path, list[str], list[str]]:
-    """The folder that names start from, the names, and what is said of each picture's label."""
-    if config.path.is_dir():
-        names = sorted(_below(config.path, config.pattern))
-        return config.path, names, _folders(config, names)
+def _list_images(config: ImagesData) -> tuple[Path, list[str], list[str]]:
+    """Return the base folder, the paths of images relative to it, and their labels if any."""
+    path = config.path
+    if path.is_dir():
+        names = sorted(_files_below(path, config.pattern))
+        return path, names, _folder_labels(config, names)
     try:
-        if config.path.suffix == ".csv":
-            names, said = _in_table(config)
-        elif config.path.suffix == ".txt":
-            text = config.path.read_text(encoding="utf-8-sig")
-            names = [line for line in map(str.strip, text.splitlines()) if line]
-            said = _folders(config, names)
-        else:
-            text = f"{config.path.name} is no folder, and no .txt or .csv list of pictures"
-            raise ConfigError(text, "data.path")
+        if path.suffix == ".csv":
+            return path.parent, *_read_table(config)
+        if path.suffix == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            names = [line for line in map(str.strip, lines) if line]
+            return path.parent, names, _folder_labels(config, names)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{config.path} cannot be read: {error}", "data.path") from error
-    return config.path.parent, names, said
+        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
+    raise ConfigError(f"{path.name} is not a folder, or a .txt or .csv list of images", "data.path")
 
 
-def _below(folder: Path, pattern: str | None) -> Iterator[str]:
-    """The files of a folder and those below it, as paths from there on, in no order."""
+def _files_below(folder: Path, pattern: str | None) -> Iterator[str]:
+    """Yield the paths of images relative to a folder, in no particular order."""
     if pattern is None:
-        endings = tuple(ending for endings in _FORMATS.values() for ending in endings)
-        for here, folders, files in os.walk(folder):
+        suffixes = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
+        for parent, folders, files in os.walk(folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            within = Path(here).relative_to(folder)
+            relative = Path(parent).relative_to(folder)
             for name in files:
-                if name.lower().endswith(endings) and not name.startswith("."):
-                    yield (within / name).as_posix()
+                if name.lower().endswith(suffixes) and not name.startswith("."):
+                    yield (relative / name).as_posix()
         return
     try:
-        found = [path for path in folder.glob(pattern) if path.is_file()]
+        matches = [path for path in folder.glob(pattern) if path.is_file()]
     except (ValueError, NotImplementedError, IndexError) as error:
-        raise ConfigError(f"{pattern!r:.60} is no pattern: {error}", "data.pattern") from error
-    yield from (path.relative_to(folder).as_posix() for path in found)
+        raise ConfigError(f"invalid pattern {pattern!r:.60}: {error}", "data.pattern") from error
+    yield from (path.relative_to(folder).as_posix() for path in matches)
 
 
-def _folders(config: ImagesData, names: list[str]) -> list[str]:
+def _folder_labels(config: ImagesData, names: list[str]) -> list[str]:
     if config.labels not in {None, "folder"}:
         raise ConfigError(
-            "a folder of pictures and a .txt list have labels by folder alone (labels: folder); "
-            "a .csv list has columns",
+            "images in a folder or a .txt list can only have the label of their folder (labels: "
+            "folder); use a .csv list for columns",
             "data.labels",
         )
     return [PurePosixPath(name).parent.name for name in names] if config.labels else []
 
 
-def _in_table(config: ImagesData) -> tuple[list[str], list[str]]:
+def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
     with config.path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         columns = list(reader.fieldnames or [])
@@ -243,12 +233,12 @@ def _in_table(config: ImagesData) -> tuple[list[str], list[str]]:
                     f"{config.path.name} has no column {column!r}; {suggest(column, columns)}",
                     f"data.{key}",
                 )
-        rows = list(reader)
+        rows: list[dict[str, Any]] = list(reader)
     names = [row[config.column or columns[0]] or "" for row in rows]
     return names, [str(row[config.labels]) for row in rows] if config.labels else []
 
 
-def _classes(said: list[str]) -> tuple[str, ...]:
-    """Names in alphabetical order; none where every label is a whole number."""
-    names = sorted(set(said))
+def _class_names(labels: list[str]) -> tuple[str, ...]:
+    """Return the names of labels in alphabetical order, or () if all are whole numbers."""
+    names = sorted(set(labels))
     return () if all(name.isdecimal() and name.isascii() for name in names) else tuple(names)

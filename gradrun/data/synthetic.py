@@ -1,7 +1,4 @@
-"""Seeded random inputs, for measuring a model without data of its own.
-
-Knows shapes and distributions; a sample is the same whatever the batch size.
-"""
+"""Seeded random inputs, for measuring a model without data."""
 
 from __future__ import annotations
 
@@ -18,19 +15,18 @@ _BLOCK_BYTES = 256 * 1024
 
 
 def open_data(config: SyntheticData, seed: int, model: ModelConfig | None) -> BatchSource:
-    """One block of random rows at a time, made when it is asked for."""
-    rows = {
-        name: _SyntheticRows(spec, config.samples, f"data.inputs.{name}", (seed, i))
+    """Return a source that draws random rows when they are read."""
+    readers = {
+        name: _SyntheticReader(spec, config.samples, f"data.inputs.{name}", (seed, i))
         for i, (name, spec) in enumerate(config.inputs.items())
     }
-    return ChunkedSource(rows, config.batch_size, config.call)
+    return ChunkedSource(readers, config.batch_size, config.call)
 
 
-class _SyntheticRows:
-    """Rows drawn in blocks of a fixed size, each from a seed of its own.
+class _SyntheticReader:
+    """Draws rows in blocks of fixed size, each with its own seed.
 
-    The block, not the batch, is what a seed belongs to: so batch size and starting point leave
-    every sample as it is.
+    A sample depends neither on the batch size nor on where reading starts.
     """
 
     def __init__(self, spec: SyntheticInput, samples: int, key: str, seed: tuple[int, int]) -> None:
@@ -40,7 +36,8 @@ class _SyntheticRows:
         self.block = max(1, _BLOCK_BYTES // max(1, self.sample_bytes))
         if spec.distribution in {"normal", "uniform"} and not self.dtype.is_floating_point:
             raise ConfigError(
-                f"{spec.distribution} numbers are no {spec.dtype}; use distribution: randint",
+                f"{spec.distribution} numbers need a floating-point dtype, not {spec.dtype}; use "
+                "distribution: randint",
                 f"{key}.distribution",
             )
         if spec.distribution in {"uniform", "randint"}:
@@ -48,11 +45,12 @@ class _SyntheticRows:
                 raise ConfigError(
                     f"low {spec.low:g} must be below high {spec.high:g}", f"{key}.low"
                 )
-            least, most = _limits(spec.distribution, self.dtype)
-            if spec.low < least or spec.high > most:
+            lowest, highest = _limits(spec.distribution, self.dtype)
+            if spec.low < lowest or spec.high > highest:
                 raise ConfigError(
-                    f"{spec.distribution} numbers of {spec.dtype} lie from {least:g} to {most:g}",
-                    f"{key}.low" if spec.low < least else f"{key}.high",
+                    f"{spec.distribution} numbers of {spec.dtype} must be between {lowest:g} and "
+                    f"{highest:g}",
+                    f"{key}.low" if spec.low < lowest else f"{key}.high",
                 )
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
@@ -63,7 +61,7 @@ class _SyntheticRows:
 
     def _draw(self, index: int) -> torch.Tensor:
         spec, shape = self.spec, (self.block, *self.spec.shape)
-        # Golden-ratio steps keep the seeds of neighbouring blocks and inputs far apart.
+        # Multiples of the golden ratio keep the seeds of neighboring blocks and inputs far apart.
         seed = (self.seed[0] + 0x9E3779B97F4A7C15 * (index * 64 + self.seed[1] + 1)) % 2**63
         generator = torch.Generator().manual_seed(seed)
         match spec.distribution:
@@ -86,9 +84,9 @@ class _SyntheticRows:
 
 
 def _limits(distribution: str, dtype: torch.dtype) -> tuple[float, float]:
-    """The lowest value that can be drawn and converted, and what lies above the highest."""
+    """Return the lowest value, and the exclusive upper limit, that can be drawn and converted."""
     if distribution != "randint":
-        # Drawn as float32, from the difference of both.
+        # Drawn as float32 and scaled by high - low.
         limit = min(torch.finfo(torch.float32).max / 2, torch.finfo(dtype).max)
         return -limit, limit
     if dtype == torch.bool:

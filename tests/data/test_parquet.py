@@ -69,10 +69,13 @@ def test_files_written_by_pandas_are_read(tmp_path: Path) -> None:
 
 WRONG = {
     "a null": ({"a": [1.0, None]}, r"wrong\.parquet:2  column 'a' is missing"),
-    "a text": ({"a": ["1", "x"]}, r"wrong\.parquet:2  column 'a' is 'x', which is no float32"),
-    "lists of two lengths": ({"a": [[1.0], [1.0, 2.0]]}, "2 values, where the first row has 1"),
+    "a text": (
+        {"a": ["1", "x"]},
+        r"wrong\.parquet:2  column 'a' is 'x', not a number of type float32",
+    ),
+    "lists of two lengths": ({"a": [[1.0], [1.0, 2.0]]}, "2 values, but the first row has 1"),
     "no such column": ({"b": [1.0]}, "has no column 'a'"),
-    "no rows": ({"a": pa.array([], pa.float32())}, "there are no samples"),
+    "no rows": ({"a": pa.array([], pa.float32())}, "contains no samples"),
 }
 
 

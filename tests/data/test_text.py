@@ -1,4 +1,4 @@
-"""Texts become batches of tokens, in the file's order or grouped by length."""
+"""Tests of the source `text`: reading, tokenizing and grouping by length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.data.source import input_position
-from gradrun.data.text import WINDOW_BATCHES, Texts
+from gradrun.data.text import CHUNK_BATCHES, Texts
 from tests.support.small_models import save_bert, save_tokenizer, sentences, skewed
 
 LINES = skewed(300)
@@ -41,7 +41,7 @@ def opened(folder: Path, **keys: Any) -> Texts:
     return found
 
 
-def refused(folder: Path, **keys: Any) -> str:
+def text_error(folder: Path, **keys: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         list(opened(folder, **keys).batches())
     return str(caught.value)
@@ -56,7 +56,7 @@ def tokens(batches: Iterable[Batch]) -> list[list[int]]:
     ]
 
 
-def by_hand(lines: list[str], folder: Path) -> list[list[int]]:
+def tokenize(lines: list[str], folder: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
@@ -66,12 +66,12 @@ def by_hand(lines: list[str], folder: Path) -> list[list[int]]:
 # --- the file ----------------------------------------------------------------------------------
 
 
-def test_lines_are_tokenized_as_by_hand_and_padded_to_the_longest_of_the_batch(
+def test_lines_are_tokenized_and_padded_to_the_longest_of_the_batch(
     folder: Path,
 ) -> None:
     data = opened(folder, group_by_length=False)
     assert data.samples == len(LINES)
-    expected = by_hand(LINES, folder)
+    expected = tokenize(LINES, folder)
     batches = list(data.batches())
     assert tokens(batches) == expected
     for first, batch in zip(range(0, len(LINES), 8), batches, strict=True):
@@ -81,17 +81,15 @@ def test_lines_are_tokenized_as_by_hand_and_padded_to_the_longest_of_the_batch(
     assert list(batches[0].kwargs) == ["input_ids", "token_type_ids", "attention_mask"]
 
 
-def test_every_line_is_a_sample_also_an_empty_one(folder: Path) -> None:
+def test_every_line_is_a_sample_even_an_empty_one(folder: Path) -> None:
     (folder / "gaps.txt").write_bytes("\ufeffone\r\n\r\nthree\n".encode())
-    assert tokens(opened(folder, path="gaps.txt").batches()) == by_hand(
+    assert tokens(opened(folder, path="gaps.txt").batches()) == tokenize(
         ["one", "", "three"], folder
     )
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_a_field_of_records_is_read_and_another_names_the_samples(
-    folder: Path, suffix: str
-) -> None:
+def test_records_provide_texts_and_ids(folder: Path, suffix: str) -> None:
     rows = [{"key": f"r{i}", "body": line} for i, line in enumerate(LINES[:20])]
     path = folder / f"rows.{suffix}"
     if suffix == "csv":
@@ -100,11 +98,11 @@ def test_a_field_of_records_is_read_and_another_names_the_samples(
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = opened(folder, path=path.name, field="body", id="key", group_by_length=False)
     batches = list(data.batches())
-    assert tokens(batches) == by_hand(LINES[:20], folder)
+    assert tokens(batches) == tokenize(LINES[:20], folder)
     assert [name for batch in batches for name in batch.ids] == [row["key"] for row in rows]
 
 
-def test_texts_are_cut_where_the_tokenizer_or_the_config_ends_them(folder: Path) -> None:
+def test_texts_are_truncated_to_the_limit_of_the_tokenizer_or_the_config(folder: Path) -> None:
     (folder / "long.txt").write_text("model " * 500)
     (width,) = {b.kwargs["input_ids"].shape[1] for b in opened(folder, path="long.txt").batches()}
     assert width == 64
@@ -112,14 +110,16 @@ def test_texts_are_cut_where_the_tokenizer_or_the_config_ends_them(folder: Path)
     assert next(data.batches()).kwargs["input_ids"].shape == (1, 10)
 
 
-def test_padding_to_one_length_gives_rows_of_one_shape(folder: Path) -> None:
+def test_padding_to_max_length_gives_one_shape(folder: Path) -> None:
     data = opened(folder, padding="max_length", max_length=20)
-    assert not data.grouped, "nothing to be saved"
+    assert not data.grouped, "grouping saves nothing"
     assert {b.kwargs["input_ids"].shape[1] for b in data.batches()} == {20}
 
 
 @pytest.mark.parametrize("end", ["[SEP]", None])
-def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: str | None) -> None:
+def test_a_tokenizer_without_a_pad_token_pads_with_the_end_token(
+    folder: Path, end: str | None
+) -> None:
     made = save_tokenizer(folder / "unpadded")
     plain = import_transformers("").PreTrainedTokenizerFast(
         tokenizer_object=made.backend_tokenizer, unk_token="[UNK]", eos_token=end
@@ -128,29 +128,29 @@ def test_a_tokenizer_without_a_pad_token_pads_with_its_last(folder: Path, end: s
     plain.save_pretrained(folder / "unpadded")
     keys = {"tokenizer": str(folder / "unpadded"), "group_by_length": False, "max_length": 64}
     if end:
-        assert tokens(opened(folder, **keys).batches()) == by_hand(LINES, folder)
+        assert tokens(opened(folder, **keys).batches()) == tokenize(LINES, folder)
     else:
-        assert "has no token to fill up short texts with" in refused(folder, **keys)
+        assert "has no token for padding" in text_error(folder, **keys)
 
 
-def test_only_the_inputs_that_are_named_are_given(folder: Path) -> None:
+def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
     data = opened(folder, inputs=["input_ids", "attention_mask"])
     assert list(next(data.batches()).kwargs) == ["input_ids", "attention_mask"]
-    assert "the tokenizer makes no 'mask'; " in refused(folder, inputs=["mask"])
+    assert "the tokenizer has no output 'mask'; " in text_error(folder, inputs=["mask"])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "keys", "said"),
     [
-        ("t.pdf", b"x", {}, "is no text file; allowed: .txt, .csv, .jsonl"),
+        ("t.pdf", b"x", {}, "is not a text file; allowed: .txt, .csv, .jsonl"),
         ("t.txt", b"caf\xe9\n", {}, "cannot be read: 'utf-8' codec"),
-        ("t.txt", b"", {}, "there are no samples"),
-        ("t.txt", b"a\n", {"field": "body"}, "the lines of a .txt file have no columns"),
+        ("t.txt", b"", {}, "contains no samples"),
+        ("t.txt", b"a\n", {"field": "body"}, "a .txt file has no columns"),
         (
             "t.csv",
             b"key,body\n1,a\n",
             {},
-            "has columns; name the one with the text; allowed: key, body",
+            "has columns; set the column of the text; allowed: key, body",
         ),
         ("t.csv", b"key,body\n1,a\n", {"field": "boby"}, "no column 'boby'; did you mean body?"),
         ("t.csv", b"key,body\n1,a\n", {"field": "body", "id": "k"}, "has no column 'k'"),
@@ -158,20 +158,20 @@ def test_only_the_inputs_that_are_named_are_given(folder: Path) -> None:
             "t.jsonl",
             b'{"body": 3}\n',
             {"field": "body"},
-            "t.jsonl:1  'body' is 3, which is no text",
+            "t.jsonl:1  'body' is 3, not a text",
         ),
         ("t.jsonl", b'{"body": "a"}\n{}\n', {"field": "body"}, ":2  'body' is None"),
         ("t.csv", b",body\n1,a\n", {}, "t.csv has columns"),
         ("t.csv", b"body\n" + b"a" * 200_000, {"field": "body"}, "cannot be read: field larger"),
-        ("t.jsonl", b"{\n", {"field": "body"}, "not JSON"),
+        ("t.jsonl", b"{\n", {"field": "body"}, "invalid JSON"),
     ],
 )
-def test_a_file_that_holds_no_texts_is_refused(
+def test_a_file_without_texts_is_an_error(
     folder: Path, tmp_path: Path, name: str, content: bytes, keys: dict[str, Any], said: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     keys = {**keys, "tokenizer": str(folder / "tokenizer")}
-    assert said in refused(tmp_path, path=name, **keys)
+    assert said in text_error(tmp_path, path=name, **keys)
 
 
 # --- the tokenizer -----------------------------------------------------------------------------
@@ -184,11 +184,11 @@ def config(folder: Path, model: dict[str, Any], **data: Any) -> Any:
     ).config
 
 
-def test_the_tokenizer_is_that_of_the_model_and_follows_it(folder: Path) -> None:
+def test_the_default_tokenizer_is_that_of_the_model(folder: Path) -> None:
     save_bert(folder / "bert")
     found = config(folder, {"source": "huggingface", "path": str(folder / "bert")})
     assert found.data.tokenizer_source(found.model) == (folder / "bert", None)
-    # Written back as it was asked for, so that another model brings another tokenizer.
+    # The dumped config does not name the tokenizer, so that another model brings its own.
     written = found.model_dump(mode="json")
     assert written["data"]["tokenizer"] is None
     again = load_config(written, {"model.path": str(folder / "tokenizer")}).config
@@ -196,34 +196,34 @@ def test_the_tokenizer_is_that_of_the_model_and_follows_it(folder: Path) -> None
     assert folder / "bert" in found.input_files()
 
 
-def test_a_model_without_a_tokenizer_asks_for_one(folder: Path) -> None:
+def test_a_model_without_a_tokenizer_needs_data_tokenizer(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer is missing: set a folder"):
         config(folder, {"source": "zoo", "name": "mlp"})
     own = config(folder, {"source": "zoo", "name": "mlp"}, tokenizer=str(folder / "tokenizer"))
     assert own.data.tokenizer_source(own.model) == (folder / "tokenizer", None)
 
 
-def test_a_tokenizer_that_brings_code_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_code_is_an_error(folder: Path, tmp_path: Path) -> None:
     save_tokenizer(tmp_path / "coded")
     path = tmp_path / "coded/tokenizer_config.json"
     described = json.loads(path.read_text())
     described |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     path.write_text(json.dumps(described))
     (tmp_path / "coded/mine.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
-    said = refused(folder, tokenizer=str(tmp_path / "coded"))
+    said = text_error(folder, tokenizer=str(tmp_path / "coded"))
     assert "contains Python code, which tokenizers never run" in said
     assert not (tmp_path / "mark").exists()
 
 
-def test_a_window_that_was_forgotten_is_read_again(folder: Path) -> None:
+def test_a_chunk_that_is_no_longer_cached_is_read_again(folder: Path) -> None:
     data = opened(folder, batch_size=2)
     assert data.grouped
-    assert data.samples > 9 * data.chunk_size, "more windows than are remembered"
+    assert data.samples > 9 * data.chunk_size, "more chunks than are cached"
     expected = [name for batch in data.batches() for name in batch.ids]
     assert [input_position(data, at) for at in range(data.samples)] == expected
 
 
-def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
+def test_padding_max_length_needs_data_max_length(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"padding: max_length needs data\.max_length"):
         config(folder, {"source": "zoo", "name": "mlp"}, padding="max_length")
 
@@ -231,7 +231,7 @@ def test_padding_to_a_length_asks_for_the_length(folder: Path) -> None:
 # --- grouping ----------------------------------------------------------------------------------
 
 
-def test_texts_are_grouped_where_it_saves_a_tenth_and_not_elsewhere(folder: Path) -> None:
+def test_texts_are_grouped_only_if_that_saves_a_tenth_of_the_tokens(folder: Path) -> None:
     (folder / "even.txt").write_text("the model\n" * 100)
     assert opened(folder).grouped
     assert not opened(folder, path="even.txt").grouped
@@ -240,28 +240,32 @@ def test_texts_are_grouped_where_it_saves_a_tenth_and_not_elsewhere(folder: Path
     assert not opened(folder, batch_size=1).grouped
 
 
-def test_grouped_texts_are_all_there_once_and_their_places_are_known(folder: Path) -> None:
-    data, expected = opened(folder), by_hand(LINES, folder)
-    assert data.samples > data.chunk_size, "more than a window, and the last is not whole"
+def test_grouping_permutes_the_texts_within_chunks_and_reports_their_positions(
+    folder: Path,
+) -> None:
+    data, expected = opened(folder), tokenize(LINES, folder)
+    assert data.samples > data.chunk_size, "more than one chunk, and the last is incomplete"
     found = tokens(data.batches())
-    places = [input_position(data, at) for at in range(data.samples)]
-    assert sorted(places) == list(range(data.samples))
-    assert [expected[place] for place in places] == found
-    assert places != sorted(places)
+    positions = [input_position(data, at) for at in range(data.samples)]
+    assert sorted(positions) == list(range(data.samples))
+    assert [expected[position] for position in positions] == found
+    assert positions != sorted(positions)
     for first in range(0, data.samples, data.chunk_size):
         stop = min(first + data.chunk_size, data.samples)
-        assert sorted(places[first:stop]) == list(range(first, stop)), "a window keeps its texts"
+        assert sorted(positions[first:stop]) == list(range(first, stop)), (
+            "texts stay in their chunk"
+        )
         lengths = [len(row) for row in found[first:stop]]
         batches = [lengths[at : at + 8] for at in range(0, len(lengths), 8)]
         assert max(batches, key=max) == batches[0], "the longest first"
         assert all(batch == sorted(batch, reverse=True) for batch in batches)
-        apart = [batch for batch in batches if batch[0] != batch[-1]]
-        assert len(apart) < len(batches), "like lengths are together"
-    assert [name for batch in data.batches() for name in batch.ids] == places
+        mixed = [batch for batch in batches if batch[0] != batch[-1]]
+        assert len(mixed) < len(batches), "similar lengths are together"
+    assert [name for batch in data.batches() for name in batch.ids] == positions
 
 
-@pytest.mark.parametrize("start", [8, 64, 8 * WINDOW_BATCHES, 200, 296])
-def test_batches_from_any_batch_on_are_those_of_the_whole(folder: Path, start: int) -> None:
+@pytest.mark.parametrize("start", [8, 64, 8 * CHUNK_BATCHES, 200, 296])
+def test_batches_from_a_later_start_are_the_same(folder: Path, start: int) -> None:
     data = opened(folder)
     whole = list(data.batches())[start // 8 :]
     again = list(opened(folder).batches(start))
@@ -271,20 +275,20 @@ def test_batches_from_any_batch_on_are_those_of_the_whole(folder: Path, start: i
         assert torch.equal(one.kwargs["input_ids"], other.kwargs["input_ids"])
 
 
-def test_what_padding_costs_is_counted(folder: Path) -> None:
+def test_padding_is_counted(folder: Path) -> None:
     data, plain = opened(folder), opened(folder, group_by_length=False)
     computed = {}
     for name, one in (("grouped", data), ("plain", plain)):
         computed[name] = sum(batch.kwargs["input_ids"].numel() for batch in one.batches())
     found = data.padding(0, data.samples)
-    assert found.tokens == sum(map(len, by_hand(LINES, folder)))
+    assert found.tokens == sum(map(len, tokenize(LINES, folder)))
     assert (found.run, found.ungrouped) == (computed["grouped"], computed["plain"])
     assert found.run < 0.5 * found.ungrouped
     other = plain.padding(0, plain.samples)
     assert other.run == other.ungrouped == computed["plain"]
 
 
-def test_real_sentences_of_this_project_are_tokenized(folder: Path) -> None:
+def test_sentences_of_the_readme_are_tokenized(folder: Path) -> None:
     lines = sentences(200)
     assert len(lines) == 200
     (folder / "readme.txt").write_text("\n".join(lines) + "\n")
@@ -292,4 +296,4 @@ def test_real_sentences_of_this_project_are_tokenized(folder: Path) -> None:
     found = dict(
         zip([i for b in data.batches() for i in b.ids], tokens(data.batches()), strict=True)
     )
-    assert [found[i] for i in range(200)] == by_hand(lines, folder)
+    assert [found[i] for i in range(200)] == tokenize(lines, folder)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 import gradrun
 from gradrun.core.errors import RunFailed
 from gradrun.core.optional import import_transformers
-from gradrun.data.text import WINDOW_BATCHES
+from gradrun.data.text import CHUNK_BATCHES
 from gradrun.inference import runner
 from gradrun.output import checkpointer, journal
 from gradrun.output.formats import sharded_writer
@@ -26,7 +26,7 @@ from tests.conftest import ROOT, Command
 from tests.support.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed
 
 BATCH = 4
-WINDOW = BATCH * WINDOW_BATCHES
+WINDOW = BATCH * CHUNK_BATCHES
 SAMPLES = 3 * WINDOW + 10
 
 NET = '''
@@ -279,7 +279,7 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
     infer(config(format=form))
     (tmp_path / "out").rename(tmp_path / "whole")
     path = tmp_path / "c.json"
-    path.write_text(json.dumps(config(format=form, kill=WINDOW_BATCHES * 2 + 9)))
+    path.write_text(json.dumps(config(format=form, kill=CHUNK_BATCHES * 2 + 9)))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EAGER": "1"}
     killed = process("infer", path, "--trust-code", env=environment)
     assert killed.code == -signal.SIGKILL

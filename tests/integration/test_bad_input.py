@@ -116,11 +116,15 @@ def refused(answer, *, code: int = 2) -> str:
             "c.yaml:9:26  output.dim: cannot apply",
         ),
         ("path: out", "path: out, select: [a]", "the model has no output 'a'; allowed: 0"),
-        ("shape: [4]", "shape: [4], dtype: int64", "normal numbers are no int64"),
+        (
+            "shape: [4]",
+            "shape: [4], dtype: int64",
+            "normal numbers need a floating-point dtype, not int64",
+        ),
         ("Linear: [4, 3]", "Liner: [4, 3]", "torch.nn has no layer 'Liner'; did you mean Linear?"),
-        ("Linear: [4, 3]", "Linear: [4]", "c.yaml:3:12  model.layers.0: nn.Linear cannot be made"),
-        ("[4, 3]", f"[{10**6}, {10**9}]", "3,637.98 TiB of weights, and "),
-        ("shape: [4]", f"shape: [{2**40}]", "data.batch_size: one batch is 28.00 TiB, and"),
+        ("Linear: [4, 3]", "Linear: [4]", "c.yaml:3:12  model.layers.0: nn.Linear does not accept"),
+        ("[4, 3]", f"[{10**6}, {10**9}]", "3,637.98 TiB of weights, but only "),
+        ("shape: [4]", f"shape: [{2**40}]", "data.batch_size: one batch needs 28.00 TiB, but"),
     ],
 )
 def test_a_config_error_is_reported_at_its_location(cli, old, new, message):
@@ -182,35 +186,60 @@ def _empty_npz(name):
 
 
 WRONG_FILES = {
-    "an empty array": (arrays, "x.npy", lambda n: np.save(n, np.zeros((0, 4))), "are no samples"),
-    "an empty archive": (arrays, "x.npz", _empty_npz, "there are no samples in the data"),
-    "an empty table": (records, "x.csv", lambda n: Path(n).write_text("a\n"), "are no samples"),
-    "an empty text": (records, "x.jsonl", lambda n: Path(n).write_text("\n"), "are no samples"),
-    "a file of 0 bytes": (arrays, "x.npy", lambda n: Path(n).touch(), "x.npy is no array"),
-    "one number": (arrays, "x.npy", lambda n: np.save(n, 3.0), "a single number, not a row"),
+    "an empty array": (
+        arrays,
+        "x.npy",
+        lambda n: np.save(n, np.zeros((0, 4))),
+        "contains no samples",
+    ),
+    "an empty archive": (arrays, "x.npz", _empty_npz, "the data contains no samples"),
+    "an empty table": (
+        records,
+        "x.csv",
+        lambda n: Path(n).write_text("a\n"),
+        "contains no samples",
+    ),
+    "an empty text": (
+        records,
+        "x.jsonl",
+        lambda n: Path(n).write_text("\n"),
+        "contains no samples",
+    ),
+    "a file of 0 bytes": (arrays, "x.npy", lambda n: Path(n).touch(), "x.npy is not a NumPy array"),
+    "one number": (arrays, "x.npy", lambda n: np.save(n, 3.0), "a single number, not rows"),
     "pickled objects": (
         arrays,
         "x.npy",
         lambda n: np.save(n, np.array([Trap()], object), allow_pickle=True),
-        "x.npy holds pickled Python objects, and unpickling them could run code",
+        "x.npy contains pickled Python objects, and unpickling them could run code",
     ),
     "pickled objects in an archive": (
         arrays,
         "x.npz",
         lambda n: np.savez(n, a=np.array([Trap()], object)),
-        "x.npz holds pickled Python objects",
+        "x.npz contains pickled Python objects",
     ),
-    "a pickle": (arrays, "x.npy", lambda n: Path(n).write_bytes(pickle.dumps(Trap())), "no array"),
-    "texts": (arrays, "x.npy", lambda n: np.save(n, np.array(["a"])), "torch has no type for"),
-    "another suffix": (arrays, "x.txt", lambda n: Path(n).touch(), "x.txt is no .npy, .npz or .sa"),
+    "a pickle": (
+        arrays,
+        "x.npy",
+        lambda n: Path(n).write_bytes(pickle.dumps(Trap())),
+        "not a NumPy array",
+    ),
+    "texts": (arrays, "x.npy", lambda n: np.save(n, np.array(["a"])), "torch does not support"),
+    "another suffix": (arrays, "x.txt", lambda n: Path(n).touch(), "x.txt is not a .npy, .npz"),
     "words in a column": (records, "x.csv", lambda n: Path(n).write_text("a\n1\nb\n"), "x.csv:3  "),
     "no such column": (records, "x.csv", lambda n: Path(n).write_text("b\n1\n"), "no column 'a'"),
-    "broken JSON": (records, "x.jsonl", lambda n: Path(n).write_text("{\n"), "x.jsonl:1  not JSON"),
+    "broken JSON": (
+        records,
+        "x.jsonl",
+        lambda n: Path(n).write_text("{\n"),
+        "x.jsonl:1  invalid JSON",
+    ),
     "a checkpoint of code": (
         weights,
         "w.pt",
         lambda n: torch.save({"state_dict": Trap()}, n),
-        "w.pt holds Python objects besides tensors, and unpickling them could run code",
+        "w.pt contains Python objects besides tensors, and unpickling them could run code",
     ),
     "a whole module": (weights, "w.pt", lambda n: torch.save(torch.nn.ReLU(), n), "could run code"),
     "a pickle of weights": (
@@ -219,7 +248,7 @@ WRONG_FILES = {
         lambda n: Path(n).write_bytes(pickle.dumps(Trap())),
         "model.weights: ",
     ),
-    "no safetensors": (weights, "w.safetensors", lambda n: Path(n).touch(), "is no safetensors"),
+    "no safetensors": (weights, "w.safetensors", lambda n: Path(n).touch(), "is not a valid safe"),
     "other weights": (
         weights,
         "w.safetensors",
@@ -239,9 +268,9 @@ def test_a_wrong_file_is_an_error_and_runs_no_code(cli, use, name, make, message
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Plain", "where a torch.nn.Module is wanted"),
-        ("number", "is the int 5, where a torch.nn.Module is wanted"),
-        ("none", "gives the NoneType None, where a torch.nn.Module is wanted"),
+        ("Plain", "not a torch.nn.Module"),
+        ("number", "is the int 5, not a torch.nn.Module"),
+        ("none", "returns the NoneType None, not a torch.nn.Module"),
         ("broken", "failed: ValueError: no such luck"),
         ("Nothing", "nets.py has no 'Nothing'; "),
         ("Text", "the model returned str; it must return a tensor"),
@@ -378,7 +407,7 @@ def test_data_that_fails_half_way_leaves_the_earlier_predictions(cli):
         "infer", config(records("x.csv"), ("[4, 3]", "[1, 3]")), "--set", "data.batch_size=8"
     )
     assert answer.code == 1
-    assert "x.csv:32  column 'a' is 'oops', which is no float32 number" in answer.err
+    assert "x.csv:32  column 'a' is 'oops', not a number of type float32" in answer.err
     assert predictions("out").shape == (24, 3)
 
 

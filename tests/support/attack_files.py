@@ -191,26 +191,40 @@ ROWS = npy("'<f4'", f"({2**20}, 16)", bytes(2**26))
 
 ARRAYS = {
     "pickled objects": _array("could run code", _stored(np.array([Touch()], object))),
-    "a pickle for an array": _array("no array of numpy's", pickle.dumps(Touch())),
+    "a pickle for an array": _array("not a NumPy array", pickle.dumps(Touch())),
     "objects in a structure": _array("could run code", npy("[('a', '|O')]", "(1,)")),
-    "a header that is code": _array("no array", npy("__import__('os').mkdir('evil')", "(1,)")),
-    "a shape that is code": _array("no array", npy("'<f4'", "__import__('os').mkdir('evil')")),
-    "a header of parentheses": _array("no array", npy("(" * 5_000, "(1,)")),
-    "an array of terabytes": _array("is cut off", npy("'<f4'", f"({2**40}, 4)")),
-    "a shape beyond all numbers": _array("claims|cut off", npy("'<f8'", f"({2**62}, {2**62})")),
+    "a header that is code": _array(
+        "not a NumPy array", npy("__import__('os').mkdir('evil')", "(1,)")
+    ),
+    "a shape that is code": _array(
+        "not a NumPy array", npy("'<f4'", "__import__('os').mkdir('evil')")
+    ),
+    "a header of parentheses": _array("not a NumPy array", npy("(" * 5_000, "(1,)")),
+    "an array of terabytes": _array("is truncated", npy("'<f4'", f"({2**40}, 4)")),
+    "a shape beyond all numbers": _array(
+        "impossible shape|truncated", npy("'<f8'", f"({2**62}, {2**62})")
+    ),
     "a shape below zero": _array("its shape is", npy("'<f4'", "(-1, 4)")),
-    "a shape of booleans": _array("no array|cut off|refuses", npy("'<f4'", "(True, 99)")),
-    "rows of nothing": _array("rows of no values", npy("'<f4'", f"({2**60}, 0)", b"")),
-    "a type of gigabytes": _array("no type for|no array|cut off", npy(f"'|S{2**31 - 1}'", "(9,)")),
-    "a header of 4 GiB": _array("claims to have", LONG_HEADER, holes={"x.npy": 5 * 2**30}),
+    "a shape of booleans": _array(
+        "not a NumPy array|truncated|refuses", npy("'<f4'", "(True, 99)")
+    ),
+    "rows of nothing": _array("rows without values", npy("'<f4'", f"({2**60}, 0)", b"")),
+    "a type of gigabytes": _array(
+        "does not support|not a NumPy array|truncated", npy(f"'|S{2**31 - 1}'", "(9,)")
+    ),
+    "a header of 4 GiB": _array(
+        "is not a NumPy array: EOF", LONG_HEADER, holes={"x.npy": 5 * 2**30}
+    ),
     "one row of a terabyte": _array(
-        "one batch is", npy("'<f4'", f"(1, {2**38})"), holes={"x.npy": TERABYTE + 100}
+        "one batch needs", npy("'<f4'", f"(1, {2**38})"), holes={"x.npy": TERABYTE + 100}
     ),
     "a packed header of 4 GiB": _array(
-        "claims to have", archive({"a.npy": LONG_HEADER + bytes(2**26)}, **PACKED), "x.npz"
+        "is not a NumPy array: EOF",
+        archive({"a.npy": LONG_HEADER + bytes(2**26)}, **PACKED),
+        "x.npz",
     ),
     "a bomb of rows": _array("predictions", archive({"a.npy": ROWS}, **PACKED), "x.npz", code=0),
-    "a member that claims a terabyte": _array("cut off|damaged", _lying_member(), "x.npz"),
+    "a member that claims a terabyte": _array("truncated|damaged", _lying_member(), "x.npz"),
     "pickled objects in an archive": _array(
         "could run code", archive({"a.npy": _stored(np.array([Touch()], object))}), "x.npz"
     ),
@@ -270,7 +284,7 @@ RECORDS = {
     "a table of one line": _records("a line of", "x.csv", "a,b\n", holes={"x.csv": TERABYTE}),
     "a text of one line": _records("a line of", "x.jsonl", "{", holes={"x.jsonl": TERABYTE}),
     "a quote without an end": _records("cannot be read", "x.csv", 'a,b\n1,"' + "x\n" * 200_000),
-    "a formula": _records("no float32 number", "x.csv", "a,b\n=cmd|' /C calc'!A0,1\n"),
+    "a formula": _records("not a number of type float32", "x.csv", "a,b\n=cmd|' /C calc'!A0,1\n"),
     "a column that drives the terminal": _records(SHOWN, "x.csv", f"{SCREEN},b\n1,2\n"),
     "a cell that drives the terminal": _records(SHOWN, "x.csv", f"a,b\n{SCREEN},2\n"),
     "an id that drives the terminal": _records(
@@ -279,12 +293,14 @@ RECORDS = {
     "columns by the thousand": _records(
         "has no column 'a'", "x.csv", ",".join(map("c{}".format, range(20_000))) + "\n1\n"
     ),
-    "brackets in a line": _records("not JSON|number", "x.jsonl", "[" * 500_000),
+    "brackets in a line": _records("invalid JSON|number", "x.jsonl", "[" * 500_000),
     "lists in lists": _records("number", "x.jsonl", f'{{"b": 1, "a": {"[" * 800}1{"]" * 800}}}'),
-    "a number of 100,000 digits": _records("not JSON", "x.jsonl", f'{{"a": {"9" * 100_000}}}'),
+    "a number of 100,000 digits": _records("invalid JSON", "x.jsonl", f'{{"a": {"9" * 100_000}}}'),
     "a number beyond all": _records("predictions", "x.jsonl", '{"a": 1e999, "b": NaN}', code=0),
     "an object for a number": _records(
-        "no float32 number", "x.jsonl", '{"a": {"__reduce__": ["os.mkdir", "evil"]}, "b": 1}'
+        "not a number of type float32",
+        "x.jsonl",
+        '{"a": {"__reduce__": ["os.mkdir", "evil"]}, "b": 1}',
     ),
     "a pickle for a table": _records("cannot be read", "x.csv", b"\x80\x04cos\nmkdir\n"),
 }
@@ -485,10 +501,11 @@ def _png(width: int, height: int) -> bytes:
 
 
 PICTURES = {
-    "a picture of ten gigapixels": _picture("no picture can be read", _png(100_000, 100_000)),
-    "a picture beyond all numbers": _picture("no picture can be read", _png(2**31 - 1, 2**31 - 1)),
+    "a picture of ten gigapixels": _picture("no image can be read", _png(100_000, 100_000)),
+    "a picture beyond all numbers": _picture("no image can be read", _png(2**31 - 1, 2**31 - 1)),
     "a program for a picture": _picture(
-        "is no picture of the formats", b"%!PS-Adobe-3.0 EPSF-3.0\n(evil) (w) file closefile\n"
+        "is not an image of a supported format",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n(evil) (w) file closefile\n",
     ),
     "a picture that drives the terminal": _picture(
         SHOWN, b"no picture", f"{SCREEN.replace('/', '_')}.png"

@@ -36,3 +36,11 @@ def lay_out(folder: Path, count: int = 500, broken: dict[int, bytes | None] = BR
             )
         files.append(file)
     return files
+
+
+def save_noise(file: Path, height: int, width: int, mode: str = "RGB") -> Path:
+    """Write an image of random pixels, which depend on the length of the path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(file))).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(file)
+    return file

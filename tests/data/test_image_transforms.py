@@ -1,0 +1,208 @@
+"""Tests of the steps between a decoded image and the model input, own and of transformers.
+
+The steps of timm are tested in tests/models/test_timm.py, which can import it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gradrun
+from gradrun.config.data import ImagesData
+from gradrun.config.load import load_config
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import import_transformers
+from gradrun.data import open_data
+from gradrun.data.image_transforms import image_transform
+from gradrun.data.source import BatchSource
+from tests.support.pictures import lay_out, save_noise
+
+
+def section(path: Path, **changes: Any) -> ImagesData:
+    return ImagesData.model_validate({"source": "images", "path": path, "batch_size": 8} | changes)
+
+
+def opened(path: Path, **changes: Any) -> BatchSource:
+    return open_data(section(path, **changes), seed=0)
+
+
+def test_pixels_are_scaled_and_normalized_per_channel(tmp_path: Path) -> None:
+    save_noise(tmp_path / "a.png", 3, 2)
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).double()
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    (batch,) = opened(tmp_path, mean=mean, std=std).batches()
+    expected = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert batch.args[0].dtype == torch.float32
+    assert torch.allclose(batch.args[0][0].double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_images_of_every_mode_are_converted_to_the_mode_of_the_config(
+    tmp_path: Path, mode: str
+) -> None:
+    save_noise(tmp_path / ("a.tif" if mode == "CMYK" else "a.png"), 4, 4, mode=mode)
+    assert opened(tmp_path).batches().__next__().args[0].shape == (1, 3, 4, 4)
+    assert opened(tmp_path, mode="L").batches().__next__().args[0].shape == (1, 1, 4, 4)
+
+
+def test_images_are_resized_by_the_shorter_side_and_cropped_at_the_center(tmp_path: Path) -> None:
+    red = np.zeros((40, 100, 3), np.uint8)
+    red[:, 45:55] = 255
+    Image.fromarray(red).save(tmp_path / "wide.png")
+    Image.fromarray(red.transpose(1, 0, 2)).save(tmp_path / "high.png")
+    (batch,) = opened(tmp_path, resize=20, crop=10, interpolation="nearest").batches()
+    high, wide = batch.args[0]
+    assert batch.args[0].shape == (2, 3, 10, 10)
+    assert torch.equal(high, wide.transpose(1, 2)), "one is the transpose of the other"
+    assert wide[0, 0].tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0] or wide[0, 0].sum() == 5
+    (batch,) = opened(tmp_path, resize=(6, 9)).batches()
+    assert batch.args[0].shape == (2, 3, 6, 9)
+    (batch,) = opened(tmp_path, resize=20, crop=64).batches()
+    assert batch.args[0][:, :, 0].abs().sum() == 0, "padding is black"
+
+
+def test_preprocess_imagenet_resizes_to_256_and_crops_224_unless_overridden(tmp_path: Path) -> None:
+    save_noise(tmp_path / "a.png", 300, 400)
+    with Image.open(tmp_path / "a.png") as image:
+        resized = image.resize((341, 256), Image.Resampling.BILINEAR).crop((74, 32, 266, 224))
+    pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
+    (batch,) = opened(tmp_path, preprocess="imagenet", crop=192).batches()
+    expected = (pixels - mean[:, None, None]) / std[:, None, None]
+    assert torch.allclose(batch.args[0][0], expected, atol=1e-6)
+    (batch,) = opened(tmp_path, preprocess="imagenet").batches()
+    assert batch.args[0].shape == (1, 3, 224, 224)
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": {
+        "do_normalize": True,
+        "do_resize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+    },
+    "CLIPImageProcessor": {
+        "crop_size": {"height": 32, "width": 32},
+        "do_center_crop": True,
+        "resample": 3,
+        "size": {"shortest_edge": 40},
+        "image_mean": [0.4, 0.4, 0.4],
+        "image_std": [0.2, 0.2, 0.2],
+        "rescale_factor": 1 / 255,
+    },
+    "ConvNextImageProcessor": {
+        "size": {"shortest_edge": 64},
+        "crop_pct": 0.875,
+        "do_normalize": False,
+        "resample": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_preprocess_processor_gives_the_pixels_of_transformers(tmp_path: Path, name: str) -> None:
+    processor_file = tmp_path / "preprocessor_config.json"
+    processor_file.write_text(json.dumps(PROCESSORS[name] | {"image_processor_type": name}))
+    images = [Image.open(save_noise(tmp_path / f"{i}.png", 50 + i, 70)) for i in range(3)]
+    library = import_transformers("").AutoImageProcessor.from_pretrained(tmp_path)
+    expected = library(images=images, return_tensors="pt")["pixel_values"]
+    for processor in (tmp_path, processor_file):
+        data = opened(tmp_path, preprocess="processor", processor=processor)
+        (batch,) = data.batches()
+        assert torch.equal(batch.args[0], expected)
+
+
+def test_keys_of_the_config_override_those_of_a_processor(tmp_path: Path) -> None:
+    file = {"image_processor_type": "CLIPImageProcessor"} | PROCESSORS["CLIPImageProcessor"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
+    image = Image.open(save_noise(tmp_path / "a.png", 50, 70))
+    overrides: dict[str, Any] = {
+        "resize": 20, "crop": (16, 12), "interpolation": "nearest", "scale": 1 / 128,
+        "mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 4.0),
+    }  # fmt: skip
+    data = opened(tmp_path, preprocess="processor", processor=tmp_path, **overrides)
+    (batch,) = data.batches()
+    own = image_transform(section(tmp_path, **overrides), None)
+    assert batch.args[0].shape == (1, 3, 16, 12)
+    assert torch.allclose(batch.args[0][0], torch.from_numpy(own(image)), atol=1e-6)
+
+
+def test_predictions_of_an_image_classifier_are_those_of_a_loop_with_its_processor(
+    tmp_path: Path,
+) -> None:
+    transformers = import_transformers("")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**small, intermediate_size=32, image_size=32, patch_size=8)
+    ).eval()
+    vit.save_pretrained(tmp_path / "vit")
+    file = {"image_processor_type": "ViTImageProcessor"} | PROCESSORS["ViTImageProcessor"]
+    (tmp_path / "vit/preprocessor_config.json").write_text(json.dumps(file))
+    files = sorted(lay_out(tmp_path / "images", 10, {}))
+    gradrun.infer(
+        {
+            "model": {
+                "source": "huggingface",
+                "path": str(tmp_path / "vit"),
+                "auto_class": "AutoModelForImageClassification",
+            },
+            "data": {
+                "source": "images", "path": str(tmp_path / "images"), "preprocess": "processor",
+                "batch_size": 10,
+            },
+            "output": {"path": str(tmp_path / "out")},
+        }
+    )  # fmt: skip
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "vit")
+    images = [Image.open(file).convert("RGB") for file in files]
+    with torch.inference_mode():
+        expected = vit(**processor(images=images, return_tensors="pt")).logits
+    predictions = torch.from_numpy(np.load(tmp_path / "out/predictions.npy"))
+    assert torch.allclose(predictions, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "cannot be loaded"),
+        ("{", "cannot be loaded"),
+        ('{"image_processor_type": "NoSuchProcessor"}', "cannot be loaded"),
+        (
+            '{"image_processor_type": "M", "auto_map": {"AutoImageProcessor": "evil.M"}}',
+            "contains Python code",
+        ),
+    ],
+)
+def test_a_processor_that_cannot_be_loaded_is_an_error(
+    tmp_path: Path, content: str, words: str
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(content)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    with pytest.raises(ConfigError, match=words) as caught:
+        image_transform(section(tmp_path, preprocess="processor", processor=tmp_path), None)
+    assert caught.value.key == "data.processor"
+    assert not (tmp_path / "mark").exists()
+
+
+def test_preprocess_timm_needs_an_architecture(tmp_path: Path) -> None:
+    given = {
+        "model": {"source": "zoo", "name": "resnet18"},
+        "data": {"source": "images", "path": str(tmp_path), "preprocess": "timm"},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    with pytest.raises(ConfigError, match=r"needs data\.architecture; only timm models imply"):
+        load_config(given)
+    config = load_config(given, {"data.architecture": "resnet18"}).config
+    assert isinstance(config.data, ImagesData)
+    assert config.data.preprocess_source(config.model) == "resnet18"

@@ -1,0 +1,34 @@
+"""Open data sources from a config section, and read them completely."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from gradrun.config.data import DataConfig
+from gradrun.core.errors import ConfigError
+from gradrun.data import open_data
+from gradrun.data.batch import Batch
+from gradrun.data.source import BatchSource
+
+
+def data(source: str, seed: int = 0, **keys: Any) -> BatchSource:
+    keys = {"source": source, **keys}
+    config: Any = TypeAdapter(DataConfig).validate_json(json.dumps(keys, default=str))
+    return open_data(config, seed=seed)
+
+
+def joined(batches: Iterable[Batch], name: str | None = None) -> torch.Tensor:
+    """Concatenate one input of all batches."""
+    return torch.cat([b.kwargs[name] if name else b.args[0] for b in batches])
+
+
+def data_error(source: str, **keys: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        list(data(source, **keys).batches())
+    return str(caught.value)
