@@ -24,7 +24,7 @@ from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import infer
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, locked_check_folder
-from gradrun.results.ratios import paired
+from gradrun.results.ratios import time_ratio
 from gradrun.results.result import CheckResult, InferResult, Outcome, Output, RunInfo
 
 _PROCESS_MEMORY = ("process_peak", "device_allocated", "device_reserved")
@@ -284,7 +284,7 @@ class CheckRun:
             ]
         variant = self.reference.variant
         memory = {m.variant: m.memory for m in measured.measurements}
-        slowdown = paired(measured.measurements, str(self.mode), variant)
+        slowdown = time_ratio(measured.measurements, str(self.mode), variant)
         modules = [e.first_module for e in compared.equivalence if e.candidate == variant]
         differences = self._prediction_differences() if section.regression.outputs else {}
         return [

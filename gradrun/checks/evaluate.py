@@ -15,7 +15,7 @@ from gradrun.config.limits import Limit, Status, byte_limit, number_limit, perce
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.results import stats
-from gradrun.results.ratios import paired
+from gradrun.results.ratios import time_ratio
 from gradrun.results.result import (
     Environment,
     Equivalence,
@@ -136,7 +136,7 @@ def speedup_limits(
 ) -> Iterator[Outcome]:
     """Evaluate the limits on the time of another mode / the time of the checked mode."""
     for other, text in _speedup_limits(section).items():
-        speedup = paired(measurements, other, str(mode))
+        speedup = time_ratio(measurements, other, str(mode))
         if speedup is None:
             verdict = _inconclusive("the speedup could not be measured")
         else:

@@ -30,7 +30,7 @@ def audit(
         loaded = load_config(config, sets or [])
         with fast_imports():
             from gradrun.audits.audit import audit as run
-        from gradrun.results.safety import has_errors
+        from gradrun.results.summary import has_errors
 
         with out.progress() as progress:
             result = run(loaded, trust_code=trust_code, compile=compile_too, progress=progress)
@@ -51,10 +51,11 @@ def modes(
     with command_output(debug=debug, json_file=json_file, quiet=quiet) as out:
         with fast_imports():
             from gradrun.audits.mode_behavior import mode_behavior
-        from gradrun.report.modes import show
+        from gradrun.report.document import describe_modes
+        from gradrun.report.terminal import show
 
         facts = mode_behavior(device)
-        show(facts, out.console)
+        show(describe_modes(facts), out.console)
         out.write_json(facts.to_json())
         if facts.differing:
             raise typer.Exit(EXIT_CHECK_FAILED)

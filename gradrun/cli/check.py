@@ -66,7 +66,7 @@ def check(
         check_writable("--save-baseline", save_baseline)
         with fast_imports():
             from gradrun.checks.check import check as run
-        from gradrun.report.terminal import display_path
+        from gradrun.report.wording import display_path
 
         with _report_errors_to_ci(junit), out.progress() as progress:
             result = run(
@@ -95,12 +95,12 @@ def check(
 
 
 def _report_to_ci(result: CheckResult, junit: Path | None) -> None:
-    from gradrun.report import github, written
-    from gradrun.report.junit import xml
+    from gradrun.report import github, render
+    from gradrun.report import junit as junit_xml
 
     if junit:
-        write_file(xml(result), junit, "--junit")
-    _write_to_github(github.commands(result), lambda: written([("", result)], "markdown"))
+        write_file(junit_xml.render(result), junit, "--junit")
+    _write_to_github(github.annotate(result), lambda: render([("", result)], "markdown"))
 
 
 @contextmanager
@@ -112,12 +112,12 @@ def _report_errors_to_ci(junit: Path | None) -> Iterator[None]:
         raise
     except GradrunError as error:
         from gradrun.report import github, markdown
-        from gradrun.report.junit import refusal
+        from gradrun.report import junit as junit_xml
 
         message = str(error)
         if junit:
-            write_file(refusal(message), junit, "--junit")
-        _write_to_github([github.refusal(message)], lambda: markdown.refusal(message))
+            write_file(junit_xml.render_error(message), junit, "--junit")
+        _write_to_github([github.annotate_error(message)], lambda: markdown.render_error(message))
         raise
 
 

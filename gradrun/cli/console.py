@@ -56,7 +56,7 @@ class Output:
 
         from gradrun import report
         from gradrun.report.escaping import escape_control_chars
-        from gradrun.report.terminal import display_path
+        from gradrun.report.wording import display_path
 
         report.show([("", result)], self.console)
         self.write_json(result.to_json())

@@ -52,16 +52,16 @@ def report(
     with command_output(debug=debug, quiet=quiet) as out:
         with fast_imports():
             from gradrun import report as renderers
-            from gradrun.report.terminal import display_path
-            from gradrun.results.ratios import recomputed
+            from gradrun.report.wording import display_path
+            from gradrun.results.ratios import recompute
             from gradrun.results.result import RunResult
 
         chosen = _choose_format(form, output, results)
-        named = [(display_path(path), recomputed(RunResult.load(path))) for path in results]
+        named = [(display_path(path), recompute(RunResult.load(path))) for path in results]
         if chosen == "table" and output is None:
             renderers.show(named, out.console)
             return
-        text = renderers.table(named) if chosen == "table" else renderers.written(named, chosen)
+        text = renderers.render(named, chosen)
         if output is None:
             sys.stdout.write(text)
             return
@@ -105,10 +105,11 @@ def verify(
     """
     with command_output(debug=debug, json_file=json_file, quiet=quiet) as out:
         from gradrun.output.verification import verify as run
-        from gradrun.report.verified import show
+        from gradrun.report.document import describe_verification
+        from gradrun.report.terminal import show
 
         verification = run(folder)
-        show(verification, out.console)
+        show(describe_verification(verification), out.console)
         out.write_json(json.dumps(verification.to_dict(), indent=1))
         if not verification.complete:
             raise typer.Exit(EXIT_CHECK_FAILED)

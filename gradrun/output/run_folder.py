@@ -130,7 +130,7 @@ class RunFolder:
             ) from error
         if damaged := next(damaged_ranges(self.path, self.previous), None):
             raise GradrunError(
-                f"{self.path / damaged.file} changed after the run finished ({damaged.what}); "
+                f"{self.path / damaged.file} changed after the run finished ({damaged.problem}); "
                 "list the damage with gradrun verify, or start over with --overwrite"
             )
         # The result has fewer if a resume was killed between its last commit and its result.

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.output import journal
 from gradrun.output.formats import CHECKSUMS, text_writer
 from gradrun.output.journal import CommittedRange, JournalState
-from gradrun.results.result import DamagedRange
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Result of a verification."""
-
-    folder: Path
-    samples: int
-    """Samples of the run."""
-    committed: int
-    """Samples in the journal."""
-    ranges: int
-    damaged: tuple[DamagedRange, ...]
-    torn: bool
-    """The last line of the journal is incomplete and was ignored."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether all samples of the run are committed and unchanged."""
-        return not self.damaged and self.committed == self.samples
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields as JSON types."""
-        return asdict(self) | {"folder": str(self.folder), "complete": self.complete}
+from gradrun.results.result import DamagedRange, Verification
 
 
 def verify(folder: str | Path) -> Verification:

@@ -1,12 +1,11 @@
-"""Results to text, for people or programs. Knows results and units; never what made them.
+"""Reports on results, in the terminal or as text.
 
-A format is one module and one line in a table here. Nothing is imported before it is wanted: a
-table in the terminal needs no template, and JSON no terminal.
+A renderer is imported when it is used: JSON needs no Rich, and only HTML needs matplotlib.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -15,23 +14,13 @@ if TYPE_CHECKING:
 
     from gradrun.results.result import AnyResult
 
-_WRITERS = {
-    "markdown": "markdown:text",
-    "csv": "export:csv_text",
-    "json": "export:json_text",
-    "html": "html_page:text",
+_RENDERERS = {
+    "markdown": "markdown:render",
+    "csv": "export:render_csv",
+    "json": "export:render_json",
+    "html": "html_page:render",
 }
-"""format -> what makes one text of results: a sequence of (name, AnyResult)."""
-
-_SHOWS = {
-    "infer": "terminal:show",
-    "compare": "comparison:show",
-    "audit": "audit:show",
-    "check": "check:show",
-}
-"""kind of result -> what prints one to a console."""
-
-FORMATS = ("table", *_WRITERS)
+FORMATS = ("table", *_RENDERERS)
 SUFFIXES = {
     ".txt": "table",
     ".md": "markdown",
@@ -42,26 +31,31 @@ SUFFIXES = {
 }
 
 
-def written(results: Sequence[tuple[str, AnyResult]], format: str) -> str:
-    """Named results as one text in any format but table.
+def render(results: Sequence[tuple[str, AnyResult]], format: str, width: int = 100) -> str:
+    """Render named results as text; `width` is the number of columns of a table.
 
     Raises:
         ConfigError: the format needs a package that is not installed.
     """
-    return str(_found(_WRITERS[format])(results))
+    if format == "table":
+        return _render_table(results, width)
+    module, _, function = _RENDERERS[format].partition(":")
+    return str(getattr(import_module(f"gradrun.report.{module}"), function)(results))
 
 
 def show(results: Sequence[tuple[str, AnyResult]], console: Console) -> None:
-    """Print named results: one as its run did, several side by side."""
+    """Print one result as its command did, or several side by side."""
+    from gradrun.report.document import describe
+    from gradrun.report.terminal import show, show_side_by_side
+
     if len(results) > 1:
-        _found("plain:show_side_by_side")(results, console)
+        show_side_by_side(results, console)
         return
     for _, result in results:
-        _found(_SHOWS[result.kind])(result, console)
+        show(describe(result), console)
 
 
-def table(results: Sequence[tuple[str, AnyResult]], width: int = 100) -> str:
-    """What `show` prints, as plain text."""
+def _render_table(results: Sequence[tuple[str, AnyResult]], width: int) -> str:
     from io import StringIO
 
     from rich.console import Console
@@ -69,9 +63,3 @@ def table(results: Sequence[tuple[str, AnyResult]], width: int = 100) -> str:
     file = StringIO()
     show(results, Console(file=file, width=width, color_system=None))
     return file.getvalue()
-
-
-def _found(place: str) -> Callable[..., object]:
-    module, _, name = place.partition(":")
-    found: Callable[..., object] = getattr(import_module(f"gradrun.report.{module}"), name)
-    return found

@@ -1,11 +1,8 @@
-"""Text from files and users, made harmless for whatever shows it.
-
-Knows characters; not terminals, tables or mark-up.
-"""
+"""Make text from files and users harmless in any output."""
 
 
 def escape_control_chars(text: str) -> str:
-    """`text` with control characters written out, so that no name can drive a terminal."""
+    """Escape control characters, so that no name can drive a terminal."""
     return "".join(
         char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text
     )

@@ -1,7 +1,4 @@
-"""Results as records for programs: CSV with a row for each mode and metric, and JSON.
-
-Knows rows and the two formats; nothing of what the figures mean.
-"""
+"""Figures of results for programs: CSV with one row per mode and metric, and JSON."""
 
 from __future__ import annotations
 
@@ -14,51 +11,51 @@ from typing import Any
 
 from gradrun.report import wording
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.rows import Row, rows
-from gradrun.report.side_by_side import Outputs
+from gradrun.report.figures import Figure, figures
+from gradrun.report.side_by_side import Named
 
-_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "output_units", "score")
+_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "absolute", "score")
 _WORDS = ("status", "text", "limit")
 _HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", *_WORDS)
-"""A figure stands in the column of its unit; its interval is in the same unit."""
 
 
-def csv_text(results: Sequence[Outputs]) -> str:
-    """A row for each result, mode and metric; a cell is empty where nothing was measured."""
+def render_csv(results: Sequence[Named]) -> str:
+    """Write each figure in the column of its unit; its interval has the same unit."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(_HEADER)
     for name, result in results:
-        for row in rows(result):
-            writer.writerow([_word(name), result.kind, *_cells(row)])
+        for figure in figures(result):
+            writer.writerow([_no_formula(name), result.kind, *_cells(figure)])
     return file.getvalue()
 
 
-def _cells(row: Row) -> list[Any]:
-    values = [row.value if row.unit == unit else None for unit in _UNITS]
-    words = [_word(getattr(row, name)) for name in _WORDS]
-    return [_word(row.mode), _word(row.metric), *values, row.low, row.high, *words]
+def _cells(figure: Figure) -> list[Any]:
+    values = [figure.value if figure.unit == unit else None for unit in _UNITS]
+    words = [_no_formula(getattr(figure, name)) for name in _WORDS]
+    names = [_no_formula(figure.mode), _no_formula(figure.metric)]
+    return [*names, *values, figure.low, figure.high, *words]
 
 
-def _word(word: str) -> str:
-    """Text that no spreadsheet runs as a formula."""
-    line = escape_control_chars(word)
+def _no_formula(text: str) -> str:
+    """Quote text that a spreadsheet would run as a formula."""
+    line = escape_control_chars(text)
     return f"'{line}" if line.startswith(("=", "+", "-", "@", "\t")) else line
 
 
-def json_text(results: Sequence[Outputs]) -> str:
-    """Figures and words of each result, in the order given; raw times stay in the result."""
-    told = [
+def render_json(results: Sequence[Named]) -> str:
+    """Write figures and texts of each result; raw samples are in the results themselves."""
+    reports = [
         {
             "result": name,
             "kind": result.kind,
-            "model": wording.model_name(result),
+            "model": result.info.model,
             "verdict": wording.verdict(result),
-            "figures": [asdict(row) for row in rows(result)],
-            "notices": wording.notices(result),
+            "figures": [asdict(figure) for figure in figures(result)],
+            "notices": [note.text for note in wording.notes(result)],
             "environment": result.environment.as_dict(),
             "started_at": result.started_at,
         }
         for name, result in results
     ]
-    return json.dumps({"format": 1, "reports": told}, indent=1, default=str) + "\n"
+    return json.dumps({"format": 1, "reports": reports}, indent=1, default=str) + "\n"

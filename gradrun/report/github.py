@@ -1,8 +1,4 @@
-"""A check on GitHub Actions: an annotation at the config's line for what did not pass.
-
-Knows the workflow commands of GitHub's runner ("Workflow commands for GitHub Actions" in its
-documentation) and its escapes; the step summary is reports/markdown.py's text.
-"""
+"""The outcomes of a check as annotations of GitHub Actions, by the runner's workflow commands."""
 
 from __future__ import annotations
 
@@ -14,52 +10,40 @@ from gradrun.report.escaping import escape_control_chars
 from gradrun.results.result import CheckResult, Outcome
 
 
-def commands(result: CheckResult) -> Iterator[str]:
-    """One line for the runner to read for each outcome that is not a pass."""
+def annotate(result: CheckResult) -> Iterator[str]:
+    """Yield one workflow command per outcome that is not a pass."""
     for outcome in result.outcomes:
         if outcome.status != "pass":
             yield _annotation(outcome)
 
 
+def annotate_error(message: str) -> str:
+    """Return the workflow command for a check that could not start, at the location it names."""
+    location = re.match(r"(.+?):(\d+):\d+  ", message)
+    return _command("error", "gradrun", location and location.groups(), message)
+
+
 def _annotation(outcome: Outcome) -> str:
-    kind = "error" if outcome.status == "fail" else "warning"
-    places = {"title": f"gradrun: {outcome.check}"}
-    file, line = _place(outcome.source)
-    if file:
-        places = {"file": _in_repository(file), "line": line, **places}
-    said = f"{outcome.reason} (allowed: {outcome.limit}; found: {outcome.value})"
-    return _command(kind, places, said)
+    level = "error" if outcome.status == "fail" else "warning"
+    # A value set on the command line has no location in a file.
+    location = re.fullmatch(r"(?!--)(.+):(\d+):\d+", outcome.source or "")
+    message = f"{outcome.reason} (allowed: {outcome.limit}; found: {outcome.value})"
+    return _command(level, f"gradrun: {outcome.check}", location and location.groups(), message)
 
 
-def refusal(said: str) -> str:
-    """The line for a check that could not begin: what was said, at the place that it names."""
-    places = {"title": "gradrun"}
-    if found := re.match(r"(.+?):(\d+):\d+  ", said):
-        places = {"file": _in_repository(found[1]), "line": found[2], **places}
-    return _command("error", places, said)
+def _command(level: str, title: str, location: tuple[str, ...] | None, message: str) -> str:
+    properties = {"title": title}
+    if location:
+        # GitHub expects paths relative to the checkout.
+        file = os.path.relpath(location[0], os.environ.get("GITHUB_WORKSPACE") or None)
+        properties = {"file": file, "line": location[1], **properties}
+    where = ",".join(f"{key}={_escape_property(value)}" for key, value in properties.items())
+    return f"::{level} {where}::{_escape_data(message)}"
 
 
-def _command(kind: str, places: dict[str, str], said: str) -> str:
-    where = ",".join(f"{key}={_property(value)}" for key, value in places.items())
-    return f"::{kind} {where}::{_data(said)}"
-
-
-def _in_repository(file: str) -> str:
-    """A path as GitHub knows it, wherever in the checkout the command runs."""
-    return os.path.relpath(file, os.environ.get("GITHUB_WORKSPACE") or None)
-
-
-def _place(source: str | None) -> tuple[str, str]:
-    """`"gradrun.yaml:12:3"` as file and line; empty where it is no place in a file."""
-    parts = (source or "").rsplit(":", 2)
-    if len(parts) < 3 or parts[0].startswith("--"):
-        return "", ""
-    return parts[0], parts[1]
-
-
-def _data(text: str) -> str:
+def _escape_data(text: str) -> str:
     return escape_control_chars(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
+def _escape_property(text: str) -> str:
+    return _escape_data(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,6 +1,6 @@
-"""Results as one HTML page that needs nothing else: verdict, plots, tables, machine, warnings.
+"""Reports as one self-contained HTML page.
 
-Knows HTML; whatever comes from files and users is text in it, and the page may load nothing.
+Text from files and users is escaped, and the page's security policy forbids loading anything.
 """
 
 from __future__ import annotations
@@ -10,28 +10,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from gradrun.report import wording
+from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
-from gradrun.report.side_by_side import Outputs, side_by_side
-from gradrun.report.tables import Table, tables
-from gradrun.results.result import AnyResult, CheckResult
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import Cell, Column, Status, Table
+from gradrun.report.wording import Note
+from gradrun.results.result import AnyResult
 
 _STYLE = Path(__file__).with_name("html_page.css")
-_TONES = {
-    "faster": "good",
-    "yes": "good",
-    "pass": "good",
-    "slower": "bad",
-    "fail": "bad",
-    "cannot run": "bad",
-    "error": "bad",
-    "inconclusive": "unsure",
-    "warning": "unsure",
-}
-_ERRORS = re.compile(r"differ .*|[\d,]+ errors?")
 _UNIT = re.compile(r"(?<=\d) (?=[nµm]?s\b|[KMGT]?i?B\b)")
-"""The blank before a unit, where no line should break."""
+"""The space before a unit, where a line must not break."""
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -50,48 +39,46 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-def text(results: Sequence[Outputs]) -> str:
-    """One page: of several results first a column each, then each of them whole.
+def render(results: Sequence[Named]) -> str:
+    """Write one page; several results are preceded by a table with a column each.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    several = len(results) > 1
-    parts = [_beside(results)] if several else []
-    parts += [_article(name, result, f"{place}-") for place, (name, result) in enumerate(results)]
-    names = dict.fromkeys(wording.model_name(result) for _, result in results)
+    documents = [describe(result) for _, result in results]
+    parts = []
+    if len(results) > 1:
+        tables = "\n".join(map(_table, side_by_side(results)))
+        heading = '<p class="over">gradrun</p><h1>Side by side</h1>'
+        parts.append(f'<div class="beside">{heading}\n{tables}</div>')
+    for i, (document, (name, result)) in enumerate(zip(documents, results, strict=True)):
+        parts.append(_article(document, name, result, prefix=f"{i}-"))
     return _PAGE.format(
-        title=_text(f"{', '.join(names)}: gradrun"),
+        title=_text(f"{', '.join(dict.fromkeys(d.title for d in documents))}: gradrun"),
         style=_STYLE.read_text(encoding="utf-8"),
         body="\n".join(parts),
     )
 
 
-def _beside(results: Sequence[Outputs]) -> str:
-    shown = "\n".join(map(_table, side_by_side(results)))
-    return f'<div class="beside"><p class="over">gradrun</p><h1>Side by side</h1>\n{shown}</div>'
-
-
-def _article(name: str, result: AnyResult, salt: str) -> str:
-    about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
-    drawn = "\n".join(map(_figure, plots(result, salt)))
-    told = [*map(_table, tables(result))]
-    # What was asked for comes before what was measured.
-    checked = isinstance(result, CheckResult) and bool(result.outcomes)
-    first, then = (told, []) if checked else ([], told)
-    tone = _tone(result.status) if isinstance(result, CheckResult) and checked else ""
+def _article(document: Document, name: str, result: AnyResult, prefix: str) -> str:
+    drawn = "\n".join(map(_figure, plots(result, prefix)))
+    figures = f'<div class="plots">\n{drawn}\n</div>' if drawn else ""
+    tables = "\n".join(map(_table, document.tables))
+    notes = _list("Notes", document.notes)
+    # The outcomes of a check matter more than its measurements.
+    content = (tables, notes, figures) if document.kind == "check" else (figures, tables, notes)
+    verdict = _UNIT.sub("&nbsp;", _text(document.verdict))
+    machine = "\n".join(
+        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in document.machine
+    )
     parts = [
-        f'<p class="over">gradrun {_text(result.kind)} · {_text(name)}</p>',
-        f"<h1>{_text(wording.model_name(result))}</h1>",
-        f'<p class="facts">{_text(about)}</p>',
-        f"<p{_class('verdict', tone)}>{_UNIT.sub('&nbsp;', _text(wording.verdict(result)))}</p>",
-        *first,
-        _list("Why", (f"<li>{_text(reason)}</li>" for reason in wording.reasons(result))),
-        f'<div class="plots">\n{drawn}\n</div>' if drawn else "",
-        *then,
-        _list("Findings", (_finding(*found) for found in wording.findings(result))),
-        _machine(result),
-        _list("Warnings", (f"<li>{_text(warning)}</li>" for warning in wording.warnings(result))),
+        f'<p class="over">gradrun {document.kind} · {_text(name)}</p>',
+        f"<h1>{_text(document.title)}</h1>",
+        f'<p class="facts">{_text(document.subject)}</p>',
+        f"<p{_class('verdict', document.tone)}>{verdict}</p>",
+        *content,
+        _list("Findings", document.findings),
+        f"<section><h2>Machine</h2><dl>\n{machine}\n</dl></section>",
     ]
     return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
 
@@ -99,8 +86,8 @@ def _article(name: str, result: AnyResult, salt: str) -> str:
 def _figure(plot: Plot) -> str:
     key = "".join(
         f'<li><i style="background: var(--series-{number})"></i><b>{_text(name)}</b> '
-        f"{_text(said)}</li>"
-        for number, name, said in plot.key
+        f"{_text(text)}</li>"
+        for number, name, text in plot.key
     )
     parts = (
         f"<h2>{_text(plot.title)}</h2>",
@@ -111,57 +98,45 @@ def _figure(plot: Plot) -> str:
     return f"<figure>{''.join(parts)}</figure>"
 
 
-def _table(told: Table) -> str:
-    figures = len(told.columns) - told.words
-    heads = "".join(
-        f"<th{_class('words' if i >= figures else '')}>{_text(head)}</th>"
-        for i, head in enumerate(told.columns)
-    )
+def _table(table: Table) -> str:
+    heads = "".join(f"<th{_class(_words(c))}>{_text(c.title)}</th>" for c in table.columns)
     rows = "\n".join(
-        f"<tr><th>{_text(name)}</th>"
-        + "".join(_cell(cell, words=i >= figures) for i, cell in enumerate(cells))
-        + "</tr>"
-        for name, *cells in told.rows
+        f"<tr><th>{_text(name)}</th>{''.join(map(_cell, table.columns, cells))}</tr>"
+        for name, *cells in table.rows
     )
-    note = f'<p class="note">{_text(told.note)}</p>' if told.note else ""
-    prose = _class("prose" if told.words > 1 else "")
-    head = f"<thead><tr><th>{_text(told.title)}</th>{heads}</tr></thead>"
+    note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
+    prose = "prose" if sum(column.kind == "text" for column in table.columns) > 1 else ""
+    head = f"<thead><tr><th>{_text(table.title)}</th>{heads}</tr></thead>"
     return (
-        f'<section><div class="scrolls" tabindex="0"><table{prose}>\n{head}\n'
+        f'<section><div class="scrolls" tabindex="0"><table{_class(prose)}>\n{head}\n'
         f"<tbody>\n{rows}\n</tbody></table></div>{note}</section>"
     )
 
 
-def _cell(cell: str, *, words: bool) -> str:
-    return f"<td{_class('words' if words else '', _tone(cell))}>{_text(cell)}</td>"
+def _cell(column: Column, cell: Cell) -> str:
+    tone = cell.tone if isinstance(cell, Status) else ""
+    return f"<td{_class(_words(column), tone)}>{_text(cell)}</td>"
 
 
-def _tone(said: str) -> str:
-    return _TONES.get(said, "bad" if _ERRORS.fullmatch(said) else "")
+def _words(column: Column) -> str:
+    return "" if column.kind == "figure" else "words"
 
 
-def _finding(severity: str, where: str, said: str) -> str:
-    place = f'<span class="from">{_text(where)}</span>' if where else ""
-    return f"<li><b{_class(_tone(severity))}>{_text(severity)}</b> {_text(said)}{place}</li>"
+def _list(title: str, notes: Iterable[Note]) -> str:
+    items = "\n".join(map(_item, notes))
+    return f'<section><h2>{title}</h2><ul class="list">\n{items}\n</ul></section>' if items else ""
 
 
-def _machine(result: AnyResult) -> str:
-    rows = "\n".join(
-        f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>"
-        for name, value in wording.environment(result)
-    )
-    return f"<section><h2>Machine</h2><dl>\n{rows}\n</dl></section>"
-
-
-def _list(title: str, items: Iterable[str]) -> str:
-    told = "\n".join(items)
-    return f'<section><h2>{title}</h2><ul class="list">\n{told}\n</ul></section>' if told else ""
+def _item(note: Note) -> str:
+    label = f"<b{_class(note.tone)}>{_text(note.label)}</b> " if note.label else ""
+    location = f'<span class="from">{_text(note.location)}</span>' if note.location else ""
+    return f"<li>{label}{_text(note.text)}{location}</li>"
 
 
 def _class(*names: str) -> str:
-    kept = " ".join(filter(None, names))
-    return f' class="{kept}"' if kept else ""
+    used = " ".join(filter(None, names))
+    return f' class="{used}"' if used else ""
 
 
-def _text(said: str) -> str:
-    return escape(escape_control_chars(said))
+def _text(text: Cell) -> str:
+    return escape(escape_control_chars(str(text)))

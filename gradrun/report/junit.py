@@ -1,7 +1,6 @@
-"""A check as JUnit XML, which CI servers read: one test case a check.
+"""The outcomes of a check as JUnit XML, in the schema that Jenkins and GitLab accept.
 
-Knows the format that Jenkins and GitLab take (its schema is in tests/data/junit-10.xsd); JUnit has
-no word for inconclusive, so that is a skipped test with its reason.
+JUnit has no status for inconclusive: the test case is skipped, and its message has the reason.
 """
 
 from __future__ import annotations
@@ -10,78 +9,71 @@ from datetime import UTC, datetime
 from xml.etree import ElementTree
 
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.wording import model_name
 from gradrun.results.result import CheckResult, Outcome
 
 
-def xml(result: CheckResult) -> str:
-    """The document."""
-    outcomes = result.outcomes
-    count = [outcome.status for outcome in outcomes].count
-    name = _clean(model_name(result))
+def render(result: CheckResult) -> str:
+    """Write one test case per check."""
+    name = result.info.model
+    statuses = [outcome.status for outcome in result.outcomes]
     suites, suite = _suite(
         name,
         result.started_at,
-        tests=len(outcomes),
-        failures=count("fail"),
-        skipped=count("inconclusive"),
+        tests=len(statuses),
+        failures=statuses.count("fail"),
+        skipped=statuses.count("inconclusive"),
     )
-    for outcome in outcomes:
-        _case(suite, outcome, name)
-    return _text(suites)
+    for outcome in result.outcomes:
+        _add_case(suite, outcome, name)
+    return _to_xml(suites)
 
 
-def refusal(said: str) -> str:
-    """The document of a check that could not begin: one test case, in error."""
+def render_error(message: str) -> str:
+    """Write the document of a check that could not start: one test case with an error."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     suites, suite = _suite("gradrun", now, tests=1, errors=1)
     case = ElementTree.SubElement(suite, "testcase", name="runs", classname="gradrun", time="0")
-    error = ElementTree.SubElement(case, "error", message=_clean(said.partition("\n")[0]))
-    error.set("type", "error")
-    error.text = _clean(said)
-    return _text(suites)
+    text = escape_control_chars(message)
+    error = ElementTree.SubElement(case, "error", message=text.partition("\n")[0], type="error")
+    error.text = text
+    return _to_xml(suites)
 
 
 def _suite(
     name: str, started_at: str, *, tests: int, failures: int = 0, errors: int = 0, skipped: int = 0
 ) -> tuple[ElementTree.Element, ElementTree.Element]:
-    """A document, and its one suite to be filled."""
     suites = ElementTree.Element("testsuites", name="gradrun check")
     suite = ElementTree.SubElement(
         suites,
         "testsuite",
-        name=name,
+        name=escape_control_chars(name),
         tests=str(tests),
         failures=str(failures),
         errors=str(errors),
         skipped=str(skipped),
         time="0",
-        timestamp=started_at.partition("+")[0],
+        timestamp=escape_control_chars(started_at.partition("+")[0]),
     )
     return suites, suite
 
 
-def _text(suites: ElementTree.Element) -> str:
+def _to_xml(suites: ElementTree.Element) -> str:
     ElementTree.indent(suites)
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def _case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
-    name = _clean(outcome.check)
-    case = ElementTree.SubElement(suite, "testcase", name=name, classname=f"gradrun.{model}")
-    case.set("time", "0")
-    allowed = f"{outcome.limit}; found {outcome.value}"
+def _add_case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
+    name, class_name = escape_control_chars(outcome.check), escape_control_chars(f"gradrun.{model}")
+    case = ElementTree.SubElement(suite, "testcase", name=name, classname=class_name, time="0")
+    reason = escape_control_chars(outcome.reason)
+    figures = escape_control_chars(f"allowed: {outcome.limit}; found: {outcome.value}")
     if outcome.status == "fail":
-        failure = ElementTree.SubElement(case, "failure", message=_clean(outcome.reason))
-        failure.set("type", "limit")
-        failure.text = _clean(f"allowed: {allowed}\n{outcome.source or ''}".strip())
+        failure = ElementTree.SubElement(case, "failure", message=reason, type="limit")
+        failure.text = "\n".join(
+            filter(None, (figures, escape_control_chars(outcome.source or "")))
+        )
     elif outcome.status == "inconclusive":
-        said = f"inconclusive: {outcome.reason} (allowed: {allowed})"
-        ElementTree.SubElement(case, "skipped", message=_clean(said))
+        message = f"inconclusive: {reason} ({figures})"
+        ElementTree.SubElement(case, "skipped", message=message)
     else:
-        ElementTree.SubElement(case, "system-out").text = _clean(f"allowed: {allowed}")
-
-
-def _clean(text: str) -> str:
-    """Without the characters that XML 1.0 has no way to hold."""
-    return escape_control_chars(text)
+        ElementTree.SubElement(case, "system-out").text = figures

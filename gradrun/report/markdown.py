@@ -1,88 +1,84 @@
-"""Results as Markdown for a pull request's comment: the verdict first, the machine folded away.
+"""Reports as GitHub Markdown, for comments on pull requests.
 
-Knows GitHub's Markdown. What comes from files and users is text in it: no link, mention or tag.
+Text from files and users cannot become a link, a mention or a tag.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from gradrun.report import wording
+from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.side_by_side import Outputs, side_by_side
-from gradrun.report.tables import Table, tables
-from gradrun.results.result import AnyResult
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import Cell, Status, Table
 
-_LOUD = {"fail", "inconclusive", "slower", "cannot run"}
 _SPECIAL = re.compile(r"[\\`*\[\]<>&|~#$!]|(?<![^\W_])_|_(?![^\W_])|(?<=://)|(?<=[wW]{3})(?=\.)")
 
 
-def text(results: Sequence[Outputs]) -> str:
-    """One section a result; of several, a column each comes first, and the sections are folded."""
+def render(results: Sequence[Named]) -> str:
+    """Write one section per result; several are preceded by a table with a column each."""
     parts: list[str] = []
     if len(results) > 1:
         parts += ["### Side by side", *map(_table, side_by_side(results))]
     for name, result in results:
-        figures = _figures(result)
-        title = ", ".join(_escaped(word) for word in (wording.model_name(result), name) if word)
+        document = describe(result)
+        content = _content(document)
+        machine = "; ".join(f"{key} {value}" for key, value in document.machine)
         parts += [
-            f"### {title}",
-            f"**{_escaped(wording.verdict(result))}**",
-            *([_folded("Figures", figures)] if len(results) > 1 else figures),
-            _folded("Machine", [_machine(result)]),
+            f"### {', '.join(_escape(word) for word in (document.title, name) if word)}",
+            f"**{_escape(document.verdict)}**",
+            _folded("Figures", content) if len(results) > 1 else content,
+            _folded("Machine", _escape(machine)),
         ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return _join(parts) + "\n"
 
 
-def refusal(said: str) -> str:
-    """Why a check could not begin, as it stands; indented lines have no markup."""
-    return "".join(f"    {line}\n" for line in escape_control_chars(said).splitlines()) + "\n"
+def render_error(message: str) -> str:
+    """Write a message verbatim, as an indented code block."""
+    return "".join(f"    {line}\n" for line in escape_control_chars(message).splitlines()) + "\n"
 
 
-def _figures(result: AnyResult) -> list[str]:
-    about = ", ".join(filter(None, (wording.mode(result), wording.facts(result))))
-    findings = [
-        f"- **{severity}** {_escaped(': '.join(filter(None, (where, said))))}"
-        for severity, where, said in wording.findings(result)
-    ]
-    notices = [f"- {_escaped(notice)}" for notice in wording.notices(result)]
-    return [_escaped(about), *map(_table, tables(result)), "\n".join(findings), "\n".join(notices)]
+def _content(document: Document) -> str:
+    findings = []
+    for note in document.findings:
+        text = _escape(": ".join(filter(None, (note.location, note.text))))
+        findings.append(f"- **{note.label}** {text}" if note.label else f"- {text}")
+    notes = [f"- {_escape(note.text)}" for note in document.notes]
+    tables = map(_table, document.tables)
+    return _join([_escape(document.subject), *tables, "\n".join(findings), "\n".join(notes)])
 
 
-def _machine(result: AnyResult) -> str:
-    return _escaped("; ".join(f"{key} {value}" for key, value in wording.environment(result)))
+def _join(parts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, parts))
 
 
-def _folded(title: str, parts: list[str]) -> str:
-    inside = "\n\n".join(filter(None, parts))
-    return f"<details><summary>{title}</summary>\n\n{inside}\n\n</details>"
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
-def _table(told: Table) -> str:
-    figures = len(told.columns) - told.words
-    heads = [told.title, *told.columns]
+def _table(table: Table) -> str:
+    alignment = ["--:" if column.kind == "figure" else ":--" for column in table.columns]
     lines = [
-        _line([_escaped(head) for head in heads]),
-        _line([":--", *["--:"] * figures, *[":--"] * told.words]),
-        *(_line([_cell(cell) for cell in row]) for row in told.rows),
+        _row([table.title, *(column.title for column in table.columns)]),
+        f"| {' | '.join([':--', *alignment])} |",
+        *map(_row, table.rows),
     ]
-    note = f"\n\n{_escaped(told.note)}" if told.note else ""
-    return "\n".join(lines) + note
+    return _join(["\n".join(lines), _escape(table.note)])
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _row(cells: Sequence[Cell]) -> str:
+    return f"| {' | '.join(map(_cell, cells))} |"
 
 
-def _cell(cell: str) -> str:
-    escaped = _escaped(cell)
-    return f"**{escaped}**" if cell in _LOUD else escaped
+def _cell(cell: Cell) -> str:
+    text = _escape(str(cell))
+    return f"**{text}**" if isinstance(cell, Status) and cell.tone in ("bad", "unsure") else text
 
 
-def _escaped(said: str) -> str:
-    """Text that no renderer takes for anything else, on one line."""
-    line = " ".join(escape_control_chars(said).split())
-    quiet = _SPECIAL.sub(lambda found: f"\\{found[0]}" if found[0] else "<!-- -->", line)
-    # A mention would call people; a backslash does not stop it.
-    return quiet.replace("@", "@<!-- -->")
+def _escape(text: str) -> str:
+    """Escape all markup, and join the lines."""
+    line = " ".join(escape_control_chars(text).split())
+    escaped = _SPECIAL.sub(lambda match: f"\\{match[0]}" if match[0] else "<!-- -->", line)
+    # A backslash does not prevent a mention.
+    return escaped.replace("@", "@<!-- -->")

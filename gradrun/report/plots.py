@@ -1,15 +1,13 @@
-"""A result's plots as SVG that takes its colours and its type from the page around it.
-
-The only importer of matplotlib. Knows raw times, ratios and timelines; not the page.
-"""
+"""Plots of a result as SVG in the colours and type of the page around it."""
 
 from __future__ import annotations
 
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 from typing import Any
 
@@ -23,27 +21,40 @@ from gradrun.core.units import (
     pluralize,
 )
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.tables import batch_sizes, by_variant
 from gradrun.results.result import AnyResult, CheckResult, CompareResult, Measurement
 
 SERIES = 6
-"""Colours that the page has; further series begin anew."""
+"""Colours of the page; further series repeat them."""
 
 _WIDTH = 4.4
-"""Inches: as wide as a phone, so that the type is readable there; a wide page has two beside each
-other."""
-_MOST_DOTS = 400
-_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+"""Inches: readable on a phone; a wide page shows two plots in a row."""
+_MAX_DOTS = 400
+_LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 _INK, _SOFT, _GRID = "#0a0b00", "#0a0b01", "#0a0b02"
-_ROLES = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
+_PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     f"#0a0c0{i}": f"var(--series-{i})" for i in range(SERIES)
 }
-"""Colours that matplotlib is told -> those of the page."""
+"""Placeholder colours for matplotlib -> CSS variables of the page."""
+_RC_PARAMS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _SOFT,
+    "axes.edgecolor": _GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "axes.axisbelow": True,
+    "lines.solid_capstyle": "butt",  # a bar ends exactly at the end of its interval
+    "axes.formatter.useoffset": False,
+}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawing with its title, the series in it (number, name, what to know), and a note."""
+    """An SVG with its title, its legend (colour number, name, text) and a note."""
 
     title: str
     svg: str
@@ -51,269 +62,240 @@ class Plot:
     note: str = ""
 
 
-def plots(result: AnyResult, salt: str = "") -> list[Plot]:
-    """Whatever there is to draw of a result; `salt` tells its names from others on the page.
+def plots(result: AnyResult, prefix: str = "") -> list[Plot]:
+    """Draw all plots of a result; `prefix` keeps their SVG ids unique on a page.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    draw = (ratios, distribution, latency, memory)
-    return [plot for plot in (one(result, salt) for one in draw) if plot]
+    drawn = (draw(result, prefix) for draw in (ratios, distribution, latency, memory))
+    return [plot for plot in drawn if plot]
 
 
-def ratios(result: AnyResult, salt: str) -> Plot | None:
-    """Each variant's speed beside the baseline's, with its interval over processes."""
-    compared = result.comparisons if isinstance(result, CompareResult | CheckResult) else ()
-    if not compared:
+def ratios(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw the ratio of each variant to the baseline, with its interval."""
+    comparisons = result.comparisons if isinstance(result, CompareResult | CheckResult) else ()
+    if not comparisons:
         return None
-    numbers = _numbers(result)
-    baseline = compared[0].baseline
+    colours = _colours(result)
 
     def draw(axes: Any) -> None:
         axes.axvline(1, color=_SOFT, linewidth=1)
-        for place, found in enumerate(compared):
-            colour = _colour(numbers.get(found.candidate, 1))
-            if found.low > 0 and found.high < 100 * found.ratio:
-                axes.plot([found.low, found.high], [place] * 2, color=colour, linewidth=3)
-            axes.plot([found.ratio], [place], "o", color=colour, markersize=7)
-        axes.set_ylim(len(compared) - 0.4, -0.6)
-        _names(axes, range(len(compared)), [c.candidate for c in compared])
+        for y, comparison in enumerate(comparisons):
+            colour = _placeholder(colours.get(comparison.candidate, 1))
+            if comparison.low > 0 and comparison.high < 100 * comparison.ratio:
+                ends = [comparison.low, comparison.high]
+                axes.plot(ends, [y, y], color=colour, linewidth=3)
+            axes.plot([comparison.ratio], [y], "o", color=colour, markersize=7)
+        axes.set_ylim(len(comparisons) - 0.4, -0.6)
+        _label_rows(axes, range(len(comparisons)), [c.candidate for c in comparisons])
         axes.margins(x=0.15)
-        axes.set_xlabel(f"times as fast as {_short(baseline)}")
+        axes.set_xlabel(f"times as fast as {_shorten(comparisons[0].baseline)}")
 
-    height = 0.9 + 0.35 * len(compared)
-    note = "Dots are ratios, bars their 95 % intervals over processes; right of 1 is faster."
-    return Plot("Speed", _drawn(draw, height, f"{salt}speed"), note=note)
+    note = "Dots: ratios. Bars: 95 % confidence intervals over processes. Right of 1 is faster."
+    height = 0.9 + 0.35 * len(comparisons)
+    return Plot("Speed", _draw_svg(draw, height, f"{prefix}speed"), note=note)
 
 
-def distribution(result: AnyResult, salt: str) -> Plot | None:
-    """How the times of the batches lie, each variant on a line of its own."""
+def distribution(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw a histogram of the batch times of each variant."""
     times = _times(result)
     if not times:
         return None
-    everything = sorted(seconds for many in times.values() for seconds in many)
-    # A few slow batches would press the others into one bar; they are told of in words.
-    low, high = everything[0], 1.25 * max(_near_the_end(many) for many in times.values())
-    beyond = sum(seconds > high for seconds in everything)
+    everything = sorted(seconds for series in times.values() for seconds in series)
+    # A few slow batches would squeeze all others into one bar; the note counts them instead.
+    low, high = everything[0], 1.25 * max(_percentile_95(series) for series in times.values())
     scale, unit = _unit(median(everything), SECOND_UNITS)
-    numbers = _numbers(result)
+    colours = _colours(result)
 
     def draw(axes: Any) -> None:
-        for place, (name, many) in enumerate(times.items()):
-            bins = min(40, max(8, round(2 * len(many) ** 0.5)))
-            width = (high - low) / bins or low or 1.0
-            edges = [low + i * width for i in range(bins + 1)]
-            counts = [0] * bins
-            for seconds in many:
-                if seconds <= high:
-                    counts[min(bins - 1, int((seconds - low) / width))] += 1
-            floor, most = len(times) - 1 - place, max(max(counts), 1)
+        for row, (name, series) in enumerate(reversed(times.items())):
+            counts, edges = _histogram([s for s in series if s <= high], low, high, len(series))
+            peak = max(*counts, 1)
             axes.stairs(
-                [floor + 0.8 * count / most for count in counts],
+                [row + 0.8 * count / peak for count in counts],
                 [edge / scale for edge in edges],
-                baseline=floor,
+                baseline=row,
                 fill=True,
-                color=_colour(numbers[name]),
+                color=_placeholder(colours[name]),
             )
-            axes.plot([median(many) / scale] * 2, [floor, floor + 0.8], color=_INK, linewidth=1)
+            axes.plot([median(series) / scale] * 2, [row, row + 0.8], color=_INK, linewidth=1)
         axes.set_ylim(-0.05, len(times))
-        _names(axes, [len(times) - 1 - i for i in range(len(times))], list(times))
-        axes.set_xlabel(f"{unit} a {_of(result)}")
+        _label_rows(axes, range(len(times)), [*reversed(times)])
+        axes.set_xlabel(f"{unit} per {_work_unit(result)}")
 
     note = "Lines are medians."
-    if beyond:
-        what = pluralize(beyond, "time")
-        note += f" Not drawn: {what} above {format_seconds(high)}, up to "
+    if beyond := sum(seconds > high for seconds in everything):
+        note += f" Not drawn: {pluralize(beyond, 'time')} above {format_seconds(high)}, up to "
         note += f"{format_seconds(everything[-1])}."
-    height = 0.9 + 0.5 * len(times)
-    title = "Batch times" if _of(result) == "batch" else "Times a sample"
-    return Plot(title, _drawn(draw, max(height, 1.8), f"{salt}distribution"), note=note)
+    title = "Batch times" if _work_unit(result) == "batch" else "Times per sample"
+    height = max(1.8, 0.9 + 0.5 * len(times))
+    return Plot(title, _draw_svg(draw, height, f"{prefix}distribution"), note=note)
 
 
-def latency(result: AnyResult, salt: str) -> Plot | None:
-    """Whether the time a batch changes while the run goes on."""
-    times = {name: many for name, many in _times(result).items() if len(many) > 1}
+def _histogram(
+    times: Sequence[float], low: float, high: float, total: int
+) -> tuple[list[int], list[float]]:
+    bins = min(40, max(8, round(2 * total**0.5)))
+    width = (high - low) / bins or low or 1.0
+    counts = [0] * bins
+    for seconds in times:
+        counts[min(bins - 1, int((seconds - low) / width))] += 1
+    return counts, [low + i * width for i in range(bins + 1)]
+
+
+def latency(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw the batch times in the order of the run."""
+    times = {name: series for name, series in _times(result).items() if len(series) > 1}
     if not times:
         return None
-    everything = [seconds for many in times.values() for seconds in many]
+    everything = [seconds for series in times.values() for seconds in series]
     scale, unit = _unit(median(everything), SECOND_UNITS)
-    numbers = _numbers(result)
+    colours = _colours(result)
 
     def draw(axes: Any) -> None:
-        for name, many in times.items():
-            colour, scaled = _colour(numbers[name]), [seconds / scale for seconds in many]
-            if len(many) <= _MOST_DOTS:
-                places = range(1, len(many) + 1)
-                axes.plot(places, scaled, "o", color=colour, markersize=2.4, markeredgewidth=0)
-                continue
-            step = -(-len(many) // 200)
-            pieces = [scaled[i : i + step] for i in range(0, len(many), step)]
-            places = range(1, len(many) + 1, step)
-            lows, highs = [min(p) for p in pieces], [max(p) for p in pieces]
-            axes.fill_between(places, lows, highs, color=colour, alpha=0.25, linewidth=0)
-            axes.plot(places, [median(p) for p in pieces], color=colour, linewidth=1.2)
+        for name, series in times.items():
+            _draw_series(axes, [s / scale for s in series], _placeholder(colours[name]))
         if min(everything) > 0 and max(everything) > 10 * median(everything):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: format_number(value))
             axes.yaxis.set_minor_formatter("")
-        axes.set_xlabel("batch" if result.kind == "infer" else "round, processes one after another")
-        axes.set_ylabel(f"{unit} a {_of(result)}")
+        axes.set_xlabel("batch" if result.kind == "infer" else "round, one process after another")
+        axes.set_ylabel(f"{unit} per {_work_unit(result)}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
 
-    thinned = any(len(many) > _MOST_DOTS for many in times.values())
-    note = "Lines are medians of neighbours, bands their least and greatest." if thinned else ""
-    key = tuple((numbers[name], name, "") for name in times)
-    return Plot(
-        "Over the run", _drawn(draw, 2.4, f"{salt}latency"), key if len(key) > 1 else (), note
-    )
+    thinned = any(len(series) > _MAX_DOTS for series in times.values())
+    note = "Lines: medians of neighbours. Bands: minimum to maximum." if thinned else ""
+    key = tuple((colours[name], name, "") for name in times) if len(times) > 1 else ()
+    return Plot("Over the run", _draw_svg(draw, 2.4, f"{prefix}latency"), key, note)
 
 
-def memory(result: AnyResult, salt: str) -> Plot | None:
-    """Bytes live while one forward pass ran, and which module made the peak."""
-    found = {
-        name: measured[0].memory
+def _draw_series(axes: Any, series: Sequence[float], colour: str) -> None:
+    if len(series) <= _MAX_DOTS:
+        x = range(1, len(series) + 1)
+        axes.plot(x, series, "o", color=colour, markersize=2.4, markeredgewidth=0)
+        return
+    step = -(-len(series) // 200)
+    groups = [series[i : i + step] for i in range(0, len(series), step)]
+    x = range(1, len(series) + 1, step)
+    lows, highs = [min(group) for group in groups], [max(group) for group in groups]
+    axes.fill_between(x, lows, highs, color=colour, alpha=0.25, linewidth=0)
+    axes.plot(x, [median(group) for group in groups], color=colour, linewidth=1.2)
+
+
+def memory(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw the live bytes during one forward pass, with the peak of each variant."""
+    variants = {
+        name: (measured[0].memory.timeline, measured[0].memory.peak_module)
         for name, measured in _variants(result).items()
-        if measured[0].memory.timeline
     }
-    if not found:
+    timelines = {name: (line, module) for name, (line, module) in variants.items() if line}
+    if not timelines:
         return None
-    numbers = _numbers(result)
-    scale, unit = _unit(max(max(m.timeline or (0,)) for m in found.values()), BYTE_UNITS)
+    colours = _colours(result)
+    scale, unit = _unit(max(max(line) for line, _ in timelines.values()), BYTE_UNITS)
 
     def draw(axes: Any) -> None:
-        for (name, one), dashes in zip(found.items(), _repeated(_DASHES, len(found)), strict=True):
-            line = [count / scale for count in one.timeline or ()]
-            places = [i / max(1, len(line) - 1) for i in range(len(line))]
-            colour, top = _colour(numbers[name]), max(range(len(line)), key=line.__getitem__)
-            axes.step(places, line, where="post", color=colour, linewidth=1.6, linestyle=dashes)
-            axes.plot([places[top]], [line[top]], "o", color=colour, markersize=6)
+        for (name, (line, _)), style in zip(timelines.items(), cycle(_LINE_STYLES), strict=False):
+            y = [count / scale for count in line]
+            x = [i / max(1, len(y) - 1) for i in range(len(y))]
+            colour, peak = _placeholder(colours[name]), y.index(max(y))
+            axes.step(x, y, where="post", color=colour, linewidth=1.6, linestyle=style)
+            axes.plot([x[peak]], [y[peak]], "o", color=colour, markersize=6)
         axes.set_xticks([0, 1], ["call", "return"])
         axes.set_ylabel(unit)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
 
-    key = []
-    for name, one in found.items():
-        where = f" in {one.peak_module}" if one.peak_module else ""
-        key.append((numbers[name], name, f"peak {format_bytes(max(one.timeline or (0,)))}{where}"))
-    note = "Tensor bytes after each allocation of one batch, above weights and inputs."
-    return Plot("Memory over a forward pass", _drawn(draw, 2.4, f"{salt}memory"), tuple(key), note)
+    key = tuple(
+        (colours[name], name, f"peak {format_bytes(max(line))}{f' in {module}' if module else ''}")
+        for name, (line, module) in timelines.items()
+    )
+    note = "Tensor bytes of one batch after each allocation, excluding weights and inputs."
+    return Plot("Memory over a forward pass", _draw_svg(draw, 2.4, f"{prefix}memory"), key, note)
 
 
-# --- what the plots share ----------------------------------------------------------------------
+# --- shared by the plots -----------------------------------------------------------------------
 
 
 def _times(result: AnyResult) -> dict[str, list[float]]:
-    """Seconds a batch of each variant, processes one after another; a sample's where sizes differ.
-
-    The last batch of a run, which may be smaller, counts as any other.
-    """
-    alike = _of(result) == "batch"
-
-    def seconds(measured: Measurement) -> Sequence[float]:
-        return measured.batch_seconds if alike else measured.seconds_per_sample
-
-    found = {
-        name: [one for measured in many for one in seconds(measured)]
-        for name, many in _variants(result).items()
+    """Concatenate the seconds of each variant's processes, per batch or per sample."""
+    per_batch = _work_unit(result) == "batch"
+    times = {
+        name: [
+            s for m in measured for s in (m.batch_seconds if per_batch else m.seconds_per_sample)
+        ]
+        for name, measured in _variants(result).items()
     }
-    return {name: many for name, many in found.items() if many}
+    return {name: series for name, series in times.items() if series}
 
 
-def _near_the_end(times: list[float]) -> float:
-    """The time that 19 of 20 do not exceed."""
+def _percentile_95(times: Sequence[float]) -> float:
     return sorted(times)[int(0.95 * (len(times) - 1))]
 
 
-def _of(result: AnyResult) -> str:
-    return "batch" if len(batch_sizes(result)) == 1 else "sample"
+def _work_unit(result: AnyResult) -> str:
+    return "batch" if len(result.batch_sizes) == 1 else "sample"
 
 
-def _variants(result: AnyResult) -> dict[str, list[Measurement]]:
-    """By the name that a reader knows: a run of its own has its mode's."""
-    return {name or many[0].mode.value: many for name, many in by_variant(result).items()}
+def _variants(result: AnyResult) -> Mapping[str, list[Measurement]]:
+    """Group measurements by variant, named by the mode if there is only one."""
+    return {
+        name or measured[0].mode.value: measured for name, measured in result.by_variant().items()
+    }
 
 
-def _numbers(result: AnyResult) -> dict[str, int]:
-    """The series' colours: the baseline has the quiet one, and a run of its own does not."""
+def _colours(result: AnyResult) -> dict[str, int]:
+    """Number the series; a baseline has the grey colour 0."""
     names = list(_variants(result))
     first = 0 if len(names) > 1 else 1
-    return {name: (place + first) % SERIES for place, name in enumerate(names)}
+    return {name: (i + first) % SERIES for i, name in enumerate(names)}
 
 
-def _colour(number: int) -> str:
+def _placeholder(number: int) -> str:
     return f"#0a0c0{number % SERIES}"
 
 
-def _repeated(kinds: Sequence[Any], count: int) -> list[Any]:
-    return [kinds[i % len(kinds)] for i in range(count)]
-
-
 def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]:
-    """The unit in which a value has one to three digits before the point."""
     return next(((scale, unit) for scale, unit in units if value >= scale), (1, "B"))
 
 
-def _names(axes: Any, places: Sequence[float], names: Sequence[str]) -> None:
-    axes.set_yticks(places, [_short(name) for name in names])
+def _label_rows(axes: Any, positions: Sequence[float], names: Sequence[str]) -> None:
+    axes.set_yticks(positions, [_shorten(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
 
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     line = escape_control_chars(name)
     return line if len(line) <= 24 else f"{line[:23]}…"
 
 
-def _drawn(draw: Callable[[Any], None], height: float, name: str) -> str:
-    """An SVG of one pair of axes: text as text, colours by role, no word of when it was made."""
+def _draw_svg(draw: Callable[[Any], None], height: float, salt: str) -> str:
+    """Draw on one pair of axes; the same input gives the same SVG."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ConfigError(
-            "an HTML report draws with matplotlib: pip install 'gradrun[report]'"
-        ) from error
+        raise ConfigError("HTML reports need matplotlib: pip install 'gradrun[report]'") from error
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that the font lacks is the page's to draw
+        warnings.simplefilter("ignore")  # the browser draws glyphs that matplotlib's font lacks
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": name,
-                "text.parse_math": False,
-                "font.size": 10,
-                "text.color": _INK,
-                "axes.labelcolor": _SOFT,
-                "axes.edgecolor": _GRID,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "xtick.color": _SOFT,
-                "ytick.color": _SOFT,
-                "axes.axisbelow": True,
-                "lines.solid_capstyle": "butt",  # a bar ends where its interval does
-                "axes.formatter.useoffset": False,
-            }
-        )
+        matplotlib.rcParams.update(_RC_PARAMS | {"svg.hashsalt": salt})
         figure = Figure(figsize=(_WIDTH, height), layout="constrained", facecolor="none")
-        axes = figure.add_subplot(facecolor="none")
-        draw(axes)
+        draw(figure.add_subplot(facecolor="none"))
         file = io.StringIO()
-        figure.savefig(
-            file,
-            format="svg",
-            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"), None),
-            transparent=True,
-        )
-    return _of_the_page(file.getvalue())
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"), None)
+        figure.savefig(file, format="svg", metadata=metadata, transparent=True)
+    return _embed(file.getvalue())
 
 
-def _of_the_page(svg: str) -> str:
-    """Without what would rule the page around it: size, type, styles for all, names of groups."""
+def _embed(svg: str) -> str:
+    """Remove sizes, fonts, styles and ids that would affect the page; map the colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    svg = re.sub(r"#0a0[bc]0\d", lambda found: _ROLES.get(found[0], found[0]), svg)
+    svg = re.sub(r"#0a0[bc]0\d", lambda match: _PAGE_COLOURS.get(match[0], match[0]), svg)
     return re.sub(r"\n *", "\n", svg).strip()

@@ -1,22 +1,20 @@
-"""Several results beside each other, one column each: like beside like, and what else differs.
-
-Knows results, their figures and their words; not how a table is drawn.
-"""
+"""Tables that compare several results of the same kind, one column each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gradrun.core.units import format_bytes, format_number, format_seconds, seconds_within
-from gradrun.report.rows import Row, rows
-from gradrun.report.tables import DASH, Table
-from gradrun.report.wording import environment, model_name
+from gradrun.report.figures import Figure, figures
+from gradrun.report.tables import DASH, Column, Table
+from gradrun.report.wording import machine
 from gradrun.results.result import AnyResult
 from gradrun.results.summary import decimals
 
-Outputs = tuple[str, AnyResult]
+Named = tuple[str, AnyResult]
+"""A result and its name, such as the path of its folder."""
 
-_SHOWN = {
+_LABELS = {
     "cold_start": "cold start",
     "batch_median": "batch median",
     "batch_p90": "batch p90",
@@ -30,101 +28,93 @@ _SHOWN = {
     "retained": "retained",
     "process_peak": "process peak",
     "device_allocated": "device peak",
-    "greatest_difference": "outputs",
+    "max_abs_diff": "outputs",
 }
 _TITLES = {"infer": "Run", "compare": "Comparison", "audit": "Audit", "check": "Check"}
-_PASSING = ("started",)
-"""What differs between any two runs, and says nothing."""
 
 
-def side_by_side(results: Sequence[Outputs]) -> list[Table]:
-    """A table for each kind of result."""
+def side_by_side(results: Sequence[Named]) -> list[Table]:
+    """Build one table per kind of result."""
     kinds = dict.fromkeys(result.kind for _, result in results)
-    return [_table([one for one in results if one[1].kind == kind]) for kind in kinds]
+    return [_table([named for named in results if named[1].kind == kind]) for kind in kinds]
 
 
-def _table(results: Sequence[Outputs]) -> Table:
-    found = [{(row.mode, _label(row)): row for row in rows(r) if _label(row)} for _, r in results]
-    # Runs of one mode each stand in the same rows, whatever the mode.
-    alone = all(len({mode for mode, _ in cells if mode}) < 2 for cells in found)
-    columns = [_column(cells, alone=alone) for cells in found]
-    labels = dict.fromkeys(label for cells in columns for label in cells)
+def _table(results: Sequence[Named]) -> Table:
+    shown = [[f for f in figures(result) if _label(f)] for _, result in results]
+    # Results of one mode each share their rows, whatever the mode.
+    single_mode = all(len({f.mode for f in column if f.mode}) < 2 for column in shown)
+    columns = [_column(column, single_mode=single_mode) for column in shown]
+    rows = []
+    for label in dict.fromkeys(label for column in columns for label in column):
+        cells = [column.get(label, DASH) for column in columns]
+        if set(cells) != {DASH}:
+            rows.append((label, *cells))
     return Table(
         _TITLES[results[0][1].kind],
-        tuple(name for name, _ in results),
-        tuple(
-            (label, *cells)
-            for label in labels
-            for cells in [[column.get(label, DASH) for column in columns]]
-            if set(cells) != {DASH}
-        ),
-        words=0,
-        note=_differences(results),
+        tuple(Column(name) for name, _ in results),
+        tuple(rows),
+        note=_differences([result for _, result in results]),
     )
 
 
-def _column(cells: dict[tuple[str, str], Row], *, alone: bool) -> dict[str, str]:
-    modes = [mode for mode, _ in cells if alone and mode]
-    told = {"mode": modes[0]} if modes else {}
-    for (mode, label), row in cells.items():
-        told[label if alone or not mode else f"{mode}, {label}"] = _cell(row)
-    return told
+def _column(shown: list[Figure], *, single_mode: bool) -> dict[str, str]:
+    modes = [figure.mode for figure in shown if single_mode and figure.mode]
+    cells = {"mode": modes[0]} if modes else {}
+    for figure in shown:
+        label = _label(figure)
+        label = label if single_mode or not figure.mode else f"{figure.mode}, {label}"
+        cells[label] = _cell(figure)
+    return cells
 
 
-def _label(row: Row) -> str:
-    """What a row is called beside others; empty where it is not shown."""
-    return _SHOWN.get(row.metric, "" if row.mode else row.metric)
+def _label(figure: Figure) -> str:
+    """Return the row name of a figure; empty if it is not shown."""
+    return _LABELS.get(figure.metric, "" if figure.mode else figure.metric)
 
 
-def _cell(row: Row) -> str:
-    if row.unit == "words":
-        return f"{row.status}: {row.text}"
-    if row.value is None:
-        return row.status or DASH
-    around = (row.high - row.low) / 2 if row.high and row.low else None
-    match row.unit:
+def _cell(figure: Figure) -> str:
+    if figure.unit == "words":
+        return f"{figure.status}: {figure.text}"
+    value, low, high = figure.value, figure.low, figure.high
+    if value is None:
+        return figure.status or DASH
+    half_width = (high - low) / 2 if high and low else None
+    match figure.unit:
         case "seconds":
-            if around and around < row.value:
-                return seconds_within(row.value, around)
-            return format_seconds(row.value, around)
+            if half_width and half_width < value:
+                return seconds_within(value, half_width)
+            return format_seconds(value, half_width)
         case "bytes":
-            return format_bytes(int(row.value))
+            return format_bytes(int(value))
         case "samples_per_second":
-            return f"{format_number(row.value, around)} /s"
-        case "ratio" if row.metric == "ratio":
-            digits = decimals(around or row.value)
-            if row.low is None or row.high is None:
-                return f"{row.value:.{digits}f} {row.status}"
-            return f"{row.value:.{digits}f} ({row.low:.{digits}f}–{row.high:.{digits}f})"
+            return f"{format_number(value, half_width)} /s"
+        case "ratio" if figure.metric == "bound_by":
+            return f"{figure.status} {value:.0%}"
         case "ratio":
-            return f"{row.status} {row.value:.0%}"
+            digits = decimals(half_width or value)
+            if low is None or high is None:
+                return f"{value:.{digits}f} {figure.status}"
+            return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
         case "score":
-            return f"{row.value:.4g}"
-        case "output_units":
-            return row.status
+            return f"{value:.4g}"
+        case "absolute":
+            return figure.status
         case _:
-            return format_number(row.value)
+            return format_number(value)
 
 
-def _differences(results: Sequence[Outputs]) -> str:
-    """What else is not the same, in a sentence; empty where all is."""
+def _differences(results: Sequence[AnyResult]) -> str:
+    """Name the settings and machine properties that differ between results."""
     settings = [
-        {"model": model_name(r)}
-        | {"batch size": str(_batch_size(r))}
-        | {name: value for name, value in environment(r) if name not in _PASSING}
-        for _, r in results
+        {"model": r.info.model, "batch size": str(r.info.batch_size or DASH)}
+        | {name: value for name, value in machine(r) if name != "started"}
+        for r in results
     ]
     differing = [
-        f"{name} ({' | '.join(dict.fromkeys(one[name] for one in settings))})"
+        f"{name} ({' | '.join(values)})"
         for name in settings[0]
-        if len({one[name] for one in settings}) > 1
+        if len(values := dict.fromkeys(one[name] for one in settings)) > 1
     ]
     if not differing:
         return ""
-    return (
-        f"These differ in {', '.join(differing)}: what differs in the figures may come from that."
-    )
-
-
-def _batch_size(result: AnyResult) -> object:
-    return DASH if result.info.batch_size is None else result.info.batch_size
+    return f"Different {', '.join(differing)}: this may explain differences between the figures."

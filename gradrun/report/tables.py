@@ -1,15 +1,12 @@
-"""What a result says, as tables of plain text: the same figures for terminal, Markdown and HTML.
-
-Knows results and units; not how a table is drawn, nor what any mark-up would make of a name.
-"""
+"""Tables of the figures of a result, as plain text for every renderer."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Literal
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
@@ -22,207 +19,222 @@ from gradrun.core.units import (
 )
 from gradrun.results import stats
 from gradrun.results.result import (
+    AnyResult,
     AuditResult,
     CheckResult,
     CompareResult,
     Comparison,
     Equivalence,
+    Fact,
     InferResult,
     Measurement,
     Memory,
+    Metric,
+    ModeFacts,
     Padding,
-    RunResult,
 )
-from gradrun.results.safety import errors_in
-from gradrun.results.summary import ratio_digits
+from gradrun.results.summary import errors_in, ratio_digits
 
 DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-_VERDICTS = {"no_difference": "no difference"}
-_MOST_MODULES = 12
-_PEAKS = {
+_MAX_MODULES = 12
+_DEVICE_COLUMNS = {"device_allocated": "device peak", "device_reserved": "reserved"}
+_MEMORY_COLUMNS = {
     "forward_peak": "forward peak",
     "retained": "retained",
     "process_peak": "process peak",
-    "device_allocated": "device peak",
-    "device_reserved": "reserved",
+    **_DEVICE_COLUMNS,
 }
+
+Tone = Literal["", "good", "bad", "unsure", "quiet"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Text with a meaning that renderers show by colour."""
+
+    text: str
+    tone: Tone = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+Cell = str | Status
+
+
+@dataclass(frozen=True)
+class Column:
+    """Figures are right-aligned; only texts are wrapped."""
+
+    title: str = ""
+    kind: Literal["figure", "text", "status"] = "figure"
+    emphasis: Literal["", "strong", "quiet"] = ""
+    min_width: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """`title` heads the first column, whose cells are names; the cells of the others are figures.
-
-    The last `words` columns hold words.
-    """
+    """Rows of a name and one cell per column; `title` is the header of the names."""
 
     title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 1
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    full_width: bool = False
+    """Fill the width, so that consecutive tables in a terminal are aligned."""
 
 
-def tables(result: RunResult) -> list[Table]:
-    """All that a result has to show in figures, in the order of reading."""
-    return [table for make in _OF[result.kind] for table in [make(result)] if table.rows]
+def build_tables(result: AnyResult) -> tuple[Table, ...]:
+    """Build all tables of a result that have rows."""
+    tables: tuple[Table, ...]
+    match result:
+        case InferResult():
+            measured = result.measurements[0]
+            tables = (timing(measured), peak_memory(measured.memory), metrics(result.metrics))
+        case CompareResult():
+            tables = (ratios(result), variant_memory(result))
+        case AuditResult():
+            tables = (mode_safety(result), saved_for_backward(result))
+        case CheckResult():
+            tables = (outcomes(result), metrics(result.metrics))
+    return tuple(table for table in tables if table.rows)
 
 
-# --- a run -------------------------------------------------------------------------------------
+# --- infer -------------------------------------------------------------------------------------
 
 
-def timing(result: RunResult) -> Table:
-    """Cold start, latency, throughput and what the run is bound by."""
-    measured = result.measurements[0]
-    phases = measured.phases
+def _figures(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
+    columns = (Column(emphasis="strong", min_width=11), Column(kind="text", emphasis="quiet"))
+    return Table(title, columns, tuple(rows), full_width=True)
+
+
+def timing(measured: Measurement) -> Table:
+    """Cold start, latency, throughput and the phase that dominates the run."""
+    phases, limit = measured.phases, measured.batch_limit
     load, opened, first = map(
         format_seconds, (phases.load_model, phases.open_data, phases.first_batch)
     )
-    bound, shares = measured.bound_by
-    asked = measured.batch_limit
-    rows = [
-        *([("batch size", f"{asked}", "reduced: out of memory")] if asked else []),
-        (
-            "cold start",
-            format_seconds(measured.cold_start),
-            f"model {load}, data {opened}, first batch {first}",
-        ),
-        *_latencies(measured),
-        *([_padding(measured.padding)] if measured.padding else []),
-    ]
+    rows = [("batch size", f"{limit}", "reduced after an out-of-memory error")] if limit else []
+    details = f"model {load}, data {opened}, first batch {first}"
+    rows.append(("cold start", format_seconds(measured.cold_start), details))
+    rows += _latencies(measured)
+    if measured.padding:
+        rows.append(_padding(measured.padding))
     if measured.samples:
-        whole = f"{pluralize(measured.samples, 'sample')} in {format_seconds(measured.seconds)}"
+        bound, shares = measured.bound_by
+        total = f"{pluralize(measured.samples, 'sample')} in {format_seconds(measured.seconds)}"
         split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        rows += [
-            ("throughput", f"{format_number(measured.throughput)} /s", f"{whole}, read to written"),
-            ("bound by", bound, split),
-        ]
-    return Table("Time", ("", ""), tuple(rows))
+        rows.append(
+            ("throughput", f"{format_number(measured.throughput)} /s", f"{total}, end to end")
+        )
+        rows.append(("bound by", bound, split))
+    return _figures("Time", rows)
 
 
 def _padding(padding: Padding) -> tuple[str, str, str]:
-    """What was computed for nothing, and what grouping by length has saved of it."""
     share = 1 - padding.tokens / max(1, padding.run)
-    if padding.run == padding.ungrouped:
-        return "padding", f"{share:.0%}", f"of {padding.run:,} tokens"
-    before = padding.ungrouped - padding.tokens
-    less = 1 - (padding.run - padding.tokens) / max(1, before)
-    fewer = 1 - padding.run / max(1, padding.ungrouped)
-    return (
-        "padding",
-        f"{share:.0%}",
-        f"of {padding.run:,} tokens; grouped by length: {less:.0%} less padding, "
-        f"{fewer:.0%} fewer tokens",
-    )
+    details = f"of {padding.run:,} tokens"
+    if padding.run != padding.ungrouped:
+        less = 1 - (padding.run - padding.tokens) / max(1, padding.ungrouped - padding.tokens)
+        fewer = 1 - padding.run / max(1, padding.ungrouped)
+        details += f"; grouped by length: {less:.0%} less padding, {fewer:.0%} fewer tokens"
+    return "padding", f"{share:.0%}", details
 
 
 def _latencies(measured: Measurement) -> Iterator[tuple[str, str, str]]:
-    shown = blur = 0.0
+    shown = uncertainty = 0.0
     for name, q in _QUANTILES.items():
         estimate = measured.latency(q)
         if estimate is None:
-            yield f"batch {name}", DASH, f"takes {round(1 / (1 - q))} batches to tell"
+            yield f"batch {name}", DASH, f"needs at least {round(1 / (1 - q))} batches"
             continue
-        # Rounded more than the quantile before it, one may fall below that: then both alike.
+        # With fewer digits than the quantile before it, this one could read as less than that:
+        # then both are rounded alike.
         if seconds_shown(estimate.value, estimate.uncertainty) >= shown:
-            blur = estimate.uncertainty
-        shown = seconds_shown(estimate.value, blur)
-        yield _latency(name, estimate, blur)
+            uncertainty = estimate.uncertainty
+        shown = seconds_shown(estimate.value, uncertainty)
+        yield (
+            f"batch {name}",
+            format_seconds(estimate.value, uncertainty),
+            _interval(estimate, uncertainty),
+        )
 
 
-def _latency(name: str, estimate: stats.Estimate, blur: float) -> tuple[str, str, str]:
-    value, low, high = (
-        format_seconds(seconds, blur) for seconds in (estimate.value, estimate.low, estimate.high)
-    )
-    above, below = estimate.low > 0, math.isfinite(estimate.high)
-    if above and below:
-        bounds = f"{low} to {high} (95 %)"
-    else:
-        bounds = f"{low} or more (95 %)" if above else f"{high} or less (95 %)" if below else ""
-    return f"batch {name}", value, bounds
+def _interval(estimate: stats.Estimate, uncertainty: float) -> str:
+    low, high = (format_seconds(end, uncertainty) for end in (estimate.low, estimate.high))
+    if estimate.low > 0 and math.isfinite(estimate.high):
+        return f"{low} to {high} (95 %)"
+    if estimate.low > 0:
+        return f"{low} or more (95 %)"
+    return f"{high} or less (95 %)" if math.isfinite(estimate.high) else ""
 
 
-def peak_memory(result: RunResult) -> Table:
-    """What is held, and the peaks; exact bytes beside the readable figure."""
-    memory = result.measurements[0].memory
+def peak_memory(memory: Memory) -> Table:
+    """Sizes and peaks, with exact bytes."""
+    peak_in = f"in {memory.peak_module}" if memory.peak_module else "excluding weights and inputs"
     rows = [
         _bytes("weights", memory.weights),
         _bytes("inputs", memory.inputs, "one batch"),
-        _bytes("forward peak", memory.forward_peak, _where(memory)),
-        _bytes("retained", memory.retained, "outputs, and in grad their graph"),
+        _bytes("forward peak", memory.forward_peak, peak_in),
+        _bytes("retained", memory.retained, "outputs and, in grad mode, their graph"),
         _bytes("process peak", memory.process_peak, f"whole process ({memory.process_method})"),
     ]
     if memory.device_allocated is None and memory.device_reserved is None:
         rows.append(("device peak", DASH, "no accelerator in use"))
     else:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
-        rows.append(_bytes("device pool", memory.device_reserved, "reserved, at its peak"))
-    return Table("Peak memory", ("", ""), tuple(rows))
-
-
-def _where(memory: Memory) -> str:
-    return f"in {memory.peak_module}" if memory.peak_module else "above what was live before"
+        rows.append(_bytes("device pool", memory.device_reserved, "reserved"))
+    return _figures("Peak memory", rows)
 
 
 def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]:
     if count is None:
         return name, DASH, "not measured"
-    return name, format_bytes(count), ", ".join(part for part in (f"{count:,} bytes", note) if part)
+    return name, format_bytes(count), ", ".join(filter(None, (f"{count:,} bytes", note)))
 
 
-def against_labels(result: InferResult | CheckResult) -> Table:
-    """How well predictions agree with the labels."""
-    rows = [
-        (m.name, _share(m.value), f"of {pluralize(m.samples, 'sample')}") for m in result.metrics
-    ]
-    return Table("Against labels", ("", ""), tuple(rows))
+def metrics(values: Sequence[Metric]) -> Table:
+    """Agreement of the predictions with the labels."""
+    rows = [(m.name, _score(m.value), f"over {pluralize(m.samples, 'sample')}") for m in values]
+    return _figures("Metrics", rows)
 
 
-def _share(value: float) -> str:
+def _score(value: float) -> str:
     if not math.isfinite(value):
         return DASH
     return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
 
 
-# --- a comparison ------------------------------------------------------------------------------
-
-
-def by_variant(result: RunResult) -> dict[str, list[Measurement]]:
-    """The measurements of each variant, the baseline's first."""
-    found: dict[str, list[Measurement]] = {}
-    for measured in result.measurements:
-        found.setdefault(measured.variant, []).append(measured)
-    return found
-
-
-def batch_sizes(result: RunResult) -> set[int]:
-    """Of all variants' batches."""
-    firsts = (measured[0].batch_sizes[:1] for measured in by_variant(result).values())
-    return {size for sizes in firsts for size in sizes}
+# --- compare -----------------------------------------------------------------------------------
 
 
 def ratios(result: CompareResult) -> Table:
-    """The time of each variant, its ratio to the baseline, and what that says."""
-    # A ratio is of samples; beside batches of several sizes, a batch's time would contradict it.
-    alike = len(batch_sizes(result)) == 1
-    compared = {c.candidate: c for c in result.comparisons}
-    rows = []
-    for name, measured in by_variant(result).items():
-        size = measured[0].batch_sizes[0] if alike else 1
-        values = [median(m.batch_seconds if alike else m.seconds_per_sample) for m in measured]
-        time = stats.mean_over_processes(values)
+    """Time of each variant and its ratio to the baseline."""
+    # With several batch sizes, the time per batch would contradict the ratio, which is per sample.
+    per_batch = len(result.batch_sizes) == 1
+    comparisons = {c.candidate: c for c in result.comparisons}
+    rows: list[tuple[Cell, ...]] = []
+    for name, measured in result.by_variant().items():
+        size = measured[0].batch_sizes[0] if per_batch else 1
+        time = stats.mean_over_processes(
+            [median(m.batch_seconds if per_batch else m.seconds_per_sample) for m in measured]
+        )
         rate = format_number(size / time.value, size / time.value * time.relative)
-        found = compared.get(name)
-        rows.append((name, _seconds(time), *_ratio(found), rate, _verdict(found)))
-    return Table(
-        "Time",
-        ("a batch" if alike else "a sample", "ratio", "95 %", "samples/s", ""),
-        tuple(rows),
-        note="± and 95 % are over processes; ratios are within each" if compared else "",
+        comparison = comparisons.get(name)
+        rows.append((name, _time(time), *_ratio(comparison), rate, _verdict(comparison)))
+    columns = (
+        Column("per batch" if per_batch else "per sample", emphasis="strong"),
+        Column("ratio", emphasis="strong"),
+        Column("95 % CI", emphasis="quiet"),
+        Column("samples/s"),
+        Column(kind="status"),
     )
+    note = "Intervals are over processes; ratios are paired within each process."
+    return Table("Time", columns, tuple(rows), note=note if comparisons else "")
 
 
-def _seconds(time: stats.Estimate) -> str:
+def _time(time: stats.Estimate) -> str:
     if time.uncertainty < time.value:
         return seconds_within(time.value, time.uncertainty)
     return f"about {format_seconds(time.value, time.value)}"
@@ -232,102 +244,161 @@ def _ratio(comparison: Comparison | None) -> tuple[str, str]:
     if comparison is None:
         return "1", ""
     digits = ratio_digits(comparison)
-    interval = DASH  # one process supports none
+    interval = DASH  # a single process supports no interval
     if math.isfinite(comparison.high) and comparison.relative_width < 1:
         interval = f"{comparison.low:.{digits}f}–{comparison.high:.{digits}f}"
     return f"{comparison.ratio:.{digits}f}", interval
 
 
-def _verdict(comparison: Comparison | None) -> str:
+_TONES: dict[str, Tone] = {"faster": "good", "slower": "bad", "inconclusive": "unsure"}
+
+
+def _verdict(comparison: Comparison | None) -> Status:
     if comparison is None:
-        return "baseline"
-    return _VERDICTS.get(comparison.verdict, comparison.verdict)
+        return Status("baseline", "quiet")
+    verdict = comparison.verdict
+    return Status(verdict.replace("_", " "), _TONES.get(verdict, ""))
 
 
-def memories(result: CompareResult) -> Table:
-    """The peaks of each variant, and how far its outputs are from the baseline's."""
-    fields = list(_PEAKS)
-    seen = {f for f in fields for m in result.measurements if getattr(m.memory, f) is not None}
-    on_device = "device_allocated" in seen
-    # A terminal has room for either the tensors that we count or those that a device counts.
-    off = {"forward_peak", "retained"} - seen if on_device else set(fields[3:])
-    shown = [f for f in fields if f not in off]
-    agreed = {e.candidate: e for e in result.equivalence}
-    rows = [
-        (name, *_peaks(measured[0], shown), outputs_text(agreed.get(name)))
-        for name, measured in by_variant(result).items()
+def variant_memory(result: CompareResult) -> Table:
+    """Memory peaks of each variant, and the difference of its outputs from the baseline's."""
+    cpu, process, device = ["forward_peak", "retained"], ["process_peak"], [*_DEVICE_COLUMNS]
+    memories = [m.memory for m in result.measurements]
+    # A terminal has room for the peaks of the CPU or those of the device, not for both.
+    if any(memory.device_allocated is not None for memory in memories):
+        cpu = [f for f in cpu if any(getattr(memory, f) is not None for memory in memories)]
+    else:
+        device = []
+    fields = cpu + process + device
+    equivalence = {e.candidate: e for e in result.equivalence}
+    rows: list[tuple[Cell, ...]] = [
+        (name, *_peaks(variant[0].memory, fields), outputs_status(equivalence.get(name)))
+        for name, variant in result.by_variant().items()
     ]
-    return Table("Memory", (*(_PEAKS[f] for f in shown), "outputs"), tuple(rows))
+    columns = (*(Column(_MEMORY_COLUMNS[f]) for f in fields), Column("outputs", "status"))
+    return Table("Memory", columns, tuple(rows))
 
 
-def _peaks(measured: Measurement, fields: Sequence[str]) -> list[str]:
-    counts = [getattr(measured.memory, f) for f in fields]
+def _peaks(memory: Memory, fields: Sequence[str]) -> list[str]:
+    counts = [getattr(memory, field) for field in fields]
     return [DASH if count is None else format_bytes(count) for count in counts]
 
 
-def outputs_text(found: Equivalence | None) -> str:
-    """How far a variant's outputs are from the baseline's."""
-    if found is None:
-        return "baseline"
-    if not found.compared:
-        return "no common sample"
-    if found.bitwise:
-        return "same to the bit"
-    if found.equal:
-        return f"within tolerance (±{found.max_abs_diff:.1g})"
-    return f"differ by {found.max_abs_diff:.2g}"
+def outputs_status(equivalence: Equivalence | None) -> Status:
+    """Describe the difference of a variant's outputs from the baseline's."""
+    if equivalence is None:
+        return Status("baseline", "quiet")
+    if not equivalence.compared:
+        return Status("no common sample")
+    if equivalence.bitwise:
+        return Status("bitwise equal")
+    if equivalence.equal:
+        return Status(f"within tolerance (±{equivalence.max_abs_diff:.1g})")
+    return Status(f"differ by {equivalence.max_abs_diff:.2g}", "bad")
 
 
-# --- an audit ----------------------------------------------------------------------------------
+# --- audit -------------------------------------------------------------------------------------
 
 
-def modes(result: AuditResult) -> Table:
-    """Whether each mode is safe, and what it takes of memory."""
-    agreed = {e.candidate: e for e in result.equivalence}
-    measured = {m.mode: m for m in result.measurements}
-    rows = []
-    for mode, found in measured.items():
-        errors = errors_in(result, mode)
-        safe = pluralize(len(errors), "error") if errors else "yes"
-        peaks = _peaks(found, ("forward_peak", "retained"))
-        rows.append((mode.value, safe, *peaks, outputs_text(agreed.get(mode.value))))
-    missing = [mode.value for mode in GradMode if mode not in measured]
-    rows += [(mode, "cannot run", DASH, DASH, DASH) for mode in missing]
-    return Table("Mode", ("safe", "forward peak", "retained", "outputs"), tuple(rows))
+def mode_safety(result: AuditResult) -> Table:
+    """Errors, memory and outputs in each mode."""
+    equivalence = {e.candidate: e for e in result.equivalence}
+    measurements = {m.mode: m for m in result.measurements}
+    rows: list[tuple[Cell, ...]] = []
+    for mode, measured in measurements.items():
+        errors = len(errors_in(result, mode))
+        safe = Status(pluralize(errors, "error"), "bad") if errors else Status("yes", "good")
+        peaks = _peaks(measured.memory, ("forward_peak", "retained"))
+        rows.append((mode.value, safe, *peaks, outputs_status(equivalence.get(mode.value))))
+    missing = [mode.value for mode in GradMode if mode not in measurements]
+    rows += [(mode, Status("cannot run", "bad"), DASH, DASH, Status(DASH)) for mode in missing]
+    columns = (
+        Column("safe"),
+        Column("forward peak"),
+        Column("retained"),
+        Column("outputs", "status"),
+    )
+    return Table("Mode", columns, tuple(rows))
 
 
-def kept(result: AuditResult) -> Table:
-    """The modules that keep most for backward, and what the memory meter found on its own."""
+def saved_for_backward(result: AuditResult) -> Table:
+    """The modules that save the most for backward, and the total of the memory meter."""
     grad = next((m for m in result.measurements if m.mode is GradMode.GRAD), None)
-    total = sum(kept.bytes for kept in result.saved_for_backward)
+    attributed = sum(saved.bytes for saved in result.saved_for_backward)
     retained = grad.memory.retained if grad else None
-    whole = total if retained is None else retained
-    saved = result.saved_for_backward
-    shown, rest = saved[:_MOST_MODULES], saved[_MOST_MODULES:]
-    parts = [(kept.module, kept.bytes) for kept in shown]
-    if rest:
-        parts.append((f"{len(rest)} more", sum(kept.bytes for kept in rest)))
-    if parts and whole != total:
-        parts.append(("(elsewhere)", whole - total))
-    rows = [(name, format_bytes(n), f"{n / whole:.0%}" if whole else DASH) for name, n in parts]
+    total = attributed if retained is None else retained
+    parts = [(saved.module, saved.bytes) for saved in result.saved_for_backward]
+    if rest := parts[_MAX_MODULES:]:
+        parts[_MAX_MODULES:] = [(f"{len(rest)} more", sum(count for _, count in rest))]
+    if parts and total != attributed:
+        parts.append(("(not attributed)", total - attributed))
+    rows = [
+        (name, format_bytes(count), f"{count / total:.0%}" if total else DASH)
+        for name, count in parts
+    ]
     if rows:
-        title = "together" if retained is None else "together, as retained above"
-        rows.append((title, format_bytes(whole), ""))
-    return Table("Kept after a batch in grad", ("one batch", "share"), tuple(rows), words=0)
+        rows.append(("total" if retained is None else "total retained", format_bytes(total), ""))
+    columns = (Column("per batch"), Column("share"))
+    return Table("Saved for backward in grad", columns, tuple(rows))
 
 
-# --- a check -----------------------------------------------------------------------------------
+# --- check -------------------------------------------------------------------------------------
+
+OUTCOME_TONES: dict[str, Tone] = {"pass": "good", "fail": "bad", "inconclusive": "unsure"}
 
 
 def outcomes(result: CheckResult) -> Table:
-    """Each check with its limit, what was found, and how that went."""
-    rows = ((o.check, o.limit, o.value, o.status) for o in result.outcomes)
-    return Table("Check", ("limit", "found", "status"), tuple(rows), words=3)
+    """Limit, value and status of each check."""
+    rows = [
+        (o.check, o.limit, o.value, Status(o.status, OUTCOME_TONES[o.status]))
+        for o in result.outcomes
+    ]
+    columns = (
+        Column("limit", "text", "quiet"),
+        Column("value", "text"),
+        Column("status", "status"),
+    )
+    return Table("Check", columns, tuple(rows))
 
 
-_OF: dict[str, tuple[Callable[[Any], Table], ...]] = {
-    "infer": (timing, peak_memory, against_labels),
-    "compare": (ratios, memories),
-    "audit": (modes, kept),
-    "check": (outcomes, against_labels),
-}
+# --- modes -------------------------------------------------------------------------------------
+
+DIFFERS = "✗"
+_MODE_WIDTH = len("✗ RuntimeError")
+
+
+def mode_behavior(result: ModeFacts) -> tuple[Table, ...]:
+    """One table per topic and, for questions that are not asked per mode, one more."""
+    topics: dict[tuple[str, bool], dict[str, dict[GradMode | None, Fact]]] = {}
+    for topic in dict.fromkeys(fact.topic for fact in result.facts):
+        for per_mode in (True, False):
+            topics[topic, per_mode] = {}
+    for fact in result.facts:
+        questions = topics[fact.topic, fact.mode is not None]
+        questions.setdefault(fact.question, {})[fact.mode] = fact
+    return tuple(
+        _topic(topic, questions, per_mode=per_mode)
+        for (topic, per_mode), questions in topics.items()
+        if questions
+    )
+
+
+def _topic(
+    topic: str, questions: dict[str, dict[GradMode | None, Fact]], *, per_mode: bool
+) -> Table:
+    modes: list[GradMode | None] = [*GradMode] if per_mode else [None]
+    columns = tuple(Column(mode or "", "text", min_width=_MODE_WIDTH) for mode in modes)
+    rows = tuple(
+        (question, *(_observed(cells[mode]) if mode in cells else "" for mode in modes))
+        for question, cells in questions.items()
+    )
+    return Table(topic, columns, rows, full_width=True)
+
+
+def _observed(fact: Fact) -> Status:
+    if fact.observed is None:
+        return Status("not available", "unsure")
+    if fact.holds:
+        return Status(fact.observed, "unsure" if fact.observed.endswith("Error") else "")
+    short = fact.observed.partition(":")[0].removeprefix("raises ")
+    return Status(f"{DIFFERS} {short}", "bad")

@@ -1,109 +1,118 @@
-"""A result as tables in the terminal: time, peak memory, and the warnings below.
-
-Knows Rich and the result; imports no torch and measures nothing.
-"""
+"""Reports in the terminal."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradrun.core.units import pluralize
-from gradrun.report import tables, wording
+from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.tables import Table
-from gradrun.results.result import InferResult, Measurement, RunResult
+from gradrun.report.side_by_side import Named, side_by_side
+from gradrun.report.tables import DIFFERS, Cell, Column, Status, Table, Tone
+from gradrun.report.wording import Note
 
 TABLE_WIDTH = 79
-_SHOWN_FILES = 3
+_STYLES: dict[str, str] = {
+    "good": "bold green",
+    "bad": "bold red",
+    "unsure": "bold yellow",
+    "strong": "bold",
+    "quiet": "dim",
+}
+_MARKS: dict[Tone, str] = {"bad": DIFFERS, "unsure": "!", "good": "", "": "", "quiet": ""}
 
 
-def show(result: InferResult, console: Console) -> None:
-    """Print everything that a person wants to know of a run."""
-    measured = result.measurements[0]
-    console.print()
-    console.print(_headline(result))
-    console.print()
-    width = min(console.width, TABLE_WIDTH)
-    console.print(_table(tables.timing(result), width))
-    console.print()
-    console.print(_table(tables.peak_memory(result), width))
-    console.print()
-    if result.metrics:
-        console.print(_table(tables.against_labels(result), width))
-        console.print()
-    for warning in result.warnings:
-        console.print(hanging("!", warning.text))
-    if result.warnings:
-        console.print()
-    console.print(_closing(result, measured))
-
-
-def _table(told: Table, width: int) -> RichTable:
-    table = RichTable(
-        box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", width=width
-    )
-    table.add_column(told.title, no_wrap=True, min_width=12)
-    table.add_column(justify="right", style="bold", no_wrap=True, min_width=11)
-    table.add_column(style="dim", ratio=1)
-    for row in told.rows:
-        table.add_row(*(Text(escape_control_chars(cell)) for cell in row))
-    return table
-
-
-def _headline(result: InferResult) -> Text:
-    return Text.assemble(
-        (model_name(result), "bold"),
-        f"  {wording.mode(result)}",
-        (escape_control_chars(f"  {wording.facts(result)}"), "dim"),
-    )
-
-
-def model_name(result: RunResult) -> str:
-    """What the model is called: by its config, without folders."""
-    return escape_control_chars(wording.model_name(result))
-
-
-def hanging(mark: str, text: str, style: str = "bold yellow") -> RichTable:
-    """A marked paragraph whose further lines stand under its first word."""
-    grid = RichTable.grid(padding=(0, 1))
-    grid.add_row(Text(mark, style), Text(escape_control_chars(text)))
-    return grid
-
-
-def _closing(result: InferResult, measured: Measurement) -> RichTable:
-    folder = Path(display_path(result.info.output_path))
-    files = [str(folder / file) for file in result.files[:_SHOWN_FILES]]
-    more = len(result.files) - len(files)
-    grid = RichTable.grid(padding=(0, 3))
-    grid.add_column(overflow="fold")
-    grid.add_column(overflow="fold")
-    count = measured.samples if result.predictions is None else result.predictions
-    grid.add_row(
-        Text(pluralize(count - result.quarantined, "prediction"), "bold green"),
-        Text(escape_control_chars("\n".join(files) + (f"\nand {more} more" if more else ""))),
-    )
-    if result.quarantined:
-        apart = f"{pluralize(result.quarantined, 'sample')} apart"
-        grid.add_row(
-            Text(apart, "bold yellow"), Text(escape_control_chars(str(folder / "quarantine.jsonl")))
+def show(document: Document, console: Console) -> None:
+    """Print a report."""
+    if document.title:
+        title = _text(Status(document.title), "strong")
+        console.print(
+            "", Text.assemble(title, "  ", _text(document.subject, "quiet")), "", sep="\n"
         )
-    if result.resumed_at:
-        earlier = f"the first {result.resumed_at:,} by the run before"
-        grid.add_row("resumed", Text(earlier))
-    grid.add_row("every figure", Text(escape_control_chars(str(folder / "result.json"))))
+    for table in document.tables:
+        console.print(_table(table, min(console.width, TABLE_WIDTH)))
+        if table.note:
+            console.print(_text(table.note, "quiet"))
+        console.print()
+    for finding in document.findings:
+        _print_finding(finding, console)
+    for note in document.notes:
+        console.print(_hanging(_MARKS[note.tone], note))
+    if document.notes:
+        console.print()
+    # The tables of a run have all figures of its verdict.
+    if document.verdict and document.kind != "infer":
+        console.print(_text(document.verdict, document.tone or "strong"))
+    if document.files:
+        grid = RichTable.grid(padding=(0, 3))
+        grid.add_column(overflow="fold")
+        grid.add_column(overflow="fold")
+        for name, paths in document.files:
+            grid.add_row(_text(name), _text(paths))
+        console.print(grid)
+
+
+def show_side_by_side(results: Sequence[Named], console: Console) -> None:
+    """Print several results in columns, then the verdict of each."""
+    for table in side_by_side(results):
+        console.print()
+        console.print(_table(table, console.width))
+        if table.note:
+            console.print("", _hanging("!", Note(table.note)), sep="\n")
+    console.print()
+    for name, result in results:
+        verdict = describe(result).verdict
+        console.print(Text.assemble(_text(f"{name}: ", "quiet"), _text(verdict)))
+
+
+def _text(cell: Cell, style: str = "") -> Text:
+    tone = cell.tone if isinstance(cell, Status) else ""
+    return Text(escape_control_chars(str(cell)), _STYLES.get(tone or style, ""))
+
+
+def _table(table: Table, width: int) -> RichTable:
+    rich = RichTable(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+        width=width if table.full_width else None,
+    )
+    columns = [Column(table.title, "text", min_width=12), *table.columns]
+    # The last column without a minimum takes the space that is left.
+    widest = max(i for i, column in enumerate(columns) if not i or not column.min_width)
+    for i, column in enumerate(columns):
+        rich.add_column(
+            _text(column.title),
+            justify="right" if column.kind == "figure" else "left",
+            style=_STYLES.get(column.emphasis, ""),
+            min_width=column.min_width or None,
+            overflow="fold",
+            ratio=1 if table.full_width and i == widest else None,
+        )
+    for row in table.rows:
+        rich.add_row(*map(_text, row))
+    return rich
+
+
+def _print_finding(finding: Note, console: Console) -> None:
+    if not finding.label:
+        console.print(_text(Status(finding.text, finding.tone)))
+        console.print()
+        return
+    label = _text(Status(finding.label, finding.tone))
+    console.print(Text.assemble(label, "  ", _text(finding.location, "strong")))
+    console.print(Padding(_text(finding.text), (0, 0, 1, 2)))
+
+
+def _hanging(mark: str, note: Note) -> RichTable:
+    """Lay out a note with its mark to the left of all lines."""
+    grid = RichTable.grid(padding=(0, 1))
+    grid.add_row(_text(Status(mark, note.tone)), _text(note.text))
     return grid
-
-
-def display_path(path: str | Path) -> str:
-    """A path as one would type it here: relative where that is shorter."""
-    try:
-        relative = os.path.relpath(path)
-    except ValueError:  # another drive
-        return str(path)
-    return min(relative, str(path), key=len)

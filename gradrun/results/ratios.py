@@ -1,42 +1,44 @@
-"""How fast each variant is beside the first, from the raw times of the rounds.
-
-Knows measurements; not who made them, nor what their ratios mean.
-"""
+"""Ratios of the times of variants that were measured in the same processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gradrun.results import stats
-from gradrun.results.result import AnyResult, CheckResult, CompareResult, Comparison, Measurement
+from gradrun.results.result import (
+    AnyResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    Measurement,
+)
 
 
 def compare_measured(measurements: Sequence[Measurement], precision: float) -> list[Comparison]:
-    """Each variant against the first, over the processes that measured both.
+    """Compare each variant with the first, over the processes that measured both.
 
-    A process counts once, with the median of its paired rounds; the interval is over processes.
+    `precision` is the relative difference below which two times count as equal.
     """
-    names = list(dict.fromkeys(m.variant for m in measurements))
-    compared = []
-    for name in names[1:]:
-        ratio = paired(measurements, names[0], name)
-        if ratio is None:
-            continue
-        compared.append(
-            Comparison(
-                baseline=names[0],
-                candidate=name,
-                ratio=ratio.value,
-                low=ratio.low,
-                high=ratio.high,
-                verdict=stats.verdict(ratio, precision),
-            )
+    baseline, *candidates = dict.fromkeys(m.variant for m in measurements) or [""]
+    return [
+        Comparison(
+            baseline=baseline,
+            candidate=name,
+            ratio=ratio.value,
+            low=ratio.low,
+            high=ratio.high,
+            verdict=stats.verdict(ratio, precision),
         )
-    return compared
+        for name in candidates
+        if (ratio := time_ratio(measurements, baseline, name))
+    ]
 
 
-def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.Estimate | None:
-    """Time of variant `base` / time of variant `other`, which took turns in each process."""
+def time_ratio(measurements: Sequence[Measurement], base: str, other: str) -> stats.Estimate | None:
+    """Estimate time of `base` / time of `other`; None if no process measured both.
+
+    Each process contributes the median over its paired rounds; the interval is over processes.
+    """
     by_process = {m.process: m for m in measurements if m.variant == other}
     ratios = [
         stats.paired_ratio(m.seconds_per_sample, by_process[m.process].seconds_per_sample)
@@ -46,9 +48,9 @@ def paired(measurements: Sequence[Measurement], base: str, other: str) -> stats.
     return stats.mean_over_processes(ratios) if ratios else None
 
 
-def recomputed(result: AnyResult) -> AnyResult:
+def recompute(result: AnyResult) -> AnyResult:
     """Replace ratios and verdicts by those computed from the raw times."""
     if not isinstance(result, CompareResult | CheckResult) or not result.comparisons:
         return result
-    compared = compare_measured(result.measurements, result.info.precision)
-    return result.replace(comparisons=tuple(compared))
+    comparisons = compare_measured(result.measurements, result.info.precision)
+    return result.replace(comparisons=tuple(comparisons))

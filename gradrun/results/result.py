@@ -1,12 +1,9 @@
-"""What was measured: RunResult and its parts, which save and load themselves.
-
-Raw figures only; every statistic is computed from them. Knows no torch and no table.
-"""
+"""Results of all commands: raw measurements, from which statistics are computed."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
@@ -19,26 +16,20 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.record import Record
 from gradrun.results import stats
 
-# Files come from anywhere: what no run can have measured is refused when it is read, so that
-# nobody further on need expect it.
+# Result files may be damaged or hostile: impossible values are rejected when a file is read.
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-"""Of bytes or samples, as a machine can have them."""
-Growth = Annotated[int, Meta(ge=-(2**62), le=2**62)]
-"""Bytes; below 0 where more was given back than taken."""
+ByteChange = Annotated[int, Meta(ge=-(2**62), le=2**62)]
+"""Negative if more memory was freed than allocated."""
 
-_MAX_BYTES = 2**30
+_MAX_FILE_BYTES = 2**30
 
 
-class Warning(Record, frozen=True, kw_only=True):
-    """Something a reader of the figures must know; the text says what to do about it."""
-
-    code: str
-    text: str
+# --- measurements ------------------------------------------------------------------------------
 
 
 class Environment(Record, frozen=True, kw_only=True):
-    """The machine and the versions; `memory` in bytes, `cpus` is what the process may use."""
+    """Hardware and versions; `memory` in bytes, `cpus` are those available to the process."""
 
     gradrun: str
     torch: str
@@ -55,32 +46,32 @@ class Environment(Record, frozen=True, kw_only=True):
 
 
 class Phases(Record, frozen=True, kw_only=True):
-    """Seconds: the cold start (the first three), warming up, and the split of the timed pass."""
+    """Seconds of the cold start (the first three), the warm-up and the timed pass (the rest)."""
 
-    load_model: Seconds
-    open_data: Seconds
-    first_batch: Seconds
-    warm_up: Seconds
-    data: Seconds
-    forward: Seconds
-    output: Seconds
+    load_model: Seconds = 0.0
+    open_data: Seconds = 0.0
+    first_batch: Seconds = 0.0
+    warm_up: Seconds = 0.0
+    data: Seconds = 0.0
+    forward: Seconds = 0.0
+    output: Seconds = 0.0
 
 
 class Memory(Record, frozen=True, kw_only=True):
-    """Bytes; None where no meter could tell.
+    """Bytes; None if not measured.
 
-    `forward_peak` and `retained` are of one batch, above what was live before it; `retained` holds
-    the outputs and, with gradients on, what their graph keeps.
+    `forward_peak` and `retained` are relative to the live bytes before the forward pass of one
+    batch. `retained` covers the outputs and, with gradients enabled, the tensors of their graph.
     """
 
     weights: Count
     inputs: Count
-    forward_peak: Growth | None = None
-    retained: Growth | None = None
-    timeline: tuple[Growth, ...] | None = None
-    """What was live while the forward ran, thinned; its greatest is `forward_peak`."""
+    forward_peak: ByteChange | None = None
+    retained: ByteChange | None = None
+    timeline: tuple[ByteChange, ...] | None = None
+    """Live bytes during the forward pass, thinned; the maximum is `forward_peak`."""
     peak_module: str | None = None
-    """The module that was running at the peak, as "path (Type)"."""
+    """Module that was running at the peak, as "path (Type)"."""
     process_peak: Count | None = None
     process_method: str = "unavailable"
     device_allocated: Count | None = None
@@ -88,14 +79,14 @@ class Memory(Record, frozen=True, kw_only=True):
 
 
 class Padding(Record, frozen=True, kw_only=True):
-    """Tokens of texts that were filled up to the longest of their batch."""
+    """Token counts of texts that were padded to the longest of their batch."""
 
     tokens: Count = 0
-    """Of the texts themselves."""
+    """Without padding."""
     run: Count = 0
-    """That the model computed, padding included."""
+    """Computed, with padding."""
     ungrouped: Count = 0
-    """That it would have computed in the order of the input."""
+    """That would have been computed in the order of the input, with padding."""
 
     def __add__(self, other: Padding) -> Padding:
         return Padding(
@@ -106,67 +97,84 @@ class Padding(Record, frozen=True, kw_only=True):
 
 
 class Measurement(Record, frozen=True, kw_only=True):
-    """One pass over the data in one mode and one process; times in seconds, one entry a batch."""
+    """One pass over the data in one mode and one process, with one entry per batch."""
 
     mode: GradMode
     variant: str = ""
-    """What tells it from others in a comparison; empty in a run of its own."""
+    """Name in a comparison, check or audit; empty in a run."""
     process: int = 0
     batch_seconds: tuple[Seconds, ...]
     batch_sizes: tuple[Annotated[int, Meta(ge=1, le=2**40)], ...]
     phases: Phases
     memory: Memory
     batch_limit: Count | None = None
-    """The largest batch that fitted in memory, where the one asked for did not."""
+    """Largest batch that fits in memory, if the configured one does not."""
     padding: Padding | None = None
-    """Of texts and their like."""
 
     def __post_init__(self) -> None:
         if len(self.batch_seconds) != len(self.batch_sizes):
-            raise ValueError("batch_seconds and batch_sizes are not of the same length")
+            raise ValueError("batch_seconds and batch_sizes differ in length")
 
     @property
     def samples(self) -> int:
-        """How many samples were predicted."""
+        """Number of predicted samples."""
         return sum(self.batch_sizes)
 
     @property
     def seconds_per_sample(self) -> list[float]:
-        """One entry a batch (in a comparison: a round)."""
+        """One entry per batch, or per round of a comparison."""
         return [s / n for s, n in zip(self.batch_seconds, self.batch_sizes, strict=True)]
 
     @property
     def seconds(self) -> float:
-        """The timed pass from its first byte read to its last byte written."""
+        """Duration of the timed pass, including reading data and writing predictions."""
         return self.phases.data + self.phases.forward + self.phases.output
 
     @property
     def cold_start(self) -> float:
-        """Seconds before the first prediction could be had, imports apart."""
+        """Seconds until the first prediction, without imports."""
         return self.phases.load_model + self.phases.open_data + self.phases.first_batch
 
     @property
     def throughput(self) -> float:
-        """Samples a second over the whole timed pass."""
+        """Samples per second over the timed pass."""
         return self.samples / self.seconds if self.seconds else 0.0
 
     def latency(self, quantile: float) -> stats.Estimate | None:
-        """A quantile of the forward's time a batch, where there are batches enough to tell."""
+        """Estimate a quantile of the forward seconds per batch; None with too few batches."""
         return stats.quantile(self.batch_seconds, quantile)
 
     @property
     def bound_by(self) -> tuple[str, dict[str, float]]:
-        """The phase that took most of the timed pass, and the share of each (0 to 1)."""
+        """The longest phase of the timed pass, and the share of each phase (0 to 1)."""
         phases = {name: getattr(self.phases, name) for name in ("data", "forward", "output")}
         shares = {name: value / (self.seconds or 1.0) for name, value in phases.items()}
         return max(shares, key=lambda name: shares[name]), shares
 
 
-class Comparison(Record, frozen=True, kw_only=True):
-    """One variant against the baseline: baseline time / candidate time, above 1 is faster.
+class SystemNoise(Record, frozen=True, kw_only=True):
+    """Load on the machine from other sources during a measurement."""
 
-    `low` and `high` bound the ratio's 95 % interval over processes.
-    """
+    steal: float = 0.0
+    """Share of the CPU time that the hypervisor gave to other virtual machines."""
+    others: float = 0.0
+    """Number of processors kept busy by other processes."""
+    preemptions: float = 0.0
+    """Involuntary context switches per second."""
+
+
+class Warning(Record, frozen=True, kw_only=True):
+    """A limitation of the figures; the text names a remedy."""
+
+    code: str
+    text: str
+
+
+# --- conclusions -------------------------------------------------------------------------------
+
+
+class Comparison(Record, frozen=True, kw_only=True):
+    """Ratio baseline time / candidate time with its 95 % interval; above 1 is faster."""
 
     baseline: str
     candidate: str
@@ -177,12 +185,12 @@ class Comparison(Record, frozen=True, kw_only=True):
 
     @property
     def relative_width(self) -> float:
-        """Half the interval's width as a share of the ratio."""
+        """Half the width of the interval, relative to the ratio."""
         return (self.high - self.low) / 2 / self.ratio
 
 
 class Equivalence(Record, frozen=True, kw_only=True):
-    """A variant's outputs against the baseline's, on the same batches."""
+    """Difference between the outputs of a variant and the baseline for the same batches."""
 
     baseline: str
     candidate: str
@@ -191,45 +199,34 @@ class Equivalence(Record, frozen=True, kw_only=True):
     equal: bool
     """Bitwise, or within measure.rtol and measure.atol."""
     first_module: str | None = None
-    """The first module whose output differs, as "path (Type)"."""
+    """First module whose output differs, as "path (Type)"."""
     compared: bool = True
-    """Whether the two ran a sample in common; if not, they are not equal, and that says nothing."""
-
-
-class SystemNoise(Record, frozen=True, kw_only=True):
-    """How much of the machine others took while the worker measured."""
-
-    steal: float = 0.0
-    """Share of the time that a hypervisor gave away."""
-    others: float = 0.0
-    """Processors that other processes kept busy."""
-    preemptions: float = 0.0
-    """Involuntary context switches a second."""
+    """False if no sample ran in both; then `equal` is False too."""
 
 
 Severity = Literal["error", "warning", "info"]
 
 
 class Finding(Record, frozen=True, kw_only=True):
-    """Something that an audit found in a model."""
+    """A property of a model that an audit reports."""
 
     severity: Severity
     code: str
     modes: tuple[GradMode, ...] = ()
-    """In which it was seen; none where it has nothing to do with a mode."""
+    """Modes in which it occurs; empty if it does not depend on the mode."""
     module: str = ""
-    """The module at fault, as "path (Type)"; empty where it is the whole model."""
+    """Module that causes it, as "path (Type)"; empty for the whole model."""
     source: str | None = None
-    """The line at fault, as "file:line", where it is in code of the user's."""
+    """Line of user code that causes it, as "file:line"."""
     text: str
     advice: str
-    """What to do about it; empty where there is nothing to be done."""
-    cost: Growth | None = None
-    """Bytes: held, or lost with each batch."""
+    """Remedy; empty if none is needed."""
+    cost: ByteChange | None = None
+    """Bytes retained, or leaked per batch."""
 
 
 class SavedForBackward(Record, frozen=True, kw_only=True):
-    """Bytes that autograd keeps for the backward pass of one batch, by the module that saved."""
+    """Bytes that one module saves for the backward pass of one batch."""
 
     module: str
     bytes: Count
@@ -239,43 +236,43 @@ Status = Literal["pass", "fail", "inconclusive"]
 
 
 class Outcome(Record, frozen=True, kw_only=True):
-    """What one check of `gradrun check` came to."""
+    """Outcome of one check, in words."""
 
     check: str
-    """Its name: "runs", "forward_peak", "time vs main"."""
     limit: str
-    """What is allowed, in words: "at most 60.0 MiB", ">= 1.0"."""
     value: str
-    """What was found, in words; with its interval where it has one."""
     status: Status
     reason: str = ""
-    """Why it failed or could not be decided, and what to do; empty where it passed."""
+    """Why the check is not a pass, and a remedy; empty for a pass."""
     key: str = ""
-    """The dotted config key that asks for it: "check.limits.forward_peak"."""
+    """Dotted config key of the limit."""
     source: str | None = None
-    """Where that stands, as "file:line:column"; None where it is a default."""
+    """Location of the key as "file:line:column"; None for a default."""
 
 
 class Output(Record, frozen=True, kw_only=True):
-    """One of the outputs that a model gave, over all samples."""
+    """Statistics of one output of a model over all samples and values."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     """Of one sample."""
     mean: float
+    """NaN if any value is."""
     spread: float
-    """The standard deviation; both are of all values, and NaN where there are such."""
+    """Standard deviation; NaN if any value is."""
 
 
 class Metric(Record, frozen=True, kw_only=True):
-    """How well predictions agree with the labels."""
+    """Agreement of the predictions with the labels."""
 
     name: str
     value: float
     samples: int
-    """That it was taken over; those set apart are not among them."""
+    """Samples with a prediction and a label."""
 
+
+# --- results -----------------------------------------------------------------------------------
 
 Kind = Literal["infer", "compare", "audit", "check"]
 
@@ -284,12 +281,12 @@ class RunInfo(Record, frozen=True, kw_only=True):
     """The values of the config that reports and statistics need."""
 
     model: str
-    """Display name of the model, without folders."""
+    """Display name, without folders."""
     mode: GradMode
     output_path: str
     batch_size: Count | None = None
     precision: Annotated[float, Meta(gt=0, le=1)] = 0.01
-    """Relative half-width of the intervals requested by `measure.precision`."""
+    """measure.precision: target for the relative half-width of intervals."""
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> RunInfo:
@@ -308,7 +305,7 @@ class RunInfo(Record, frozen=True, kw_only=True):
 
 
 class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
-    """Base of the results of all commands: raw measurements, from which statistics are computed."""
+    """Base of the results of all commands."""
 
     kind: ClassVar[Kind]
     format: Literal[2] = 2
@@ -319,6 +316,26 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
     environment: Environment
     measurements: tuple[Measurement, ...]
     warnings: tuple[Warning, ...] = ()
+
+    def __post_init__(self) -> None:
+        rounds = [m.batch_seconds for m in self.measurements]
+        if self.kind == "compare" and not all(rounds):
+            raise ValueError("a measurement of a comparison has no rounds")
+        if self.kind != "infer" and any(t < 1e-12 for times in rounds for t in times):
+            raise ValueError("a round of zero duration, which a clock cannot measure")
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """First batch size of each variant."""
+        firsts = (measured[0].batch_sizes[:1] for measured in self.by_variant().values())
+        return {size for sizes in firsts for size in sizes}
+
+    def by_variant(self) -> dict[str, list[Measurement]]:
+        """Group the measurements by variant, the baseline first."""
+        variants: dict[str, list[Measurement]] = {}
+        for measured in self.measurements:
+            variants.setdefault(measured.variant, []).append(measured)
+        return variants
 
     def save(self, path: Path) -> None:
         """Write to `path` atomically.
@@ -339,8 +356,8 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
         if path.is_dir():
             path /= "result.json"
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise GradrunError(f"{path} is not a gradrun result: it is larger than 1 GiB")
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise GradrunError(f"{path} is not a gradrun result: it is over 1 GiB")
             data = json.loads(path.read_bytes())
         except OSError as error:
             unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
@@ -364,7 +381,7 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
         """
         if isinstance(data, dict) and data.get("format", 1) == 1:
             return _from_format_1(data)
-        return _convert(data)
+        return msgspec.convert(data, AnyResult, strict=False)
 
 
 class InferResult(RunResult, frozen=True, kw_only=True, tag="infer"):
@@ -381,7 +398,7 @@ class InferResult(RunResult, frozen=True, kw_only=True, tag="infer"):
     metrics: tuple[Metric, ...] = ()
     """In the order of the config."""
     resumed_at: Count = 0
-    """Samples predicted by earlier runs, if this run resumed them."""
+    """Samples predicted by earlier runs that this one resumed."""
 
 
 class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
@@ -393,11 +410,6 @@ class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
     failures: tuple[str, ...] = ()
     """One sentence per variant that failed."""
 
-    def __post_init__(self) -> None:
-        _check_rounds(self)
-        if not all(m.batch_seconds for m in self.measurements):
-            raise ValueError("a measurement of a comparison has no rounds")
-
 
 class AuditResult(RunResult, frozen=True, kw_only=True, tag="audit"):
     """Result of `gradrun audit`, with one measurement per mode: memory only, no times."""
@@ -406,10 +418,7 @@ class AuditResult(RunResult, frozen=True, kw_only=True, tag="audit"):
     equivalence: tuple[Equivalence, ...] = ()
     findings: tuple[Finding, ...] = ()
     saved_for_backward: tuple[SavedForBackward, ...] = ()
-    """In grad mode, largest first; the sum equals the retained bytes of the memory meter."""
-
-    def __post_init__(self) -> None:
-        _check_rounds(self)
+    """In grad mode, largest first; the sum should equal the retained bytes."""
 
 
 class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
@@ -426,29 +435,48 @@ class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
     outcomes: tuple[Outcome, ...] = ()
     """In the order of the config."""
 
-    def __post_init__(self) -> None:
-        _check_rounds(self)
-
     @property
     def status(self) -> Status:
         """`fail` if any check failed, else `inconclusive` if any was, else `pass`."""
-        found = {outcome.status for outcome in self.outcomes}
+        statuses = {outcome.status for outcome in self.outcomes}
         order: tuple[Status, ...] = ("fail", "inconclusive")
-        return next((status for status in order if status in found), "pass")
+        return next((status for status in order if status in statuses), "pass")
 
 
 AnyResult = InferResult | CompareResult | AuditResult | CheckResult
 KINDS = get_args(Kind)
 
 
-def _check_rounds(result: RunResult) -> None:
-    if any(t < 1e-12 for m in result.measurements for t in m.batch_seconds):
-        raise ValueError("a round of zero duration, which a clock cannot measure")
+def _check_format(path: Path, data: Any) -> None:
+    """Distinguish results of other versions from damaged files."""
+    if not isinstance(data, dict):
+        raise GradrunError(f"{path} is not a gradrun result: not a JSON object")
+    version, writer = data.get("format", 1), data.get("gradrun", "unknown")
+    if isinstance(version, int) and version not in (1, 2):
+        hint = "upgrade gradrun to read it" if version > 2 else "repeat the run to report it"
+        raise GradrunError(
+            f"{path} has format {version}, written by gradrun {writer}; this version reads "
+            f"formats 1 and 2: {hint}"
+        )
+    if data.get("kind") not in KINDS:
+        kind, allowed = data.get("kind"), ", ".join(KINDS)
+        raise GradrunError(
+            f"{path} is not a gradrun result: its kind is {kind!r}; allowed: {allowed}"
+        )
 
 
-def _convert(data: Any) -> AnyResult:
-    result: AnyResult = msgspec.convert(data, AnyResult, strict=False)
-    return result
+# --- format 1 ----------------------------------------------------------------------------------
+
+Coded = TypeVar("Coded", Warning, Finding)
+
+_NEW_CODES = {
+    "disturbed": "noisy_machine",
+    "unsteady": "high_variance",
+    "tracks": "enables_grad",
+    "tracks_in_vain": "redundant_enable_grad",
+    "not_looked_at": "pass_failed",
+    "fails": "model_fails",
+}
 
 
 def _from_format_1(data: dict[str, Any]) -> AnyResult:
@@ -463,69 +491,42 @@ def _from_format_1(data: dict[str, Any]) -> AnyResult:
         "quarantined": data.get("apart", 0),
         "saved_for_backward": data.get("kept", ()),
     }
-    result = _convert(upgraded)
+    result: AnyResult = msgspec.convert(upgraded, AnyResult, strict=False)
     if isinstance(result, AuditResult):
         result = result.replace(findings=tuple(map(_with_new_code, result.findings)))
     return result.replace(warnings=tuple(map(_with_new_code, result.warnings)))
-
-
-Coded = TypeVar("Coded", Warning, Finding)
-
-_NEW_CODES = {
-    "disturbed": "noisy_machine",
-    "unsteady": "high_variance",
-    "tracks": "enables_grad",
-    "tracks_in_vain": "redundant_enable_grad",
-    "not_looked_at": "pass_failed",
-    "fails": "model_fails",
-}
 
 
 def _with_new_code(coded: Coded) -> Coded:
     return coded.replace(code=_NEW_CODES.get(coded.code, coded.code))
 
 
-def _check_format(path: Path, data: Any) -> None:
-    """Distinguish other versions and other kinds from damaged files."""
-    if not isinstance(data, dict):
-        raise GradrunError(f"{path} is not a gradrun result: not a JSON object")
-    version, writer = data.get("format", 1), str(data.get("gradrun", "unknown"))
-    if isinstance(version, int) and version not in (1, 2):
-        hint = "upgrade gradrun to read it" if version > 2 else "repeat the run to report it"
-        raise GradrunError(
-            f"{path} has format {version}, written by gradrun {writer}; this version reads "
-            f"formats 1 and 2: {hint}"
-        )
-    if data.get("kind") not in KINDS:
-        raise GradrunError(
-            f"{path} is not a gradrun result: its kind is {data.get('kind')!r}; "
-            f"allowed: {', '.join(KINDS)}"
-        )
+# --- other records -----------------------------------------------------------------------------
 
 
 class Fact(Record, frozen=True, kw_only=True):
-    """What one question about the gradient modes gave, when it was run."""
+    """Observed behavior of a gradient mode for one question."""
 
     topic: str
     question: str
     mode: GradMode | None = None
-    """None where the question chooses no mode."""
+    """None if the question is not asked per mode."""
     expected: str
     observed: str | None
-    """None where it could not be tried."""
+    """None if the question could not be tested."""
     why: str
-    """What it means to who writes code."""
+    """Consequence for user code."""
     unavailable: str = ""
-    """Why it could not be tried."""
+    """Why the question could not be tested."""
 
     @property
     def holds(self) -> bool:
-        """Whether the expected was seen; what could not be tried is no difference."""
+        """Whether the observation is as expected; an untested question counts as such."""
         return self.observed in (self.expected, None)
 
 
 class ModeFacts(Record, frozen=True, kw_only=True):
-    """What each gradient mode does on the installed torch and a device."""
+    """Behavior of each gradient mode with the installed torch on one device."""
 
     format: Literal[1] = 1
     kind: Literal["modes"] = "modes"
@@ -541,9 +542,33 @@ class ModeFacts(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class DamagedRange:
-    """A committed range whose files are missing or changed."""
+    """A range of committed samples whose file is missing or changed."""
 
     start: int
     stop: int
     file: str
-    what: str
+    problem: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of comparing the files of a run with the checksums in its journal."""
+
+    folder: Path
+    samples: int
+    """Samples of the run."""
+    committed: int
+    """Samples in the journal."""
+    ranges: int
+    damaged: tuple[DamagedRange, ...]
+    torn: bool
+    """The last line of the journal is incomplete and was ignored."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all samples of the run are committed and unchanged."""
+        return not self.damaged and self.committed == self.samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and `complete` in JSON types."""
+        return asdict(self) | {"folder": str(self.folder), "complete": self.complete}

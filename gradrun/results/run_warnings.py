@@ -1,49 +1,45 @@
-"""What a reader of a run's figures must know: Warnings drawn from the result alone.
-
-Knows results; each warning has a code and says what to do.
-"""
+"""Warnings that follow from the measurement of a run."""
 
 from __future__ import annotations
 
 from gradrun.core.units import pluralize
 from gradrun.results.result import Environment, Measurement, Warning
 
-_SPREAD = 2.0
+_MAX_SPREAD = 2.0
 _P99_BATCHES = 100
 
 
 def run_warnings(measured: Measurement, machine: Environment, *, training: bool) -> list[Warning]:
-    """The warnings that one measurement of a run deserves."""
-    found: list[Warning] = []
+    """Return the warnings for one measurement; each says what to do."""
+    warnings: list[Warning] = []
 
     def warn(code: str, text: str) -> None:
-        found.append(Warning(code=code, text=text))
+        warnings.append(Warning(code=code, text=text))
 
     batches = len(measured.batch_seconds)
     if 0 < batches < _P99_BATCHES:
         warn(
             "few_batches",
-            f"{pluralize(batches, 'batch')} cannot show every percentile (p99 takes "
-            f"{_P99_BATCHES}); for them lower data.batch_size or run more samples",
+            f"{pluralize(batches, 'batch')} cannot support every percentile (p99 needs "
+            f"{_P99_BATCHES}); lower data.batch_size or run more samples",
         )
     median, slow = measured.latency(0.5), measured.latency(0.9)
-    if median and slow and slow.value > _SPREAD * median.value:
+    if median and slow and slow.value > _MAX_SPREAD * median.value:
         warn(
             "high_variance",
-            f"the slowest tenth of the batches took {slow.value / median.value:.1f} times the "
-            "median or more: perhaps something else uses this machine; close it, or lower "
-            "run.threads",
+            f"the slowest 10 % of the batches took at least {slow.value / median.value:.1f} times "
+            "the median; if other programs are using this machine, close them or lower run.threads",
         )
     if machine.device == "cpu" and machine.threads > machine.cpus:
         warn(
             "too_many_threads",
             f"{machine.threads} threads share {pluralize(machine.cpus, 'processor')}; "
-            "run.threads: auto takes as many as there are",
+            "run.threads: auto uses one thread per processor",
         )
     if training:
         warn(
             "training_mode",
-            "model.training is on: dropout and batch norm work as in training, so predictions "
-            "depend on seed and batch size; leave it out to predict",
+            "model.training is on: dropout and batch normalization behave as in training, so "
+            "predictions depend on seed and batch size; remove it for inference",
         )
-    return found
+    return warnings

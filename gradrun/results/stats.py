@@ -1,7 +1,4 @@
-"""Statistics of samples, in plain floats: quantiles with honest intervals, and steadiness.
-
-Knows numbers; not what they measure.
-"""
+"""Statistics of plain floats: quantiles and ratios with 95 % intervals, and verdicts."""
 
 from __future__ import annotations
 
@@ -19,10 +16,9 @@ _EXACT_COUNT = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, in the unit of the samples.
+    """A positive value with its 95 % interval, in the unit of the samples.
 
-    `high` is infinite where nothing bounds the value from above, `low` 0 where nothing does from
-    below.
+    An interval that is open above has an infinite `high`; one that is open below has a `low` of 0.
     """
 
     value: float
@@ -31,7 +27,7 @@ class Estimate:
 
     @property
     def uncertainty(self) -> float:
-        """Half the interval's width; with an open end, the distance to the other."""
+        """Half the width of the interval; for an open one, the distance to the other end."""
         if math.isinf(self.high):
             return self.value - self.low
         if self.low == 0:
@@ -40,18 +36,18 @@ class Estimate:
 
     @property
     def relative(self) -> float:
-        """The uncertainty as a share of the value."""
+        """Uncertainty relative to the value."""
         return self.uncertainty / self.value if self.value else math.inf
 
 
 def quantile(samples: Sequence[float], q: float) -> Estimate | None:
-    """The q-quantile with its 95 % interval; None where too few samples lie beyond it.
+    """Estimate the q-quantile with its 95 % interval; None if there are too few samples.
 
+    At least 1 / (1 - q) samples are needed, so that one is expected beyond the quantile.
     Interpolates linearly between order statistics (definition 7 of Hyndman and Fan, "Sample
-    quantiles in statistical packages", 1996). The interval is from order statistics too: the
+    quantiles in statistical packages", 1996). The interval ends are order statistics too: the
     number of samples below the true quantile is binomial whatever the distribution (Conover,
     "Practical Nonparametric Statistics", section 3.2).
-    One sample in 1 / (1 - q) lies beyond the quantile: fewer samples than that cannot show it.
     """
     count = len(samples)
     if count == 0 or count * (1 - q) < 1 - 1e-9:
@@ -70,13 +66,13 @@ def quantile(samples: Sequence[float], q: float) -> Estimate | None:
 
 
 def _ranks(count: int, q: float) -> tuple[int, int]:
-    """The order statistics (from 0) that bound the q-quantile in 95 of 100 cases.
+    """Return the ranks (from 0) of the order statistics that bound the q-quantile.
 
-    -1 and `count` where there is none that does.
+    -1 and `count` stand for open ends.
     """
     if count > _EXACT_COUNT:
         spread = NormalDist().inv_cdf(1 - _TAIL) * math.sqrt(count * q * (1 - q))
-        # One rank further out makes up for the approximation.
+        # One rank further out compensates for the normal approximation.
         return math.floor(count * q - spread) - 1, math.ceil(count * q + spread)
     low, below = -1, 0.0
     for k in range(count):
@@ -90,9 +86,9 @@ def _ranks(count: int, q: float) -> tuple[int, int]:
 
 
 def is_steady(samples: Sequence[float]) -> bool:
-    """Whether the last five samples' median lies within 5 % of that of the five before.
+    """Whether the median of the last five samples is within 5 % of that of the five before.
 
-    Times fall while caches fill and clocks rise; they are steady when they stop falling.
+    Times decrease while caches fill and clock rates rise.
     """
     if len(samples) < 2 * _STEADY_BATCHES:
         return False
@@ -114,18 +110,18 @@ _T = (
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    """The median of base / other over rounds that ran side by side.
+    """Return the median of base / other over paired rounds.
 
-    Pairs share what the machine did at that moment; the median forgets rounds it spoiled.
+    Pairing cancels the state of the machine at that moment; the median ignores outliers.
     """
     return median(one / two for one, two in zip(base, other, strict=False))
 
 
 def mean_over_processes(values: Sequence[float]) -> Estimate:
-    """The geometric mean with its 95 % interval, from one positive value a process.
+    """Estimate the geometric mean with its 95 % interval, from one positive value per process.
 
-    Student's t on the logs: rounds of one process share its memory layout, so only processes are
-    independent samples. One process alone supports no interval.
+    Student's t on the logs. Rounds of one process share its memory layout, so only processes are
+    independent samples. The interval of a single process is open.
     """
     logs = [math.log(value) for value in values]
     count = len(logs)
@@ -138,11 +134,11 @@ def mean_over_processes(values: Sequence[float]) -> Estimate:
 
 
 def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
-    """The ratio base / other of two groups of processes that did not run side by side.
+    """Estimate the ratio base / other of two groups of processes that did not run interleaved.
 
-    Welch's t on the logs, one positive value a process ("The generalization of Student's problem
-    when several different population variances are involved", Biometrika 1947). A group of one
-    supports no interval. What changed on the machine between the groups is not in the interval.
+    Welch's t on the logs, one positive value per process ("The generalization of Student's problem
+    when several different population variances are involved", Biometrika 1947). The interval is
+    open if a group has one process. It does not cover changes of the machine between the groups.
     """
     groups = [[math.log(value) for value in values] for values in (base, other)]
     middles = [math.fsum(logs) / len(logs) for logs in groups]
@@ -161,10 +157,10 @@ def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
 
 
 def verdict(ratio: Estimate, precision: float) -> Verdict:
-    """What a ratio (base time / other time) says of the other.
+    """Judge a ratio (base time / other time).
 
-    Within the precision asked for there is no difference, even where the interval is so narrow
-    that it leaves 1 out; beyond it a difference counts when the interval leaves 1 out.
+    An interval within `precision` of 1 is no difference, even if it excludes 1. Otherwise the other
+    is faster or slower if the interval excludes 1.
     """
     if 1 - precision <= ratio.low and ratio.high <= 1 + precision:
         return "no_difference"

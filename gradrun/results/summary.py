@@ -1,119 +1,126 @@
-"""What a comparison means, in one sentence that a person can act on.
-
-Knows the result alone; its figures are recomputed from raw samples.
-"""
+"""Conclusions from comparisons and audits, in one or two sentences."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from gradrun.core.units import format_bytes
-from gradrun.results.result import CompareResult, Comparison, Equivalence, Memory
+from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import format_bytes, pluralize
+from gradrun.results.result import (
+    AuditResult,
+    CompareResult,
+    Comparison,
+    Equivalence,
+    Finding,
+    Measurement,
+    Memory,
+)
 
-_WORTH_BYTES = 1024
-_WORTH_SHARE = 0.01
-_NOT_MUCH = 0.05
+_MIN_SAVED_BYTES = 1024
+_MIN_SAVED_SHARE = 0.01
+_SMALL_DIFFERENCE = 0.05
+_MORE_TIME = "raise measure.budget (--set measure.budget=120)"
+
+
+# --- compare -----------------------------------------------------------------------------------
 
 
 def summarize_comparison(result: CompareResult) -> str:
-    """Which variant to use and why, or what could not be told and what to do about it."""
-    memory = {m.variant: m.memory for m in result.measurements}
-    agree = {e.candidate: e for e in result.equivalence}
-    safe = [c for c in result.comparisons if c.candidate not in agree or agree[c.candidate].equal]
-    differ = [e for e in result.equivalence if not e.equal]
+    """Recommend a variant, or say why the comparison is inconclusive and what to do."""
     if not result.comparisons:
-        return "There is nothing to compare: fewer than two variants could be run."
-    base = result.comparisons[0].baseline
-    return " ".join(
-        filter(None, (_advice(base, result.comparisons, safe, memory), *map(_difference, differ)))
-    )
+        return "Nothing to compare: fewer than two variants ran."
+    memory = {m.variant: m.memory for m in result.measurements}
+    differing = [e for e in result.equivalence if not e.equal]
+    unequal = {e.candidate for e in differing}
+    equal = [c for c in result.comparisons if c.candidate not in unequal]
+    advice = _recommend(result.comparisons, equal, memory) if equal else ""
+    return " ".join(filter(None, (advice, *map(_describe_difference, differing))))
 
 
-def _advice(
-    base: str,
-    compared: Sequence[Comparison],
-    safe: list[Comparison],
-    memory: dict[str, Memory],
+def _recommend(
+    comparisons: Sequence[Comparison], equal: Sequence[Comparison], memory: Mapping[str, Memory]
 ) -> str:
-    faster = [c for c in safe if c.verdict == "faster"]
-    if faster:
+    """Recommend one of the variants with equal outputs, or the baseline."""
+    base = equal[0].baseline
+    if faster := [c for c in equal if c.verdict == "faster"]:
         best = max(faster, key=lambda c: c.low)
         return (
             f"Use {best.candidate}: {best.ratio:.{ratio_digits(best)}f} times as fast as {base} "
-            f"({_interval(best)}){_saving(memory, base, best.candidate)}."
+            f"({_interval(best)}){_saving(memory, best)}."
         )
-    level = [c for c in safe if c.verdict == "no_difference" or _narrow(c)]
-    lean = [c for c in level if _saved(memory, base, c.candidate)]
-    if lean:
-        best = max(lean, key=lambda c: _saved(memory, base, c.candidate))
+    level = [c for c in equal if c.verdict == "no_difference" or _is_small(c)]
+    if smaller := [c for c in level if _saved_bytes(memory, c)]:
+        best = max(smaller, key=lambda c: _saved_bytes(memory, c))
         return (
-            f"Use {best.candidate}: no difference in time above {_seen(best)} to {base}"
-            f"{_saving(memory, base, best.candidate)}."
+            f"Use {best.candidate}: no difference in time to {base} above {_bound(best)}"
+            f"{_saving(memory, best)}."
         )
     if level:
         widest = max(level, key=lambda c: max(c.high - 1, 1 - c.low))
-        if len(level) == len(compared):
-            return f"No difference in time above {_seen(widest)} could be seen: any will do."
-        names = " and ".join(c.candidate for c in level)
-        return f"{names}: no difference in time to {base} above {_seen(widest)}; either will do."
-    if safe and all(c.verdict == "slower" for c in safe):
-        fastest = "the fastest" if len(safe) == len(compared) else "the fastest with these outputs"
-        return f"Stay with {base}: it is {fastest}."
-    if safe and any(math.isinf(c.high) for c in safe):
-        return "Only one process measured both sides, which supports no verdict: ask again."
-    if safe and any(c.relative_width > 1 for c in safe):
+        if len(level) == len(comparisons):
+            return f"Use any variant: no difference in time above {_bound(widest)}."
+        names = " or ".join([base, *(c.candidate for c in level)])
+        return f"Use {names}: no difference in time above {_bound(widest)}."
+    if all(c.verdict == "slower" for c in equal):
+        outputs = "" if len(equal) == len(comparisons) else " variant with these outputs"
+        return f"Keep {base}: it is the fastest{outputs}."
+    return _explain_inconclusive(equal)
+
+
+def _explain_inconclusive(equal: Sequence[Comparison]) -> str:
+    if any(math.isinf(c.high) for c in equal):
+        return "Inconclusive: only one process measured both variants. Repeat the comparison."
+    if any(c.relative_width > 1 for c in equal):
         return (
-            "Too few processes could measure to tell anything: quiet the machine, or raise "
-            "measure.budget (--set measure.budget=120)."
+            "Inconclusive: too few processes completed a measurement. Reduce load on the machine "
+            f"or {_MORE_TIME}."
         )
-    if safe:
-        widest = max(safe, key=lambda c: c.high - c.low)
-        return (
-            f"This machine was too noisy to tell: {widest.candidate} / {base} lies anywhere in "
-            f"{_interval(widest)}. Close what else runs, lower run.threads, or raise "
-            "measure.budget (--set measure.budget=120), and ask again."
-        )
-    return ""
-
-
-def _narrow(comparison: Comparison) -> bool:
-    """Whether an interval that decides nothing still says that not much is at stake."""
-    inconclusive = comparison.verdict == "inconclusive"
-    return inconclusive and comparison.low >= 1 - _NOT_MUCH and comparison.high <= 1 + _NOT_MUCH
-
-
-def _difference(found: Equivalence) -> str:
-    if not found.compared:
-        return (
-            f"{found.candidate} ran no sample that {found.baseline} ran, so nothing is known of "
-            "whether their outputs are the same."
-        )
-    where = f", first in {found.first_module}" if found.first_module else ""
+    widest = max(equal, key=lambda c: c.high - c.low)
     return (
-        f"{found.candidate} gives other outputs than {found.baseline} (by up to "
-        f"{found.max_abs_diff:.2g}{where}): use it only if that is what you want."
+        f"Inconclusive: the 95 % interval of {widest.candidate} / {widest.baseline} is "
+        f"{_interval(widest)}. Close other programs, lower run.threads or {_MORE_TIME}, then "
+        "repeat the comparison."
     )
 
 
-def _saved(memory: dict[str, Memory], base: str, other: str) -> int:
-    """Bytes of the forward's peak that `other` saves, where that is worth a word."""
-    before, after = memory[base].forward_peak, memory[other].forward_peak
+def _is_small(comparison: Comparison) -> bool:
+    """Whether an inconclusive interval excludes a difference that matters."""
+    low, high = 1 - _SMALL_DIFFERENCE, 1 + _SMALL_DIFFERENCE
+    return comparison.verdict == "inconclusive" and low <= comparison.low <= comparison.high <= high
+
+
+def _describe_difference(equivalence: Equivalence) -> str:
+    candidate, baseline = equivalence.candidate, equivalence.baseline
+    if not equivalence.compared:
+        return f"Outputs of {candidate} and {baseline} were not compared: no sample ran in both."
+    where = f", first in {equivalence.first_module}" if equivalence.first_module else ""
+    return (
+        f"Outputs of {candidate} differ from {baseline} (by up to {equivalence.max_abs_diff:.2g}"
+        f"{where}): use it only if this is intended."
+    )
+
+
+def _saved_bytes(memory: Mapping[str, Memory], comparison: Comparison) -> int:
+    """Return the saving in forward peak memory, or 0 if it is negligible or unknown."""
+    before = memory[comparison.baseline].forward_peak
+    after = memory[comparison.candidate].forward_peak
     if before is None or after is None:
         return 0
     saved = before - after
-    return saved if saved >= max(_WORTH_BYTES, _WORTH_SHARE * before) else 0
+    return saved if saved >= max(_MIN_SAVED_BYTES, _MIN_SAVED_SHARE * before) else 0
 
 
-def _saving(memory: dict[str, Memory], base: str, other: str) -> str:
-    if not _saved(memory, base, other):
+def _saving(memory: Mapping[str, Memory], comparison: Comparison) -> str:
+    if not _saved_bytes(memory, comparison):
         return ""
-    before, after = memory[base].forward_peak or 0, memory[other].forward_peak or 0
-    return f", and its forward peak is {format_bytes(after)}, not {format_bytes(before)}"
+    before = memory[comparison.baseline].forward_peak or 0
+    after = memory[comparison.candidate].forward_peak or 0
+    return f", with a forward peak of {format_bytes(after)} instead of {format_bytes(before)}"
 
 
-def _seen(comparison: Comparison) -> str:
-    # Rounded up: what lies above it could be seen, and 0.0 % is a claim that nobody can make.
+def _bound(comparison: Comparison) -> str:
+    # Rounded up, because a larger difference would have been detected; never to 0.0 %.
     widest = max(comparison.high - 1, 1 - comparison.low, 0.001)
     return f"{math.ceil(widest * 1000 - 1e-6) / 10:.1f}%"
 
@@ -124,10 +131,64 @@ def _interval(comparison: Comparison) -> str:
 
 
 def ratio_digits(comparison: Comparison) -> int:
-    """Decimals of a ratio that its interval supports: 1 to 3."""
+    """Return the number of decimals of a ratio that its interval supports: 1 to 3."""
     return decimals((comparison.high - comparison.low) / 2)
 
 
 def decimals(uncertainty: float) -> int:
-    """Decimals of a ratio that is this uncertain: 1 to 3."""
+    """Return the number of decimals of a ratio that its uncertainty supports: 1 to 3."""
     return 3 if uncertainty < 0.005 else 2 if uncertainty < 0.05 else 1
+
+
+# --- audit -------------------------------------------------------------------------------------
+
+_LEAST_OVERHEAD = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
+"""inference_mode also saves version counters and view tracking."""
+
+
+def errors_in(result: AuditResult, mode: GradMode) -> list[Finding]:
+    """Return the errors that make a mode unsafe; an error without modes counts for all."""
+    return [
+        finding
+        for finding in result.findings
+        if finding.severity == "error" and (mode in finding.modes or not finding.modes)
+    ]
+
+
+def has_errors(result: AuditResult) -> bool:
+    """Whether any finding is an error."""
+    return any(finding.severity == "error" for finding in result.findings)
+
+
+def lowest_memory_safe_mode(result: AuditResult) -> Measurement | None:
+    """Return the safe mode with the lowest forward peak; None if no mode is safe."""
+    safe = [m for m in result.measurements if not errors_in(result, m.mode)]
+    return min(safe, key=_memory_rank, default=None)
+
+
+def _memory_rank(measured: Measurement) -> tuple[int, int, int]:
+    memory = measured.memory
+    overhead = _LEAST_OVERHEAD.index(measured.mode)
+    return (memory.forward_peak or 0, memory.retained or 0, overhead)
+
+
+def summarize_audit(result: AuditResult) -> str:
+    """Recommend a gradient mode, and name the unsafe ones."""
+    best = lowest_memory_safe_mode(result)
+    errors = pluralize(sum(f.severity == "error" for f in result.findings), "error")
+    if best is None:
+        return f"No mode is safe. Fix the {errors} first."
+    text = f"Use {best.mode}, the safe mode with the lowest memory{_peaks(result, best)}."
+    if unsafe := [mode for mode in GradMode if errors_in(result, mode)]:
+        text += f" Do not use {' or '.join(unsafe)}: {errors}."
+    return text
+
+
+def _peaks(result: AuditResult, best: Measurement) -> str:
+    peaks = {m.mode: m.memory.forward_peak for m in result.measurements}
+    lowest, grad = peaks[best.mode], peaks.get(GradMode.GRAD)
+    if lowest is None or grad is None or best.mode is GradMode.GRAD:
+        return ""
+    if lowest == grad:
+        return f" (forward peak {format_bytes(lowest)}, as in grad)"
+    return f" (forward peak {format_bytes(lowest)}, {format_bytes(grad)} in grad)"

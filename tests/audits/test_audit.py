@@ -16,7 +16,12 @@ from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.results.result import Finding, RunResult
-from gradrun.results.safety import errors_in, has_errors, lowest_memory_safe_mode, verdict
+from gradrun.results.summary import (
+    errors_in,
+    has_errors,
+    lowest_memory_safe_mode,
+    summarize_audit,
+)
 from tests.conftest import ROOT, Command
 
 PLANTED = ROOT / "tests" / "support" / "planted.py"
@@ -197,13 +202,13 @@ def test_a_mode_in_which_the_model_fails_is_not_safe_and_the_others_go_on(audite
     best = lowest_memory_safe_mode(result)
     assert best is not None
     assert best.mode is GRAD
-    assert verdict(result).startswith("Run it in grad")
+    assert summarize_audit(result).startswith("Use grad,")
 
 
 def test_a_model_that_marks_its_input_is_audited_like_any_other(audited: Any) -> None:
     result = audited("InputGradients", build="alone")
     assert [m.mode for m in result.measurements] == [GRAD]
-    assert verdict(result).startswith("Run it in grad")
+    assert summarize_audit(result).startswith("Use grad,")
 
 
 def test_a_model_that_runs_in_no_mode_is_the_configs_error(tmp_path: Path) -> None:
@@ -223,11 +228,13 @@ def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
     best = lowest_memory_safe_mode(result)
     assert best is not None
     assert best.mode is NO_GRAD
-    assert "Not in inference_mode: 1 error" in verdict(result)
+    assert "Do not use inference_mode: 1 error" in summarize_audit(result)
 
 
 def test_where_no_mode_is_safe_the_verdict_says_so(audited: Any) -> None:
-    assert verdict(audited("ListOfLosses")).startswith("No mode is safe: mend the 2 errors first")
+    assert summarize_audit(audited("ListOfLosses")).startswith(
+        "No mode is safe. Fix the 2 errors first"
+    )
 
 
 def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> None:
@@ -357,7 +364,7 @@ def test_the_command_exits_3_on_an_error_and_0_without(process: Command, tmp_pat
         result = RunResult.from_json(answer.out)
         assert result.kind == "audit"
         assert RunResult.load(tmp_path / "run-audit") == result
-        assert "Run it in" in answer.err
+        assert "the safe mode with the lowest memory" in answer.err
         assert "Traceback" not in answer.text
 
 
@@ -373,8 +380,8 @@ def test_the_command_needs_trust_for_code(cli: Command, tmp_path: Path) -> None:
 def test_the_bundled_models_pass_through_the_command(cli: Command, tmp_path: Path) -> None:
     answer = cli("audit", ROOT / "configs" / "mlp.yaml", "--set", f"output.path={tmp_path / 'o'}")
     assert answer.code == 0
-    assert re.search(r"together, as retained above\s+16\.00 KiB", answer.out)
-    assert "Run it in inference_mode: the leanest safe mode" in answer.out
+    assert re.search(r"total retained\s+16\.00 KiB", answer.out)
+    assert "Use inference_mode, the safe mode with the lowest memory" in answer.out
 
 
 @pytest.mark.parametrize("name", ["torchscript", "exported", "records", "layers"])
@@ -382,7 +389,7 @@ def test_every_source_can_be_audited(cli: Command, tmp_path: Path, name: str) ->
     config = ROOT / "configs" / f"{name}.yaml"
     answer = cli("audit", config, "--trust-code", "--set", f"output.path={tmp_path / 'o'}")
     assert answer.code == 0, answer.text
-    assert "Run it in" in answer.out
+    assert "the safe mode with the lowest memory" in answer.out
 
 
 @pytest.mark.cuda

@@ -40,7 +40,7 @@ def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
     assert not proven.differing
     # The page goes to stderr, and what torch warns of goes nowhere.
     assert answer.err.lstrip().startswith(f"torch {torch.__version__}")
-    assert f"{len(proven.facts)} facts proven on torch" in answer.err
+    assert f"{len(proven.facts)} behaviors verified on torch" in answer.err
     assert "Warning" not in answer.err
     assert "Traceback" not in answer.err
 
@@ -48,7 +48,7 @@ def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
 def test_the_page_goes_to_stdout(cli: Command, one_topic: None) -> None:
     answer = cli("modes", "--device", "cpu")
     assert (answer.code, answer.err) == (0, "")
-    assert "27 facts proven" in answer.out
+    assert "27 behaviors verified" in answer.out
 
 
 def test_a_difference_is_exit_3_told_and_written(cli: Command, wrong: None, tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_a_difference_is_exit_3_told_and_written(cli: Command, wrong: None, tmp_
     told = " ".join(answer.out.split())
     assert f'{TOPIC} > r.add_(1) > inference_mode: expected "works", got "RuntimeError"' in told
     assert "read-only outside inference mode" in told
-    assert "1 of 27 facts differ" in told
+    assert "1 of 27 behaviors differ" in told
     facts = json.loads((tmp_path / "modes.json").read_text())["facts"]
     assert sum(fact["expected"] != fact["observed"] for fact in facts) == 1
 

@@ -377,7 +377,7 @@ def test_the_other_modes_are_shown_and_saved(
 ) -> None:
     answer, result = broken
     assert "inference_mode again" in answer.out
-    assert "same to the bit" in answer.out
+    assert "bitwise equal" in answer.out
     assert "a line on stdout" not in answer.out
     assert {m.variant for m in result.measurements} == {"inference_mode", "inference_mode again"}
     assert [c.baseline for c in result.comparisons] == ["inference_mode"]

@@ -19,7 +19,7 @@ from gradrun.comparison.equivalence import equivalence, first_differing_module
 from gradrun.config.schema import RunConfig
 from gradrun.data.batch import Batch
 from gradrun.modes import grad_mode
-from gradrun.report.tables import outputs_text
+from gradrun.report.tables import outputs_status
 
 
 def config(mode: str, **measure: float) -> RunConfig:
@@ -265,7 +265,7 @@ def test_variants_without_a_common_sample_are_not_equal() -> None:
     found = equivalence(one, ComparableModel(other.name, other.model, other.config, strangers))
     assert (found.compared, found.equal, found.bitwise) == (False, False, False)
     assert found.first_module is None
-    assert outputs_text(found) == "no common sample"
+    assert outputs_status(found).text == "no common sample"
 
 
 def test_a_difference_is_found_if_batch_sizes_differ() -> None:

@@ -25,7 +25,7 @@ from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
 from gradrun.output.verification import verify
 from gradrun.report import terminal
-from gradrun.report.verified import show as show_verified
+from gradrun.report.document import describe, describe_verification
 from gradrun.results.result import RunResult
 from tests.integration.test_properties import mutate
 from tests.soak.fuzz import Fuzzer, config, lay_out
@@ -215,7 +215,7 @@ def test_any_journal_is_read_or_refused(
     with tempfile.TemporaryDirectory() as name:
         lay_out(Path(name), files | {"journal.jsonl": text.encode()})
         with suppress(GradrunError):
-            show_verified(verify(name), Console(file=io.StringIO()))
+            terminal.show(describe_verification(verify(name)), Console(file=io.StringIO()))
 
 
 @derandomized
@@ -232,7 +232,7 @@ def test_any_result_is_shown_or_refused(
         with suppress(GradrunError):
             loaded = RunResult.load(path)
             if loaded.kind == "infer" and loaded.measurements:
-                terminal.show(loaded, Console(file=io.StringIO()))
+                terminal.show(describe(loaded), Console(file=io.StringIO()))
 
 
 @pytest.fixture(scope="module")

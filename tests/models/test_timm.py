@@ -165,6 +165,6 @@ def test_the_example_runs_and_compares_and_is_audited(
     done = run(
         ["-m", "gradrun", "compare", config, "--modes", "grad,no_grad", *quick, *out], libraries
     )
-    assert "same to the bit" in done.stdout, done.stderr
+    assert "bitwise equal" in done.stdout, done.stderr
     done = run(["-m", "gradrun", "audit", config, "--no-compile", *out], libraries)
-    assert "Run it in inference_mode" in done.stdout, done.stderr
+    assert "Use inference_mode" in done.stdout, done.stderr

@@ -92,10 +92,10 @@ def test_a_changed_byte_is_reported_with_its_range(
     data[offset] ^= 1
     file.write_bytes(data)
     if form == "parquet":  # compressed: a byte may affect many rows, or none
-        assert all(damage.what for damage in damaged_ranges(tmp_path, state))
+        assert all(damage.problem for damage in damaged_ranges(tmp_path, state))
         return
     (damage,) = damaged_ranges(tmp_path, state)
-    assert damage.what == "the checksum differs"
+    assert damage.problem == "the checksum differs"
     if form != "jsonl":
         assert damage.start <= at * SAMPLES < damage.stop
 
@@ -109,11 +109,11 @@ def test_a_truncated_or_missing_file_is_reported(tmp_path: Path, form: str) -> N
     problem = (
         "the file is damaged" if form == "parquet" else "the file is shorter than the journal says"
     )
-    assert {damage.what for damage in damaged_ranges(tmp_path, state)} == {problem}
+    assert {damage.problem for damage in damaged_ranges(tmp_path, state)} == {problem}
     file.unlink()
     gone = list(damaged_ranges(tmp_path, state))
     assert len(gone) == len(state.ranges)
-    assert {damage.what for damage in gone} == {"No such file or directory"}
+    assert {damage.problem for damage in gone} == {"No such file or directory"}
 
 
 def test_missing_pyarrow_is_an_error_and_not_damage(
@@ -133,7 +133,7 @@ def test_a_changed_parquet_row_is_reported_with_its_range(tmp_path: Path) -> Non
     parquet.write_table(table.set_column(0, "id", [ids]), file)
     (damage,) = damaged_ranges(tmp_path, state)
     assert damage.start <= 21 < damage.stop
-    assert damage.what == "the checksum differs"
+    assert damage.problem == "the checksum differs"
 
 
 @pytest.mark.parametrize("form", ["npy", "safetensors", "parquet"])
@@ -154,7 +154,7 @@ def test_a_complete_run_passes(cli: Command, tmp_path: Path) -> None:
     run(tmp_path, "npy")
     answer = cli("verify", tmp_path, "--json", tmp_path / "v.json")
     assert (answer.code, answer.err) == (0, "")
-    assert "40 of 40 samples are there and whole" in " ".join(answer.out.split())
+    assert "40 of 40 samples verified" in " ".join(answer.out.split())
     assert json.loads((tmp_path / "v.json").read_text())["complete"] is True
 
 
@@ -163,7 +163,7 @@ def test_an_unfinished_run_suggests_a_resume(cli: Command, tmp_path: Path) -> No
     answer = cli("verify", tmp_path)
     assert answer.code == 3
     text = " ".join(answer.out.split())
-    assert "unfinished, 16 of 40 samples are there and whole; infer --resume goes on" in text
+    assert "unfinished, 16 of 40 samples verified; to resume: infer --resume" in text
 
 
 def test_damage_is_reported_with_samples_and_file(cli: Command, tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from xml.etree import ElementTree
 import pytest
 import xmlschema
 
-from gradrun.report import check, github, junit
+from gradrun.report import github, junit
 from gradrun.results.result import CheckResult, Outcome, Warning
 from tests.conftest import ROOT
-from tests.support.reporting import EVIL, assert_golden, printed, without_style
+from tests.support.reporting import EVIL, assert_golden, printed, show, without_style
 from tests.support.run_results import run_result
 
 PASSED = Outcome(
@@ -51,21 +51,21 @@ CASES = {
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", CASES)
 def test_a_check_looks_as_it_is_meant_to(name, width):
-    text = printed(check.show, CASES[name], width)
+    text = printed(show, CASES[name], width)
     assert_golden(f"check {name} {width}", text)
     assert max(map(len, text.splitlines())) <= width
 
 
 def test_no_name_drives_the_terminal():
     evil = FAILED.replace(check=EVIL, limit=EVIL, value=EVIL, reason=EVIL)
-    text = without_style(printed(check.show, result(evil), 120, terminal=True))
+    text = without_style(printed(show, result(evil), 120, terminal=True))
     assert "[bold red]" in text
     assert not any(char in text for char in "\x1b\x07\x9b\u202e")
 
 
 def test_junit_keeps_to_the_schema_and_counts_right():
     evil = FAILED.replace(check=f"<&\"'{EVIL}", reason=f"]]>{EVIL}\x00")
-    text = junit.xml(result(PASSED, FAILED, UNCLEAR, evil))
+    text = junit.render(result(PASSED, FAILED, UNCLEAR, evil))
     xmlschema.XMLSchema(ROOT / "tests" / "junit.xsd").validate(text)
     suite = ElementTree.fromstring(text.encode()).find("testsuite")
     assert suite is not None
@@ -80,7 +80,7 @@ def test_junit_keeps_to_the_schema_and_counts_right():
 
 def test_the_schema_refuses_what_is_no_junit():
     schema = xmlschema.XMLSchema(ROOT / "tests" / "junit.xsd")
-    good = junit.xml(result(FAILED))
+    good = junit.render(result(FAILED))
     for wrong in (
         good.replace("testcase", "case"),
         good.replace(' tests="1"', ""),
@@ -92,7 +92,7 @@ def test_the_schema_refuses_what_is_no_junit():
 
 
 def test_github_is_told_of_what_did_not_pass_at_its_line():
-    lines = [*github.commands(result(PASSED, FAILED, UNCLEAR))]
+    lines = [*github.annotate(result(PASSED, FAILED, UNCLEAR))]
     assert lines == [
         "::error file=configs/digits.yaml,line=24,title=gradrun%3A forward peak::"
         "4.50 KiB too much (66,048 bytes) (allowed: at most 60.00 KiB; found: 64.50 KiB)",
@@ -104,7 +104,7 @@ def test_github_is_told_of_what_did_not_pass_at_its_line():
 
 def test_no_text_is_a_command_of_its_own():
     evil = FAILED.replace(check="a,line=9::b\n::error::c", reason="x\r\n::set-output name=a::b\x1b")
-    (line,) = github.commands(result(evil))
+    (line,) = github.annotate(result(evil))
     assert "\n" not in line
     assert "\r" not in line
     assert "\x1b" not in line

@@ -15,11 +15,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from gradrun.report.comparison import show
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import CompareResult, Equivalence, Measurement, Memory, Warning
+from tests.support.reporting import show
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -172,7 +172,7 @@ def row(text: str, name: str) -> tuple[str, str]:
         ("modes", "grad", "8.00 MiB"),
         ("modes", "grad", "392.91 MiB"),
         ("modes", "no_grad", "faster"),
-        ("modes", "no_grad", "same to the bit"),
+        ("modes", "no_grad", "bitwise equal"),
         ("modes", "no_grad", "1.29"),
         ("same", "inference_mode again", "no difference"),
         ("noisy", "no_grad", "inconclusive"),
@@ -180,7 +180,7 @@ def row(text: str, name: str) -> tuple[str, str]:
         ("differs", "no_grad", "differ by 0.012"),
         ("threads", "run.threads=2", "slower"),
         ("gpu", "no_grad", "51.50 MiB"),
-        ("gpu", "no_grad", "same to the bit"),
+        ("gpu", "no_grad", "bitwise equal"),
     ],
 )
 def test_what_was_measured_is_told_in_the_row_of_its_variant(
@@ -216,7 +216,7 @@ def test_one_process_alone_claims_no_interval() -> None:
 
 def test_under_the_tables_stand_warnings_then_one_sentence_then_the_file() -> None:
     text = " ".join(shown(RESULTS["noisy"]).split())
-    order = ["no_grad", "! the budget of 60 s", "too noisy to tell", "result.json"]
+    order = ["no_grad", "! the budget of 60 s", "Inconclusive:", "result.json"]
     places = [text.index(words) for words in order]
     assert places == sorted(places)
 

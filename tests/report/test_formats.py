@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from gradrun import report
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import plots
-from gradrun.results.ratios import recomputed
+from gradrun.results.ratios import recompute
 from gradrun.results.result import Comparison, Metric, RunResult
 from tests.support.reporting import assert_golden, printed
 from tests.support.saved_results import NASTY, OUTCOMES, RESULTS, hostile
@@ -36,7 +36,7 @@ def named(*names: str) -> list[tuple[str, RunResult]]:
 
 
 def rows(*names: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(report.written(named(*names), "csv"))))
+    return list(csv.DictReader(io.StringIO(report.render(named(*names), "csv"))))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def rows(*names: str) -> list[dict[str, str]]:
     ],
 )
 def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
-    text = report.written(named(*GROUPS[group]), format)
+    text = report.render(named(*GROUPS[group]), format)
     # What matplotlib draws differs from version to version, and the style is a file of its own.
     text = re.sub(
         r"(<svg[^>]*aria-label[^>]*?)( xmlns| viewBox).*?</svg>", r"\1/>", text, flags=re.S
@@ -92,20 +92,20 @@ def test_ratios_that_a_file_claims_count_for_nothing() -> None:
         baseline="grad", candidate="no_grad", ratio=9, low=9, high=9, verdict="faster"
     )
     forged = honest.replace(comparisons=(claim,))
-    assert recomputed(forged) == honest
+    assert recompute(forged) == honest
 
 
 def test_an_interval_with_an_open_end_is_no_number() -> None:
     (row,) = (row for row in rows("one process") if row["metric"] == "ratio")
     assert (row["low_95"], row["high_95"]) == ("", "")
-    text = report.written(named(*RESULTS), "json")
+    text = report.render(named(*RESULTS), "json")
     told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert [one["result"] for one in told["reports"]] == [name for name, _ in named(*RESULTS)]
 
 
 @pytest.mark.parametrize("format", ["markdown", "json", "html", "csv"])
 def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> None:
-    text = report.written(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
+    text = report.render(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
     for outcome in OUTCOMES:
         for word in (outcome.check, outcome.limit, outcome.value, outcome.status):
             assert word in text or json.dumps(word)[1:-1] in text
@@ -116,7 +116,7 @@ def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> Non
 
 @pytest.mark.parametrize("format", ["markdown", "html"])
 def test_the_verdict_comes_before_every_figure(format: str) -> None:
-    text = report.written(named("comparison"), format)
+    text = report.render(named("comparison"), format)
     assert text.index("Use inference_mode") < text.index("913")
 
 
@@ -128,8 +128,8 @@ def test_beside_each_other_stand_figures_of_the_same_kind_and_what_else_differs(
     ]
     text = " ".join(printed(report.show, pair, 120).split())
     assert "batch median 685 ± 9 µs 680 ± 48 µs" in text
-    assert "These differ in processor (AMD EPYC | another), threads (2 | 1)" in text
-    assert "These differ" not in printed(report.show, named("run", "run"), 120)
+    assert "Different processor (AMD EPYC | another), threads (2 | 1)" in text
+    assert "Different" not in printed(report.show, named("run", "run"), 120)
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ KINDS = ("run", "comparison", "audit", "check")
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
     evil = [(NASTY, hostile(kind)), ("b", hostile(kind))]
-    page = report.written(evil, "html")
+    page = report.render(evil, "html")
     tags = Tags(page).found
     assert not {"script", "img", "iframe", "link", "a", "object", "image"} & {t for t, _ in tags}
     assert not [a for _, attributes in tags for a in attributes if a.startswith("on")]
@@ -202,7 +202,7 @@ def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_is_markdown(kind: str) -> None:
-    text = report.written([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
+    text = report.render([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
     plain = re.sub(r"\\.", "", text)
     assert escape_control_chars(text) == text
     ours = re.sub(r"</?(details|summary)>|<!-- -->", "", plain)
@@ -219,22 +219,22 @@ def test_no_name_is_markdown(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     evil = [(f"={NASTY}", hostile(kind)), ("@b", hostile(kind))]
-    text = report.written(evil, "csv")
+    text = report.render(evil, "csv")
     assert escape_control_chars(text) == text
     for row in csv.reader(io.StringIO(text)):
         assert len(row) == 16
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(report.show, evil, 120), printed(report.show, evil[:1], 120)):
         assert escape_control_chars(console) == console
-    json.loads(report.written(evil, "json"))
+    json.loads(report.render(evil, "json"))
 
 
 def test_scores_against_labels_are_figures_too() -> None:
     scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
-    text = report.written([("a", scored)], "csv")
+    text = report.render([("a", scored)], "csv")
     (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")
     assert (row["score"], row["ratio"], row["mode"]) == ("0.9731", "", "")
     beside = printed(report.show, [("a", scored), ("b", scored)], 100)
     assert re.search(r"accuracy +0\.9731 +0\.9731", beside)
     for format in ("markdown", "html"):
-        assert "0.9731" in report.written([("a", scored)], format)
+        assert "0.9731" in report.render([("a", scored)], format)

@@ -24,8 +24,8 @@ PAGES = {
 }
 TITLES = {
     "run": ["Batch times", "Over the run", "Memory over a forward pass", "stage2.0 (Conv2d)"],
-    "comparison": ["Speed", "times as fast as grad", "Use inference_mode", "same to the bit"],
-    "audit": ["Run it in no_grad", "Kept after a batch in grad", "mine.py:41"],
+    "comparison": ["Speed", "times as fast as grad", "Use inference_mode", "bitwise equal"],
+    "audit": ["Use no_grad", "Saved for backward in grad", "mine.py:41"],
     "check": ["2 passed, 1 failed, 1 inconclusive", "at most 500 µs"],
     "all": ["Side by side", "Machine", "AMD EPYC"],
 }
@@ -42,7 +42,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 def written(folder: Path, name: str) -> Path:
     path = folder / f"{name}.html"
-    text = report.written([(f"runs/{one}", RESULTS[one]) for one in PAGES[name]], "html")
+    text = report.render([(f"runs/{one}", RESULTS[one]) for one in PAGES[name]], "html")
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -79,7 +79,7 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
     browser: Browser, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "evil.html"
-    path.write_text(report.written([(NASTY, hostile(kind))], "html"), encoding="utf-8")
+    path.write_text(report.render([(NASTY, hostile(kind))], "html"), encoding="utf-8")
     rendered = browser.render(path, 390, 900)
     assert (rendered.requests, rendered.errors) == ([], [])
     assert "<script>document.title='no'</script>" in rendered.text
@@ -89,17 +89,17 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'gradrun\[report\]'"):
-        html_page.text([("a", RESULTS["run"])])
+        html_page.render([("a", RESULTS["run"])])
     for format in ("markdown", "csv", "json"):
-        assert report.written([("a", RESULTS["run"])], format)
+        assert report.render([("a", RESULTS["run"])], format)
 
 
 def test_the_page_may_load_nothing_whatever_is_in_it() -> None:
-    text = html_page.text([("a", RESULTS["run"])])
+    text = html_page.render([("a", RESULTS["run"])])
     assert "default-src 'none'" in text
     assert text.index("Content-Security-Policy") < text.index("<style>")
 
 
 def test_the_same_result_makes_the_same_page() -> None:
     one = [("a", RESULTS["comparison"])]
-    assert html_page.text(one) == html_page.text(one)
+    assert html_page.render(one) == html_page.render(one)

@@ -16,9 +16,9 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from gradrun.core.grad_mode import GradMode
+from gradrun.report.document import describe_modes
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.modes import show
-from gradrun.report.terminal import TABLE_WIDTH
+from gradrun.report.terminal import TABLE_WIDTH, show
 from gradrun.results.result import Fact, ModeFacts
 from tests.support.run_results import MACHINE
 
@@ -96,7 +96,7 @@ def shown(result: ModeFacts, width: int = 80, *, terminal: bool = False, **envir
         color_system="standard" if terminal else None,
         _environ=environ,
     )
-    show(result, console)
+    show(describe_modes(result), console)
     return console.file.getvalue()
 
 
@@ -170,14 +170,14 @@ def test_what_could_not_be_tried_says_why_once_and_is_counted_apart() -> None:
     text = shown(RESULTS["unavailable"])
     assert line(text, "gradrun's guard, fullgraph=True") == ["not available"] * 3
     assert text.count("! not available: torch.compile is turned off here") == 1
-    assert " ".join(text.split()).endswith("running it just now; 3 could not be tried.")
+    assert " ".join(text.split()).endswith("on torch 2.13.0+cpu; 3 not available.")
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("proven", "11 facts proven on torch 2.13.0+cpu, each by running it just now."),
-        ("differs", "3 of 8 facts differ on torch 2.13.0+cpu; 3 could not be tried."),
+        ("proven", "11 behaviors verified on torch 2.13.0+cpu."),
+        ("differs", "3 of 8 behaviors differ on torch 2.13.0+cpu; 3 not available."),
     ],
 )
 def test_the_last_sentence_counts(name: str, sentence: str) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gradrun import report
 from gradrun.core.errors import GradrunError
-from gradrun.results.ratios import recomputed
+from gradrun.results.ratios import recompute
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Command
 from tests.support.saved_results import RESULTS
@@ -69,7 +69,7 @@ def test_without_a_file_the_text_goes_to_stdout(cli: Command, saved: Path, forma
     assert answer.code == 0
     assert answer.err == ""
     results = [("runs/run", RESULTS["run"]), ("runs/comparison", RESULTS["comparison"])]
-    assert answer.out == report.written(results, format)
+    assert answer.out == report.render(results, format)
 
 
 def test_a_format_that_is_named_counts_more_than_the_suffix(cli: Command, saved: Path) -> None:
@@ -252,13 +252,13 @@ def test_no_value_in_a_file_breaks_a_report(name: str, seed: int, tmp_path: Path
     file = tmp_path / "result.json"
     file.write_text(json.dumps(told))
     try:
-        results = [("a", recomputed(RunResult.load(file)))]
+        results = [("a", recompute(RunResult.load(file)))]
     except GradrunError:
         return
-    assert report.table(results)
-    assert report.table(results * 2)
+    assert report.render(results, "table")
+    assert report.render(results * 2, "table")
     for format in FORMATS:
-        assert report.written(results, format)
+        assert report.render(results, format)
 
 
 # --- what it costs, and who tells of it --------------------------------------------------------

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH, timing
-from gradrun.report.terminal import display_path, show
+from gradrun.report.wording import display_path
 from gradrun.results.result import Memory, RunResult, Warning
+from tests.support.reporting import show
 from tests.support.run_results import MACHINE, MEMORY, measurement, run_result
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -216,7 +217,7 @@ def test_a_path_is_told_as_one_would_type_it_here(
 @given(st.lists(st.floats(1e-6, 1e-1), min_size=25, max_size=150))
 def test_a_quantile_never_reads_as_less_than_the_one_before_it(times):
     measured = measurement(len(times), 4, batch_seconds=tuple(times))
-    rows = {row[0]: row[1] for row in timing(run_result(measured)).rows}
+    rows = {row[0]: row[1] for row in timing(measured).rows}
     units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
     shown = [
         float(number.replace(",", "")) * units[unit]

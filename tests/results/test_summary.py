@@ -1,4 +1,4 @@
-"""The one sentence under a comparison, from results made by hand."""
+"""Conclusions from comparisons and audits, from hand-made results."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 
-from gradrun.results.result import CompareResult, Comparison, Equivalence
+from gradrun.core.grad_mode import GradMode
+from gradrun.results.result import AuditResult, CompareResult, Comparison, Equivalence
 from gradrun.results.stats import Verdict
-from gradrun.results.summary import ratio_digits, summarize_comparison
+from gradrun.results.summary import (
+    errors_in,
+    has_errors,
+    lowest_memory_safe_mode,
+    ratio_digits,
+    summarize_audit,
+    summarize_comparison,
+)
+from tests.report.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 from tests.support.run_results import MEMORY, measurement, run_result
 
-KIB = 1024
+KIB, MIB = 1024, 1024**2
 
 
 def side(name: str, peak: int | None = 64 * KIB, mode: str = "grad") -> Any:
@@ -59,96 +68,105 @@ SLOWER = against("no_grad", "slower", 0.80, 0.82)
 UNSURE = against("no_grad", "inconclusive", 0.7, 1.4)
 
 
-def test_the_faster_mode_is_named_with_its_interval() -> None:
+def test_faster_mode_is_recommended_with_its_interval() -> None:
     assert summarize_comparison(result(FASTER)) == (
         "Use inference_mode: 1.31 times as fast as grad (1.30 to 1.32)."
     )
 
 
-def test_what_it_saves_in_memory_is_told_with_it() -> None:
+def test_recommendation_includes_the_saved_memory() -> None:
     assert summarize_comparison(result(FASTER, peaks={"inference_mode": 16 * KIB})) == (
-        "Use inference_mode: 1.31 times as fast as grad (1.30 to 1.32), and its forward peak is "
-        "16.00 KiB, not 64.00 KiB."
+        "Use inference_mode: 1.31 times as fast as grad (1.30 to 1.32), with a forward peak of "
+        "16.00 KiB instead of 64.00 KiB."
     )
 
 
 @pytest.mark.parametrize("peak", [64 * KIB, 64 * KIB - 1023, 70 * KIB, None])
-def test_no_saving_is_claimed_where_there_is_none_worth_a_word(peak: int | None) -> None:
+def test_negligible_or_unknown_savings_are_omitted(peak: int | None) -> None:
     assert "peak" not in summarize_comparison(result(FASTER, peaks={"inference_mode": peak}))
     assert "peak" not in summarize_comparison(
         result(FASTER, peaks={"grad": peak, "inference_mode": None})
     )
 
 
-def test_of_two_that_are_faster_the_surer_one_is_advised() -> None:
+def test_the_faster_mode_with_the_higher_lower_bound_is_recommended() -> None:
     wide = against("no_grad", "faster", 1.1, 1.9)
     assert summarize_comparison(result(wide, FASTER)).startswith("Use inference_mode")
 
 
-def test_faster_counts_more_than_lean() -> None:
+def test_time_takes_precedence_over_memory() -> None:
     text = summarize_comparison(result(LEVEL, FASTER, peaks={"no_grad": 0}))
     assert text.startswith("Use inference_mode")
 
 
-def test_with_no_difference_in_time_the_leaner_mode_is_advised() -> None:
+def test_with_equal_times_the_mode_with_less_memory_is_recommended() -> None:
     assert summarize_comparison(result(LEVEL, peaks={"no_grad": 16 * KIB})) == (
-        "Use no_grad: no difference in time above 0.4% to grad, and its forward peak is 16.00 KiB, "
-        "not 64.00 KiB."
+        "Use no_grad: no difference in time to grad above 0.4%, with a forward peak of 16.00 KiB "
+        "instead of 64.00 KiB."
     )
 
 
-def test_with_no_difference_at_all_any_mode_will_do() -> None:
+def test_without_any_difference_every_mode_is_recommended() -> None:
     wider = against("inference_mode", "no_difference", 0.992, 1.001)
     assert summarize_comparison(result(LEVEL, wider)) == (
-        "No difference in time above 0.8% could be seen: any will do."
+        "Use any variant: no difference in time above 0.8%."
+    )
+
+
+def test_modes_with_equal_time_are_recommended_together_with_the_baseline() -> None:
+    slower = SLOWER.replace(candidate="inference_mode")
+    assert summarize_comparison(result(LEVEL, slower)) == (
+        "Use grad or no_grad: no difference in time above 0.4%."
     )
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.9999, 1.0001), (0.9956, 1.0044)])
-def test_the_difference_that_could_be_seen_is_never_told_too_small(low: float, high: float) -> None:
+def test_the_bound_on_the_difference_is_rounded_up(low: float, high: float) -> None:
     text = summarize_comparison(result(against("no_grad", "no_difference", low, high)))
-    told = float(text.partition("above ")[2].partition("%")[0])
-    assert told / 100 >= high - 1
+    bound = float(text.partition("above ")[2].partition("%")[0])
+    assert bound / 100 >= high - 1
 
 
-def test_where_all_others_are_slower_the_baseline_stays() -> None:
-    assert summarize_comparison(result(SLOWER)) == "Stay with grad: it is the fastest."
+def test_the_baseline_is_kept_if_all_others_are_slower() -> None:
+    assert summarize_comparison(result(SLOWER)) == "Keep grad: it is the fastest."
 
 
 @pytest.mark.parametrize("others", [(UNSURE,), (SLOWER, UNSURE)])
-def test_a_noisy_machine_is_said_to_be_one_and_what_to_do(others: tuple[Comparison, ...]) -> None:
+def test_an_inconclusive_comparison_names_the_interval_and_a_remedy(
+    others: tuple[Comparison, ...],
+) -> None:
     unsure = UNSURE.replace(candidate="inference_mode")
     text = summarize_comparison(result(*others[:-1], unsure))
-    assert text.startswith("This machine was too noisy to tell: inference_mode / grad lies")
-    assert "0.7 to 1.4" in text
+    assert text.startswith(
+        "Inconclusive: the 95 % interval of inference_mode / grad is 0.7 to 1.4. "
+    )
     assert "measure.budget" in text
 
 
-def test_where_fewer_than_two_ran_nothing_is_compared() -> None:
+def test_fewer_than_two_variants_are_not_compared() -> None:
     assert "fewer than two" in summarize_comparison(result())
 
 
-def test_a_faster_mode_with_other_outputs_is_not_advised() -> None:
-    found = outputs("inference_mode", equal=False, difference=0.012, module="blocks.0 (Linear)")
-    text = summarize_comparison(result(SLOWER, FASTER, equivalence=(found,)))
+def test_a_faster_mode_with_different_outputs_is_not_recommended() -> None:
+    differing = outputs("inference_mode", equal=False, difference=0.012, module="blocks.0 (Linear)")
+    text = summarize_comparison(result(SLOWER, FASTER, equivalence=(differing,)))
     assert text == (
-        "Stay with grad: it is the fastest with these outputs. inference_mode gives other outputs "
-        "than grad (by up to "
-        "0.012, first in blocks.0 (Linear)): use it only if that is what you want."
+        "Keep grad: it is the fastest variant with these outputs. Outputs of inference_mode differ "
+        "from grad (by up to 0.012, first in blocks.0 (Linear)): use it only if this is intended."
     )
 
 
-def test_where_the_only_other_mode_differs_that_alone_is_said() -> None:
+def test_a_single_candidate_with_different_outputs_is_not_recommended() -> None:
     text = summarize_comparison(
         result(FASTER, equivalence=(outputs("inference_mode", equal=False, difference=1.0),))
     )
-    assert text.startswith("inference_mode gives other outputs than grad (by up to 1)")
+    assert text.startswith("Outputs of inference_mode differ from grad (by up to 1)")
     assert "Use inference" not in text
 
 
-def test_outputs_within_the_tolerance_are_no_reason_against_a_mode() -> None:
-    found = outputs("inference_mode", equal=True, difference=3e-7)
-    assert summarize_comparison(result(FASTER, equivalence=(found,))).startswith(
+def test_outputs_within_the_tolerance_do_not_prevent_a_recommendation() -> None:
+    close = outputs("inference_mode", equal=True, difference=3e-7)
+    assert summarize_comparison(result(FASTER, equivalence=(close,))).startswith(
         "Use inference_mode"
     )
 
@@ -157,7 +175,68 @@ def test_outputs_within_the_tolerance_are_no_reason_against_a_mode() -> None:
     ("low", "high", "digits"),
     [(1.3, 1.309, 3), (1.3, 1.32, 2), (1.25, 1.34, 2), (1.2, 1.4, 1), (0.5, 2.0, 1)],
 )
-def test_a_ratio_has_no_more_digits_than_its_interval_supports(
+def test_a_ratio_has_only_the_digits_that_its_interval_supports(
     low: float, high: float, digits: int
 ) -> None:
     assert ratio_digits(against("no_grad", "faster", low, high)) == digits
+
+
+# --- audits ------------------------------------------------------------------------------------
+
+
+def best(result: AuditResult) -> str | None:
+    chosen = lowest_memory_safe_mode(result)
+    return None if chosen is None else chosen.mode.value
+
+
+def test_with_equal_memory_inference_mode_has_the_least_overhead() -> None:
+    assert best(audit()) == "inference_mode"
+    assert best(audit(measurements=(GRAD, NO_GRAD))) == "no_grad"
+
+
+def test_the_mode_with_the_lowest_peak_is_best() -> None:
+    larger = in_mode("inference_mode", forward_peak=4 * MIB, retained=MIB)
+    assert best(audit(measurements=(GRAD, NO_GRAD, larger))) == "no_grad"
+
+
+def test_with_equal_peaks_the_retained_memory_decides() -> None:
+    retaining = in_mode("inference_mode", forward_peak=3 * MIB, retained=2 * MIB)
+    assert best(audit(measurements=(GRAD, NO_GRAD, retaining))) == "no_grad"
+
+
+def test_without_measured_memory_the_overhead_decides() -> None:
+    unknown = tuple(in_mode(m, forward_peak=None, retained=None) for m in ("grad", "no_grad"))
+    result = audit(measurements=unknown)
+    assert best(result) == "no_grad"
+    assert summarize_audit(result) == "Use no_grad, the safe mode with the lowest memory."
+
+
+def test_an_error_makes_only_its_modes_unsafe() -> None:
+    result = audit(findings=(finding("error", modes=("inference_mode",)),))
+    assert [len(errors_in(result, mode)) for mode in GradMode] == [0, 0, 1]
+    assert best(result) == "no_grad"
+    assert summarize_audit(result).endswith("Do not use inference_mode: 1 error.")
+
+
+def test_an_error_without_modes_makes_all_modes_unsafe() -> None:
+    result = audit(findings=(finding("error", modes=()),))
+    assert best(result) is None
+    assert summarize_audit(result) == "No mode is safe. Fix the 1 error first."
+
+
+@pytest.mark.parametrize(("severity", "fails"), [("error", True), ("warning", False)])
+def test_only_errors_fail_an_audit(severity: str, fails: bool) -> None:
+    result = audit(findings=(finding(severity),))
+    assert has_errors(result) is fails
+    assert best(result) == ("no_grad" if fails else "inference_mode")
+    assert not has_errors(audit())
+
+
+def test_the_summary_of_an_audit_names_the_peaks() -> None:
+    assert summarize_audit(audit()) == (
+        "Use inference_mode, the safe mode with the lowest memory (forward peak 3.00 MiB, "
+        "9.00 MiB in grad)."
+    )
+    same = tuple(in_mode(m, forward_peak=MIB, retained=0) for m in ("grad", "inference_mode"))
+    assert "(forward peak 1.00 MiB, as in grad)" in summarize_audit(audit(measurements=same))
+    assert summarize_audit(audit(measurements=(INFERENCE,))).endswith("lowest memory.")

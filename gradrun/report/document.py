@@ -1,0 +1,115 @@
+"""The content of a report, independent of the medium: what every renderer gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradrun.core.units import pluralize
+from gradrun.report import tables, wording
+from gradrun.report.tables import Cell, Status, Table, Tone
+from gradrun.report.wording import Note, display_path
+from gradrun.results.result import (
+    AnyResult,
+    AuditResult,
+    CheckResult,
+    InferResult,
+    ModeFacts,
+    Verification,
+)
+
+_MAX_FILES = 3
+_MAX_RANGES = 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report on one result; empty parts are left out by the renderers."""
+
+    kind: str = ""
+    title: str = ""
+    subject: str = ""
+    """What was run, in a few words."""
+    verdict: str = ""
+    tone: Tone = ""
+    tables: tuple[Table, ...] = ()
+    findings: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()
+    machine: tuple[tuple[str, str], ...] = ()
+    files: tuple[tuple[Cell, str], ...] = ()
+    """Descriptions and paths, one path per line."""
+
+
+def describe(result: AnyResult) -> Document:
+    """Build the report on a result."""
+    status = result.status if isinstance(result, CheckResult) and result.outcomes else ""
+    return Document(
+        kind=result.kind,
+        title=result.info.model,
+        subject=wording.subject(result),
+        verdict=wording.verdict(result),
+        tone=tables.OUTCOME_TONES.get(status, ""),
+        tables=tables.build_tables(result),
+        findings=tuple(wording.findings(result)) if isinstance(result, AuditResult) else (),
+        notes=tuple(wording.notes(result)),
+        machine=tuple(wording.machine(result)),
+        files=tuple(_files(result)),
+    )
+
+
+def _files(result: AnyResult) -> list[tuple[Cell, str]]:
+    folder = Path(display_path(result.info.output_path))
+    rows: list[tuple[Cell, str]] = []
+    if isinstance(result, InferResult):
+        paths = [str(folder / file) for file in result.files[:_MAX_FILES]]
+        if more := len(result.files) - len(paths):
+            paths.append(f"and {more} more")
+        samples, bad = result.measurements[0].samples, result.quarantined
+        count = (samples if result.predictions is None else result.predictions) - bad
+        rows.append((Status(pluralize(count, "prediction"), "good"), "\n".join(paths)))
+        if bad:
+            text = f"{pluralize(bad, 'sample')} quarantined"
+            rows.append((Status(text, "unsure"), str(folder / "quarantine.jsonl")))
+        if result.resumed_at:
+            rows.append(("resumed", f"after {pluralize(result.resumed_at, 'sample')}"))
+    return [*rows, ("all figures", str(folder / "result.json"))]
+
+
+def describe_modes(result: ModeFacts) -> Document:
+    """Build the report on the behavior of the gradient modes."""
+    machine = result.environment
+    unavailable = dict.fromkeys(f.unavailable for f in result.facts if f.observed is None)
+    return Document(
+        title=f"torch {machine.torch}",
+        subject=f"{machine.device_name or machine.device}, python {machine.python}",
+        verdict=wording.count_facts(result),
+        tone="bad" if result.differing else "good",
+        tables=tables.mode_behavior(result),
+        notes=(
+            *(Note(wording.explain_difference(f, machine.torch), "bad") for f in result.differing),
+            *(Note(f"not available: {reason}") for reason in unavailable),
+        ),
+    )
+
+
+def describe_verification(result: Verification) -> Document:
+    """Build the report on the files of a run folder."""
+    notes = [
+        Note(f"samples {r.start:,} to {r.stop - 1:,} in {r.file}: {r.problem}", "bad")
+        for r in result.damaged[:_MAX_RANGES]
+    ]
+    damaged = len(result.damaged)
+    if damaged > _MAX_RANGES:
+        notes.append(Note(f"and {damaged - _MAX_RANGES:,} more", "bad"))
+    if result.torn:
+        notes.append(Note("the last line of the journal is incomplete and was ignored"))
+    count = f"{result.committed:,} of {pluralize(result.samples, 'sample')} verified"
+    tone: Tone = "bad"
+    if damaged:
+        text = f"{pluralize(damaged, 'range')} damaged; to predict again: infer --overwrite"
+    elif result.committed < result.samples:
+        text, tone = f"unfinished, {count}; to resume: infer --resume", "unsure"
+    else:
+        text, tone = f"{count} ({pluralize(result.ranges, 'range')})", "good"
+    verdict = f"{display_path(result.folder)}: {text}"
+    return Document(verdict=verdict, tone=tone, notes=tuple(notes))

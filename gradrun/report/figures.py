@@ -1,0 +1,146 @@
+"""All figures of a result, computed from its raw samples: one per mode and metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Literal
+
+from gradrun.results import stats
+from gradrun.results.result import (
+    AnyResult,
+    AuditResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    Equivalence,
+    InferResult,
+    Measurement,
+)
+
+Unit = Literal[
+    "seconds", "bytes", "samples_per_second", "ratio", "count", "absolute", "score", "words"
+]  # fmt: skip
+
+_BYTES = (
+    "weights", "inputs", "forward_peak", "retained", "process_peak", "device_allocated",
+    "device_reserved",
+)  # fmt: skip
+_PHASES = ("load_model", "open_data", "first_batch", "warm_up", "data", "forward", "output")
+_QUANTILES = {"batch_median": 0.5, "batch_p90": 0.9, "batch_p95": 0.95, "batch_p99": 0.99}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure; `value` is None if it was not measured, a bound if the interval is open."""
+
+    mode: str
+    """Mode or variant; empty if the figure does not belong to one."""
+    metric: str
+    unit: Unit
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    status: str = ""
+    """Verdict, severity, or status of a check."""
+    text: str = ""
+    limit: str = ""
+    """Limit of a check, in words."""
+
+
+def figures(result: AnyResult) -> list[Figure]:
+    """Compute all figures of a result, in the order of its variants."""
+    comparisons: dict[str, Comparison] = {}
+    equivalence: dict[str, Equivalence] = {}
+    found: list[Figure] = []
+    if isinstance(result, CompareResult | CheckResult):
+        comparisons = {c.candidate: c for c in result.comparisons}
+    if not isinstance(result, InferResult):
+        equivalence = {e.candidate: e for e in result.equivalence}
+    if isinstance(result, CheckResult):
+        found += (
+            Figure("", f"check {o.check}", "words", status=o.status, text=o.value, limit=o.limit)
+            for o in result.outcomes
+        )
+    if isinstance(result, InferResult | CheckResult):
+        found += (Figure("", m.name, "score", _finite(m.value)) for m in result.metrics)
+    for name, measured in result.by_variant().items():
+        first = measured[0]
+        mode = name or first.mode.value
+        found += _of_rounds(mode, measured) if name else _of_run(mode, first)
+        if name in comparisons:
+            found.append(_ratio(comparisons[name]))
+        found += _memory(mode, first)
+        if name in equivalence:
+            found.append(_outputs(equivalence[name]))
+    return found + list(_of_audit(result)) if isinstance(result, AuditResult) else found
+
+
+def _of_run(mode: str, measured: Measurement) -> Iterator[Figure]:
+    yield Figure(mode, "cold_start", "seconds", measured.cold_start)
+    for name, q in _QUANTILES.items():
+        yield _estimate(mode, name, measured.latency(q))
+    yield Figure(mode, "throughput", "samples_per_second", measured.throughput or None)
+    yield Figure(mode, "samples", "count", measured.samples)
+    for name in _PHASES:
+        yield Figure(mode, name, "seconds", getattr(measured.phases, name))
+    bound, shares = measured.bound_by
+    yield Figure(mode, "bound_by", "ratio", shares[bound], status=bound)
+
+
+def _of_rounds(mode: str, measured: list[Measurement]) -> Iterable[Figure]:
+    timed = [m for m in measured if m.batch_seconds]
+    if not timed:
+        return
+    times = stats.mean_over_processes([median(m.batch_seconds) for m in timed])
+    rates = stats.mean_over_processes([1 / median(m.seconds_per_sample) for m in timed])
+    yield _estimate(mode, "batch_median", times)
+    yield _estimate(mode, "throughput", rates, "samples_per_second")
+    yield Figure(mode, "processes", "count", len(timed))
+    yield Figure(mode, "rounds", "count", sum(len(m.batch_seconds) for m in timed))
+
+
+def _ratio(c: Comparison) -> Figure:
+    figure = _estimate(c.candidate, "ratio", stats.Estimate(c.ratio, c.low, c.high), "ratio")
+    return replace(figure, status=c.verdict, text=f"times as fast as {c.baseline}")
+
+
+def _memory(mode: str, measured: Measurement) -> Iterator[Figure]:
+    for name in _BYTES:
+        module = measured.memory.peak_module if name == "forward_peak" else None
+        yield Figure(mode, name, "bytes", getattr(measured.memory, name), text=module or "")
+
+
+def _outputs(e: Equivalence) -> Figure:
+    status = "bitwise equal" if e.bitwise else "within tolerance" if e.equal else "different"
+    return Figure(
+        e.candidate,
+        "max_abs_diff",
+        "absolute",
+        _finite(e.max_abs_diff),
+        status=status if e.compared else "no common sample",
+        text=e.first_module or "",
+    )
+
+
+def _of_audit(result: AuditResult) -> Iterator[Figure]:
+    for saved in result.saved_for_backward:
+        yield Figure("grad", f"saved by {saved.module}", "bytes", saved.bytes)
+    for f in result.findings:
+        modes = ", ".join(f.modes) or "all modes"
+        yield Figure(modes, f.code, "words", status=f.severity, text=f.text)
+
+
+def _estimate(
+    mode: str, metric: str, estimate: stats.Estimate | None, unit: Unit = "seconds"
+) -> Figure:
+    if estimate is None:
+        return Figure(mode, metric, unit)
+    low = estimate.low if estimate.low > 0 else None  # 0 is an open end
+    return Figure(mode, metric, unit, estimate.value, low, _finite(estimate.high))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
