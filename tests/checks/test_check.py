@@ -209,7 +209,7 @@ def test_a_baseline_of_a_failed_check_is_reported(project, cli):
         "check.limits.retained=1 B",
     )
     assert answer.code == 3
-    assert "wrote base.json, of a check that failed\n" in answer.out
+    assert "wrote base.json, of a failed check\n" in answer.out
 
 
 @in_this_process
