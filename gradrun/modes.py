@@ -166,7 +166,8 @@ class ModeGuard:
     `await` or `yield` (`with enable_grad(): await ...`) is saved and restored in the same way. The
     condition is evaluated once per call, for generators at the first `next`.
 
-    torch.compile traces a `with` block over a guard that is created in the compiled function.
+    torch.compile traces a `with` block over a guard that is created in the compiled function (torch
+    2.13 or newer).
     """
 
     def __init__(self, mode: GradMode, condition: Condition = True) -> None:
