@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.transforms import Outputs
+
 MISSING_CLASS = -(2**63)
 """Class number of a sample whose greatest score is NaN or infinite."""
 
 
-def fill_missing(
-    outputs: dict[str, torch.Tensor], valid: torch.Tensor | None
-) -> dict[str, torch.Tensor]:
+def fill_missing(outputs: Outputs, valid: torch.Tensor | None) -> Outputs:
     """Set the rows of invalid samples to the missing value of each output's type.
 
     Args:

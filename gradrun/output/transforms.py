@@ -26,6 +26,9 @@ _SAFE_NAME = re.compile(r"\w[\w.-]*")
 Inputs = Mapping[str, torch.Tensor]
 """Keyword inputs of the model; some transforms need the attention_mask."""
 
+_Named = list[tuple[str, torch.Tensor]]
+_Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
+
 
 def output_selector(config: OutputSection) -> Callable[..., Outputs]:
     """A function (model output, batch size, keyword inputs) -> selected and transformed outputs.
@@ -33,15 +36,14 @@ def output_selector(config: OutputSection) -> Callable[..., Outputs]:
     It raises ConfigError if a selected output is missing or lacks one row per sample.
     """
     steps = [_TRANSFORMS[name] for name in config.transform if name != "none"]
-    transform = _chain(steps)
 
     def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        outputs: Outputs = {}
-        for name, tensor in _select(returned, config.select):
+        outputs = _select(returned, config.select)
+        for name, tensor in outputs:
             _check_rows(name, tensor, size)
-            for new_name, value in transform(name, tensor, config, inputs):
-                outputs[new_name] = _to_cpu(value)
-        return outputs
+        for step in steps:
+            outputs = [new for output in outputs for new in step(*output, config, inputs)]
+        return {name: _to_cpu(tensor) for name, tensor in outputs}
 
     def select_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         # The most common case; the lists above would add noticeable time per batch.
@@ -62,7 +64,7 @@ def _to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value if value.is_cpu else value.cpu()
 
 
-def _select(returned: Any, wanted: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
+def _select(returned: Any, wanted: tuple[str, ...]) -> _Named:
     if isinstance(returned, torch.Tensor) and not wanted:
         return [(DEFAULT_OUTPUT, returned)]
     named = list(iter_tensors(returned))
@@ -128,27 +130,6 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
 
 
 # --- transforms --------------------------------------------------------------------------------
-
-_Named = list[tuple[str, torch.Tensor]]
-_Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
-
-
-def _chain(steps: list[_Transform]) -> _Transform:
-    """Apply the transforms in order, each to all outputs of the one before."""
-    first, *others = steps or [_none]
-    if not others:
-        return first
-    rest = _chain(others)
-
-    def chained(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-        outputs = first(name, tensor, config, inputs)
-        return [output for item in outputs for output in rest(*item, config, inputs)]
-
-    return chained
-
-
-def _none(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    return [(name, tensor)]
 
 
 def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:

@@ -155,9 +155,9 @@ def runs(folder: Path) -> Iterator[tuple[str, str, dict[str, bytes]]]:
         with died, faults.commits_at_every_batch(), killed.watched():
             gradrun.infer(folder / "c.yaml")
         faults.close_below(out)
-        assert killed.left
-        killed.left.pop(".gradrun.output.lock")
-        for state, files in (("finished", finished), ("killed", killed.left)):
+        assert killed.remains
+        killed.remains.pop(".gradrun.output.lock")
+        for state, files in (("finished", finished), ("killed", killed.remains)):
             yield form, state, asked | {f"out/{name}": data for name, data in files.items()}
 
 

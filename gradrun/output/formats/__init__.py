@@ -14,6 +14,8 @@ from gradrun.output.journal import CommittedRange
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.transforms import Outputs
+
 
 class PredictionWriter(Protocol):
     """Writes the outputs of consecutive batches, in the order of the input."""
@@ -26,9 +28,7 @@ class PredictionWriter(Protocol):
     def nonfinite(self) -> int:
         """Committed samples with a NaN or an infinity, without the quarantined ones."""
 
-    def open(
-        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
-    ) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         """Create the files, or continue those of an earlier run after its last range.
 
         Args:
@@ -42,10 +42,7 @@ class PredictionWriter(Protocol):
         """
 
     def write(
-        self,
-        outputs: dict[str, torch.Tensor],
-        ids: Sequence[int | str],
-        valid: torch.Tensor | None = None,
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         """Add a batch.
 

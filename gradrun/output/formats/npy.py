@@ -24,6 +24,8 @@ from gradrun.output.missing import MISSING_CLASS, fill_missing
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.transforms import Outputs
+
 Array = np.ndarray[Any, Any]
 
 BUFFER_BYTES = 128 * 1024
@@ -44,9 +46,7 @@ class NpyWriter:
         self._invalid: list[int] = []
         """Rows without a prediction since the last commit."""
 
-    def open(
-        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
-    ) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         self.written = self._committed = committed[-1].stop if committed else 0
         self.nonfinite = sum(part.nonfinite for part in committed)
         for name, tensor in outputs.items():
@@ -58,10 +58,7 @@ class NpyWriter:
             files.sync_folder(self.folder)
 
     def write(
-        self,
-        outputs: dict[str, torch.Tensor],
-        ids: Sequence[int | str],
-        valid: torch.Tensor | None = None,
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         if outputs.keys() != self._arrays.keys():
             raise ValueError(f"the outputs were {[*self._arrays]} and now are {[*outputs]}")
@@ -86,17 +83,15 @@ class NpyWriter:
         return [CommittedRange(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
 
     def close(self) -> list[CommittedRange]:
-        with ExitStack() as stack:  # closes every file, also after an error in one of them
-            for array in self._arrays.values():
-                stack.callback(self._finish, array)
-            try:
-                return self.commit()
-            except BaseException:
-                self.written = self._committed  # later rows may be missing from some files
-                raise
-
-    def _finish(self, array: _NpyFile) -> None:
-        array.close(self.written)
+        try:
+            return self.commit()
+        except BaseException:
+            self.written = self._committed  # later rows may be missing from some files
+            raise
+        finally:
+            with ExitStack() as stack:  # closes every file, also after an error in one of them
+                for array in self._arrays.values():
+                    stack.callback(array.close, self.written)
 
     def files(self) -> list[str]:
         return [array.path.name for array in self._arrays.values()]
@@ -215,7 +210,7 @@ class _NpyFile:
     def sync(self, written: int) -> None:
         """Write the buffer and the number of rows, and sync the file."""
         self.flush(written)
-        self._write_count(written)
+        files.write_at(self.descriptor, self._header(written), 0)
         files.sync(self.descriptor)
 
     def checksum(self, start: int, stop: int, bad: Array) -> int:
@@ -235,14 +230,11 @@ class _NpyFile:
                 row += rows
         return crc
 
-    def _write_count(self, written: int) -> None:
-        files.write_at(self.descriptor, self._header(written), 0)
-
     def close(self, written: int) -> None:
         if self.descriptor < 0:
             return
         try:
-            self._write_count(written)
+            files.write_at(self.descriptor, self._header(written), 0)
             if written < self.samples:
                 os.ftruncate(self.descriptor, self._offset(written))
         finally:

@@ -17,12 +17,14 @@ from gradrun.core import files
 from gradrun.core.optional import import_optional
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.formats.npy import has_numpy_dtype
-from gradrun.output.formats.sharded_writer import Columns, Shard, ShardedWriter, row_checksum
+from gradrun.output.formats.sharded_writer import Shard, ShardedWriter, row_checksum
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import MISSING_CLASS
 
 if TYPE_CHECKING:
     import torch
+
+    from gradrun.output.transforms import Outputs
 
 Array = np.ndarray[Any, Any]
 
@@ -42,7 +44,7 @@ class ParquetWriter(ShardedWriter):
         _pyarrow("parquet")  # fails before anything is written if pyarrow is missing
         super().__init__(folder, samples, batch_size, labels)
 
-    def open(self, outputs: Columns, committed: Sequence[CommittedRange] = ()) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
         if any(tensor.is_complex() for tensor in outputs.values()):
@@ -50,18 +52,18 @@ class ParquetWriter(ShardedWriter):
         super().open(outputs, committed)
 
     def write(
-        self, outputs: Columns, ids: Sequence[int | str], valid: torch.Tensor | None = None
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         if not isinstance(ids, range):
             ids = [_as_utf8(name) if isinstance(name, str) else name for name in ids]
         super().write(outputs, ids, valid)
 
-    def convert(self, outputs: Columns) -> Columns:
+    def convert(self, outputs: Outputs) -> Outputs:
         if all(has_numpy_dtype(tensor) for tensor in outputs.values()):
             return outputs
         return {n: t if has_numpy_dtype(t) else t.float() for n, t in outputs.items()}
 
-    def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
+    def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         arrow, parquet = _pyarrow(), _pyarrow("parquet")
         numbered = all(isinstance(sample_id, int) for sample_id in ids)
         fields = {"id": list(ids) if numbered else [*map(str, ids)]}

@@ -6,15 +6,18 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import safe_open
 
 from gradrun.core import files
 from gradrun.output.formats.npy import has_numpy_dtype
-from gradrun.output.formats.sharded_writer import Columns, Shard, ShardedWriter
+from gradrun.output.formats.sharded_writer import Shard, ShardedWriter
 from gradrun.output.journal import CommittedRange
+
+if TYPE_CHECKING:
+    from gradrun.output.transforms import Outputs
 
 Array = np.ndarray[Any, Any]
 
@@ -28,7 +31,7 @@ class SafetensorsWriter(ShardedWriter):
 
     suffix = "safetensors"
 
-    def open(self, outputs: Columns, committed: Sequence[CommittedRange] = ()) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         from safetensors.torch import save
 
         if "__metadata__" in outputs:
@@ -39,7 +42,7 @@ class SafetensorsWriter(ShardedWriter):
         save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
         super().open(outputs, committed)
 
-    def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
+    def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         from safetensors.torch import save
 
         stop = start + len(next(iter(columns.values())))

@@ -24,20 +24,19 @@ from gradrun.output.missing import count_nonfinite, fill_missing
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.transforms import Outputs
+
 SHARD_BYTES = 64 * 1024 * 1024
 SHARDS = 64
 LEAST_ROWS = 1024
 ID_BYTES = 256
 """Estimated size of an id in memory."""
 
-Columns = dict[str, "torch.Tensor"]
-"""Output name to a tensor [n, ...]."""
-
 
 class Shard(NamedTuple):
     """Content of a shard file."""
 
-    columns: Columns
+    columns: Outputs
     ids: Sequence[int | str] = ()
     """Empty if the format does not store them."""
     valid: torch.Tensor | None = None
@@ -66,7 +65,7 @@ class ShardedWriter(ABC):
         self.labels = labels or ClassLabels()
         self.written = 0
         self._rows = 1
-        self._buffers: Columns = {}
+        self._buffers: Outputs = {}
         self._valid: torch.Tensor
         self._ids: list[int | str] = []
         """Ids of the rows in the buffers, if the format stores them."""
@@ -74,7 +73,7 @@ class ShardedWriter(ABC):
         self._reported = 0
         """Number of ranges that commit() has returned."""
 
-    def convert(self, outputs: Columns) -> Columns:
+    def convert(self, outputs: Outputs) -> Outputs:
         """The outputs in dtypes of the format.
 
         Raises:
@@ -83,7 +82,7 @@ class ShardedWriter(ABC):
         return outputs
 
     @abstractmethod
-    def encode(self, columns: Columns, ids: Sequence[int | str], start: int) -> bytes:
+    def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         """Bytes of the shard with the rows from sample `start` on."""
 
     @abstractmethod
@@ -95,7 +94,7 @@ class ShardedWriter(ABC):
         """Committed samples with a NaN or an infinity."""
         return sum(committed.nonfinite for committed in self._ranges)
 
-    def open(self, outputs: Columns, committed: Sequence[CommittedRange] = ()) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         outputs = self.convert(outputs)
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         row_bytes += ID_BYTES if self.stores_ids else 0
@@ -112,7 +111,7 @@ class ShardedWriter(ABC):
             self._resume(committed)
 
     def write(
-        self, outputs: Columns, ids: Sequence[int | str], valid: torch.Tensor | None = None
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         if outputs.keys() != self._buffers.keys():
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")

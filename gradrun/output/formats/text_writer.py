@@ -17,6 +17,8 @@ from gradrun.output.missing import count_nonfinite
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.transforms import Outputs
+
 T = TypeVar("T")
 
 _CHUNK_LINES = 1024
@@ -41,9 +43,7 @@ class TextWriter:
         self._size = 0
         self._committed, self._checksum = 0, 0
 
-    def open(
-        self, outputs: dict[str, torch.Tensor], committed: Sequence[CommittedRange] = ()
-    ) -> None:
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
         if any(tensor.is_complex() for tensor in outputs.values()):
@@ -70,10 +70,7 @@ class TextWriter:
             self._size, self._checksum = len(header), zlib.crc32(header)
 
     def write(
-        self,
-        outputs: dict[str, torch.Tensor],
-        ids: Sequence[int | str],
-        valid: torch.Tensor | None = None,
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         # An id may be a file name, and so contain any bytes.
         data = self.lines(self._columns(outputs, valid), ids).encode("utf-8", "backslashreplace")
@@ -86,7 +83,7 @@ class TextWriter:
             size, checksum, nonfinite, written,
         )  # fmt: skip
 
-    def _columns(self, outputs: dict[str, torch.Tensor], valid: torch.Tensor | None) -> Columns:
+    def _columns(self, outputs: Outputs, valid: torch.Tensor | None) -> Columns:
         columns: Columns = {name: tensor.tolist() for name, tensor in outputs.items()}
         for name, label in self.labels.columns(outputs).items():
             columns[label] = self.labels.names_of(columns[name])
