@@ -14,24 +14,24 @@ from tests.support.reporting import EVIL, assert_golden, printed, show, without_
 from tests.support.run_results import run_result
 
 PASSED = Outcome(
-    check="runs", limit="no error", value="125 batches", status="pass", key="check.smoke"
+    check="model runs", limit="no error", value="125 batches", status="pass", key="check.smoke"
 )
 FAILED = Outcome(
     check="forward peak",
     limit="at most 60.00 KiB",
     value="64.50 KiB",
     status="fail",
-    reason="4.50 KiB too much (66,048 bytes)",
+    reason="4.50 KiB above the limit (66,048 bytes)",
     key="check.limits.forward_peak",
     source="configs/digits.yaml:24:19",
 )
 UNCLEAR = Outcome(
-    check="time against origin/main",
+    check="time vs origin/main",
     limit="at most +5%",
     value="+4.8% (+3.1% to +6.5%)",
     status="inconclusive",
-    reason="the interval lies on both sides of the limit; quiet the machine, or raise "
-    "measure.budget",
+    reason="the confidence interval includes the limit; reduce load on the machine or raise "
+    "measure.budget or measure.processes",
     key="check.regression.time",
 )
 
@@ -75,7 +75,7 @@ def test_junit_keeps_to_the_schema_and_counts_right():
     assert failure is not None
     assert failure.get("message") == FAILED.reason
     assert "configs/digits.yaml:24:19" in (failure.text or "")
-    assert "both sides" in (suite.find("testcase/skipped").get("message") or "")
+    assert "includes the limit" in (suite.find("testcase/skipped").get("message") or "")
 
 
 def test_the_schema_refuses_what_is_no_junit():
@@ -95,10 +95,10 @@ def test_github_is_told_of_what_did_not_pass_at_its_line():
     lines = [*github.annotate(result(PASSED, FAILED, UNCLEAR))]
     assert lines == [
         "::error file=configs/digits.yaml,line=24,title=gradrun%3A forward peak::"
-        "4.50 KiB too much (66,048 bytes) (allowed: at most 60.00 KiB; found: 64.50 KiB)",
-        "::warning title=gradrun%3A time against origin/main::the interval lies on both sides of "
-        "the limit; quiet the machine, or raise measure.budget (allowed: at most +5%25; found: "
-        "+4.8%25 (+3.1%25 to +6.5%25))",
+        "4.50 KiB above the limit (66,048 bytes) (allowed: at most 60.00 KiB; found: 64.50 KiB)",
+        "::warning title=gradrun%3A time vs origin/main::the confidence interval includes the "
+        "limit; reduce load on the machine or raise measure.budget or measure.processes "
+        "(allowed: at most +5%25; found: +4.8%25 (+3.1%25 to +6.5%25))",
     ]
 
 

@@ -90,7 +90,7 @@ RESULTS = {
             Warning(
                 code="not_precise",
                 text="the budget of 60 s was spent after 5 processes, before the intervals were "
-                "as narrow as 1.0%; raise measure.budget or quiet the machine",
+                "as narrow as 1.0%; reduce load on the machine or raise measure.budget",
             ),
         ),
     ),

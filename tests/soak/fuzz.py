@@ -236,7 +236,7 @@ def _results() -> Iterator[Seed]:
             "saved_for_backward": (SavedForBackward(module="0 (Linear)", bytes=64),),
         },
         CheckResult: {
-            "outcomes": (Outcome(check="runs", limit="yes", value="yes", status="pass"),),
+            "outcomes": (Outcome(check="model runs", limit="yes", value="yes", status="pass"),),
         },
     }
     forms = [
