@@ -144,7 +144,7 @@ def test_a_forward_that_leaves_the_thread_in_another_mode_is_an_error_in_each(au
     assert "leaves the thread in no_grad" in leaks[0].text
 
 
-def test_outputs_that_keep_a_graph_without_gradients_are_told_with_their_cost(
+def test_outputs_with_a_graph_are_reported_with_their_memory(
     audited: Any,
 ) -> None:
     result = audited("Tracks", build="alone")
@@ -155,13 +155,13 @@ def test_outputs_that_keep_a_graph_without_gradients_are_told_with_their_cost(
     assert "keeps_graph" not in codes(audited("TracksWithoutNeed", build="alone"))
 
 
-def test_tracking_is_told_with_what_it_saves(audited: Any) -> None:
+def test_enabled_gradients_are_reported_with_the_memory_they_cost(audited: Any) -> None:
     """x * weight saves x, [4, 4] floats, which the Linear before it made; x itself is no cost."""
     assert found(audited("Tracks"), "enables_grad").cost == 4 * 4 * 4
     assert not found(audited("Tracks", build="alone"), "enables_grad").cost
 
 
-def test_an_input_that_is_written_is_told_with_the_module_that_wrote(audited: Any) -> None:
+def test_a_modified_input_is_reported_with_its_module(audited: Any) -> None:
     finding = found(audited("FirstChangesInput", build="alone"), "changes_input")
     assert finding.module == "first (ChangesInput)"
     assert finding.modes == ALL
@@ -175,7 +175,7 @@ def test_an_input_that_is_written_is_told_with_the_module_that_wrote(audited: An
         ("GrowsElsewhere", "(the model) (Around)", "outside the model's attributes", "128 B"),
     ],
 )
-def test_growth_is_told_with_the_bytes_of_one_batch_and_the_place(
+def test_growing_memory_is_reported_per_batch_with_its_attribute(
     audited: Any, fault: str, module: str, place: str, bytes_of_grad: str
 ) -> None:
     """In grad a graph hangs on what is kept, with the activations before it."""
@@ -231,7 +231,7 @@ def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
     assert "Do not use inference_mode: 1 error" in summarize_audit(result)
 
 
-def test_where_no_mode_is_safe_the_verdict_says_so(audited: Any) -> None:
+def test_the_verdict_is_that_no_mode_is_safe(audited: Any) -> None:
     assert summarize_audit(audited("ListOfLosses")).startswith(
         "No mode is safe. Fix the 2 errors first"
     )
@@ -252,7 +252,7 @@ def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> No
         ("ReturnsParameter", {"keeps_graph"}),
     ],
 )
-def test_what_is_sound_is_not_called_a_fault(audited: Any, fault: str, clean: set[str]) -> None:
+def test_a_correct_model_has_no_findings(audited: Any, fault: str, clean: set[str]) -> None:
     result = audited(fault, build="alone")
     assert not codes(result) & clean, [(f.code, f.text) for f in result.findings]
     assert {m.mode for m in result.measurements} == set(GradMode)
@@ -271,7 +271,7 @@ def test_a_model_that_returns_no_tensor_is_not_called_safe(tmp_path: Path) -> No
 # --- torch.compile -----------------------------------------------------------------------------
 
 
-def test_a_mode_entered_by_hand_breaks_the_graph_and_its_line_is_told(audited: Any) -> None:
+def test_a_mode_entered_manually_is_a_graph_break_with_its_line(audited: Any) -> None:
     finding = found(audited("EntersByHand", compile=True), "mode_breaks_graph")
     assert finding.severity == "warning"
     assert finding.source is not None
@@ -279,13 +279,13 @@ def test_a_mode_entered_by_hand_breaks_the_graph_and_its_line_is_told(audited: A
     assert "guard.__" in PLANTED.read_text().splitlines()[number - 1]
 
 
-def test_another_graph_break_is_told_apart(audited: Any) -> None:
+def test_other_graph_breaks_have_another_code(audited: Any) -> None:
     result = audited("BreaksGraph", compile=True)
     assert "reasons other than the mode" in found(result, "graph_breaks").text
     assert "mode_breaks_graph" not in codes(result)
 
 
-def test_one_compile_a_mode_is_told(audited: Any) -> None:
+def test_one_compilation_per_mode_is_reported(audited: Any) -> None:
     finding = found(audited("Counts", compile=True), "compiles_per_mode")
     assert "1 in grad, 1 in no_grad, 1 in inference_mode" in finding.text
 
@@ -310,7 +310,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunResult]:
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_what_modules_keep_sums_to_what_the_meter_calls_retained(
+def test_bytes_saved_by_modules_add_up_to_the_retained_memory(
     zoo: dict[str, RunResult], name: str
 ) -> None:
     result = zoo[name]

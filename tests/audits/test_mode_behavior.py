@@ -30,7 +30,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "QUESTIONS", (first, *ROWS[1:]))
 
 
-def test_all_of_it_holds_in_a_process_of_its_own(process: Command) -> None:
+def test_the_table_is_as_expected_in_a_subprocess(process: Command) -> None:
     answer = process("modes", "--json", "-")
     assert answer.code == 0, answer.text
     proven = ModeFacts.from_json(answer.out)
@@ -51,7 +51,9 @@ def test_the_page_goes_to_stdout(cli: Command, one_topic: None) -> None:
     assert "27 behaviors verified" in answer.out
 
 
-def test_a_difference_is_exit_3_told_and_written(cli: Command, wrong: None, tmp_path: Path) -> None:
+def test_a_difference_is_exit_code_3_and_is_saved(
+    cli: Command, wrong: None, tmp_path: Path
+) -> None:
     answer = cli("modes", "--device", "cpu", "--json", tmp_path / "modes.json")
     assert answer.code == 3
     assert "✗ RuntimeError" in answer.out
@@ -63,7 +65,7 @@ def test_a_difference_is_exit_3_told_and_written(cli: Command, wrong: None, tmp_
     assert sum(fact["expected"] != fact["observed"] for fact in facts) == 1
 
 
-def test_quiet_says_it_by_the_exit_code_alone(cli: Command, wrong: None) -> None:
+def test_quiet_reports_by_exit_code_only(cli: Command, wrong: None) -> None:
     answer = cli("modes", "--device", "cpu", "--quiet")
     assert (answer.code, answer.text) == (3, "")
 

@@ -249,7 +249,7 @@ repeatable = settings(
 
 @settings(repeatable, max_examples=2 * EXAMPLES)
 @given(programs, guards, worlds, outsides)
-def test_a_program_sees_what_the_model_says_and_leaves_the_thread_as_found(
+def test_a_random_program_matches_the_reference_and_restores_the_mode(
     program: Program, around: Guard, world: tuple[Guard, list[bool]], outside: State
 ) -> None:
     real, model = Real(*world), Model(*world, outside)
@@ -261,7 +261,7 @@ def test_a_program_sees_what_the_model_says_and_leaves_the_thread_as_found(
 
 @repeatable
 @given(st.lists(st.tuples(st.booleans(), ours, programs, worlds), min_size=2, max_size=3), outsides)
-def test_tasks_see_what_the_model_says_of_each_alone_and_others_what_is_outside(
+def test_concurrent_tasks_match_the_reference_independently(
     tasks: list[Any], outside: State
 ) -> None:
     reals = [Real(*world) for *_, world in tasks]
@@ -300,7 +300,7 @@ def test_tasks_see_what_the_model_says_of_each_alone_and_others_what_is_outside(
     assert others == {outside}
 
 
-def test_one_instance_can_be_held_across_a_pause_and_used_meanwhile() -> None:
+def test_an_instance_can_be_used_while_it_is_active_in_a_paused_generator() -> None:
     shared = grad_mode("no_grad")
 
     @grad_mode("no_grad")

@@ -101,7 +101,7 @@ def test_auto_takes_the_best_device_there_is(
         ("mps", 1, "finds cpu, cuda "),
     ],
 )
-def test_a_device_that_is_not_there_is_an_error_that_names_what_is(
+def test_an_unavailable_device_is_an_error_that_lists_the_available_ones(
     name: str, cuda: int, there: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
@@ -129,7 +129,7 @@ ASKED = RunSection(device="cpu", threads=CPUS + 1, deterministic=True, seed=5)
 
 @pytest.mark.parametrize("warn_only", [None, False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_run_gives_back_what_it_changed(fails: bool, warn_only: bool | None) -> None:
+def test_a_run_restores_the_settings_it_changed(fails: bool, warn_only: bool | None) -> None:
     try:
         torch.use_deterministic_algorithms(warn_only is not None, warn_only=bool(warn_only))
         before = settings()
@@ -177,7 +177,7 @@ def test_a_device_that_is_not_there_changes_nothing(monkeypatch: pytest.MonkeyPa
     assert settings() == before
 
 
-def test_the_environment_says_what_a_reader_must_know() -> None:
+def test_the_environment_is_recorded() -> None:
     found = environment.current_environment(torch.device("cpu"))
     assert found.torch == torch.__version__
     assert found.python == ".".join(map(str, sys.version_info[:3]))

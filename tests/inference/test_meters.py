@@ -161,7 +161,7 @@ def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
 # --- tensor memory: the meter itself -----------------------------------------------------------
 
 
-def test_what_was_live_before_the_call_is_not_counted() -> None:
+def test_tensors_allocated_before_the_call_are_not_counted() -> None:
     batch = torch.randn(1000)
     assert cpu_memory.forward_memory(lambda: batch)[:2] == (0, 0)
     assert cpu_memory.forward_memory(lambda: batch.neg())[:2] == (4000, 4000)
@@ -261,7 +261,7 @@ SLACK = 2**20
 """The kernel keeps its count of pages a little out of date."""
 
 
-def test_the_process_peak_is_in_bytes_and_says_how_it_was_read() -> None:
+def test_the_process_peak_is_in_bytes_with_its_method() -> None:
     peak, method = process_memory.peak_resident()
     assert peak
     assert 50 * 2**20 < peak < 2**40
@@ -348,7 +348,7 @@ def test_the_cuda_clock_times_the_device_and_not_the_launch(gpu: torch.device) -
 
 
 @pytest.mark.cuda
-def test_the_cuda_clock_holds_few_events_and_loses_none(gpu: torch.device) -> None:
+def test_the_cuda_clock_reuses_few_events_and_loses_none(gpu: torch.device) -> None:
     timer = clock.CudaClock()
     vector = torch.ones(1, device=gpu)
     for _ in range(600):
@@ -378,7 +378,7 @@ def test_device_memory_is_the_peak_since_the_reset(gpu: torch.device) -> None:
 
 
 @pytest.mark.cuda
-def test_a_forwards_memory_on_the_device_is_above_what_was_live(gpu: torch.device) -> None:
+def test_device_memory_of_a_forward_excludes_earlier_allocations(gpu: torch.device) -> None:
     block = torch.randn(2**18, device=gpu)
     assert FORWARD_MEMORY["cuda"] is device_memory.forward_memory
     assert device_memory.forward_memory(lambda: block)[:2] == (0, 0)
@@ -412,7 +412,7 @@ def test_infer_measures_the_device_it_runs_on(mode: str, tmp_path: Path) -> None
 
 
 @pytest.mark.cuda
-def test_the_modes_differ_on_the_device_by_what_the_graph_keeps(tmp_path: Path) -> None:
+def test_on_the_device_the_modes_differ_by_the_memory_of_the_graph(tmp_path: Path) -> None:
     grad, no_grad, inference = (
         infer_mlp(tmp_path / mode, 512, mode=mode, device="cuda").measurements[0].memory
         for mode in MODES

@@ -57,7 +57,7 @@ def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
+def test_after_a_signal_the_printed_command_resumes_the_run(
     tmp_path: Path, whole: dict[str, bytes], number: int, code: int
 ) -> None:
     folder = kill.Folder(tmp_path)
@@ -101,7 +101,7 @@ def test_a_signal_ends_a_run_in_order_and_the_command_it_prints_goes_on(
     [(0, None), (1, None), (7, 20), (17, SAMPLES)],
     ids=["while it loads", "in the first batch", "in a batch", "while memory is counted"],
 )
-def test_a_signal_is_heard_at_any_time_and_told_with_its_exit_code(
+def test_a_signal_at_any_time_ends_the_run_with_its_exit_code(
     tmp_path: Path, call: int, kept: int | None, number: int
 ) -> None:
     (tmp_path / "net.py").write_text(
@@ -301,7 +301,7 @@ def test_a_resume_of_another_run_is_refused_and_nothing_is_touched(
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
 
-def test_how_it_is_measured_and_where_it_lies_may_change(
+def test_measuring_and_the_output_folder_may_change_before_a_resume(
     tmp_path: Path, stopped: dict[str, Any]
 ) -> None:
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -311,7 +311,7 @@ def test_how_it_is_measured_and_where_it_lies_may_change(
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-def test_without_resume_an_unfinished_run_is_an_error_that_says_what_to_do(
+def test_an_unfinished_run_needs_resume_or_overwrite(
     stopped: dict[str, Any],
 ) -> None:
     with pytest.raises(ConfigError, match=r"40 of 60 samples\); use --resume .* --overwrite"):
@@ -338,7 +338,7 @@ def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
         (lambda text: text[:50], "not a journal of a run"),
     ],
 )
-def test_a_journal_that_is_damaged_is_told_with_its_line(
+def test_a_damaged_journal_is_reported_with_its_line(
     tmp_path: Path, stopped: dict[str, Any], damage: Callable[[str], str], told: str
 ) -> None:
     file = tmp_path / "run" / "journal.jsonl"
@@ -359,7 +359,7 @@ def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
     assert journal.read(tmp_path / "run" / "journal.jsonl").committed == 40
 
 
-def test_a_result_that_is_gone_is_written_anew_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_missing_result_is_rewritten_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},
         "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},

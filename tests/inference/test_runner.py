@@ -399,7 +399,7 @@ def test_ctrl_c_during_the_memory_pass_stops_the_run() -> None:
 
 @pytest.mark.parametrize(("mode", "inside"), MODES.items())
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.enable_grad])
-def test_the_mode_applies_inside_every_forward_and_nowhere_else(
+def test_the_mode_applies_only_inside_forwards(
     mode: str, inside: tuple[bool, bool], outside: Any
 ) -> None:
     seen = []

@@ -28,7 +28,7 @@ def test_the_first_raises_where_it_is_heard(number: int, code: int) -> None:
 
 
 @BOTH
-def test_what_must_be_whole_is_ended_first(number: int, code: int) -> None:
+def test_a_deferred_section_is_completed_before_the_signal(number: int, code: int) -> None:
     done = []
     with GracefulShutdown() as interruption, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         with interruption.deferred():
@@ -42,9 +42,7 @@ def test_what_must_be_whole_is_ended_first(number: int, code: int) -> None:
 
 
 @BOTH
-def test_one_that_nobody_caught_becomes_the_error_with_its_exit_code(
-    number: int, code: int
-) -> None:
+def test_an_uncaught_signal_becomes_an_error_with_its_exit_code(number: int, code: int) -> None:
     with pytest.raises(Interrupted) as ended, GracefulShutdown():
         os.kill(os.getpid(), number)
     assert ended.value.exit_code == code

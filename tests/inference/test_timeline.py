@@ -141,7 +141,7 @@ def assert_whole(memory: Memory) -> None:
     assert memory.peak_module == "1 (ReLU)"
 
 
-def test_every_job_tells_the_timeline(tmp_path: Any) -> None:
+def test_every_command_records_the_timeline(tmp_path: Any) -> None:
     config = CONFIG | {"output": {"path": str(tmp_path / "out")}}
     assert_whole(gradrun.infer(config).measurements[0].memory)
     assert_whole(gradrun.audit(config, compile=False).measurements[-1].memory)

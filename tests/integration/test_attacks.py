@@ -83,7 +83,7 @@ def test_an_attack_is_refused_or_does_no_harm(kind: str, tmp_path: Path, victim:
         pytest.fail("\n\n".join(failed), pytrace=False)
 
 
-def test_the_watch_sees_what_an_attack_would_do(tmp_path: Path, victim: Victim) -> None:
+def test_the_harness_detects_the_effects_of_an_attack(tmp_path: Path, victim: Victim) -> None:
     harm = "import os, torch\nopen('evil', 'w')\nos.mkdir('evil2')\nos.system('true')\n"
     harm += "bytearray(800 * 2**20)\nprint('\\x1b]0;x\\x07')\nnet = torch.nn.Identity()\n"
     (tmp_path / "m.py").write_text(harm)
@@ -94,7 +94,7 @@ def test_the_watch_sees_what_an_attack_would_do(tmp_path: Path, victim: Victim) 
         assert wrong in said
 
 
-def test_a_victim_that_dies_or_hangs_is_told_of_and_followed(
+def test_a_crashed_or_hanging_process_is_reported_and_replaced(
     tmp_path: Path, victim: Victim
 ) -> None:
     for code, told in (

@@ -164,7 +164,7 @@ def write_model() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PAGES]
 )
-def test_the_blocks_of_a_page_do_what_they_show(
+def test_the_code_blocks_of_a_page_have_the_shown_results(
     folder: Path, cli: Command, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
@@ -197,9 +197,7 @@ def test_the_blocks_of_a_page_do_what_they_show(
         "<!-- checked: typo -->\n```console\n$ gradrun validate digits.yaml\nvalid\n```\n",
     ],
 )
-def test_a_block_that_does_not_do_what_it_shows_fails(
-    folder: Path, cli: Command, text: str
-) -> None:
+def test_a_block_with_another_result_fails(folder: Path, cli: Command, text: str) -> None:
     (block,) = blocks_of(text)
     with pytest.raises(AssertionError):
         run_block(block, {"__name__": "page"}, text, cli)

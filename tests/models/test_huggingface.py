@@ -162,7 +162,7 @@ def test_a_folder_is_found_beside_the_config(folder: Path, cli: Command) -> None
     assert np.load(folder / "beside/predictions.npy").shape == (40, WIDTH)
 
 
-def test_a_folder_that_is_not_there_is_told_before_anything_runs(folder: Path) -> None:
+def test_a_missing_folder_is_an_error_before_the_run(folder: Path) -> None:
     said = refused(config(folder, folder / "none", path="./bret"))
     assert "is neither a folder relative to the config nor on the hub" in said
 
@@ -212,7 +212,7 @@ def classified(folder: Path, tmp_path: Path, **output: Any) -> list[dict[str, An
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_a_class_is_called_what_the_model_calls_it(folder: Path, tmp_path: Path, form: str) -> None:
+def test_class_labels_come_from_the_model(folder: Path, tmp_path: Path, form: str) -> None:
     rows = classified(folder, tmp_path, format=form, transform="argmax")
     assert list(rows[0]) == ["id", "prediction", "label"]
     assert [row["label"] for row in rows] == [CLASSES[int(row["prediction"])] for row in rows]
@@ -222,7 +222,7 @@ def test_a_class_is_called_what_the_model_calls_it(folder: Path, tmp_path: Path,
     assert [int(row["prediction"]) for row in rows] == best
 
 
-def test_the_likeliest_classes_are_called_so_too(folder: Path, tmp_path: Path) -> None:
+def test_topk_classes_have_labels(folder: Path, tmp_path: Path) -> None:
     output = {"transform": ["softmax", "topk"], "k": 2}
     rows = classified(folder, tmp_path, format="jsonl", **output)
     for row in rows:

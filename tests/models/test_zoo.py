@@ -105,7 +105,7 @@ def test_the_trained_weights_are_small() -> None:
     assert (MODELS / "digits_cnn.safetensors").stat().st_size <= 200_000
 
 
-def test_the_held_out_images_are_real_ones_of_scikit_learn() -> None:
+def test_the_test_images_are_from_scikit_learn() -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
     known = {
@@ -121,7 +121,7 @@ def test_the_held_out_images_are_real_ones_of_scikit_learn() -> None:
     assert np.bincount(labels).min() >= 45, "every digit has its share"
 
 
-def test_the_trained_network_is_right_in_97_of_100_held_out_images() -> None:
+def test_the_trained_network_is_correct_on_97_percent_of_the_test_images() -> None:
     held = np.load(CONFIGS / "digits.npz")
     images = torch.from_numpy(held["images"]).float().mul(0.0625).view(-1, 1, 8, 8)
     with torch.inference_mode():

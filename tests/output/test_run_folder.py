@@ -232,7 +232,7 @@ def test_a_run_is_finished_if_journal_and_result_have_all_samples(
     assert (folder.finished_result() is not None) is (predictions == 498)
 
 
-def test_an_incomplete_journal_is_not_finished_whatever_the_result(tmp_path: Path) -> None:
+def test_a_run_with_an_incomplete_journal_is_unfinished(tmp_path: Path) -> None:
     earlier(tmp_path, 8, result=498)
     assert RunFolder(tmp_path, resume=True).finished_result() is None
 

@@ -126,19 +126,19 @@ def test_the_worst_comes_with_its_module_line_cost_and_advice() -> None:
     assert "inside inference_mode. Make it in __init__." in text
 
 
-def test_what_holds_in_every_mode_names_none() -> None:
+def test_a_finding_in_all_modes_names_no_mode() -> None:
     (line,) = [
         line for line in printed(show, RESULTS["findings"]).splitlines() if "warning" in line
     ]
     assert " in " not in line
 
 
-def test_a_clean_model_is_told_so() -> None:
+def test_a_model_without_findings_is_reported_as_safe() -> None:
     assert "No problems found" in printed(show, RESULTS["clean"])
     assert "No problems found" not in printed(show, RESULTS["findings"])
 
 
-def test_what_the_hooks_did_not_see_is_a_row_of_its_own() -> None:
+def test_memory_outside_of_modules_has_a_separate_row() -> None:
     text = printed(show, RESULTS["elsewhere"])
     assert re.search(r"\(not attributed\) +2\.00 MiB +25%", text)
     assert "not attributed" not in printed(show, RESULTS["clean"])
@@ -148,7 +148,7 @@ def test_many_modules_are_summed_up() -> None:
     assert re.search(r"4 more +2\.00 MiB +25%", printed(show, RESULTS["many"]))
 
 
-def test_what_was_not_measured_is_a_dash() -> None:
+def test_an_unmeasured_value_is_a_dash() -> None:
     row = next(
         line for line in printed(show, RESULTS["unmeasured"]).splitlines() if "no_grad" in line
     )

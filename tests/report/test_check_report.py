@@ -78,7 +78,7 @@ def test_junit_keeps_to_the_schema_and_counts_right():
     assert "includes the limit" in (suite.find("testcase/skipped").get("message") or "")
 
 
-def test_the_schema_refuses_what_is_no_junit():
+def test_the_schema_rejects_invalid_junit():
     schema = xmlschema.XMLSchema(ROOT / "tests" / "junit.xsd")
     good = junit.render(result(FAILED))
     for wrong in (
@@ -91,7 +91,7 @@ def test_the_schema_refuses_what_is_no_junit():
         assert not schema.is_valid(wrong)
 
 
-def test_github_is_told_of_what_did_not_pass_at_its_line():
+def test_github_annotations_have_the_line_of_the_check():
     lines = [*github.annotate(result(PASSED, FAILED, UNCLEAR))]
     assert lines == [
         "::error file=configs/digits.yaml,line=24,title=gradrun%3A forward peak::"

@@ -183,9 +183,7 @@ def row(text: str, name: str) -> tuple[str, str]:
         ("gpu", "no_grad", "bitwise equal"),
     ],
 )
-def test_what_was_measured_is_told_in_the_row_of_its_variant(
-    name: str, variant: str, figure: str
-) -> None:
+def test_measurements_are_in_the_row_of_their_variant(name: str, variant: str, figure: str) -> None:
     for width in (80, 120):
         assert figure in "".join(row(shown(RESULTS[name], width), variant))
 
@@ -193,15 +191,13 @@ def test_what_was_measured_is_told_in_the_row_of_its_variant(
 @pytest.mark.parametrize(
     ("name", "variant", "dashes"), [("noisy", "grad", 3), ("gpu", "grad", 1), ("modes", "grad", 0)]
 )
-def test_what_was_not_measured_is_a_dash_and_never_a_zero(
-    name: str, variant: str, dashes: int
-) -> None:
+def test_an_unmeasured_value_is_a_dash_and_not_zero(name: str, variant: str, dashes: int) -> None:
     _, memory = row(shown(RESULTS[name], 120), variant)
     assert memory.count(DASH) == dashes
     assert not re.search(r"\b0\b", memory)
 
 
-def test_the_headline_says_what_ran_where_and_how_often() -> None:
+def test_the_headline_names_model_device_and_rounds() -> None:
     text = shown(RESULTS["gpu"], 120)
     for word in ("digits_cnn", "NVIDIA H200", "batches of 4", "35 rounds in 5 fresh processes"):
         assert word in text

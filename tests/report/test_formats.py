@@ -69,7 +69,7 @@ def test_the_table_is_that_of_the_golden_file(group: str, width: int) -> None:
 # --- figures -----------------------------------------------------------------------------------
 
 
-def test_a_row_holds_each_mode_and_metric_once_with_its_figure_under_its_unit() -> None:
+def test_each_mode_and_metric_has_one_row_with_its_unit() -> None:
     found = {(row["mode"], row["metric"]): row for row in rows("comparison")}
     assert len(found) == len(rows("comparison"))
     peak = found["no_grad", "forward_peak"]
@@ -95,7 +95,7 @@ def test_ratios_that_a_file_claims_count_for_nothing() -> None:
     assert recompute(forged) == honest
 
 
-def test_an_interval_with_an_open_end_is_no_number() -> None:
+def test_an_open_interval_end_is_empty() -> None:
     (row,) = (row for row in rows("one process") if row["metric"] == "ratio")
     assert (row["low_95"], row["high_95"]) == ("", "")
     text = report.render(named(*RESULTS), "json")
@@ -104,7 +104,7 @@ def test_an_interval_with_an_open_end_is_no_number() -> None:
 
 
 @pytest.mark.parametrize("format", ["markdown", "json", "html", "csv"])
-def test_a_check_says_what_was_asked_found_and_why_it_failed(format: str) -> None:
+def test_a_check_shows_limit_value_and_reason(format: str) -> None:
     text = report.render(named("check"), format).replace("&gt;", ">").replace("\\>", ">")
     for outcome in OUTCOMES:
         for word in (outcome.check, outcome.limit, outcome.value, outcome.status):
@@ -120,7 +120,7 @@ def test_the_verdict_comes_before_every_figure(format: str) -> None:
     assert text.index("Use inference_mode") < text.index("913")
 
 
-def test_beside_each_other_stand_figures_of_the_same_kind_and_what_else_differs() -> None:
+def test_side_by_side_shows_equal_kinds_and_differences_of_config() -> None:
     other = RESULTS["short run"].environment.replace(cpu="another", threads=1)
     pair = [
         ("a", RESULTS["run"]),
@@ -139,7 +139,7 @@ def drawn(name: str) -> dict[str, Any]:
     return {plot.title: plot for plot in plots(RESULTS[name])}
 
 
-def test_what_is_drawn_is_what_was_measured() -> None:
+def test_the_plots_show_the_measured_values() -> None:
     assert list(drawn("comparison")) == ["Speed", "Batch times", "Over the run"]
     assert list(drawn("run")) == ["Batch times", "Over the run", "Memory over a forward pass"]
     assert list(drawn("nothing")) == []
@@ -157,7 +157,7 @@ def test_a_plot_takes_its_colours_and_type_from_the_page(name: str) -> None:
         assert plot.svg.count("<svg") == plot.svg.count("</svg>") == 1
 
 
-def test_batches_too_slow_to_draw_are_told_of() -> None:
+def test_batches_outside_of_the_plot_are_mentioned() -> None:
     run = RESULTS["run"]
     slow = (*run.measurements[0].batch_seconds[:-1], 0.5)
     measured = run.measurements[0].replace(batch_seconds=slow)

@@ -94,7 +94,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
         assert report.render([("a", RESULTS["run"])], format)
 
 
-def test_the_page_may_load_nothing_whatever_is_in_it() -> None:
+def test_the_page_forbids_loading_anything() -> None:
     text = html_page.render([("a", RESULTS["run"])])
     assert "default-src 'none'" in text
     assert text.index("Content-Security-Policy") < text.index("<style>")

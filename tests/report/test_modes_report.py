@@ -140,7 +140,7 @@ def test_a_topic_of_both_kinds_has_a_table_for_each() -> None:
 
 
 @pytest.mark.parametrize("name", ["proven", "gpu", "mixed", "unavailable"])
-def test_what_holds_is_not_marked_and_nothing_is_explained(name: str) -> None:
+def test_expected_answers_are_not_marked(name: str) -> None:
     text = shown(RESULTS[name])
     assert MARK not in text
     assert "This is why" not in text
@@ -153,7 +153,7 @@ def test_a_cell_that_differs_is_marked_and_no_other() -> None:
     assert line(text, "no_grad() inside enable_grad()") == [f"{MARK} on"]
 
 
-def test_each_cell_that_differs_is_explained_once_with_what_was_expected_and_why() -> None:
+def test_each_different_cell_is_explained_once() -> None:
     text = shown(RESULTS["differs"], 400)
     told = [line for line in text.splitlines() if line.startswith(f"{MARK} ")]
     assert told == [
@@ -166,7 +166,7 @@ def test_each_cell_that_differs_is_explained_once_with_what_was_expected_and_why
     ]
 
 
-def test_what_could_not_be_tried_says_why_once_and_is_counted_apart() -> None:
+def test_unavailable_questions_are_explained_and_counted_separately() -> None:
     text = shown(RESULTS["unavailable"])
     assert line(text, "gradrun's guard, fullgraph=True") == ["not available"] * 3
     assert text.count("! not available: torch.compile is turned off here") == 1
@@ -198,7 +198,7 @@ def test_a_pipe_gets_plain_text(name: str) -> None:
     assert escape_control_chars(text) == text
 
 
-def test_what_differs_is_red_on_a_terminal_and_marked_without_colour() -> None:
+def test_differences_are_red_on_a_terminal_and_marked_without_color() -> None:
     red, escape = "\x1b[1;31m", re.compile(r"\x1b\[[\d;]*m")
     coloured = shown(RESULTS["differs"], terminal=True)
     assert f"{red}{MARK} works" in coloured

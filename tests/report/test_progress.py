@@ -24,7 +24,7 @@ def console(*, terminal: bool, **settings: Any) -> Console:
     )
 
 
-def test_there_is_no_bar_where_there_is_no_terminal() -> None:
+def test_without_a_terminal_there_is_no_progress_bar() -> None:
     pipe = console(terminal=False)
     with progress_bar(pipe) as progress:
         assert progress is ignore

@@ -95,7 +95,7 @@ def test_several_are_shown_side_by_side(cli: Command, saved: Path) -> None:
         (["runs/run", "-o", "no/such/x.md"], "cannot be written: No such file"),
     ],
 )
-def test_what_cannot_be_is_a_sentence(
+def test_invalid_options_are_an_error(
     cli: Command, saved: Path, words: list[str], said: str
 ) -> None:
     before = (saved / "runs" / "run" / "result.json").read_bytes()
@@ -146,7 +146,7 @@ def test_a_result_of_the_first_release_is_shown(cli: Command, saved: Path) -> No
         ),
     ],
 )
-def test_another_format_is_told_from_damage(
+def test_an_unknown_format_number_differs_from_a_damaged_file(
     cli: Command, saved: Path, version: int, said: str
 ) -> None:
     told = json.loads(RESULTS["run"].to_json()) | {"format": version, "gradrun": "0.0.9"}
@@ -184,7 +184,9 @@ def test_a_cut_off_result_is_a_sentence(cli: Command, saved: Path, share: float)
         {"started_at": 3},
     ],
 )
-def test_what_no_run_leaves_is_refused(cli: Command, saved: Path, change: dict[str, Any]) -> None:
+def test_impossible_values_in_a_result_are_an_error(
+    cli: Command, saved: Path, change: dict[str, Any]
+) -> None:
     told = json.loads(RESULTS["run"].to_json())
     if "environment" in change:
         change = {"environment": told["environment"] | change["environment"]}

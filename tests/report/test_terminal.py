@@ -105,7 +105,7 @@ def row(text: str, name: str) -> str:
         ("nothing", "batch median"),
     ],
 )
-def test_what_was_not_measured_is_a_dash_and_never_a_zero(result: str, name: str) -> None:
+def test_an_unmeasured_value_is_a_dash_and_not_zero(result: str, name: str) -> None:
     found = row(shown(RESULTS[result]), name)
     assert DASH in found
     assert not re.search(r"\b0\b", found)
@@ -126,11 +126,11 @@ def test_what_was_not_measured_is_a_dash_and_never_a_zero(result: str, name: str
         ("gpu", "device peak", "51.50 MiB"),
     ],
 )
-def test_what_was_measured_is_told(result: str, name: str, figure: str) -> None:
+def test_the_measurements_are_shown(result: str, name: str, figure: str) -> None:
     assert figure in row(shown(RESULTS[result]), name)
 
 
-def test_the_headline_says_what_ran_where() -> None:
+def test_the_headline_names_model_and_device() -> None:
     text = shown(RESULTS["gpu"])
     assert all(word in text for word in ("digits_cnn", "grad", "NVIDIA H200"))
 
@@ -143,7 +143,7 @@ def test_warnings_are_shown_whole_below_the_tables() -> None:
     assert "!" not in shown(RESULTS["digits"])
 
 
-def test_the_end_says_where_the_predictions_are() -> None:
+def test_the_last_lines_name_the_files() -> None:
     text = shown(RESULTS["digits"])
     assert "498 predictions" in text
     assert str(Path("runs", "digits", "predictions.npy")) in text
@@ -205,7 +205,7 @@ def test_control_characters_are_written_out(text: str, harmless: str) -> None:
     assert escape_control_chars(text) == harmless
 
 
-def test_a_path_is_told_as_one_would_type_it_here(
+def test_a_path_is_relative_to_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

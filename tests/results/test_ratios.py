@@ -35,7 +35,7 @@ def experiments(processes: int, true_ratio: float) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("processes", "true_ratio"), [(5, 1.0), (5, 1.31), (9, 1.31)])
-def test_the_interval_over_processes_holds_the_truth_in_95_of_100_experiments(
+def test_the_interval_over_processes_covers_the_truth_in_95_of_100_experiments(
     processes: int, true_ratio: float
 ) -> None:
     found = [stats.mean_over_processes(ratios) for ratios in experiments(processes, true_ratio)]
@@ -98,7 +98,7 @@ def test_processes_that_agree_to_the_bit_give_their_value() -> None:
 # --- pairs -------------------------------------------------------------------------------------
 
 
-def test_what_both_sides_of_a_round_share_falls_out() -> None:
+def test_a_common_slowdown_of_a_round_cancels_out() -> None:
     slow = [1.0, 3.0, 10.0, 2.0, 1.0]
     assert stats.paired_ratio([1.25 * s for s in slow], slow) == pytest.approx(1.25)
 
@@ -107,7 +107,7 @@ def test_a_round_that_was_spoiled_does_not_count() -> None:
     assert stats.paired_ratio([1.25, 1.25, 99.0, 1.25, 1.25], [1.0] * 5) == 1.25
 
 
-def test_a_ratio_above_one_says_that_the_other_is_faster() -> None:
+def test_a_ratio_above_one_means_the_candidate_is_faster() -> None:
     assert stats.paired_ratio([2.0, 2.0], [1.0, 1.0]) == 2.0
 
 
@@ -132,10 +132,10 @@ def test_a_ratio_above_one_says_that_the_other_is_faster() -> None:
         (0.0, math.inf, "inconclusive"),
     ],
 )
-def test_the_verdict_is_what_the_interval_supports(low: float, high: float, word: str) -> None:
+def test_the_verdict_follows_from_the_interval(low: float, high: float, word: str) -> None:
     assert stats.verdict(stats.Estimate(1.0, low, high), 0.01) == word
 
 
 @pytest.mark.parametrize(("precision", "word"), [(0.05, "no_difference"), (0.01, "faster")])
-def test_the_precision_asked_for_decides_what_is_no_difference(precision: float, word: str) -> None:
+def test_the_precision_determines_no_difference(precision: float, word: str) -> None:
     assert stats.verdict(stats.Estimate(1.03, 1.02, 1.04), precision) == word

@@ -68,7 +68,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
         "another command", "below 0", "longer than a life",
     ],
 )  # fmt: skip
-def test_what_is_no_result_is_a_sentence_that_names_the_file(
+def test_an_invalid_result_is_an_error_with_the_file_name(
     tmp_path: Path, change, complaint: str
 ) -> None:
     file = tmp_path / "result.json"
@@ -203,7 +203,7 @@ def test_a_run_that_did_nothing_divides_by_nothing() -> None:
     assert measured.bound_by[1] == {"data": 0.0, "forward": 0.0, "output": 0.0}
 
 
-def test_what_no_meter_told_is_none_and_never_zero() -> None:
+def test_an_unmeasured_value_is_none_and_not_zero() -> None:
     memory = Memory(weights=1, inputs=1)
     told = {"weights": 1, "inputs": 1, "process_method": "unavailable"}
     assert memory.as_dict() == told | dict.fromkeys(

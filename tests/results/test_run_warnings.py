@@ -29,18 +29,18 @@ def test_a_good_run_has_no_warnings() -> None:
 
 
 @pytest.mark.parametrize(("batches", "warned"), [(0, False), (1, True), (99, True), (100, False)])
-def test_too_few_batches_for_every_percentile_are_told(batches: int, warned: bool) -> None:
+def test_too_few_batches_for_a_percentile_are_a_warning(batches: int, warned: bool) -> None:
     assert ("few_batches" in found(measurement(batches))) is warned
 
 
-def test_the_advice_for_few_batches_counts_them_and_says_what_to_do() -> None:
+def test_the_warning_about_few_batches_has_their_number_and_a_remedy() -> None:
     text = found(measurement(1))["few_batches"]
     assert text.startswith("1 batch ")
     assert "data.batch_size" in text
 
 
 @pytest.mark.parametrize(("slow", "warned"), [(1.0, False), (1.9, False), (2.1, True), (9.0, True)])
-def test_an_unsteady_machine_is_told(slow: float, warned: bool) -> None:
+def test_a_high_variance_is_a_warning(slow: float, warned: bool) -> None:
     warnings = found(times(slow))
     assert ("high_variance" in warnings) is warned
     assert not warned or f"{slow:.1f} times" in warnings["high_variance"]
@@ -54,7 +54,7 @@ def test_too_few_batches_to_see_a_slow_tenth_are_not_called_unsteady() -> None:
     ("threads", "cpus", "device", "warned"),
     [(3, 2, "cpu", True), (2, 2, "cpu", False), (1, 2, "cpu", False), (3, 2, "cuda", False)],
 )
-def test_more_threads_than_processors_are_told_on_the_cpu(
+def test_more_threads_than_processors_are_a_warning_on_the_cpu(
     threads: int, cpus: int, device: str, warned: bool
 ) -> None:
     warnings = found(measurement(), threads=threads, cpus=cpus, device=device)
@@ -67,6 +67,6 @@ def test_training_mode_is_reported(training: bool) -> None:
     assert ("training_mode" in found(measurement(), training=training)) is training
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_warnings_are_reported_together() -> None:
     warnings = found(times(9.0, batches=50), training=True, threads=4)
     assert list(warnings) == ["few_batches", "high_variance", "too_many_threads", "training_mode"]

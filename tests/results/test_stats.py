@@ -36,7 +36,7 @@ def coverage(draw: str, q: float, count: int) -> float:
 
 @pytest.mark.parametrize("draw", ["lognormal", "exponential"])
 @pytest.mark.parametrize(("q", "count"), [(0.5, 30), (0.5, 201), (0.9, 63), (0.9, 200)])
-def test_the_interval_holds_the_true_quantile_in_95_of_100_runs(
+def test_the_interval_covers_the_true_quantile_in_95_of_100_runs(
     draw: str, q: float, count: int
 ) -> None:
     assert 0.93 <= coverage(draw, q, count) <= 0.98
@@ -50,13 +50,13 @@ def test_the_interval_is_honest_where_few_samples_lie_beyond_the_quantile(
 
 
 @pytest.mark.parametrize(("q", "enough"), [(0.5, 2), (0.9, 10), (0.95, 20), (0.99, 100)])
-def test_a_quantile_is_told_only_where_a_sample_lies_beyond_it(q: float, enough: int) -> None:
+def test_a_quantile_needs_a_sample_beyond_it(q: float, enough: int) -> None:
     samples = [float(i) for i in range(enough)]
     assert stats.quantile(samples, q)
     assert stats.quantile(samples[1:], q) is None
 
 
-def test_there_is_no_quantile_of_nothing() -> None:
+def test_an_empty_sample_has_no_quantile() -> None:
     assert stats.quantile([], 0.5) is None
 
 
