@@ -261,6 +261,28 @@ def test_the_reference_lists_every_command_and_every_section(site: Path) -> None
     assert all(f'id="{name}"' in page for name in RunConfig.model_fields)
 
 
+# --- architecture.md ---------------------------------------------------------------------------
+
+
+def test_the_architecture_page_names_every_module_and_no_other() -> None:
+    package = ROOT / "gradrun"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py")}
+    known = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("*.py")}
+    named, unknown, folder = set[str](), set[str](), "."
+    for line in (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines():
+        if heading := re.match(r"##+ (\w+)", line):
+            folder = heading[1]
+        for name in re.findall(r"`([\w/]+\.py)`", line):
+            places = [name, f"{folder}/{name}", name.removeprefix("gradrun/")]
+            places += [f"{inner}{name}" for inner in re.findall(r"`([\w/]+/)`", line)]
+            if found := modules.intersection(places):
+                named |= found
+            elif name not in known and "yours.py" not in name:
+                unknown.add(name)
+    assert unknown == set()
+    assert {name for name in modules if not name.endswith("__.py")} - named == set()
+
+
 # --- checks.md ---------------------------------------------------------------------------------
 
 
