@@ -1,4 +1,4 @@
-"""What `infer` writes is, bit for bit, what a plain loop over the same batches computes.
+"""The predictions of `infer` equal those of a plain loop over the same batches, bit for bit.
 
 The loops here use torch and numpy alone; nothing of gradrun makes the expected values.
 """
@@ -24,7 +24,7 @@ import gradrun
 from gradrun.data import prefetch
 from gradrun.inference import runner
 
-# torch.jit announces its retirement; its files stay in use.
+# torch.jit is deprecated, but its files are still in use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ nn.init.zeros_(trained[1].bias)
 
 @dataclass
 class Files:
-    """A network with weights of its own, in every form that a source reads, and its data."""
+    """A network with random weights in the format of every source, and its data."""
 
     folder: Path
     images: np.ndarray
@@ -142,7 +142,7 @@ class Files:
         }
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """The batches that `data` describes."""
+        """The batches of the data section."""
         for start in range(0, SAMPLES, BATCH):
             rows = torch.from_numpy(self.images[start : start + BATCH])
             yield (rows.to(torch.float32) * 0.0625).reshape(-1, 1, 8, 8)
@@ -162,7 +162,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     (folder / "equality_nets.py").write_text(NETS)
     torch.manual_seed(3)
     module = net()
-    module(torch.randn(64, 1, 8, 8))  # so that batch norm has running figures of its own
+    module(torch.randn(64, 1, 8, 8))  # gives batch norm running statistics
     module.eval()
     save_file(module.state_dict(), folder / "net.safetensors")
     example = torch.zeros(BATCH, 1, 8, 8)
@@ -175,7 +175,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Sums split among threads may round otherwise, and the loops here have no config."""
+    """Use one thread: sums over several threads round differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -184,7 +184,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def predict(files: Files, tmp_path: Path) -> Callable[..., torch.Tensor]:
-    """Run `infer` over the images and read what it wrote."""
+    """Run `infer` over the images and read the predictions."""
 
     def run(
         model: dict[str, Any], form: str = "npy", name: str = "", **sections: dict[str, Any]
@@ -218,12 +218,12 @@ def read(folder: Path, form: str, name: str = "") -> torch.Tensor:
 def loop(
     model: Callable[..., torch.Tensor], batches: Iterator[torch.Tensor], mode: str
 ) -> torch.Tensor:
-    """The plain loop that everything here is compared with."""
-    kept = []
+    """The plain loop that is the reference."""
+    outputs = []
     for batch in batches:
         with MODES[mode]():
-            kept.append(model(batch))
-    return torch.cat([rows.detach() for rows in kept])
+            outputs.append(model(batch))
+    return torch.cat([rows.detach() for rows in outputs])
 
 
 def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -235,14 +235,14 @@ def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_source_and_sink_gives_the_bits_of_a_plain_loop(
+def test_every_source_and_format_gives_the_bits_of_a_plain_loop(
     files: Files, predict: Callable[..., torch.Tensor], source: str, form: str, mode: str
 ) -> None:
     ours = predict(files.model(source), form, run={"mode": mode})
     assert_same_bits(ours, loop(files.by_hand(source), files.batches(), mode))
 
 
-def test_memory_and_warm_up_passes_leave_no_trace_in_the_predictions(
+def test_warm_up_and_memory_passes_do_not_affect_the_predictions(
     files: Files, predict: Callable[..., torch.Tensor]
 ) -> None:
     ours = predict(files.model("layers"), run={"warmup": "auto"}, measure={"memory": True})
@@ -250,7 +250,7 @@ def test_memory_and_warm_up_passes_leave_no_trace_in_the_predictions(
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_random_weights_are_those_of_torch_under_the_same_seed(
+def test_random_weights_equal_those_of_torch_with_the_same_seed(
     files: Files, predict: Callable[..., torch.Tensor], seed: int
 ) -> None:
     ours = predict({"source": "layers", "layers": LAYERS}, run={"seed": seed})
@@ -259,7 +259,7 @@ def test_random_weights_are_those_of_torch_under_the_same_seed(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
-def test_another_float_type_casts_weights_and_inputs(
+def test_a_model_dtype_casts_weights_and_inputs(
     files: Files, predict: Callable[..., torch.Tensor], dtype: str
 ) -> None:
     kind = getattr(torch, dtype)
@@ -267,7 +267,7 @@ def test_another_float_type_casts_weights_and_inputs(
     theirs = loop(
         files.by_hand("layers").to(kind), (b.to(kind) for b in files.batches()), "inference_mode"
     )
-    # numpy knows no bfloat16, and float32 holds each of its values.
+    # numpy has no bfloat16, and float32 represents all of its values.
     assert_same_bits(ours, theirs.float() if dtype == "bfloat16" else theirs)
 
 
@@ -291,7 +291,7 @@ def test_autocast_gives_the_bits_of_a_loop_under_autocast(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_training_mode_draws_dropout_and_moves_batch_norm_as_a_seeded_loop_does(
+def test_training_mode_equals_a_seeded_loop_with_dropout_and_batch_norm(
     files: Files, predict: Callable[..., torch.Tensor], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "gradrun_file_equality_nets", raising=False)
@@ -303,9 +303,9 @@ def test_training_mode_draws_dropout_and_moves_batch_norm_as_a_seeded_loop_does(
     )
     torch.manual_seed(11)
     expected = loop(theirs.train(), files.batches(), mode)
-    assert (expected == 0).any(), "dropout drops"
+    assert (expected == 0).any(), "dropout is active"
     assert_same_bits(ours, expected)
-    # The warm-up and the memory pass ran batches of their own: batch norm must not have seen them.
+    # The batches of warm-up and memory pass must not affect batch norm.
     seen = sys.modules["gradrun_file_equality_nets"].trained[2]
     assert int(seen.num_batches_tracked) == len(list(files.batches()))
     assert_same_bits(seen.running_mean, theirs[2].running_mean)
@@ -314,7 +314,7 @@ def test_training_mode_draws_dropout_and_moves_batch_norm_as_a_seeded_loop_does(
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("mode", MODES)
-def test_a_model_that_changes_its_input_leaves_the_data_as_it_is(
+def test_a_model_that_changes_its_input_does_not_change_the_data(
     files: Files, predict: Callable[..., torch.Tensor], tmp_path: Path, mode: str, form: str
 ) -> None:
     values = files.images.astype(np.float32)
@@ -335,7 +335,7 @@ def test_a_model_that_changes_its_input_leaves_the_data_as_it_is(
     ("mode", "flags"),
     [("grad", [True, False]), ("no_grad", [False, False]), ("inference_mode", [False, True])],
 )
-def test_every_batch_runs_in_the_mode_asked_for(
+def test_every_batch_runs_in_the_configured_mode(
     files: Files, predict: Callable[..., torch.Tensor], mode: str, flags: list[bool]
 ) -> None:
     model = {"source": "python", "target": files.target("Flags")}
@@ -343,7 +343,7 @@ def test_every_batch_runs_in_the_mode_asked_for(
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_several_inputs_are_passed_by_their_names(
+def test_several_inputs_are_passed_by_name(
     files: Files, predict: Callable[..., torch.Tensor], tmp_path: Path, form: str
 ) -> None:
     left, right = np.random.default_rng(0).random((2, SAMPLES, 3), np.float32)
@@ -368,7 +368,7 @@ def test_several_inputs_are_passed_by_their_names(
         ("nested", "0.low", "1.0"),
     ],
 )
-def test_every_output_of_a_model_is_kept_under_its_name(
+def test_every_output_of_a_model_is_written_under_its_name(
     files: Files, predict: Callable[..., torch.Tensor], kind: str, low: str, high: str, form: str
 ) -> None:
     model = {"source": "python", "target": files.target("Many"), "args": {"kind": kind}}
@@ -384,16 +384,16 @@ def test_a_program_of_fixed_batch_size_gives_the_bits_of_padding_by_hand(
     path = files.folder / "fixed.pt2"
     ours = predict({"source": "exported", "path": str(path)})
     program = torch.export.load(path).module()
-    kept = []
+    outputs = []
     for batch in files.batches():
         full = torch.cat([batch, batch[-1:].expand(BATCH - len(batch), 1, 8, 8)])
         with torch.inference_mode():
-            kept.append(program(full)[: len(batch)])
-    assert_same_bits(ours, torch.cat(kept))
+            outputs.append(program(full)[: len(batch)])
+    assert_same_bits(ours, torch.cat(outputs))
 
 
 @pytest.mark.parametrize("data", ["arrays", "records"])
-def test_reading_ahead_changes_no_bit(
+def test_prefetching_changes_no_bit(
     files: Files,
     predict: Callable[..., torch.Tensor],
     tmp_path: Path,

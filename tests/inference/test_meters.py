@@ -1,8 +1,8 @@
-"""Meters, against figures computed by hand: every byte of a forward pass is accounted for."""
+"""The meters, compared with values computed by hand."""
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from math import prod
@@ -47,33 +47,31 @@ def floats(*shape: int) -> int:
 
 ACTIVATION = floats(256, 1024)
 MLP = {
-    # Each ReLU keeps its result, which is the next Linear's input too: 8 activations. The peak
-    # is in the last ReLU, which makes its result beside the Linear's, gone a moment later.
+    # The graph saves the result of each ReLU, which is also the next Linear's input: 8
+    # activations. The peak is in the last ReLU, while the result of its Linear is still live.
     "grad": (9 * ACTIVATION, 8 * ACTIVATION),
-    # Input, Linear and ReLU of one layer are alive at once, and only the last result stays.
+    # Input, Linear and ReLU of one layer are live together, and only the last result stays.
     "no_grad": (3 * ACTIVATION, ACTIVATION),
     "inference_mode": (3 * ACTIVATION, ACTIVATION),
 }
-"""mode -> (peak, retained) of 8 x (Linear 1024, ReLU) and a batch of 256."""
+"""Mode -> (peak, retained) of 8 x (Linear 1024, ReLU) and a batch of 256."""
 
 
-def test_the_figures_of_the_perceptron_are_those_of_the_measurements() -> None:
+def test_the_expected_memory_of_the_mlp_is_as_documented() -> None:
     assert MLP["grad"] == (9_437_184, 8_388_608)
     assert MLP["no_grad"] == MLP["inference_mode"] == (3_145_728, 1_048_576)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_perceptrons_memory_is_exact(mode: str) -> None:
+def test_the_memory_of_the_mlp_is_exact(mode: str) -> None:
     model, batch = zoo("mlp", width=1024), torch.randn(256, 1024)
     with grad_mode(mode):
         assert cpu_memory.forward_memory(lambda: model(batch))[:2] == MLP[mode]
-        assert cpu_memory.forward_memory(lambda: model(batch))[:2] == MLP[mode], (
-            "and so is the second"
-        )
+        assert cpu_memory.forward_memory(lambda: model(batch))[:2] == MLP[mode], "the second call"
 
 
 @pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
-def test_a_sequential_drops_its_input_between_two_layers(mode: str) -> None:
+def test_a_sequential_frees_the_input_of_each_layer(mode: str) -> None:
     layers = [layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
     model, batch = nn.Sequential(*layers), torch.randn(256, 1024)
     with grad_mode(mode):
@@ -114,21 +112,23 @@ POOLED = floats(BATCH, 64, 56, 56)
 STAGES = [floats(BATCH, 64 * 2**i, 56 // 2**i, 56 // 2**i) for i in range(4)]
 FEATURES, LOGITS = floats(BATCH, 512), floats(BATCH, 1000)
 
-# What a graph keeps in eval mode: a convolution its input, a batch norm its input, a ReLU its
-# result, a pool its input and indices (int64), a Linear its input; an addition keeps nothing.
+# Saved for backward in eval mode: the inputs of convolutions, batch norms and Linear layers, the
+# results of ReLUs, the input and indices (int64) of the pool; nothing for an addition.
 RESNET_RETAINED = (
-    2 * STEM  # conv1's and the first ReLU's result; bn1's is given up
+    2 * STEM  # results of conv1 and the first ReLU; that of bn1 is freed
     + POOLED
     + 2 * POOLED  # the pool's indices, 8 bytes each
-    + 8 * STAGES[0]  # two blocks, of each: two convolutions' results and two ReLUs'
-    + sum(9 * stage for stage in STAGES[1:])  # one more convolution resizes the first's input
+    + 8 * STAGES[0]  # results of two convolutions and two ReLUs in each of two blocks
+    + sum(
+        9 * stage for stage in STAGES[1:]
+    )  # plus the convolution that resizes the input of the first block
     + FEATURES
     + LOGITS
 )
 
 
 def resnet_peak_in_grad(model: nn.Module) -> int:
-    """The last convolution's peak, on top of what the graph keeps by then.
+    """The peak of the last convolution, plus the bytes saved for backward until then.
 
     What comes after it: its result and the last ReLU's, the features and the logits. On x86 a
     convolution's peak is its result and oneDNN's copies of its weights and its input; another
@@ -141,7 +141,7 @@ def resnet_peak_in_grad(model: nn.Module) -> int:
     return RESNET_RETAINED - 2 * STAGES[3] - FEATURES - LOGITS + peak
 
 
-def test_resnets_memory_is_exact_in_grad() -> None:
+def test_the_memory_of_resnet_is_exact_in_grad() -> None:
     model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
     with grad_mode("grad"):
         peak, retained = cpu_memory.forward_memory(lambda: model(images))[:2]
@@ -150,7 +150,7 @@ def test_resnets_memory_is_exact_in_grad() -> None:
 
 
 @pytest.mark.parametrize("mode", WITHOUT_GRADIENTS)
-def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
+def test_the_memory_of_resnet_is_exact_without_gradients(mode: str) -> None:
     model, images = zoo("resnet18"), torch.randn(BATCH, 3, 224, 224)
     with grad_mode(mode):
         found = cpu_memory.forward_memory(lambda: model(images))[:2]
@@ -161,30 +161,30 @@ def test_resnets_memory_is_exact_without_gradients(mode: str) -> None:
 # --- tensor memory: the meter itself -----------------------------------------------------------
 
 
-def test_tensors_allocated_before_the_call_are_not_counted() -> None:
+def test_memory_allocated_before_the_call_is_not_counted() -> None:
     batch = torch.randn(1000)
     assert cpu_memory.forward_memory(lambda: batch)[:2] == (0, 0)
     assert cpu_memory.forward_memory(lambda: batch.neg())[:2] == (4000, 4000)
     assert cpu_memory.forward_memory(lambda: batch.neg().abs().sum())[:2] == (8000, 4)
 
 
-def test_an_error_in_the_call_is_passed_on_and_the_meter_works_again() -> None:
+def test_an_error_in_the_call_is_raised_and_the_meter_works_again() -> None:
     with pytest.raises(ZeroDivisionError):
         cpu_memory.forward_memory(lambda: 1 / 0)
     assert cpu_memory.forward_memory(lambda: torch.empty(10))[:2] == (40, 40)
 
 
-def test_kinetos_log_lines_stay_away_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    def speaks() -> torch.Tensor:
-        print("the model's own words", file=sys.stderr)
+def test_log_lines_of_kineto_do_not_reach_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    def prints() -> torch.Tensor:
+        print("printed by the model", file=sys.stderr)
         return torch.empty(1)
 
-    cpu_memory.forward_memory(speaks)
+    cpu_memory.forward_memory(prints)
     out, err = capfd.readouterr()
-    assert (out, err) == ("", "the model's own words\n")
+    assert (out, err) == ("", "printed by the model\n")
 
 
-def test_infer_leaves_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_infer_writes_nothing_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     gradrun.infer(
         {
             "model": {"source": "layers", "layers": ["ReLU"]},
@@ -196,13 +196,15 @@ def test_infer_leaves_stderr_clean(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_process_without_stderr_is_measured_too() -> None:
-    script = (
-        "import os, torch; from gradrun.inference.meters import cpu_memory; os.close(2); "
-        "print(cpu_memory.forward_memory(lambda: torch.empty(10))[:2])"
-    )
-    done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True)
-    assert done.stdout == b"(40, 40)\n"
+def test_memory_is_measured_in_a_process_without_stderr() -> None:
+    stderr = os.dup(2)
+    os.close(2)
+    try:
+        memory = cpu_memory.forward_memory(lambda: torch.empty(10))
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+    assert memory[:2] == (40, 40)
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -241,9 +243,9 @@ def one_row() -> nn.Module:
         (lambda: nn.BatchNorm2d(8), 4 * 8 * 4 + 8),
         (nn.ReLU, 0),
     ],
-    ids=["plain", "tied", "views of one", "a view holds the whole", "half", "buffers", "none"],
+    ids=["plain", "tied", "views of one", "a view keeps its storage", "half", "buffers", "none"],
 )
-def test_weights_are_the_bytes_behind_parameters_and_buffers(
+def test_weight_bytes_cover_the_storage_of_parameters_and_buffers(
     model: Callable[[], nn.Module], count: int
 ) -> None:
     assert cpu_memory.weight_bytes(model()) == count
@@ -258,18 +260,18 @@ def test_a_batch_of_views_counts_their_storage_once() -> None:
 # --- the process -------------------------------------------------------------------------------
 
 SLACK = 2**20
-"""The kernel keeps its count of pages a little out of date."""
+"""The kernel updates its page counts with a delay."""
 
 
 def test_the_process_peak_is_in_bytes_with_its_method() -> None:
     peak, method = process_memory.peak_resident()
     assert peak
     assert 50 * 2**20 < peak < 2**40
-    assert method in {"VmHWM", "ru_maxrss", "peak working set"}
+    assert method in {"VmHWM", "ru_maxrss"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_process_peak_stays_when_the_process_shrinks() -> None:
+def test_the_process_peak_remains_after_memory_is_freed() -> None:
     block = torch.ones(2**24)
     resident = psutil.Process().memory_info().rss
     peak, method = process_memory.peak_resident()
@@ -280,8 +282,8 @@ def test_the_process_peak_stays_when_the_process_shrinks() -> None:
     assert process_memory.peak_resident()[0] == pytest.approx(peak, abs=SLACK)
 
 
-def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
-    there, _ = process_memory.peak_resident()
+def test_without_proc_the_peak_is_read_by_getrusage(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = process_memory.peak_resident()
 
     def absent(_: Path) -> str:
         raise FileNotFoundError
@@ -289,14 +291,14 @@ def test_without_proc_the_peak_comes_from_getrusage(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Path, "read_text", absent)
     peak, method = process_memory.peak_resident()
     assert method == "ru_maxrss"
-    assert there
-    assert peak == pytest.approx(there, rel=0.1)
+    assert expected
+    assert peak == pytest.approx(expected, rel=0.1)
 
 
 # --- clocks ------------------------------------------------------------------------------------
 
 
-def test_the_hosts_clock_has_one_time_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_clock_has_one_time_per_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     reads = iter([0, 250_000_000, 1_000_000_000, 1_000_000_001])
     monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(reads))
     host = clock.clock_for(CPU)
@@ -348,7 +350,7 @@ def test_the_cuda_clock_times_the_device_and_not_the_launch(gpu: torch.device) -
 
 
 @pytest.mark.cuda
-def test_the_cuda_clock_reuses_few_events_and_loses_none(gpu: torch.device) -> None:
+def test_the_cuda_clock_has_few_pending_events_and_loses_none(gpu: torch.device) -> None:
     timer = clock.CudaClock()
     vector = torch.ones(1, device=gpu)
     for _ in range(600):
@@ -378,7 +380,7 @@ def test_device_memory_is_the_peak_since_the_reset(gpu: torch.device) -> None:
 
 
 @pytest.mark.cuda
-def test_device_memory_of_a_forward_excludes_earlier_allocations(gpu: torch.device) -> None:
+def test_the_memory_of_a_forward_on_the_device_is_above_the_level_before(gpu: torch.device) -> None:
     block = torch.randn(2**18, device=gpu)
     assert FORWARD_MEMORY["cuda"] is device_memory.forward_memory
     assert device_memory.forward_memory(lambda: block)[:2] == (0, 0)
@@ -397,10 +399,10 @@ def test_infer_measures_the_device_it_runs_on(mode: str, tmp_path: Path) -> None
     assert (measured.samples, len(measured.batch_seconds)) == (2048, 8)
     assert all(0 < seconds < 1 for seconds in measured.batch_seconds)
     assert memory.retained == MLP[mode][1]
-    # A matrix product may take a workspace of its own beside its result.
+    # A matrix product may allocate a workspace in addition to its result.
     assert memory.forward_peak
     assert MLP[mode][0] <= memory.forward_peak <= MLP[mode][0] + WORKSPACE
-    # Weights, two batches and the forward's own peak.
+    # Weights, two batches and the peak of the forward.
     least = memory.weights + ACTIVATION + MLP[mode][1]
     assert memory.device_allocated
     assert least <= memory.device_allocated <= least + 4 * ACTIVATION + WORKSPACE
@@ -412,7 +414,7 @@ def test_infer_measures_the_device_it_runs_on(mode: str, tmp_path: Path) -> None
 
 
 @pytest.mark.cuda
-def test_on_the_device_the_modes_differ_by_the_memory_of_the_graph(tmp_path: Path) -> None:
+def test_the_modes_differ_on_the_device_by_the_memory_saved_for_backward(tmp_path: Path) -> None:
     grad, no_grad, inference = (
         infer_mlp(tmp_path / mode, 512, mode=mode, device="cuda").measurements[0].memory
         for mode in MODES

@@ -76,8 +76,8 @@ def test_metrics_of_scores_equal_scikit_learn(
         "auroc": roc_auc_score(LABELS, PROBABLE, multi_class="ovr", average="macro"),
     }
     assert found == pytest.approx(right, abs=1e-6)
-    kept = RunResult.load(config["output"]["path"])
-    assert {metric.name: metric.value for metric in kept.metrics} == found
+    saved = RunResult.load(config["output"]["path"])
+    assert {metric.name: metric.value for metric in saved.metrics} == found
 
 
 def test_every_format_is_readable() -> None:
@@ -263,7 +263,7 @@ WRONG = {
         {"output.transform": "argmax", "metrics": ["auroc"]},
         r"auroc needs a score per class, which output\.transform removes",
     ),
-    "too few were kept": (
+    "too few classes": (
         {"output": {"transform": "topk", "k": 2}, "metrics": [{"name": "accuracy", "top_k": 3}]},
         "top_k is 3, but the predictions contain 2",
     ),

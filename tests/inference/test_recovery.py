@@ -180,8 +180,8 @@ def test_more_bad_samples_than_max_errors_stop_the_run(infer: Any, tmp_path: Pat
     with pytest.raises(RunFailed, match=r"3 samples failed, more than run\.max_errors allows"):
         infer(**QUARANTINE, **{"run.max_errors": 2})
     assert len(rows(tmp_path)) == 24
-    kept = RunResult.load(tmp_path / "run")
-    assert (kept.predictions, kept.quarantined) == (24, 2), "the batch with sample 29 is missing"
+    saved = RunResult.load(tmp_path / "run")
+    assert (saved.predictions, saved.quarantined) == (24, 2), "the batch with sample 29 is missing"
     infer(**QUARANTINE, **{"run.max_errors": 3})
     assert RunResult.load(tmp_path / "run").quarantined == 3
 

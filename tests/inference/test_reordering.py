@@ -1,4 +1,4 @@
-"""Texts are run grouped by length, and predictions stand in the order of the input all the same."""
+"""Texts are batched by length, and predictions are in the order of the input."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ calls = 0
 
 
 class Net(nn.Module):
-    """Of each text the sum of its tokens; the first token says which text it is."""
+    """Returns the sum of the tokens of each text."""
 
     def forward(self, input_ids, attention_mask):
         global calls
@@ -73,7 +73,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sums(tokenizer: Path, tmp_path: Path) -> list[int]:
-    """What the network gives for each line of t.txt, all different."""
+    """The output of the network for each line of t.txt."""
     lines = [f"{text} {'z' * (i // 26 % 8)} {i}" for i, text in enumerate(skewed(SAMPLES))]
     (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
     made = import_transformers("").AutoTokenizer.from_pretrained(tokenizer)
@@ -119,7 +119,7 @@ def found(tmp_path: Path, out: str = "out") -> np.ndarray[Any, Any]:
 
 
 def embeddings(folder: Path, lines: list[str], batch: int) -> torch.Tensor:
-    """As a page of the library's own shows it, in the order of the lines."""
+    """Compute embeddings as documented by the library, in the order of the lines."""
     auto = import_transformers("")
     tokenizer = auto.AutoTokenizer.from_pretrained(folder)
     model = auto.AutoModel.from_pretrained(folder).eval()
@@ -136,7 +136,7 @@ def embeddings(folder: Path, lines: list[str], batch: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_embeddings_of_real_sentences_are_those_of_a_plain_loop(
+def test_embeddings_of_real_sentences_equal_those_of_a_plain_loop(
     tmp_path: Path, grouped: bool
 ) -> None:
     lines = sentences(200)
@@ -170,10 +170,10 @@ def test_embeddings_of_real_sentences_are_those_of_a_plain_loop(
 
 
 @pytest.mark.parametrize("form", ["npy", "jsonl", "safetensors"])
-def test_predictions_stand_in_the_order_of_the_input(
+def test_predictions_are_in_the_order_of_the_input(
     config: Config, tmp_path: Path, sums: list[int], form: str
 ) -> None:
-    assert len(set(sums)) > SAMPLES // 2, "the sums tell most texts apart"
+    assert len(set(sums)) > SAMPLES // 2, "most texts have different sums"
     result = infer(config(format=form))
     assert result.predictions == SAMPLES
     if form == "npy":
@@ -187,7 +187,7 @@ def test_predictions_stand_in_the_order_of_the_input(
     assert padding.run < padding.ungrouped
 
 
-def test_rows_as_long_as_their_batch_go_to_jsonl_and_nowhere_else(
+def test_rows_as_long_as_their_batch_can_only_be_written_as_jsonl(
     tmp_path: Path, cli: Command
 ) -> None:
     lines = skewed(100)
@@ -209,16 +209,16 @@ def test_rows_as_long_as_their_batch_go_to_jsonl_and_nowhere_else(
             states = model(**tokenizer(line, return_tensors="pt")).last_hidden_state[0]
         got = torch.tensor(row["prediction"], dtype=torch.float64)[: len(states)]
         assert torch.allclose(got, states, atol=1e-12)
-    told = cli("infer", tmp_path / "c.yaml", "--set", "output.format=npy", "--overwrite")
-    assert told.code != 0
-    assert "format: jsonl for rows of any shape" in told.err
-    assert "mean_pool" in told.err
+    answer = cli("infer", tmp_path / "c.yaml", "--set", "output.format=npy", "--overwrite")
+    assert answer.code != 0
+    assert "format: jsonl for rows of any shape" in answer.err
+    assert "mean_pool" in answer.err
 
 
-# --- what goes wrong ---------------------------------------------------------------------------
+# --- failures ----------------------------------------------------------------------------------
 
 
-def test_a_bad_text_is_named_by_its_place_in_the_input(
+def test_a_bad_text_is_reported_by_its_position_in_the_input(
     config: Config, tmp_path: Path, sums: list[int]
 ) -> None:
     bad = [i for i in (70, 71, 150) if sums.count(sums[i]) == 1]
@@ -227,16 +227,16 @@ def test_a_bad_text_is_named_by_its_place_in_the_input(
     result = infer(asked)
     assert result.predictions == SAMPLES
     lines = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
-    told = [json.loads(line) for line in lines]
-    assert sorted(line["sample"] for line in told) == bad
-    assert all(line["sample"] == line["id"] for line in told)
+    entries = [json.loads(line) for line in lines]
+    assert sorted(line["sample"] for line in entries) == bad
+    assert all(line["sample"] == line["id"] for line in entries)
     values = found(tmp_path)
     assert np.isnan(values).nonzero()[0].tolist() == bad
     good = [i for i in range(SAMPLES) if i not in bad]
     assert values[good].tolist() == [sums[i] for i in good]
 
 
-def test_a_batch_that_does_not_fit_is_cut_and_keeps_its_places(
+def test_a_batch_that_does_not_fit_in_memory_is_split_and_stays_in_order(
     config: Config, tmp_path: Path, sums: list[int]
 ) -> None:
     result = infer(config(fits=3))
@@ -244,7 +244,7 @@ def test_a_batch_that_does_not_fit_is_cut_and_keeps_its_places(
     assert "out_of_memory" in {warning.code for warning in result.warnings}
 
 
-def test_a_run_that_stops_keeps_whole_windows_and_a_resume_makes_the_same_bytes(
+def test_a_stopped_run_has_complete_chunks_and_a_resume_writes_the_same_bytes(
     config: Config, tmp_path: Path, sums: list[int]
 ) -> None:
     infer(config())
@@ -267,7 +267,7 @@ def test_a_run_that_stops_keeps_whole_windows_and_a_resume_makes_the_same_bytes(
 
 
 @pytest.mark.parametrize("form", ["jsonl", "safetensors"])
-def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
+def test_a_killed_and_resumed_run_writes_the_same_bytes(
     config: Config,
     tmp_path: Path,
     sums: list[int],
@@ -283,21 +283,21 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "EAGER": "1"}
     killed = process("infer", path, "--trust-code", env=environment)
     assert killed.code == -signal.SIGKILL
-    kept = journal.read(tmp_path / "out/journal.jsonl")
-    assert kept.committed == 2 * WINDOW
+    state = journal.read(tmp_path / "out/journal.jsonl")
+    assert state.committed == 2 * WINDOW
     infer(json.loads(path.read_text()), resume=True)
     for file in (tmp_path / "whole").glob("predictions*"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_commits_end_with_windows(
+def test_commits_end_with_chunks(
     config: Config, tmp_path: Path, sums: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpointer, "SECONDS", 0)
     monkeypatch.setattr(checkpointer, "_TIME_SHARE", 1e9)
     monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
     infer(config())
-    kept = journal.read(tmp_path / "out/journal.jsonl")
-    assert len(kept.ranges) > 2
-    assert {commit.stop % WINDOW for commit in kept.ranges[:-1]} == {0}
-    assert kept.complete
+    state = journal.read(tmp_path / "out/journal.jsonl")
+    assert len(state.ranges) > 2
+    assert {commit.stop % WINDOW for commit in state.ranges[:-1]} == {0}
+    assert state.complete

@@ -1,4 +1,4 @@
-"""Real runs in real processes that are killed, stopped or changed midway, and resumed."""
+"""Runs that are killed, stopped or changed, and resumed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLES, BATCH = 60, 4
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_writes_the_same_bytes(tmp_path: Path) -> None:
     landed = kill.run(tmp_path, kills=15, seed=1)
     print(kill.table(landed))
     assert len(landed) == 15
@@ -44,12 +44,12 @@ def test_a_run_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path: P
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a run that nothing befell."""
+    """The files of an uninterrupted run."""
     return kill.Folder(tmp_path_factory.mktemp("whole")).uninterrupted("npy")
 
 
 def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes]:
-    """A run under way: its journal tells of something."""
+    """A run in progress with a first commit."""
     process = folder.start("npy", out, *more)
     while not folder.committed(out) and process.poll() is None:
         time.sleep(0.01)
@@ -57,26 +57,26 @@ def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_after_a_signal_the_printed_command_resumes_the_run(
+def test_a_signal_stops_a_run_and_the_printed_command_resumes_it(
     tmp_path: Path, whole: dict[str, bytes], number: int, code: int
 ) -> None:
     folder = kill.Folder(tmp_path)
     process = started(folder, "out")
     began = time.monotonic()
     process.send_signal(number)
-    printed, said = process.communicate(timeout=20)
-    assert time.monotonic() - began < 10, "a loaded machine; alone it is under two seconds"
-    assert process.returncode == code, said
-    text = said.decode()
+    printed, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - began < 10, "on a loaded machine; under two seconds otherwise"
+    assert process.returncode == code, stderr
+    text = stderr.decode()
     for table in ("throughput", "Peak memory"):
         assert table in printed.decode()
     assert "interrupted" in text
     assert "Traceback" not in text
-    kept = journal.read(tmp_path / "out" / "journal.jsonl")
-    assert 0 < kept.committed < kill.LONG
-    assert len(np.load(tmp_path / "out" / "predictions.npy")) == kept.committed
+    state = journal.read(tmp_path / "out" / "journal.jsonl")
+    assert 0 < state.committed < kill.LONG
+    assert len(np.load(tmp_path / "out" / "predictions.npy")) == state.committed
     assert (
-        json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == kept.committed
+        json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == state.committed
     )
     (line,) = [line for line in text.splitlines() if line.startswith("to resume: ")]
     words = shlex.split(line.removeprefix("to resume: "))
@@ -91,18 +91,18 @@ def test_after_a_signal_the_printed_command_resumes_the_run(
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert f"the first {kept.committed:,} by the run before" in done.stdout
+    assert f"the first {state.committed:,} by the run before" in done.stdout
     assert folder.files("out") == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("call", "kept"),
+    ("call", "committed"),
     [(0, None), (1, None), (7, 20), (17, SAMPLES)],
     ids=["while it loads", "in the first batch", "in a batch", "while memory is counted"],
 )
-def test_a_signal_at_any_time_ends_the_run_with_its_exit_code(
-    tmp_path: Path, call: int, kept: int | None, number: int
+def test_a_signal_at_any_time_is_reported_with_its_exit_code(
+    tmp_path: Path, call: int, committed: int | None, number: int
 ) -> None:
     (tmp_path / "net.py").write_text(
         "import os\nfrom pathlib import Path\nfrom torch import nn\n"
@@ -131,18 +131,18 @@ def test_a_signal_at_any_time_ends_the_run_with_its_exit_code(
         with pytest.raises(Interrupted) as ended:
             gradrun.infer(config, trust_code=True)
         assert ended.value.exit_code == 128 + number
-        assert (ended.value.result is not None) is (kept is not None)
-        if kept is None:
+        assert (ended.value.result is not None) is (committed is not None)
+        if committed is None:
             assert not (tmp_path / "run").exists()
         else:
-            assert f"{kept} of 60 predictions are saved" in str(ended.value)
+            assert f"{committed} of 60 predictions are saved" in str(ended.value)
             assert ended.value.resumable
-            assert journal.read(tmp_path / "run" / "journal.jsonl").committed == kept
+            assert journal.read(tmp_path / "run" / "journal.jsonl").committed == committed
         result = gradrun.infer(config, trust_code=True, resume=True)
     assert result.predictions == SAMPLES
 
 
-def test_a_signal_that_comes_while_the_result_is_written_waits_for_it(
+def test_a_signal_during_the_write_of_the_result_is_deferred(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {
@@ -164,30 +164,30 @@ def test_a_signal_that_comes_while_the_result_is_written_waits_for_it(
     assert gradrun.infer(config, resume=True) == RunResult.load(tmp_path / "run")
 
 
-def test_a_second_signal_ends_it_at_once_and_it_can_still_be_resumed(
+def test_a_second_signal_ends_the_run_at_once_and_it_can_be_resumed(
     tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     folder = kill.Folder(tmp_path)
     process = started(folder, "out")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=20)
     assert process.returncode in {130, 143}
-    assert b"Traceback" not in said
+    assert b"Traceback" not in stderr
     folder.wait(folder.start("npy", "out", "--resume"))
     assert folder.files("out") == whole
 
 
-def test_a_second_run_in_the_folder_stops_at_once_and_names_the_first(tmp_path: Path) -> None:
+def test_a_second_run_in_a_folder_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     folder, long = kill.Folder(tmp_path), ("--set", "data.samples=1000000")
     first = started(folder, "out", *long)
     second = folder.start("npy", "out", "--resume", *long)
-    _, said = second.communicate(timeout=60)
+    _, stderr = second.communicate(timeout=60)
     first.kill()
     first.communicate()
-    assert second.returncode == 2, said
-    assert f"process {first.pid} on" in said.decode()
-    third = folder.start("npy", "out", "--resume", *long)  # a dead process holds nothing
+    assert second.returncode == 2, stderr
+    assert f"process {first.pid} on" in stderr.decode()
+    third = folder.start("npy", "out", "--resume", *long)  # the lock of a dead process is free
     before = folder.committed("out")
     while folder.committed("out") == before and third.poll() is None:
         time.sleep(0.01)
@@ -196,7 +196,7 @@ def test_a_second_run_in_the_folder_stops_at_once_and_names_the_first(tmp_path: 
     assert folder.committed("out") > before
 
 
-# --- what changed in between -------------------------------------------------------------------
+# --- changes before a resume -------------------------------------------------------------------
 
 MODEL = """
 import torch
@@ -241,7 +241,7 @@ def stopped(tmp_path: Path) -> dict[str, Any]:
 
 
 def replaced(file: Path, change: Callable[[bytes], bytes]) -> None:
-    """Other content of the same size and the same time of change, as a careless copy leaves it."""
+    """Replace the content but not the size and the modification time."""
     status = file.stat()
     file.write_bytes(change(file.read_bytes()))
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -282,7 +282,7 @@ CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
         ),
         r"data\.batch_size changed from 4 to 5; run\.seed changed from 0 to 7",
     ),
-    "the sink": (
+    "the format": (
         lambda folder, config: config["output"].update(format="jsonl"),
         r"output\.format changed from npy to jsonl",
     ),
@@ -290,18 +290,18 @@ CHANGES: dict[str, tuple[Callable[[Path, dict[str, Any]], None], str]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_resume_of_another_run_is_refused_and_nothing_is_touched(
+def test_a_resume_of_another_run_is_an_error_and_changes_no_file(
     tmp_path: Path, stopped: dict[str, Any], what: str
 ) -> None:
-    change, told = CHANGES[what]
+    change, message = CHANGES[what]
     before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
     change(tmp_path, stopped)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         gradrun.infer(stopped, trust_code=True, resume=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
 
 
-def test_measuring_and_the_output_folder_may_change_before_a_resume(
+def test_measurement_settings_and_the_folder_may_change_before_a_resume(
     tmp_path: Path, stopped: dict[str, Any]
 ) -> None:
     shutil.move(tmp_path / "run", tmp_path / "moved")
@@ -311,14 +311,14 @@ def test_measuring_and_the_output_folder_may_change_before_a_resume(
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-def test_an_unfinished_run_needs_resume_or_overwrite(
+def test_without_resume_an_unfinished_run_is_an_error_with_a_hint(
     stopped: dict[str, Any],
 ) -> None:
     with pytest.raises(ConfigError, match=r"40 of 60 samples\); use --resume .* --overwrite"):
         gradrun.infer(stopped, trust_code=True)
 
 
-def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
+def test_a_resume_does_not_repeat_a_finished_run(tmp_path: Path) -> None:
     config = {
         "model": {"source": "zoo", "name": "mlp", "args": {"width": 4}},
         "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
@@ -330,7 +330,7 @@ def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda text: text.replace('"journal": 2', '"journal": 3'), "has journal format 3"),
         (lambda text: text.replace('"start": 0', '"start": 4'), "the journal is damaged"),
@@ -339,16 +339,16 @@ def test_a_finished_run_is_not_run_again_by_a_resume(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_journal_is_reported_with_its_line(
-    tmp_path: Path, stopped: dict[str, Any], damage: Callable[[str], str], told: str
+    tmp_path: Path, stopped: dict[str, Any], damage: Callable[[str], str], message: str
 ) -> None:
     file = tmp_path / "run" / "journal.jsonl"
     text = file.read_text() + '{"start": 40, "stop": 44, "files": {}}\n'
     file.write_text(damage(text))
-    with pytest.raises(GradrunError, match=told):
+    with pytest.raises(GradrunError, match=message):
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
+def test_an_incomplete_last_line_of_the_journal_is_dropped_with_a_warning(
     tmp_path: Path, stopped: dict[str, Any]
 ) -> None:
     with (tmp_path / "run" / "journal.jsonl").open("a") as file:
@@ -359,7 +359,7 @@ def test_a_last_line_that_was_cut_off_is_dropped_with_a_warning(
     assert journal.read(tmp_path / "run" / "journal.jsonl").committed == 40
 
 
-def test_a_missing_result_is_rewritten_and_a_damaged_one_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_result_is_written_again_and_a_damaged_one_is_reported(tmp_path: Path) -> None:
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},
         "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
@@ -378,7 +378,7 @@ def test_a_missing_result_is_rewritten_and_a_damaged_one_is_an_error(tmp_path: P
     assert (tmp_path / "run" / "predictions.npy").read_bytes() == before
 
 
-def test_data_that_are_replaced_while_a_run_reads_them_are_seen_by_the_resume(
+def test_a_resume_detects_data_that_were_replaced_during_the_run(
     tmp_path: Path, stopped: dict[str, Any]
 ) -> None:
     shutil.rmtree(tmp_path / "run")
@@ -399,16 +399,14 @@ def test_data_that_are_replaced_while_a_run_reads_them_are_seen_by_the_resume(
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-def test_files_that_are_gone_are_an_error_and_not_zeros(
-    tmp_path: Path, stopped: dict[str, Any]
-) -> None:
+def test_missing_prediction_files_are_an_error(tmp_path: Path, stopped: dict[str, Any]) -> None:
     (tmp_path / "run" / "predictions.npy").unlink()
     with pytest.raises(GradrunError, match=r"predictions cannot be written|predictions\.npy"):
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
 @pytest.mark.parametrize("sink", kill.WRITERS)
-def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
+def test_a_folder_deleted_during_the_run_is_an_error_for_every_format(
     tmp_path: Path, sink: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
@@ -427,10 +425,10 @@ def test_a_folder_that_is_deleted_under_any_sink_fails_the_run(
     assert not out.exists()
 
 
-def test_a_folder_that_is_deleted_while_running_is_an_error_in_a_sentence(tmp_path: Path) -> None:
+def test_a_folder_deleted_during_the_run_is_reported_in_one_sentence(tmp_path: Path) -> None:
     folder = kill.Folder(tmp_path)
     process = started(folder, "out")
     shutil.rmtree(tmp_path / "out")
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 1, said
-    assert b"Traceback" not in said
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1, stderr
+    assert b"Traceback" not in stderr

@@ -18,54 +18,56 @@ BOTH = pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signa
 
 
 @BOTH
-def test_the_first_raises_where_it_is_heard(number: int, code: int) -> None:
+def test_the_first_signal_raises_keyboard_interrupt(number: int, code: int) -> None:
     before = signal.getsignal(number)
-    with GracefulShutdown() as interruption:
+    with GracefulShutdown() as shutdown:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
-        assert interruption.exit_code == code
+        assert shutdown.exit_code == code
     assert signal.getsignal(number) is before
 
 
 @BOTH
-def test_a_deferred_section_is_completed_before_the_signal(number: int, code: int) -> None:
+def test_a_signal_in_a_deferred_block_raises_at_its_end(number: int, code: int) -> None:
     done = []
-    with GracefulShutdown() as interruption, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        with interruption.deferred():
-            with interruption.deferred():
+    with GracefulShutdown() as shutdown, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        with shutdown.deferred():
+            with shutdown.deferred():
                 os.kill(os.getpid(), number)
                 done.append("inner")
             done.append("outer")
         done.append("never")
     assert done == ["inner", "outer"]
-    assert interruption.exit_code == code
+    assert shutdown.exit_code == code
 
 
 @BOTH
-def test_an_uncaught_signal_becomes_an_error_with_its_exit_code(number: int, code: int) -> None:
+def test_an_uncaught_signal_becomes_an_interrupted_error_with_its_exit_code(
+    number: int, code: int
+) -> None:
     with pytest.raises(Interrupted) as ended, GracefulShutdown():
         os.kill(os.getpid(), number)
     assert ended.value.exit_code == code
 
 
-def test_a_second_ends_the_process_at_once() -> None:
+def test_a_second_signal_ends_the_process_at_once() -> None:
     code = (
         "import os, signal, time\n"
         "from gradrun.inference.signals import GracefulShutdown\n"
-        "with GracefulShutdown() as interruption:\n"
-        "    with interruption.deferred():\n"
+        "with GracefulShutdown() as shutdown:\n"
+        "    with shutdown.deferred():\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"
-        "        print('still whole', flush=True)\n"
+        "        print('still running', flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
         "        print('never')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (143, "still whole\n")
+    assert (done.returncode, done.stdout) == (143, "still running\n")
 
 
-def test_handlers_of_the_callers_own_stay() -> None:
+def test_handlers_set_by_the_caller_are_not_replaced() -> None:
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
@@ -76,12 +78,12 @@ def test_handlers_of_the_callers_own_stay() -> None:
     assert heard == [signal.SIGTERM]
 
 
-def test_in_another_thread_it_does_nothing() -> None:
+def test_it_has_no_effect_in_another_thread() -> None:
     failed = []
 
     def work() -> None:
         try:
-            with GracefulShutdown() as interruption, interruption.deferred():
+            with GracefulShutdown() as shutdown, shutdown.deferred():
                 pass
         except BaseException as error:
             failed.append(error)

@@ -1,4 +1,4 @@
-"""What is live while a forward pass runs: exact at its peak, thin, and named for a module."""
+"""The memory of a forward pass over time, and the module at its peak."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def zoo(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("mode", GradMode)
 @pytest.mark.parametrize("name", INPUTS)
-def test_watching_the_modules_changes_no_byte(name: str, mode: GradMode) -> None:
+def test_module_marks_do_not_change_the_memory(name: str, mode: GradMode) -> None:
     model, batch = zoo(name), torch.randn(INPUTS[name])
     with grad_mode(mode):
         alone = forward_memory(lambda: model(batch))
-        watched = forward_memory(lambda: model(batch), model)
-    assert watched[:3] == alone[:3]
+        marked = forward_memory(lambda: model(batch), model)
+    assert marked[:3] == alone[:3]
     assert alone.peak_module is None
-    assert watched.timeline
-    assert max(watched.timeline) == watched.peak
-    assert (watched.timeline[0], watched.timeline[-1]) == (0, watched.retained)
-    assert len(watched.timeline) <= 200
-    path, _, kind = (watched.peak_module or "").rpartition(" ")
+    assert marked.timeline
+    assert max(marked.timeline) == marked.peak
+    assert (marked.timeline[0], marked.timeline[-1]) == (0, marked.retained)
+    assert len(marked.timeline) <= 200
+    path, _, kind = (marked.peak_module or "").rpartition(" ")
     module = model if path == "(the model)" else model.get_submodule(path)
     assert kind == f"({type(module).__name__})"
 
 
-class Swells(nn.Module):
-    """Holds 1,000 floats, asks `inner` for its result, and lets go."""
+class Allocates(nn.Module):
+    """Allocates 1,000 floats, calls `inner`, and frees them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,16 +67,16 @@ class Swells(nn.Module):
         return self.last(x)
 
 
-def test_the_peak_is_named_for_the_innermost_module_that_made_it() -> None:
-    model = Swells().eval()
+def test_the_peak_module_is_the_innermost_running_module() -> None:
+    model = Allocates().eval()
     with torch.no_grad():
         assert forward_memory(lambda: model(torch.ones(1, 8)), model).peak_module == "wide (Linear)"
         model.wide = nn.Linear(8, 8)
         own = forward_memory(lambda: model(torch.ones(1, 8)), model)
-    assert own.peak_module == "(the model) (Swells)", "what a module makes itself is its own"
+    assert own.peak_module == "(the model) (Allocates)", "its own allocation, outside of submodules"
 
 
-def test_a_module_that_raised_and_was_caught_does_not_get_the_peak() -> None:
+def test_a_module_whose_error_was_caught_is_not_the_peak_module() -> None:
     class Fails(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise ValueError
@@ -98,7 +98,7 @@ def test_a_module_that_raised_and_was_caught_does_not_get_the_peak() -> None:
     assert found.peak_module == "wide (Linear)"
 
 
-def test_a_compiled_model_is_not_watched() -> None:
+def test_a_compiled_model_has_no_peak_module() -> None:
     model = nn.Linear(4, 4)
     compiled = torch.compile(model, backend="eager")
     batch = torch.ones(1, 4)
@@ -109,13 +109,13 @@ def test_a_compiled_model_is_not_watched() -> None:
 
 
 @given(st.lists(st.integers(-(10**12), 10**12), min_size=1, max_size=2_000))
-def test_a_downsample_timeline_keeps_its_ends_its_extremes_and_its_order(points: list[int]) -> None:
-    kept = downsample(points, 60)
-    assert len(kept) <= 60
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
-    assert (min(kept), max(kept)) == (min(points), max(points))
+def test_downsampling_preserves_the_ends_the_extremes_and_the_order(points: list[int]) -> None:
+    reduced = downsample(points, 60)
+    assert len(reduced) <= 60
+    assert (reduced[0], reduced[-1]) == (points[0], points[-1])
+    assert (min(reduced), max(reduced)) == (min(points), max(points))
     rest = iter(points)
-    assert all(point in rest for point in kept), "what is kept comes in the same order"
+    assert all(point in rest for point in reduced), "in the same order"
 
 
 CONFIG: dict[str, Any] = {
@@ -141,7 +141,7 @@ def assert_whole(memory: Memory) -> None:
     assert memory.peak_module == "1 (ReLU)"
 
 
-def test_every_command_records_the_timeline(tmp_path: Any) -> None:
+def test_every_command_reports_the_timeline(tmp_path: Any) -> None:
     config = CONFIG | {"output": {"path": str(tmp_path / "out")}}
     assert_whole(gradrun.infer(config).measurements[0].memory)
     assert_whole(gradrun.audit(config, compile=False).measurements[-1].memory)
