@@ -81,7 +81,7 @@ class RegressionSection(Section):
 
 
 class CheckSection(Section):
-    """What `gradrun check` requires of a model."""
+    """Requirements of `gradrun check`."""
 
     mode: GradMode | None = Field(None, description="the mode to check; default: run.mode")
     smoke: bool = Field(

@@ -54,18 +54,15 @@ class SyntheticData(_Data):
     samples: Size
 
 
-class ArrayInput(_Input):
-    """One input from an array."""
-
-    path: InputFile | None = Field(None, description="a separate file; default: data.path")
-    key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
-
-
 class ArrayLabels(Section):
     """An array with the true class or value of each sample."""
 
     path: InputFile | None = Field(None, description="a separate file; default: data.path")
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
+
+
+class ArrayInput(_Input, ArrayLabels):
+    """One input from an array."""
 
 
 class ArraysData(_Data):

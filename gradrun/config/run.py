@@ -1,4 +1,4 @@
-"""The sections `run`, `measure` and `metrics`: how the model runs and what is measured."""
+"""The sections `run`, `measure` and `metrics`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunSection(Section):
 
 
 class MeasureSection(Section):
-    """What is measured, and how precisely."""
+    """Measurements and their precision."""
 
     memory: bool = Field(True, description="measure tensor memory in one extra, untimed batch")
     processes: Annotated[int, Field(ge=2, le=1000)] = Field(

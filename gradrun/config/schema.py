@@ -19,7 +19,7 @@ from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
 
 
 class RunConfig(Section):
-    """One run: model, data, how to run, what to measure and where to write."""
+    """The config of a run."""
 
     model: ModelConfig
     data: DataConfig

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -14,18 +12,11 @@ import numpy as np
 import pytest
 
 from gradrun.core.optional import EXTRAS, import_transformers, library_settings
-
-ROOT = Path(__file__).parents[2]
-WITHOUT = """\
-import sys
-sys.modules[sys.argv.pop(1)] = None
-from gradrun.cli.app import main
-main()
-"""
+from tests.conftest import Command
 
 
 def config(case: str, folder: Path) -> dict[str, Any]:
-    """A config that needs a library: the first word of the case."""
+    """Return a config that needs a library, the first word of the case."""
     np.savez(folder / "data.npz", x=np.zeros((4, 2), np.float32), y=np.zeros(4, int))
     base = {
         "model": {"source": "layers", "layers": ["Identity"]},
@@ -52,24 +43,19 @@ def config(case: str, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write", "timm model"])
 def test_a_missing_library_is_one_sentence_with_the_package_to_install(
-    tmp_path: Path, case: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command, case: str
 ) -> None:
     library = case.split()[0]
-    (tmp_path / "c.yaml").write_text(json.dumps(config(case, tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, library, "infer", "c.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
+    for name in [library, *sys.modules]:
+        if name.partition(".")[0] == library:
+            monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(json.dumps(config(case, tmp_path)))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2, answer.text
     package, extra = EXTRAS[library]
-    assert f"needs {package}; pip install 'gradrun[{extra}]'" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert f"needs {package}; pip install 'gradrun[{extra}]'" in answer.err
+    assert not Path("out").exists()
 
 
 def test_settings_of_libraries_are_restored() -> None:
