@@ -94,7 +94,7 @@ def replace_file(path: Path, data: str | bytes) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        with open(descriptor, "wb", buffering=0):
+        with os.fdopen(descriptor, "wb", buffering=0):
             write_all(descriptor, data.encode() if isinstance(data, str) else data)
             sync(descriptor)
         draft.replace(path)

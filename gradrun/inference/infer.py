@@ -112,8 +112,10 @@ def infer(
         metrics = prepare_metrics(config, runner.data, prepared.outputs, classes)
         if plan.finished:
             return _replace_metrics(plan.finished, config, metrics, plan.folder)
+        # Before the lock creates the folder: a format may need a library that is missing.
+        writer = _create_writer(plan)
         with plan.folder.locked():
-            execution = execute(plan, prepared, shutdown, progress)
+            execution = execute(plan, prepared, writer, shutdown, progress)
             result = build_result(plan, prepared, execution, metrics)
             save(plan, execution, result, shutdown)
     return result
@@ -159,6 +161,7 @@ def plan_run(
 def execute(
     plan: RunPlan,
     prepared: PreparedRun,
+    writer: PredictionWriter,
     shutdown: GracefulShutdown,
     progress: ProgressCallback = ignore,
 ) -> Execution:
@@ -169,8 +172,7 @@ def execute(
     Raises:
         GradrunError: the files could not be opened.
     """
-    runner, checkpointer = plan.runner, _open_files(plan, prepared)
-    writer = checkpointer.writer
+    runner, checkpointer = plan.runner, _open_files(plan, prepared, writer)
 
     def commit() -> None:
         with shutdown.deferred():
@@ -257,12 +259,16 @@ def _timed(step: Callable[[], T]) -> tuple[T, float]:
     return step(), time.perf_counter() - started
 
 
-def _open_files(plan: RunPlan, prepared: PreparedRun) -> Checkpointer:
+def _create_writer(plan: RunPlan) -> PredictionWriter:
+    data, output = plan.runner.data, plan.runner.config.output
+    classes = class_names(plan.runner.model)
+    writer = open_writer(output, data.samples, commit_unit(data), classes)
+    return restore_input_order(writer, data)
+
+
+def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
-    folder, data, output = plan.folder, plan.runner.data, plan.runner.config.output
-    unit = commit_unit(data)
-    writer = open_writer(output, data.samples, unit, class_names(plan.runner.model))
-    writer = restore_input_order(writer, data)
+    folder, unit = plan.folder, commit_unit(plan.runner.data)
     row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     try:
         journal, committed = folder.open_journal(plan.header, unit)

@@ -139,7 +139,7 @@ def test_only_overwrite_replaces_an_earlier_run(written: dict[str, Any]) -> None
         ({"model.layers": [{"Linear": [5, 3]}]}, "data", r"\[4, 4\].*weight \[3, 5\]"),
         ({"output.transform": "topk"}, "output", "k=5 exceeds the 3 classes"),
         ({"output.select": "logits"}, "output", "no output 'logits'"),
-        ({"data.inputs": {"x": {"key": "a"}}}, "data", "no key"),
+        ({"data.inputs": {"x": {"key": "a"}}}, "data", "without a key"),
         ({"run.device": "cuda:99"}, "run", "device cuda:99 is not available"),
     ],
 )
