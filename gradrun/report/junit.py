@@ -16,13 +16,8 @@ def render(result: CheckResult) -> str:
     """Write one test case per check."""
     name = result.info.model
     statuses = [outcome.status for outcome in result.outcomes]
-    suites, suite = _suite(
-        name,
-        result.started_at,
-        tests=len(statuses),
-        failures=statuses.count("fail"),
-        skipped=statuses.count("inconclusive"),
-    )
+    counts = {"failures": statuses.count("fail"), "skipped": statuses.count("inconclusive")}
+    suites, suite = _suite(name, result.started_at, tests=len(statuses), **counts)
     for outcome in result.outcomes:
         _add_case(suite, outcome, name)
     return _to_xml(suites)
@@ -40,20 +35,13 @@ def render_error(message: str) -> str:
 
 
 def _suite(
-    name: str, started_at: str, *, tests: int, failures: int = 0, errors: int = 0, skipped: int = 0
+    name: str, started_at: str, **counts: int
 ) -> tuple[ElementTree.Element, ElementTree.Element]:
     suites = ElementTree.Element("testsuites", name="gradrun check")
-    suite = ElementTree.SubElement(
-        suites,
-        "testsuite",
-        name=escape_control_chars(name),
-        tests=str(tests),
-        failures=str(failures),
-        errors=str(errors),
-        skipped=str(skipped),
-        time="0",
-        timestamp=escape_control_chars(started_at.partition("+")[0]),
-    )
+    suite = ElementTree.SubElement(suites, "testsuite", name=escape_control_chars(name), time="0")
+    for key in ("tests", "failures", "errors", "skipped"):
+        suite.set(key, str(counts.get(key, 0)))
+    suite.set("timestamp", escape_control_chars(started_at.partition("+")[0]))
     return suites, suite
 
 

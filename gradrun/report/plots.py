@@ -186,11 +186,8 @@ def _draw_series(axes: Any, series: Sequence[float], colour: str) -> None:
 
 def memory(result: AnyResult, prefix: str) -> Plot | None:
     """Draw the live bytes during one forward pass, with the peak of each variant."""
-    variants = {
-        name: (measured[0].memory.timeline, measured[0].memory.peak_module)
-        for name, measured in _variants(result).items()
-    }
-    timelines = {name: (line, module) for name, (line, module) in variants.items() if line}
+    memories = {name: measured[0].memory for name, measured in _variants(result).items()}
+    timelines = {name: (m.timeline, m.peak_module) for name, m in memories.items() if m.timeline}
     if not timelines:
         return None
     colours = _colours(result)

@@ -69,11 +69,9 @@ def _recommend(
 
 
 def _explain_inconclusive(equal: Sequence[Comparison]) -> str:
-    if any(math.isinf(c.high) for c in equal):
-        return "Inconclusive: only one process measured both variants. Repeat the comparison."
-    if any(c.relative_width > 1 for c in equal):
+    if any(c.relative_width > 1 for c in equal):  # infinite for a single process
         return (
-            "Inconclusive: too few processes completed a measurement. Reduce load on the machine "
+            "Inconclusive: too few processes measured both variants. Reduce load on the machine "
             f"or {_MORE_TIME}."
         )
     widest = max(equal, key=lambda c: c.high - c.low)
