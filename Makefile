@@ -55,10 +55,11 @@ coverage: .venv/.dev ## run all tests with line and branch coverage; fail below 
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=$(COVERAGE_FLOOR)
 
-lint: .venv/.dev ## check style and import contracts
+lint: .venv/.dev ## check style, import contracts and the word list of the prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tools/check_prose.py
 
 types: .venv/.dev ## check types
 	$(BIN)/mypy

@@ -53,14 +53,13 @@ DISCOURAGED = {
     r"for ever": "forever",
     r"in vain": "without effect",
     r"whoever|whence|hence(?:forth)?|thence|hither|ere|nought|naught": "plain words",
-    r"such an?|as such|no such thing": "a",
+    r"as such|no such thing": "drop it",
     r"truly|honest(?:ly)?": "say what is measured",
     r"knows (?:no|neither|nothing)|knows?;|neither knows": "drop it",
-    r"likes of|alike in|at fault": "failing",
     r"ours|hers|theirs": "name the thing",
     r"is wanted|are wanted|is meant|are meant": "is required, is intended",
     r"(?:in|of|at) (?:a|an|the) \w+ of (?:its|their|his|her) own": "a separate ...",
-    r"greatest|likeliest|leanest|nearest of": "maximum, most likely, lowest memory",
+    r"likeliest|leanest": "most likely, lowest memory",
     r"as (?:people|they) (?:write|know) them": "drop it",
     r"is asked(?: for)?|are asked(?: for)?": "is requested",
 }
@@ -202,7 +201,7 @@ def main() -> int:
     for finding in findings:
         print(finding)
     if findings:
-        print(f"{len(findings)} findings; CONTRIBUTING.md describes the style")
+        print(f"{len(findings)} findings in the prose; CONTRIBUTING.md describes the style")
     return bool(findings)
 
 

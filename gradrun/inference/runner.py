@@ -258,7 +258,7 @@ class Runner:
             timed.total_ns = mark - began
 
     def measure_memory(self, prepared: PreparedRun, timed: TimedPass) -> Memory:
-        """Read the memory meters, then measure one forward in a pass of its own.
+        """Read the memory meters, then measure one forward in a separate pass.
 
         The forward pass is skipped after a stop, or if `measure.memory` is off. Its failure is a
         warning, because the predictions are complete.

@@ -505,7 +505,7 @@ class Fact(Record, frozen=True, kw_only=True):
 
     @property
     def holds(self) -> bool:
-        """Whether the observation is as expected; an untested question counts as such."""
+        """Whether the observation is as expected; an untested question counts as expected."""
         return self.observed in (self.expected, None)
 
 

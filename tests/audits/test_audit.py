@@ -189,7 +189,7 @@ def test_growing_memory_is_reported_per_batch_with_its_attribute(
     assert in_grad.cost > without.cost
 
 
-def test_a_mode_in_which_the_model_fails_is_not_safe_and_the_others_go_on(audited: Any) -> None:
+def test_a_mode_in_which_the_model_fails_is_unsafe_and_the_others_are_audited(audited: Any) -> None:
     result = audited("NeedsGradients")
     fails = [f for f in result.findings if f.code == "model_fails"]
     assert [(f.severity, f.modes) for f in fails] == [
@@ -221,7 +221,7 @@ def test_dropout_that_the_config_asks_for_is_a_warning(audited: Any) -> None:
     assert found(result, "training_mode").severity == "warning"
 
 
-def test_the_leanest_safe_mode_is_chosen(audited: Any) -> None:
+def test_the_safe_mode_with_the_lowest_memory_is_chosen(audited: Any) -> None:
     result = audited("MakesParameter")
     assert has_errors(result)
     assert [len(errors_in(result, mode)) for mode in ALL] == [0, 0, 1]
@@ -237,8 +237,8 @@ def test_the_verdict_is_that_no_mode_is_safe(audited: Any) -> None:
     )
 
 
-def test_an_audit_leaves_the_model_that_it_is_given_no_worse(audited: Any) -> None:
-    """The faults of one mode are not carried to the next: each gets the model anew."""
+def test_each_mode_is_audited_on_a_new_model(audited: Any) -> None:
+    """Problems caused in one mode do not affect the next: each mode loads the model again."""
     assert codes(audited("SharesStorage", build="alone")) == set()
 
 

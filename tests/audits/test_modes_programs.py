@@ -1,7 +1,7 @@
-"""Random programs of nested modes see what a small model of two flags says that they see.
+"""Random programs of nested modes observe the same modes as a reference model of two flags.
 
-A program is a tree of statements. One interpreter walks it twice, through the guards as they are
-and through a model that knows no torch, and every look must find the same.
+A program is a tree of statements. One interpreter runs it twice, with the real guards and with a
+reference model without torch, and every observation must be equal.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class Model:
         self.now = self.now._replace(grad=flag)
 
     def decided(self, guard: Guard) -> dict[str, bool]:
-        """The flags that a guard sets, once its condition is asked."""
+        """Return the flags that a guard sets after its condition is evaluated."""
         made, holds = self._shared if guard == SHARED else guard
         if holds == "asked":
             self.seen.append("asked")
@@ -205,7 +205,7 @@ class Model:
         return self.resumed(self.decided(guard), run(self, body))
 
     def resumed(self, sets: dict[str, bool], body: Any) -> Iterator[None]:
-        """At each step a body is where its guard puts its caller, or in a mode of its own."""
+        """Run each step of a body in the mode of its guard, or in the mode it opened itself."""
         given, own = self.now, None
 
         def resume(step: Callable[[], Any]) -> Any:

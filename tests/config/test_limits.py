@@ -1,4 +1,4 @@
-"""Limits as people write them."""
+"""Parsing of limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders of an attacker's: refused in a sentence or read, with nothing else touched."""
+"""Malicious files and folders are read or are an error, without side effects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.soak.victim import Victim
 from tests.support import run_results as results
 from tests.support.attack_files import KINDS_OF_ATTACK, Attack, npy
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 SECONDS = 30.0
 FUZZED = 132
@@ -46,8 +46,8 @@ def victim() -> Iterator[Victim]:
     victim.close()
 
 
-def beside(folder: Path) -> dict[str, object]:
-    """What lies beside `out`, by name: its bytes where it is small, else its size."""
+def files_outside(folder: Path) -> dict[str, object]:
+    """Return the files outside of `out`: their bytes, or their size if they are large."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_relative_to(folder / "out"):
@@ -59,18 +59,18 @@ def beside(folder: Path) -> dict[str, object]:
 def check(attack: Attack, folder: Path, victim: Victim) -> None:
     (folder / "precious").write_text("what is not the attacker's")
     attack.lay_out(folder)
-    before = beside(folder)
+    before = files_outside(folder)
     ending = victim.run(folder, list(attack.commands), SECONDS)
     said = " ".join(ending.output.split())
     assert not ending.wrong, "\n".join(ending.wrong)
     told = f"{ending.codes}, wanted {attack.code} and {attack.said!r}\n{ending.output[-600:]}"
     assert (ending.codes[-1], bool(re.search(attack.said, said))) == (attack.code, True), told
     assert len(ending.output) < 2**20
-    assert beside(folder) == before
+    assert files_outside(folder) == before
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_ATTACK)
-def test_an_attack_is_refused_or_does_no_harm(kind: str, tmp_path: Path, victim: Victim) -> None:
+def test_an_attack_is_an_error_or_has_no_effect(kind: str, tmp_path: Path, victim: Victim) -> None:
     failed = []
     for number, (name, attack) in enumerate(KINDS_OF_ATTACK[kind].items()):
         folder = tmp_path / str(number)
@@ -125,16 +125,14 @@ def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Fuzzer:
     return Fuzzer(tmp_path_factory.mktemp("fuzz"), seed=0)
 
 
-def test_the_files_that_are_damaged_are_read_as_they_are(
-    fuzzer: Fuzzer, tmp_path: Path, victim: Victim
-) -> None:
+def test_the_undamaged_files_are_read(fuzzer: Fuzzer, tmp_path: Path, victim: Victim) -> None:
     for kind, seeds in fuzzer.kinds.items():
         lay_out(tmp_path, seeds[-1].files)
         ending = victim.run(tmp_path, seeds[-1].commands)
         assert (ending.codes[-1], ending.wrong) == (0, []), f"{kind}: {ending.output}"
 
 
-def test_a_damaged_file_is_read_or_refused(
+def test_a_damaged_file_is_read_or_is_an_error(
     fuzzer: Fuzzer, victim: Victim, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tallies = fuzzer.run(range(FUZZED), [victim]).values()
@@ -160,7 +158,7 @@ derandomized = settings(
 
 
 def read_array(data: bytes, suffix: str) -> None:
-    """Open an array as a run does, and read the batches that a run would."""
+    """Open an array and read the batches of a run."""
     with tempfile.TemporaryDirectory() as folder, suppress(GradrunError):
         path = Path(folder, f"x{suffix}")
         path.write_bytes(data)
@@ -171,7 +169,7 @@ def read_array(data: bytes, suffix: str) -> None:
 
 @derandomized
 @given(DTYPES, st.sampled_from(["False", "True", "0", "None"]), SHAPES, st.binary(max_size=64))
-def test_any_header_of_an_npy_is_read_or_refused(
+def test_any_npy_header_is_read_or_is_an_error(
     descr: str, order: str, shape: list[int], rest: bytes
 ) -> None:
     read_array(npy(descr, repr(tuple(shape)), rest, order=order), ".npy")
@@ -194,7 +192,7 @@ def test_any_header_of_an_npy_is_read_or_refused(
     st.none() | INTS.filter(lambda count: 0 <= count < 2**64),
     st.binary(max_size=64),
 )
-def test_any_header_of_a_safetensors_is_read_or_refused(
+def test_any_safetensors_header_is_read_or_is_an_error(
     header: dict[str, Any], length: int | None, rest: bytes
 ) -> None:
     text = json.dumps(header).encode()
@@ -204,7 +202,7 @@ def test_any_header_of_a_safetensors_is_read_or_refused(
 
 @derandomized
 @given(st.data())
-def test_any_journal_is_read_or_refused(
+def test_any_journal_is_read_or_is_an_error(
     run_files: dict[str, dict[str, bytes]], data: st.DataObject
 ) -> None:
     files = data.draw(st.sampled_from([*run_files.values()]))
@@ -220,7 +218,7 @@ def test_any_journal_is_read_or_refused(
 
 @derandomized
 @given(st.data())
-def test_any_result_is_shown_or_refused(
+def test_any_result_is_shown_or_is_an_error(
     run_files: dict[str, dict[str, bytes]], data: st.DataObject
 ) -> None:
     result = {"result": json.loads(run_files["npy"]["result.json"])}
@@ -237,7 +235,7 @@ def test_any_result_is_shown_or_refused(
 
 @pytest.fixture(scope="module")
 def run_files(fuzzer: Fuzzer) -> dict[str, dict[str, bytes]]:
-    """Format to the files of a finished run's folder."""
+    """Format -> files of a finished run folder."""
     found = {}
     for seed in fuzzer.kinds["result.json"]:
         files = {n.partition("/")[2]: d for n, d in seed.files.items() if n.startswith("out/")}

@@ -50,7 +50,7 @@ CASES = {
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", CASES)
-def test_a_check_looks_as_it_is_meant_to(name, width):
+def test_a_check_matches_its_golden_file(name, width):
     text = printed(show, CASES[name], width)
     assert_golden(f"check {name} {width}", text)
     assert max(map(len, text.splitlines())) <= width

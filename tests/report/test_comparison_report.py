@@ -1,6 +1,6 @@
-"""The tables of a comparison: golden files from results made by hand, and laws for any result.
+"""The tables of a comparison: golden files of fixed results, and properties of any result.
 
-GRADRUN_GOLDEN=1 writes the files anew.
+GRADRUN_GOLDEN=1 rewrites the golden files.
 """
 
 from __future__ import annotations

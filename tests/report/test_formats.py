@@ -1,6 +1,6 @@
 """Saved results in every format: golden files, figures from raw samples, and hostile names.
 
-GRADRUN_GOLDEN=1 writes the files anew.
+GRADRUN_GOLDEN=1 rewrites the golden files.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The page of `gradrun modes`: golden files from facts made by hand, and laws for any facts.
+"""The page of `gradrun modes`: golden files of fixed facts, and properties of any facts.
 
-GRADRUN_GOLDEN=1 writes the files anew.
+GRADRUN_GOLDEN=1 rewrites the golden files.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def test_no_value_in_a_file_breaks_a_report(name: str, seed: int, tmp_path: Path
         assert report.render(results, format)
 
 
-# --- what it costs, and who tells of it --------------------------------------------------------
+# --- start-up cost and messages ----------------------------------------------------------------
 
 
 def test_a_report_imports_no_torch(saved: Path) -> None:

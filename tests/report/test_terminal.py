@@ -1,6 +1,6 @@
-"""The tables: golden files from results made by hand, and the laws that any result obeys.
+"""The tables: golden files of fixed results, and properties of any result.
 
-`make golden` writes the files anew.
+`make golden` rewrites the golden files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files of every kind that gradrun reads, damaged at random: each is read or refused in a sentence.
+"""Randomly damaged files of every kind that gradrun reads: each is read or is a reported error.
 
-`python tests/soak/fuzz.py` tries 20,000, and keeps what went wrong to be tried again. Knows how
-files are damaged; how a command must end stands in victim.py.
+`python tests/soak/fuzz.py` tries 20,000 files and saves those that cause a failure. victim.py runs
+the commands and checks how they end.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Attacks on whatever gradrun reads or writes: how each is laid out, and how it must end.
+"""Attacks on every file that gradrun reads or writes: their files and the expected result.
 
-Knows files, folders and sentences; how a command is watched stands in soak/victim.py. No attack
-may make `evil`, or change what lies beside `out`.
+soak/victim.py runs and observes the commands. No attack may create `evil` or change a file outside
+of `out`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.soak.fuzz import INFER, LINEAR, config, saved
 TERABYTE = 2**40
 BOMB = 300 * 2**20
 SCREEN = "[bold]\x1b]0;x\x07\u202e[/]"
-"""Markup, a title for the terminal's window, and text that runs backwards."""
+"""Markup, a title of the terminal window, and text in reverse direction."""
 SHOWN = r"\[bold\]\\(x|u00)1b\]0;x\\(x|u00)07\\u202e\[[/_]\]"
 VALIDATE = ["validate", "c.yaml"]
 VERIFY = ["verify", "out"]
@@ -43,7 +43,7 @@ Create = Callable[[], bytes]
 
 @dataclass(frozen=True)
 class Attack:
-    """What lies there, what is asked for, and the end: an exit code and a sentence."""
+    """Files, commands, and the expected exit code and message."""
 
     lay_out: Callable[[Path], None]
     said: str
