@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from gradrun.core import files
 from gradrun.core.errors import ConfigError
 
 FILE_NAME = ".gradrun.output.lock"
+_MAX_OWNER = 200
 
 
 class FolderLock:
@@ -43,8 +42,7 @@ class FolderLock:
                 if not _is_same_file(descriptor, self.path):
                     continue
                 os.ftruncate(descriptor, 0)
-                owner = {"host": socket.gethostname(), "pid": os.getpid()}
-                os.write(descriptor, json.dumps(owner).encode())
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 self._descriptor, descriptor = descriptor, -1
             finally:
                 if descriptor >= 0:
@@ -100,21 +98,11 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _in_use(path: Path) -> ConfigError:
-    owner = _read_owner(path)
-    writer = (
-        f"process {owner['pid']} on {owner['host']}"
-        if {"pid", "host"} <= owner.keys()
-        else "another process"
-    )
+    owner = ""
+    with suppress(OSError):
+        owner = path.read_text(errors="replace")[:_MAX_OWNER]
     return ConfigError(
-        f"{writer} is writing to {path.parent}; wait for it, or choose another output.path",
+        f"{owner or 'another process'} is writing to {path.parent}; wait for it, or choose another "
+        "output.path",
         "output.path",
     )
-
-
-def _read_owner(path: Path) -> dict[str, Any]:
-    try:
-        owner = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return owner if isinstance(owner, dict) else {}
