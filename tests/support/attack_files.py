@@ -714,7 +714,7 @@ RUNS = {
         code=0,
     ),
     "a result of a terabyte": _run(
-        "larger than 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
+        "over 1 GiB", "finished", {}, RESUME, after=_hole("result.json"), code=1
     ),
     "a result of brackets": _run(
         "recursion",
@@ -733,7 +733,7 @@ RUNS = {
         "invalid config", lambda result: result.update(config={}, format=1), **DAMAGED
     ),
     "a result of unequal lists": _result(
-        "not of the same length",
+        "differ in length",
         lambda result: result["measurements"][0].update(batch_sizes=[1]),
         **DAMAGED,
     ),
