@@ -68,7 +68,8 @@ DISCOURAGED = {
 MESSAGES_ONLY = {
     r"(?:is|are) no\b(?! longer)": "is not a ..., no ... exists",
     r"refuse[sd]?|refusal": "reject, fail on, cannot",
-    r"holds?": "contains",
+    r"holds?|held": "contains",
+    r"says?|said|tells?|told|what": "name the thing",
 }
 """More patterns for messages, where a user reads them without context."""
 

@@ -124,7 +124,7 @@ def check_size(descriptor: int, least: int, path: Path) -> None:
         OSError: it is shorter.
     """
     if size(descriptor) < least:
-        raise OSError(errno.EIO, "the file is shorter than the journal says", path)
+        raise OSError(errno.EIO, "the file is shorter than its committed range", path)
 
 
 def read_chunks(descriptor: int, begin: int, end: int, step: int = _CHUNK) -> Iterator[bytes]:

@@ -579,7 +579,7 @@ def test_a_resume_refuses_missing_or_short_files_and_does_not_change_them(
             os.truncate(file, 130 if form == "npy" else 9)
     before = contents(tmp_path)
     target = new_writer(tmp_path, form)
-    with pytest.raises(OSError, match=r"No such file|the journal says|is damaged") as error:
+    with pytest.raises(OSError, match=r"No such file|its committed range|is damaged") as error:
         target.open({name: tensor[:BATCH] for name, tensor in SEVERAL.items()}, ranges)
     assert str(tmp_path / "predictions") in str(error.value), "it names the file"
     target.close()
@@ -591,7 +591,7 @@ def test_a_shard_with_fewer_rows_than_committed_is_refused(tmp_path: Path, rows:
     _, ranges = stopped(tmp_path, "safetensors", SEVERAL)
     path = tmp_path / "predictions-00000.safetensors"
     save_file({name: tensor[:rows].clone() for name, tensor in SEVERAL.items()}, path)
-    with pytest.raises(OSError, match=r"is damaged|the journal says"):
+    with pytest.raises(OSError, match=r"is damaged|its committed range"):
         opened(tmp_path, "safetensors", SEVERAL, ranges)
 
 

@@ -107,7 +107,9 @@ def test_a_truncated_or_missing_file_is_reported(tmp_path: Path, form: str) -> N
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * 0.8)])
     problem = (
-        "the file is damaged" if form == "parquet" else "the file is shorter than the journal says"
+        "the file is damaged"
+        if form == "parquet"
+        else "the file is shorter than its committed range"
     )
     assert {damage.problem for damage in damaged_ranges(tmp_path, state)} == {problem}
     file.unlink()

@@ -211,7 +211,7 @@ class ShardedWriter(ABC):
         except Exception as error:  # a damaged file causes any of a dozen exceptions
             raise OSError(errno.EIO, "the file is damaged", path) from error
         if not complete:
-            raise OSError(errno.EIO, "the file is shorter than the journal says", path)
+            raise OSError(errno.EIO, "the file is shorter than its committed range", path)
 
 
 def row_checksum(columns: Iterable[bytes | memoryview], ids: Sequence[int | str]) -> int:
