@@ -79,7 +79,7 @@ def input_position(data: BatchSource, index: int) -> int:
 
 
 class InputBatcher:
-    """Builds batches from named inputs, passed by position or by keyword as data.call says."""
+    """Builds batches from named inputs, passed by position or by keyword."""
 
     def __init__(self, call: str, inputs: int) -> None:
         """Decide how to pass the inputs; "auto": one by position, several by keyword."""

@@ -244,7 +244,7 @@ def _load_tokenizer(config: TextData, model: ModelConfig | None) -> Any:
             source, revision=revision or "main", trust_remote_code=False
         )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        # transformers builds an empty tokenizer, to which every word is unknown, for such a folder.
+        # For a folder without a tokenizer, transformers builds one to which every word is unknown.
         raise ConfigError(
             f"{source} contains no vocabulary; set data.tokenizer to a folder or hub name with one",
             "data.tokenizer",

@@ -20,7 +20,7 @@ def require_trust(trust_code: bool, source: str, key: str) -> None:
 
     Args:
         trust_code: whether the user does.
-        source: subject and verb of the message, such as "net.py:Net is Python code".
+        source: subject and verb of the message, for example "net.py:Net is Python code".
         key: the config key that names the code.
     """
     if not trust_code:

@@ -1,8 +1,8 @@
-"""Models of timm and torchvision, and the steps that their libraries take with pictures.
+"""Tests of the sources `timm` and `torchvision`, and of `preprocess: timm`.
 
-Both run in processes of their own: torchvision's public build is for CUDA, and beside a torch for
-the CPU alone it breaks whatever imports it. So `make install` lays the two libraries apart, and the
-processes here get them with the names of two operators that torchvision asks for and no test uses.
+Both libraries run in subprocesses: torchvision's public build is for CUDA, and beside a CPU-only
+torch it breaks whatever imports it. `make install` therefore installs the two in a folder of their
+own, and the subprocesses define two operators that torchvision expects and no test uses.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ Environment = dict[str, str]
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """The environment of a process that can import both; skips where there is none."""
+    """Environment variables of a process that can import both; skip if there are none."""
     operators = tmp_path_factory.mktemp("operators")
     (operators / "sitecustomize.py").write_text(_OPERATORS)
-    said = ""
-    for more in ([], [Path(sys.prefix, "timm"), operators]):
-        paths = os.pathsep.join(map(str, [ROOT, *more]))
-        found = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        tried = run(["-c", "import timm, torchvision"], found)
-        if tried.returncode == 0:
-            return found
-        said = tried.stderr.strip().splitlines()[-1]
-    pytest.skip(f"timm and torchvision cannot be imported here: {said}")
+    error = ""
+    for extra in ([], [Path(sys.prefix, "timm"), operators]):
+        paths = os.pathsep.join(map(str, [ROOT, *extra]))
+        environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        done = run(["-c", "import timm, torchvision"], environment)
+        if done.returncode == 0:
+            return environment
+        error = done.stderr.strip().splitlines()[-1]
+    pytest.skip(f"timm and torchvision cannot be imported: {error}")
 
 
 def run(words: list[Any], environment: Environment) -> subprocess.CompletedProcess[str]:
@@ -56,7 +56,7 @@ def run(words: list[Any], environment: Environment) -> subprocess.CompletedProce
     )
 
 
-_SAME = """\
+_COMPARE_WITH_LIBRARIES = """\
 import json, sys
 from pathlib import Path
 
@@ -69,17 +69,17 @@ from PIL import Image
 
 import gradrun
 from gradrun.config.data import ImagesData
-from gradrun.data.image_transforms import steps
+from gradrun.data.image_transforms import image_transform
 
 folder = Path(sys.argv[1])
 files = sorted(path for path in folder.rglob("*.*") if path.parent.name.isdigit())
 torch.manual_seed(5)
 model = timm.create_model("test_resnet", num_classes=7).eval()
 safetensors.torch.save_file(model.state_dict(), folder / "w.safetensors")
-theirs = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
-pictures = torch.stack([theirs(Image.open(path).convert("RGB")) for path in files])
+transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+images = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
 with torch.inference_mode():
-    wanted = torch.cat([model(batch) for batch in pictures.split(8)]).numpy()
+    expected = torch.cat([model(batch) for batch in images.split(8)]).numpy()
 gradrun.infer(
     {
         "model": {
@@ -92,20 +92,30 @@ gradrun.infer(
         "output": {"path": str(folder / "out")},
     }
 )
-found = np.load(folder / "out" / "predictions.npy")
+predictions = np.load(folder / "out" / "predictions.npy")
+report = {"outputs": float(np.abs(predictions - expected).max()), "shape": predictions.shape}
 
-drawn = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 421, 3), np.uint8))
-apart = {}
+image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 421, 3), np.uint8))
+
+
+def own(**keys):
+    config = ImagesData(source="images", path=folder, **keys)
+    return torch.from_numpy(image_transform(config, None)(image))
+
+
 for name in ("resnet18", "vit_base_patch16_224", "convnext_tiny", "efficientnet_b0"):
-    described = timm.get_pretrained_cfg(name).to_dict()
-    described = timm.data.resolve_data_config({}, pretrained_cfg=described)
-    config = ImagesData(source="images", path=folder, preprocess="timm", architecture=name)
-    ours = torch.from_numpy(steps(config, None)(drawn))
-    apart[name] = float((ours - timm.data.create_transform(**described)(drawn)).abs().max())
+    settings = timm.get_pretrained_cfg(name).to_dict()
+    settings = timm.data.resolve_data_config({}, pretrained_cfg=settings)
+    expected = timm.data.create_transform(**settings)(image)
+    report[name] = float((own(preprocess="timm", architecture=name) - expected).abs().max())
+settings |= {"input_size": (3, 96, 64), "interpolation": "nearest", "mean": (0.5,) * 3}
+expected = timm.data.create_transform(**settings)(image)
+keys = {"crop": (96, 64), "interpolation": "nearest", "mean": (0.5,) * 3}
+changed = own(preprocess="timm", architecture=name, **keys)
+report["overrides"] = float((changed - expected).abs().max())
 weights = torchvision.models.ResNet18_Weights.DEFAULT
-config = ImagesData(source="images", path=folder, preprocess="imagenet")
-ours = torch.from_numpy(steps(config, None)(drawn))
-apart["imagenet"] = float((ours - weights.transforms(antialias=True)(drawn)).abs().max())
+expected = weights.transforms(antialias=True)(image)
+report["imagenet"] = float((own(preprocess="imagenet") - expected).abs().max())
 
 config = {
     "model": {"source": "torchvision", "name": "resnet18", "args": {"num_classes": 3}},
@@ -113,58 +123,74 @@ config = {
     "output": {"path": str(folder / "torchvision")},
 }
 gradrun.infer(config)
-apart["rows of torchvision"] = np.load(folder / "torchvision" / "predictions.npy").shape
+report["rows of torchvision"] = np.load(folder / "torchvision" / "predictions.npy").shape
 
-wrong = {
-    "name": {"name": "resnet19"},
-    "argument": {"name": "resnet18", "args": {"depth": "x"}},
-    "network": {"name": "resnet18", "pretrained": True},
+errors = {
+    "name": ({"name": "resnet19"}, {}),
+    "argument": ({"name": "resnet18", "args": {"depth": "x"}}, {}),
+    "network": ({"name": "resnet18", "pretrained": True}, {}),
+    "resize": ({"name": "resnet18"}, {"preprocess": "timm"}),
 }
-for case, changes in wrong.items():
+for case, (model, data) in errors.items():
+    changes = {"model": {"source": "timm"} | model, "data": config["data"] | data}
     try:
-        gradrun.infer(config | {"model": {"source": "timm"} | changes}, overwrite=True)
+        gradrun.infer(config | changes, overwrite=True)
     except gradrun.ConfigError as error:
-        apart[case] = str(error)
-print(json.dumps({"outputs": float(np.abs(found - wanted).max()), "shape": found.shape, **apart}))
+        report[case] = str(error)
+print(json.dumps(report))
 """
 
 
-WRONG = {
+ERRORS = {
     "name": "timm has no model 'resnet19'; did you mean resnet1",
     "argument": "building timm's resnet18 failed",
-    "network": "timm's own weights of resnet18 cannot be had",
+    "network": "cannot get timm's weights of resnet18",
+    "resize": "preprocess: timm computes the resize from the crop; set data.crop instead",
 }
 
 
-def test_predictions_are_those_of_a_plain_loop_with_timms_own_steps(
+def test_predictions_and_transforms_equal_those_of_the_libraries(
     libraries: Environment, tmp_path: Path
 ) -> None:
     lay_out(tmp_path, 20, {})
-    none = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    done = run(["-c", _SAME, tmp_path], libraries | none)
+    empty_caches = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    done = run(["-c", _COMPARE_WITH_LIBRARIES, tmp_path], libraries | empty_caches)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert said.pop("shape") == [20, 7]
-    assert said.pop("rows of torchvision") == [20, 3]
-    for case, sentence in WRONG.items():
-        assert sentence in said.pop(case)
-    assert said.pop("outputs") < 1e-5
-    assert len(said) == 5
-    assert max(said.values()) < 1e-5, said
+    report = json.loads(done.stdout)
+    assert report.pop("shape") == [20, 7]
+    assert report.pop("rows of torchvision") == [20, 3]
+    for case, message in ERRORS.items():
+        assert message in report.pop(case)
+    assert len(report) == 7
+    assert max(report.values()) < 1e-5, report
 
 
-def test_the_example_runs_and_compares_and_is_audited(
+_COMMANDS = """\
+import sys
+from gradrun.cli.app import app
+
+for words in sys.argv[1:]:
+    try:
+        app(words.split("|"))
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+
+
+def test_the_example_runs_and_is_compared_and_audited(
     libraries: Environment, tmp_path: Path
 ) -> None:
-    config = ROOT / "configs" / "timm.yaml"
+    config = str(ROOT / "configs" / "timm.yaml")
     out = ["--set", f"output.path={tmp_path / 'out'}"]
-    done = run(["-m", "gradrun", "infer", config, *out], libraries)
-    assert (done.returncode, "20 predictions" in done.stdout) == (0, True), done.stderr
-    out += ["--set", "data.batch_size=1"]
-    quick = ["--set", "measure.processes=2", "--set", "measure.budget=1"]
-    done = run(
-        ["-m", "gradrun", "compare", config, "--modes", "grad,no_grad", *quick, *out], libraries
-    )
-    assert "bitwise equal" in done.stdout, done.stderr
-    done = run(["-m", "gradrun", "audit", config, "--no-compile", *out], libraries)
-    assert "Use inference_mode" in done.stdout, done.stderr
+    small = [*out, "--set", "data.batch_size=1", "--set", "measure.budget=1"]
+    commands = [
+        ["infer", config, *out],
+        ["compare", config, "--modes", "grad,no_grad", "--set", "measure.processes=2", *small],
+        ["audit", config, "--no-compile", *small],
+    ]
+    done = run(["-c", _COMMANDS, *map("|".join, commands)], libraries)
+    assert done.returncode == 0, done.stderr
+    assert "20 predictions" in done.stdout
+    assert "bitwise equal" in done.stdout
+    assert "Run it in inference_mode" in done.stdout
