@@ -193,4 +193,4 @@ def test_the_example_runs_and_is_compared_and_audited(
     assert done.returncode == 0, done.stderr
     assert "20 predictions" in done.stdout
     assert "bitwise equal" in done.stdout
-    assert "Run it in inference_mode" in done.stdout
+    assert "Use inference_mode" in done.stdout
