@@ -1,4 +1,4 @@
-"""Saved results in every format: golden files, figures from raw samples, and hostile names.
+"""Saved results in all formats: golden files, figures from raw samples, and malicious text.
 
 GRADRUN_GOLDEN=1 rewrites the golden files.
 """
@@ -48,7 +48,7 @@ def rows(*names: str) -> list[dict[str, str]]:
         *((group, "html") for group in ("run", "comparison", "audit", "check", "every kind")),
     ],
 )
-def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
+def test_text_matches_the_golden_file(group: str, format: str) -> None:
     text = report.render(named(*GROUPS[group]), format)
     # What matplotlib draws differs from version to version, and the style is a file of its own.
     text = re.sub(
@@ -60,7 +60,7 @@ def test_the_text_is_that_of_the_golden_file(group: str, format: str) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("group", ["two runs", "every kind", "check", "empty check"])
-def test_the_table_is_that_of_the_golden_file(group: str, width: int) -> None:
+def test_tables_match_the_golden_file(group: str, width: int) -> None:
     text = printed(report.show, named(*GROUPS[group]), width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert_golden(f"table-{group}-{width}", text)
@@ -80,13 +80,13 @@ def test_each_mode_and_metric_has_one_row_with_its_unit() -> None:
     assert found["grad", "device_allocated"]["bytes"] == "", "not measured is empty, never 0"
 
 
-def test_figures_are_of_the_raw_samples() -> None:
+def test_figures_are_computed_from_raw_samples() -> None:
     measured = RESULTS["run"].measurements[0]
     (row,) = (row for row in rows("run") if row["metric"] == "batch_median")
     assert float(row["seconds"]) == pytest.approx(median(measured.batch_seconds))
 
 
-def test_ratios_that_a_file_claims_count_for_nothing() -> None:
+def test_ratios_in_a_file_are_recomputed() -> None:
     honest = RESULTS["comparison"]
     claim = Comparison(
         baseline="grad", candidate="no_grad", ratio=9, low=9, high=9, verdict="faster"
@@ -115,7 +115,7 @@ def test_a_check_shows_limit_value_and_reason(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["markdown", "html"])
-def test_the_verdict_comes_before_every_figure(format: str) -> None:
+def test_the_verdict_precedes_all_figures(format: str) -> None:
     text = report.render(named("comparison"), format)
     assert text.index("Use inference_mode") < text.index("913")
 
@@ -149,7 +149,7 @@ def test_the_plots_show_the_measured_values() -> None:
 
 
 @pytest.mark.parametrize("name", RESULTS)
-def test_a_plot_takes_its_colours_and_type_from_the_page(name: str) -> None:
+def test_a_plot_has_the_colours_and_type_of_the_page(name: str) -> None:
     for plot in plots(RESULTS[name]):
         assert not re.search(r"#[0-9a-f]{6}", plot.svg)
         assert not re.search(r"font-family|<style|<metadata", plot.svg)
@@ -185,7 +185,7 @@ KINDS = ("run", "comparison", "audit", "check")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
+def test_text_is_escaped_in_html(kind: str) -> None:
     evil = [(NASTY, hostile(kind)), ("b", hostile(kind))]
     page = report.render(evil, "html")
     tags = Tags(page).found
@@ -201,7 +201,7 @@ def test_no_name_becomes_a_tag_of_the_page(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_name_is_markdown(kind: str) -> None:
+def test_text_is_escaped_in_markdown(kind: str) -> None:
     text = report.render([(NASTY, hostile(kind)), ("b", hostile(kind))], "markdown")
     plain = re.sub(r"\\.", "", text)
     assert escape_control_chars(text) == text
@@ -217,7 +217,7 @@ def test_no_name_is_markdown(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
+def test_text_is_not_a_formula_and_has_no_control_characters(kind: str) -> None:
     evil = [(f"={NASTY}", hostile(kind)), ("@b", hostile(kind))]
     text = report.render(evil, "csv")
     assert escape_control_chars(text) == text
@@ -229,7 +229,7 @@ def test_no_name_is_a_formula_or_drives_a_terminal(kind: str) -> None:
     json.loads(report.render(evil, "json"))
 
 
-def test_scores_against_labels_are_figures_too() -> None:
+def test_metrics_are_figures() -> None:
     scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
     text = report.render([("a", scored)], "csv")
     (row,) = (row for row in csv.DictReader(io.StringIO(text)) if row["metric"] == "accuracy")

@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: it is there, it is quiet, and it fits a phone."""
+"""HTML reports in a browser: rendering, network requests and width."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
 @pytest.mark.parametrize("name", PAGES)
-def test_the_page_is_there_quiet_and_fits(
+def test_the_page_is_rendered_without_requests_and_fits(
     browser: Browser, tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:
     rendered = browser.render(written(tmp_path, name), width, 900, dark=dark)
@@ -75,7 +75,7 @@ def test_the_page_is_there_quiet_and_fits(
 
 
 @pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check"])
-def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
+def test_a_malicious_result_runs_no_script_and_makes_no_request(
     browser: Browser, tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "evil.html"
@@ -86,7 +86,7 @@ def test_a_hostile_result_runs_nothing_and_asks_for_nothing(
     assert rendered.width <= 390
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_matplotlib_is_an_error_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"pip install 'gradrun\[report\]'"):
         html_page.render([("a", RESULTS["run"])])

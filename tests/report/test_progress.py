@@ -43,7 +43,7 @@ def test_the_bar_shows_share_rate_and_time_left() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_bar_is_gone_when_the_run_ends_however_it_ends(fails: bool) -> None:
+def test_the_bar_is_erased_at_the_end(fails: bool) -> None:
     screen = console(terminal=True)
     try:
         with progress_bar(screen) as progress:

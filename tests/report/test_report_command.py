@@ -1,4 +1,4 @@
-"""`gradrun report`: saved results shown again, old, cut off and hostile ones among them."""
+"""`gradrun report` with saved, old, truncated and malicious results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_or_its_file_is_shown_as_its_run_was(cli: Command, saved: Path) -> None:
+def test_a_folder_and_its_file_are_reported_alike(cli: Command, saved: Path) -> None:
     folder, file = cli("report", "runs/run"), cli("report", "runs/run/result.json")
     assert folder.code == file.code == 0
     assert folder.out == file.out
@@ -56,7 +56,7 @@ def test_a_folder_or_its_file_is_shown_as_its_run_was(cli: Command, saved: Path)
         (".txt", "\ndigits_cnn"),
     ],
 )
-def test_the_suffix_decides_the_format(cli: Command, saved: Path, suffix: str, begins: str) -> None:
+def test_the_suffix_selects_the_format(cli: Command, saved: Path, suffix: str, begins: str) -> None:
     answer = cli("report", "runs/run", "-o", f"out{suffix}")
     assert (answer.code, answer.out.strip()) == (0, f"wrote out{suffix}")
     assert (saved / f"out{suffix}").read_text(encoding="utf-8").startswith(begins)
@@ -64,7 +64,7 @@ def test_the_suffix_decides_the_format(cli: Command, saved: Path, suffix: str, b
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_without_a_file_the_text_goes_to_stdout(cli: Command, saved: Path, format: str) -> None:
+def test_text_is_printed_without_an_output_file(cli: Command, saved: Path, format: str) -> None:
     answer = cli("report", "runs/run", "runs/comparison", "--format", format)
     assert answer.code == 0
     assert answer.err == ""
@@ -72,12 +72,12 @@ def test_without_a_file_the_text_goes_to_stdout(cli: Command, saved: Path, forma
     assert answer.out == report.render(results, format)
 
 
-def test_a_format_that_is_named_counts_more_than_the_suffix(cli: Command, saved: Path) -> None:
+def test_the_format_option_overrides_the_suffix(cli: Command, saved: Path) -> None:
     assert cli("report", "runs/run", "--format", "csv", "-o", "out.md").code == 0
     assert (saved / "out.md").read_text().startswith("result,kind")
 
 
-def test_several_are_shown_side_by_side(cli: Command, saved: Path) -> None:
+def test_several_results_are_shown_side_by_side(cli: Command, saved: Path) -> None:
     answer = cli("report", "runs/run", "runs/run")
     assert answer.code == 0
     (line,) = (line for line in answer.out.splitlines() if line.startswith("batch median"))
@@ -107,7 +107,7 @@ def test_invalid_options_are_an_error(
     assert (saved / "runs" / "run" / "result.json").read_bytes() == before
 
 
-def test_a_file_that_cannot_be_ended_leaves_the_one_before(
+def test_a_failed_write_keeps_the_previous_file(
     cli: Command, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (saved / "out.md").write_text("before")
@@ -126,7 +126,7 @@ def test_a_file_that_cannot_be_ended_leaves_the_one_before(
 # --- files of other versions, damaged and hostile ones -----------------------------------------
 
 
-def test_a_result_of_the_first_release_is_shown(cli: Command, saved: Path) -> None:
+def test_a_result_of_format_1_is_reported(cli: Command, saved: Path) -> None:
     for format in ("table", *FORMATS):
         answer = cli("report", OLD, "--format", format)
         assert answer.code == 0
@@ -157,7 +157,7 @@ def test_an_unknown_format_number_differs_from_a_damaged_file(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_cut_off_result_is_a_sentence(cli: Command, saved: Path, share: float) -> None:
+def test_a_truncated_result_is_an_error(cli: Command, saved: Path, share: float) -> None:
     text = RESULTS["run"].to_json()
     (saved / "cut.json").write_text(text[: int(share * len(text))])
     answer = cli("report", "cut.json", "--format", "html")
@@ -197,7 +197,7 @@ def test_impossible_values_in_a_result_are_an_error(
 
 
 @pytest.mark.parametrize("name", ["check", "comparison"])
-def test_rounds_that_took_no_time_are_refused(cli: Command, saved: Path, name: str) -> None:
+def test_rounds_of_zero_duration_are_rejected(cli: Command, saved: Path, name: str) -> None:
     told = json.loads(RESULTS[name].to_json())
     for measured in told["measurements"][:1]:
         measured["batch_seconds"] = [0.0] * len(measured["batch_seconds"])
@@ -207,7 +207,7 @@ def test_rounds_that_took_no_time_are_refused(cli: Command, saved: Path, name: s
     assert "a round of zero duration" in answer.err
 
 
-def test_a_name_from_a_file_drives_no_terminal_through_an_error(cli: Command, saved: Path) -> None:
+def test_errors_escape_control_characters_of_a_file(cli: Command, saved: Path) -> None:
     told = json.loads(RESULTS["run"].to_json()) | {"format": 3, "gradrun": "\x1b]0;gone\x07"}
     (saved / "other.json").write_text(json.dumps(told))
     answer = cli("report", "other.json")
@@ -243,7 +243,9 @@ def changed(told: Any, rng: random.Random) -> Any:
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=st.sampled_from(sorted(RESULTS)), seed=st.integers(0, 2**32))
-def test_no_value_in_a_file_breaks_a_report(name: str, seed: int, tmp_path: Path) -> None:
+def test_odd_values_in_a_file_are_reported_or_rejected(
+    name: str, seed: int, tmp_path: Path
+) -> None:
     rng = random.Random(seed)
     told = json.loads(RESULTS[name].to_json())
     for measured in told["measurements"]:  # few, so that other values are hit too
@@ -277,7 +279,7 @@ def test_a_report_imports_no_torch(saved: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=saved, env=environment)
 
 
-def test_a_run_ends_with_the_command_that_shows_it_otherwise(cli: Command, saved: Path) -> None:
+def test_a_run_prints_the_report_command(cli: Command, saved: Path) -> None:
     config = ROOT / "configs" / "layers.yaml"
     run = ["--set", "output.path=" + str(saved / "runs" / "a run"), "--set", "data.samples=64"]
     for command in (

@@ -1,4 +1,4 @@
-"""Ratios over processes: how often the interval holds a known truth, and verdicts."""
+"""Ratios of times over processes: coverage of their intervals, and verdicts."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def test_the_interval_over_processes_covers_the_truth_in_95_of_100_experiments(
     assert 0.93 <= covered <= 0.97
 
 
-def test_a_and_a_is_called_different_in_at_most_1_of_20_experiments() -> None:
+def test_equal_variants_differ_in_at_most_1_of_20_experiments() -> None:
     found = [stats.mean_over_processes(ratios) for ratios in experiments(5, 1.0)]
     called = [stats.verdict(e, 0.01) for e in found]
     assert sum(word in {"faster", "slower"} for word in called) <= 0.05 * EXPERIMENTS
     assert called.count("no_difference") > 0
 
 
-def test_the_interval_is_students_on_the_logarithms() -> None:
+def test_the_interval_is_students_t_on_the_logarithms() -> None:
     values = [1.20, 1.25, 1.31, 1.22, 1.27]
     logs = np.log(values)
     half = 2.776 * logs.std(ddof=1) / math.sqrt(5)
@@ -60,7 +60,7 @@ def test_the_interval_is_students_on_the_logarithms() -> None:
     assert found.high == pytest.approx(math.exp(logs.mean() + half))
 
 
-def test_the_other_way_round_is_the_inverse() -> None:
+def test_swapping_the_variants_inverts_the_ratio() -> None:
     values = [1.20, 1.25, 1.31]
     ahead, back = (
         stats.mean_over_processes(values),
@@ -71,7 +71,7 @@ def test_the_other_way_round_is_the_inverse() -> None:
     )
 
 
-def test_two_processes_need_far_more_caution_than_five() -> None:
+def test_two_processes_have_a_much_wider_interval_than_five() -> None:
     two, five = (
         stats.mean_over_processes([1.0, 1.1]),
         stats.mean_over_processes([1.0, 1.1, 1.0, 1.1, 1.05]),
@@ -79,18 +79,18 @@ def test_two_processes_need_far_more_caution_than_five() -> None:
     assert two.high - two.low > 8 * (five.high - five.low)
 
 
-def test_more_processes_than_the_table_of_t_has_are_counted_too() -> None:
+def test_more_processes_than_the_t_table_have_an_interval() -> None:
     found = stats.mean_over_processes([1.0, 1.02] * 100)
     assert found.high - found.low == pytest.approx(2 * 2.042 * 0.01 / math.sqrt(200), rel=0.03)
 
 
-def test_one_process_supports_no_interval() -> None:
+def test_one_process_has_an_open_interval() -> None:
     found = stats.mean_over_processes([1.3])
     assert (found.value, found.low, found.high) == (pytest.approx(1.3), 0.0, math.inf)
     assert stats.verdict(found, 0.01) == "inconclusive"
 
 
-def test_processes_that_agree_to_the_bit_give_their_value() -> None:
+def test_identical_processes_have_an_empty_interval() -> None:
     found = stats.mean_over_processes([1.5, 1.5, 1.5])
     assert (found.low, found.value, found.high) == pytest.approx((1.5, 1.5, 1.5))
 
@@ -103,7 +103,7 @@ def test_a_common_slowdown_of_a_round_cancels_out() -> None:
     assert stats.paired_ratio([1.25 * s for s in slow], slow) == pytest.approx(1.25)
 
 
-def test_a_round_that_was_spoiled_does_not_count() -> None:
+def test_an_outlier_round_is_ignored() -> None:
     assert stats.paired_ratio([1.25, 1.25, 99.0, 1.25, 1.25], [1.0] * 5) == 1.25
 
 

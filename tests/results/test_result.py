@@ -1,4 +1,4 @@
-"""RunResult: what it computes, and that nothing is lost on the way to the disk and back."""
+"""Results: statistics, saving and loading, and the upgrade from format 1."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.run_results import MEMORY, PHASES, measurement, run_result
 FORMAT_1 = Path(__file__).parents[1] / "golden" / "result-of-0.1.0.json"
 
 
-def test_a_saved_result_comes_back_whole(tmp_path: Path) -> None:
+def test_a_saved_result_is_loaded_unchanged(tmp_path: Path) -> None:
     result = run_result(warnings=(Warning(code="few_batches", text="µ – [bold] \x1b"),))
     result.save(tmp_path / "result.json")
     assert RunResult.load(tmp_path / "result.json") == result
@@ -36,7 +36,7 @@ def test_a_saved_result_comes_back_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
+def test_floats_are_saved_exactly(tmp_path: Path) -> None:
     rng = random.Random(7)
     times = [rng.random() * 10.0 ** rng.randint(-12, 4) for _ in range(5_000)]
     times += [0.1 + 0.2, 5e-324, 1e9, 1 / 3, 0.0]
@@ -83,12 +83,12 @@ def test_an_invalid_result_is_an_error_with_the_file_name(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere/result.json", "."])
-def test_a_missing_result_is_a_sentence(tmp_path: Path, name: str) -> None:
+def test_a_missing_result_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(GradrunError, match="No such file"):
         RunResult.load(tmp_path / name)
 
 
-def test_keys_of_a_later_gradrun_are_passed_over(tmp_path: Path) -> None:
+def test_unknown_keys_are_ignored(tmp_path: Path) -> None:
     data = json.loads(run_result().to_json())
     data["weather"] = data["measurements"][0]["moon"] = "full"
     (tmp_path / "result.json").write_text(json.dumps(data))
@@ -129,9 +129,7 @@ def as_format_1(data: dict[str, Any]) -> str:
     return json.dumps({key: data[key] for key in data if key != "info"} | {"format": 1})
 
 
-def test_a_write_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "result.json"
     run_result().save(file)
 
@@ -144,7 +142,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert RunResult.load(file) == run_result()
 
 
-def test_the_json_has_the_keys_of_the_design() -> None:
+def test_the_json_has_the_documented_keys() -> None:
     data = json.loads(run_result().to_json())
     assert {
         "format", "kind", "gradrun", "started_at", "info", "config", "environment", "measurements",
@@ -169,7 +167,7 @@ def test_the_json_has_the_keys_of_the_design() -> None:
     assert measured["memory"]["device_allocated"] is None
 
 
-def test_statistics_come_from_the_raw_samples_alone() -> None:
+def test_statistics_are_computed_from_raw_samples() -> None:
     measured = measurement()
     times = list(measured.batch_seconds)
     for q in (0.5, 0.9, 0.95, 0.99):
@@ -196,7 +194,7 @@ def test_a_run_is_bound_by_the_phase_that_took_longest(phase: str) -> None:
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_a_run_that_did_nothing_divides_by_nothing() -> None:
+def test_an_empty_run_has_zero_throughput() -> None:
     nothing = Phases(**dict.fromkeys(Phases.__struct_fields__, 0.0))
     measured = measurement(0, phases=nothing)
     assert (measured.throughput, measured.samples, measured.latency(0.5)) == (0.0, 0, None)
@@ -212,7 +210,7 @@ def test_an_unmeasured_value_is_none_and_not_zero() -> None:
     )
 
 
-def test_a_result_cannot_be_changed() -> None:
+def test_results_are_immutable() -> None:
     with pytest.raises(AttributeError, match="immutable"):
         run_result().kind = "infer"  # type: ignore[misc]
     with pytest.raises(AttributeError, match="immutable"):

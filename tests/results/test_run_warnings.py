@@ -1,4 +1,4 @@
-"""Which warnings a measurement deserves."""
+"""Conditions and texts of the warnings of a run."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_high_variance_is_a_warning(slow: float, warned: bool) -> None:
     assert not warned or f"{slow:.1f} times" in warnings["high_variance"]
 
 
-def test_too_few_batches_to_see_a_slow_tenth_are_not_called_unsteady() -> None:
+def test_too_few_batches_for_p90_have_no_variance_warning() -> None:
     assert found(times(9.0, batches=9)).keys() == {"few_batches"}
 
 

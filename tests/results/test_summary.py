@@ -17,8 +17,8 @@ from gradrun.results.summary import (
     summarize_audit,
     summarize_comparison,
 )
-from tests.report.test_audit_report import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 from tests.support.run_results import MEMORY, measurement, run_result
+from tests.support.saved_results import GRAD, INFERENCE, NO_GRAD, audit, finding, in_mode
 
 KIB, MIB = 1024, 1024**2
 

@@ -14,19 +14,11 @@ from typing import Any
 
 from rich.console import Console
 
-from gradrun import report
-from gradrun.results.result import AnyResult
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 EVIL = "[bold red]x[red]y\x1b]0;gone\x07\x1b[2J\x9b2J\u202e.py"
 """A name with terminal control characters and Rich markup, which must not be interpreted."""
 
 _ESCAPE = re.compile(r"\x1b\[[\d;]*m")
-
-
-def show(result: AnyResult, console: Console) -> None:
-    """Print one result."""
-    report.show([("", result)], console)
 
 
 def printed(
