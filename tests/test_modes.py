@@ -190,16 +190,16 @@ def test_a_callable_condition_is_evaluated_at_each_entry(make: Any, inside: Stat
 def test_a_callable_condition_is_evaluated_at_calls_not_at_decoration(
     make: Any, inside: State
 ) -> None:
-    asked: list[bool] = []
+    evaluations: list[bool] = []
 
     def condition() -> bool:
-        asked.append(len(asked) % 2 == 0)
-        return asked[-1]
+        evaluations.append(len(evaluations) % 2 == 0)
+        return evaluations[-1]
 
     decorated = make(condition)(state)
-    assert asked == []
+    assert evaluations == []
     assert [decorated(), decorated(), decorated()] == [inside, GRAD, inside]
-    assert asked == [True, False, True]
+    assert evaluations == [True, False, True]
 
 
 class _Answer:
@@ -367,15 +367,15 @@ def test_threads_can_share_a_guard(make: Any, inside: State) -> None:
     seen: dict[int, list[State]] = {}
 
     def work(number: int) -> None:
-        mine = seen.setdefault(number, [])
+        own = seen.setdefault(number, [])
         with torch.set_grad_enabled(number % 2 == 0):
             here.wait()
             with guard:
                 here.wait()
-                mine.append(state())
+                own.append(state())
                 for _ in range(number):  # the threads leave one after the other
                     here.wait()
-            mine.append(state())
+            own.append(state())
             for _ in range(4 - number):
                 here.wait()
 
@@ -608,8 +608,8 @@ def test_interleaved_generators_are_independent() -> None:
     one, other = (
         grad_mode(mode)(generator)(3) for mode in (GradMode.NO_GRAD, GradMode.INFERENCE_MODE)
     )
-    for mine, theirs in zip(one, other, strict=True):
-        assert (mine, theirs, state()) == (NO_GRAD, INFERENCE, GRAD)
+    for first, second in zip(one, other, strict=True):
+        assert (first, second, state()) == (NO_GRAD, INFERENCE, GRAD)
 
 
 @guards
@@ -743,15 +743,15 @@ def test_a_closed_coroutine_cleans_up_in_its_mode(guard: ModeGuard, inside: Stat
 
 @both
 def test_the_condition_of_a_coroutine_is_evaluated_once(make: Any, inside: State) -> None:
-    asked = []
+    evaluations = []
 
-    @make(lambda: asked.append(1) or True)
+    @make(lambda: evaluations.append(1) or True)
     async def body() -> list[State]:
         return await coroutine(4)
 
-    assert asked == []
+    assert evaluations == []
     assert asyncio.run(body()) == [inside] * 5
-    assert asked == [1]
+    assert evaluations == [1]
 
 
 def test_a_mode_opened_across_an_await_applies_to_the_coroutine_only() -> None:
@@ -762,9 +762,9 @@ def test_a_mode_opened_across_an_await_applies_to_the_coroutine_only() -> None:
         return [*seen, state()]
 
     async def main() -> None:
-        mine, theirs = await asyncio.gather(body(), coroutine(5))
-        assert mine == [GRAD] * 4 + [NO_GRAD]
-        assert theirs == [GRAD] * 6
+        first, second = await asyncio.gather(body(), coroutine(5))
+        assert first == [GRAD] * 4 + [NO_GRAD]
+        assert second == [GRAD] * 6
 
     asyncio.run(main())
 
@@ -779,8 +779,8 @@ def test_an_async_generator_runs_in_the_mode_and_its_caller_does_not(
                 assert within == inside
                 assert state() == GRAD
 
-        _, _, theirs = await asyncio.gather(consume(), consume(), coroutine(6))
-        assert theirs == [GRAD] * 7
+        _, _, other_task = await asyncio.gather(consume(), consume(), coroutine(6))
+        assert other_task == [GRAD] * 7
 
     asyncio.run(main())
 
@@ -898,11 +898,11 @@ def test_a_loop_that_ends_closes_async_generators_once(caplog: pytest.LogCapture
             await asyncio.sleep(0)
             seen.append(state())
 
-    kept = []
+    open_generators = []
 
     async def main() -> None:
-        kept.append(suspended())
-        await anext(kept[0])
+        open_generators.append(suspended())
+        await anext(open_generators[0])
 
     asyncio.run(main())
     assert seen == [NO_GRAD]
@@ -938,9 +938,9 @@ def test_autocast_opened_by_a_coroutine_applies_to_it_only(make: Any, inside: St
         return kinds
 
     async def main() -> None:
-        mine, theirs = await asyncio.gather(body(), other())
-        assert mine == [torch.bfloat16] * 3 + [torch.float32]
-        assert theirs == {torch.float32}
+        first, second = await asyncio.gather(body(), other())
+        assert first == [torch.bfloat16] * 3 + [torch.float32]
+        assert second == {torch.float32}
 
     asyncio.run(main())
 

@@ -125,13 +125,13 @@ PLACED = {
 }
 
 
-@pytest.mark.parametrize(("old", "new", "place", "text"), PLACED.values(), ids=PLACED.keys())
-def test_an_error_has_line_column_and_caret(old, new, place, text):
-    said = errors(old, new)
-    first = next(line for line in said.splitlines() if line.startswith(f"c.yaml:{place}  "))
+@pytest.mark.parametrize(("old", "new", "location", "text"), PLACED.values(), ids=PLACED.keys())
+def test_an_error_has_line_column_and_caret(old, new, location, text):
+    message = errors(old, new)
+    first = next(line for line in message.splitlines() if line.startswith(f"c.yaml:{location}  "))
     assert text in first
-    line, column = map(int, place.split(":"))
-    shown = said.splitlines()[said.splitlines().index(first) + 1 :][:2]
+    line, column = map(int, location.split(":"))
+    shown = message.splitlines()[message.splitlines().index(first) + 1 :][:2]
     written = Path("c.yaml").read_text(encoding="utf-8").split("\n")[line - 1]
     assert shown == ["    " + written[:120].replace("\t", " "), "    " + " " * (column - 1) + "^"]
 
@@ -147,15 +147,15 @@ def test_all_errors_are_reported_in_the_order_of_lines():
 
 
 def test_long_lines_are_truncated_around_the_caret():
-    said = errors("{x: {shape: [4]}}", "{x: {shape: [4]}}" + " " * 300 + "junk")
-    line, caret = said.splitlines()[1:3]
+    message = errors("{x: {shape: [4]}}", "{x: {shape: [4]}}" + " " * 300 + "junk")
+    line, caret = message.splitlines()[1:3]
     assert len(line) < 130
     assert line[caret.index("^") :].startswith("junk")
 
 
 def test_a_python_tag_runs_nothing():
-    said = errors("7", '!!python/object/apply:os.system ["touch marker"]')
-    assert said.startswith("c.yaml:7:12  tag !!python/object/apply:os.system is")
+    message = errors("7", '!!python/object/apply:os.system ["touch marker"]')
+    assert message.startswith("c.yaml:7:12  tag !!python/object/apply:os.system is")
     assert not Path("marker").exists()
 
 
@@ -280,8 +280,9 @@ def test_paths_are_relative_to_the_config(tmp_path, monkeypatch):
 
 def test_a_missing_data_file_is_reported_with_its_absolute_path(tmp_path):
     data = "source: arrays\n  path: sub/x.npy"
-    said = errors("source: synthetic\n  inputs: {x: {shape: [4]}}\n  samples: 7", data)
-    assert said.startswith(f"c.yaml:6:9  data.path: file {tmp_path / 'sub/x.npy'} does not exist")
+    message = errors("source: synthetic\n  inputs: {x: {shape: [4]}}\n  samples: 7", data)
+    missing = tmp_path / "sub/x.npy"
+    assert message.startswith(f"c.yaml:6:9  data.path: file {missing} does not exist")
 
 
 def test_an_absolute_output_path_is_accepted(tmp_path):
@@ -327,7 +328,7 @@ def test_set_replaces_a_whole_section():
 
 
 @pytest.mark.parametrize(
-    ("text", "column", "said"),
+    ("text", "column", "message"),
     [
         ("run.mode=nograd", 10, "run.mode: unknown value 'nograd'; did you mean no_grad?"),
         ("run.md=grad", 8, "run.md: unknown key; did you mean mode?"),
@@ -345,17 +346,17 @@ def test_set_replaces_a_whole_section():
         ("a..b=3", 1, "expected key.path=value"),
     ],
 )
-def test_an_invalid_set_is_reported_with_its_location(text, column, said):
+def test_an_invalid_set_is_reported_with_its_location(text, column, message):
     first, shown, caret = errors("", "", text).splitlines()
     assert first.startswith(f"--set:1:{column}  ")
-    assert said in first
+    assert message in first
     assert shown == f"    {text}"
     assert caret == "    " + " " * (column - 1) + "^"
 
 
 def test_errors_of_the_file_and_of_set_are_reported_together():
-    said = errors("samples: 7", "smples: 7", "run.md=1", "rn.mode=grad")
-    places = [line.split()[0] for line in said.splitlines() if not line.startswith(" ")]
+    message = errors("samples: 7", "smples: 7", "run.md=1", "rn.mode=grad")
+    places = [line.split()[0] for line in message.splitlines() if not line.startswith(" ")]
     assert places == ["--set:1:8", "--set:1:9", "c.yaml:4:1", "c.yaml:7:3"]
 
 

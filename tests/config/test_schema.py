@@ -90,9 +90,9 @@ def test_a_selected_output_must_not_be_a_path(name):
         make(output={"path": "o", "select": [name]})
 
 
-@pytest.mark.parametrize(("given", "kept"), [("a", ("a",)), (["a", "1"], ("a", "1")), ([], ())])
-def test_a_single_selected_output_needs_no_list(given, kept):
-    assert make(output={"path": "o", "select": given}).output.select == kept
+@pytest.mark.parametrize(("given", "selected"), [("a", ("a",)), (["a", "1"], ("a", "1")), ([], ())])
+def test_a_single_selected_output_needs_no_list(given, selected):
+    assert make(output={"path": "o", "select": given}).output.select == selected
 
 
 @pytest.mark.parametrize("target", ["mine.py:Net", "a/b.py:build", "pkg.mod:build", "pkg:x"])

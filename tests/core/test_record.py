@@ -1,4 +1,4 @@
-"""Records to JSON and back: every figure as it was, and what is no such record refused."""
+"""Records round-trip through JSON; other data is rejected."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_floats_round_trip_bit_for_bit(floats, count, text):
 
 def test_infinity_and_nan_are_written_as_strings():
     text = Figures(floats=(math.inf, -math.inf, math.nan)).to_json()
-    told = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    assert told["floats"] == ["Infinity", "-Infinity", "NaN"]
+    data = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert data["floats"] == ["Infinity", "-Infinity", "NaN"]
     positive, negative, none = Figures.from_json(text).floats
     assert (positive, negative) == (math.inf, -math.inf)
     assert math.isnan(none)
@@ -63,7 +63,7 @@ def test_replace_does_not_change_the_original():
 
 
 @pytest.mark.parametrize(
-    ("told", "where"),
+    ("data", "where"),
     [
         ({"floats": [1.0, "x"]}, r"\$\.floats\[1\]"),
         ({"inner": {"count": 1.5}}, r"\$\.inner\.count"),
@@ -71,9 +71,9 @@ def test_replace_does_not_change_the_original():
         ([], "Expected `object`"),
     ],
 )
-def test_a_wrong_type_is_rejected_with_its_location(told, where):
+def test_a_wrong_type_is_rejected_with_its_location(data, where):
     with pytest.raises(msgspec.ValidationError, match=where):
-        Figures.of(told)
+        Figures.of(data)
 
 
 def test_unknown_keys_are_ignored():
