@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ class LoadedConfig:
 
     config: RunConfig
     locations: SourceMap | None = None
-
-    def replace(self, changes: Mapping[str, Any]) -> LoadedConfig:
-        """Return a copy with changed keys, as `RunConfig.replace`, with the same locations."""
-        return replace(self, config=self.config.replace(changes))
 
     def location(self, key: str) -> str | None:
         """Return "file:line:column" of a dotted key or the section above it, if known."""
