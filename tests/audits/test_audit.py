@@ -258,7 +258,7 @@ def test_a_correct_model_has_no_findings(audited: Any, fault: str, clean: set[st
     assert {m.mode for m in result.measurements} == set(GradMode)
 
 
-def test_a_backward_of_its_own_is_not_called_waste(audited: Any) -> None:
+def test_gradients_that_a_model_needs_itself_are_not_a_finding(audited: Any) -> None:
     for finding in audited("Energy", build="alone").findings:
         assert "backward pass that never runs" not in finding.text
 
@@ -404,7 +404,7 @@ def test_on_cuda_the_modes_are_audited_too(tmp_path: Path) -> None:
     assert not has_errors(result)
 
 
-def test_a_model_that_fails_on_a_later_batch_is_a_sentence(tmp_path: Path) -> None:
+def test_a_model_that_fails_on_a_later_batch_is_an_error(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.repeat([1, 1, 9, 1], 8).astype(np.float32)[:, None])
     (tmp_path / "net.py").write_text(
         "from torch import nn\n\n\nclass Net(nn.Linear):\n    def __init__(self):\n"

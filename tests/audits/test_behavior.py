@@ -232,7 +232,7 @@ def test_code_that_leaks_a_mode_leaves_the_thread_unchanged(
 
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_answers_do_not_depend_on_the_callers_mode_nor_change_it(
+def test_answers_neither_depend_on_nor_change_the_mode_of_the_caller(
     facts: tuple[Fact, ...], quick: None, grad: bool, inference: bool
 ) -> None:
     with ExitStack() as stack:
@@ -293,7 +293,7 @@ def turned_off(function: Any, **kwargs: Any) -> Any:
         (turned_off, "torch.compile is turned off here"),
     ],
 )
-def test_a_torch_that_cannot_compile_gives_the_reason_and_no_difference(
+def test_without_a_compiler_the_reason_is_shown_and_not_a_difference(
     monkeypatch: pytest.MonkeyPatch, instead: Any, reason: str
 ) -> None:
     monkeypatch.setattr(torch, "compile", instead)

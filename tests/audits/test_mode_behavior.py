@@ -71,7 +71,7 @@ def test_quiet_reports_by_exit_code_only(cli: Command, wrong: None) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there_is_exit_2_in_a_sentence(cli: Command, device: str) -> None:
+def test_an_unavailable_device_is_exit_code_2(cli: Command, device: str) -> None:
     answer = cli("modes", "--device", device)
     assert answer.code == 2
     assert answer.out == ""

@@ -361,7 +361,7 @@ LATE = {
 
 @needs_git
 @pytest.mark.parametrize("late", LATE)
-def test_late_imports_come_from_the_own_revision(project, late, monkeypatch):
+def test_late_imports_come_from_the_same_revision(project, late, monkeypatch):
     monkeypatch.syspath_prepend(str(project))  # as for a command in the current folder
     Path("nets/mine.py").write_text(LATE[late])
     commit()

@@ -77,7 +77,7 @@ def test_a_frequent_word_is_reported_above_its_rate(
     assert "gradrun/a.py:1" in finding
 
 
-def test_the_script_fails_where_it_finds_something(tmp_path: Path) -> None:
+def test_the_script_exits_with_1_if_it_finds_something(tmp_path: Path) -> None:
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "check_prose.py").write_text(SCRIPT.read_text())
     command = [sys.executable, tmp_path / "tools" / "check_prose.py"]

@@ -86,7 +86,7 @@ def test_the_oldest_constraints_are_the_lower_bounds() -> None:
         assert f"{pins[name]}.".startswith(f"{bound}.")
 
 
-def test_every_dependency_has_a_reason_beside_it() -> None:
+def test_every_dependency_has_a_comment_with_its_reason() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     lists = text[text.index("dependencies = [") : text.index("[project.urls]")]
     requirements = [line for line in lists.splitlines() if re.match(r'    "', line)]

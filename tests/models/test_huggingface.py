@@ -140,7 +140,7 @@ def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
     assert (found - torch.cat(expected)).abs().max() <= 1e-6
 
 
-def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
+def test_dtype_and_attention_are_applied(folder: Path) -> None:
     from gradrun.config.load import load_config
     from gradrun.models import load_model
 
@@ -151,7 +151,7 @@ def test_dtype_and_attention_are_those_asked_for(folder: Path) -> None:
     assert not model.training
 
 
-def test_a_folder_is_found_beside_the_config(folder: Path, cli: Command) -> None:
+def test_a_folder_is_relative_to_the_config(folder: Path, cli: Command) -> None:
     (folder / "c.yaml").write_text(
         "model: {source: huggingface, path: bert}\n"
         "data: {source: text, path: t.txt, batch_size: 8}\n"
@@ -167,7 +167,7 @@ def test_a_missing_folder_is_an_error_before_the_run(folder: Path) -> None:
     assert "is neither a folder relative to the config nor on the hub" in said
 
 
-def test_a_name_that_is_neither_beside_the_config_nor_on_the_hub(folder: Path) -> None:
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_an_error(folder: Path) -> None:
     said = refused(config(folder, folder / "none", path="nobody/nothing"))
     assert "'nobody/nothing' is neither a folder relative to the config nor on the hub" in said
 
@@ -181,7 +181,7 @@ def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path, broken: str) 
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_missing_are_not_made_up(folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
     asked = config(folder, tmp_path / "out", auto_class="AutoModelForSequenceClassification")
     asked["output"] = {"path": str(tmp_path / "out")}
     said = refused(asked)
@@ -365,7 +365,7 @@ def test_compare_and_audit_work_on_it(folder: Path, tmp_path: Path, cli: Command
     assert "safe" in audited.out
 
 
-def test_without_the_extra_one_sentence_names_it(
+def test_without_the_extra_the_error_names_it(
     folder: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.json"

@@ -1,8 +1,8 @@
 """Tests of the sources `timm` and `torchvision`, and of `preprocess: timm`.
 
 Both libraries run in subprocesses: torchvision's public build is for CUDA, and beside a CPU-only
-torch it breaks whatever imports it. `make install` therefore installs the two in a folder of their
-own, and the subprocesses define two operators that torchvision expects and no test uses.
+torch it breaks whatever imports it. `make install` therefore installs the two in a separate
+folder, and the subprocesses define two operators that torchvision expects and no test uses.
 """
 
 from __future__ import annotations
