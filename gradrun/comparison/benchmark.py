@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from gradrun.comparison.equivalence import equivalence
-from gradrun.comparison.protocol import Failure, Job, Marker, VariantMeasurement, WorkerReport
+from gradrun.comparison.protocol import Failure, Job, Marker, WorkerReport
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
@@ -43,7 +43,7 @@ from gradrun.inference.sampling import first_batches
 from gradrun.models import load_model
 from gradrun.models.imports import ImportSpace
 from gradrun.results import stats
-from gradrun.results.result import Memory, Phases
+from gradrun.results.result import Measurement, Memory, Phases
 
 BLOCK_SECONDS = 0.01
 """Minimum length of a timing block, which makes clock overhead and jitter negligible."""
@@ -314,9 +314,10 @@ def _measure_tensor_memory(variant: LoadedVariant) -> Memory:
         return measure_forward_memory(variant.model, batch, variant.device)
 
 
-def _measurement(variant: LoadedVariant, memory: Memory) -> VariantMeasurement:
+def _measurement(variant: LoadedVariant, memory: Memory) -> Measurement:
     rounds = tuple(variant.rounds)
-    return VariantMeasurement(
+    return Measurement(
+        mode=variant.config.run.mode,
         variant=variant.name,
         batch_seconds=rounds,
         batch_sizes=(variant.batches[0].size,) * len(rounds),

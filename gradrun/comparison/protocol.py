@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradrun.core.record import Record
-from gradrun.results.result import Environment, Equivalence, Memory, Phases, SystemNoise
+from gradrun.results.result import Environment, Equivalence, Measurement, SystemNoise
 
 JobKind = Literal["time", "measure_memory", "predict"]
 
@@ -56,20 +56,11 @@ class Failure(Record, frozen=True, kw_only=True):
         return f"{self.variant or 'a worker'}, batch {self.batch}: {self.error}"
 
 
-class VariantMeasurement(Record, frozen=True, kw_only=True):
-    """One variant measured in one process; `batch_seconds` has one entry per round."""
-
-    variant: str
-    batch_seconds: tuple[float, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
-    phases: Phases
-    memory: Memory
-
-
 class WorkerReport(Record, frozen=True, kw_only=True):
     """The reply of one worker process."""
 
-    measurements: tuple[VariantMeasurement, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    """One per variant, with one entry of `batch_seconds` per round."""
     equivalence: tuple[Equivalence, ...] = ()
     failures: tuple[Failure, ...] = ()
     noise: SystemNoise = SystemNoise()

@@ -202,20 +202,11 @@ class Session:
     # --- data ------------------------------------------------------------------------------------
 
     def _add_measurements(self, process: int, report: WorkerReport) -> None:
-        modes = {variant.name: variant.config.run.mode for variant in self.variants}
-        measured = [m for m in report.measurements if m.variant in modes]
+        names = {variant.name for variant in self.variants}
+        measured = [m for m in report.measurements if m.variant in names]
         for m in measured:
-            self.data.measurements.append(
-                Measurement(
-                    mode=modes[m.variant],
-                    variant=m.variant,
-                    process=process,
-                    batch_seconds=m.batch_seconds,
-                    batch_sizes=m.batch_sizes,
-                    phases=m.phases,
-                    memory=self._with_process_memory(m.variant, m.memory),
-                )
-            )
+            memory = self._with_process_memory(m.variant, m.memory)
+            self.data.measurements.append(m.replace(process=process, memory=memory))
         median_seconds = geometric_mean([median(m.batch_seconds) for m in measured])
         self.process_medians[process] = (median_seconds, report.noise)
 

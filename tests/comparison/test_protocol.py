@@ -11,11 +11,11 @@ from gradrun.comparison.protocol import (
     Failure,
     Job,
     Marker,
-    VariantMeasurement,
     VariantTask,
     WorkerReport,
 )
-from gradrun.results.result import Equivalence, SystemNoise
+from gradrun.core.grad_mode import GradMode
+from gradrun.results.result import Equivalence, Measurement, SystemNoise
 from tests.support.run_results import MACHINE, MEMORY, PHASES
 
 JOB = Job(
@@ -28,7 +28,8 @@ JOB = Job(
 )
 REPORT = WorkerReport(
     measurements=(
-        VariantMeasurement(
+        Measurement(
+            mode=GradMode.GRAD,
             variant="grad",
             batch_seconds=(0.1 + 0.2, 1e-5),
             batch_sizes=(8, 8),

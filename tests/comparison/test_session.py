@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from gradrun.comparison import session
-from gradrun.comparison.protocol import Failure, Job, VariantMeasurement, WorkerReport
+from gradrun.comparison.protocol import Failure, Job, WorkerReport
 from gradrun.comparison.session import Session, SessionData, Variant
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Equivalence, SystemNoise
+from gradrun.results.result import Equivalence, Measurement, SystemNoise
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, PHASES, measurement
 
 QUIET, NOISY = SystemNoise(), SystemNoise(others=1.5)
@@ -67,8 +67,9 @@ class FakeWorkers:
         return [job for job in self.jobs if job.kind == "time"]
 
 
-def measured(name: str, seconds: float, **memory: Any) -> VariantMeasurement:
-    return VariantMeasurement(
+def measured(name: str, seconds: float, **memory: Any) -> Measurement:
+    return Measurement(
+        mode=GradMode(name.split()[0]),
         variant=name,
         batch_seconds=(seconds,) * 5,
         batch_sizes=(4,) * 5,
