@@ -182,6 +182,5 @@ def ensure_free_space(folder: Path, needed: int, file: str) -> None:
     if needed > free:
         raise OSError(
             errno.ENOSPC,
-            f"{file} needs about {format_bytes(needed)}, but the disk has only "
-            f"{format_bytes(free)} free",
+            f"{file} needs about {format_bytes(needed)}; the disk has {format_bytes(free)} free",
         )

@@ -431,7 +431,7 @@ def check_files_after_full_disk(answer, folder: Path, kind: str, right: np.ndarr
     written = predictions(folder)
     assert np.array_equal(written, right[: len(written)].reshape(written.shape))
     if kind == "npy":
-        assert re.search(r"predictions\.npy needs [\d.]+ KiB, but the disk has only", answer.err)
+        assert re.search(r"predictions\.npy needs [\d.]+ KiB; the disk has", answer.err)
         assert not len(written), "the space is checked before the first batch"
     else:
         assert 0 < len(written) < len(right)
@@ -454,7 +454,7 @@ def test_too_little_disk_space_is_reported_before_the_first_batch(cli, small_dis
     words = ["--trust-code", "-o", small_disk / "out", "--set", f"output.format={kind}"]
     message = refused(cli("infer", config(data, model("pass")), *words), code=1)
     assert re.search(
-        r"predictions\S* needs (about )?[\d.,]+ [KM]iB, but the disk has only [\d.]+ KiB free",
+        r"predictions\S* needs (about )?[\d.,]+ [KM]iB; the disk has [\d.]+ KiB free",
         message,
     )
     assert not list((small_disk / "out").iterdir())

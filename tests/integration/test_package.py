@@ -146,7 +146,7 @@ def test_a_public_name_can_be_imported_and_is_listed_by_dir(name: str) -> None:
 
 
 def test_every_public_name_has_a_module() -> None:
-    assert set(gradrun._HOMES) == set(gradrun.__all__)
+    assert set(gradrun._MODULES) == set(gradrun.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -255,7 +255,7 @@ class _NpyFile:
             free = format_bytes(shutil.disk_usage(self.path.parent).free)
             raise OSError(
                 error.errno,
-                f"{self.path.name} needs {format_bytes(size)}, but the disk has only {free} free",
+                f"{self.path.name} needs {format_bytes(size)}; the disk has {free} free",
             ) from error
 
 
