@@ -145,7 +145,7 @@ def read(path: Path) -> JournalState:
 
 def _check_format(header: Any, path: Path) -> None:
     number = header.get("journal", FORMAT) if isinstance(header, dict) else FORMAT
-    if number not in _READABLE:
+    if not isinstance(number, int) or number not in _READABLE:
         raise GradrunError(
             f"{path} has journal format {number!r:.60}; this version of gradrun reads formats up "
             f"to {FORMAT}. Use the version that started the run, or start over with --overwrite"

@@ -100,6 +100,8 @@ class Victim:
                     "PYTHONDONTWRITEBYTECODE": "1",  # all opened files are checked
                 },
             )
+            assert self._process.stdout
+            self._process.stdout.readline()  # ready: imports do not count towards the timeout
         return self._process
 
     def _traceback(self) -> str:
@@ -217,6 +219,8 @@ def main() -> None:
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
     watch = Watch()
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         named, commands = json.loads(line)
         folder = Path(named).resolve()
