@@ -94,9 +94,11 @@ def replace_file(path: Path, data: str | bytes) -> None:
     draft = path.with_name(f"{path.name}.tmp")
     descriptor = open_regular(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     try:
-        with os.fdopen(descriptor, "wb", buffering=0):
+        try:
             write_all(descriptor, data.encode() if isinstance(data, str) else data)
             sync(descriptor)
+        finally:
+            os.close(descriptor)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)
