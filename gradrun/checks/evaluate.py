@@ -279,9 +279,9 @@ def outputs_regression(
     if not section.regression.outputs:
         return
     old, new = {o.name: o for o in before}, {o.name: o for o in now}
-    reasons = [f"{name} is missing" for name in old.keys() - new.keys()]
-    reasons += [f"{name} is new" for name in new.keys() - old.keys()]
-    for name in old.keys() & new.keys():
+    reasons = [f"{name} is missing" for name in sorted(old.keys() - new.keys())]
+    reasons += [f"{name} is new" for name in sorted(new.keys() - old.keys())]
+    for name in sorted(old.keys() & new.keys()):
         reasons += _output_differences(section, old[name], new[name])
     verdict = _passed_unless("; ".join(reasons), "unchanged", "changed")
     if not before:

@@ -47,7 +47,9 @@ def equivalence(base: ComparableModel, candidate: ComparableModel) -> Equivalenc
         list(one.ids) == list(other.ids)
         for one, other in zip(base.batches, candidate.batches, strict=False)
     )
-    pairs = _pairs_by_batch(base, candidate) if aligned else _pairs_by_sample(base, candidate)
+    common = range(min(len(base.batches), len(candidate.batches)))
+    by_batch = ((_outputs(base, number), _outputs(candidate, number)) for number in common)
+    pairs = by_batch if aligned else _pairs_by_sample(base, candidate)
     for base_outputs, outputs in pairs:
         compared = True
         if [(n, t.shape) for n, t in base_outputs] != [(n, t.shape) for n, t in outputs]:
@@ -77,25 +79,14 @@ def first_differing_module(base: ComparableModel, candidate: ComparableModel) ->
     Modules are compared in the order in which they return. A module that one variant does not call
     is skipped: a fused path bypasses the modules inside it.
     """
-    with _record_outputs(base) as base_calls:
-        _outputs(base, 0)
-    with _record_outputs(candidate) as calls:
-        _outputs(candidate, 0)
-    base_outputs = {name: outputs for name, _, outputs in base_calls}
-    for name, kind, outputs in calls:
+    base_outputs = {name: outputs for name, _, outputs in _module_outputs(base)}
+    for name, kind, outputs in _module_outputs(candidate):
         others = base_outputs.get(name)
         if others is None or len(others) != len(outputs):
             continue
         if not all(map(_bitwise_equal, others, outputs)):
             return f"{name or '(the model)'} ({kind})"
     return None
-
-
-def _pairs_by_batch(
-    base: ComparableModel, candidate: ComparableModel
-) -> Iterator[tuple[_NamedTensors, _NamedTensors]]:
-    for number in range(min(len(base.batches), len(candidate.batches))):
-        yield _outputs(base, number), _outputs(candidate, number)
 
 
 def _pairs_by_sample(
@@ -164,11 +155,8 @@ def _preserve_inputs(batch: Batch) -> Iterator[None]:
                 tensor.requires_grad_(requires_grad).copy_(value)
 
 
-@contextmanager
-def _record_outputs(
-    variant: ComparableModel,
-) -> Iterator[list[tuple[str, str, list[torch.Tensor]]]]:
-    """Record (path, type, tensors) of every module call inside the block."""
+def _module_outputs(variant: ComparableModel) -> list[tuple[str, str, list[torch.Tensor]]]:
+    """Run the first batch and return (path, type, tensors) of every module call."""
     names = {module: name for name, module in variant.model.named_modules()}
     calls: list[tuple[str, str, list[torch.Tensor]]] = []
 
@@ -178,7 +166,8 @@ def _record_outputs(
             calls.append((names[module], type(module).__name__, tensors))
 
     with track_module_calls(lambda *_: None, record):
-        yield calls
+        _outputs(variant, 0)
+    return calls
 
 
 def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
