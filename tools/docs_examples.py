@@ -31,7 +31,7 @@ _WIDTH = 80
 _LONGEST_LINE = 96
 _PICTURE = ROOT / "docs" / "images" / "infer.svg"
 _PICTURE_COMMAND = "gradrun infer configs/digits.yaml"
-_ATTEMPTS = 20
+_ATTEMPTS = 8
 
 
 class Block(NamedTuple):
