@@ -26,7 +26,7 @@ def fingerprint(
         config: config of the run.
         samples: number of samples.
         version: version of gradrun.
-        listed: input files that no config key names, such as the images of a folder.
+        listed: input files that no config key names, for example the images of a folder.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -55,7 +55,7 @@ def fingerprint(
 
 
 def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
-    """Describe each change in a few words, such as "run.mode changed from grad to no_grad"."""
+    """Describe each change in a few words, for example "run.mode changed from grad to no_grad"."""
     changes = [
         f"{key} changed from {old} to {new}"
         for key, old, new in _changed(before.config, now.config)

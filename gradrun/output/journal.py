@@ -168,7 +168,7 @@ class Journal:
     def __init__(
         self, path: Path, header: JournalHeader, previous: JournalState | None = None
     ) -> None:
-        """Create a journal, or continue a previous one and cut off what follows its last range.
+        """Create a journal, or continue a previous one and cut off all bytes after its last range.
 
         Raises:
             OSError: the file cannot be written.

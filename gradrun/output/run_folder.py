@@ -1,4 +1,4 @@
-"""Layout of a run folder: which files belong to a run, who may write, what a resume continues."""
+"""Layout of a run folder: the files of a run, its lock, and the state that a resume continues."""
 
 from __future__ import annotations
 

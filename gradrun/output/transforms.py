@@ -177,8 +177,8 @@ def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.T
     mask = inputs.get("attention_mask")
     if mask is None:
         raise ConfigError(
-            f"{step} needs the input attention_mask to ignore padding, but the model has no such "
-            "input",
+            f"{step} needs the input attention_mask to ignore padding, but the model does not have "
+            "it",
             "output.transform",
         )
     if tensor.ndim != 3 or tensor.shape[:2] != mask.shape:

@@ -12,7 +12,7 @@ import torch
 
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
-from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
+from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.missing import MISSING_CLASS, count_nonfinite
 from gradrun.output.transforms import (
     Outputs,
@@ -159,10 +159,6 @@ def test_classify_returns_the_most_likely_class_and_its_probability() -> None:
     outputs = outputs_of(LOGITS, transform="classify")
     assert torch.equal(outputs["class"], LOGITS.argmax(1))
     assert torch.equal(outputs["score"], LOGITS.softmax(1).amax(1))
-    called = ClassLabels(OutputSection(path=Path("x"), transform="classify"), ["cat", "dog"])
-    assert called.columns(["a.class", "a.score"]) == {"a.class": "a.label"}
-    assert called.columns(["class", "score"]) == {"class": "label"}
-    assert called.names_of([1, MISSING_CLASS, 7]) == ["dog", "", "7"]
 
 
 def test_transforms_apply_to_every_output() -> None:

@@ -110,7 +110,7 @@ def _parse(cells: list[list[str]], shape: list[int]) -> Array:
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
-    """The numbers in a nested list, each with its column name, such as name.0.2."""
+    """The numbers in a nested list, each with its column name (name.0.2)."""
     if not isinstance(value, list):
         return [(name, value)]
     return [cell for i, item in enumerate(value) for cell in _flatten(f"{name}.{i}", item)]

@@ -77,7 +77,7 @@ class ShardedWriter(ABC):
         """The outputs in dtypes of the format.
 
         Raises:
-            ValueError: the format has no such dtype.
+            ValueError: the format lacks a dtype.
         """
         return outputs
 

@@ -1,0 +1,42 @@
+"""Label columns and class names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gradrun.config.output import OutputSection
+from gradrun.output.class_labels import ClassLabels
+from gradrun.output.missing import MISSING_CLASS
+
+
+def labels(transform: str, **keys: int) -> ClassLabels:
+    return ClassLabels(OutputSection(path=Path("x"), transform=transform, **keys), ["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("transform", "outputs", "columns"),
+    [
+        ("argmax", ["prediction"], {"prediction": "label"}),
+        ("argmax", ["a", "b"], {"a": "a.label", "b": "b.label"}),
+        ("topk", ["values", "indices"], {"indices": "labels"}),
+        ("classify", ["class", "score"], {"class": "label"}),
+        ("classify", ["a.class", "a.score"], {"a.class": "a.label"}),
+        ("softmax", ["prediction"], {}),
+    ],
+)
+def test_outputs_of_class_numbers_have_a_label_column(
+    transform: str, outputs: list[str], columns: dict[str, str]
+) -> None:
+    assert labels(transform).columns(outputs) == columns
+
+
+def test_without_class_names_or_over_another_dimension_there_are_no_labels() -> None:
+    assert labels("argmax", dim=1).columns(["prediction"]) == {}
+    config = OutputSection(path=Path("x"), transform="argmax")
+    assert ClassLabels(config).columns(["prediction"]) == {}
+
+
+def test_numbers_without_a_name_stay_numbers() -> None:
+    assert labels("topk").names_of([[1, 0], [7, MISSING_CLASS]]) == [["dog", "cat"], ["7", ""]]
