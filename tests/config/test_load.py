@@ -1,8 +1,7 @@
-"""Loading configs: locations of errors, YAML, paths and overrides."""
+"""Loading configs: values, locations of errors, paths and mappings."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -10,38 +9,7 @@ import pytest
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
-
-CONFIG = """\
-model:
-  source: layers
-  layers: [{Linear: [4, 3]}, ReLU]
-data:
-  source: synthetic
-  inputs: {x: {shape: [4]}}
-  samples: 7
-run:
-  mode: no_grad
-output:
-  path: out
-"""
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def write(old: str = "", new: str = "") -> str:
-    assert CONFIG.count(old) == 1 or not old
-    Path("c.yaml").write_text(CONFIG.replace(old, new) if old else CONFIG, encoding="utf-8")
-    return "c.yaml"
-
-
-def errors(old: str = "", new: str = "", *sets: str) -> str:
-    """Return the errors of loading the config with `old` replaced by `new`."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(write(old, new), sets)
-    return str(caught.value)
+from tests.support.config_files import CONFIG, errors, write
 
 
 def test_a_valid_config_has_its_values_and_defaults():
@@ -159,104 +127,6 @@ def test_a_python_tag_runs_nothing():
     assert not Path("marker").exists()
 
 
-# --- YAML --------------------------------------------------------------------
-
-
-def test_anchors_and_aliases_work():
-    config = load_config(write("samples: 7", "samples: &n 7\n  batch_size: *n")).config
-    assert (config.data.samples, config.data.batch_size) == (7, 7)
-
-
-@pytest.mark.parametrize("kind", ["list", "map"])
-def test_an_alias_bomb_is_rejected_quickly(kind):
-    level = "[{}]" if kind == "list" else "{{{}}}"
-    text = "a0: &a0 x\n"
-    for i in range(1, 40):
-        items = [f"k{j}: *a{i - 1}" if kind == "map" else f"*a{i - 1}" for j in range(9)]
-        text += f"a{i}: &a{i} {level.format(', '.join(items))}\n"
-    Path("c.yaml").write_text(text)
-    began = time.perf_counter()
-    with pytest.raises(ConfigError, match="recursive aliases"):
-        load_config("c.yaml")
-    assert time.perf_counter() - began < 5
-
-
-@pytest.mark.parametrize("text", ["[" * 5000, "[" * 900 + "]" * 900, "a: " + "{a: " * 3000])
-def test_deep_nesting_is_rejected(text):
-    Path("c.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"^c\.yaml"):
-        load_config("c.yaml")
-
-
-def test_a_long_config_is_read_quickly():
-    began = time.perf_counter()
-    errors("ReLU", "[x], " * 9_000)
-    assert time.perf_counter() - began < 20
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-5", 1e-5),
-        ("1.5e+3", 1500.0),
-        (".5", 0.5),
-        ("-3", -3),
-        ("010", 10),
-        ("yes", "yes"),
-        ("no", "no"),
-        ("on", "on"),
-        ("off", "off"),
-        ("true", True),
-        ("1_000", "1_000"),
-        ("12:30", "12:30"),
-        ("2020-01-01", "2020-01-01"),
-        ("'1'", "1"),
-        ('"true"', "true"),
-        ("~", None),
-        ("null", None),
-        ("|\n    two\n    lines", "two\nlines\n"),
-    ],
-)
-def test_scalars_follow_yaml_1_2(text, value):
-    zoo = f"source: zoo\n  name: mlp\n  args:\n   v: {text}"
-    config = load_config(write("source: layers\n  layers: [{Linear: [4, 3]}, ReLU]", zoo)).config
-    found = config.model.args["v"]
-    assert found == value
-    assert type(found) is type(value)
-
-
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
-@pytest.mark.parametrize("start", ["", "\ufeff", "---\n", "%YAML 1.2\n---\n"])
-def test_byte_order_marks_and_crlf_are_accepted(start, ending):
-    Path("c.yaml").write_bytes((start + CONFIG).replace("\n", ending).encode())
-    assert load_config("c.yaml").config.data.samples == 7
-
-
-@pytest.mark.parametrize(
-    ("raw", "text"),
-    [
-        (b"model:\n  \xff", "c.yaml: byte 9 is not UTF-8 text"),
-        (CONFIG.encode("utf-16"), "c.yaml: byte 0 is not UTF-8 text"),
-        (CONFIG.encode() + b"#" + b"x" * 2**20, "c.yaml: larger than 1 MiB"),
-        (b"", "c.yaml  the file is empty; `gradrun init` writes a starter"),
-        (b"# only words\n", "c.yaml  the file is empty; `gradrun init` writes a starter"),
-        (b"hello", "c.yaml:1:1  a config is a mapping with the sections"),
-        (b"- a\n- b\n", "c.yaml:1:1  a config is a mapping with the sections"),
-    ],
-)
-def test_a_file_that_is_not_a_config_is_rejected_with_one_sentence(raw, text):
-    Path("c.yaml").write_bytes(raw)
-    with pytest.raises(ConfigError) as caught:
-        load_config("c.yaml")
-    assert str(caught.value).startswith(text)
-
-
-@pytest.mark.parametrize("name", ["none.yaml", ".", "x" * 300, "a\0b"])
-def test_a_config_that_cannot_be_opened_is_an_error(name):
-    with pytest.raises(ConfigError, match=r"cannot be read|is a folder, not a YAML file"):
-        load_config(name)
-
-
 # --- paths -------------------------------------------------------------------------------------
 
 
@@ -292,72 +162,6 @@ def test_an_absolute_output_path_is_accepted(tmp_path):
 def test_a_tilde_expands_to_the_home_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert load_config(write("out\n", "~/b\n")).config.output.path == tmp_path / "home/b"
-
-
-# --- --set -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "section", "key", "value"),
-    [
-        ("run.mode=grad", "run", "mode", GradMode.GRAD),
-        (" run.seed =3", "run", "seed", 3),
-        ("data.batch_size= 5 # five", "data", "batch_size", 5),
-        ("run.deterministic=true", "run", "deterministic", True),
-        ("output.select=[a, b]", "output", "select", ("a", "b")),
-        ("output.select='1'", "output", "select", ("1",)),
-        ("model.weights_key=a=b", "model", "weights_key", "a=b"),
-        ("model.weights_key='7'", "model", "weights_key", "7"),
-        ("model.dtype=", "model", "dtype", None),
-        ("measure.memory=false", "measure", "memory", False),
-        ("measure={memory: false}", "measure", "memory", False),
-    ],
-)
-def test_set_values_are_parsed_like_the_file(text, section, key, value):
-    config = load_config(write(), [text]).config
-    assert getattr(getattr(config, section), key) == value
-
-
-def test_the_last_set_of_a_key_wins():
-    assert load_config(write(), ["run.seed=1", "run.seed=2"]).config.run.seed == 2
-
-
-def test_set_replaces_a_whole_section():
-    config = load_config(write(), ["data.inputs={y: {shape: [2]}}"]).config
-    assert list(config.data.inputs) == ["y"]
-
-
-@pytest.mark.parametrize(
-    ("text", "column", "message"),
-    [
-        ("run.mode=nograd", 10, "run.mode: unknown value 'nograd'; did you mean no_grad?"),
-        ("run.md=grad", 8, "run.md: unknown key; did you mean mode?"),
-        ("rn.mode=grad", 9, "rn: unknown key; did you mean run?"),
-        ("run.mode.x=1", 12, "run.mode is not a section; cannot set keys below it"),
-        ("model.layers.0=ReLU", 16, "model.layers is not a section"),
-        ("run=5", 5, "run: 5 is not a section"),
-        ("data.samples='7'", 14, "data.samples: '7' is not an integer"),
-        ("data.samples=", 14, "data.samples: null is not an integer"),
-        ("data.samples=[1", 16, "invalid YAML: expected ',' or ']'"),
-        ("run.mode=!!python/name:os.system", 10, "tag !!python/name:os.system"),
-        ("output.path=../x", 13, "contains '..'"),
-        ("nothing", 1, "expected key.path=value"),
-        ("=3", 1, "expected key.path=value"),
-        ("a..b=3", 1, "expected key.path=value"),
-    ],
-)
-def test_an_invalid_set_is_reported_with_its_location(text, column, message):
-    first, shown, caret = errors("", "", text).splitlines()
-    assert first.startswith(f"--set:1:{column}  ")
-    assert message in first
-    assert shown == f"    {text}"
-    assert caret == "    " + " " * (column - 1) + "^"
-
-
-def test_errors_of_the_file_and_of_set_are_reported_together():
-    message = errors("samples: 7", "smples: 7", "run.md=1", "rn.mode=grad")
-    places = [line.split()[0] for line in message.splitlines() if not line.startswith(" ")]
-    assert places == ["--set:1:8", "--set:1:9", "c.yaml:4:1", "c.yaml:7:3"]
 
 
 # --- mappings -------------------------------------------------------------------------
