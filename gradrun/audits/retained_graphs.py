@@ -67,7 +67,7 @@ def memory_growth(subject: AuditTarget) -> Iterable[Finding]:
             if number == _SETTLING:
                 before = dict(_attribute_bytes(subject))
             batch = subject.copy(number)
-            remaining.append(meter(lambda batch=batch: _run_and_discard(subject, batch)).retained)  # type: ignore[misc]
+            remaining.append(meter(lambda batch=batch: _run_and_discard(subject, batch)).retained)
         after = dict(_attribute_bytes(subject))
         grown = [path for path, size in after.items() if size > before.get(path, 0)]
         lost = min(remaining[_SETTLING:])

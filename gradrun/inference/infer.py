@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,8 +36,6 @@ from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import InferResult, Memory, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
-
-T = TypeVar("T")
 
 _NO_METRICS = "no_metrics"
 
@@ -138,12 +135,11 @@ def plan_run(
     folder = RunFolder(
         config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
     )
-    model, load_seconds = _timed(
-        lambda: load_model(config.model, device, trust_code=is_trusted(trust_code))
-    )
-    data, open_seconds = _timed(
-        lambda: open_data(config.data, seed=config.run.seed, model=config.model)
-    )
+    started = time.perf_counter()
+    model = load_model(config.model, device, trust_code=is_trusted(trust_code))
+    loaded = time.perf_counter()
+    data = open_data(config.data, seed=config.run.seed, model=config.model)
+    opened = time.perf_counter()
     file_list = data.files if isinstance(data, HasFileList) else ()
     header = fingerprint(config, data.samples, __version__, file_list)
     folder.check_resumable(header)
@@ -152,8 +148,8 @@ def plan_run(
         header=header,
         runner=Runner(model, data, config, device),
         started_at=started_at,
-        load_seconds=load_seconds,
-        open_seconds=open_seconds,
+        load_seconds=loaded - started,
+        open_seconds=opened - loaded,
         finished=folder.finished_result(),
     )
 
@@ -203,11 +199,7 @@ def build_result(
     runner, timed, writer = plan.runner, execution.timed, execution.checkpointer.writer
     environment = current_environment(runner.device)
     measurement = runner.measurement(
-        prepared,
-        timed,
-        execution.memory,
-        load_seconds=plan.load_seconds,
-        open_seconds=plan.open_seconds,
+        prepared, timed, execution.memory, plan.load_seconds, plan.open_seconds
     )
     # An unfinished batch may have more quarantined samples than the files have rows.
     positions = quarantined_positions(plan.folder.path)
@@ -244,19 +236,21 @@ def save(
     Raises:
         GradrunError: the run ended early, or the result cannot be written.
     """
-    if stopped := execution.timed.stopped:
-        error = _stopped_error(stopped, result, plan, execution.checkpointer.committed)
-        # A full disk may also prevent saving the result; report the first error.
-        with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
-            plan.folder.save(error.result)
-        raise error from stopped.__cause__
-    with shutdown.deferred():
+    if not (stopped := execution.timed.stopped):
+        with shutdown.deferred():
+            plan.folder.save(result)
+        return
+    committed, samples = execution.checkpointer.committed, plan.runner.data.samples
+    reason = str(stopped)
+    if files.is_disk_full(stopped):
+        reason += f"; {plan.folder.disk_space_hint(committed, samples)}"
+    note = Warning(code="ended_early", text=f"{reason}, after {committed:,} of {samples:,} samples")
+    result = result.replace(warnings=(*result.warnings, note))
+    # A full disk may also prevent saving the result; report the first error.
+    with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
         plan.folder.save(result)
-
-
-def _timed(step: Callable[[], T]) -> tuple[T, float]:
-    started = time.perf_counter()
-    return step(), time.perf_counter() - started
+    text = f"{reason}; {committed:,} of {samples:,} predictions are saved in {plan.folder.path}"
+    raise type(stopped)(text, result=result, resumable=True) from stopped.__cause__
 
 
 def _create_writer(plan: RunPlan) -> PredictionWriter:
@@ -357,18 +351,3 @@ def _replace_metrics(
         result = _add_metrics(result, metrics, folder)
         folder.save(result)
     return result
-
-
-def _stopped_error(
-    error: GradrunError, result: InferResult, plan: RunPlan, committed: int
-) -> GradrunError:
-    """Return the error with the result, and with the number and folder of the predictions."""
-    reason, samples = str(error), plan.runner.data.samples
-    if files.is_disk_full(error):
-        reason += f"; {plan.folder.disk_space_hint(committed, samples)}"
-    note = Warning(code="ended_early", text=f"{reason}, after {committed:,} of {samples:,} samples")
-    return type(error)(
-        f"{reason}; {committed:,} of {samples:,} predictions are saved in {plan.folder.path}",
-        result=result.replace(warnings=(*result.warnings, note)),
-        resumable=True,
-    )

@@ -296,7 +296,6 @@ class Runner:
         prepared: PreparedRun,
         timed: TimedPass,
         memory: Memory,
-        *,
         load_seconds: float,
         open_seconds: float,
     ) -> Measurement:

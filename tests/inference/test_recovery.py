@@ -283,7 +283,7 @@ def test_the_command_reports_split_batches_and_succeeds(
     file.write_text(json.dumps(result.config))
     answer = cli("infer", file, "--overwrite", "--trust-code")
     assert answer.code == 0, answer.text
-    assert "reduced: out of memory" in answer.out
+    assert "reduced after an out-of-memory error" in answer.out
     assert "50 predictions" in answer.out
 
 

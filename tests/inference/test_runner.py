@@ -145,7 +145,7 @@ def run_all(runner: Runner, writer: ListWriter | None = None) -> tuple[TimedPass
 
 def measure(runner: Runner, prepared: PreparedRun, timed: TimedPass) -> Measurement:
     memory = runner.measure_memory(prepared, timed)
-    return runner.measurement(prepared, timed, memory, load_seconds=0.5, open_seconds=0.25)
+    return runner.measurement(prepared, timed, memory, 0.5, 0.25)
 
 
 # --- the passes --------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ of a memory meter).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,12 +18,8 @@ from gradrun.inference.meters.timeline import Forward
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.results.result import Memory
 
-
-class ForwardMeter(Protocol):
-    """Runs a call once and measures its memory; names the module of `model` at the peak."""
-
-    def __call__(self, call: Callable[[], Any], model: nn.Module | None = None) -> Forward: ...
-
+ForwardMeter = Callable[..., Forward]
+"""(call, model=None) -> memory of the call, with the name of the module of `model` at the peak."""
 
 FORWARD_MEMORY: dict[str, ForwardMeter] = {
     "cpu": cpu_memory.forward_memory,
