@@ -273,7 +273,7 @@ def test_a_report_imports_no_torch(saved: Path) -> None:
         "import sys; from gradrun.cli.app import app\n"
         "try: app(['report', 'runs/run', 'runs/comparison', '-o', 'out.md'])\n"
         "except SystemExit as end: assert end.code in (0, None), end.code\n"
-        "assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)"
+        "assert not {'torch', 'pydantic', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
     environment = {**__import__("os").environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=saved, env=environment)
