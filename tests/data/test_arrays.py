@@ -209,7 +209,7 @@ def test_a_pickled_array_is_an_error_and_runs_no_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
-def test_a_damaged_archive_is_data_error(tmp_path: Path, suffix: str) -> None:
+def test_a_damaged_archive_is_an_error(tmp_path: Path, suffix: str) -> None:
     path = stored(tmp_path, "compressed" if suffix == "npz" else suffix)
     whole = path.read_bytes()
     for damage in (b"", b"hello", whole[:50], whole[:-100]):
@@ -220,7 +220,7 @@ def test_a_damaged_archive_is_data_error(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("local", "central", "value"), [(6, 8, 1), (8, 10, 99)], ids=["encrypted", "odd compression"]
 )
-def test_an_archive_that_zipfile_cannot_unpack_is_data_error(
+def test_an_archive_that_zipfile_cannot_expand_is_an_error(
     tmp_path: Path, local: int, central: int, value: int
 ) -> None:
     path = tmp_path / "one.npz"
@@ -256,7 +256,7 @@ def test_a_wrong_key_shape_or_count_is_an_error(
     assert words in data_error("arrays", path=stored(tmp_path, "stored"), inputs=inputs)
 
 
-def test_a_key_for_an_npy_an_unknown_suffix_and_no_file_are_data_error(tmp_path: Path) -> None:
+def test_a_key_for_an_npy_an_unknown_suffix_and_a_missing_path_are_errors(tmp_path: Path) -> None:
     path = stored(tmp_path, "npy")
     assert "one array without a key" in data_error(
         "arrays", path=path, inputs={"x": {"key": "rows"}}

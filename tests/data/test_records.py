@@ -124,14 +124,14 @@ def test_the_error_for_an_invalid_record_names_file_and_line(
     ("value", "dtype"),
     [("1.5", "int64"), (str(2**70), "int64"), ("300", "uint8"), ("1e999", "int8")],
 )
-def test_a_number_that_its_type_cannot_hold_is_data_error(
+def test_a_number_outside_the_range_of_its_dtype_is_an_error(
     tmp_path: Path, name: str, form: str, value: str, dtype: str
 ) -> None:
     with pytest.raises(ConfigError, match=rf"column 'a' is .*, not a number of type {dtype}"):
         records(tmp_path / name, form.format(value), ["a"], spec={"dtype": dtype})
 
 
-def test_an_unknown_id_column_is_data_error(tmp_path: Path) -> None:
+def test_an_unknown_id_column_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no column 'nme'; did you mean"):
         records(tmp_path / "t.csv", "name,a\nx,1\n", ["a"], id="nme")
 

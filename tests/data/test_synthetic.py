@@ -91,7 +91,7 @@ def test_a_distribution_has_its_range_mean_and_dtype(
         ({"distribution": "uniform", "high": 1e6, "dtype": "float16"}, "and 65504"),
     ],
 )
-def test_a_distribution_that_makes_no_sense_is_data_error(spec: dict[str, Any], words: str) -> None:
+def test_an_impossible_distribution_is_an_error(spec: dict[str, Any], words: str) -> None:
     assert words in data_error("synthetic", inputs={"x": {"shape": [2]} | spec}, samples=3)
 
 

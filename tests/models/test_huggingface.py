@@ -1,4 +1,4 @@
-"""Models of transformers run as they do by hand, and a folder can run nothing unless trusted."""
+"""Tests of the source `huggingface`: outputs, labels, damaged folders and trust."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT = {"source": "text", "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved BERT with its tokenizer, and 40 sentences beside it."""
+    """A folder with a saved BERT, its tokenizer, and a file of 40 sentences."""
     base = tmp_path_factory.mktemp("models")
     save_bert(base / "bert")
     (base / "t.txt").write_text("\n".join(sentences(40)) + "\n")
@@ -50,7 +50,7 @@ def config(folder: Path, out: Path, **model: Any) -> dict[str, Any]:
     }
 
 
-def refused(config: dict[str, Any], **settings: Any) -> str:
+def infer_error(config: dict[str, Any], **settings: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         gradrun.infer(config, **settings)
     return str(caught.value)
@@ -65,7 +65,7 @@ HEADS: list[tuple[str, str, dict[str, Any], tuple[int, ...]]] = [
 
 
 @pytest.mark.parametrize(("auto_class", "kind", "settings", "shape"), HEADS)
-def test_each_head_gives_its_logits(
+def test_each_auto_class_gives_its_logits(
     folder: Path,
     tmp_path: Path,
     auto_class: str,
@@ -88,7 +88,7 @@ def test_each_head_gives_its_logits(
     assert torch.allclose(torch.from_numpy(found)[real], expected[real], atol=1e-5)
 
 
-def test_an_image_classifier_takes_arrays(tmp_path: Path) -> None:
+def test_an_image_classifier_accepts_arrays(tmp_path: Path) -> None:
     torch.manual_seed(0)
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vit = import_transformers("").ViTForImageClassification(
@@ -117,7 +117,7 @@ def test_an_image_classifier_takes_arrays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_embeddings_of_200_sentences_are_those_of_a_plain_loop(
+def test_embeddings_equal_those_of_a_plain_loop(
     folder: Path, tmp_path: Path, grouped: bool
 ) -> None:
     texts = sentences(200)
@@ -163,29 +163,29 @@ def test_a_folder_is_relative_to_the_config(folder: Path, cli: Command) -> None:
 
 
 def test_a_missing_folder_is_an_error_before_the_run(folder: Path) -> None:
-    said = refused(config(folder, folder / "none", path="./bret"))
-    assert "is neither a folder relative to the config nor on the hub" in said
+    message = infer_error(config(folder, folder / "none", path="./bret"))
+    assert "is neither a folder relative to the config nor on the hub" in message
 
 
 def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_an_error(folder: Path) -> None:
-    said = refused(config(folder, folder / "none", path="nobody/nothing"))
-    assert "'nobody/nothing' is neither a folder relative to the config nor on the hub" in said
+    message = infer_error(config(folder, folder / "none", path="nobody/nothing"))
+    assert "'nobody/nothing' is neither a folder relative to the config nor on the hub" in message
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path, broken: str) -> None:
+def test_a_damaged_folder_is_an_error(folder: Path, tmp_path: Path, broken: str) -> None:
     shutil.copytree(folder / "bert", tmp_path / "bert")
     (tmp_path / "bert" / broken).write_bytes(b"\x00\xff{")
-    said = refused(config(folder, tmp_path / "out", path=str(tmp_path / "bert")))
-    assert f"{tmp_path / 'bert'} cannot be loaded" in said
+    message = infer_error(config(folder, tmp_path / "out", path=str(tmp_path / "bert")))
+    assert f"{tmp_path / 'bert'} cannot be loaded" in message
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
     asked = config(folder, tmp_path / "out", auto_class="AutoModelForSequenceClassification")
     asked["output"] = {"path": str(tmp_path / "out")}
-    said = refused(asked)
-    assert "has no weights for classifier.bias, classifier.weight" in said
+    message = infer_error(asked)
+    assert "has no weights for classifier.bias, classifier.weight" in message
     asked["model"]["random_weights"] = True
     gradrun.infer(asked)
     assert np.load(tmp_path / "out/predictions.npy").shape == (40, 2)
@@ -195,7 +195,7 @@ def test_missing_weights_are_an_error(folder: Path, tmp_path: Path) -> None:
 
 
 def classified(folder: Path, tmp_path: Path, **output: Any) -> list[dict[str, Any]]:
-    """The rows of a run over the 40 sentences, as text, and the classes expected."""
+    """Classify the 40 sentences; return the rows of the output file."""
     settings = named_classes() if output.pop("named", True) else {"num_labels": 3}
     save_bert(tmp_path / "bert", "BertForSequenceClassification", **settings)
     asked = config(
@@ -235,7 +235,7 @@ def test_topk_classes_have_labels(folder: Path, tmp_path: Path) -> None:
     assert [float(row["values.0"]) for row in table] == [row["values"][0] for row in rows]
 
 
-def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_against_the_file(
+def test_parquet_rows_have_id_label_and_score_and_metrics_use_the_labels_of_the_file(
     folder: Path, tmp_path: Path, cli: Command
 ) -> None:
     save_bert(tmp_path / "bert", "BertForSequenceClassification", **named_classes())
@@ -269,17 +269,15 @@ def test_a_row_of_parquet_is_an_id_a_label_and_a_score_which_metrics_hold_agains
     assert cli("verify", tmp_path / "out").code == 0
     columns["labels"] = "t"
     asked["data"] |= columns
-    assert "t.jsonl:1  the label" in refused(asked, overwrite=True)
+    assert "t.jsonl:1  the label" in infer_error(asked, overwrite=True)
     asked["data"] |= {"labels": "is", "classes": CLASSES[::-1]}
-    assert "set data.classes: [good, bad, neither]" in refused(asked, overwrite=True)
+    assert "set data.classes: [good, bad, neither]" in infer_error(asked, overwrite=True)
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / "bert" / name).unlink(missing_ok=True)
-    assert "holds no vocabulary; data.tokenizer names" in refused(asked, overwrite=True)
+    assert "contains no vocabulary; set data.tokenizer" in infer_error(asked, overwrite=True)
 
 
-def test_classes_that_the_model_only_counts_are_not_called_anything(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_generic_class_names_of_a_model_are_not_written(folder: Path, tmp_path: Path) -> None:
     rows = classified(folder, tmp_path, format="jsonl", transform="argmax", named=False)
     assert list(rows[0]) == ["id", "prediction"]
 
@@ -299,53 +297,55 @@ class Model(BertModel):
 
 @pytest.fixture
 def with_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A model that brings its own code, which leaves a mark where it runs."""
+    """A model with its own Python code, which creates a file when it runs."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
-    place = tmp_path / "coded"
-    shutil.copytree(folder / "bert", place)
-    (place / "mine.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
-    described = json.loads((place / "config.json").read_text())
-    described |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    described["auto_map"]["AutoModel"] = "mine.Model"
-    (place / "config.json").write_text(json.dumps(described))
+    path = tmp_path / "coded"
+    shutil.copytree(folder / "bert", path)
+    (path / "mine.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
+    settings = json.loads((path / "config.json").read_text())
+    settings |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    settings["auto_map"]["AutoModel"] = "mine.Model"
+    (path / "config.json").write_text(json.dumps(settings))
     known = list(sys.path)
-    yield place
+    yield path
     sys.path[:] = known
 
 
-def test_code_in_a_folder_runs_only_when_trusted(
+def test_code_in_a_folder_runs_only_with_trust(
     folder: Path, tmp_path: Path, with_code: Path
 ) -> None:
     asked = config(folder, tmp_path / "out", path=str(with_code))
     asked["data"]["tokenizer"] = str(folder / "bert")
-    assert "--trust-code" in refused(asked)
+    assert "--trust-code" in infer_error(asked)
     assert not (tmp_path / "mark").exists()
     gradrun.infer(asked, trust_code=True)
     assert (tmp_path / "mark").exists()
 
 
-def test_pickled_weights_are_read_only_when_trusted(folder: Path, tmp_path: Path) -> None:
-    place = tmp_path / "bert"
-    shutil.copytree(folder / "bert", place)
-    (place / "model.safetensors").unlink()
-    torch.save(bert().state_dict(), place / "pytorch_model.bin")
-    asked = config(folder, tmp_path / "out", path=str(place))
-    said = refused(asked)
-    assert "has no .safetensors weights" in said
-    assert "--trust-code" in said
+def test_pickled_weights_are_read_only_with_trust(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bert"
+    shutil.copytree(folder / "bert", path)
+    (path / "model.safetensors").unlink()
+    torch.save(bert().state_dict(), path / "pytorch_model.bin")
+    asked = config(folder, tmp_path / "out", path=str(path))
+    message = infer_error(asked)
+    assert "has no .safetensors weights" in message
+    assert "--trust-code" in message
     gradrun.infer(asked, trust_code=True)
 
 
 @pytest.mark.parametrize("part", [(), ("text_config",)])
-def test_a_kernel_from_the_hub_is_code(folder: Path, tmp_path: Path, part: tuple[str, ...]) -> None:
-    place = tmp_path / "bert"
-    shutil.copytree(folder / "bert", place)
-    described = json.loads((place / "config.json").read_text())
+def test_a_kernel_from_the_hub_needs_trust(
+    folder: Path, tmp_path: Path, part: tuple[str, ...]
+) -> None:
+    path = tmp_path / "bert"
+    shutil.copytree(folder / "bert", path)
+    settings = json.loads((path / "config.json").read_text())
     named = {"attn_implementation": "somebody/kernel"}
-    described |= {part[0]: named} if part else named
-    (place / "config.json").write_text(json.dumps(described))
-    asked = config(folder, tmp_path / "out", path=str(place))
-    assert "the kernel 'somebody/kernel' from the hub" in refused(asked)
+    settings |= {part[0]: named} if part else named
+    (path / "config.json").write_text(json.dumps(settings))
+    asked = config(folder, tmp_path / "out", path=str(path))
+    assert "the kernel 'somebody/kernel' from the hub" in infer_error(asked)
     asked["model"]["attention"] = "sdpa"
     gradrun.infer(asked)
 
@@ -353,7 +353,9 @@ def test_a_kernel_from_the_hub_is_code(folder: Path, tmp_path: Path, part: tuple
 # --- the commands ------------------------------------------------------------------------------
 
 
-def test_compare_and_audit_work_on_it(folder: Path, tmp_path: Path, cli: Command) -> None:
+def test_compare_and_audit_run_on_a_huggingface_model(
+    folder: Path, tmp_path: Path, cli: Command
+) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config(folder, tmp_path / "out")))
     quick = ["--set", "measure.budget=1", "--set", "measure.processes=2"]
@@ -365,28 +367,30 @@ def test_compare_and_audit_work_on_it(folder: Path, tmp_path: Path, cli: Command
     assert "safe" in audited.out
 
 
-def test_without_the_extra_the_error_names_it(
+def test_the_error_for_a_missing_library_names_the_extra(
     folder: Path, tmp_path: Path, cli: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config(folder, tmp_path / "out")))
     monkeypatch.setitem(sys.modules, "transformers", None)
-    told = cli("infer", path)
-    assert told.code == 2
-    assert "model.path: this needs transformers; pip install 'gradrun[hf]'" in told.err
-    assert "Traceback" not in told.err
+    answer = cli("infer", path)
+    assert answer.code == 2
+    assert "model.path: this needs transformers; pip install 'gradrun[hf]'" in answer.err
+    assert "Traceback" not in answer.err
 
 
-def test_its_noise_reaches_no_one(folder: Path, tmp_path: Path, process: Command) -> None:
+def test_messages_of_transformers_are_not_printed(
+    folder: Path, tmp_path: Path, process: Command
+) -> None:
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config(folder, tmp_path / "out")))
-    told = process("infer", path, "--json", "-", "--quiet")
-    assert told.code == 0
-    assert json.loads(told.out)["predictions"] == 40
-    assert told.err == ""
+    answer = process("infer", path, "--json", "-", "--quiet")
+    assert answer.code == 0
+    assert json.loads(answer.out)["predictions"] == 40
+    assert answer.err == ""
 
 
-def test_another_weight_in_the_folder_is_another_run(folder: Path, tmp_path: Path) -> None:
+def test_changed_weights_in_the_folder_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     from gradrun.config.load import load_config
     from gradrun.output.fingerprint import differences, fingerprint
 
@@ -397,4 +401,4 @@ def test_another_weight_in_the_folder_is_another_run(folder: Path, tmp_path: Pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     found = differences(before, fingerprint(loaded, 40, "0"))
     assert len(found) == 1
-    assert "model.safetensors has changed" in found[0]
+    assert "model.safetensors changed" in found[0]

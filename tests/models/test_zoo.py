@@ -1,4 +1,4 @@
-"""The networks that ship are the standard ones, and the trained one comes with its real data."""
+"""Tests of the source `zoo`: architectures, trained weights and their data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def parameters(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "shape", "gives", "count"),
+    ("name", "args", "shape", "output", "count"),
     [
         # 3x3 convolutions 1-32-32-64 without bias, two figures a batch norm channel, 256 -> 10
         ("digits_cnn", {}, (1, 8, 8), (10,), 288 + 9216 + 18432 + 2 * (32 + 32 + 64) + 2570),
@@ -48,15 +48,15 @@ def parameters(module: nn.Module) -> int:
     ],
 )
 def test_a_network_has_the_standard_shape_and_number_of_parameters(
-    name: str, args: dict[str, Any], shape: tuple[int, ...], gives: tuple[int, ...], count: int
+    name: str, args: dict[str, Any], shape: tuple[int, ...], output: tuple[int, ...], count: int
 ) -> None:
     module = zoo(name, args=args)
     assert parameters(module) == count
     with torch.inference_mode():
-        assert module(torch.zeros(2, *shape)).shape == (2, *gives)
+        assert module(torch.zeros(2, *shape)).shape == (2, *output)
 
 
-def test_resnet18_names_its_parameters_as_torchvision_does() -> None:
+def test_resnet18_has_the_parameter_names_of_torchvision() -> None:
     keys = zoo("resnet18").state_dict().keys()
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{part}" for part in norm)}
@@ -72,7 +72,7 @@ def test_resnet18_names_its_parameters_as_torchvision_does() -> None:
     assert len(keys) == 122
 
 
-def test_random_weights_follow_the_seed_of_the_caller() -> None:
+def test_random_weights_depend_on_the_seed_of_the_caller() -> None:
     def first(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         return next(zoo("mlp").parameters())
@@ -82,7 +82,7 @@ def test_random_weights_follow_the_seed_of_the_caller() -> None:
         assert not torch.equal(first(1), first(2))
 
 
-def test_the_trained_weights_come_with_their_network_unless_others_are_named(
+def test_trained_weights_are_loaded_unless_the_config_names_others(
     tmp_path: Path,
 ) -> None:
     trained = load_file(MODELS / "digits_cnn.safetensors")
@@ -96,7 +96,7 @@ def test_the_trained_weights_come_with_their_network_unless_others_are_named(
     assert not any(parameter.any() for parameter in module.parameters())
 
 
-def test_a_wrong_argument_of_a_network_is_explained() -> None:
+def test_a_wrong_argument_of_a_network_is_an_error() -> None:
     with pytest.raises(ConfigError, match="unexpected keyword argument 'classes'"):
         zoo("mlp", args={"classes": 3})
 
@@ -130,7 +130,7 @@ def test_the_trained_network_is_correct_on_97_percent_of_the_test_images() -> No
 
 
 @pytest.mark.parametrize("script", ["train_digits.py", "export_digits.py"])
-def test_the_script_that_made_a_file_ships_with_it_and_is_seeded(script: str) -> None:
+def test_the_scripts_that_created_the_files_are_included_and_seeded(script: str) -> None:
     source = (MODELS / script).read_text(encoding="utf-8")
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source))
              if isinstance(node, ast.Call)]  # fmt: skip
