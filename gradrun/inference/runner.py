@@ -460,7 +460,7 @@ class Runner:
                 f"{describe_model_error(error, self.mode)}"
             )
         stopped = RunFailed(text)
-        stopped.__cause__ = error
+        stopped.__cause__ = error  # as `raise ... from` does; it is raised after saving
         return stopped
 
     def _warn(self, code: str, text: str) -> None:

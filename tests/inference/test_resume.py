@@ -406,16 +406,16 @@ def test_missing_prediction_files_are_an_error(tmp_path: Path, stopped: dict[str
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-@pytest.mark.parametrize("sink", kill.WRITERS)
+@pytest.mark.parametrize("form", kill.WRITERS)
 def test_a_folder_deleted_during_the_run_is_an_error_for_every_format(
-    tmp_path: Path, sink: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
     out = tmp_path / "run"
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},
         "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 70_000},
-        "output": {"path": str(out), "format": sink},
+        "output": {"path": str(out), "format": form},
     }
 
     def delete(progress: Progress) -> None:
