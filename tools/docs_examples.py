@@ -315,6 +315,8 @@ def _picture() -> str:
             ).stdout
             if "!" not in shown:  # no warning of a busy machine
                 break
+        else:
+            sys.exit("the machine is busy: the picture was not recorded, try again later")
     console = Console(record=True, width=_WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
     console.print(Text.assemble(("$ ", "bold green"), _PICTURE_COMMAND))
     console.print(Text.from_ansi(shown.rstrip("\n") + "\n"))
