@@ -68,7 +68,7 @@ def quantile(samples: Sequence[float], q: float) -> Estimate | None:
 def _ranks(count: int, q: float) -> tuple[int, int]:
     """Return the ranks (from 0) of the order statistics that bound the q-quantile.
 
-    -1 and `count` stand for open ends.
+    -1 and `count` denote open ends.
     """
     if count > _EXACT_COUNT:
         spread = NormalDist().inv_cdf(1 - _TAIL) * math.sqrt(count * q * (1 - q))
@@ -159,8 +159,8 @@ def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
 def verdict(ratio: Estimate, precision: float) -> Verdict:
     """Judge a ratio (base time / other time).
 
-    An interval within `precision` of 1 is no difference, even if it excludes 1. Otherwise the other
-    is faster or slower if the interval excludes 1.
+    An interval within `precision` of 1 means no difference, even if it excludes 1. Otherwise the
+    other is faster or slower if the interval excludes 1.
     """
     if 1 - precision <= ratio.low and ratio.high <= 1 + precision:
         return "no_difference"
