@@ -51,6 +51,6 @@ def test_a_run_is_verified(cli: Command, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(json.dumps(config))
     assert cli("infer", tmp_path / "c.yaml").code == 0
     answer = cli("verify", tmp_path / "out")
-    assert (answer.code, "50 of 50 samples are there" in " ".join(answer.out.split())) == (0, True)
+    assert (answer.code, "50 of 50 samples verified" in " ".join(answer.out.split())) == (0, True)
     found = pandas.read_parquet(tmp_path / "out" / "predictions-00000.parquet")
     assert found["id"].tolist() == [f"row {i}" for i in range(50)]
