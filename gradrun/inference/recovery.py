@@ -31,39 +31,23 @@ class SampleFailure:
     traceback: str = ""
 
 
+@dataclass
 class BatchRecovery:
     """Predicts the samples of a failed batch that can be predicted, as `run.on_error` asks."""
 
-    def __init__(
-        self,
-        run: RunSection,
-        quarantine: Quarantine,
-        template: Outputs,
-        *,
-        predict: Callable[[Batch], Outputs],
-        read_batch: Callable[[int, int], Batch],
-        input_position: Callable[[int], int],
-        batch_limit: int | None = None,
-    ) -> None:
-        """Set up.
-
-        Args:
-            run: the config section with the error policy.
-            quarantine: records the samples that fail.
-            template: outputs of any batch, for names, shapes and dtypes.
-            predict: runs the model on a batch.
-            read_batch: reads the batch with this first sample and size again, because a failed
-                forward may have written into the first copy.
-            input_position: maps the number of a sample in the order of the run to the input's.
-            batch_limit: size of the largest batch known to fit in memory after a larger one did
-                not.
-        """
-        self.run, self.quarantine, self.template = run, quarantine, template
-        self._predict, self._read_batch = predict, read_batch
-        self._input_position = input_position
-        self.batch_limit = batch_limit
-        self.limited_from = 0
-        """Input position of the first sample to which the batch limit applies."""
+    run: RunSection
+    quarantine: Quarantine
+    template: Outputs
+    """Outputs of any batch, for names, shapes and dtypes."""
+    predict: Callable[[Batch], Outputs]
+    read_batch: Callable[[int, int], Batch]
+    """Reads the batch with this first sample and size again: a failed forward may change a batch."""
+    input_position: Callable[[int], int]
+    """Maps the number of a sample in the order of the run to its position in the input."""
+    batch_limit: int | None = None
+    """Size of the largest batch known to fit in memory, after a larger one did not."""
+    limited_from: int = 0
+    """Input position of the first sample to which the batch limit applies."""
 
     def split_to_fit(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Split batches that exceed the current batch limit."""
@@ -91,7 +75,7 @@ class BatchRecovery:
         if self.run.on_error != "quarantine":
             batch.raise_errors()
         rows = [row for row in range(batch.size) if row not in batch.errors]
-        outputs, error = _attempt(self._predict, batch.select(rows)) if rows else ({}, None)
+        outputs, error = _attempt(self.predict, batch.select(rows)) if rows else ({}, None)
         if error:
             return self.recover(start, batch.size, error)
         pieces = {
@@ -135,7 +119,7 @@ class BatchRecovery:
         if ran_out_of_memory(error):
             if size == 1:
                 raise RunFailed(
-                    f"sample {self._input_position(start):,} alone does not fit in memory "
+                    f"sample {self.input_position(start):,} alone does not fit in memory "
                     f"({describe_allocation(error)}); a smaller model.dtype or run.autocast needs "
                     "less"
                 )
@@ -144,7 +128,7 @@ class BatchRecovery:
             message = f"{type(error).__name__}: {first_line(error)}"
             if isinstance(error, SampleError):
                 message, details = str(error), ""
-            sample_id = self._read_batch(start, 1).ids[0]
+            sample_id = self.read_batch(start, 1).ids[0]
             return {}, {start: SampleFailure(sample_id, message, details)}
         pieces: dict[int, Outputs] = {}
         failures: dict[int, SampleFailure] = {}
@@ -160,11 +144,11 @@ class BatchRecovery:
         return pieces, failures
 
     def _predict_again(self, start: int, size: int) -> Outputs:
-        return self._predict(self._read_batch(start, size))
+        return self.predict(self.read_batch(start, size))
 
     def _limit_batches(self, start: int, size: int) -> None:
         if self.batch_limit is None or size < self.batch_limit:
-            self.batch_limit, self.limited_from = size, self._input_position(start)
+            self.batch_limit, self.limited_from = size, self.input_position(start)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -192,7 +176,7 @@ class BatchRecovery:
         return outputs, valid
 
     def _quarantine(self, sample: int, failure: SampleFailure) -> None:
-        position = self._input_position(sample)
+        position = self.input_position(sample)
         self.quarantine.add(position, failure.sample_id, failure.error, failure.traceback)
         limit = self.run.max_errors
         if limit is not None and self.quarantine.count > limit:

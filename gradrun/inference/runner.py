@@ -146,9 +146,9 @@ class Runner:
                 ) from error
         warm_up_seconds = time.perf_counter() - started - first_batch_seconds
         recovery = BatchRecovery(
-            self.config.run,
-            Quarantine(self.config.output.path),
-            outputs,
+            run=self.config.run,
+            quarantine=Quarantine(self.config.output.path),
+            template=outputs,
             predict=self._predict,
             read_batch=self._read_batch,
             input_position=partial(input_position, self.data),
