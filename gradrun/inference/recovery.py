@@ -41,7 +41,7 @@ class BatchRecovery:
     """Outputs of any batch, for names, shapes and dtypes."""
     predict: Callable[[Batch], Outputs]
     read_batch: Callable[[int, int], Batch]
-    """Reads the batch with this first sample and size again: a failed forward may change a batch."""
+    """Reads the batch with this first sample and size again: a failed forward may alter it."""
     input_position: Callable[[int], int]
     """Maps the number of a sample in the order of the run to its position in the input."""
     batch_limit: int | None = None

@@ -304,4 +304,4 @@ def test_the_table_shows_the_metrics(config: dict[str, Any], tmp_path: Path, cli
     answer = cli("infer", tmp_path / "c.yaml")
     assert answer.code == 0
     assert f"{accuracy_score(LABELS, CHOSEN):.4f}" in answer.out
-    assert "of 2,500 samples" in answer.out
+    assert "over 2,500 samples" in answer.out
