@@ -133,14 +133,14 @@ class _Images:
     ) -> dict[int, SampleError]:
         """Decode images into rows start to stop of a batch; return the errors by row."""
         errors = {}
-        for row, number in list(enumerate(numbers))[start:stop]:
+        for row in range(start, min(stop, len(numbers))):
             try:
-                pixels = self._read(number)
+                pixels = self._read(numbers[row])
                 if pixels.shape != self._shape:
                     height, width = pixels.shape[1:]
                     raise SampleError(
-                        f"{self._names[number]} is {height} x {width} pixels, but the first image "
-                        f"is {self._shape[1]} x {self._shape[2]}; set data.resize and data.crop to "
+                        f"{self._names[numbers[row]]} is {height} x {width} pixels, but the first "
+                        f"image is {self._shape[1]} x {self._shape[2]}; set data.resize and data.crop to "
                         "bring all images to one size"
                     )
                 rows.numpy()[row] = pixels  # torch would start its own threads in each thread

@@ -130,7 +130,7 @@ class ChunkedSource:
         self.readers, self.batch_size = readers, batch_size
         self.samples = next(iter(counts.values()))
         self.sample_bytes = sum(reader.sample_bytes for reader in readers.values())
-        self._batch = InputBatcher(call, len(readers))
+        self._batcher = InputBatcher(call, len(readers))
         self._labels = labels
         if labels and labels.samples != self.samples:
             raise ConfigError(
@@ -147,15 +147,22 @@ class ChunkedSource:
     def batches(self, start: int = 0) -> Iterator[Batch]:
         batch_bytes = max(1, self.batch_size * self.sample_bytes)
         step = max(1, CHUNK_BYTES // batch_bytes) * self.batch_size
+        names, positional = list(self.readers), self._batcher.positional
         for first in range(start, self.samples, step):
             stop = min(first + step, self.samples)
             chunks = [
                 torch.split(reader.chunk(first, stop), self.batch_size)
                 for reader in self.readers.values()
             ]
-            for begin, *tensors in zip(range(first, stop, self.batch_size), *chunks, strict=True):
+            # Without InputBatcher, which would cost as much as the rest of this loop.
+            for begin, tensors in zip(
+                range(first, stop, self.batch_size), zip(*chunks, strict=True), strict=True
+            ):
                 ids = range(begin, min(begin + self.batch_size, stop))
-                yield self._batch(dict(zip(self.readers, tensors, strict=True)), ids)
+                if positional:
+                    yield Batch(tensors, {}, len(ids), ids)
+                else:
+                    yield Batch((), dict(zip(names, tensors, strict=True)), len(ids), ids)
 
 
 def missing_labels() -> ConfigError:

@@ -83,10 +83,12 @@ def test_a_run_over_500_images_quarantines_the_three_damaged_ones(
 
 
 def test_a_damaged_image_ends_the_run_with_on_error_stop(digits: Path, tmp_path: Path) -> None:
-    said = r"3/007\.png is not an image.*; run\.on_error: quarantine sets such samples apart"
-    with pytest.raises(RunFailed, match=said):
+    message = (
+        r"3/007\.png is not an image.*; with run\.on_error: quarantine, such samples are skipped"
+    )
+    with pytest.raises(RunFailed, match=message):
         infer(digits, tmp_path / "later", run={"on_error": "stop"})
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         infer(digits, tmp_path / "at once", run={"on_error": "stop"}, data={"batch_size": 256})
     assert not (tmp_path / "at once").exists()
 
@@ -252,11 +254,11 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_list_pattern_or_column_is_an_error(tmp_path: Path, name: str) -> None:
-    changes, said = WRONG[name]
+    changes, message = WRONG[name]
     (tmp_path / "list.json").touch()
     (tmp_path / "list.csv").write_text("file,kind\nx.png,1\n")
     path = tmp_path / changes.pop("path", "") if "path" in changes else tmp_path
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         opened(path, **changes)
 
 

@@ -140,7 +140,7 @@ def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "keys", "said"),
+    ("name", "content", "keys", "message"),
     [
         ("t.pdf", b"x", {}, "is not a text file; allowed: .txt, .csv, .jsonl"),
         ("t.txt", b"caf\xe9\n", {}, "cannot be read: 'utf-8' codec"),
@@ -167,11 +167,11 @@ def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
     ],
 )
 def test_a_file_without_texts_is_an_error(
-    folder: Path, tmp_path: Path, name: str, content: bytes, keys: dict[str, Any], said: str
+    folder: Path, tmp_path: Path, name: str, content: bytes, keys: dict[str, Any], message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     keys = {**keys, "tokenizer": str(folder / "tokenizer")}
-    assert said in text_error(tmp_path, path=name, **keys)
+    assert message in text_error(tmp_path, path=name, **keys)
 
 
 # --- the tokenizer -----------------------------------------------------------------------------
@@ -210,8 +210,8 @@ def test_a_tokenizer_with_code_is_an_error(folder: Path, tmp_path: Path) -> None
     described |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     path.write_text(json.dumps(described))
     (tmp_path / "coded/mine.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
-    said = text_error(folder, tokenizer=str(tmp_path / "coded"))
-    assert "contains Python code, which tokenizers never run" in said
+    message = text_error(folder, tokenizer=str(tmp_path / "coded"))
+    assert "contains Python code, which tokenizers never run" in message
     assert not (tmp_path / "mark").exists()
 
 
