@@ -140,8 +140,8 @@ class _Images:
                     height, width = pixels.shape[1:]
                     raise SampleError(
                         f"{self._names[numbers[row]]} is {height} x {width} pixels, but the first "
-                        f"image is {self._shape[1]} x {self._shape[2]}; set data.resize and data.crop to "
-                        "bring all images to one size"
+                        f"image is {self._shape[1]} x {self._shape[2]}; set data.resize and "
+                        "data.crop to bring all images to one size"
                     )
                 rows.numpy()[row] = pixels  # torch would start its own threads in each thread
             except SampleError as error:
