@@ -30,7 +30,8 @@ def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:
 
 def _positional_names(program: torch.export.ExportedProgram) -> tuple[str, ...] | None:
     """Return the names of inputs if the program takes all by position, None if it takes names."""
-    if program.call_spec.in_spec is None or program.call_spec.in_spec.children()[1].num_children:
+    spec = program.call_spec.in_spec
+    if spec is None or spec.unflatten([None] * spec.num_leaves)[1]:
         return None
     signature = program.module_call_graph[0].signature
     return tuple(signature.forward_arg_names or ()) if signature else ()

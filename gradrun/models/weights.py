@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import pickletools
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +129,7 @@ def _check_size(file: IO[bytes], path: Path) -> None:
     file.seek(0)
     if zipped:
         reader = torch._C.PyTorchFileReader(file)
-        if sum(map(reader.get_record_size, reader.get_all_records())) > size:
+        if _expanded_bytes(reader, file) > size:
             raise ConfigError(
                 f"{path} is a compressed archive, which torch.save does not write; save it again "
                 "with torch.save, or as a .safetensors file",
@@ -139,6 +140,13 @@ def _check_size(file: IO[bytes], path: Path) -> None:
     for _ in range(_LEGACY_PICKLES):
         if file.tell() < size:
             _check_tuples(file, path)
+
+
+def _expanded_bytes(reader: Any, file: IO[bytes]) -> int:
+    if hasattr(reader, "get_record_size"):
+        return sum(map(reader.get_record_size, reader.get_all_records()))
+    with zipfile.ZipFile(file) as archive:  # for torch 2.11 and older
+        return sum(member.file_size for member in archive.infolist())
 
 
 def _check_tuples(file: IO[bytes], path: Path) -> None:
