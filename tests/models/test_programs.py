@@ -159,7 +159,7 @@ def test_a_damaged_file_is_an_error(
 
 
 def test_a_program_exported_by_position_takes_inputs_by_name(tmp_path: Path) -> None:
-    batch = torch.export.Dim("batch")
+    batch = torch.export.Dim.AUTO
     example = (torch.arange(6), torch.randn(6, 3))
     program = torch.export.export(Scaled(), example, dynamic_shapes=({0: batch}, {0: batch}))
     torch.export.save(program, tmp_path / "m.pt2")

@@ -465,7 +465,9 @@ def export_that_writes() -> bytes:
         values["input"]["sizes"][0] = {"as_expr": formula}
         return json.dumps(program).encode()
 
-    return _changed(buffer.getvalue(), {"models/model.json": change})
+    data = buffer.getvalue()
+    old = b"serialized_exported_program.json"  # the name in torch 2.6
+    return _changed(data, {old.decode() if old in data else "models/model.json": change})
 
 
 def _program(source: str, create: Create) -> Attack:
