@@ -14,7 +14,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.units import pluralize
 from gradrun.data.source import BatchSource, HasLabels
-from gradrun.output.formats import READERS
+from gradrun.output.formats import FORMATS
 from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.transforms import Outputs
@@ -53,9 +53,9 @@ def prepare_metrics(
     form = config.output.format
     if not isinstance(data, HasLabels):
         raise ConfigError(f"data of source {config.data.source} have no labels", "metrics")
-    if form not in READERS:
+    if form not in FORMATS:
         text = f"metrics need predictions in a readable format, and {form} is not; choose one of "
-        raise ConfigError(text + ", ".join(READERS), "output.format")
+        raise ConfigError(text + ", ".join(FORMATS), "output.format")
     _check_class_order(data.classes, model_classes)
     metrics = [
         _OutputMetric(spec, f"metrics.{i}", outputs) for i, spec in enumerate(config.metrics)
@@ -94,7 +94,7 @@ def _check_class_order(classes: Sequence[str] | None, model_classes: Sequence[st
 
 
 def _read(form: str, folder: Path) -> Iterator[tuple[torch.Tensor, Outputs]]:
-    for positions, rows in READERS[form](folder):
+    for positions, rows in FORMATS[form].read(folder):
         outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
         yield torch.from_numpy(positions), outputs
 

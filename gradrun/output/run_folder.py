@@ -12,6 +12,7 @@ from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.output import journal, lock, quarantine
 from gradrun.output.fingerprint import differences
+from gradrun.output.formats import FORMATS
 from gradrun.output.journal import CommittedRange, Journal, JournalHeader, JournalState
 from gradrun.output.lock import FolderLock, check_unlocked
 from gradrun.output.verification import damaged_ranges
@@ -24,11 +25,10 @@ CHECK_LOCK = ".gradrun.check"
 _STARTUP_FILES = {lock.FILE_NAME, journal.DRAFT_NAME}
 """Left by a process that died before its run started."""
 
-_SHARDS = [f"predictions-{'[0-9]' * 5}.{suffix}" for suffix in ("safetensors", "parquet")]
+_ENDINGS = ("", ".tmp", ".rest")
 _RUN_FILES = (
     *(RESULT, f"{RESULT}.tmp", quarantine.FILE_NAME, f"{quarantine.FILE_NAME}.tmp"),
-    *("predictions.npy", "predictions.*.npy", "predictions.jsonl", "predictions.csv"),
-    *(f"{shard}{suffix}" for shard in _SHARDS for suffix in ("", ".tmp", ".rest")),
+    *(f"{file}{end}" for form in FORMATS.values() for file in form.files for end in _ENDINGS),
     *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )
 """Patterns of a run's files; .rest files come from journal format 1."""

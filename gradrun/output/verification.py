@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.output import journal
-from gradrun.output.formats import CHECKSUMS, text_writer
+from gradrun.output.formats import FORMATS, text_writer
 from gradrun.output.journal import CommittedRange, JournalState
 from gradrun.results.result import DamagedRange, Verification
 
@@ -63,4 +63,4 @@ def _checksum(folder: Path, file: str, committed: CommittedRange, begin: int) ->
     rest = folder / f"{file}.rest"  # rows of an incomplete shard in journal format 1
     if not path.exists() and rest.exists():
         return text_writer.checksum(rest, committed, begin)
-    return CHECKSUMS[path.suffix.removeprefix(".")](path, committed, begin)
+    return FORMATS[path.suffix.removeprefix(".")].checksum(path, committed, begin)

@@ -23,7 +23,7 @@ from gradrun.core.progress import Progress
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource
 from gradrun.inference.sampling import first_batches
-from gradrun.output.formats import WRITERS
+from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
 from tests.support.pictures import BROKEN, DIGITS, LABELS, lay_out, save_noise
 
@@ -137,7 +137,7 @@ def test_file_names_that_are_not_utf8_are_written_by_every_format(tmp_path: Path
     lay_out(tmp_path / "odd", 3, {})
     (tmp_path / "odd" / name).write_bytes(next((tmp_path / "odd").rglob("*.png")).read_bytes())
     (tmp_path / "odd" / "4" / "gone.png").symlink_to(tmp_path / "nowhere")
-    for form in WRITERS:
+    for form in FORMATS:
         result = infer(tmp_path / "odd", tmp_path / form, output={"format": form})
         assert result.predictions == 5
     assert "\\udcff" in (tmp_path / "jsonl" / "predictions.jsonl").read_text()

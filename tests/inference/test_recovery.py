@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import gradrun
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.output.formats import READERS
+from gradrun.output.formats import FORMATS
 from gradrun.output.missing import MISSING_CLASS
 from gradrun.results.result import RunResult
 from tests.conftest import Command
@@ -169,7 +169,7 @@ def test_parquet_has_a_null_for_a_missing_class(infer: Any, tmp_path: Path, tran
     table = pandas.read_parquet(tmp_path / "run" / "predictions-00000.parquet")
     values = np.array(table[name].tolist(), dtype=float).reshape(SAMPLES, -1)
     assert np.isnan(values).all(1).nonzero()[0].tolist() == BAD
-    ((_, read),) = READERS["parquet"](tmp_path / "run")
+    ((_, read),) = FORMATS["parquet"].read(tmp_path / "run")
     assert read[name].dtype == np.int64
     missing = (read[name] == MISSING_CLASS).reshape(SAMPLES, -1).all(1)
     assert missing.nonzero()[0].tolist() == BAD

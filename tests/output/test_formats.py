@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from gradrun.config.output import OutputSection
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.formats import (
-    READERS,
-    WRITERS,
+    FORMATS,
     PredictionWriter,
     npy,
     open_writer,
@@ -60,7 +59,7 @@ def stored(folder: Path, form: str, name: str = DEFAULT_OUTPUT) -> torch.Tensor:
     if form == "csv":
         return table(folder, name)
     if form == "parquet":
-        chunks = [rows[name] for _, rows in READERS["parquet"](folder)]
+        chunks = [rows[name] for _, rows in FORMATS["parquet"].read(folder)]
         return torch.from_numpy(np.concatenate(chunks))
     lines = (folder / "predictions.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)[name] for line in lines])
@@ -102,7 +101,7 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("written", [23, 20, 13, 5, 1])
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_rows_are_read_back_in_order_however_early_the_run_ended(
     tmp_path: Path, form: str, written: int
 ) -> None:
@@ -117,7 +116,7 @@ def test_rows_are_read_back_in_order_however_early_the_run_ended(
         assert (tmp_path / "predictions.npy").stat().st_size == 128 + written * 16
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_writer_closed_before_the_first_batch_leaves_no_rows(tmp_path: Path, form: str) -> None:
     target = new_writer(tmp_path, form)
     fill(target, {DEFAULT_OUTPUT: numbered(3)}, samples=0)
@@ -131,7 +130,7 @@ def test_a_writer_closed_before_the_first_batch_leaves_no_rows(tmp_path: Path, f
         assert all(path.read_text() == header for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_writer_that_was_never_opened_leaves_no_files(tmp_path: Path, form: str) -> None:
     target = new_writer(tmp_path, form)
     target.close()
@@ -139,7 +138,7 @@ def test_a_writer_that_was_never_opened_leaves_no_files(tmp_path: Path, form: st
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_run_may_be_a_single_short_batch(tmp_path: Path, form: str) -> None:
     rows = numbered(2, rows=3)
     fill(new_writer(tmp_path, form, samples=3), {DEFAULT_OUTPUT: rows}, samples=3, opened=3)
@@ -162,7 +161,7 @@ def test_a_run_may_be_a_single_short_batch(tmp_path: Path, form: str) -> None:
         "int64",
     ],
 )
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_dtypes_are_preserved_and_those_that_numpy_lacks_are_widened(
     tmp_path: Path, form: str, dtype: str
 ) -> None:
@@ -198,7 +197,7 @@ def test_a_float_in_jsonl_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_several_outputs_are_stored_under_their_names(tmp_path: Path, form: str) -> None:
     rows = {"logits": numbered(4), "states.0": numbered(2, 1).to(torch.int64), "best": numbered()}
     target = new_writer(tmp_path, form)
@@ -211,7 +210,7 @@ def test_several_outputs_are_stored_under_their_names(tmp_path: Path, form: str)
         assert target.files() == [file_name(name) for name in rows]
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
 def test_rows_of_another_shape_are_refused_except_in_jsonl(
     tmp_path: Path, form: str, shape: tuple[int, ...]
@@ -233,7 +232,7 @@ def test_rows_of_another_shape_are_refused_except_in_jsonl(
         assert torch.equal(stored(tmp_path, form), first), "earlier rows stay"
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0)])
 def test_rows_may_have_one_number_or_none(
     tmp_path: Path, form: str, shape: tuple[int, ...]
@@ -249,12 +248,12 @@ def test_rows_may_have_one_number_or_none(
 
 def test_strided_views_are_written_in_logical_order(tmp_path: Path) -> None:
     rows = numbered(3, 4).transpose(1, 2)
-    for form in WRITERS:
+    for form in FORMATS:
         fill(new_writer(tmp_path / form, form), {DEFAULT_OUTPUT: rows})
         assert torch.equal(stored(tmp_path / form, form), rows)
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form: str) -> None:
     reused = torch.zeros(BATCH, 2)
     target = new_writer(tmp_path, form, samples=2 * BATCH)
@@ -351,7 +350,7 @@ def test_values_of_an_invalid_sample_are_null_in_parquet(
     table = pandas.read_parquet(tmp_path / "predictions-00000.parquet", dtype_backend="pyarrow")
     assert table["b"].isna().tolist() == (~valid).tolist(), "a predicted NaN is not null"
     assert [list(row) == [None, None] for row in table["a"]] == (~valid).tolist()
-    ((_, read),) = READERS["parquet"](tmp_path)
+    ((_, read),) = FORMATS["parquet"].read(tmp_path)
     assert read["a"].dtype == outputs["a"].numpy().dtype
     assert np.array_equal(read["a"][valid], outputs["a"][valid].numpy())
 
@@ -397,7 +396,7 @@ SHARDED = {"safetensors", "parquet"}
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_ranges_are_consecutive_and_match_the_files(tmp_path: Path, form: str) -> None:
     target, ranges = opened(tmp_path, form, SEVERAL), []
     assert target.commit() == []
@@ -455,7 +454,7 @@ def test_a_shard_has_a_64th_of_the_run_within_limits(
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("end", ["killed", "closed without a journal entry", "stopped"])
 @pytest.mark.parametrize("committed", [5, 10, 15, 20])
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_resumed_run_writes_the_same_bytes(
     tmp_path: Path, form: str, committed: int, end: str
 ) -> None:
@@ -490,7 +489,7 @@ def restarted(writer: PredictionWriter, folder: Path, form: str) -> PredictionWr
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_run_can_be_resumed_many_times(tmp_path: Path, form: str) -> None:
     fill(new_writer(tmp_path / "whole", form), SEVERAL)
     ranges: list[CommittedRange] = []
@@ -520,7 +519,7 @@ def test_a_stopped_shard_can_be_continued_many_times(tmp_path: Path, form: str) 
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_nonfinite_rows_are_counted_once_also_after_a_resume(tmp_path: Path, form: str) -> None:
     logits, best = numbered(4), numbered()
     logits[[2, 7, 11, 22], [0, 1, 2, 3]] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40])
@@ -536,7 +535,7 @@ def test_nonfinite_rows_are_counted_once_also_after_a_resume(tmp_path: Path, for
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_invalid_samples_are_not_counted_as_nonfinite(tmp_path: Path, form: str) -> None:
     rows = {"logits": numbered(4), "best": numbered()}
     rows["logits"][[2, 7]] = torch.nan
@@ -567,7 +566,7 @@ def stopped(
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("damage", ["gone", "shorter"])
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_resume_refuses_missing_or_short_files_and_does_not_change_them(
     tmp_path: Path, form: str, damage: str
 ) -> None:
@@ -612,7 +611,7 @@ def test_a_resume_removes_later_shards(tmp_path: Path, monkeypatch: pytest.Monke
     assert contents(tmp_path).keys() == {"predictions-00000.safetensors"}
 
 
-@pytest.mark.parametrize("form", WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_ctrl_c_during_a_write_keeps_earlier_batches(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

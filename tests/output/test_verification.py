@@ -16,13 +16,13 @@ from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output import journal
 from gradrun.output.class_labels import DEFAULT_OUTPUT
-from gradrun.output.formats import WRITERS, open_writer, sharded_writer
+from gradrun.output.formats import FORMATS, open_writer, sharded_writer
 from gradrun.output.journal import CommittedRange, Journal, JournalHeader
 from gradrun.output.verification import damaged_ranges, verify
 from tests.conftest import ROOT, Command
 
 SAMPLES, BATCH = 40, 4
-FORMS = list(WRITERS)
+FORMS = list(FORMATS)
 SHARDED = {"safetensors", "parquet"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gradrun.config.output import OutputSection
 from gradrun.output.class_labels import ClassLabels
@@ -70,41 +70,45 @@ class PredictionWriter(Protocol):
         """Names of the files in the folder."""
 
 
-WRITERS: dict[str, Callable[[Path, int, int, ClassLabels], PredictionWriter]] = {
-    "npy": npy.NpyWriter,
-    "safetensors": safetensors.SafetensorsWriter,
-    "jsonl": jsonl.JsonlWriter,
-    "csv": csv_table.CsvWriter,
-    "parquet": parquet.ParquetWriter,
-}
-"""Format to a function (folder, samples, batch size, class labels) -> writer."""
-
 Rows = tuple[npy.Array, dict[str, npy.Array]]
 """Numbers [n] of some samples in order, and their outputs [n, ...]."""
 
-READERS: dict[str, Callable[[Path], Iterator[Rows]]] = {
-    "npy": npy.read,
-    "safetensors": safetensors.read,
-    "jsonl": jsonl.read,
-    "csv": csv_table.read,
-    "parquet": parquet.read,
+
+class Format(NamedTuple):
+    """Functions of an output format, and the names of its files."""
+
+    writer: Callable[[Path, int, int, ClassLabels], PredictionWriter]
+    """Called with folder, samples, batch size and class labels."""
+    read: Callable[[Path], Iterator[Rows]]
+    """Yield the rows of a run folder, in chunks of about a MiB.
+
+    Rows of quarantined samples are omitted, or have the missing value of their dtype.
+    """
+    checksum: Callable[[Path, CommittedRange, int], int]
+    """Return the CRC-32 of a range, given the file and the offset of the range in a text file.
+
+    Raises OSError if the file is missing or too short, and any exception if it is damaged.
+    """
+    files: tuple[str, ...]
+    """Patterns of the file names."""
+
+
+_SHARD = f"predictions-{'[0-9]' * 5}"
+
+FORMATS = {
+    "npy": Format(npy.NpyWriter, npy.read, npy.checksum, ("predictions.npy", "predictions.*.npy")),
+    "safetensors": Format(
+        safetensors.SafetensorsWriter,
+        safetensors.read,
+        safetensors.checksum,
+        (f"{_SHARD}.safetensors",),
+    ),
+    "jsonl": Format(jsonl.JsonlWriter, jsonl.read, text_writer.checksum, ("predictions.jsonl",)),
+    "csv": Format(csv_table.CsvWriter, csv_table.read, text_writer.checksum, ("predictions.csv",)),
+    "parquet": Format(
+        parquet.ParquetWriter, parquet.read, parquet.checksum, (f"{_SHARD}.parquet",)
+    ),
 }
-"""Format to a function that yields the rows of a run folder, in chunks of about a MiB.
-
-Rows of quarantined samples are omitted, or have the missing value of their dtype.
-"""
-
-CHECKSUMS: dict[str, Callable[[Path, CommittedRange, int], int]] = {
-    "npy": npy.checksum,
-    "safetensors": safetensors.checksum,
-    "jsonl": text_writer.checksum,
-    "csv": text_writer.checksum,
-    "parquet": parquet.checksum,
-}
-"""Format to a function (file, range, offset of its first byte in a text file) -> CRC-32.
-
-It raises OSError if the file is missing or too short, and any exception if it is damaged.
-"""
 
 
 def open_writer(
@@ -118,4 +122,6 @@ def open_writer(
         batch_size: samples between two points at which a run can be resumed.
         classes: class names of the model, which text and table formats write.
     """
-    return WRITERS[config.format](config.path, samples, batch_size, ClassLabels(config, classes))
+    return FORMATS[config.format].writer(
+        config.path, samples, batch_size, ClassLabels(config, classes)
+    )
