@@ -29,6 +29,7 @@ from gradrun.modes import (
     grad_mode,
     observe,
 )
+from tests.support.torch_version import needs_torch_2_13
 
 State = tuple[bool, bool]
 """(is_grad_enabled, is_inference_mode_enabled)."""
@@ -963,12 +964,6 @@ def test_inference_mode_opened_across_a_yield_applies_to_the_body_only() -> None
 # --- torch.compile -----------------------------------------------------------------------------
 
 
-needs_traceable_guards = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
-    reason="torch.compile cannot trace the guards before torch 2.13, and may corrupt the mode",
-)
-
-
 class Counted:
     """A backend that runs graphs as they are and counts them."""
 
@@ -998,7 +993,7 @@ GUARDS_IN_GRAPHS: list[tuple[Callable[[], Any], bool, bool]] = [
 ]
 
 
-@needs_traceable_guards
+@needs_torch_2_13
 @pytest.mark.parametrize(("make", "requires_grad", "inference"), GUARDS_IN_GRAPHS)
 def test_a_block_compiles_to_one_graph(
     backend: Counted, make: Callable[[], Any], requires_grad: bool, inference: bool
@@ -1021,7 +1016,7 @@ def test_a_block_compiles_to_one_graph(
     assert state() == GRAD
 
 
-@needs_traceable_guards
+@needs_torch_2_13
 def test_a_compiled_block_restores_inside_an_outer_no_grad(backend: Counted) -> None:
     weight = torch.ones(3, requires_grad=True)
 
@@ -1037,7 +1032,7 @@ def test_a_compiled_block_restores_inside_an_outer_no_grad(backend: Counted) -> 
     assert backend.graphs == 2  # each mode costs one compile
 
 
-@needs_traceable_guards
+@needs_torch_2_13
 def test_a_decorated_function_can_call_a_compiled_one(backend: Counted) -> None:
     weight = torch.ones(3, requires_grad=True)
     compiled = torch.compile(lambda x: x * weight, fullgraph=True, backend=backend)

@@ -23,6 +23,7 @@ from gradrun.results.summary import (
     summarize_audit,
 )
 from tests.conftest import ROOT, Command
+from tests.support.torch_version import needs_torch_2_13
 
 PLANTED = ROOT / "tests" / "support" / "planted.py"
 ALL = tuple(GradMode)
@@ -384,7 +385,10 @@ def test_the_bundled_models_pass_through_the_command(cli: Command, tmp_path: Pat
     assert "Use inference_mode, the safe mode with the lowest memory" in answer.out
 
 
-@pytest.mark.parametrize("name", ["torchscript", "exported", "records", "layers"])
+@pytest.mark.parametrize(
+    "name",
+    ["torchscript", pytest.param("exported", marks=needs_torch_2_13), "records", "layers"],
+)
 def test_every_source_can_be_audited(cli: Command, tmp_path: Path, name: str) -> None:
     config = ROOT / "configs" / f"{name}.yaml"
     answer = cli("audit", config, "--trust-code", "--set", f"output.path={tmp_path / 'o'}")

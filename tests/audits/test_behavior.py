@@ -20,6 +20,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.results.result import Fact, ModeFacts
 from tests.support.run_results import MACHINE
+from tests.support.torch_version import IS_OLD, needs_torch_2_13
 
 CPU = torch.device("cpu")
 QUICK = tuple(question for question in QUESTIONS if question.topic != "torch.compile")
@@ -54,6 +55,8 @@ def question(code: str = "answer = True", **changes: Any) -> Question:
 def test_an_expected_answer_is_observed_on_this_torch(
     facts: tuple[Fact, ...], asked: Question
 ) -> None:
+    if IS_OLD and asked.topic == "torch.compile":
+        pytest.skip("the expected answers of torch.compile are those of torch 2.13 and newer")
     observed = {
         f.mode: f.observed for f in facts if (f.topic, f.question) == (asked.topic, asked.text)
     }
@@ -163,6 +166,7 @@ def test_a_grad_mode_that_does_nothing_is_detected(
     } == {question for question, _ in found}
 
 
+@needs_torch_2_13
 def test_a_torch_that_compiles_a_block_into_another_mode_is_detected(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -255,6 +259,7 @@ def test_warnings_of_torch_are_hidden_and_the_callers_filters_stay(quick: None) 
 # --- torch.compile -----------------------------------------------------------------------------
 
 
+@needs_torch_2_13
 def test_repeated_questions_do_not_reach_the_recompile_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

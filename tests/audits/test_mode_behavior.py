@@ -12,6 +12,7 @@ import torch
 from gradrun.audits.behavior import questions
 from gradrun.results.result import ModeFacts
 from tests.conftest import Command
+from tests.support.torch_version import needs_torch_2_13
 
 TOPIC = "r after the block"
 ROWS = tuple(question for question in questions.QUESTIONS if question.topic == TOPIC)
@@ -30,6 +31,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(questions, "QUESTIONS", (first, *ROWS[1:]))
 
 
+@needs_torch_2_13
 def test_the_table_is_as_expected_in_a_subprocess(process: Command) -> None:
     answer = process("modes", "--json", "-")
     assert answer.code == 0, answer.text

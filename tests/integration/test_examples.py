@@ -19,12 +19,14 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.resources import bundled, examples
 from gradrun.results.result import RunResult
 from tests.support.small_models import named_classes, save_bert
+from tests.support.torch_version import needs_torch_2_13
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 COUNTS = {"records": 50, "parquet": 50, "images": 20, "embeddings": 20, "sentiment": 20}
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
+EXPORTED = pytest.param("exported", marks=needs_torch_2_13)
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]
 
 Run = Callable[..., RunResult]
@@ -73,7 +75,9 @@ def test_an_example_is_short_commented_and_valid(name: str) -> None:
 
 
 # test_timm.py runs the example of timm in a subprocess that can import it.
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "timm"])
+@pytest.mark.parametrize(
+    "name", [EXPORTED if name == "exported" else name for name in NAMES if name != "timm"]
+)
 def test_an_example_runs_completely(run: Run, tmp_path: Path, name: str) -> None:
     result = run(name, **local_model(name, tmp_path))
     samples = result.measurements[0].samples
@@ -107,7 +111,7 @@ def rows(path: Path) -> int:
     return len(path.read_text().splitlines()) - (path.suffix == ".csv")
 
 
-@pytest.mark.parametrize("name", ["digits", "torchscript", "exported"])
+@pytest.mark.parametrize("name", ["digits", "torchscript", EXPORTED])
 def test_the_trained_network_classifies_digits_of_the_test_set(
     run: Run, tmp_path: Path, name: str
 ) -> None:
@@ -186,7 +190,7 @@ def test_the_layers_example_gives_probabilities(run: Run, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", GradMode)
-@pytest.mark.parametrize("name", ["mlp", "exported"])
+@pytest.mark.parametrize("name", ["mlp", EXPORTED])
 def test_an_example_runs_in_every_mode(run: Run, name: str, mode: GradMode) -> None:
     result = run(name, **{"run.mode": mode.value})
     assert result.measurements[0].mode == mode

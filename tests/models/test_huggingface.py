@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -274,7 +275,11 @@ def test_parquet_rows_have_id_label_and_score_and_metrics_use_the_labels_of_the_
     assert "set data.classes: [good, bad, neither]" in infer_error(asked, overwrite=True)
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / "bert" / name).unlink(missing_ok=True)
-    assert "contains no vocabulary; set data.tokenizer" in infer_error(asked, overwrite=True)
+    error = infer_error(asked, overwrite=True)
+    # transformers 4 raises an error of its own.
+    assert re.search(
+        "contains no vocabulary; set data.tokenizer|data.tokenizer: .* cannot be", error
+    )
 
 
 def test_generic_class_names_of_a_model_are_not_written(folder: Path, tmp_path: Path) -> None:
