@@ -202,11 +202,11 @@ class Model:
 
     def generator(self, guard: Guard, body: Program) -> Any:
         self.look()
-        return self.resumed(self.decided(guard), run(self, body))
+        return self.resumed(guard, run(self, body))
 
-    def resumed(self, sets: dict[str, bool], body: Any) -> Iterator[None]:
+    def resumed(self, guard: Guard, body: Any) -> Iterator[None]:
         """Run each step of a body in the mode of its guard, or in the mode it opened itself."""
-        given, own = self.now, None
+        sets, given, own = self.decided(guard), self.now, None
 
         def resume(step: Callable[[], Any]) -> Any:
             nonlocal given, own
@@ -295,7 +295,7 @@ def test_concurrent_tasks_match_the_reference_independently(
     with entered(outside):
         asyncio.run(main())
     for model, (_, guard, program, _) in zip(models, tasks, strict=True):
-        list(model.resumed(model.decided(guard), run(model, program)))
+        list(model.resumed(guard, run(model, program)))
     assert [real.seen for real in reals] == [model.seen for model in models]
     assert others == {outside}
 
