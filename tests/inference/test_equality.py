@@ -413,7 +413,7 @@ def test_prefetching_changes_no_bit(
     )
     expected = loop(files.by_hand("layers"), files.batches(), "inference_mode")
     for worth, used in ((float("inf"), 0), (0.0, 1)):
-        monkeypatch.setattr(prefetch, "WORTH_SECONDS", worth)
+        monkeypatch.setattr(prefetch, "MIN_SECONDS", worth)
         ours = predict(files.model("layers"), data=records if data == "records" else {})
         assert len(threads) == used
         assert_same_bits(ours, expected)

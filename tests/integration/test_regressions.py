@@ -333,7 +333,7 @@ def test_integers_among_floats_keep_all_their_digits(cli: Command) -> None:
 def test_an_input_with_a_superscript_digit_as_name_is_handled(cli: Command) -> None:
     data = {"inputs": {"²": {"shape": [4], "dtype": "int64"}}, "source": "synthetic"}
     message = refused(cli("infer", config(data={**data, "path": None, "samples": 7})))
-    assert "normal numbers are no int64" in message
+    assert "normal numbers need a floating-point dtype, not int64" in message
 
 
 # --- configs and files -------------------------------------------------------------------------
