@@ -98,7 +98,7 @@ def loop(folder: Path) -> list[float]:
     config = _loop_config(source, folder / "loop")
     ratios = []
     with device_context(config.run) as device:
-        model = load_model(config.model, device)
+        model = load_model(config.model, device).module
         data = open_data(config.data, seed=0)
         head = fingerprint(config, data.samples, gradrun.__version__)
 
@@ -291,7 +291,7 @@ def overlap(folder: Path) -> list[float]:
     ).config
     ratios = []
     with device_context(config.run) as device, torch.inference_mode():
-        model, data = load_model(config.model, device), open_data(config.data, seed=0)
+        model, data = load_model(config.model, device).module, open_data(config.data, seed=0)
         batches = [*data.batches()]
 
         def decode() -> None:

@@ -122,7 +122,7 @@ def _load(
     in_mode = config.replace({"run.mode": mode})
     began = time.perf_counter()
     seed_generators(config.run.seed, device)
-    model = load_model(config.model, device, trust_code=trust_code)
+    model = load_model(config.model, device, trust_code=trust_code).module
     return AuditTarget(mode.value, in_mode, device, model, batches), time.perf_counter() - began
 
 

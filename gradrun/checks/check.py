@@ -215,6 +215,7 @@ class CheckRun:
             predictions=predicted.predictions,
             quarantined=predicted.quarantined,
             metrics=predicted.metrics,
+            interpretation=predicted.interpretation,
             **fields,
         )
 

@@ -10,13 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from gradrun.cli.console import command_output
-from gradrun.cli.options import Debug, JsonFile, Quiet, Sets
+from gradrun.cli.options import Debug, JsonFile, Quiet, Sets, Trust
 from gradrun.core.errors import ConfigError, GradrunError
 
 
 def validate(
     configs: Annotated[list[Path], typer.Argument(help="YAML files to validate.")],
     sets: Sets = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Open model and data, and state how they are interpreted."),
+    ] = False,
+    trust_code: Trust = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -29,9 +34,19 @@ def validate(
         problems: list[str] = []
         for path in configs:
             try:
-                config = load_config(path, sets or []).config
-                validated[str(path)] = {"valid": True, "config": config.model_dump(mode="json")}
-                out.print(f"{path}: valid (weights and shapes are checked by infer)")
+                loaded = load_config(path, sets or [])
+                entry = {"valid": True, "config": loaded.config.model_dump(mode="json")}
+                if explain:
+                    from gradrun.inference.interpretation import explain as interpret
+
+                    statements = interpret(loaded, trust_code=trust_code)
+                    entry["interpretation"] = [s.as_dict() for s in statements]
+                    out.print(f"{path}: valid")
+                    for statement in statements:
+                        out.print(f"  {statement.topic}: {statement.text}")
+                else:
+                    out.print(f"{path}: valid (weights and shapes are checked by infer)")
+                validated[str(path)] = entry
             except ConfigError as error:
                 validated[str(path)] = {"valid": False, "error": str(error)}
                 problems.append(str(error))

@@ -23,6 +23,7 @@ from gradrun.core.suggest import suggest
 from gradrun.data.batch import Batch
 from gradrun.data.image_transforms import ImageTransform, Pixels, image_transform
 from gradrun.data.source import BatchSource, InputBatcher, class_number, missing_labels
+from gradrun.results.result import Statement
 
 _FORMATS = {
     "PNG": (".png",),
@@ -98,6 +99,9 @@ class _Images:
                 wanted = 1 + _BATCHES_AHEAD
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def statements(self) -> Iterator[Statement]:
+        yield from ()
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:

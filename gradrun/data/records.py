@@ -27,6 +27,7 @@ from gradrun.data.source import (
     class_number,
     missing_labels,
 )
+from gradrun.results.result import Statement
 
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER = 256 * 1024
@@ -71,6 +72,9 @@ class _Records:
                 if len(rows) < min(self.batch_size, self.samples - first):
                     raise ConfigError(f"{self.path} became shorter while it was read", "data.path")
                 yield self._batch(rows, range(first, first + len(rows)))
+
+    def statements(self) -> Iterator[Statement]:
+        yield from ()
 
     def labels(self) -> Iterator[torch.Tensor]:
         with closing(self._records()) as records:

@@ -12,7 +12,7 @@ import torch
 from gradrun.config.data import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
-from gradrun.results.result import Padding
+from gradrun.results.result import Padding, Statement
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes of a file that are read and converted at once; bounds the growth of the resident set."""
@@ -28,6 +28,9 @@ class BatchSource(Protocol):
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the batches from sample `start` on, in order; the last may be shorter."""
+
+    def statements(self) -> Iterator[Statement]:
+        """Yield the interpretations of the data, with the counts of the batches read so far."""
 
 
 @runtime_checkable
@@ -136,6 +139,9 @@ class ChunkedSource:
             raise ConfigError(
                 f"there are {labels.samples:,} labels for {self.samples:,} samples", "data.labels"
             )
+
+    def statements(self) -> Iterator[Statement]:
+        yield from ()
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self._labels is None:

@@ -21,7 +21,7 @@ from gradrun.core.suggest import suggest
 from gradrun.data.batch import Batch
 from gradrun.data.records import READERS, read_labels
 from gradrun.data.source import BatchSource, InputBatcher
-from gradrun.results.result import Padding
+from gradrun.results.result import Padding, Statement
 
 CHUNK_BATCHES = 16
 """Batches that are tokenized, and ordered by length, together."""
@@ -103,6 +103,9 @@ class Texts:
         if first not in self._orders:
             next(self.batches(first))
         return [first + position for position in self._orders[first][start - first : stop - first]]
+
+    def statements(self) -> Iterator[Statement]:
+        yield from ()
 
     def labels(self) -> Iterator[torch.Tensor]:
         path = self.config.path

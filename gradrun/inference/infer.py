@@ -22,12 +22,14 @@ from gradrun.data import open_data
 from gradrun.data.source import HasFileList
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
+from gradrun.inference.interpretation import interpret
 from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import PreparedRun, Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
-from gradrun.models import class_names, load_model
+from gradrun.models import load_model
+from gradrun.models.loaded import LoadedModel
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
@@ -46,8 +48,9 @@ class RunPlan:
 
     folder: RunFolder
     header: JournalHeader
+    model: LoadedModel
     runner: Runner
-    """The model, data source, config and device."""
+    """The module, data source, config and device."""
     started_at: str
     load_seconds: float
     open_seconds: float
@@ -105,8 +108,7 @@ def infer(
             return plan.finished
         runner = plan.runner
         prepared = runner.prepare()
-        classes = class_names(runner.model)
-        metrics = prepare_metrics(config, runner.data, prepared.outputs, classes)
+        metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
         if plan.finished:
             return _replace_metrics(plan.finished, config, metrics, plan.folder)
         # Before the lock creates the folder: a format may need a library that is missing.
@@ -146,7 +148,8 @@ def plan_run(
     return RunPlan(
         folder=folder,
         header=header,
-        runner=Runner(model, data, config, device),
+        model=model,
+        runner=Runner(model.module, data, config, device),
         started_at=started_at,
         load_seconds=loaded - started,
         open_seconds=opened - loaded,
@@ -223,6 +226,7 @@ def build_result(
         predictions=writer.written,
         quarantined=quarantined,
         resumed_at=timed.start,
+        interpretation=interpret(plan.model, runner.data, runner.config),
         warnings=tuple(warnings),
     )
     return result if timed.stopped else _add_metrics(result, metrics, plan.folder)
@@ -255,8 +259,7 @@ def save(
 
 def _create_writer(plan: RunPlan) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
-    classes = class_names(plan.runner.model)
-    writer = open_writer(output, data.samples, commit_unit(data), classes)
+    writer = open_writer(output, data.samples, commit_unit(data), plan.model.classes)
     return restore_input_order(writer, data)
 
 

@@ -20,9 +20,10 @@ from gradrun.models import (
     torchvision,
     zoo,
 )
+from gradrun.models.loaded import LoadedModel
 from gradrun.models.weights import load_weights
 
-SOURCES: dict[str, Callable[..., nn.Module]] = {
+SOURCES: dict[str, Callable[..., LoadedModel]] = {
     "zoo": zoo.open_model,
     "layers": layers.open_model,
     "python": python.open_model,
@@ -32,20 +33,24 @@ SOURCES: dict[str, Callable[..., nn.Module]] = {
     "timm": timm.open_model,
     "torchvision": torchvision.open_model,
 }
-"""source -> loader: (config section, *, trust_code: bool) -> the module, on the CPU."""
+"""source -> loader: (config section, *, trust_code: bool) -> the model, on the CPU."""
 
 
-def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = False) -> nn.Module:
-    """Load the module of a config onto `device`, ready to be called.
+def load_model(
+    config: ModelConfig, device: torch.device, *, trust_code: bool = False
+) -> LoadedModel:
+    """Load the model of a config onto `device`, ready to be called.
 
     Weights that no file provides are drawn from torch's default generator; the caller seeds it.
 
     Raises:
         ConfigError: the module cannot be built, needs trust, or its weights do not fit.
     """
-    module = SOURCES[config.source](config, trust_code=trust_code)
+    model = SOURCES[config.source](config, trust_code=trust_code)
+    module = model.module
     if isinstance(config, WeightedModel) and config.weights:
         load_weights(module, config.weights, config.weights_key)
+        model = model.replace(weights=str(config.weights))
     try:
         if isinstance(config, EagerModel):
             module.train(config.training)
@@ -60,12 +65,18 @@ def load_model(config: ModelConfig, device: torch.device, *, trust_code: bool = 
             f"config: {first_line(error)}",
             "model",
         ) from error
-    return _compiled(module) if config.compile else module
+    return model.replace(
+        module=_compiled(module) if config.compile else module,
+        classes=model.classes or _class_names(module),
+    )
 
 
-def class_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's classes in order, or () if its source provides none."""
-    return tuple(getattr(model, "class_names", ()))
+def _class_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the attribute class_names of a module if it is a list of names, else ()."""
+    names = getattr(module, "class_names", None)
+    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return ()
 
 
 def _compiled(module: nn.Module) -> nn.Module:

@@ -10,9 +10,10 @@ from torch import nn
 from gradrun.config.model import ExportedModel
 from gradrun.core.errors import ConfigError
 from gradrun.models.imports import require_trust
+from gradrun.models.loaded import LoadedModel
 
 
-def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: ExportedModel, *, trust_code: bool) -> LoadedModel:
     """Load the program as a module; see ExportedProgram."""
     require_trust(trust_code, f"{config.path} contains an exported program", "model.path")
     try:
@@ -25,7 +26,8 @@ def open_model(config: ExportedModel, *, trust_code: bool) -> nn.Module:
             "model.path",
         ) from error
     smallest, largest = _batch_sizes(program)
-    return ExportedProgram(program.module(), _positional_names(program), smallest, largest)
+    module = ExportedProgram(program.module(), _positional_names(program), smallest, largest)
+    return LoadedModel(module, weights=str(config.path))
 
 
 def _positional_names(program: torch.export.ExportedProgram) -> tuple[str, ...] | None:

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-
 from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
+from gradrun.models.loaded import LoadedModel
 
 _KEY = "model.path"
 _MAX_LISTED = 4
 
 
-def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
     """Load the model with the head that `auto_class` names.
 
     Without trust, code and pickles in the folder are refused.
@@ -45,10 +44,10 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> nn.Module:
         )
     if not config.random_weights:
         _check_weights(config, sorted(report["missing_keys"]))
-    model.class_names = _class_names(model.config) if "Classification" in config.auto_class else ()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a single forward pass does not reuse a cache
-    return model  # type: ignore[no-any-return]
+    classes = _class_names(model.config) if "Classification" in config.auto_class else ()
+    return LoadedModel(model, weights=str(config.path), classes=classes)
 
 
 def _class_names(model_config: Any) -> tuple[str, ...]:

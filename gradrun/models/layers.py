@@ -12,6 +12,7 @@ from gradrun.config.model import LayersModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.suggest import did_you_mean
 from gradrun.core.units import format_bytes
+from gradrun.models.loaded import LoadedModel
 
 _LAYERS = {
     name: kind
@@ -20,7 +21,7 @@ _LAYERS = {
 }
 
 
-def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: LayersModel, *, trust_code: bool) -> LoadedModel:
     """Build an nn.Sequential of the layers.
 
     Raises:
@@ -37,7 +38,7 @@ def open_model(config: LayersModel, *, trust_code: bool) -> nn.Module:
             "memory is free; make them smaller",
             "model.layers",
         )
-    return _build(config)
+    return LoadedModel(_build(config))
 
 
 def _build(config: LayersModel) -> nn.Sequential:

@@ -13,11 +13,12 @@ from gradrun.config.model import PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.models.imports import describe_user_error, import_file, imports_from, require_trust
+from gradrun.models.loaded import LoadedModel
 
 _KEY = "model.target"
 
 
-def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
     """Import the target and return it, or the module that it returns for model.args."""
     require_trust(trust_code, f"{config.target} is Python code", _KEY)
     location, _, name = config.target.rpartition(":")
@@ -33,7 +34,10 @@ def open_model(config: PythonModel, *, trust_code: bool) -> nn.Module:
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
         raise ConfigError(f"{location} has no {name!r}; {suggest(name, public)}", _KEY)
-    return build_module(getattr(module, name), config.args, config.target)
+    return LoadedModel(
+        build_module(getattr(module, name), config.args, config.target),
+        weights=f"set by {config.target}",
+    )
 
 
 def build_module(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:

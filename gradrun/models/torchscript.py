@@ -10,9 +10,10 @@ from torch import nn
 from gradrun.config.model import TorchScriptModel
 from gradrun.core.errors import ConfigError
 from gradrun.models.imports import require_trust
+from gradrun.models.loaded import LoadedModel
 
 
-def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: TorchScriptModel, *, trust_code: bool) -> LoadedModel:
     """Load the scripted or traced module onto the CPU."""
     require_trust(trust_code, f"{config.path} contains a TorchScript program", "model.path")
     try:
@@ -26,4 +27,4 @@ def open_model(config: TorchScriptModel, *, trust_code: bool) -> nn.Module:
             "save it with torch.jit.save (source: exported reads .pt2 files of torch.export)",
             "model.path",
         ) from error
-    return module
+    return LoadedModel(module, weights=str(config.path))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from gradrun.config.model import ZooModel
 from gradrun.core.resources import bundled
 from gradrun.models.imports import import_file
+from gradrun.models.loaded import LoadedModel
 from gradrun.models.python import build_module
 from gradrun.models.weights import load_weights
 
 
-def open_model(config: ZooModel, *, trust_code: bool) -> nn.Module:
+def open_model(config: ZooModel, *, trust_code: bool) -> LoadedModel:
     """Build the network and load its trained weights, unless the config names other weights."""
     folder = bundled("models")
     network = import_file(folder / f"{config.name}.py").build
@@ -19,4 +18,5 @@ def open_model(config: ZooModel, *, trust_code: bool) -> nn.Module:
     trained = folder / f"{config.name}.safetensors"
     if trained.exists() and not config.weights:
         load_weights(module, trained, None)
-    return module
+        return LoadedModel(module, weights=trained.name)
+    return LoadedModel(module)

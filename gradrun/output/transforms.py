@@ -16,6 +16,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.missing import MISSING_CLASS, is_finite
+from gradrun.results.result import Statement
 
 Outputs = dict[str, torch.Tensor]
 """Output name to a tensor [n, ...] on the CPU without a gradient."""
@@ -127,6 +128,12 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
             "output.select",
             "output.select",
         )
+
+
+def statements(config: OutputSection) -> Iterator[Statement]:
+    """Yield the interpretations of the model's outputs."""
+    if config.transform != ("none",):
+        yield Statement(topic="outputs", text=" then ".join(config.transform))
 
 
 # --- transforms --------------------------------------------------------------------------------

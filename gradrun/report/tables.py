@@ -32,6 +32,7 @@ from gradrun.results.result import (
     Metric,
     ModeFacts,
     Padding,
+    Statement,
 )
 from gradrun.results.summary import errors_in, ratio_digits
 
@@ -91,13 +92,22 @@ def build_tables(result: AnyResult) -> tuple[Table, ...]:
     match result:
         case InferResult():
             measured = result.measurements[0]
-            tables = (timing(measured), peak_memory(measured.memory), metrics(result.metrics))
+            tables = (
+                timing(measured),
+                peak_memory(measured.memory),
+                metrics(result.metrics),
+                interpretation(result.interpretation),
+            )
         case CompareResult():
             tables = (ratios(result), variant_memory(result))
         case AuditResult():
             tables = (mode_safety(result), saved_for_backward(result))
         case CheckResult():
-            tables = (outcomes(result), metrics(result.metrics))
+            tables = (
+                outcomes(result),
+                metrics(result.metrics),
+                interpretation(result.interpretation),
+            )
     return tuple(table for table in tables if table.rows)
 
 
@@ -204,6 +214,12 @@ def _score(value: float) -> str:
     if not math.isfinite(value):
         return DASH
     return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
+
+
+def interpretation(statements: Sequence[Statement]) -> Table:
+    """What the run took for granted: weights, preprocessing, classes, order."""
+    rows = [(statement.topic, statement.text) for statement in statements]
+    return Table("Interpretation", (Column(kind="text"),), tuple(rows), full_width=True)
 
 
 # --- compare -----------------------------------------------------------------------------------

@@ -170,6 +170,14 @@ class Warning(Record, frozen=True, kw_only=True):
     text: str
 
 
+class Statement(Record, frozen=True, kw_only=True):
+    """One interpretation that changes predictions, such as the source of the weights."""
+
+    topic: str
+    """What is interpreted: weights, preprocessing, tokenizer, classes, labels, order, ..."""
+    text: str
+
+
 # --- conclusions -------------------------------------------------------------------------------
 
 
@@ -403,6 +411,7 @@ class InferResult(RunResult, frozen=True, kw_only=True, tag="infer"):
     """In the order of the config."""
     resumed_at: Count = 0
     """Samples predicted by earlier runs that this one resumed."""
+    interpretation: tuple[Statement, ...] = ()
 
 
 class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
@@ -435,6 +444,7 @@ class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
     predictions: Count | None = None
     quarantined: Count = 0
     metrics: tuple[Metric, ...] = ()
+    interpretation: tuple[Statement, ...] = ()
     outputs: tuple[Output, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     """In the order of the config."""

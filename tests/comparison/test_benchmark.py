@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from gradrun.models.loaded import LoadedModel
 from gradrun.comparison import benchmark
 from gradrun.comparison.protocol import Job, Marker, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
@@ -103,7 +104,7 @@ class Bench:
     before: Callable[[Call], None] = lambda call: None
     models: list[nn.Module] = field(default_factory=list)
 
-    def load(self, *_: Any, **__: Any) -> nn.Module:
+    def load(self, *_: Any, **__: Any) -> LoadedModel:
         bench = self
 
         class Model(nn.Module):
@@ -120,7 +121,7 @@ class Bench:
                 return x + 1.0
 
         self.models.append(Model())
-        return self.models[-1]
+        return LoadedModel(self.models[-1])
 
     def blocks(self, count: int, rounds: int, sides: int = 3) -> list[list[Call]]:
         """Find the calls of the timed rounds, block by block."""

@@ -146,7 +146,7 @@ def test_dtype_and_attention_are_applied(folder: Path) -> None:
     from gradrun.models import load_model
 
     asked = config(folder, Path("/tmp/out"), dtype="bfloat16", attention="eager")
-    model: Any = load_model(load_config(asked).config.model, torch.device("cpu"))
+    model: Any = load_model(load_config(asked).config.model, torch.device("cpu")).module
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.config._attn_implementation == "eager"
     assert not model.training

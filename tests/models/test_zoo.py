@@ -21,7 +21,7 @@ CONFIGS = MODELS.parent / "configs"
 
 
 def zoo(name: str, **keys: Any) -> nn.Module:
-    return load_model(ZooModel(source="zoo", name=name, **keys), torch.device("cpu"))
+    return load_model(ZooModel(source="zoo", name=name, **keys), torch.device("cpu")).module
 
 
 def parameters(module: nn.Module) -> int:

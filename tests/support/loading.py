@@ -20,7 +20,7 @@ X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 def load(source: str, *, trust_code: bool = False, **keys: Any) -> nn.Module:
     config = {"source": source, **keys}
     parsed: Any = TypeAdapter(ModelConfig).validate_json(json.dumps(config, default=str))
-    return load_model(parsed, torch.device("cpu"), trust_code=trust_code)
+    return load_model(parsed, torch.device("cpu"), trust_code=trust_code).module
 
 
 def load_error(source: str, *, trust_code: bool = False, **keys: Any) -> ConfigError:

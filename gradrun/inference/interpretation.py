@@ -1,0 +1,44 @@
+"""State every interpretation of model, data and outputs that changes predictions."""
+
+from __future__ import annotations
+
+import torch
+
+from gradrun.config.load import LoadedConfig, is_trusted
+from gradrun.config.schema import RunConfig
+from gradrun.core.units import pluralize
+from gradrun.data import open_data
+from gradrun.data.source import BatchSource
+from gradrun.inference.device import device_context
+from gradrun.models import load_model
+from gradrun.models.loaded import LoadedModel
+from gradrun.output import transforms
+from gradrun.results.result import Statement
+
+
+def interpret(model: LoadedModel, data: BatchSource, config: RunConfig) -> tuple[Statement, ...]:
+    """Return the statements of all parts of a run, in the order of the data flow.
+
+    Each part states its own interpretations; call this after the run, so that counts such as the
+    number of truncated texts are complete.
+    """
+    threads = Statement(topic="threads", text=pluralize(torch.get_num_threads(), "thread"))
+    return (
+        *model.statements(config.run.seed),
+        *data.statements(),
+        *transforms.statements(config.output),
+        threads,
+    )
+
+
+def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statement, ...]:
+    """Open the model and the data of a config, and return the statements of all parts.
+
+    Raises:
+        ConfigError: the model or the data cannot be opened.
+    """
+    config = loaded.config
+    with loaded.error_locations(), device_context(config.run) as device:
+        model = load_model(config.model, device, trust_code=is_trusted(trust_code))
+        data = open_data(config.data, seed=config.run.seed, model=config.model)
+        return interpret(model, data, config)
