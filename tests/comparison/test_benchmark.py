@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradrun.models.loaded import LoadedModel
 from gradrun.comparison import benchmark
 from gradrun.comparison.protocol import Job, Marker, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
+from gradrun.models.loaded import LoadedModel
 from tests.support.workers import keep_gc_unfrozen
 
 MODES = ("grad", "no_grad", "inference_mode")
