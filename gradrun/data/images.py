@@ -81,8 +81,8 @@ class _Images:
             raise ConfigError(f"{self.config.path} contains no images", "data.path")
         raise ConfigError(f"no image can be read; the last error: {last}", "data.path") from last
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        firsts = iter(range(start, self.samples, self.batch_size))
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        firsts = iter(range(start, self.samples if stop is None else stop, self.batch_size))
         ahead: deque[_Decoding] = deque()
         wanted = 1  # often only the first batch is read, for example after an error
         pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")

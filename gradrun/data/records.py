@@ -64,10 +64,11 @@ class _Records:
                 self.sample_bytes = sum(tensor.nbytes for tensor in sample.tensors())
                 self.samples = 1 + sum(1 for _ in records)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        end = self.samples if stop is None else stop
         with closing(self._records()) as records:
             remaining = itertools.islice(records, start, None)
-            for first in range(start, self.samples, self.batch_size):
+            for first in range(start, end, self.batch_size):
                 rows = list(itertools.islice(remaining, self.batch_size))
                 if len(rows) < min(self.batch_size, self.samples - first):
                     raise ConfigError(f"{self.path} became shorter while it was read", "data.path")

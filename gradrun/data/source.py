@@ -19,15 +19,21 @@ CHUNK_BYTES = 1024 * 1024
 
 
 class BatchSource(Protocol):
-    """A lazy sequence of batches that can be iterated again, from any sample."""
+    """A lazy sequence of batches of which any range can be read again."""
 
     samples: int
     batch_size: int
     sample_bytes: int
     """Size of one sample in memory, over all inputs."""
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches from sample `start` on, in order; the last may be shorter."""
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """Yield the batches of samples `start` to `stop`, in order; the last may be shorter.
+
+        Args:
+            start: the first sample.
+            stop: the end of the last batch: a whole number of batches after `start`, or the number
+                of samples; default: the number of samples.
+        """
 
     def statements(self) -> Iterator[Statement]:
         """Yield the interpretations of the data, with the counts of the batches read so far."""
@@ -150,21 +156,22 @@ class ChunkedSource:
         for start in range(0, self.samples, step):
             yield self._labels.chunk(start, min(start + step, self.samples))
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        end = self.samples if stop is None else stop
         batch_bytes = max(1, self.batch_size * self.sample_bytes)
         step = max(1, CHUNK_BYTES // batch_bytes) * self.batch_size
         names, positional = list(self.readers), self._batcher.positional
-        for first in range(start, self.samples, step):
-            stop = min(first + step, self.samples)
+        for first in range(start, end, step):
+            last = min(first + step, end)
             chunks = [
-                torch.split(reader.chunk(first, stop), self.batch_size)
+                torch.split(reader.chunk(first, last), self.batch_size)
                 for reader in self.readers.values()
             ]
             # Without InputBatcher, which would cost as much as the rest of this loop.
             for begin, tensors in zip(
-                range(first, stop, self.batch_size), zip(*chunks, strict=True), strict=True
+                range(first, last, self.batch_size), zip(*chunks, strict=True), strict=True
             ):
-                ids = range(begin, min(begin + self.batch_size, stop))
+                ids = range(begin, min(begin + self.batch_size, last))
                 if positional:
                     yield Batch(tensors, {}, len(ids), ids)
                 else:

@@ -83,11 +83,12 @@ class Texts:
         else:
             self.grouped = config.group_by_length and config.padding == "longest"
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        end = self.samples if stop is None else stop
         first_chunk = start - start % self.chunk_size
         with closing(self._texts()) as texts:
             remaining = itertools.islice(texts, first_chunk, None)
-            for first in range(first_chunk, self.samples, self.chunk_size):
+            for first in range(first_chunk, end, self.chunk_size):
                 rows = list(itertools.islice(remaining, self.chunk_size))
                 if len(rows) < min(self.chunk_size, self.samples - first):
                     raise ConfigError(
@@ -95,7 +96,8 @@ class Texts:
                     )
                 chunk = self._tokenize(rows)
                 self._remember(first, chunk)
-                for begin in range(max(start - first, 0), len(rows), self.batch_size):
+                last = min(len(rows), end - first)
+                for begin in range(max(start - first, 0), last, self.batch_size):
                     yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:

@@ -26,7 +26,7 @@ class Source:
         self.read = 0
         self.readers: set[str] = set()
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         for i in range(start, self.count):
             time.sleep(self.seconds)
             self.readers.add(threading.current_thread().name)

@@ -66,7 +66,7 @@ class Numbers:
     def __post_init__(self) -> None:
         self.rows = torch.arange(float(self.samples)).unsqueeze(1)
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         for first in range(start, self.samples, self.batch_size):
             rows = self.rows[first : first + self.batch_size]
             self.reading()
