@@ -32,7 +32,15 @@ def _unwrap_single(transforms: tuple[str, ...]) -> str | list[str]:
 
 
 Transform = Literal[
-    "none", "softmax", "argmax", "classify", "topk", "mean_pool", "cls", "normalize"
+    "none",
+    "softmax",
+    "argmax",
+    "classify",
+    "topk",
+    "mean_pool",
+    "cls",
+    "last_token",
+    "normalize",
 ]
 OutputName = Annotated[str, AfterValidator(_check_output_name)]
 

@@ -27,6 +27,8 @@ _SAFE_NAME = re.compile(r"\w[\w.-]*")
 Inputs = Mapping[str, torch.Tensor]
 """Keyword inputs of the model; some transforms need the attention_mask."""
 
+_NARROW = {torch.float16, torch.bfloat16}
+
 _Named = list[tuple[str, torch.Tensor]]
 _Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
 
@@ -162,21 +164,34 @@ def _most_likely(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """Scale to length 1, for cosine similarity."""
+    """Scale to length 1, for cosine similarity; in float32 for narrower types."""
     dim = _class_dim("normalize", name, tensor, config)
-    return [(name, nn.functional.normalize(tensor, dim=dim))]
+    return [(name, nn.functional.normalize(_widened(tensor), dim=dim))]
 
 
 def _mean_pool(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """Mean over the tokens without padding: [n, tokens, width] to [n, width]."""
-    mask = _mask("mean_pool", name, tensor, inputs).unsqueeze(-1).to(tensor.dtype)
-    return [(name, (tensor * mask).sum(1) / mask.sum(1).clamp(min=1))]
+    """Mean over the tokens without padding, [n, tokens, width] to [n, width]; at least float32."""
+    tokens = _widened(tensor)
+    mask = _mask("mean_pool", name, tensor, inputs).unsqueeze(-1).to(tokens.dtype)
+    return [(name, (tokens * mask).sum(1) / mask.sum(1).clamp(min=1))]
 
 
 def _cls(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """The first token after any padding: [n, tokens, width] to [n, width]."""
     first = _mask("cls", name, tensor, inputs).argmax(1)
     return [(name, tensor[torch.arange(len(tensor), device=tensor.device), first])]
+
+
+def _last_token(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+    """The last token before any padding: [n, tokens, width] to [n, width]."""
+    mask = _mask("last_token", name, tensor, inputs)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return [(name, tensor[torch.arange(len(tensor), device=tensor.device), last])]
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    """float16 and bfloat16 as float32: a sum of hundreds of terms would lose their last digits."""
+    return tensor.float() if tensor.dtype in _NARROW else tensor
 
 
 def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -228,5 +243,6 @@ _TRANSFORMS: dict[str, _Transform] = {
     "topk": _topk,
     "mean_pool": _mean_pool,
     "cls": _cls,
+    "last_token": _last_token,
     "normalize": _normalize,
 }

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,6 +220,23 @@ def test_cls_takes_the_first_token_after_any_padding() -> None:
     assert torch.equal(outputs, torch.stack(expected))
 
 
+def test_last_token_takes_the_last_token_before_any_padding() -> None:
+    expected = torch.stack([row[n - 1] for row, n in zip(STATES, LENGTHS, strict=True)])
+    assert torch.equal(of_tokens(STATES, MASK, "last_token"), expected)
+    assert torch.equal(of_tokens(STATES, MASK.flip(1), "last_token"), STATES[:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_tokens_are_pooled_and_normalized_in_float32(dtype: torch.dtype) -> None:
+    states = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
+    read = output_selector(OutputSection(path=Path("x"), transform=("mean_pool", "normalize")))
+    outputs = read(states, 2, {"attention_mask": torch.ones(2, 400)})[DEFAULT_OUTPUT]
+    assert outputs.dtype == torch.float32
+    mean = states.double().numpy().mean(1)
+    expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    assert np.abs(outputs.numpy() - expected).max() < 1e-6
+
+
 def test_transforms_are_applied_in_order() -> None:
     outputs = of_tokens(STATES, MASK, "mean_pool", "normalize")
     assert torch.allclose(outputs.norm(dim=1), torch.ones(SIZE))
@@ -231,7 +249,7 @@ def test_transforms_are_applied_in_order() -> None:
     )
 
 
-@pytest.mark.parametrize("word", ["mean_pool", "cls"])
+@pytest.mark.parametrize("word", ["mean_pool", "cls", "last_token"])
 def test_pooling_without_a_mask_or_tokens_is_an_error(word: str) -> None:
     error = refused(STATES, transform=(word,))
     assert "attention_mask" in str(error)
