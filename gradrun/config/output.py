@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import OutputPath, Section, Size
@@ -34,15 +34,23 @@ def _unwrap_single(transforms: tuple[str, ...]) -> str | list[str]:
 Transform = Literal[
     "none",
     "softmax",
+    "sigmoid",
     "argmax",
     "classify",
     "topk",
+    "threshold",
+    "uint8",
     "mean_pool",
     "cls",
     "last_token",
     "normalize",
 ]
 OutputName = Annotated[str, AfterValidator(_check_output_name)]
+Transforms = Annotated[
+    tuple[Transform, ...],
+    BeforeValidator(_as_tuple, json_schema_input_type=Transform | tuple[Transform, ...]),
+    PlainSerializer(_unwrap_single),
+]
 
 
 class OutputSection(Section):
@@ -54,10 +62,41 @@ class OutputSection(Section):
         tuple[OutputName, ...],
         BeforeValidator(_as_tuple, json_schema_input_type=str | int | tuple[str | int, ...]),
     ] = Field((), description="names or positions of the outputs to write; default: all")
-    transform: Annotated[
-        tuple[Transform, ...],
-        BeforeValidator(_as_tuple, json_schema_input_type=Transform | tuple[Transform, ...]),
-        PlainSerializer(_unwrap_single),
-    ] = Field(("none",), description="one or several, applied in order: [mean_pool, normalize]")
-    dim: int = Field(-1, description="dimension of the classes; default: the last")
+    name: OutputName | None = Field(
+        None, description="name of the written output, if there is one; default: prediction"
+    )
+    transform: Transforms | dict[OutputName, Transforms] = Field(
+        ("none",),
+        description="one or several, applied in order: [mean_pool, normalize]; or a map from "
+        "outputs to transforms: {sentiment: softmax, topic: topk}",
+    )
+    dim: int | None = Field(
+        None,
+        description="dimension of the classes; default: 1 for outputs with four or more dimensions "
+        "(images: [n, classes, height, width]), else the last",
+    )
     k: Size = Field(5, description="topk: number of classes")
+    threshold: float | None = Field(
+        None,
+        description="threshold: values above it become 1, others 0; default: 0.5 after sigmoid",
+    )
+
+    def transforms_of(self, name: str) -> tuple[Transform, ...]:
+        """Return the transforms of the output with this name, without `none`."""
+        steps = self.transform
+        if isinstance(steps, dict):
+            steps = steps.get(name, ())
+        return tuple(step for step in steps if step != "none")
+
+    @model_validator(mode="after")
+    def _check_threshold(self) -> OutputSection:
+        every = self.transform.values() if isinstance(self.transform, dict) else [self.transform]
+        for steps in every:
+            used = "threshold" in steps
+            if used and self.threshold is None and "sigmoid" not in steps:
+                raise PydanticCustomError(
+                    "threshold",
+                    "the transform threshold needs output.threshold: 0.5 for probabilities, 0 for "
+                    "logits; after sigmoid it is 0.5 by default",
+                )
+        return self

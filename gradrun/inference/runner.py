@@ -371,9 +371,8 @@ class Runner:
         except GradrunError:
             raise
         except Exception as error:  # torch raises many types
-            transforms = ", ".join(self.config.output.transform)
             raise ConfigError(
-                f"{transforms} cannot be applied to this output: {first_line(error)}",
+                f"the transforms cannot be applied to this output: {first_line(error)}",
                 "output.transform",
             ) from error
 

@@ -16,20 +16,23 @@ class ClassLabels:
     """Names the label columns of text and table formats, and the classes in them."""
 
     def __init__(self, config: OutputSection | None = None, classes: Sequence[str] = ()) -> None:
-        # Numbers over another dimension than the last may count something other than classes.
-        has_classes = config is not None and config.dim == -1 and bool(classes)
-        self.transform = config.transform[-1] if config and has_classes else ""
-        self.classes = classes
+        self.config, self.classes = config, classes
 
     def columns(self, names: Iterable[str]) -> dict[str, str]:
         """Map each output of class numbers to the name of its label column."""
-        if self.transform == "argmax":
-            return {name: "label" if name == DEFAULT_OUTPUT else f"{name}.label" for name in names}
-        for word, suffix, label in (("topk", "indices", "labels"), ("classify", "class", "label")):
-            if self.transform == word:
-                outputs = [name for name in names if name.endswith(suffix)]
-                return {name: f"{name.removesuffix(suffix)}{label}" for name in outputs}
-        return {}
+        labels = {name: self._label_of(name) for name in names}
+        return {name: label for name, label in labels.items() if label}
+
+    def _label_of(self, name: str) -> str:
+        if self.config is None or not self.classes:
+            return ""
+        output, _, suffix = name.rpartition(".")
+        for step, ending, label in (("topk", "indices", "labels"), ("classify", "class", "label")):
+            if suffix == ending and step in self.config.transforms_of(output or DEFAULT_OUTPUT):
+                return f"{output}.{label}".removeprefix(".")
+        if "argmax" in self.config.transforms_of(name):
+            return "label" if name == DEFAULT_OUTPUT else f"{name}.label"
+        return ""
 
     def names_of(self, numbers: Any) -> Any:
         """Class names for a nested list of numbers.

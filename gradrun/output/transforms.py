@@ -27,7 +27,6 @@ _SAFE_NAME = re.compile(r"\w[\w.-]*")
 Inputs = Mapping[str, torch.Tensor]
 """Keyword inputs of the model; some transforms need the attention_mask."""
 
-_NARROW = {torch.float16, torch.bfloat16}
 
 _Named = list[tuple[str, torch.Tensor]]
 _Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
@@ -38,24 +37,30 @@ def output_selector(config: OutputSection) -> Callable[..., Outputs]:
 
     It raises ConfigError if a selected output is missing or lacks one row per sample.
     """
-    steps = [_TRANSFORMS[name] for name in config.transform if name != "none"]
 
     def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        outputs = _select(returned, config.select)
-        for name, tensor in outputs:
-            _check_rows(name, tensor, size)
-        for step in steps:
-            outputs = [new for output in outputs for new in step(*output, config, inputs)]
-        return {name: _to_cpu(tensor) for name, tensor in outputs}
+        outputs: Outputs = {}
+        for source, name, tensor in select_outputs(returned, config):
+            _check_rows(source, tensor, size)
+            transformed = [(name, tensor)]
+            for step in config.transforms_of(source):
+                transformed = [
+                    new
+                    for output in transformed
+                    for new in _TRANSFORMS[step](*output, config, inputs)
+                ]
+            outputs |= {final: _to_cpu(value) for final, value in transformed}
+        return outputs
 
     def select_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        # The most common case; the lists above would add noticeable time per batch.
+        # The most common case; the loops above would add noticeable time per batch.
         if not isinstance(returned, torch.Tensor):
             return select_all(returned, size, inputs)
         _check_rows(DEFAULT_OUTPUT, returned, size)
         return {DEFAULT_OUTPUT: _to_cpu(returned)}
 
-    return select_all if config.select or steps else select_one
+    changed = config.select or config.name or config.transform != ("none",)
+    return select_all if changed else select_one
 
 
 def _to_cpu(value: torch.Tensor) -> torch.Tensor:
@@ -67,9 +72,34 @@ def _to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value if value.is_cpu else value.cpu()
 
 
-def _select(returned: Any, wanted: tuple[str, ...]) -> _Named:
-    if isinstance(returned, torch.Tensor) and not wanted:
-        return [(DEFAULT_OUTPUT, returned)]
+def select_outputs(returned: Any, config: OutputSection) -> list[tuple[str, str, torch.Tensor]]:
+    """Return (the model's name, the written name, tensor) of each selected output.
+
+    Raises:
+        ConfigError: the model returned no tensors, or none with a name in the config.
+    """
+    if isinstance(returned, torch.Tensor) and not config.select:
+        selected = [(DEFAULT_OUTPUT, returned)]
+    else:
+        selected = _named_outputs(returned, config.select)
+    names = [name for name, _ in selected]
+    if isinstance(config.transform, dict):
+        for name in config.transform:
+            if name not in names:
+                hint = suggest(name, names)
+                raise ConfigError(f"no output {name!r} is selected; {hint}", "output.transform")
+    if len(selected) == 1:
+        return [(names[0], config.name or DEFAULT_OUTPUT, selected[0][1])]
+    if config.name:
+        raise ConfigError(
+            f"output.name names one output, and there are {len(names)}: {', '.join(names)}; choose "
+            "one with output.select",
+            "output.name",
+        )
+    return [(name, name, tensor) for name, tensor in selected]
+
+
+def _named_outputs(returned: Any, wanted: tuple[str, ...]) -> _Named:
     named = list(iter_tensors(returned))
     outputs = dict(named)
     if not outputs:
@@ -94,7 +124,7 @@ def _select(returned: Any, wanted: tuple[str, ...]) -> _Named:
             "other outputs",
             "output.select",
         )
-    return selected if len(selected) > 1 else [(DEFAULT_OUTPUT, selected[0][1])]
+    return selected
 
 
 def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,29 +162,84 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
         )
 
 
-def statements(config: OutputSection) -> Iterator[Statement]:
-    """Yield the interpretations of the model's outputs."""
-    if config.transform != ("none",):
-        yield Statement(topic="outputs", text=" then ".join(config.transform))
+def statements(
+    config: OutputSection, returned: Any = None, inputs: Inputs = _NO_INPUTS
+) -> Iterator[Statement]:
+    """Yield the interpretations of the model's outputs.
+
+    Args:
+        config: the output section.
+        returned: outputs of the model for a batch, to state shapes; None if there are none yet.
+        inputs: keyword inputs of the same batch.
+    """
+    if config.transform == ("none",):
+        return
+    if returned is None:
+        every = config.transform if isinstance(config.transform, dict) else {"": config.transform}
+        for name, steps in every.items():
+            yield Statement(topic=f"output {name}".rstrip(), text=", ".join(steps))
+        return
+    outputs = select_outputs(returned, config)
+    for source, _, tensor in outputs:
+        topic = "output" if len(outputs) == 1 else f"output {source}"
+        yield Statement(topic=topic, text=_describe_steps(source, tensor, config, inputs))
+
+
+def _describe_steps(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> str:
+    """Describe the shape of an output and its transforms, with the dimension of the classes."""
+    shape, words = ", ".join(["n", *map(str, tensor.shape[1:])]), []
+    precision = ", in float32" if config.transforms_of(name) and _is_half(tensor) else ""
+    for step in config.transforms_of(name):
+        if step in _CLASS_STEPS:
+            dim = _class_dim(step, name, tensor, config, inputs)
+            words.append(f"{step} over dimension {dim} ({tensor.shape[dim]} classes)")
+        else:
+            words.append(f"above {_threshold(config):g}" if step == "threshold" else step)
+        tensor = _TRANSFORMS[step](name, tensor, config, inputs)[0][1]
+    return f"[{shape}]: {', then '.join(words) or 'as returned'}{precision}"
 
 
 # --- transforms --------------------------------------------------------------------------------
 
 
 def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    return [(name, torch.softmax(tensor, _class_dim("softmax", name, tensor, config)))]
+    dim = _class_dim("softmax", name, tensor, config, inputs)
+    return [(name, torch.softmax(_scores("softmax", name, tensor), dim))]
+
+
+def _sigmoid(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+    """The probability of each value, on its own: for one logit, or labels that may coincide."""
+    return [(name, torch.sigmoid(_scores("sigmoid", name, tensor)))]
 
 
 def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    return [(name, _most_likely(tensor, _class_dim("argmax", name, tensor, config))[1])]
+    dim = _class_dim("argmax", name, tensor, config, inputs)
+    return [(name, _most_likely(tensor, dim)[1])]
 
 
 def _classify(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """The most likely class and its probability."""
-    dim = _class_dim("classify", name, tensor, config)
-    score, index = _most_likely(torch.softmax(tensor, dim), dim)
+    dim = _class_dim("classify", name, tensor, config, inputs)
+    probabilities = torch.softmax(_scores("classify", name, tensor), dim)
+    score, index = _most_likely(probabilities, dim)
     prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
     return [(f"{prefix}class", index), (f"{prefix}score", score)]
+
+
+def _scores(step: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Floating-point scores, of at least float32."""
+    if not tensor.is_floating_point():
+        raise ConfigError(
+            f"{step} needs floating-point scores, but output {name!r} has dtype "
+            f"{str(tensor.dtype).removeprefix('torch.')}; if these are classes already, use "
+            "output.transform: none",
+            "output.transform",
+        )
+    return _widened(tensor)
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
 
 
 def _most_likely(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,7 +250,7 @@ def _most_likely(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Te
 
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """Scale to length 1, for cosine similarity; in float32 for narrower types."""
-    dim = _class_dim("normalize", name, tensor, config)
+    dim = _checked_dim("normalize", name, tensor, config, _default_dim(tensor))
     return [(name, nn.functional.normalize(_widened(tensor), dim=dim))]
 
 
@@ -190,8 +275,8 @@ def _last_token(name: str, tensor: torch.Tensor, config: OutputSection, inputs: 
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    """float16 and bfloat16 as float32: a sum of hundreds of terms would lose their last digits."""
-    return tensor.float() if tensor.dtype in _NARROW else tensor
+    """Half precision as float32: sums and probabilities would lose their last digits."""
+    return tensor.float() if _is_half(tensor) else tensor
 
 
 def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.Tensor:
@@ -213,7 +298,7 @@ def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.T
 
 
 def _topk(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    dim = _class_dim("topk", name, tensor, config)
+    dim = _class_dim("topk", name, tensor, config, inputs)
     if config.k > tensor.shape[dim]:
         raise ConfigError(
             f"topk with k={config.k} exceeds the {tensor.shape[dim]} classes of output {name!r} "
@@ -225,11 +310,82 @@ def _topk(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
     return [(f"{prefix}values", values), (f"{prefix}indices", indices)]
 
 
-def _class_dim(step: str, name: str, tensor: torch.Tensor, config: OutputSection) -> int:
-    dim = config.dim if config.dim >= 0 else tensor.ndim + config.dim
+def _threshold_values(
+    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
+) -> _Named:
+    """1 for values above output.threshold, else 0; MISSING_CLASS for NaN."""
+    above = (tensor > _threshold(config)).long()
+    if tensor.is_floating_point():
+        above = above.masked_fill(tensor.isnan(), MISSING_CLASS)
+    return [(name, above)]
+
+
+def _threshold(config: OutputSection) -> float:
+    return 0.5 if config.threshold is None else config.threshold
+
+
+def _uint8(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+    """The same whole numbers in one byte each, for class numbers of pixels."""
+    converted = tensor.to(torch.uint8)
+    if not torch.equal(converted.to(tensor.dtype), tensor):
+        if tensor.dtype == torch.int64 and bool((tensor == MISSING_CLASS).any()):
+            raise ConfigError(
+                f"uint8 cannot represent output {name!r}, where values lack a class because their "
+                "scores are NaN or infinite; remove uint8",
+                "output.transform",
+            )
+        low, high = (float(value) for value in (tensor.min(), tensor.max()))
+        raise ConfigError(
+            f"uint8 represents only whole numbers from 0 to 255, and output {name!r} has values "
+            f"from {low:g} to {high:g}; scores need argmax or threshold before it",
+            "output.transform",
+        )
+    return [(name, converted)]
+
+
+def _class_dim(
+    step: str, name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
+) -> int:
+    """The dimension of the classes, which must have several."""
+    mask = inputs.get("attention_mask")
+    of_tokens = mask is not None and tensor.shape[:2] == mask.shape
+    if config.dim is None and tensor.ndim == 3 and not of_tokens:
+        raise ConfigError(
+            f"output {name!r} has shape {list(tensor.shape)}; its classes may be in dimension 1 "
+            f"({tensor.shape[1]}) or 2 ({tensor.shape[2]}): set output.dim to 1 or 2",
+            "output.transform",
+        )
+    if tensor.ndim == 1:
+        dim, classes = 0, 1
+    else:
+        dim = _checked_dim(step, name, tensor, config, _default_dim(tensor))
+        classes = tensor.shape[dim]
+    if classes == 1:
+        advice = "sigmoid for one logit, or [sigmoid, threshold] for its class"
+        if not tensor.is_floating_point():
+            advice = "none, if these are classes already"
+        raise ConfigError(
+            f"{step} needs the scores of several classes, but output {name!r} has shape "
+            f"{list(tensor.shape)}, one value per {'pixel' if tensor.ndim > 2 else 'sample'}; use "
+            f"output.transform: {advice}",
+            "output.transform",
+        )
+    return dim
+
+
+def _default_dim(tensor: torch.Tensor) -> int:
+    """Dimension 1 of images and volumes [n, classes, height, width], else the last."""
+    return 1 if tensor.ndim > 3 else tensor.ndim - 1
+
+
+def _checked_dim(
+    step: str, name: str, tensor: torch.Tensor, config: OutputSection, default: int
+) -> int:
+    given = default if config.dim is None else config.dim
+    dim = given if given >= 0 else tensor.ndim + given
     if not 0 < dim < tensor.ndim:
         raise ConfigError(
-            f"cannot apply {step} over dimension {config.dim} of output {name!r} with shape "
+            f"cannot apply {step} over dimension {given} of output {name!r} with shape "
             f"{list(tensor.shape)}; dimension 0 is the batch, choose a later one",
             "output.dim" if tensor.ndim > 1 else "output.transform",
         )
@@ -238,11 +394,16 @@ def _class_dim(step: str, name: str, tensor: torch.Tensor, config: OutputSection
 
 _TRANSFORMS: dict[str, _Transform] = {
     "softmax": _softmax,
+    "sigmoid": _sigmoid,
     "argmax": _argmax,
     "classify": _classify,
     "topk": _topk,
+    "threshold": _threshold_values,
+    "uint8": _uint8,
     "mean_pool": _mean_pool,
     "cls": _cls,
     "last_token": _last_token,
     "normalize": _normalize,
 }
+_CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
+"""Transforms over the dimension of the classes."""

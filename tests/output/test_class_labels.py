@@ -32,8 +32,7 @@ def test_outputs_of_class_numbers_have_a_label_column(
     assert labels(transform).columns(outputs) == columns
 
 
-def test_without_class_names_or_over_another_dimension_there_are_no_labels() -> None:
-    assert labels("argmax", dim=1).columns(["prediction"]) == {}
+def test_without_class_names_there_are_no_labels() -> None:
     config = OutputSection(path=Path("x"), transform="argmax")
     assert ClassLabels(config).columns(["prediction"]) == {}
 

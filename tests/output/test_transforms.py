@@ -18,6 +18,7 @@ from gradrun.output.missing import MISSING_CLASS, count_nonfinite
 from gradrun.output.transforms import (
     Outputs,
     output_selector,
+    statements,
 )
 
 SIZE = 4
@@ -177,7 +178,7 @@ def test_transforms_apply_to_every_output() -> None:
         (LOGITS, {"transform": "softmax", "dim": 0}, "dimension 0 is the batch", "output.dim"),
         (LOGITS, {"transform": "argmax", "dim": -2}, "dimension 0 is the batch", "output.dim"),
         (LOGITS, {"transform": "topk", "k": 7}, "k=7 exceeds the 6 classes", "output.k"),
-        (LOGITS[:, 0], {"transform": "argmax"}, "with shape [4]", "output.transform"),
+        (LOGITS[:, 0], {"transform": "argmax"}, "has shape [4], one value", "output.transform"),
     ],
 )
 def test_an_impossible_transform_is_refused(
@@ -256,3 +257,133 @@ def test_pooling_without_a_mask_or_tokens_is_an_error(word: str) -> None:
     assert error.key == "output.transform"
     with pytest.raises(ConfigError, match=r"one row per token, shape \[4, 5\] plus a width"):
         of_tokens(LOGITS, MASK, word)
+
+
+# --- classes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["softmax", "argmax", "classify", "topk"])
+@pytest.mark.parametrize("shape", [(SIZE,), (SIZE, 1), (SIZE, 1, 3, 3)])
+def test_transforms_over_classes_refuse_one_value_and_name_sigmoid(
+    transform: str, shape: tuple[int, ...]
+) -> None:
+    error = refused(torch.randn(shape), transform=transform, k=1)
+    assert f"{transform} needs the scores of several classes" in str(error)
+    assert "sigmoid" in str(error)
+    assert error.key == "output.transform"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sigmoid_and_softmax_equal_numpy_in_at_least_float32(dtype: torch.dtype) -> None:
+    logits = LOGITS.to(dtype)
+    values = logits.double().numpy()
+    exponents = np.exp(values)
+    right = {
+        "sigmoid": 1 / (1 + np.exp(-values)),
+        "softmax": exponents / exponents.sum(1, keepdims=True),
+    }
+    for transform, expected in right.items():
+        found = outputs_of(logits, transform=transform)[DEFAULT_OUTPUT]
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert np.allclose(found.numpy(), expected, atol=1e-7)
+    score = outputs_of(logits, transform="classify")["score"]
+    assert np.allclose(score.numpy(), right["softmax"].max(1), atol=1e-7)
+
+
+@pytest.mark.parametrize("transform", ["softmax", "sigmoid", "classify"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_transforms_of_scores_refuse_integers(transform: str, dtype: torch.dtype) -> None:
+    error = refused(torch.ones(SIZE, 3, dtype=dtype), transform=transform)
+    assert "needs floating-point scores" in str(error)
+    assert str(dtype).removeprefix("torch.") in str(error)
+
+
+@pytest.mark.parametrize("shape", [(SIZE, 5, 6, 7), (SIZE, 5, 2, 6, 7)])
+def test_the_classes_of_images_and_volumes_are_in_dimension_1(shape: tuple[int, ...]) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    array = values.numpy()
+    classes = outputs_of(values, transform="argmax")[DEFAULT_OUTPUT].numpy()
+    assert np.array_equal(classes, array.argmax(1))
+    exponents = np.exp(array)
+    right = exponents / exponents.sum(1, keepdims=True)
+    assert np.allclose(outputs_of(values, transform="softmax")[DEFAULT_OUTPUT], right, atol=1e-6)
+    best = outputs_of(values, transform="topk", k=2)["indices"].numpy()
+    assert np.array_equal(best, np.argsort(-array, axis=1)[:, :2])
+    assert np.array_equal(outputs_of(values, transform="classify")["class"], array.argmax(1))
+    last = outputs_of(values, transform="argmax", dim=-1)[DEFAULT_OUTPUT].numpy()
+    assert np.array_equal(last, array.argmax(-1))
+
+
+def test_three_dimensions_without_tokens_need_the_dimension_of_the_classes() -> None:
+    values = torch.randn(SIZE, 5, 6)
+    error = refused(values, transform="argmax")
+    assert "its classes may be in dimension 1 (5) or 2 (6): set output.dim to 1 or 2" in str(error)
+    assert np.array_equal(of_tokens(values, MASK, "argmax"), values.numpy().argmax(-1))
+
+
+def test_threshold_gives_1_above_it_and_no_class_for_nan() -> None:
+    logits = torch.tensor([[-1.0, 0.2, 3.0], [0.0, 1.0, math.nan]])
+    found = outputs_of(logits, size=2, transform=["sigmoid", "threshold"])[DEFAULT_OUTPUT]
+    assert found.tolist() == [[0, 1, 1], [0, 1, MISSING_CLASS]]
+    found = outputs_of(logits, size=2, transform="threshold", threshold=0.5)[DEFAULT_OUTPUT]
+    assert found.tolist() == [[0, 0, 1], [0, 1, MISSING_CLASS]]
+    with pytest.raises(ValueError, match=r"0\.5 for probabilities, 0 for logits"):
+        OutputSection(path=Path("x"), transform="threshold")
+
+
+def test_uint8_keeps_whole_numbers_of_one_byte_and_refuses_others() -> None:
+    values = torch.randn(SIZE, 256, 3, 3)
+    found = outputs_of(values, transform=["argmax", "uint8"])[DEFAULT_OUTPUT]
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found, values.numpy().argmax(1))
+    for odd in (-1.0, 0.5, 256.0, math.nan):
+        assert "represents only whole numbers from 0 to 255" in str(
+            refused(torch.full((SIZE, 2), odd), transform="uint8")
+        )
+    values[0] = math.nan
+    assert "NaN or infinite" in str(refused(values, transform=["argmax", "uint8"]))
+
+
+def test_each_output_has_its_own_transforms() -> None:
+    returned = {"sentiment": OTHER, "topic": LOGITS, "embedding": STATES[:, 0]}
+    transform = {"sentiment": "softmax", "topic": ["topk"]}
+    outputs = outputs_of(returned, transform=transform, k=2)
+    assert list(outputs) == ["sentiment", "topic.values", "topic.indices", "embedding"]
+    exponents = np.exp(OTHER.numpy())
+    assert np.allclose(outputs["sentiment"], exponents / exponents.sum(1, keepdims=True), atol=1e-6)
+    assert np.array_equal(outputs["topic.indices"], np.argsort(-LOGITS.numpy(), axis=1)[:, :2])
+    assert torch.equal(outputs["embedding"], STATES[:, 0])
+    error = refused(returned, transform={"topics": "softmax"})
+    assert "did you mean topic?" in str(error)
+
+
+def test_one_output_is_written_under_the_name_of_the_config() -> None:
+    returned = {"logits": LOGITS, "other": OTHER}
+    assert list(outputs_of(returned, select="logits", name="logits")) == ["logits"]
+    outputs = outputs_of(returned, select="logits", name="logits", transform={"logits": "classify"})
+    assert list(outputs) == ["logits.class", "logits.score"]
+    error = refused(returned, name="logits")
+    assert "output.name names one output, and there are 2: logits, other" in str(error)
+
+
+def test_the_dimension_of_the_classes_and_the_precision_are_stated() -> None:
+    def stated(returned: Any, **keys: Any) -> list[tuple[str, str]]:
+        config = OutputSection(path=Path("x"), **keys)
+        return [(s.topic, s.text) for s in statements(config, returned)]
+
+    images = torch.randn(SIZE, 3, 8, 9).half()
+    assert stated(images, transform=["softmax", "argmax"]) == [
+        (
+            "output",
+            "[n, 3, 8, 9]: softmax over dimension 1 (3 classes), then argmax over dimension "
+            "1 (3 classes), in float32",
+        )
+    ]
+    assert stated(LOGITS[:, :1], transform=["sigmoid", "threshold"]) == [
+        ("output", "[n, 1]: sigmoid, then above 0.5")
+    ]
+    assert stated({"a": LOGITS, "b": OTHER}, transform={"a": "argmax"}) == [
+        ("output a", "[n, 6]: argmax over dimension 1 (6 classes)"),
+        ("output b", "[n, 2]: as returned"),
+    ]
+    assert stated(LOGITS) == []
