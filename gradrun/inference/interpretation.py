@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from gradrun.config.load import LoadedConfig, is_trusted
@@ -16,17 +18,19 @@ from gradrun.output import transforms
 from gradrun.results.result import Statement
 
 
-def interpret(model: LoadedModel, data: BatchSource, config: RunConfig) -> tuple[Statement, ...]:
+def interpret(
+    model: LoadedModel, data: BatchSource, config: RunConfig, outputs: Iterable[Statement]
+) -> tuple[Statement, ...]:
     """Return the statements of all parts of a run, in the order of the data flow.
 
     Each part states its own interpretations; call this after the run, so that counts such as the
-    number of truncated texts are complete.
+    number of truncated texts are complete. `outputs` are those of the transforms.
     """
     threads = Statement(topic="threads", text=pluralize(torch.get_num_threads(), "thread"))
     return (
         *model.statements(config.run.seed),
         *data.statements(),
-        *transforms.statements(config.output),
+        *outputs,
         threads,
     )
 
@@ -41,4 +45,4 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
     with loaded.error_locations(), device_context(config.run) as device:
         model = load_model(config.model, device, trust_code=is_trusted(trust_code))
         data = open_data(config.data, seed=config.run.seed, model=config.model)
-        return interpret(model, data, config)
+        return interpret(model, data, config, transforms.statements(config.output))

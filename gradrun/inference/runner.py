@@ -44,11 +44,12 @@ from gradrun.inference.meters.clock import Clock, clock_for
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
+from gradrun.output import transforms
 from gradrun.output.formats import PredictionWriter
 from gradrun.output.quarantine import Quarantine
 from gradrun.output.transforms import Outputs, iter_tensors, output_selector
 from gradrun.results import stats
-from gradrun.results.result import Measurement, Memory, Phases, Warning
+from gradrun.results.result import Measurement, Memory, Phases, Statement, Warning
 
 WARM_UP_SECONDS = 0.3
 """Limit of an automatic warm-up, which ends earlier once the batch time is steady."""
@@ -71,6 +72,8 @@ class PreparedRun:
     first: Batch
     outputs: Outputs
     """Outputs of the first batch, [size, ...] each: the template for a writer."""
+    statements: tuple[Statement, ...]
+    """How outputs are transformed, with their shapes."""
     recovery: BatchRecovery
     prefetch: bool
     """Whether batches are read ahead in a thread."""
@@ -134,8 +137,9 @@ class Runner:
             first, returned, limit = self._first_forward(batch, clock)
             self._check_graph(returned)
             outputs = self._first_outputs(first, returned)
-            del returned
             first_batch_seconds = time.perf_counter() - started
+            statements = tuple(transforms.statements(self.config.output, returned, first.kwargs))
+            del returned
             try:
                 self._warm_up(first, clock)
                 ahead = should_prefetch(self.data, forward_seconds=clock.seconds[-1])
@@ -157,6 +161,7 @@ class Runner:
         return PreparedRun(
             first=first,
             outputs=outputs,
+            statements=statements,
             recovery=recovery,
             prefetch=ahead,
             first_batch_seconds=first_batch_seconds,
