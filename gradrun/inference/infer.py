@@ -226,9 +226,7 @@ def build_result(
         predictions=writer.written,
         quarantined=quarantined,
         resumed_at=timed.start,
-        interpretation=interpret(
-            plan.model, runner.data, runner.config, prepared.statements
-        ),
+        interpretation=interpret(plan.model, runner.data, runner.config, prepared.statements),
         warnings=tuple(warnings),
     )
     return result if timed.stopped else _add_metrics(result, metrics, plan.folder)
