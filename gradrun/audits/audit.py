@@ -24,6 +24,7 @@ from gradrun.inference.diagnosis import describe_model_error, explain_first_batc
 from gradrun.inference.environment import current_environment
 from gradrun.inference.meters import measure_forward_memory
 from gradrun.inference.sampling import first_batches
+from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
@@ -123,7 +124,9 @@ def _load(
     began = time.perf_counter()
     seed_generators(config.run.seed, device)
     model = load_model(config.model, device, trust_code=trust_code).module
-    return AuditTarget(mode.value, in_mode, device, model, batches), time.perf_counter() - began
+    load_seconds = time.perf_counter() - began
+    compile_without_gradients(model, batches[0])
+    return AuditTarget(mode.value, in_mode, device, model, batches), load_seconds
 
 
 def _run_passes(subject: AuditTarget, found: _Audited, load_seconds: float, *, last: bool) -> bool:

@@ -33,22 +33,25 @@ def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Findin
     if any(isinstance(module, torch.jit.ScriptModule) for module in subject.model.modules()):
         return  # TorchScript is compiled already
     graphs: dict[GradMode, int] = {}
-    with _dynamo() as dynamo, preserve_module_state(subject.model):
+    with _dynamo() as dynamo:
         counter = GraphCounter()
         traced: Any = torch.compile(subject.model, backend=counter)
-        for mode in modes:
-            counter.graphs = 0
-            in_mode = _in_mode(subject, mode)
-            try:
-                replace(in_mode, model=traced).run(subject.copy())
-            except Exception as error:
-                yield _not_traced(error)
-                return
-            graphs[mode] = counter.graphs
-        dynamo.reset()
-        batch = subject.copy()
-        with subject.execution_context():
-            explained = dynamo.explain(subject.model)(*batch.args, **batch.kwargs)
+        try:
+            for mode in modes:
+                counter.graphs = 0
+                in_mode = replace(_in_mode(subject, mode), model=traced)
+                # Each mode starts from the same state: grad cannot use tensors that
+                # inference_mode left behind.
+                with preserve_module_state(subject.model):
+                    in_mode.run(subject.copy())
+                graphs[mode] = counter.graphs
+            dynamo.reset()
+            batch = subject.copy()
+            with preserve_module_state(subject.model), subject.execution_context():
+                explained = dynamo.explain(subject.model)(*batch.args, **batch.kwargs)
+        except Exception as error:
+            yield _not_traced(error)
+            return
     yield from _breaks(explained)
     if sum(graphs.values()) > 1:
         listed = ", ".join(f"{count} in {mode}" for mode, count in graphs.items())

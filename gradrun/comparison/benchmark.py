@@ -40,6 +40,7 @@ from gradrun.inference.meters import (
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import first_batches
+from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
 from gradrun.models.imports import ImportSpace
 from gradrun.results import stats
@@ -253,6 +254,8 @@ def _load(
             began = time.perf_counter()
             batches = first_batches(config, device)
             open_seconds = time.perf_counter() - began
+        if not twin:
+            compile_without_gradients(model, batches[0])
     threads = available_cpus() if config.run.threads == "auto" else config.run.threads
     ready = LoadedVariant(
         variant.index, variant.name, config, imports, marker, device, threads, model, batches,

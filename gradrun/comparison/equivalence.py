@@ -171,7 +171,10 @@ def _module_outputs(variant: ComparableModel) -> list[tuple[str, str, list[torch
 
 
 def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor in dense form; a nested tensor is padded with zeros."""
     tensor = tensor.detach()
+    if tensor.is_nested:
+        return torch.nested.to_padded_tensor(tensor, 0.0).cpu()
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).clone().cpu()
 
 

@@ -23,6 +23,7 @@ from gradrun.results.summary import (
     summarize_audit,
 )
 from tests.conftest import ROOT, Command
+from tests.support import planted
 from tests.support.torch_version import needs_torch_2_13
 
 PLANTED = ROOT / "tests" / "support" / "planted.py"
@@ -257,6 +258,42 @@ def test_a_correct_model_has_no_findings(audited: Any, fault: str, clean: set[st
     result = audited(fault, build="alone")
     assert not codes(result) & clean, [(f.code, f.text) for f in result.findings]
     assert {m.mode for m in result.measurements} == set(GradMode)
+
+
+@pytest.mark.parametrize("mode", GradMode)
+def test_a_model_that_keeps_hidden_state_gets_a_finding_in_each_mode(
+    audited: Any, mode: GradMode
+) -> None:
+    result = audited("KeepsHiddenState", build="alone", compile=True)
+    finding = found(result, "carries_state")
+    assert mode in finding.modes
+    assert (finding.severity, finding.module) == ("warning", "cell (GRUCell)")
+    assert "model_fails" not in codes(result)
+    assert "not_compiled" not in codes(result), "torch.compile starts from the same state too"
+
+
+def test_a_scripted_part_runs_in_every_mode(audited: Any) -> None:
+    result = audited("HasAScriptedPart", build="alone", compile=True)
+    assert codes(result) == set()
+    assert {m.mode for m in result.measurements} == set(GradMode)
+    assert all(e.bitwise for e in result.equivalence)
+
+
+def test_a_padding_mask_is_audited_with_the_difference_of_the_fused_path(audited: Any) -> None:
+    result = audited("MasksPadding", build="alone")
+    torch.manual_seed(0)
+    model = planted.MasksPadding().eval()
+    batch = torch.randn(4, 4)
+    with torch.no_grad():
+        fused = model(batch)
+    difference = (model(batch) - fused).abs().max()
+    assert difference > 0.01, "zeros at padded positions change the mean"
+    finding = found(result, "outputs_differ")
+    assert (finding.severity, finding.modes) == ("error", (NO_GRAD, INFERENCE))
+    assert finding.module == "encoder.layers.0 (TransformerEncoderLayer)"
+    assert "returns zeros" in finding.text
+    assert "enable_nested_tensor=False" in finding.advice
+    assert result.equivalence[0].max_abs_diff > 0.01
 
 
 def test_gradients_that_a_model_needs_itself_are_not_a_finding(audited: Any) -> None:

@@ -461,3 +461,31 @@ def test_the_global_random_state_is_not_used(bench: Bench, tmp_path: Path) -> No
     before = random.getstate()
     benchmark.run_task(job(tmp_path))
     assert random.getstate() == before
+
+
+@pytest.mark.parametrize("scripted", ["model", "part"])
+def test_torchscript_runs_in_every_mode(tmp_path: Path, scripted: str) -> None:
+    """Scripted code that compiles in grad mode fails in inference_mode afterwards."""
+    torch.manual_seed(0)
+    # Another number of layers than in other tests, because equal scripted types share programs.
+    layers = nn.Sequential(*[nn.Linear(4, 4) for _ in range(5 if scripted == "model" else 6)])
+    torch.jit.script(layers.eval()).save(tmp_path / "net.pt")
+    model = {"source": "torchscript", "path": str(tmp_path / "net.pt")}
+    if scripted == "part":
+        (tmp_path / "net.py").write_text(
+            "import torch\n"
+            "class Net(torch.nn.Module):\n"
+            "    def __init__(self):\n"
+            "        super().__init__()\n"
+            f"        self.part = torch.jit.load({str(tmp_path / 'net.pt')!r})\n"
+            "    def forward(self, x):\n"
+            "        return self.part(x) + 1\n"
+        )
+        model = {"source": "python", "target": f"{tmp_path / 'net.py'}:Net"}
+    report = benchmark.run_task(job(tmp_path, config={"model": model}, trust_code=True))
+    assert [failure.error for failure in report.failures] == []
+    assert len(report.measurements) == 3
+    assert [(e.candidate, e.equal) for e in report.equivalence] == [
+        ("no_grad", True),
+        ("inference_mode", True),
+    ]

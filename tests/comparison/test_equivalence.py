@@ -196,6 +196,50 @@ def test_the_fused_path_of_a_transformer_layer_is_named() -> None:
     assert found.first_module == "layers.0 (TransformerEncoderLayer)"
 
 
+def test_nested_outputs_of_modules_are_compared() -> None:
+    """With a padding mask, the layers of the fused path return nested tensors."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lengths = torch.arange(2, 2 + len(x))
+            mask = torch.arange(x.shape[1])[None] >= lengths[:, None]
+            out: torch.Tensor = self.encoder(x, src_key_padding_mask=mask)
+            return out
+
+    torch.manual_seed(0)
+    model = Masked()
+    one, other = sides(model, shape=(4, 6, 8))
+    outputs = {}
+    for side in (one, other):
+        with side.execution_context():
+            outputs[side.name] = [side.run_batch(number).detach().clone() for number in (0, 1)]
+    pairs = zip(outputs["grad"], outputs["inference_mode"], strict=True)
+    expected = max(float((dense - padded).abs().max()) for dense, padded in pairs)
+    found = equivalence(one, other)
+    assert found.max_abs_diff == expected > 0.1
+    assert found.first_module == "encoder.layers.0 (TransformerEncoderLayer)"
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_outputs_are_compared(layout: torch.layout) -> None:
+    def ragged(x: torch.Tensor) -> torch.Tensor:
+        parts = [row[: index + 1] for index, row in enumerate(x)]
+        return torch.nested.nested_tensor(parts, layout=layout)
+
+    class Ragged(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return ragged(x + 0.25 * torch.is_grad_enabled())
+
+    found = equivalence(*sides(Ragged()))
+    assert found.max_abs_diff == pytest.approx(0.25)
+    assert not found.equal
+
+
 def test_hooks_are_removed() -> None:
     def hooks() -> int:
         return len(torch_module._global_forward_hooks)

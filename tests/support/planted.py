@@ -338,3 +338,40 @@ class Energy(Weighted):
 class WithoutTensors(nn.Module):
     def forward(self, x: torch.Tensor) -> list[float]:
         return x.tolist()
+
+
+class KeepsHiddenState(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 4)
+        self.hidden: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.hidden = self.cell(x, self.hidden)
+        return self.hidden
+
+
+class HasAScriptedPart(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.scripted = torch.jit.script(inner)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scripted: torch.Tensor = self.scripted(x)
+        return scripted
+
+
+class MasksPadding(nn.Module):
+    """The mean over all positions, although two of four are padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.tensor([False, False, True, True]).expand(len(x), 4)
+        positions = x.unsqueeze(2) * torch.ones(4)
+        out: torch.Tensor = self.encoder(positions, src_key_padding_mask=mask)
+        return out.mean(1)
