@@ -14,9 +14,7 @@ _FUSED = (
     "nn.TransformerEncoderLayer uses a fused implementation when gradients are off, which computes "
     "in another order, so the last bits differ; gradrun compare measures its speedup"
 )
-_PADDED = (
-    "without gradients, nn.TransformerEncoder skips padded positions and returns zeros there"
-)
+_PADDED = "without gradients, nn.TransformerEncoder skips padded positions and returns zeros there"
 _FUSED_TYPES = ("TransformerEncoderLayer", "TransformerEncoder", "MultiheadAttention")
 
 
