@@ -174,7 +174,7 @@ def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor in dense form; a nested tensor is padded with zeros."""
     tensor = tensor.detach()
     if tensor.is_nested:
-        return torch.nested.to_padded_tensor(tensor, 0.0).cpu()
+        tensor = torch.nested.to_padded_tensor(tensor, 0.0)
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).clone().cpu()
 
 
