@@ -307,7 +307,7 @@ class CheckRun:
                     "check": CheckSection(),
                 }
             )
-            self.progress(Progress("predicting with the reference", 0, 1))
+            self.progress(Progress("predicting with the reference"))
             variant = Variant(other.name, config, other.worktree)
             session = Session([variant], self.config, trust_code=self.trust_code)
             for failure in session.predict():

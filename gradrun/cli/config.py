@@ -38,12 +38,13 @@ def validate(
                 entry = {"valid": True, "config": loaded.config.model_dump(mode="json")}
                 if explain:
                     from gradrun.inference.interpretation import explain as interpret
+                    from gradrun.report.document import describe_interpretation
+                    from gradrun.report.terminal import show
 
                     statements = interpret(loaded, trust_code=trust_code)
                     entry["interpretation"] = [s.as_dict() for s in statements]
-                    out.print(f"{path}: valid")
-                    for statement in statements:
-                        out.print(f"  {statement.topic}: {statement.text}")
+                    out.print(f"{path}: valid\n")
+                    show(describe_interpretation(statements), out.console)
                 else:
                     out.print(f"{path}: valid (weights and shapes are checked by infer)")
                 validated[str(path)] = entry

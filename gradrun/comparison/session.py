@@ -86,7 +86,7 @@ class Session:
 
     def run(self, progress: ProgressCallback = ignore) -> SessionData:
         """Measure each variant's memory, then time all variants in one process after another."""
-        progress(Progress("measuring memory", 0, self.measure.processes))
+        progress(Progress("measuring memory"))
         self._measure_memory()
         while self.variants:
             done = len(self.process_medians)

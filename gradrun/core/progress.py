@@ -11,8 +11,9 @@ class Progress:
     """Finished and total units of a stage, such as samples predicted or processes timed."""
 
     stage: str
-    done: int
-    total: int
+    done: int = 0
+    total: int = 0
+    """0 if unknown."""
 
 
 ProgressCallback = Callable[[Progress], None]

@@ -7,26 +7,32 @@ import math
 SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
 """(size, name), largest first."""
-_ROUNDED_UP = 0.9995
-"""Fraction of a unit that rounds to the unit: 999.6 µs is formatted as 1.00 ms."""
 
 
 def format_seconds(seconds: float, uncertainty: float | None = None) -> str:
-    """Format 0.0001034 as "103 µs": three digits, or fewer if `uncertainty` (seconds) is large."""
+    """Format 0.0001034 as "103 µs": three digits, or two if `uncertainty` (seconds) is large."""
     if seconds == 0 or not math.isfinite(seconds):
         return f"{seconds:g} s"
-    scale, unit = next(
-        ((scale, unit) for scale, unit in SECOND_UNITS if abs(seconds) >= scale * _ROUNDED_UP),
-        SECOND_UNITS[-1],
-    )
-    value = seconds / scale
-    return f"{format_number(value, None if uncertainty is None else uncertainty / scale)} {unit}"
+    text = ""
+    for scale, unit in reversed(SECOND_UNITS):
+        number = format_number(seconds / scale, uncertainty and uncertainty / scale)
+        text = f"{number} {unit}"
+        if abs(_parse(number)) < 1000:  # as displayed: 999.6 µs is 1.00 ms
+            break
+    return text
+
+
+def format_seconds_range(low: float, high: float, uncertainty: float | None = None) -> str:
+    """Format (0.001, 0.002) as "1.00 to 2.00 ms", with the unit once if it is the same."""
+    first, last = format_seconds(low, uncertainty), format_seconds(high, uncertainty)
+    value, unit = first.rsplit(" ", 1)
+    return f"{value if unit == last.rsplit(' ', 1)[1] else first} to {last}"
 
 
 def seconds_shown(seconds: float, uncertainty: float) -> float:
     """Return the value that `format_seconds` displays, in seconds."""
     text, unit = format_seconds(seconds, uncertainty).rsplit(" ", 1)
-    return float(text.replace(",", "")) * {name: scale for scale, name in SECOND_UNITS}[unit]
+    return _parse(text) * {name: scale for scale, name in SECOND_UNITS}[unit]
 
 
 def seconds_within(seconds: float, uncertainty: float) -> str:
@@ -38,15 +44,20 @@ def seconds_within(seconds: float, uncertainty: float) -> str:
 
 
 def format_number(value: float, uncertainty: float | None = None) -> str:
-    """Format three significant digits, or fewer if `uncertainty` (same unit) is large."""
+    """Format three significant digits, or two if `uncertainty` (same unit) is large."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = _decimals(round(value, _decimals(value)))  # 9.996 is 10.0, with one decimal
     if uncertainty:
-        # Keep one digit for any uncertainty: 0 would not be the measured value.
-        decimals = min(decimals, max(decimals - 2, -math.floor(math.log10(uncertainty))))
+        # With one digit, rounding could change the value by a third.
+        two_digits = _decimals(round(value, decimals - 1)) - 1
+        decimals = min(decimals, max(two_digits, -math.floor(math.log10(uncertainty))))
     rounded = round(value, decimals)
     return f"{rounded:,.{max(decimals, 0)}f}"
+
+
+def _parse(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def _decimals(value: float) -> int:

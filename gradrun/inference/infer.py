@@ -15,7 +15,7 @@ from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
-from gradrun.core.progress import ProgressCallback, ignore
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
@@ -83,7 +83,8 @@ def infer(
         trust_code: allow the config to run code, such as a `python` model.
         overwrite: replace an earlier run in the folder.
         resume: continue an unfinished run in the folder, if any.
-        progress: called with the number of predicted samples, a few times per second.
+        progress: called at the start of each stage, such as loading the model; while predicting,
+            a few times per second with the number of predicted samples.
         overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
 
     Returns:
@@ -103,10 +104,18 @@ def infer(
         loaded.error_locations(),
         device_context(config.run) as device,
     ):
-        plan = plan_run(config, device, trust_code=trust_code, overwrite=overwrite, resume=resume)
+        plan = plan_run(
+            config,
+            device,
+            trust_code=trust_code,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress,
+        )
         if plan.finished and _has_same_metrics(plan.finished, config):
             return plan.finished
         runner = plan.runner
+        progress(Progress("running the first batch"))
         prepared = runner.prepare()
         metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
         if plan.finished:
@@ -127,6 +136,7 @@ def plan_run(
     trust_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
+    progress: ProgressCallback = ignore,
 ) -> RunPlan:
     """Open the run folder, model and data, and check that a resume continues the same run.
 
@@ -137,9 +147,12 @@ def plan_run(
     folder = RunFolder(
         config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
     )
+    progress(Progress("loading the model"))
     started = time.perf_counter()
     model = load_model(config.model, device, trust_code=is_trusted(trust_code))
     loaded = time.perf_counter()
+    progress(Progress("opening the data"))
+    opening = time.perf_counter()
     data = open_data(config.data, seed=config.run.seed, model=config.model)
     opened = time.perf_counter()
     file_list = data.files if isinstance(data, HasFileList) else ()
@@ -152,7 +165,7 @@ def plan_run(
         runner=Runner(model.module, data, config, device),
         started_at=started_at,
         load_seconds=loaded - started,
-        open_seconds=opened - loaded,
+        open_seconds=opened - opening,
         finished=folder.finished_result(),
     )
 
@@ -180,6 +193,7 @@ def execute(
             except OSError as error:
                 raise _write_error(error) from error
 
+    progress(Progress("predicting", writer.written, runner.data.samples))
     timed = runner.run_timed_pass(prepared, writer, commit, progress)
     started = time.perf_counter_ns()
     try:
@@ -191,6 +205,7 @@ def execute(
         timed.stop(Interrupted())
     timed.total_ns += time.perf_counter_ns() - started
     timed.trim(writer.written - timed.start)
+    progress(Progress("measuring memory"))
     memory = runner.measure_memory(prepared, timed)
     return Execution(timed, memory, checkpointer)
 

@@ -31,6 +31,7 @@ def verify(folder: str | Path) -> Verification:
         ranges=len(state.ranges),
         damaged=tuple(damaged_ranges(folder, state)),
         torn=state.torn,
+        resumable=state.header.journal == journal.FORMAT,
     )
 
 

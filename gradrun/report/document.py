@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from gradrun.results.result import (
     CheckResult,
     InferResult,
     ModeFacts,
+    Statement,
     Verification,
 )
 
@@ -33,11 +35,25 @@ class Document:
     verdict: str = ""
     tone: Tone = ""
     tables: tuple[Table, ...] = ()
+    """Time and memory; the outcomes of a check."""
+    predictions: tuple[Table, ...] = ()
+    """The quality of the predictions."""
+    interpretation: tuple[Table, ...] = ()
     findings: tuple[Note, ...] = ()
     notes: tuple[Note, ...] = ()
     machine: tuple[tuple[str, str], ...] = ()
     files: tuple[tuple[Cell, str], ...] = ()
     """Descriptions and paths, one path per line."""
+
+    @property
+    def leading_tables(self) -> tuple[Table, ...]:
+        """The tables that matter most, to be shown before plots."""
+        return (*(self.tables if self.kind == "check" else ()), *self.predictions)
+
+    @property
+    def other_tables(self) -> tuple[Table, ...]:
+        """The tables that are not in `leading_tables`."""
+        return (*(() if self.kind == "check" else self.tables), *self.interpretation)
 
 
 def describe(result: AnyResult) -> Document:
@@ -49,7 +65,9 @@ def describe(result: AnyResult) -> Document:
         subject=wording.subject(result),
         verdict=wording.verdict(result),
         tone=tables.OUTCOME_TONES.get(status, ""),
-        tables=tables.build_tables(result),
+        tables=tables.of_measurements(result),
+        predictions=tables.of_predictions(result),
+        interpretation=tables.of_interpretation(result),
         findings=tuple(wording.findings(result)) if isinstance(result, AuditResult) else (),
         notes=tuple(wording.notes(result)),
         machine=tuple(wording.machine(result)),
@@ -92,6 +110,11 @@ def describe_modes(result: ModeFacts) -> Document:
     )
 
 
+def describe_interpretation(statements: Sequence[Statement]) -> Document:
+    """Build the report on the interpretations of a config."""
+    return Document(interpretation=(tables.interpretation(statements),))
+
+
 def describe_verification(result: Verification) -> Document:
     """Build the report on the files of a run folder."""
     notes = [
@@ -108,7 +131,10 @@ def describe_verification(result: Verification) -> Document:
     if damaged:
         text = f"{pluralize(damaged, 'range')} damaged; to predict again: infer --overwrite"
     elif result.committed < result.samples:
-        text, tone = f"unfinished, {count}; to resume: infer --resume", "unsure"
+        remedy = "to resume: infer --resume"
+        if not result.resumable:
+            remedy = "this version cannot resume it; to predict again: infer --overwrite"
+        text, tone = f"unfinished, {count}; {remedy}", "unsure"
     else:
         text, tone = f"{count} ({pluralize(result.ranges, 'range')})", "good"
     verdict = f"{display_path(result.folder)}: {text}"

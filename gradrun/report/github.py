@@ -27,7 +27,7 @@ def _annotation(outcome: Outcome) -> str:
     level = "error" if outcome.status == "fail" else "warning"
     # A value set on the command line has no location in a file.
     location = re.fullmatch(r"(?!--)(.+):(\d+):\d+", outcome.source or "")
-    message = f"{outcome.reason} (allowed: {outcome.limit}; found: {outcome.value})"
+    message = f"{outcome.reason} (limit: {outcome.limit}; value: {outcome.value})"
     return _command(level, f"gradrun: {outcome.check}", location and location.groups(), message)
 
 

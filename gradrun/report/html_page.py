@@ -63,11 +63,11 @@ def render(results: Sequence[Named]) -> str:
 def _article(document: Document, name: str, result: AnyResult, prefix: str) -> str:
     drawn = "\n".join(map(_figure, plots(result, prefix)))
     figures = f'<div class="plots">\n{drawn}\n</div>' if drawn else ""
-    tables = "\n".join(map(_table, document.tables))
-    notes = _list("Notes", document.notes)
-    # The outcomes of a check matter more than its measurements.
-    content = (tables, notes, figures) if document.kind == "check" else (figures, tables, notes)
-    verdict = _UNIT.sub("&nbsp;", _text(document.verdict))
+    text = _UNIT.sub("&nbsp;", _text(document.verdict))
+    verdict = f"<p{_class('verdict', document.tone)}>{text}</p>"
+    notes = _list("", document.notes)
+    # The notes of a check explain its verdict; others are warnings that limit all that follows.
+    opening = (verdict, notes) if document.kind == "check" else (notes, verdict)
     machine = "\n".join(
         f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in document.machine
     )
@@ -75,9 +75,11 @@ def _article(document: Document, name: str, result: AnyResult, prefix: str) -> s
         f'<p class="over">gradrun {document.kind} · {_text(name)}</p>',
         f"<h1>{_text(document.title)}</h1>",
         f'<p class="facts">{_text(document.subject)}</p>',
-        f"<p{_class('verdict', document.tone)}>{verdict}</p>",
-        *content,
+        *opening,
         _list("Findings", document.findings),
+        *map(_table, document.leading_tables),
+        figures,
+        *map(_table, document.other_tables),
         f"<section><h2>Machine</h2><dl>\n{machine}\n</dl></section>",
     ]
     return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
@@ -105,17 +107,19 @@ def _table(table: Table) -> str:
         for name, *cells in table.rows
     )
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
-    prose = "prose" if sum(column.kind == "text" for column in table.columns) > 1 else ""
+    # On a phone, a row of many columns becomes a list.
+    wide = "wide" if len(table.columns) > 2 else ""
     head = f"<thead><tr><th>{_text(table.title)}</th>{heads}</tr></thead>"
     return (
-        f'<section><div class="scrolls" tabindex="0"><table{_class(prose)}>\n{head}\n'
+        f'<section><div class="scrolls" tabindex="0"><table{_class(wide)}>\n{head}\n'
         f"<tbody>\n{rows}\n</tbody></table></div>{note}</section>"
     )
 
 
 def _cell(column: Column, cell: Cell) -> str:
     tone = cell.tone if isinstance(cell, Status) else ""
-    return f"<td{_class(_words(column), tone)}>{_text(cell)}</td>"
+    title = f' data-title="{_text(column.title)}"' if column.title else ""
+    return f"<td{_class(_words(column), tone)}{title}>{_text(cell)}</td>"
 
 
 def _words(column: Column) -> str:
@@ -124,7 +128,11 @@ def _words(column: Column) -> str:
 
 def _list(title: str, notes: Iterable[Note]) -> str:
     items = "\n".join(map(_item, notes))
-    return f'<section><h2>{title}</h2><ul class="list">\n{items}\n</ul></section>' if items else ""
+    heading = f"<h2>{title}</h2>" if title else ""
+    kind = "" if title else "notes"
+    if not items:
+        return ""
+    return f'<section{_class(kind)}>{heading}<ul class="list">\n{items}\n</ul></section>'
 
 
 def _item(note: Note) -> str:

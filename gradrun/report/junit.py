@@ -54,7 +54,7 @@ def _add_case(suite: ElementTree.Element, outcome: Outcome, model: str) -> None:
     name, class_name = escape_control_chars(outcome.check), escape_control_chars(f"gradrun.{model}")
     case = ElementTree.SubElement(suite, "testcase", name=name, classname=class_name, time="0")
     reason = escape_control_chars(outcome.reason)
-    figures = escape_control_chars(f"allowed: {outcome.limit}; found: {outcome.value}")
+    figures = escape_control_chars(f"limit: {outcome.limit}; value: {outcome.value}")
     if outcome.status == "fail":
         failure = ElementTree.SubElement(case, "failure", message=reason, type="limit")
         failure.text = "\n".join(

@@ -45,8 +45,14 @@ def _content(document: Document) -> str:
         text = _escape(": ".join(filter(None, (note.location, note.text))))
         findings.append(f"- **{note.label}** {text}" if note.label else f"- {text}")
     notes = [f"- {_escape(note.text)}" for note in document.notes]
-    tables = map(_table, document.tables)
-    return _join([_escape(document.subject), *tables, "\n".join(findings), "\n".join(notes)])
+    parts = [
+        _escape(document.subject),
+        *map(_table, document.leading_tables),
+        "\n".join(findings),
+        "\n".join(notes),
+        *map(_table, document.other_tables),
+    ]
+    return _join(parts)
 
 
 def _join(parts: Iterable[str]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradrun.core.errors import ConfigError
+from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
     BYTE_UNITS,
     SECOND_UNITS,
@@ -21,7 +22,7 @@ from gradrun.core.units import (
     pluralize,
 )
 from gradrun.report.escaping import escape_control_chars
-from gradrun.results.result import AnyResult, CheckResult, CompareResult, Measurement
+from gradrun.results.result import AnyResult, CheckResult, CompareResult, Comparison, Measurement
 
 SERIES = 6
 """Colours of the page; further series repeat them."""
@@ -29,7 +30,6 @@ SERIES = 6
 _WIDTH = 4.4
 """Inches: readable on a phone; a wide page shows two plots in a row."""
 _MAX_DOTS = 400
-_LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 _INK, _SOFT, _GRID = "#0a0b00", "#0a0b01", "#0a0b02"
 _PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     f"#0a0c0{i}": f"var(--series-{i})" for i in range(SERIES)
@@ -72,29 +72,60 @@ def plots(result: AnyResult, prefix: str = "") -> list[Plot]:
     return [plot for plot in drawn if plot]
 
 
+class _Ratio(NamedTuple):
+    """A row of the plot of ratios; `candidate` gives its colour."""
+
+    name: str
+    candidate: str
+    value: float
+    low: float
+    high: float
+
+
 def ratios(result: AnyResult, prefix: str) -> Plot | None:
-    """Draw the ratio of each variant to the baseline, with its interval."""
-    comparisons = result.comparisons if isinstance(result, CompareResult | CheckResult) else ()
-    if not comparisons:
-        return None
+    """Draw the ratios of a comparison or a check, as in its table, with their intervals."""
+    match result:
+        case CompareResult(comparisons=(first, *_)):
+            rows = [_Ratio(c.candidate, *_speed(c)) for c in result.comparisons]
+            title, axis = "Speed", f"times as fast as {_shorten(first.baseline)}"
+            meaning = "Right of 1 is faster."
+        case CheckResult(comparisons=(_, *_)):
+            rows = [_checked_ratio(c) for c in result.comparisons]
+            title, axis, meaning = "Ratios of times", "ratio", "Values as in the table."
+        case _:
+            return None
     colours = _colours(result)
 
     def draw(axes: Any) -> None:
         axes.axvline(1, color=_SOFT, linewidth=1)
-        for y, comparison in enumerate(comparisons):
-            colour = _placeholder(colours.get(comparison.candidate, 1))
-            if comparison.low > 0 and comparison.high < 100 * comparison.ratio:
-                ends = [comparison.low, comparison.high]
-                axes.plot(ends, [y, y], color=colour, linewidth=3)
-            axes.plot([comparison.ratio], [y], "o", color=colour, markersize=7)
-        axes.set_ylim(len(comparisons) - 0.4, -0.6)
-        _label_rows(axes, range(len(comparisons)), [c.candidate for c in comparisons])
+        for y, row in enumerate(rows):
+            colour = _placeholder(colours.get(row.candidate, 1))
+            if row.low > 0 and row.high < 100 * row.value:
+                axes.plot([row.low, row.high], [y, y], color=colour, linewidth=3)
+            axes.plot([row.value], [y], "o", color=colour, markersize=7)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        _label_rows(axes, range(len(rows)), [row.name for row in rows])
         axes.margins(x=0.15)
-        axes.set_xlabel(f"times as fast as {_shorten(comparisons[0].baseline)}")
+        axes.set_xlabel(axis)
 
-    note = "Dots: ratios. Bars: 95 % confidence intervals over processes. Right of 1 is faster."
-    height = 0.9 + 0.35 * len(comparisons)
-    return Plot("Speed", _draw_svg(draw, height, f"{prefix}speed"), note=note)
+    note = f"Dots: ratios. Bars: 95 % confidence intervals over processes. {meaning}"
+    height = 0.9 + 0.35 * len(rows)
+    return Plot(title, _draw_svg(draw, height, f"{prefix}speed"), note=note)
+
+
+def _speed(c: Comparison) -> tuple[str, float, float, float]:
+    return c.candidate, c.ratio, c.low, c.high
+
+
+def _checked_ratio(c: Comparison) -> _Ratio:
+    """The ratio that a check evaluates: the speedup over a mode, or the time to a reference.
+
+    The checked model is the baseline of the comparison.
+    """
+    if c.candidate not in set(GradMode):
+        return _Ratio(f"time vs {c.candidate}", *_speed(c))
+    low, high = 1 / c.high if c.high else math.inf, 1 / c.low if c.low > 0 else math.inf
+    return _Ratio(f"speedup over {c.candidate}", c.candidate, 1 / c.ratio, low, high)
 
 
 def distribution(result: AnyResult, prefix: str) -> Plot | None:
@@ -186,27 +217,35 @@ def _draw_series(axes: Any, series: Sequence[float], colour: str) -> None:
 
 def memory(result: AnyResult, prefix: str) -> Plot | None:
     """Draw the live bytes during one forward pass, with the peak of each variant."""
-    memories = {name: measured[0].memory for name, measured in _variants(result).items()}
-    timelines = {name: (m.timeline, m.peak_module) for name, m in memories.items() if m.timeline}
-    if not timelines:
+    lines: dict[tuple[tuple[int, ...], str | None], list[str]] = {}
+    """Timeline and module at the peak -> the variants that have them."""
+    for name, measured in _variants(result).items():
+        if timeline := (memory := measured[0].memory).timeline:
+            lines.setdefault((timeline, memory.peak_module), []).append(name)
+    if not lines:
         return None
     colours = _colours(result)
-    scale, unit = _unit(max(max(line) for line, _ in timelines.values()), BYTE_UNITS)
+    scale, unit = _unit(max(max(line) for line, _ in lines), BYTE_UNITS)
 
     def draw(axes: Any) -> None:
-        for (name, (line, _)), style in zip(timelines.items(), cycle(_LINE_STYLES), strict=False):
+        for i, ((line, _), names) in enumerate(lines.items()):
             y = [count / scale for count in line]
             x = [i / max(1, len(y) - 1) for i in range(len(y))]
-            colour, peak = _placeholder(colours[name]), y.index(max(y))
-            axes.step(x, y, where="post", color=colour, linewidth=1.6, linestyle=style)
-            axes.plot([x[peak]], [y[peak]], "o", color=colour, markersize=6)
+            colour, peak = _placeholder(colours[names[0]]), y.index(max(y))
+            above = len(lines) - 1 - i  # wider than the lines drawn above it, which may be close
+            axes.step(x, y, where="post", color=colour, linewidth=1.6 + 2 * above)
+            axes.plot([x[peak]], [y[peak]], "o", color=colour, markersize=6 + 2 * above)
         axes.set_xticks([0, 1], ["call", "return"])
         axes.set_ylabel(unit)
         axes.grid(axis="y", color=_GRID, linewidth=0.8)
 
     key = tuple(
-        (colours[name], name, f"peak {format_bytes(max(line))}{f' in {module}' if module else ''}")
-        for name, (line, module) in timelines.items()
+        (
+            colours[names[0]],
+            " and ".join(names),
+            f"peak {format_bytes(max(line))}{f' in {module}' if module else ''}",
+        )
+        for (line, module), names in lines.items()
     )
     note = "Tensor bytes of one batch after each allocation, excluding weights and inputs."
     return Plot("Memory over a forward pass", _draw_svg(draw, 2.4, f"{prefix}memory"), key, note)

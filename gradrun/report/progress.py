@@ -1,15 +1,15 @@
-"""A progress bar on a terminal.
+"""Progress of a command on a terminal: the stage, and a bar where the total is known.
 
 It draws in the caller's thread: another thread would take time from the measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.text import Text
@@ -27,10 +27,30 @@ class _Rate(TextColumn):
         return Text(f"{format_number(speed)} /s" if speed >= 1 else "")
 
 
+class _TimeLeft(TextColumn):
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def render(self, task: RichTask) -> Text:
+        if task.time_remaining is None:
+            return Text("")
+        minutes, seconds = divmod(int(task.time_remaining), 60)
+        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+
+
+class _Stages(RichProgress):
+    """Draws the current stage; without a bar while its total is unknown."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            if task.visible:
+                yield self.make_tasks_table([task]) if task.total else Text(f"{task.description} …")
+
+
 @contextmanager
 def progress_bar(console: Console) -> Iterator[ProgressCallback]:
-    """Yield a callback that draws a bar per stage, erased at the end; on a terminal only."""
-    if not console.is_terminal or console.no_color:
+    """Yield a callback that draws the progress, erased at the end; on a terminal only."""
+    if not console.is_terminal or console.is_dumb_terminal:
         yield ignore
         return
     columns = (
@@ -39,19 +59,36 @@ def progress_bar(console: Console) -> Iterator[ProgressCallback]:
         TaskProgressColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
         _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+        _TimeLeft(),
     )
-    with RichProgress(*columns, console=console, auto_refresh=False, transient=True) as display:
-        tasks: dict[str, TaskID] = {}
+    display = _Stages(*columns, console=console, auto_refresh=False, transient=True)
+    if console.no_color:  # without escape codes: a line that overwrites itself
+        try:
+            yield _updater(display, lambda: _overwrite_line(console, display.get_renderable()))
+        finally:
+            _overwrite_line(console, Text(""))
+            print("", end="\r", file=console.file)
+        return
+    with display:
+        yield _updater(display, display.refresh)
 
-        def show(progress: Progress) -> None:
-            if progress.stage not in tasks:
-                for finished in tasks.values():
-                    display.update(finished, visible=False)
-                tasks[progress.stage] = display.add_task(progress.stage, total=progress.total)
-            task = tasks[progress.stage]
-            display.update(task, completed=progress.done, total=progress.total)
-            display.refresh()
 
-        yield show
+def _updater(display: RichProgress, draw: Callable[[], None]) -> ProgressCallback:
+    tasks: dict[str, TaskID] = {}
+
+    def show(progress: Progress) -> None:
+        if progress.stage not in tasks:
+            for finished in tasks.values():
+                display.update(finished, visible=False)
+            tasks[progress.stage] = display.add_task(progress.stage, total=progress.total)
+        display.update(tasks[progress.stage], completed=progress.done, total=progress.total)
+        draw()
+
+    return show
+
+
+def _overwrite_line(console: Console, content: RenderableType) -> None:
+    with console.capture() as capture:
+        console.print(content)
+    line = capture.get().rstrip("\n")
+    print(f"\r{line:<{console.width - 1}}", end="", file=console.file, flush=True)

@@ -81,7 +81,7 @@ def _cell(figure: Figure) -> str:
     half_width = (high - low) / 2 if high and low else None
     match figure.unit:
         case "seconds":
-            if half_width and half_width < value:
+            if half_width and 2 * half_width < value:
                 return seconds_within(value, half_width)
             return format_seconds(value, half_width)
         case "bytes":

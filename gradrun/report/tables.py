@@ -13,6 +13,7 @@ from gradrun.core.units import (
     format_bytes,
     format_number,
     format_seconds,
+    format_seconds_range,
     pluralize,
     seconds_shown,
     seconds_within,
@@ -86,28 +87,39 @@ class Table:
     """Fill the width, so that consecutive tables in a terminal are aligned."""
 
 
-def build_tables(result: AnyResult) -> tuple[Table, ...]:
-    """Build all tables of a result that have rows."""
-    tables: tuple[Table, ...]
+def of_measurements(result: AnyResult) -> tuple[Table, ...]:
+    """Build the tables of time and memory, or of the outcomes of a check."""
     match result:
         case InferResult():
             measured = result.measurements[0]
-            tables = (
-                timing(measured),
-                peak_memory(measured.memory),
-                metrics(result.metrics),
-                interpretation(result.interpretation),
-            )
+            return _with_rows(timing(measured), peak_memory(measured.memory))
         case CompareResult():
-            tables = (ratios(result), variant_memory(result))
+            return _with_rows(ratios(result), variant_memory(result))
         case AuditResult():
-            tables = (mode_safety(result), saved_for_backward(result))
+            return _with_rows(mode_safety(result), saved_for_backward(result))
         case CheckResult():
-            tables = (
-                outcomes(result),
-                metrics(result.metrics),
-                interpretation(result.interpretation),
-            )
+            return _with_rows(outcomes(result))
+
+
+def of_predictions(result: AnyResult) -> tuple[Table, ...]:
+    """Build the tables of the quality of the predictions."""
+    match result:
+        case InferResult() | CheckResult():
+            return _with_rows(metrics(result.metrics))
+        case _:
+            return ()
+
+
+def of_interpretation(result: AnyResult) -> tuple[Table, ...]:
+    """Build the table of the interpretations that change predictions."""
+    match result:
+        case InferResult() | CheckResult():
+            return _with_rows(interpretation(result.interpretation))
+        case _:
+            return ()
+
+
+def _with_rows(*tables: Table) -> tuple[Table, ...]:
     return tuple(table for table in tables if table.rows)
 
 
@@ -144,11 +156,10 @@ def timing(measured: Measurement) -> Table:
 
 def _padding(padding: Padding) -> tuple[str, str, str]:
     share = 1 - padding.tokens / max(1, padding.run)
+    ungrouped = 1 - padding.tokens / max(1, padding.ungrouped)
     details = f"of {padding.run:,} tokens"
     if padding.run != padding.ungrouped:
-        less = 1 - (padding.run - padding.tokens) / max(1, padding.ungrouped - padding.tokens)
-        fewer = 1 - padding.run / max(1, padding.ungrouped)
-        details += f"; grouped by length: {less:.0%} less padding, {fewer:.0%} fewer tokens"
+        details += f"; {ungrouped:.0%} if not grouped by length"
     return "padding", f"{share:.0%}", details
 
 
@@ -172,12 +183,12 @@ def _latencies(measured: Measurement) -> Iterator[tuple[str, str, str]]:
 
 
 def _interval(estimate: stats.Estimate, uncertainty: float) -> str:
-    low, high = (format_seconds(end, uncertainty) for end in (estimate.low, estimate.high))
-    if estimate.low > 0 and math.isfinite(estimate.high):
-        return f"{low} to {high} (95 %)"
-    if estimate.low > 0:
-        return f"{low} or more (95 %)"
-    return f"{high} or less (95 %)" if math.isfinite(estimate.high) else ""
+    low, high = estimate.low, estimate.high
+    if low > 0 and math.isfinite(high):
+        return f"{format_seconds_range(low, high, uncertainty)} (95 %)"
+    if low > 0:
+        return f"{format_seconds(low, uncertainty)} or more (95 %)"
+    return f"{format_seconds(high, uncertainty)} or less (95 %)" if math.isfinite(high) else ""
 
 
 def peak_memory(memory: Memory) -> Table:
@@ -251,7 +262,7 @@ def ratios(result: CompareResult) -> Table:
 
 
 def _time(time: stats.Estimate) -> str:
-    if time.uncertainty < time.value:
+    if 2 * time.uncertainty < time.value:
         return seconds_within(time.value, time.uncertainty)
     return f"about {format_seconds(time.value, time.value)}"
 

@@ -34,7 +34,7 @@ def show(document: Document, console: Console) -> None:
         console.print(
             "", Text.assemble(title, "  ", _text(document.subject, "quiet")), "", sep="\n"
         )
-    for table in document.tables:
+    for table in (*document.tables, *document.predictions, *document.interpretation):
         console.print(_table(table, min(console.width, TABLE_WIDTH)))
         if table.note:
             console.print(_text(table.note, "quiet"))

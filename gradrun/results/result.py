@@ -367,7 +367,7 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
             data = json.loads(path.read_bytes())
         except OSError as error:
             unfinished = path.with_name("journal.jsonl").is_file() and not path.exists()
-            hint = "; the run is unfinished, to resume: infer --resume" if unfinished else ""
+            hint = "; the run is unfinished, see gradrun verify" if unfinished else ""
             raise GradrunError(f"{path} cannot be read: {error.strerror}{hint}") from error
         except (ValueError, RecursionError) as error:
             raise GradrunError(f"{path} is not a gradrun result: not JSON: {error}") from error
@@ -557,6 +557,8 @@ class Verification:
     damaged: tuple[DamagedRange, ...]
     torn: bool
     """The last line of the journal is incomplete and was ignored."""
+    resumable: bool = True
+    """This version of gradrun can continue the run."""
 
     @property
     def complete(self) -> bool:

@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
+from gradrun.core.units import (
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_seconds_range,
+    pluralize,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,17 +46,37 @@ def test_seconds_have_three_digits_and_a_suitable_unit(seconds: float, text: str
         (1.2345e-3, 1e-7, "1.23 ms"),
         (1.2345e-3, 0.04e-3, "1.23 ms"),
         (1.2345e-3, 0.2e-3, "1.2 ms"),
-        (1.2345e-3, 2e-3, "1 ms"),
+        (1.2345e-3, 2e-3, "1.2 ms"),
+        (999.7e-6, 1e-3, "1.0 ms"),
+        (994e-6, 1e-3, "990 µs"),
+        (1.51, 2.3, "1.5 s"),
         (1.2345e-3, 0.0, "1.23 ms"),
         (123e-6, 50e-6, "120 µs"),
-        (123e-6, 500e-6, "100 µs"),
-        (4.7e-3, 0.45, "5 ms"),
+        (123e-6, 500e-6, "120 µs"),
+        (4.7e-3, 0.45, "4.7 ms"),
     ],
 )
-def test_uncertainty_removes_all_digits_but_one(
+def test_uncertainty_removes_all_digits_but_two(
     seconds: float, uncertainty: float, text: str
 ) -> None:
     assert format_seconds(seconds, uncertainty) == text
+
+
+def test_times_that_round_to_the_same_value_are_shown_in_the_same_unit() -> None:
+    shown = {format_seconds(seconds, seconds) for seconds in (996e-6, 999.7e-6, 1e-3, 1.04e-3)}
+    assert shown == {"1.0 ms"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "uncertainty", "text"),
+    [
+        (1.2, 5.8, 2.3, "1.2 to 5.8 s"),
+        (0.9e-3, 1.2e-3, 0.2e-3, "900 µs to 1.2 ms"),
+        (101e-6, 104e-6, 2e-6, "101 to 104 µs"),
+    ],
+)
+def test_a_range_names_its_unit_once(low: float, high: float, uncertainty: float, text: str):
+    assert format_seconds_range(low, high, uncertainty) == text
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,18 @@ def test_overrides_change_only_their_keys(
     assert json.dumps(written) == before
 
 
-def test_progress_receives_the_samples_done_and_the_total(
+def test_progress_receives_each_stage_and_the_samples_done(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", -1)
-    calls: list[tuple[int, int]] = []
-    gradrun.infer(written, progress=lambda p: calls.append((p.done, p.total)))
-    assert calls == [(4, 10), (8, 10), (10, 10)]
+    calls: list[tuple[str, int, int]] = []
+    gradrun.infer(written, progress=lambda p: calls.append((p.stage, p.done, p.total)))
+    unknown = ["loading the model", "opening the data", "running the first batch"]
+    assert calls == [
+        *((stage, 0, 0) for stage in unknown),
+        *(("predicting", done, 10) for done in (0, 4, 8, 10)),
+        ("measuring memory", 0, 0),
+    ]
 
 
 def test_only_overwrite_replaces_an_earlier_run(written: dict[str, Any]) -> None:

@@ -168,6 +168,15 @@ def test_an_unfinished_run_suggests_a_resume(cli: Command, tmp_path: Path) -> No
     assert "unfinished, 16 of 40 samples verified; to resume: infer --resume" in text
 
 
+def test_an_unfinished_run_of_journal_format_1_does_not_suggest_a_resume(cli: Command) -> None:
+    answer = cli("verify", ROOT / "tests" / "golden" / "journal-format-1" / "jsonl")
+    assert answer.code == 3
+    text = " ".join(answer.out.split())
+    assert "unfinished, 16 of 23 samples verified; this version cannot resume it" in text
+    assert "--overwrite" in text
+    assert "--resume" not in text
+
+
 def test_damage_is_reported_with_samples_and_file(cli: Command, tmp_path: Path) -> None:
     run(tmp_path, "npy")
     with (tmp_path / "predictions.npy").open("r+b") as file:

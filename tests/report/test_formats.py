@@ -17,12 +17,16 @@ import pytest
 from rich.cells import cell_len
 
 from gradrun import report
+from gradrun.checks import evaluate
+from gradrun.config.check import CheckSection
+from gradrun.core.grad_mode import GradMode
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import plots
-from gradrun.results.ratios import recompute
+from gradrun.results.ratios import compare_measured, recompute, time_ratio
 from gradrun.results.result import Comparison, Metric, RunResult
 from tests.support.reporting import assert_golden, printed
-from tests.support.saved_results import NASTY, OUTCOMES, RESULTS, hostile
+from tests.support.run_results import MEMORY, measurement
+from tests.support.saved_results import MIB, NASTY, OUTCOMES, RESULTS, audit, check, hostile
 
 GROUPS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in RESULTS},
@@ -146,6 +150,57 @@ def test_the_plots_show_the_measured_values() -> None:
     assert "times as fast as grad" in drawn("comparison")["Speed"].svg
     ((_, name, said),) = drawn("run")["Memory over a forward pass"].key
     assert (name, said) == ("inference_mode", "peak 64.50 KiB in stage2.0 (Conv2d)")
+
+
+def test_the_plot_of_a_check_has_the_names_and_values_of_its_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The checked model takes 4 s, grad 5 s and the reference 3.2 s: 1.25 times as fast as grad,
+    # and 25 % slower than the reference.
+    measured = tuple(
+        measurement(
+            3, variant=name, process=process, batch_seconds=(seconds,) * 3, batch_sizes=(4,) * 3
+        )
+        for process in range(3)
+        for name, seconds in (("no_grad", 4.0), ("grad", 5.0), ("origin/main", 3.2))
+    )
+    comparisons = tuple(compare_measured(measured, 0.01))
+    section = CheckSection.model_validate(
+        {"limits": {"speedup_over_grad": ">= 1"}, "regression": {"time": "50%"}}
+    )
+    slowdown = time_ratio(measured, "no_grad", "origin/main")
+    outcomes = (
+        *evaluate.speedup_limits(section, GradMode.NO_GRAD, measured),
+        *evaluate.time_regression(section, "origin/main", slowdown),
+    )
+    assert [o.value.split(" ")[0] for o in outcomes] == ["1.25", "+25.0%"]
+    rows: list[tuple[str, float]] = []
+    monkeypatch.setattr(
+        "gradrun.report.plots._label_rows", lambda axes, positions, names: rows.extend(names)
+    )
+    checked = check(*outcomes, measurements=measured, comparisons=comparisons)
+    plot = next(plot for plot in plots(checked) if plot.title == "Ratios of times")
+    assert rows[:2] == [outcome.check for outcome in outcomes]
+    dots = [float(x) for x in re.findall(r'<use xlink:href="#[^"]*" x="([\d.]+)"', plot.svg)]
+    # Equal ratios, so equal places on the axis.
+    assert len(set(dots[-2:])) == 1
+
+
+def test_modes_with_equal_memory_share_a_line_and_a_key() -> None:
+    small = (0, MIB, 0)
+    memories = {"grad": (0, 8 * MIB, 8 * MIB), "no_grad": small, "inference_mode": small}
+    measured = tuple(
+        measurement(3, mode=mode, variant=mode, memory=MEMORY.replace(timeline=timeline))
+        for mode, timeline in memories.items()
+    )
+    (plot,) = (p for p in plots(audit(measurements=measured)) if p.title.startswith("Memory"))
+    assert [(name, text) for _, name, text in plot.key] == [
+        ("grad", "peak 8.00 MiB"),
+        ("no_grad and inference_mode", "peak 1.00 MiB"),
+    ]
+    widths = re.findall(r"stroke: var\(--series-\d\); stroke-width: ([\d.]+)", plot.svg)
+    assert sorted(map(float, widths), reverse=True) == list(map(float, widths)), "wider below"
+    assert len(set(widths)) > 1
 
 
 @pytest.mark.parametrize("name", RESULTS)

@@ -10,10 +10,10 @@ def test_outcomes_are_annotated_at_the_line_of_their_limit():
     lines = [*github.annotate(check(PASSED, FAILED, INCONCLUSIVE))]
     assert lines == [
         "::error file=configs/digits.yaml,line=24,title=gradrun%3A forward peak::"
-        "4.50 KiB above the limit (66,048 bytes) (allowed: at most 60.00 KiB; found: 64.50 KiB)",
+        "4.50 KiB above the limit (66,048 bytes) (limit: at most 60.00 KiB; value: 64.50 KiB)",
         "::warning title=gradrun%3A time vs origin/main::the confidence interval includes the "
         "limit; reduce load on the machine or raise measure.budget or measure.processes "
-        "(allowed: at most +5%25; found: +4.8%25 (+3.1%25 to +6.5%25))",
+        "(limit: at most +5%25; value: +4.8%25 (+3.1%25 to +6.5%25))",
     ]
 
 

@@ -12,6 +12,7 @@ import pytest
 from gradrun import report
 from gradrun.core.errors import ConfigError
 from gradrun.report import html_page
+from gradrun.results.result import Metric, Statement, Warning
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.saved_results import NASTY, RESULTS, hostile
 
@@ -63,6 +64,8 @@ def test_the_page_is_rendered_without_requests_and_fits(
     for words in TITLES[name]:
         assert words in rendered.text
     assert rendered.width <= width, "nothing to scroll sideways to but a table in its own frame"
+    if name != "all":  # results side by side have a column each
+        assert rendered.cut_off == []
     picture = pixels(rendered.screenshot)
     assert picture.shape[:2] == (900, width)
     paper = picture[0, 0]
@@ -72,6 +75,19 @@ def test_the_page_is_rendered_without_requests_and_fits(
     if name in {"run", "comparison"}:
         spread = picture.max(axis=2).astype(int) - picture.min(axis=2)
         assert (spread > 80).mean() > 0.0005, "a plot has colours"
+
+
+def test_warnings_come_first_and_then_the_verdict_the_predictions_and_their_cost() -> None:
+    warned = RESULTS["run"].replace(
+        warnings=(Warning(code="x", text="the weights are random"),),
+        metrics=(Metric(name="accuracy", value=0.97, samples=498),),
+        interpretation=(Statement(topic="weights", text="random (seed 0)"),),
+    )
+    page = html_page.render([("a", warned)])
+    order = ["the weights are random", "samples per second", "0.9700", "Batch times", "cold start"]
+    order += ["forward peak</th>", "random (seed 0)", "Machine"]
+    places = [page.index(words) for words in order]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check"])

@@ -42,6 +42,27 @@ def test_the_bar_shows_share_rate_and_time_left() -> None:
     assert last.endswith("30% 300 of 1,000 4.00 /s 0:02:55 left")
 
 
+def test_a_stage_of_unknown_length_has_neither_a_bar_nor_a_share() -> None:
+    screen = console(terminal=True)
+    with progress_bar(screen) as progress:
+        progress(Progress("loading the model"))
+        drawn = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", screen.file.getvalue())
+    assert set(drawn.split("\r")) - {""} == {"loading the model …"}
+
+
+def test_without_colors_the_line_overwrites_itself_without_escape_codes() -> None:
+    screen = console(terminal=True, no_color=True, color_system=None)
+    with progress_bar(screen) as progress:
+        progress(Progress("loading the model"))
+        progress(Progress("predicting", 300, 1000))
+    _, loading, predicting, erased, end = screen.file.getvalue().split("\r")
+    assert loading.rstrip() == "loading the model …"
+    assert predicting.startswith("predicting ━")
+    assert predicting.rstrip().endswith("30% 300 of 1,000")
+    assert {len(line) for line in (loading, predicting, erased)} == {99}
+    assert not erased.strip() + end
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_bar_is_erased_at_the_end(fails: bool) -> None:
     screen = console(terminal=True)

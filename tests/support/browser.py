@@ -25,6 +25,8 @@ class RenderedPage:
     text: str = ""
     width: int = 0
     """Scroll width in pixels."""
+    cut_off: list[str] = field(default_factory=list)
+    """Texts of the tables that are wider than their frame."""
     background: str = ""
     screenshot: bytes = b""
     """PNG."""
@@ -78,11 +80,17 @@ class Browser:
             self._events.append(self._read())
 
         def value(expression: str) -> Any:
-            return ask("Runtime.evaluate", expression=expression)["result"]["value"]
+            return ask("Runtime.evaluate", expression=expression, returnByValue=True)[
+                "result"
+            ]["value"]
 
         rendered = RenderedPage(
             text=value("document.body.innerText"),
             width=value("document.documentElement.scrollWidth"),
+            cut_off=value(
+                "[...document.querySelectorAll('.scrolls')]"
+                ".filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
+            ),
             background=value("getComputedStyle(document.body).backgroundColor"),
             screenshot=base64.b64decode(ask("Page.captureScreenshot", format="png")["data"]),
         )
