@@ -80,9 +80,9 @@ class Browser:
             self._events.append(self._read())
 
         def value(expression: str) -> Any:
-            return ask("Runtime.evaluate", expression=expression, returnByValue=True)[
-                "result"
-            ]["value"]
+            return ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"][
+                "value"
+            ]
 
         rendered = RenderedPage(
             text=value("document.body.innerText"),
