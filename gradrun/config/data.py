@@ -95,11 +95,13 @@ class RecordsData(_Data):
 
 
 class TextData(_Data):
-    """Tokenized texts: the lines of a .txt file, or a field of .csv or .jsonl."""
+    """Tokenized texts: the lines of a .txt file, or a field of .csv, .jsonl or .parquet."""
 
     source: Literal["text"]
     path: InputFile
-    field: str | None = Field(None, description="column of the text; not for .txt")
+    field: str | tuple[str, str] | None = Field(
+        None, description="column of the text, or [first, second] for pairs; not for .txt"
+    )
     id: str | None = Field(None, description="column with sample ids, for the outputs")
     labels: str | None = Field(None, description="column with each text's true class or value")
     classes: Classes = None
@@ -111,10 +113,23 @@ class TextData(_Data):
         (), description="tokenizer outputs to pass to the model; default: all"
     )
     max_length: Size | None = Field(
-        None, description="truncate to this many tokens; default: the tokenizer's limit"
+        None,
+        description="truncate to this many tokens; default: the limit of the sentence-transformers "
+        "folder or tokenizer, at most the model's positions",
+    )
+    prompt: str | None = Field(
+        None,
+        description="text put before every text; default: the default prompt of a "
+        "sentence-transformers folder",
+    )
+    prompt_name: str | None = Field(
+        None, description="a prompt of config_sentence_transformers.json, such as query"
     )
     padding: Literal["longest", "max_length"] = Field(
         "longest", description="pad to the longest text of the batch, or to max_length"
+    )
+    padding_side: Literal["left", "right"] | None = Field(
+        None, description="default: left for AutoModelForCausalLM, otherwise the tokenizer's"
     )
     group_by_length: Literal["auto"] | bool = Field(
         "auto", description="batch texts of similar length; auto: if it saves 10 % of the tokens"
@@ -123,6 +138,8 @@ class TextData(_Data):
     def check_model(self, model: ModelConfig) -> None:
         if self.padding == "max_length" and self.max_length is None:
             raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+        if self.prompt is not None and self.prompt_name is not None:
+            raise PydanticCustomError("prompt", "set prompt or prompt_name, not both")
         if self.tokenizer is None and not isinstance(model, HuggingFaceModel):
             raise PydanticCustomError(
                 "tokenizer",

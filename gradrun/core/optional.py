@@ -18,6 +18,7 @@ EXTRAS = {
     "pyarrow": ("pyarrow", "parquet"),
     "PIL": ("Pillow", "images"),
     "transformers": ("transformers", "hf"),
+    "tokenizers": ("tokenizers", "hf"),
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
 }

@@ -12,7 +12,7 @@ import torch
 from gradrun.config.data import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
-from gradrun.results.result import Padding, Statement
+from gradrun.results.result import Padding, Statement, Warning
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes of a file that are read and converted at once; bounds the growth of the resident set."""
@@ -53,6 +53,14 @@ class HasLabels(Protocol):
         Raises:
             ConfigError: the labels cannot be read, or the config names none.
         """
+
+
+@runtime_checkable
+class HasWarnings(Protocol):
+    """A data source that may change samples in a way that a user should know of."""
+
+    def warnings(self) -> Iterator[Warning]:
+        """Yield the warnings for the batches read so far."""
 
 
 @runtime_checkable
