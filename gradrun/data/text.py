@@ -111,8 +111,8 @@ class Texts:
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
-        counts = self._total()
-        cut = f"{counts.truncated:,} of {counts.texts:,} truncated to {self._tokenization.limit} tokens"
+        counts, limit = self._total(), self._tokenization.limit
+        cut = f"{counts.truncated:,} of {counts.texts:,} truncated to {limit} tokens"
         text = cut if counts.truncated else f"none of {counts.texts:,} truncated"
         yield Statement(topic="texts", text=f"{text} (longest: {counts.longest:,})")
         if counts.repaired:

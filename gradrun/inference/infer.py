@@ -19,7 +19,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import HasFileList
+from gradrun.data.source import HasFileList, HasWarnings
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.interpretation import interpret
@@ -224,6 +224,7 @@ def build_result(
     quarantined = sum(position < writer.written for position in positions)
     warnings = [
         *runner.warnings,
+        *(runner.data.warnings() if isinstance(runner.data, HasWarnings) else ()),
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
     ]
     if not timed.stopped:

@@ -154,13 +154,6 @@ def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
         ),
         ("t.csv", b"key,body\n1,a\n", {"field": "boby"}, "no column 'boby'; did you mean body?"),
         ("t.csv", b"key,body\n1,a\n", {"field": "body", "id": "k"}, "has no column 'k'"),
-        (
-            "t.jsonl",
-            b'{"body": 3}\n',
-            {"field": "body"},
-            "t.jsonl:1  'body' is 3, not a text",
-        ),
-        ("t.jsonl", b'{"body": "a"}\n{}\n', {"field": "body"}, ":2  'body' is None"),
         ("t.csv", b",body\n1,a\n", {}, "t.csv has columns"),
         ("t.csv", b"body\n" + b"a" * 200_000, {"field": "body"}, "cannot be read: field larger"),
         ("t.jsonl", b"{\n", {"field": "body"}, "invalid JSON"),
@@ -297,3 +290,110 @@ def test_sentences_of_the_readme_are_tokenized(folder: Path) -> None:
         zip([i for b in data.batches() for i in b.ids], tokens(data.batches()), strict=True)
     )
     assert [found[i] for i in range(200)] == tokenize(lines, folder)
+
+
+# --- interpretation ----------------------------------------------------------------------------
+
+
+def facts(data: Texts) -> str:
+    return "\n".join(f"{statement.topic}: {statement.text}" for statement in data.statements())
+
+
+def test_truncated_texts_are_counted_with_the_longest(folder: Path) -> None:
+    (folder / "mixed.txt").write_text("the model\n" * 40 + "the model " * 90 + "\n")
+    longest = len(tokenizer_of(folder)("the model " * 90)["input_ids"])
+    data = opened(folder, path="mixed.txt", batch_size=2, group_by_length=False)
+    assert "texts: none of 32 truncated (longest: 4)" in facts(data), "the first chunk only"
+    for _ in range(2):  # batches that are read again count once
+        list(data.batches())
+    assert f"texts: 1 of 41 truncated to 64 tokens (longest: {longest})" in facts(data)
+    (warning,) = data.warnings()
+    assert warning.code == "truncated"
+    assert f"1 of 41 texts were truncated to 64 tokens; the longest has {longest}" in warning.text
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return import_transformers("").AutoTokenizer.from_pretrained(folder / "tokenizer")
+
+
+def test_pairs_of_texts_are_tokenized_together_and_truncated_as_the_tokenizer_does(
+    folder: Path,
+) -> None:
+    rows = [{"q": "the model", "d": "a mode of data"}, {"q": "time " * 50, "d": "memory " * 60}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = opened(folder, path="pairs.jsonl", field=["q", "d"], group_by_length=False)
+    batch = next(data.batches())
+    expected = tokenizer_of(folder)(
+        [row["q"] for row in rows], [row["d"] for row in rows],
+        padding=True, truncation=True, return_tensors="pt",
+    )  # fmt: skip
+    for name, tensor in batch.kwargs.items():
+        assert torch.equal(tensor, expected[name])
+    assert "1 of 2 truncated to 64 tokens (longest: 113)" in facts(data)
+
+
+def test_a_prompt_is_put_before_every_text(folder: Path) -> None:
+    data = opened(folder, prompt="time: ", group_by_length=False)
+    assert tokens(data.batches()) == tokenize([f"time: {line}" for line in LINES], folder)
+    assert "prompt: 'time: ' before every text" in facts(data)
+    assert "there is no prompt 'query'; the tokenizer's folder has no prompts" in text_error(
+        folder, prompt_name="query"
+    )
+
+
+def test_half_a_surrogate_pair_is_replaced_and_stated(folder: Path) -> None:
+    (folder / "half.jsonl").write_text(
+        '{"body": "the model"}\n{"body": "the \\ud83d model"}\n{"body": "\\ud83d\\ude00"}\n'
+    )
+    data = opened(folder, path="half.jsonl", field="body", group_by_length=False)
+    expected = tokenize(["the model", "the \ufffd model", "\U0001f600"], folder)
+    assert tokens(data.batches()) == expected
+    assert "half a character replaced by U+FFFD in 1, first in half.jsonl:2" in facts(data)
+
+
+@pytest.mark.parametrize("line", ['{"body": null}', '{"body": 3}', "{}"])
+def test_a_row_without_a_text_is_an_error_of_that_sample_only(folder: Path, line: str) -> None:
+    (folder / "gap.jsonl").write_text(f'{{"body": "the model"}}\n{line}\n{{"body": "a mode"}}\n')
+    data = opened(folder, path="gap.jsonl", field="body", group_by_length=False)
+    (batch,) = data.batches()
+    assert list(batch.errors) == [1]
+    assert "gap.jsonl:2  'body' is " in str(batch.errors[1])
+    readable = batch.select([0, 2])
+    assert tokens([readable]) == tokenize(["the model", "a mode"], folder)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_a_text_without_tokens_is_an_error_whatever_its_neighbours(
+    folder: Path, batch_size: int
+) -> None:
+    made = save_tokenizer(folder / "bare")
+    import_transformers("").PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer, pad_token="[PAD]", model_max_length=64
+    ).save_pretrained(folder / "bare")
+    backend = json.loads((folder / "bare/tokenizer.json").read_text())
+    backend["post_processor"] = None  # adds no tokens, as that of GPT-2
+    (folder / "bare/tokenizer.json").write_text(json.dumps(backend))
+    (folder / "empty.txt").write_text("the model\n\na mode\n\n")
+    for grouped in (False, True):
+        data = opened(
+            folder, path="empty.txt", tokenizer=str(folder / "bare"), batch_size=batch_size,
+            group_by_length=grouped,
+        )  # fmt: skip
+        batches = list(data.batches())
+        found = [str(error) for batch in batches for error in batch.errors.values()]
+        assert sorted(text.rpartition("/")[2] for text in found) == [
+            "empty.txt:2  the text has no tokens",
+            "empty.txt:4  the text has no tokens",
+        ]
+        assert all(
+            (batch.kwargs["attention_mask"].sum(1) > 0).sum() + len(batch.errors) == batch.size
+            for batch in batches
+        )
+
+
+def test_texts_are_padded_on_the_side_of_the_config(folder: Path) -> None:
+    data = opened(folder, padding_side="left", group_by_length=False)
+    assert tokens(data.batches()) == tokenize(LINES, folder)
+    for batch in data.batches():
+        assert batch.kwargs["attention_mask"][:, -1].all(), "every text ends at the right edge"
+    assert "padding: left, token [PAD] (0)" in facts(data)
