@@ -84,7 +84,7 @@ def _text(values: list[Any], columns: tuple[str, ...], sample: int | str, place:
 
 
 def _without_surrogates(text: str) -> str:
-    """Join halves of surrogate pairs, and replace those that stand alone, as in "\\ud83d"."""
+    """Join halves of surrogate pairs, and replace single ones, as in "\\ud83d"."""
     try:
         text.encode()
     except UnicodeEncodeError:

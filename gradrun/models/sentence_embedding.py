@@ -138,7 +138,7 @@ def build_embedding(
 def _unsupported(source: Path | str, part: str) -> ConfigError:
     return ConfigError(
         f"the sentence-transformers folder {source} has {part}, which sentence_embedding does not "
-        "support; set output.select and output.transform to what you need, or transform: none",
+        "support; set output.transform, e.g. mean_pool, cls or none",
         "output.transform",
     )
 
