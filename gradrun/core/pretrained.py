@@ -139,7 +139,7 @@ def choose_prompt(folder: SentenceFolder | None, prompt: str | None, name: str |
     prompts = folder.prompts if folder else {}
     if name and name not in prompts:
         known = suggest(name, prompts) if prompts else "the tokenizer's folder has no prompts"
-        raise ConfigError(f"there is no prompt {name!r}; {known}", "data.prompt_name")
+        raise ConfigError(f"unknown prompt {name!r}; {known}", "data.prompt_name")
     return prompts.get(name, "")
 
 

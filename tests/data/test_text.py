@@ -336,7 +336,7 @@ def test_a_prompt_is_put_before_every_text(folder: Path) -> None:
     data = opened(folder, prompt="time: ", group_by_length=False)
     assert tokens(data.batches()) == tokenize([f"time: {line}" for line in LINES], folder)
     assert "prompt: 'time: ' before every text" in facts(data)
-    assert "there is no prompt 'query'; the tokenizer's folder has no prompts" in text_error(
+    assert "unknown prompt 'query'; the tokenizer's folder has no prompts" in text_error(
         folder, prompt_name="query"
     )
 
