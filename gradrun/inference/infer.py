@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from gradrun.config.data import SyntheticData
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
+from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
@@ -226,6 +228,7 @@ def build_result(
         *runner.warnings,
         *(runner.data.warnings() if isinstance(runner.data, HasWarnings) else ()),
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
+        *_model_warnings(plan.model, runner.config),
     ]
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
@@ -330,6 +333,17 @@ def _output_warnings(
         and "the last line of the journal was incomplete; its predictions were made again",
     }
     return [Warning(code=code, text=str(text)) for code, text in texts.items() if text]
+
+
+def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
+    if not model.random or isinstance(config.data, SyntheticData):
+        return []
+    text = f"weights: {model.random}, so the predictions are not those of a trained model"
+    if isinstance(config.model, WeightedModel):
+        text += "; set model.weights to a file"
+    if hasattr(config.model, "pretrained"):
+        text += ", or model.pretrained: true"
+    return [Warning(code="random_weights", text=text)]
 
 
 def _add_metrics(

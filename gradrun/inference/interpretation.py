@@ -28,7 +28,7 @@ def interpret(
     """
     threads = Statement(topic="threads", text=pluralize(torch.get_num_threads(), "thread"))
     return (
-        *model.statements(config.run.seed),
+        *model.statements(),
         *data.statements(),
         *outputs,
         threads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from gradrun.models import (
     torchvision,
     zoo,
 )
+from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.weights import load_weights
 
@@ -49,8 +50,15 @@ def load_model(
     model = SOURCES[config.source](config, trust_code=trust_code)
     module = model.module
     if isinstance(config, WeightedModel) and config.weights:
-        load_weights(module, config.weights, config.weights_key)
-        model = model.replace(weights=str(config.weights))
+        renamed = load_weights(module, config.weights, config.weights_key, trust_code=trust_code)
+        model = model.replace(
+            weights="", files=(config.weights,), random="", notes=(*model.notes, *renamed)
+        )
+    elif not module.state_dict():
+        model = model.replace(weights="none (the model has no parameters)")
+    elif not (model.weights or model.files):
+        names = [name for name, _ in module.named_parameters()]
+        model = model.replace(random=describe_random(names, module))
     try:
         if isinstance(config, EagerModel):
             module.train(config.training)
@@ -72,11 +80,25 @@ def load_model(
 
 
 def _class_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the attribute class_names of a module if it is a list of names, else ()."""
-    names = getattr(module, "class_names", None)
-    if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
-        return tuple(names)
-    return ()
+    """Return the names in a module's attribute class_names, in the order of the classes.
+
+    It may be a sequence of names, or a mapping {index: name} or {name: index} with the indices
+    from 0 on. Anything else gives ().
+    """
+    try:
+        value: Any = getattr(module, "class_names", None)
+        if isinstance(value, Mapping):
+            inverted = all(isinstance(index, int) for index in value.values())
+            pairs = [(b, a) if inverted else (a, b) for a, b in value.items()]
+            numbered = {int(index): name for index, name in pairs}
+            names = [numbered[number] for number in range(len(value))]
+        elif isinstance(value, str | Set):
+            return ()
+        else:
+            names = list(value)
+    except Exception:  # a property of the user's module may raise anything
+        return ()
+    return tuple(map(str, names)) if all(isinstance(name, str) for name in names) else ()
 
 
 def _compiled(module: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ def open_model(config: ExportedModel, *, trust_code: bool) -> LoadedModel:
         ) from error
     smallest, largest = _batch_sizes(program)
     module = ExportedProgram(program.module(), _positional_names(program), smallest, largest)
-    return LoadedModel(module, weights=str(config.path))
+    return LoadedModel(module, files=(config.path,))
 
 
 def _positional_names(program: torch.export.ExportedProgram) -> tuple[str, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,17 @@ import torch
 from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
+from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
 
 _KEY = "model.path"
 _MAX_LISTED = 4
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+)
 
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
@@ -43,12 +51,38 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
             use_safetensors=None if trust_code else True,
             output_loading_info=True,
         )
+    missing = sorted(report["missing_keys"])
     if not config.random_weights:
-        _check_weights(config, sorted(report["missing_keys"]))
+        _check_weights(config, missing)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a single forward pass does not reuse a cache
     classes = _class_names(model.config) if "Classification" in config.auto_class else ()
-    return LoadedModel(model, weights=str(config.path), classes=classes)
+    return LoadedModel(
+        model,
+        weights=_origin(config.path, model),
+        files=_weight_files(config.path),
+        random=describe_random(missing, model),
+        classes=classes,
+    )
+
+
+def _origin(path: Path | str, model: Any) -> str:
+    """Return the name of a folder, or a hub name with the commit that was loaded."""
+    if isinstance(path, Path):
+        return path.name
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{path} at commit {commit[:8]}" if commit else str(path)
+
+
+def _weight_files(path: Path | str) -> tuple[Path, ...]:
+    """Return the weight files of a local folder in the order in which transformers looks for them.
+
+    A model on the hub is identified by its commit.
+    """
+    if not isinstance(path, Path):
+        return ()
+    found = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)
+    return tuple(next(filter(None, found), ()))
 
 
 def _class_names(model_config: Any) -> tuple[str, ...]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gradrun.models.weights import describe_file
 from gradrun.results.result import Statement
+
+_MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,11 @@ class LoadedModel:
 
     module: nn.Module
     weights: str = ""
-    """Origin of the weights; empty if they are drawn from run.seed."""
+    """Origin of the weights, besides `files`."""
+    files: tuple[Path, ...] = ()
+    """The files with the weights."""
+    random: str = ""
+    """Description of the weights that are drawn from the seed, such as "random (seed 0)"."""
     classes: tuple[str, ...] = ()
     """Names of the classes in order; () if the source provides none."""
     notes: tuple[Statement, ...] = ()
@@ -27,7 +35,12 @@ class LoadedModel:
         """Return a copy with changed fields."""
         return replace(self, **changes)
 
-    def statements(self, seed: int) -> Iterator[Statement]:
-        """Yield the interpretations of the model, for weights drawn from `seed`."""
-        yield Statement(topic="weights", text=self.weights or f"random (seed {seed})")
+    def statements(self) -> Iterator[Statement]:
+        """Yield the interpretations of the model; reads the files of the weights for their hash."""
+        files = [describe_file(path) for path in self.files[:_MAX_LISTED]]
+        if (more := len(self.files) - _MAX_LISTED) > 0:
+            files.append(f"{more} more files")
+        origin = ": ".join(part for part in (self.weights, ", ".join(files)) if part)
+        if text := "; ".join(part for part in (origin, self.random) if part):
+            yield Statement(topic="weights", text=text)
         yield from self.notes

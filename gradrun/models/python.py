@@ -13,6 +13,7 @@ from gradrun.config.model import PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.models.imports import describe_user_error, import_file, imports_from, require_trust
+from gradrun.models.initialization import RandomOrigins, describe_random
 from gradrun.models.loaded import LoadedModel
 
 _KEY = "model.target"
@@ -24,8 +25,9 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
     location, _, name = config.target.rpartition(":")
     is_file = location.endswith(".py")
     root = config.root or (Path(location).parent if is_file else Path.cwd())
+    origins = RandomOrigins()
     try:
-        with imports_from(root.resolve(), reload=is_file, first=config.root is not None):
+        with origins, imports_from(root.resolve(), reload=is_file, first=config.root is not None):
             module = import_file(Path(location)) if is_file else importlib.import_module(location)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
@@ -34,9 +36,12 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
         raise ConfigError(f"{location} has no {name!r}; {suggest(name, public)}", _KEY)
+    with origins:
+        model = build_module(getattr(module, name), config.args, config.target)
     return LoadedModel(
-        build_module(getattr(module, name), config.args, config.target),
-        weights=f"set by {config.target}",
+        model,
+        weights=f"set by {Path(location).name}:{name}",
+        random=describe_random(origins.random_parameters(model), model),
     )
 
 

@@ -27,4 +27,4 @@ def open_model(config: TorchScriptModel, *, trust_code: bool) -> LoadedModel:
             "save it with torch.jit.save (source: exported reads .pt2 files of torch.export)",
             "model.path",
         ) from error
-    return LoadedModel(module, weights=str(config.path))
+    return LoadedModel(module, files=(config.path,))

@@ -22,7 +22,8 @@ def open_model(config: TorchvisionModel, *, trust_code: bool) -> LoadedModel:
     if config.pretrained and not config.weights:
         with downloading("torchvision", config.name):
             module = models.get_model(config.name, weights="DEFAULT", **config.args)
-            return LoadedModel(module, weights="torchvision's default weights")
+            default = models.get_model_weights(config.name).DEFAULT
+            return LoadedModel(module, weights=f"torchvision {default}")
     builder = models.get_model_builder(config.name)
     # Without weights=None a model may download weights of its backbone.
     known = inspect.signature(builder).parameters

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import io
 import os
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,10 +22,17 @@ import torch
 from torch import nn
 
 from gradrun.core.errors import ConfigError, first_line
+from gradrun.results.result import Statement
+
+State = dict[str, Any]
+"""A state dict: name to tensor, or to packed parameters or extra state."""
 
 _KEY = "model.weights"
 _USUAL_KEYS = ("state_dict", "model", "model_state_dict")
+_COMPILED = "_orig_mod."
+"""Name of the module in a wrapper of torch.compile."""
 _MAX_LISTED = 8
+_HASHED_BLOCKS, _HASHED_BLOCK_BYTES = 256, 1024 * 1024
 
 _LEGACY_PICKLES = 5
 """Pickles in a checkpoint of the format before torch 1.6, ahead of the storages."""
@@ -30,39 +41,126 @@ _MAX_TUPLE_ITEMS = 10_000_000
 _MAX_TUPLE_DEPTH = 100
 
 
-def load_weights(module: nn.Module, path: Path, nested_key: str | None) -> None:
-    """Copy the tensors of a file into a module.
+def load_weights(
+    module: nn.Module, path: Path, nested_key: str | None, *, trust_code: bool = False
+) -> tuple[Statement, ...]:
+    """Copy the tensors of a file into a module, as its load_state_dict accepts them.
+
+    A prefix of wrappers that all keys share, such as DDP's `module.`, is removed if the module
+    does not have it.
 
     Args:
-        module: its state dict must have the same keys and shapes as the file.
+        module: the module; tensors that it shares need only one of their names in the file.
         path: a .safetensors file or a checkpoint of torch.save.
         nested_key: key of the state dict in the checkpoint; default: the usual keys.
+        trust_code: whether unpickling the checkpoint may run code.
+
+    Returns:
+        The changes that were made to the keys.
 
     Raises:
         ConfigError: the file cannot be read without running code, or does not fit the module.
     """
-    state = _read(path, nested_key)
-    expected = module.state_dict()
-    problems = [
+    state = _read(path, nested_key, trust_code)
+    expected = module.state_dict(keep_vars=True)
+    state, renamed = _fit_keys(state, expected)
+    _add_shared_names(state, expected)
+    try:
+        module.load_state_dict(state)
+    except Exception as error:  # a module may have a load_state_dict of its own
+        problems = _mismatches(state, expected) or [first_line(error)]
+        raise ConfigError(f"{path} does not fit the model: {'; '.join(problems)}", _KEY) from error
+    return tuple(Statement(topic="weights", text=text) for text in renamed)
+
+
+def _fit_keys(state: State, expected: State) -> tuple[State, list[str]]:
+    """Remove the prefixes of wrappers from the keys, or add that of the module.
+
+    Returns:
+        The state dict, and a description of each change.
+    """
+    renamed = []
+    if any(_COMPILED in key for key in state) and not any(_COMPILED in key for key in expected):
+        state = {key.replace(_COMPILED, ""): value for key, value in state.items()}
+        renamed.append(f"{_COMPILED!r} of torch.compile removed from the keys")
+    if prefix := _wrapper_prefix(state, expected):
+        # torch also renames the versions of modules, which it stores beside the keys.
+        nn.modules.utils.consume_prefix_in_state_dict_if_present(state, prefix)
+        renamed.append(f"prefix {prefix!r} removed from all keys")
+    elif prefix := _wrapper_prefix(expected, state):
+        state = {prefix + key: value for key, value in state.items()}
+        renamed.append(f"prefix {prefix!r} added to all keys")
+    return state, renamed
+
+
+def _wrapper_prefix(wrapped: State, plain: State) -> str:
+    """Return the dotted prefix of all keys of `wrapped` that those of `plain` lack, or ""."""
+    if any(key in plain for key in wrapped):
+        return ""
+    levels = zip(*(key.split(".")[:-1] for key in wrapped), strict=False)
+    parts = [level[0] for level in takewhile(lambda level: len({*level}) == 1, levels)]
+    prefixes = [".".join(parts[:count]) + "." for count in range(1, len(parts) + 1)]
+    return next(
+        (
+            prefix
+            for prefix in prefixes
+            if any(key.removeprefix(prefix) in plain for key in wrapped)
+        ),
+        "",
+    )
+
+
+def _add_shared_names(state: State, expected: State) -> None:
+    """Add the names of tensors that the module shares with a name in the file."""
+    stored = {_identity(tensor): key for key, tensor in expected.items() if key in state}
+    for key, tensor in expected.items():
+        if key not in state and _identity(tensor) in stored:
+            state[key] = state[stored[_identity(tensor)]]
+
+
+def _identity(value: Any) -> Any:
+    """Return the place of a tensor in memory and its shape; lazy tensors have no place."""
+    if not isinstance(value, torch.Tensor) or nn.parameter.is_lazy(value) or not value.numel():
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride()
+
+
+def _mismatches(state: State, expected: State) -> list[str]:
+    return [
         *_listed("missing in the file", [key for key in expected if key not in state]),
         *_listed("not in the model", [key for key in state if key not in expected]),
         *_listed(
             "different shape",
             [
-                f"{key} {list(state[key].shape)} (the model has {list(expected[key].shape)})"
-                for key in expected
-                if key in state
-                and not nn.parameter.is_lazy(expected[key])  # takes the shape of the loaded tensor
-                and state[key].shape != expected[key].shape
+                f"{key} {list(state[key].shape)} (the model has {list(value.shape)})"
+                for key, value in expected.items()
+                if isinstance(value, torch.Tensor)
+                and isinstance(state.get(key), torch.Tensor)
+                and not nn.parameter.is_lazy(value)  # takes the shape of the loaded tensor
+                and state[key].shape != value.shape
             ],
         ),
     ]
-    if problems:
-        raise ConfigError(f"{path} does not fit the model: {'; '.join(problems)}", _KEY)
+
+
+def describe_file(path: Path) -> str:
+    """Return the name of a file and the start of its SHA-256.
+
+    Files of up to 256 MiB are read whole, which takes about 0.3 s. Of larger files, 256 evenly
+    spaced blocks of 1 MiB are read, and the text calls the hash sampled.
+    """
+    digest = hashlib.sha256()
     try:
-        module.load_state_dict(dict(state))
-    except Exception as error:  # for example sparse or quantized tensors for dense parameters
-        raise ConfigError(f"{path} does not fit the model: {first_line(error)}", _KEY) from error
+        size = path.stat().st_size
+        sampled = size > _HASHED_BLOCKS * _HASHED_BLOCK_BYTES
+        with path.open("rb") as file:
+            for block in range(_HASHED_BLOCKS):
+                if sampled:
+                    file.seek((size - _HASHED_BLOCK_BYTES) * block // (_HASHED_BLOCKS - 1))
+                digest.update(file.read(_HASHED_BLOCK_BYTES))
+    except OSError:  # it was removed after the model was loaded
+        return path.name
+    return f"{path.name} ({'sampled ' if sampled else ''}sha256 {digest.hexdigest()[:8]})"
 
 
 @contextmanager
@@ -83,35 +181,53 @@ def _listed(problem: str, keys: list[str]) -> list[str]:
     return [f"{problem}: {', '.join(map(str, keys[:_MAX_LISTED]))}{more}"] if keys else []
 
 
-def _read(path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
+def _read(path: Path, nested_key: str | None, trust_code: bool) -> State:
+    """Return the state dict in a file, as a dict of its own."""
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
             raise ConfigError(f"{path} is not a valid safetensors file: {error}", _KEY) from error
-    return _state_dict(_load_checkpoint(path), path, nested_key)
+    return copy.copy(_state_dict(_load_checkpoint(path, trust_code), path, nested_key))
 
 
-def _load_checkpoint(path: Path) -> Any:
+def _load_checkpoint(path: Path, trust_code: bool) -> Any:
     try:
         with path.open("rb") as file:
             _check_size(file, path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except ConfigError:
-        raise
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # torch raises many types of error for a damaged archive
+        if trust_code:
+            return _unpickle(path)
+        if isinstance(error, ConfigError):
+            raise
+        if not isinstance(error, pickle.UnpicklingError):
+            raise ConfigError(
+                f"{path} is not a checkpoint of torch.save: {first_line(error):.200}", _KEY
+            ) from error
         with path.open("rb") as file:
             magic = file.read(2)
         if magic != b"PK" and not magic.startswith(b"\x80"):  # a zip archive, or a pickle
             raise ConfigError(f"{path} is not a checkpoint of torch.save", _KEY) from error
         raise ConfigError(
             f"{path} contains Python objects besides tensors, and unpickling them could run code; "
-            "save a .safetensors file, or torch.save(model.state_dict(), ...)",
+            "save a .safetensors file, or torch.save(model.state_dict(), ...), or pass "
+            "--trust-code if you trust the file",
             _KEY,
         ) from error
-    except Exception as error:  # torch raises many types of error for a damaged archive
+
+
+def _unpickle(path: Path) -> Any:
+    """Load a trusted checkpoint with all of its objects, which may run code."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.load warns about archives of torch.jit.save
+            return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling calls code of any library
         raise ConfigError(
-            f"{path} is not a checkpoint of torch.save: {first_line(error):.200}", _KEY
+            f"{path} cannot be read by torch.load: {type(error).__name__}: "
+            f"{first_line(error):.200}",
+            _KEY,
         ) from error
 
 
@@ -195,23 +311,25 @@ def _check_tuples(file: IO[bytes], path: Path) -> None:
             stack += [made] * len(opcode.stack_after)
 
 
-def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> Mapping[str, torch.Tensor]:
+def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> State:
     if nested_key is not None:
         state = checkpoint
         whole = isinstance(checkpoint, Mapping) and nested_key in checkpoint
         for part in [nested_key] if whole else nested_key.split("."):
             state = state.get(part) if isinstance(state, Mapping) else None
-        if not _is_state_dict(state):
+        found = _as_state_dict(state)
+        if found is None:
             raise ConfigError(
                 f"{path} has no state dict under {nested_key!r}; {_contents(checkpoint)}",
                 "model.weights_key",
             )
-        return state  # type: ignore[no-any-return]
-    if _is_state_dict(checkpoint):
-        return checkpoint  # type: ignore[no-any-return]
-    for usual in _USUAL_KEYS:
-        if isinstance(checkpoint, Mapping) and _is_state_dict(checkpoint.get(usual)):
-            return checkpoint[usual]  # type: ignore[no-any-return]
+        return found
+    candidates = [checkpoint]
+    if isinstance(checkpoint, Mapping):
+        candidates += [checkpoint.get(usual) for usual in _USUAL_KEYS]
+    for candidate in candidates:
+        if (found := _as_state_dict(candidate)) is not None:
+            return found
     raise ConfigError(
         f"{path} has no state dict at the top or under {', '.join(_USUAL_KEYS)}; "
         f"{_contents(checkpoint)}; set model.weights_key to its key",
@@ -219,12 +337,21 @@ def _state_dict(checkpoint: Any, path: Path, nested_key: str | None) -> Mapping[
     )
 
 
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
-    )
+def _as_state_dict(value: Any) -> State | None:
+    """Return a state dict, or that of a pickled module; None for another object."""
+    if isinstance(value, nn.Module):
+        return value.state_dict()
+    if isinstance(value, dict) and value and all(map(_is_entry, value.keys(), value.values())):
+        return value
+    return None
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    """Return whether key and value belong into a state dict: tensors, packed or extra state."""
+    if not isinstance(key, str):
+        return False
+    name = key.rpartition(".")[2]
+    return isinstance(value, torch.Tensor) or name in {"_extra_state", "_packed_params", "dtype"}
 
 
 def _contents(checkpoint: Any) -> str:

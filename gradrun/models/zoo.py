@@ -18,5 +18,5 @@ def open_model(config: ZooModel, *, trust_code: bool) -> LoadedModel:
     trained = folder / f"{config.name}.safetensors"
     if trained.exists() and not config.weights:
         load_weights(module, trained, None)
-        return LoadedModel(module, weights=trained.name)
+        return LoadedModel(module, files=(trained,))
     return LoadedModel(module)

