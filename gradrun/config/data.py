@@ -25,7 +25,11 @@ class _Data(Section):
 class _Input(Section):
     dtype: DType | None = Field(None, description="convert to this type; default: as stored")
     scale: float | None = Field(None, description="multiply by this after the conversion")
-    shape: Shape | None = Field(None, description="the shape of one sample; default: as stored")
+    permute: tuple[Annotated[int, Field(ge=0, lt=16)], ...] | None = Field(
+        None,
+        description="new order of a sample's axes, before `shape`; [2, 0, 1] moves channels first",
+    )
+    shape: Shape | None = Field(None, description="reshape one sample to this; default: as stored")
 
 
 Classes = Annotated[

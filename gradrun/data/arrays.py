@@ -16,7 +16,8 @@ from gradrun.config.data import ArrayInput, ArraysData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
-from gradrun.data.source import BatchSource, ChunkedSource, RowReader, cast_rows
+from gradrun.data.conversion import Conversion, Problems
+from gradrun.data.source import BatchSource, ChunkedSource, RowReader
 
 _MAX_HEADER = 64 * 1024
 _MAX_LISTED = 8
@@ -42,14 +43,15 @@ def _open_input(spec: ArrayInput, default: Path | None, key: str) -> RowReader:
     if path is None:
         raise ConfigError("no file is set; set data.path, or a path for each input", "data")
     path_key = f"{key}.path" if spec.path else "data.path"
-    if path.suffix not in _OPENERS:
+    suffix = path.suffix.lower()
+    if suffix not in _OPENERS:
         raise ConfigError(
             f"{path.name} is not a .npy, .npz or .safetensors file; "
             "text files are read with source: records",
             path_key,
         )
     try:
-        array = _OPENERS[path.suffix](path, spec.key, key)
+        array = _OPENERS[suffix](path, spec.key, key)
     except ConfigError as error:
         if error.key != "data.path":
             raise
@@ -72,16 +74,20 @@ class _ArrayReader:
 
 
 class _ConvertedReader:
-    """Reads rows in the dtype, scale and shape of the config."""
+    """Reads rows in the dtype, scale, axis order and shape of the config."""
 
     def __init__(self, array: _ArrayReader, spec: ArrayInput, key: str) -> None:
         self.array, self.samples = array, array.samples
-        self.convert = cast_rows(spec, array.shape, key)
-        dtype = getattr(torch, spec.dtype) if spec.dtype else array.dtype
-        self.sample_bytes = math.prod(array.shape) * dtype.itemsize
+        self.convert = Conversion(spec, array.shape, array.dtype, key)
+        self.sample_bytes = self.convert.sample_bytes
+        named = f" {spec.key}" if spec.key else ""
+        self._origin = f"{array.path.name}{named}"
 
-    def chunk(self, start: int, stop: int) -> torch.Tensor:
+    def chunk(self, start: int, stop: int) -> tuple[torch.Tensor, Problems]:
         return self.convert(self.array.chunk(start, stop))
+
+    def describe(self) -> str:
+        return f"{self._origin}, {self.convert.describe()}"
 
 
 class _NpyReader(_ArrayReader):

@@ -55,6 +55,8 @@ class _Decoding(NamedTuple):
 
 
 class _Images:
+    has_ids = True
+
     def __init__(self, config: ImagesData, transform: ImageTransform) -> None:
         self._image = import_optional("PIL", "data.source", "Image")
         self.config, self._transform = config, transform

@@ -1,41 +1,41 @@
-"""Rows of .csv, .jsonl and .parquet files with numeric columns."""
+"""Rows of .csv, .tsv, .jsonl and .parquet files with numeric columns."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import itertools
-import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from gradrun.config.data import RecordInput, RecordsData
 from gradrun.config.model import ModelConfig
-from gradrun.core.errors import ConfigError
-from gradrun.core.optional import import_optional
-from gradrun.core.suggest import suggest
+from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.data.source import (
-    BatchSource,
-    InputBatcher,
-    cast_rows,
-    class_number,
-    missing_labels,
+from gradrun.data.conversion import Conversion
+from gradrun.data.source import BatchSource, InputBatcher, describe_labels
+from gradrun.data.tables import (
+    TABLE_SUFFIXES,
+    IdColumn,
+    Record,
+    RowChecksums,
+    check_columns,
+    has_fixed_columns,
+    parse_number,
+    read_labels,
+    read_table,
+    table_suffix,
 )
 from gradrun.results.result import Statement
 
-_PARQUET_ROWS = 1024
-_PARQUET_BUFFER = 256 * 1024
-_LABELS_CHUNK = 4096
-_MAX_LINE = 16 * 1024 * 1024
-
-Record = tuple[int, dict[str, Any]]
-"""A line number, and the fields of that line."""
+_DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
+_EXACT = 2**53
+"""Greatest whole number below which float64 has every whole number."""
 
 
 def open_data(config: RecordsData, seed: int, model: ModelConfig | None) -> BatchSource:
@@ -45,215 +45,234 @@ def open_data(config: RecordsData, seed: int, model: ModelConfig | None) -> Batc
 
 class _Records:
     def __init__(self, config: RecordsData) -> None:
-        if config.path.suffix not in READERS:
+        if not table_suffix(config.path):
             raise ConfigError(
-                f"{config.path.name} is not a .csv, .jsonl or .parquet file; arrays are read with "
-                "source: arrays",
+                f"{config.path.name} is not a {', '.join(TABLE_SUFFIXES)} file; arrays are read "
+                "with source: arrays",
                 "data.path",
             )
         self.config, self.path, self.classes = config, config.path, config.classes
-        self.batch_size = config.batch_size
+        self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self.samples, self.sample_bytes = 0, 0
         self._new_batch = InputBatcher(config.call, len(config.inputs))
-        self._widths: dict[str, int] = {}
-        with closing(self._records()) as records:
-            for first in records:
-                self._check_columns(first[1])
-                self._widths = {n: len(self._row(s, first)) for n, s in config.inputs.items()}
-                sample = self._batch([first], range(1))
-                self.sample_bytes = sum(tensor.nbytes for tensor in sample.tensors())
-                self.samples = 1 + sum(1 for _ in records)
+        self._ids = IdColumn(config.path, config.id) if config.id is not None else None
+        self._checksums = RowChecksums(config.batch_size)
+        self._columns: dict[str, _Columns] = {}
+        self._nan_rows: dict[int, int] = {}
+        """First row of a batch -> number of rows with NaN, if any."""
+        with closing(read_table(self.path)) as records:
+            self._scan(records)
+        self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
+
+    def _scan(self, records: Iterator[Record]) -> None:
+        """Count the rows, and take the number of values from the first row without an error."""
+        first: Record | None = None
+        problem: SampleError | None = None
+        for record in records:
+            self.samples += 1
+            self._checksums.observe(record)
+            if self._ids:
+                self._ids.observe(record)
+            if self._columns:
+                continue
+            if first is None and not record.error:
+                first = record
+                if has_fixed_columns(self.path):
+                    check_columns(self.path, record, self._column_keys())
+            try:
+                self._columns = self._columns_of(record)
+            except SampleError as error:
+                problem = problem or error
+        if first and not self._columns:
+            check_columns(self.path, first, self._column_keys())
+        if problem and not self._columns:
+            raise ConfigError(f"no row can be read; the first error: {problem}", "data.path")
+
+    def _columns_of(self, record: Record) -> dict[str, _Columns]:
+        if record.error:
+            raise SampleError(f"{self.path}:{record.line}  {record.error}")
+        return {
+            name: _Columns(name, spec, record, f"{self.path}:{record.line}")
+            for name, spec in self.config.inputs.items()
+        }
+
+    def _column_keys(self) -> Iterator[tuple[str, str]]:
+        """Yield the config keys and the names of all columns."""
+        for name, spec in self.config.inputs.items():
+            yield from ((f"data.inputs.{name}.columns", column) for column in spec.columns)
+        for key in ("id", "labels"):
+            if (column := getattr(self.config, key)) is not None:
+                yield f"data.{key}", column
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
-        with closing(self._records()) as records:
+        with closing(read_table(self.path)) as records:
             remaining = itertools.islice(records, start, None)
             for first in range(start, end, self.batch_size):
                 rows = list(itertools.islice(remaining, self.batch_size))
                 if len(rows) < min(self.batch_size, self.samples - first):
                     raise ConfigError(f"{self.path} became shorter while it was read", "data.path")
-                yield self._batch(rows, range(first, first + len(rows)))
+                yield self._batch(rows, first)
 
-    def statements(self) -> Iterator[Statement]:
-        yield from ()
+    def checksum(self, stop: int) -> int | None:
+        return self._checksums.up_to(stop)
 
     def labels(self) -> Iterator[torch.Tensor]:
-        with closing(self._records()) as records:
+        with closing(read_table(self.path)) as records:
             yield from read_labels(records, self.path, self.config.labels, self.classes)
 
-    def _records(self) -> Generator[Record]:
-        try:
-            yield from READERS[self.path.suffix](self.path)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ConfigError(f"{self.path} cannot be read: {error}", "data.path") from error
+    def statements(self) -> Iterator[Statement]:
+        for name, columns in self._columns.items():
+            yield Statement(topic=f"input {name}", text=columns.describe())
+        ids = self._ids.describe() if self._ids else "row numbers, from 0"
+        yield Statement(topic="order", text=f"rows as in {self.path.name}; ids: {ids}")
+        if self.config.labels:
+            yield describe_labels(f"column {self.config.labels}", self.classes)
+        text = "empty or null: the row fails (run.on_error)"
+        if nans := sum(self._nan_rows.values()):
+            text += f"; NaN in {pluralize(nans, 'row')}: passed to the model"
+        yield Statement(topic="missing values", text=text)
 
-    def _check_columns(self, fields: dict[str, Any]) -> None:
-        columns = [
-            (f"data.inputs.{name}.columns", column)
-            for name, spec in self.config.inputs.items()
-            for column in spec.columns
-        ]
-        columns += [
-            (f"data.{key}", column)
-            for key in ("id", "labels")
-            if (column := getattr(self.config, key)) is not None
-        ]
-        for key, column in columns:
-            if column not in fields:
-                hint = suggest(column, fields)
-                raise ConfigError(f"{self.path.name} has no column {column!r}; {hint}", key)
-
-    def _batch(self, records: list[Record], rows: range) -> Batch:
-        inputs = self.config.inputs
-        tensors = {name: self._tensor(name, spec, records) for name, spec in inputs.items()}
-        ids = [self._id(record) for record in records] if self.config.id else rows
-        return self._new_batch(tensors, ids)
-
-    def _id(self, record: Record) -> str:
-        line, fields = record
-        column = str(self.config.id)
-        if fields.get(column) is None:
-            raise ConfigError(f"{self.path}:{line}  the id {column!r} is missing")
-        return str(fields[column])
-
-    def _tensor(self, name: str, spec: RecordInput, records: list[Record]) -> torch.Tensor:
-        rows, width = [], self._widths[name]
-        for record in records:
-            row = self._row(spec, record)
-            if len(row) != width:
-                raise ConfigError(
-                    f"{self.path}:{record[0]}  {len(row)} values, but the first row has {width}"
-                )
-            rows.append(row)
-        kind = np.int64 if "int" in spec.dtype else np.float64
-        convert = cast_rows(spec, (width,), f"data.inputs.{name}")
-        return convert(torch.from_numpy(np.array(rows, kind)))
-
-    def _row(self, spec: RecordInput, record: Record) -> list[float]:
-        """Return the columns of a record as one row of numbers, with lists flattened."""
-        line, fields = record
-        number = _number_parser(spec.dtype)
-        row: list[float] = []
-        for column in spec.columns:
-            value = fields.get(column)
+    def _batch(self, records: list[Record], first: int) -> Batch:
+        errors: dict[int, SampleError] = {}
+        rows = {name: columns.zeros(len(records)) for name, columns in self._columns.items()}
+        for row, record in enumerate(records):
             try:
-                if isinstance(value, list):
-                    row += [number(item) for item in np.ravel(np.array(value, object)).tolist()]
-                else:
-                    row.append(number(value))
+                if record.error:
+                    raise SampleError(f"{self.path}:{record.line}  {record.error}")
+                for name, columns in self._columns.items():
+                    rows[name][row] = columns.row(record, f"{self.path}:{record.line}")
+            except SampleError as error:
+                errors[row] = error
+        ids = self._row_ids(records, first, errors)
+        nans = np.zeros(len(records), bool)
+        tensors = {}
+        for name, columns in self._columns.items():
+            values = rows[name]
+            nans |= np.isnan(values).any(axis=1) if values.dtype.kind == "f" else False
+            tensors[name], problems = columns.convert(torch.from_numpy(values))
+            for row, problem in problems.items():
+                place = f"{self.path}:{records[row].line}"
+                errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
+        if nans.any():
+            self._nan_rows[first] = int(nans.sum())
+        for tensor in tensors.values():
+            tensor[list(errors)] = 0
+        return self._new_batch(tensors, ids, errors)
+
+    def _row_ids(
+        self, records: list[Record], first: int, errors: dict[int, SampleError]
+    ) -> range | list[int | str]:
+        if self._ids is None:
+            return range(first, first + len(records))
+        ids: list[int | str] = []
+        for row, record in enumerate(records):
+            try:
+                ids.append(self._ids.of(record))
+            except SampleError as error:
+                ids.append(f"row {first + row}")
+                errors.setdefault(row, error)
+        return ids
+
+
+class _Columns:
+    """The columns of one input, as one row of numbers per record."""
+
+    def __init__(self, name: str, spec: RecordInput, first: Record, place: str) -> None:
+        self.name, self.spec = name, spec
+        self._parse = _number_parser(spec.dtype)
+        self._kind = np.int64 if "int" in spec.dtype else np.float64
+        self._width: int | None = None
+        self._stored: tuple[int, ...] | None = None
+        """The shape that each row must have, if its axes are moved."""
+        self._width = len(self.row(first, place))
+        stored: tuple[int, ...] = (self._width,)
+        if len(spec.columns) == 1 and (spec.shape or spec.permute):
+            # Nested lists have a shape, of which `shape` and `permute` are checked.
+            stored = _nested_shape(first.fields[spec.columns[0]]) or stored
+        self.convert = Conversion(spec, stored, torch.float64, f"data.inputs.{name}")
+        self._stored = stored if spec.permute else None
+        self.sample_bytes = self.convert.sample_bytes
+
+    def zeros(self, rows: int) -> np.ndarray[Any, Any]:
+        return np.zeros((rows, self._width or 0), self._kind)
+
+    def describe(self) -> str:
+        columns = ", ".join(self.spec.columns[:6])
+        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
+        return f"{columns}{more}, {self.convert.describe()}"
+
+    def row(self, record: Record, place: str) -> list[float]:
+        """Return the columns of a record as one row of numbers, with lists flattened.
+
+        Raises:
+            SampleError: a value is missing or not a number, or the row has another length.
+        """
+        row: list[float] = []
+        for column in self.spec.columns:
+            value = record.fields.get(column)
+            try:
+                row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
             except (ValueError, TypeError, OverflowError):
-                problem = f"{value!r:.60}, not a number of type {spec.dtype}"
-                raise ConfigError(
-                    f"{self.path}:{line}  column {column!r} is "
-                    f"{'missing' if value is None else problem}"
-                ) from None
+                raise SampleError(f"{place}  column {column!r} is {self._problem(value)}") from None
+            if self._stored and _nested_shape(value) != self._stored:
+                raise SampleError(
+                    f"{place}  column {column!r} has the shape {list(_nested_shape(value))}, but "
+                    f"permute needs that of the first row, {list(self._stored)}"
+                )
+        if self._width is not None and len(row) != self._width:
+            raise SampleError(
+                f"{place}  {len(row)} values for input {self.name!r}, but the first row has "
+                f"{self._width}; the rows of an input have one length, so pad or cut the lists in "
+                "the file"
+            )
         return row
 
+    def _flatten(self, value: list[Any]) -> list[float]:
+        nested = np.array(value, object).ravel().tolist()
+        if self._kind is np.float64 and set(map(type, nested)) <= {float, int}:
+            return np.array(nested, np.float64).tolist()  # type: ignore[no-any-return]
+        return [self._parse(item) for item in nested]
 
-def read_labels(
-    records: Iterator[Record], path: Path, column: str | None, classes: Sequence[str] | None
-) -> Iterator[torch.Tensor]:
-    """Yield the class numbers or values of a column, in order, in float64 chunks [n].
-
-    Raises:
-        ConfigError: no column is named, or a field is neither a number nor a class.
-    """
-    if column is None:
-        raise missing_labels()
-    while chunk := list(itertools.islice(records, _LABELS_CHUNK)):
-        labels = [_label(record, path, column, classes) for record in chunk]
-        yield torch.tensor(labels, dtype=torch.float64)
+    def _problem(self, value: Any) -> str:
+        if value is None:
+            return "missing"
+        if value == "":
+            return "empty"
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            return "a list of lists of different lengths, or contains more than numbers"
+        return f"{value!r:.60}, not a number of type {self.spec.dtype}"
 
 
-def _label(record: Record, path: Path, column: str, classes: Sequence[str] | None) -> float:
-    line, fields = record
-    value = fields.get(column)
-    if value is None:
-        raise ConfigError(f"{path}:{line}  the label {column!r} is missing", "data.labels")
-    try:
-        return class_number(str(value), classes) if classes else float(value)
-    except (ValueError, TypeError) as error:
-        text = f"the label {value!r:.60} is not a number; list class names in data.classes"
-        text = str(error) if classes else text
-        key = "data.classes" if classes else "data.labels"
-        raise ConfigError(f"{path}:{line}  {text}", key) from None
+def _nested_shape(value: Any) -> tuple[int, ...]:
+    return np.shape(np.array(value, object))
+
+
+def _parse_float(item: Any) -> float:
+    return parse_number(item) if isinstance(item, str) else float(item)
+
+
+def _parse_boolean(item: Any) -> float:
+    known = {"true": 1.0, "false": 0.0}.get(item.lower()) if isinstance(item, str) else None
+    return _parse_float(item) if known is None else known
 
 
 @functools.cache
 def _number_parser(dtype: str) -> Callable[[Any], float]:
     """Return a parser of numbers that raises ValueError if the dtype cannot store one."""
     if "int" not in dtype:
-        return float
+        return _parse_boolean if dtype == "bool" else _parse_float
     limits = torch.iinfo(getattr(torch, dtype))
 
     def integer(item: Any) -> int:
-        value = int(item)
-        if not limits.min <= value <= limits.max or (isinstance(item, float) and value != item):
+        value = int(item) if _is_digits(item) else _parse_float(item)
+        exact = isinstance(value, int) or (value == int(value) and abs(value) <= _EXACT)
+        if not (exact and limits.min <= value <= limits.max):
             raise ValueError(item)
-        return value
+        return int(value)
 
     return integer
 
 
-# --- file formats ------------------------------------------------------------------------------
-
-
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """Yield the lines of a file, of limited length: a file may be a single line of a terabyte."""
-    while line := file.readline(_MAX_LINE):
-        if len(line) == _MAX_LINE:
-            raise ConfigError(
-                f"{path} has a line of {_MAX_LINE:,} characters or more; store large arrays in a "
-                "file for source: arrays",
-                "data.path",
-            )
-        yield line
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(_lines(file, path))
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            duplicate = next(name for name in names if names.count(name) > 1)
-            raise ConfigError(f"{path}:1  two columns have the name {duplicate!r}", "data.path")
-        for fields in reader:
-            # DictReader stores the values beyond the last column under None.
-            if surplus := fields.pop(None, None):
-                raise ConfigError(
-                    f"{path}:{reader.line_num}  {len(names) + len(surplus)} values, but the "
-                    f"header has {len(names)} columns"
-                )
-            yield reader.line_num, fields
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(_lines(file, path), 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}:{number}  invalid JSON: {error}") from error
-            if not isinstance(fields, dict):
-                raise ConfigError(f"{path}:{number}  a line must be one object, {{...}}")
-            yield number, fields
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    parquet = import_optional("pyarrow", "data.path", "parquet")
-    try:
-        # Pre-buffering would load a whole row group, which may be the whole file.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as file:
-            numbers = itertools.count(1)
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                columns = [column.to_pylist() for column in batch.columns]
-                for row in zip(*columns, strict=True):
-                    yield next(numbers), dict(zip(batch.schema.names, row, strict=True))
-    except Exception as error:  # pyarrow raises many types of error for a damaged file
-        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
-
-
-READERS = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-"""File suffix -> reader of its records."""
+def _is_digits(item: Any) -> bool:
+    return isinstance(item, int) or (isinstance(item, str) and bool(_DIGITS.fullmatch(item)))

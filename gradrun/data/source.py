@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 
-from gradrun.config.data import ArrayInput, RecordInput
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
 from gradrun.results.result import Padding, Statement, Warning
@@ -25,6 +23,8 @@ class BatchSource(Protocol):
     batch_size: int
     sample_bytes: int
     """Size of one sample in memory, over all inputs."""
+    has_ids: bool
+    """Whether samples have ids of their own; otherwise their ids are row numbers."""
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of samples `start` to `stop`, in order; the last may be shorter.
@@ -68,6 +68,21 @@ class HasFileList(Protocol):
     """A data source that reads files which the config does not name."""
 
     files: Sequence[Path]
+
+
+@runtime_checkable
+class HasRowChecksums(Protocol):
+    """A data source that can compare its first rows with those of an earlier run.
+
+    Such a run can be resumed after rows behind the committed ones changed.
+    """
+
+    def checksum(self, stop: int) -> int | None:
+        """Return a checksum of the rows before `stop` as they are stored.
+
+        `stop` is a multiple of the batch size or the number of samples. None if the format of the
+        file provides no checksums of rows.
+        """
 
 
 @runtime_checkable
@@ -120,8 +135,11 @@ class RowReader(Protocol):
     samples: int
     sample_bytes: int
 
-    def chunk(self, start: int, stop: int) -> torch.Tensor:
-        """Return rows start to stop as one tensor [stop - start, ...]."""
+    def chunk(self, start: int, stop: int) -> tuple[torch.Tensor, Mapping[int, str]]:
+        """Return rows start to stop as one tensor [stop - start, ...], and the errors by row."""
+
+    def describe(self) -> str:
+        """Describe dtype, shape and conversion of the rows in a few words."""
 
 
 class ChunkedSource:
@@ -132,6 +150,7 @@ class ChunkedSource:
     """
 
     classes = None
+    has_ids = False
 
     def __init__(
         self,
@@ -155,14 +174,18 @@ class ChunkedSource:
             )
 
     def statements(self) -> Iterator[Statement]:
-        yield from ()
+        for name, reader in self.readers.items():
+            yield Statement(topic=f"input {name}", text=reader.describe())
+        yield Statement(topic="order", text="samples as stored; ids: row numbers, from 0")
+        if self._labels:
+            yield Statement(topic="labels", text=self._labels.describe())
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self._labels is None:
             raise missing_labels()
         step = max(1, CHUNK_BYTES // max(1, self._labels.sample_bytes))
         for start in range(0, self.samples, step):
-            yield self._labels.chunk(start, min(start + step, self.samples))
+            yield self._labels.chunk(start, min(start + step, self.samples))[0]
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
@@ -171,19 +194,33 @@ class ChunkedSource:
         names, positional = list(self.readers), self._batcher.positional
         for first in range(start, end, step):
             last = min(first + step, end)
-            chunks = [
-                torch.split(reader.chunk(first, last), self.batch_size)
-                for reader in self.readers.values()
-            ]
+            chunks, errors = self._read(first, last)
             # Without InputBatcher, which would cost as much as the rest of this loop.
             for begin, tensors in zip(
                 range(first, last, self.batch_size), zip(*chunks, strict=True), strict=True
             ):
                 ids = range(begin, min(begin + self.batch_size, last))
                 if positional:
-                    yield Batch(tensors, {}, len(ids), ids)
+                    batch = Batch(tensors, {}, len(ids), ids)
                 else:
-                    yield Batch((), dict(zip(names, tensors, strict=True)), len(ids), ids)
+                    batch = Batch((), dict(zip(names, tensors, strict=True)), len(ids), ids)
+                if errors:
+                    own = {row - begin: error for row, error in errors.items() if row in ids}
+                    batch = batch._replace(errors=own)
+                yield batch
+
+    def _read(
+        self, start: int, stop: int
+    ) -> tuple[list[Sequence[torch.Tensor]], dict[int, SampleError]]:
+        """Return the batches of each input, and the errors by sample."""
+        chunks: list[Sequence[torch.Tensor]] = []
+        errors: dict[int, SampleError] = {}
+        for name, reader in self.readers.items():
+            rows, problems = reader.chunk(start, stop)
+            chunks.append(torch.split(rows, self.batch_size))
+            for row, problem in problems.items():
+                errors[start + row] = SampleError(f"sample {start + row}, input {name}: {problem}")
+        return chunks, errors
 
 
 def missing_labels() -> ConfigError:
@@ -203,28 +240,10 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     return classes.index(name)
 
 
-def cast_rows(
-    spec: ArrayInput | RecordInput, stored: tuple[int, ...], key: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function that converts rows [n, *stored] to the dtype, scale and shape of `spec`.
-
-    Raises:
-        ConfigError: the shape of `spec` has another number of values.
-    """
-    dtype = getattr(torch, spec.dtype) if spec.dtype else None
-    shape = spec.shape
-    if shape is not None and math.prod(shape) != math.prod(stored):
-        raise ConfigError(
-            f"cannot reshape {math.prod(stored)} values per sample (shape {list(stored)}) to "
-            f"{list(shape)}, which has {math.prod(shape)}",
-            f"{key}.shape",
-        )
-
-    def convert(rows: torch.Tensor) -> torch.Tensor:
-        if dtype is not None:
-            rows = rows.to(dtype)
-        if spec.scale is not None:
-            rows = rows * spec.scale
-        return rows if shape is None else rows.reshape(len(rows), *shape)
-
-    return convert
+def describe_labels(origin: str, classes: Sequence[str] | None) -> Statement:
+    """Return the statement of labels from `origin`, with the classes that data.classes lists."""
+    if not classes:
+        return Statement(topic="labels", text=f"{origin}, as numbers")
+    listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+    text = f"{origin}, by name: {listed} ({len(classes)} classes, from data.classes)"
+    return Statement(topic="labels", text=text)

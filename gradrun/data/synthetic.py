@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -53,11 +54,14 @@ class _SyntheticReader:
                     f"{key}.low" if spec.low < lowest else f"{key}.high",
                 )
 
-    def chunk(self, start: int, stop: int) -> torch.Tensor:
+    def describe(self) -> str:
+        return f"random {self.spec.distribution} {self.spec.dtype} {list(self.spec.shape)}"
+
+    def chunk(self, start: int, stop: int) -> tuple[torch.Tensor, Mapping[int, str]]:
         first, last = start // self.block, (stop - 1) // self.block
         blocks = torch.cat([self._draw(i) for i in range(first, last + 1)])
         offset = first * self.block
-        return blocks[start - offset : stop - offset]
+        return blocks[start - offset : stop - offset], {}
 
     def _draw(self, index: int) -> torch.Tensor:
         spec, shape = self.spec, (self.block, *self.spec.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from gradrun.output.formats import PredictionWriter
 from gradrun.output.journal import CommittedRange, Journal
@@ -18,9 +19,24 @@ class Checkpointer:
     """Commits the output of a writer at regular intervals."""
 
     def __init__(
-        self, writer: PredictionWriter, journal: Journal, batch_size: int, row_bytes: int
+        self,
+        writer: PredictionWriter,
+        journal: Journal,
+        batch_size: int,
+        row_bytes: int,
+        input_checksum: Callable[[int], int | None] = lambda stop: None,
     ) -> None:
+        """Commit multiples of `batch_size` samples.
+
+        Args:
+            writer: an open writer.
+            journal: an open journal.
+            batch_size: samples that are committed together.
+            row_bytes: size of a prediction.
+            input_checksum: returns the checksum of the input before a sample.
+        """
         self.writer, self.journal = writer, journal
+        self._input_checksum = input_checksum
         self.batch_size = batch_size
         self._max_rows = max(1, BYTES // max(1, row_bytes))
         self.committed = writer.written
@@ -70,5 +86,7 @@ class Checkpointer:
 
     def _record(self) -> None:
         while self.pending:
-            self.journal.append(self.pending[0])
+            stop = self.pending[0].stop
+            checksum = self._input_checksum(stop)
+            self.journal.append(self.pending[0].model_copy(update={"input": checksum}))
             self.committed = self.pending.pop(0).stop

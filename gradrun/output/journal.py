@@ -20,10 +20,10 @@ from gradrun.core.errors import GradrunError
 FILE_NAME = "journal.jsonl"
 DRAFT_NAME = f"{FILE_NAME}.tmp"
 
-FORMAT = 2
-_READABLE = {1, FORMAT}
-"""Format 1, of development versions, is verified but not resumed: its incomplete shards are in
-files that this version does not write, and it counts quarantined samples as not finite."""
+FORMAT = 3
+_READABLE = {1, 2, FORMAT}
+"""Formats 1 and 2, of development versions, are verified but not resumed: format 1 has incomplete
+shards in files that this version does not write, format 2 has no checksums of the input."""
 
 
 class _Line(BaseModel):
@@ -58,6 +58,8 @@ class CommittedRange(_Line):
     """Offset of their end in bytes, in text formats."""
     nonfinite: NonNegativeInt = 0
     """Number of samples with a NaN or an infinity, without the quarantined ones."""
+    input: NonNegativeInt | None = None
+    """CRC-32 of the input from its start to sample `stop`, if the data source provides one."""
 
 
 class JournalState:

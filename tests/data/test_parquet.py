@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 import gradrun
 from gradrun.config.data import RecordsData
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource
 from tests.conftest import ROOT
@@ -73,7 +73,7 @@ WRONG = {
         {"a": ["1", "x"]},
         r"wrong\.parquet:2  column 'a' is 'x', not a number of type float32",
     ),
-    "lists of two lengths": ({"a": [[1.0], [1.0, 2.0]]}, "2 values, but the first row has 1"),
+    "lists of two lengths": ({"a": [[1.0], [1.0, 2.0]]}, "2 values for input 'x', but the first row has 1"),
     "no such column": ({"b": [1.0]}, "has no column 'a'"),
     "no rows": ({"a": pa.array([], pa.float32())}, "contains no samples"),
 }
@@ -83,10 +83,11 @@ WRONG = {
 def test_invalid_values_are_an_error_with_their_location(tmp_path: Path, name: str) -> None:
     table, message = WRONG[name]
     parquet.write_table(pa.table(table), tmp_path / "wrong.parquet")
-    with pytest.raises(ConfigError, match=message):
-        list(
-            opened(tmp_path / "wrong.parquet", inputs={"x": {"columns": ("a",)}}, id=None).batches()
-        )
+    with pytest.raises((ConfigError, SampleError), match=message):
+        for batch in opened(
+            tmp_path / "wrong.parquet", inputs={"x": {"columns": ("a",)}}, id=None
+        ).batches():
+            batch.raise_errors()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -61,6 +61,7 @@ class Numbers:
     samples: int = 9
     batch_size: int = 2
     sample_bytes: int = 4
+    has_ids: bool = False
     reading: Callable[[], None] = nothing
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import TypeAdapter
 
 from gradrun.config.data import DataConfig
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
@@ -31,4 +31,12 @@ def joined(batches: Iterable[Batch], name: str | None = None) -> torch.Tensor:
 def data_error(source: str, **keys: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         list(data(source, **keys).batches())
+    return str(caught.value)
+
+
+def data_problem(source: str, **keys: Any) -> str:
+    """The first error of the data, whether it concerns the file or one sample."""
+    with pytest.raises((ConfigError, SampleError)) as caught:
+        for batch in data(source, **keys).batches():
+            batch.raise_errors()
     return str(caught.value)

@@ -1,0 +1,324 @@
+"""Rows of .csv, .tsv, .jsonl and .parquet files, their ids and their labels."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+import zlib
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+
+from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.optional import import_optional
+from gradrun.core.suggest import suggest
+from gradrun.data.source import class_number, missing_labels
+
+_PARQUET_ROWS = 1024
+_PARQUET_BUFFER = 256 * 1024
+_LABELS_CHUNK = 4096
+_MAX_LINE = 16 * 1024 * 1024
+_INT64 = range(-(2**63), 2**63)
+_BOOLEANS = {"true": 1.0, "false": 0.0}
+
+
+class Record(NamedTuple):
+    """One row of a file, or the reason why it cannot be read."""
+
+    line: int
+    fields: Mapping[str, Any]
+    error: str = ""
+    """Empty if the row can be read."""
+    checksum: int | None = None
+    """CRC-32 of the file from its start to the end of this row; None for Parquet."""
+
+
+def table_suffix(path: Path) -> str:
+    """Return the suffix of a table in lower case, or "" if the file is not a table."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in _READERS else ""
+
+
+def read_table(path: Path) -> Generator[Record]:
+    """Yield the rows of a table, one at a time.
+
+    Raises:
+        ConfigError: the file cannot be read, or its columns have no unique names.
+    """
+    try:
+        yield from _READERS[table_suffix(path)](path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
+
+
+def has_fixed_columns(path: Path) -> bool:
+    """Return whether all rows of a table have the same columns, which JSON lines need not have."""
+    return table_suffix(path) not in _JSON_LINES
+
+
+def check_columns(path: Path, record: Record, columns: Iterable[tuple[str, str]]) -> None:
+    """Check that a row has the columns of a config, given as pairs of config key and column.
+
+    Raises:
+        ConfigError: it lacks one of them.
+    """
+    for key, column in columns:
+        if column not in record.fields:
+            hint = suggest(column, record.fields)
+            raise ConfigError(f"{path.name} has no column {column!r}; {hint}", key)
+
+
+def parse_number(text: str) -> float:
+    """Parse a number as tools for csv files do: without underscores, and as NaN or inf by name.
+
+    Raises:
+        ValueError: the text is not a number, or exceeds the range of float64.
+    """
+    if "_" in text or not text.isascii():  # float() accepts both
+        raise ValueError(text)
+    value = float(text)
+    if math.isinf(value) and "inf" not in text.lower():
+        raise ValueError(f"{text:.60} is out of range")
+    return value
+
+
+# --- ids, labels and checksums -----------------------------------------------------------------
+
+
+class IdColumn:
+    """The ids of a run, all of one type: whole numbers if the whole column has them, else text."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column = path, column
+        self.whole = True
+        self._from_text = table_suffix(path) in _DELIMITERS
+
+    def observe(self, record: Record) -> None:
+        """Take a row into account for the type; call it for every row before the first `of`."""
+        value = record.fields.get(self.column)
+        self.whole = self.whole and value is not None and self._is_whole(value)
+
+    def of(self, record: Record) -> int | str:
+        """Return the id of a row.
+
+        Raises:
+            SampleError: the id is missing.
+        """
+        value = record.fields.get(self.column)
+        if value is None or value == "":
+            raise SampleError(f"{self.path}:{record.line}  the id {self.column!r} is missing")
+        if self.whole:
+            return int(value)
+        text = str(value)
+        # JSON can contain one half of a surrogate pair, which no file of predictions can.
+        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+    def describe(self) -> str:
+        """Describe the ids in a few words."""
+        return f"column {self.column} ({'whole numbers' if self.whole else 'text'})"
+
+    def _is_whole(self, value: Any) -> bool:
+        if self._from_text:
+            digits = str(value).removeprefix("-")
+            if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+                return False
+            if str(int(value)) != value:
+                return False  # 007 is text
+            value = int(value)
+        return type(value) is int and value in _INT64
+
+
+def id_column(path: Path, column: str | None) -> IdColumn | None:
+    """Read the id column of a table once, which decides on its type; None without a column."""
+    if column is None or not table_suffix(path):
+        return None
+    ids = IdColumn(path, column)
+    for record in read_table(path):
+        ids.observe(record)
+    return ids
+
+
+class RowChecksums:
+    """CRC-32 of a file up to the end of each batch, for runs that resume with changed data."""
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size, self._rows = batch_size, 0
+        self._batches = array("Q")
+        self._last: int | None = 0
+
+    def observe(self, record: Record) -> None:
+        """Add the next row."""
+        self._rows, self._last = self._rows + 1, record.checksum
+        if self._rows % self._batch_size == 0 and record.checksum is not None:
+            self._batches.append(record.checksum)
+
+    def up_to(self, stop: int) -> int | None:
+        """Return the checksum of the rows before `stop`; None for Parquet.
+
+        `stop` is a multiple of the batch size or the number of rows.
+        """
+        if stop == self._rows or self._last is None:
+            return self._last
+        return self._batches[stop // self._batch_size - 1]
+
+
+def read_labels(
+    records: Iterator[Record], path: Path, column: str | None, classes: Sequence[str] | None
+) -> Iterator[torch.Tensor]:
+    """Yield the class numbers or values of a column, in order, in float64 chunks [n].
+
+    Rows that cannot be read have the label 0, which no metric counts: they get no prediction.
+
+    Raises:
+        ConfigError: no column is named, or a field is neither a number nor a class.
+    """
+    if column is None:
+        raise missing_labels()
+    while chunk := list(itertools.islice(records, _LABELS_CHUNK)):
+        labels = [_label(record, path, column, classes) for record in chunk]
+        yield torch.tensor(labels, dtype=torch.float64)
+
+
+def _label(record: Record, path: Path, column: str, classes: Sequence[str] | None) -> float:
+    if record.error:
+        return 0.0
+    value = record.fields.get(column)
+    if value is None or value == "" or value != value:  # NaN
+        raise ConfigError(
+            f"{path}:{record.line}  the label {column!r} is missing; metrics need one for every "
+            "row, so remove the rows without one",
+            "data.labels",
+        )
+    try:
+        return class_number(str(value), classes) if classes else _label_number(value)
+    except (ValueError, TypeError) as error:
+        text = f"the label {value!r:.60} is not a number; list class names in data.classes"
+        text = str(error) if classes else text
+        key = "data.classes" if classes else "data.labels"
+        raise ConfigError(f"{path}:{record.line}  {text}", key) from None
+
+
+def _label_number(value: Any) -> float:
+    if isinstance(value, str):
+        known = _BOOLEANS.get(value.lower())
+        return parse_number(value) if known is None else known
+    return float(value)
+
+
+# --- file formats ------------------------------------------------------------------------------
+
+
+class _Lines:
+    """The lines of a text file, of limited length: a file may be a single line of a terabyte.
+
+    Bytes that are not UTF-8 do not end the iteration; they are in `error` until the next row.
+    """
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.checksum, self.error = 0, ""
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self.file.readline(_MAX_LINE):
+            if len(line) == _MAX_LINE:
+                raise ConfigError(
+                    f"{self.path} has a line of {_MAX_LINE:,} characters or more; store large "
+                    "arrays in a file for source: arrays",
+                    "data.path",
+                )
+            try:
+                data = line.encode()
+            except UnicodeEncodeError:
+                data = line.encode("utf-8", "surrogateescape")
+                self.error = "the row is not UTF-8 text; convert the file, for example with iconv"
+            self.checksum = zlib.crc32(data, self.checksum)
+            yield line
+
+    def take_error(self) -> str:
+        """Return the error of the lines since the last call, and forget it."""
+        error, self.error = self.error, ""
+        return error
+
+
+_HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}")
+
+
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(_MAX_LINE)  # the default of 128 KiB is less than a long text
+    with _open_text(path, newline="") as file:
+        lines = _Lines(file, path)
+        reader = csv.DictReader(iter(lines), delimiter=_DELIMITERS[path.suffix.lower()])
+        names = reader.fieldnames or []
+        if error := lines.take_error():
+            raise ConfigError(f"{path}:1  {error}", "data.path")
+        _check_unique(names, f"{path}:1")
+        for fields in reader:
+            error = lines.take_error()
+            # DictReader stores the values beyond the last column under None.
+            if surplus := fields.pop(None, None):
+                error = error or (
+                    f"{len(names) + len(surplus)} values, but the header has {len(names)} columns"
+                )
+            yield Record(reader.line_num, fields, error, lines.checksum)
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with _open_text(path) as file:
+        lines = _Lines(file, path)
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            fields, error = {}, lines.take_error()
+            try:
+                huge = _HUGE.search(line)  # 1e400, which json reads as infinity
+                fields = json.loads(line, parse_float=parse_number if huge else None)
+            except (ValueError, RecursionError) as problem:
+                error = error or f"invalid JSON: {problem}"
+            if not isinstance(fields, dict):
+                fields, error = {}, error or "a line must be one object, {...}"
+            yield Record(number, fields, error, lines.checksum)
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    parquet = import_optional("pyarrow", "data.path", "parquet")
+    try:
+        # Pre-buffering would load a whole row group, which may be the whole file.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as file:
+            _check_unique(file.schema_arrow.names, str(path))
+            numbers = itertools.count(1)
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                columns = [column.to_pylist() for column in batch.columns]
+                for row in zip(*columns, strict=True):
+                    yield Record(next(numbers), dict(zip(batch.schema.names, row, strict=True)))
+    except ConfigError:
+        raise
+    except Exception as error:  # pyarrow raises many types of error for a damaged file
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+
+
+def _check_unique(names: Sequence[str], place: str) -> None:
+    if len(set(names)) < len(names):
+        duplicate = next(name for name in names if names.count(name) > 1)
+        raise ConfigError(f"{place}  two columns have the name {duplicate!r}", "data.path")
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    **dict.fromkeys(_DELIMITERS, _read_csv),
+    **dict.fromkeys(_JSON_LINES, _read_jsonl),
+    ".parquet": _read_parquet,
+}
+"""File suffix in lower case -> reader of its rows."""
+
+TABLE_SUFFIXES = tuple(_READERS)
