@@ -83,14 +83,14 @@ class Conversion:
             rows = rows.permute(0, *(axis + 1 for axis in spec.permute)).contiguous()
         return rows.reshape(count, *self.shape), problems
 
-    def describe(self) -> str:
-        """Describe the conversion in a few words."""
+    def describe(self, *, origin: bool = True) -> str:
+        """Describe the conversion in a few words; with `origin`, also the stored dtype."""
         spec = self.spec
         name = str(self.dtype).removeprefix("torch.")
         stored = str(self._from).removeprefix("torch.")
         steps = [
             f"{name} {list(self.shape)}",
-            f"from {stored}" if spec.dtype and self._from != self.dtype else "",
+            f"from {stored}" if origin and self._from != self.dtype else "",
             f"x {spec.scale:g}" if spec.scale is not None else "",
             f"axes {list(spec.permute)} of {list(self.stored)}" if spec.permute else "",
             f"reshaped from {list(self.stored)}"
@@ -130,11 +130,12 @@ class Conversion:
         """Name the first value of each row that does not fit."""
         flat, marks = given.reshape(len(given), -1), wrong.reshape(len(wrong), -1)
         name = str(self.dtype).removeprefix("torch.")
-        return {
-            row: f"the value {flat[row, int(marks[row].int().argmax())].item():.17g} does not fit "
-            f"in {name}"
-            for row in marks.any(1).nonzero().flatten().tolist()
-        }
+        problems = {}
+        for row in marks.any(1).nonzero().flatten().tolist():
+            value = flat[row, int(marks[row].int().argmax())].item()
+            text = f"{value:.9g}" if isinstance(value, float) else str(value)
+            problems[row] = f"the value {text} does not fit in {name}"
+        return problems
 
 
 def _misrepresented(given: torch.Tensor, converted: torch.Tensor) -> torch.Tensor | None:

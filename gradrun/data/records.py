@@ -33,6 +33,8 @@ from gradrun.data.tables import (
 )
 from gradrun.results.result import Statement
 
+_DECIDING_ROWS = 64
+"""Number of readable rows that decide how many values a row has: that of most of them."""
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
 _EXACT = 2**53
 """Greatest whole number below which float64 has every whole number."""
@@ -65,27 +67,35 @@ class _Records:
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
-        """Count the rows, and take the number of values from the first row without an error."""
+        """Count the rows, and decide how many values a row has."""
         first: Record | None = None
         problem: SampleError | None = None
+        candidates: list[dict[str, _Columns]] = []
         for record in records:
             self.samples += 1
-            self._checksums.observe(record)
+            self._checksums.add(record.checksum)
             if self._ids:
                 self._ids.observe(record)
-            if self._columns:
+            if len(candidates) == _DECIDING_ROWS:
                 continue
             if first is None and not record.error:
                 first = record
                 if has_fixed_columns(self.path):
                     check_columns(self.path, record, self._column_keys())
             try:
-                self._columns = self._columns_of(record)
+                candidates.append(self._columns_of(record))
             except SampleError as error:
                 problem = problem or error
-        if first and not self._columns:
+        if candidates:
+            # The first rows may be the bad ones.
+            widths = [[columns.width for columns in row.values()] for row in candidates]
+            self._columns = candidates[
+                max(range(len(widths)), key=lambda i: widths.count(widths[i]))
+            ]
+            return
+        if first:
             check_columns(self.path, first, self._column_keys())
-        if problem and not self._columns:
+        if problem:
             raise ConfigError(f"no row can be read; the first error: {problem}", "data.path")
 
     def _columns_of(self, record: Record) -> dict[str, _Columns]:
@@ -182,11 +192,11 @@ class _Columns:
         self.name, self.spec = name, spec
         self._parse = _number_parser(spec.dtype)
         self._kind = np.int64 if "int" in spec.dtype else np.float64
-        self._width: int | None = None
+        self.width: int | None = None
         self._stored: tuple[int, ...] | None = None
         """The shape that each row must have, if its axes are moved."""
-        self._width = len(self.row(first, place))
-        stored: tuple[int, ...] = (self._width,)
+        self.width = len(self.row(first, place))
+        stored: tuple[int, ...] = (self.width,)
         if len(spec.columns) == 1 and (spec.shape or spec.permute):
             # Nested lists have a shape, of which `shape` and `permute` are checked.
             stored = _nested_shape(first.fields[spec.columns[0]]) or stored
@@ -195,12 +205,12 @@ class _Columns:
         self.sample_bytes = self.convert.sample_bytes
 
     def zeros(self, rows: int) -> np.ndarray[Any, Any]:
-        return np.zeros((rows, self._width or 0), self._kind)
+        return np.zeros((rows, self.width or 0), self._kind)
 
     def describe(self) -> str:
         columns = ", ".join(self.spec.columns[:6])
         more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
-        return f"{columns}{more}, {self.convert.describe()}"
+        return f"{columns}{more}, {self.convert.describe(origin=False)}"
 
     def row(self, record: Record, place: str) -> list[float]:
         """Return the columns of a record as one row of numbers, with lists flattened.
@@ -218,12 +228,12 @@ class _Columns:
             if self._stored and _nested_shape(value) != self._stored:
                 raise SampleError(
                     f"{place}  column {column!r} has the shape {list(_nested_shape(value))}, but "
-                    f"permute needs that of the first row, {list(self._stored)}"
+                    f"permute needs that of most rows, {list(self._stored)}"
                 )
-        if self._width is not None and len(row) != self._width:
+        if self.width is not None and len(row) != self.width:
             raise SampleError(
-                f"{place}  {len(row)} values for input {self.name!r}, but the first row has "
-                f"{self._width}; the rows of an input have one length, so pad or cut the lists in "
+                f"{place}  {len(row)} values for input {self.name!r}, but most rows have "
+                f"{self.width}; the rows of an input have one length, so pad or cut the lists in "
                 "the file"
             )
         return row

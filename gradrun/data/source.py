@@ -77,6 +77,9 @@ class HasRowChecksums(Protocol):
     Such a run can be resumed after rows behind the committed ones changed.
     """
 
+    path: Path
+    """The file with the rows."""
+
     def checksum(self, stop: int) -> int | None:
         """Return a checksum of the rows before `stop` as they are stored.
 

@@ -57,6 +57,22 @@ def read_table(path: Path) -> Generator[Record]:
         raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
 
 
+def read_lines(path: Path) -> Generator[Record]:
+    """Yield the lines of a text file, as rows with the field "text".
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        with _open_text(path) as file:
+            lines = _Lines(file, path)
+            for number, line in enumerate(lines, 1):
+                fields = {"text": line.rstrip("\n")}
+                yield Record(number, fields, lines.take_error(), lines.checksum)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
+
+
 def has_fixed_columns(path: Path) -> bool:
     """Return whether all rows of a table have the same columns, which JSON lines need not have."""
     return table_suffix(path) not in _JSON_LINES
@@ -148,24 +164,25 @@ class RowChecksums:
     """CRC-32 of a file up to the end of each batch, for runs that resume with changed data."""
 
     def __init__(self, batch_size: int) -> None:
-        self._batch_size, self._rows = batch_size, 0
+        self._batch_size, self.rows = batch_size, 0
         self._batches = array("Q")
         self._last: int | None = 0
 
-    def observe(self, record: Record) -> None:
-        """Add the next row."""
-        self._rows, self._last = self._rows + 1, record.checksum
-        if self._rows % self._batch_size == 0 and record.checksum is not None:
-            self._batches.append(record.checksum)
+    def add(self, checksum: int | None) -> None:
+        """Add the checksum of the next row."""
+        self.rows, self._last = self.rows + 1, checksum
+        if self.rows % self._batch_size == 0 and checksum is not None:
+            self._batches.append(checksum)
 
     def up_to(self, stop: int) -> int | None:
         """Return the checksum of the rows before `stop`; None for Parquet.
 
         `stop` is a multiple of the batch size or the number of rows.
         """
-        if stop == self._rows or self._last is None:
+        if stop == self.rows or self._last is None:
             return self._last
-        return self._batches[stop // self._batch_size - 1]
+        batches = stop // self._batch_size
+        return self._batches[batches - 1] if batches else 0
 
 
 def read_labels(

@@ -17,8 +17,8 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.data.records import READERS, read_labels
 from gradrun.data.source import BatchSource, InputBatcher
+from gradrun.data.tables import RowChecksums, id_column, read_labels, read_table, table_suffix
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement, Warning
@@ -66,7 +66,7 @@ class Texts:
     """A LengthGrouped source of texts."""
 
     def __init__(self, config: TextData, tokenization: Tokenization) -> None:
-        self.config, self.classes = config, config.classes
+        self.config, self.path, self.classes = config, config.path, config.classes
         self.batch_size = config.batch_size
         self.chunk_size = CHUNK_BATCHES * config.batch_size
         self.grouped = False
@@ -74,9 +74,17 @@ class Texts:
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
         self._counts: dict[int, _Counts] = {}
-        with closing(read_texts(config)) as texts:
-            chunk = self._tokenize(0, list(itertools.islice(texts, self.chunk_size)))
-            self.samples = len(chunk.ids) + sum(1 for _ in texts)
+        self._ids = id_column(config.path, config.id)
+        self.has_ids = self._ids is not None
+        self._checksums = RowChecksums(config.batch_size)
+        first = []
+        with closing(read_texts(config, self._ids)) as texts:
+            for number, text in enumerate(texts):
+                self._checksums.add(text.checksum)
+                if number < self.chunk_size:
+                    first.append(text)
+        self.samples = self._checksums.rows
+        chunk = self._tokenize(0, first)
         lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
         self._new_batch = InputBatcher(config.call, inputs)
         self.sample_bytes = 8 * inputs * max(lengths, default=0)
@@ -89,7 +97,7 @@ class Texts:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
         first_chunk = start - start % self.chunk_size
-        with closing(read_texts(self.config)) as texts:
+        with closing(read_texts(self.config, self._ids)) as texts:
             remaining = itertools.islice(texts, first_chunk, None)
             for first in range(first_chunk, end, self.chunk_size):
                 rows = list(itertools.islice(remaining, self.chunk_size))
@@ -102,6 +110,9 @@ class Texts:
                 last = min(len(rows), end - first)
                 for begin in range(max(start - first, 0), last, self.batch_size):
                     yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
+
+    def checksum(self, stop: int) -> int | None:
+        return self._checksums.up_to(stop)
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
@@ -130,7 +141,7 @@ class Texts:
 
     def labels(self) -> Iterator[torch.Tensor]:
         path = self.config.path
-        records = READERS[path.suffix](path) if path.suffix in READERS else iter(())
+        records = read_table(path) if table_suffix(path) else iter(())
         return read_labels(records, path, self.config.labels, self.config.classes)
 
     def padding(self, start: int, stop: int) -> Padding:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from gradrun.config.data import TextData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.suggest import suggest
-from gradrun.data.records import READERS
+from gradrun.data.tables import (
+    TABLE_SUFFIXES,
+    IdColumn,
+    Record,
+    check_columns,
+    read_lines,
+    read_table,
+    table_suffix,
+)
 
 REPLACEMENT = "\ufffd"
 
@@ -21,66 +29,70 @@ class Text(NamedTuple):
     id: int | str
     place: str
     """"t.jsonl:12", for messages."""
+    checksum: int | None = None
+    """CRC-32 of the file up to the end of the text; None for Parquet."""
     repaired: bool = False
     """Whether halves of surrogate pairs were replaced by U+FFFD."""
     error: SampleError | None = None
     """Why the text cannot be read."""
 
 
-def read_texts(config: TextData) -> Generator[Text]:
-    """Yield the texts of a file in order.
+def read_texts(config: TextData, ids: IdColumn | None) -> Generator[Text]:
+    """Yield the texts of a file in order, with ids from a column if there is one.
 
     Raises:
         ConfigError: the file cannot be read, or lacks a column.
     """
     path = config.path
-    try:
-        if path.suffix == ".txt":
-            yield from _lines(config)
-        elif path.suffix in READERS:
-            yield from _fields(config)
-        else:
-            raise ConfigError(
-                f"{path.name} is not a text file; allowed: .txt, {', '.join(READERS)}",
-                "data.path",
-            )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
+    if path.suffix.lower() == ".txt":
+        yield from _lines(config)
+    elif table_suffix(path):
+        yield from _fields(config, ids)
+    else:
+        raise ConfigError(
+            f"{path.name} is not a text file; allowed: .txt, {', '.join(TABLE_SUFFIXES)}",
+            "data.path",
+        )
 
 
 def _lines(config: TextData) -> Iterator[Text]:
-    path = config.path
     for key in ("field", "id", "labels"):
         if getattr(config, key):
             raise ConfigError("a .txt file has no columns", f"data.{key}")
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file):
-            yield Text((line.rstrip("\n"),), number, f"{path}:{number + 1}")
+    for number, record in enumerate(read_lines(config.path)):
+        yield _text(config.path, record, ("text",), number)
 
 
-def _fields(config: TextData) -> Iterator[Text]:
-    path, id_column = config.path, config.id
+def _fields(config: TextData, ids: IdColumn | None) -> Iterator[Text]:
+    path = config.path
     columns = (config.field,) if isinstance(config.field, str) else config.field or ()
-    for number, (line, fields) in enumerate(READERS[path.suffix](path)):
-        if number == 0:
-            _check_columns(config, columns, fields)
-        place = f"{path}:{line}"
-        if id_column is None:
-            sample: int | str = number
-        elif fields.get(id_column) is None:
-            raise ConfigError(f"{place}  the id {id_column!r} is missing")
+    checked = False
+    for number, record in enumerate(read_table(path)):
+        if not checked and not record.error:
+            _check_columns(config, columns, record)
+            checked = True
+        try:
+            sample = ids.of(record) if ids else number
+        except SampleError as error:
+            text = _text(path, record, columns, f"row {number}")
+            yield text._replace(error=text.error or error)
         else:
-            sample = str(fields[id_column])
-        yield _text([fields.get(column) for column in columns], columns, sample, place)
+            yield _text(path, record, columns, sample)
 
 
-def _text(values: list[Any], columns: tuple[str, ...], sample: int | str, place: str) -> Text:
-    for column, value in zip(columns, values, strict=True):
-        if not isinstance(value, str):
-            error = SampleError(f"{place}  {column!r} is {value!r:.60}, not a text")
-            return Text(("",) * len(columns), sample, place, error=error)
-    parts = tuple(map(_without_surrogates, values))
-    return Text(parts, sample, place, repaired=parts != tuple(values))
+def _text(path: Path, record: Record, columns: tuple[str, ...], sample: int | str) -> Text:
+    place = f"{path}:{record.line}"
+    values = [record.fields.get(column) for column in columns]
+    wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
+    problem = record.error
+    if wrong is not None:
+        problem = problem or f"{columns[wrong]!r} is {values[wrong]!r:.60}, not a text"
+    if problem:
+        error = SampleError(f"{place}  {problem}")
+        return Text(("",) * len(columns), sample, place, record.checksum, error=error)
+    texts = tuple(map(str, values))
+    parts = tuple(map(_without_surrogates, texts))
+    return Text(parts, sample, place, record.checksum, repaired=parts != texts)
 
 
 def _without_surrogates(text: str) -> str:
@@ -92,14 +104,13 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _check_columns(config: TextData, columns: tuple[str, ...], fields: dict[str, Any]) -> None:
-    name = config.path.name
+def _check_columns(config: TextData, columns: tuple[str, ...], record: Record) -> None:
     if not columns:
-        hint = suggest("", fields)
-        raise ConfigError(f"{name} has columns; set the column of the text; {hint}", "data.field")
+        raise ConfigError(
+            f"{config.path.name} has columns; set the column of the text; "
+            f"{suggest('', record.fields)}",
+            "data.field",
+        )
     named = [("field", column) for column in columns]
     named += [(key, column) for key in ("id", "labels") if (column := getattr(config, key))]
-    for key, column in named:
-        if column not in fields:
-            hint = suggest(column, fields)
-            raise ConfigError(f"{name} has no column {column!r}; {hint}", f"data.{key}")
+    check_columns(config.path, record, ((f"data.{key}", column) for key, column in named))

@@ -21,7 +21,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import HasFileList, HasWarnings
+from gradrun.data.source import BatchSource, HasFileList, HasRowChecksums, HasWarnings
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.interpretation import interpret
@@ -35,7 +35,7 @@ from gradrun.models.loaded import LoadedModel
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
-from gradrun.output.journal import JournalHeader
+from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import InferResult, Memory, RunInfo, Warning
@@ -158,8 +158,9 @@ def plan_run(
     data = open_data(config.data, seed=config.run.seed, model=config.model)
     opened = time.perf_counter()
     file_list = data.files if isinstance(data, HasFileList) else ()
-    header = fingerprint(config, data.samples, __version__, file_list)
-    folder.check_resumable(header)
+    by_rows = _files_with_row_checksums(data)
+    header = fingerprint(config, data.samples, __version__, file_list, by_rows)
+    folder.check_resumable(header, _input_checksum(data))
     return RunPlan(
         folder=folder,
         header=header,
@@ -276,6 +277,16 @@ def save(
     raise type(stopped)(text, result=result, resumable=True) from stopped.__cause__
 
 
+def _input_checksum(data: BatchSource) -> InputChecksum:
+    return data.checksum if isinstance(data, HasRowChecksums) else no_checksum
+
+
+def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
+    if isinstance(data, HasRowChecksums) and data.checksum(data.samples) is not None:
+        return (data.path,)
+    return ()
+
+
 def _create_writer(plan: RunPlan) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
     writer = open_writer(output, data.samples, commit_unit(data), plan.model.classes)
@@ -285,9 +296,10 @@ def _create_writer(plan: RunPlan) -> PredictionWriter:
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
     folder, unit = plan.folder, commit_unit(plan.runner.data)
+    checksum = _input_checksum(plan.runner.data)
     row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     try:
-        journal, committed = folder.open_journal(plan.header, unit)
+        journal, committed = folder.open_journal(plan.header, unit, checksum)
         try:
             writer.open(prepared.outputs, committed)
             prepared.recovery.quarantine.truncate(writer.written)
@@ -304,7 +316,7 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
     except Exception as error:
         resumable = bool(folder.previous and folder.previous.committed)
         raise _write_error(error, resumable=resumable) from error
-    return Checkpointer(writer, journal, unit, row_bytes)
+    return Checkpointer(writer, journal, unit, row_bytes, checksum)
 
 
 def _write_error(error: Exception, *, resumable: bool = False) -> RunFailed:

@@ -59,7 +59,7 @@ _CALLBACK_NS = 200_000_000
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-_QUARANTINE_HINT = "; with run.on_error: quarantine, such samples are skipped"
+_QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip such samples"
 
 CommitCallback = Callable[[], None]
 """Called between two batches, a few times per second, to commit predictions."""

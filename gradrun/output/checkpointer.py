@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from gradrun.output.formats import PredictionWriter
-from gradrun.output.journal import CommittedRange, Journal
+from gradrun.output.journal import CommittedRange, InputChecksum, Journal, no_checksum
 
 SECONDS = 1.0
 BYTES = 64 * 1024 * 1024
@@ -24,7 +23,7 @@ class Checkpointer:
         journal: Journal,
         batch_size: int,
         row_bytes: int,
-        input_checksum: Callable[[int], int | None] = lambda stop: None,
+        input_checksum: InputChecksum = no_checksum,
     ) -> None:
         """Commit multiples of `batch_size` samples.
 

@@ -18,7 +18,11 @@ _MISSING = "missing"
 
 
 def fingerprint(
-    config: RunConfig, samples: int, version: str, listed: Sequence[Path] = ()
+    config: RunConfig,
+    samples: int,
+    version: str,
+    listed: Sequence[Path] = (),
+    by_rows: Sequence[Path] = (),
 ) -> JournalHeader:
     """The journal header of a run, with a checksum of a sample of each input file.
 
@@ -27,6 +31,7 @@ def fingerprint(
         samples: number of samples.
         version: version of gradrun.
         listed: input files that no config key names, for example the images of a folder.
+        by_rows: input files whose checksums are in the committed ranges instead.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -44,6 +49,7 @@ def fingerprint(
     if isinstance(config.model, PythonModel):
         source = Path(config.model.target.rpartition(":")[0])
         paths += [source] if source.suffix == ".py" else []
+    paths = [path for path in paths if path not in by_rows]
     # The listed files cover a folder that contains them.
     paths = [path for path in paths if not (listed and listed[0].is_relative_to(path))]
     described = {
@@ -61,7 +67,9 @@ def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
         for key, old, new in _changed(before.config, now.config)
     ]
     if before.samples != now.samples:
-        changes.append(f"the number of samples changed from {before.samples:,} to {now.samples:,}")
+        text = f"the number of samples changed from {before.samples:,} to {now.samples:,}"
+        skip = "to skip a row, keep it and set run.on_error: quarantine"
+        changes.append(text if before.samples < now.samples else f"{text} ({skip})")
     for path, described in now.files.items():
         known = before.files.get(path)
         if known is None:

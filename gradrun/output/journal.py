@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,14 @@ FORMAT = 3
 _READABLE = {1, 2, FORMAT}
 """Formats 1 and 2, of development versions, are verified but not resumed: format 1 has incomplete
 shards in files that this version does not write, format 2 has no checksums of the input."""
+
+
+InputChecksum = Callable[[int], int | None]
+"""Returns the checksum of the input before a sample; None if the data source provides none."""
+
+
+def no_checksum(stop: int) -> None:
+    """The InputChecksum of data that provide none."""
 
 
 class _Line(BaseModel):

@@ -13,7 +13,14 @@ from gradrun.core.units import format_bytes, pluralize
 from gradrun.output import journal, lock, quarantine
 from gradrun.output.fingerprint import differences
 from gradrun.output.formats import FORMATS
-from gradrun.output.journal import CommittedRange, Journal, JournalHeader, JournalState
+from gradrun.output.journal import (
+    CommittedRange,
+    InputChecksum,
+    Journal,
+    JournalHeader,
+    JournalState,
+    no_checksum,
+)
 from gradrun.output.lock import FolderLock, check_unlocked
 from gradrun.output.verification import damaged_ranges
 from gradrun.results.result import InferResult, RunResult
@@ -138,15 +145,28 @@ class RunFolder:
             return None
         return result if result.predictions == self.previous.header.samples else None
 
-    def check_resumable(self, header: JournalHeader) -> None:
+    def check_resumable(
+        self, header: JournalHeader, input_checksum: InputChecksum = no_checksum
+    ) -> None:
         """Check that the earlier run, if any, is the same as this one.
+
+        Args:
+            header: identity of this run.
+            input_checksum: returns the checksum of the input before a sample.
 
         Raises:
             ConfigError: it is not; the message lists the differences.
         """
         if self.previous is None:
             return
-        if changes := differences(self.previous.header, header):
+        changes = differences(self.previous.header, header)
+        last = self.previous.ranges[-1] if self.previous.ranges else None
+        if last and not changes and last.input != input_checksum(last.stop):
+            changes = [
+                f"the data changed in the first {last.stop:,} samples, which are predicted or "
+                "quarantined already (samples after them may change)"
+            ]
+        if changes:
             raise ConfigError(
                 f"cannot resume {self.path}: since the run started, {'; '.join(changes)}. Undo the "
                 "change, or start over with --overwrite",
@@ -171,7 +191,10 @@ class RunFolder:
             yield
 
     def open_journal(
-        self, header: JournalHeader, batch_size: int
+        self,
+        header: JournalHeader,
+        batch_size: int,
+        input_checksum: InputChecksum = no_checksum,
     ) -> tuple[Journal, list[CommittedRange]]:
         """Open the journal; call only inside `locked`.
 
@@ -183,7 +206,7 @@ class RunFolder:
             ConfigError: the earlier run differs from this one.
             OSError: the journal cannot be written.
         """
-        self.check_resumable(header)
+        self.check_resumable(header, input_checksum)
         previous = self.previous.whole_batches(batch_size) if self.previous else None
         if previous and previous.ranges:
             return Journal(self.path / journal.FILE_NAME, header, previous), previous.ranges

@@ -21,6 +21,7 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource
 from tests.conftest import ROOT
+from tests.support.sources import read_all
 
 ROWS = 50
 TABLE = {
@@ -73,7 +74,10 @@ WRONG = {
         {"a": ["1", "x"]},
         r"wrong\.parquet:2  column 'a' is 'x', not a number of type float32",
     ),
-    "lists of two lengths": ({"a": [[1.0], [1.0, 2.0]]}, "2 values for input 'x', but the first row has 1"),
+    "lists of two lengths": (
+        {"a": [[1.0], [1.0, 2.0]]},
+        "2 values for input 'x', but most rows have 1",
+    ),
     "no such column": ({"b": [1.0]}, "has no column 'a'"),
     "no rows": ({"a": pa.array([], pa.float32())}, "contains no samples"),
 }
@@ -84,10 +88,7 @@ def test_invalid_values_are_an_error_with_their_location(tmp_path: Path, name: s
     table, message = WRONG[name]
     parquet.write_table(pa.table(table), tmp_path / "wrong.parquet")
     with pytest.raises((ConfigError, SampleError), match=message):
-        for batch in opened(
-            tmp_path / "wrong.parquet", inputs={"x": {"columns": ("a",)}}, id=None
-        ).batches():
-            batch.raise_errors()
+        read_all(opened(tmp_path / "wrong.parquet", inputs={"x": {"columns": ("a",)}}, id=None))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

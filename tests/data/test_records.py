@@ -10,7 +10,7 @@ import torch
 
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.source import BatchSource
-from tests.support.sources import data, joined
+from tests.support.sources import data, joined, read_all
 
 
 def records(path: Path, text: str | bytes, columns: list[str], **keys: Any) -> BatchSource:
@@ -116,8 +116,7 @@ def test_the_error_for_an_invalid_record_names_file_and_line(
     tmp_path: Path, name: str, text: str | bytes, words: str
 ) -> None:
     with pytest.raises((ConfigError, SampleError)) as caught:
-        for batch in records(tmp_path / name, text, ["a", "b"]).batches():
-            batch.raise_errors()
+        read_all(records(tmp_path / name, text, ["a", "b"]))
     assert words in str(caught.value)
 
 

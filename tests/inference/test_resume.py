@@ -333,7 +333,7 @@ def test_a_resume_does_not_repeat_a_finished_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text.replace('"journal": 2', '"journal": 3'), "has journal format 3"),
+        (lambda text: text.replace('"journal": 3', '"journal": 4'), "has journal format 4"),
         (lambda text: text.replace('"start": 0', '"start": 4'), "the journal is damaged"),
         (lambda text: "", "not a journal of a run"),
         (lambda text: text[:50], "not a journal of a run"),

@@ -34,9 +34,14 @@ def data_error(source: str, **keys: Any) -> str:
     return str(caught.value)
 
 
+def read_all(source: BatchSource) -> None:
+    """Read every batch; raises the first error of a sample."""
+    for batch in source.batches():
+        batch.raise_errors()
+
+
 def data_problem(source: str, **keys: Any) -> str:
     """The first error of the data, whether it concerns the file or one sample."""
     with pytest.raises((ConfigError, SampleError)) as caught:
-        for batch in data(source, **keys).batches():
-            batch.raise_errors()
+        read_all(data(source, **keys))
     return str(caught.value)
