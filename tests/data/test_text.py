@@ -13,13 +13,14 @@ from pydantic import TypeAdapter
 
 from gradrun.config.data import DataConfig
 from gradrun.config.load import load_config
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.data.source import input_position
 from gradrun.data.text import CHUNK_BATCHES, Texts
 from tests.support.small_models import save_bert, save_tokenizer, sentences, skewed
+from tests.support.sources import read_all
 
 LINES = skewed(300)
 
@@ -42,8 +43,8 @@ def opened(folder: Path, **keys: Any) -> Texts:
 
 
 def text_error(folder: Path, **keys: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
-        list(opened(folder, **keys).batches())
+    with pytest.raises((ConfigError, SampleError)) as caught:
+        read_all(opened(folder, **keys))
     return str(caught.value)
 
 
@@ -143,7 +144,7 @@ def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
     ("name", "content", "keys", "message"),
     [
         ("t.pdf", b"x", {}, "is not a text file; allowed: .txt, .csv, .tsv, .jsonl"),
-        ("t.txt", b"caf\xe9\n", {}, "cannot be read: 'utf-8' codec"),
+        ("t.txt", b"caf\xe9\n", {}, "t.txt:1  the row is not UTF-8 text"),
         ("t.txt", b"", {}, "contains no samples"),
         ("t.txt", b"a\n", {"field": "body"}, "a .txt file has no columns"),
         (
