@@ -123,7 +123,7 @@ def _load(
     in_mode = config.replace({"run.mode": mode})
     began = time.perf_counter()
     seed_generators(config.run.seed, device)
-    model = load_model(config.model, device, trust_code=trust_code).module
+    model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
     load_seconds = time.perf_counter() - began
     compile_without_gradients(model, batches[0])
     return AuditTarget(mode.value, in_mode, device, model, batches), load_seconds

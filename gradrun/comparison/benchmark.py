@@ -246,7 +246,7 @@ def _load(
         else:
             began = time.perf_counter()
             torch.manual_seed(seed)
-            model = load_model(config.model, device, trust_code=trust_code).module
+            model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
             load_seconds = time.perf_counter() - began
         if twin and twin.config.data == config.data:
             batches, open_seconds = twin.batches, twin.open_seconds

@@ -126,6 +126,7 @@ class HuggingFaceModel(EagerModel):
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
     auto_class: Literal[
         "AutoModel",
+        "AutoModelForTextEncoding",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
         "AutoModelForCausalLM",

@@ -32,6 +32,7 @@ def _unwrap_single(transforms: tuple[str, ...]) -> str | list[str]:
 
 
 Transform = Literal[
+    "auto",
     "none",
     "softmax",
     "sigmoid",
@@ -43,6 +44,7 @@ Transform = Literal[
     "mean_pool",
     "cls",
     "last_token",
+    "sentence_embedding",
     "normalize",
 ]
 OutputName = Annotated[str, AfterValidator(_check_output_name)]
@@ -66,9 +68,10 @@ class OutputSection(Section):
         None, description="name of the written output, if there is one; default: prediction"
     )
     transform: Transforms | dict[OutputName, Transforms] = Field(
-        ("none",),
+        ("auto",),
         description="one or several, applied in order: [mean_pool, normalize]; or a map from "
-        "outputs to transforms: {sentiment: softmax, topic: topk}",
+        "outputs to transforms: {sentiment: softmax, topic: topk}; auto: sentence_embedding for a "
+        "sentence-transformers folder unless select is set, else none",
     )
     dim: int | None = Field(
         None,
@@ -82,11 +85,16 @@ class OutputSection(Section):
     )
 
     def transforms_of(self, name: str) -> tuple[Transform, ...]:
-        """Return the transforms of the output with this name, without `none`."""
+        """Return the transforms of the output with this name, without `auto` and `none`."""
         steps = self.transform
         if isinstance(steps, dict):
             steps = steps.get(name, ())
-        return tuple(step for step in steps if step != "none")
+        return tuple(step for step in steps if step not in {"auto", "none"})
+
+    @property
+    def transforms(self) -> bool:
+        """Whether any output is transformed."""
+        return isinstance(self.transform, dict) or bool(self.transforms_of(""))
 
     @model_validator(mode="after")
     def _check_threshold(self) -> OutputSection:

@@ -38,6 +38,7 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
+from gradrun.output.transforms import resolve_output
 from gradrun.results.result import InferResult, Memory, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
@@ -116,7 +117,7 @@ def infer(
         )
         if plan.finished and _has_same_metrics(plan.finished, config):
             return plan.finished
-        runner = plan.runner
+        runner, config = plan.runner, plan.runner.config
         progress(Progress("running the first batch"))
         prepared = runner.prepare()
         metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
@@ -151,7 +152,8 @@ def plan_run(
     )
     progress(Progress("loading the model"))
     started = time.perf_counter()
-    model = load_model(config.model, device, trust_code=is_trusted(trust_code))
+    model = load_model(config.model, device, data=config.data, trust_code=is_trusted(trust_code))
+    config = config.replace({"output": resolve_output(config.output, model)})
     loaded = time.perf_counter()
     progress(Progress("opening the data"))
     opening = time.perf_counter()
@@ -165,7 +167,7 @@ def plan_run(
         folder=folder,
         header=header,
         model=model,
-        runner=Runner(model.module, data, config, device),
+        runner=Runner(model.module, data, config, device, model),
         started_at=started_at,
         load_seconds=loaded - started,
         open_seconds=opened - opening,

@@ -43,6 +43,9 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
     """
     config = loaded.config
     with loaded.error_locations(), device_context(config.run) as device:
-        model = load_model(config.model, device, trust_code=is_trusted(trust_code))
+        model = load_model(
+            config.model, device, data=config.data, trust_code=is_trusted(trust_code)
+        )
         data = open_data(config.data, seed=config.run.seed, model=config.model)
-        return interpret(model, data, config, transforms.statements(config.output))
+        output = transforms.resolve_output(config.output, model)
+        return interpret(model, data, config, transforms.statements(output, model=model))

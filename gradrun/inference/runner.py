@@ -47,7 +47,7 @@ from gradrun.modes import grad_mode
 from gradrun.output import transforms
 from gradrun.output.formats import PredictionWriter
 from gradrun.output.quarantine import Quarantine
-from gradrun.output.transforms import Outputs, iter_tensors, output_selector
+from gradrun.output.transforms import ModelFacts, Outputs, iter_tensors, output_selector
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Phases, Statement, Warning
 
@@ -115,12 +115,17 @@ class Runner:
     """A model and its data, run in this order: prepare, run_timed_pass, measure_memory."""
 
     def __init__(
-        self, model: nn.Module, data: BatchSource, config: RunConfig, device: torch.device
+        self,
+        model: nn.Module,
+        data: BatchSource,
+        config: RunConfig,
+        device: torch.device,
+        facts: ModelFacts | None = None,
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.mode = config.run.mode
         self.warnings: list[Warning] = []
-        self._select = output_selector(config.output)
+        self._facts, self._select = facts, output_selector(config.output, facts)
         dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
         self._transfer = transfer_to(device, dtype)
 
@@ -138,7 +143,9 @@ class Runner:
             self._check_graph(returned)
             outputs = self._first_outputs(first, returned)
             first_batch_seconds = time.perf_counter() - started
-            statements = tuple(transforms.statements(self.config.output, returned, first.kwargs))
+            statements = tuple(
+                transforms.statements(self.config.output, returned, first.kwargs, self._facts)
+            )
             del returned
             try:
                 self._warm_up(first, clock)

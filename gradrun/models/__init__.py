@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradrun.config.data import DataConfig, TextData
 from gradrun.config.model import EagerModel, ModelConfig, WeightedModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.models import (
@@ -15,6 +16,7 @@ from gradrun.models import (
     huggingface,
     layers,
     python,
+    texts,
     timm,
     torchscript,
     torchvision,
@@ -38,16 +40,28 @@ SOURCES: dict[str, Callable[..., LoadedModel]] = {
 
 
 def load_model(
-    config: ModelConfig, device: torch.device, *, trust_code: bool = False
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    data: DataConfig | None = None,
+    trust_code: bool = False,
 ) -> LoadedModel:
     """Load the model of a config onto `device`, ready to be called.
 
     Weights that no file provides are drawn from torch's default generator; the caller seeds it.
 
+    Args:
+        config: the model section.
+        device: where the model runs.
+        data: the data section: a model of texts gets the pad token of their tokenizer.
+        trust_code: allow code of the config to run.
+
     Raises:
         ConfigError: the module cannot be built, needs trust, or its weights do not fit.
     """
     model = SOURCES[config.source](config, trust_code=trust_code)
+    if isinstance(data, TextData):
+        model = texts.fit_to_tokenizer(model, config, data)
     module = model.module
     if isinstance(config, WeightedModel) and config.weights:
         renamed = load_weights(module, config.weights, config.weights_key, trust_code=trust_code)
@@ -67,6 +81,8 @@ def load_model(
             if config.channels_last:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module.to(device)
+        if model.embedding is not None:
+            model.embedding.to(device)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
             f"the model cannot be moved to {device} with the dtype and memory format of the "

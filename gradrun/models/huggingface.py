@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
+from gradrun.core.pretrained import SentenceFolder, read_sentence_folder
 from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
+from gradrun.models.sentence_embedding import build_embedding
+from gradrun.results.result import Statement
 
 _KEY = "model.path"
 _MAX_LISTED = 4
@@ -22,6 +25,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model-*-of-*.bin",
 )
+_MULTI_LABEL = "multi_label_classification"
+_ENCODERS = {"AutoModel", "AutoModelForTextEncoding"}
+_CLASSIFIERS = {"AutoModelForSequenceClassification", "AutoModelForImageClassification"}
 
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
@@ -33,16 +39,18 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
         ConfigError: the folder needs trust, cannot be read, or lacks weights of the model.
     """
     transformers = import_transformers(_KEY)
-    auto = getattr(transformers, config.auto_class)
+    folder = read_sentence_folder(config.path, config.revision, _KEY)
     settings: dict[str, Any] = {
         "revision": config.revision or "main",
+        "subfolder": folder.subfolder if folder else "",
         "trust_remote_code": trust_code,
     }
     with hub_errors(config.path, _KEY):
         model_config = transformers.AutoConfig.from_pretrained(config.path, **settings)
         if not trust_code and config.attention is None:
-            _check_kernels(config, settings["revision"], transformers)
-        model, report = auto.from_pretrained(
+            _check_kernels(config, settings, transformers)
+        auto, notes = _auto_class(config, folder, model_config)
+        model, report = getattr(transformers, auto).from_pretrained(
             config.path,
             **settings,
             config=model_config,
@@ -57,12 +65,18 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a single forward pass does not reuse a cache
     classes = _class_names(model.config) if "Classification" in config.auto_class else ()
+    embedding = None
+    if folder and folder.embeds and auto in _ENCODERS:
+        embedding = build_embedding(folder, config.path, config.revision)
     return LoadedModel(
         model,
         weights=_origin(config.path, model),
-        files=_weight_files(config.path),
+        files=_weight_files(config.path, folder.subfolder if folder else ""),
         random=describe_random(missing, model),
         classes=classes,
+        embedding=embedding,
+        probabilities=_probabilities(model.config) if auto in _CLASSIFIERS else "",
+        notes=notes,
     )
 
 
@@ -74,15 +88,34 @@ def _origin(path: Path | str, model: Any) -> str:
     return f"{path} at commit {commit[:8]}" if commit else str(path)
 
 
-def _weight_files(path: Path | str) -> tuple[Path, ...]:
+def _weight_files(path: Path | str, subfolder: str) -> tuple[Path, ...]:
     """Return the weight files of a local folder in the order in which transformers looks for them.
 
     A model on the hub is identified by its commit.
     """
     if not isinstance(path, Path):
         return ()
-    found = (sorted(path.glob(pattern)) for pattern in _WEIGHT_FILES)
+    found = (sorted((path / subfolder).glob(pattern)) for pattern in _WEIGHT_FILES)
     return tuple(next(filter(None, found), ()))
+
+
+def _auto_class(
+    config: HuggingFaceModel, folder: SentenceFolder | None, model_config: Any
+) -> tuple[str, tuple[Statement, ...]]:
+    """Return the auto class, which is the encoder's for a folder of sentence-transformers."""
+    two_parts = getattr(model_config, "is_encoder_decoder", False)
+    if two_parts and folder and folder.embeds and config.auto_class == "AutoModel":
+        note = Statement(topic="model", text="only the encoder, as in sentence-transformers")
+        return "AutoModelForTextEncoding", (note,)
+    return config.auto_class, ()
+
+
+def _probabilities(model_config: Any) -> Literal["softmax", "sigmoid", "none"]:
+    """Return how logits become probabilities, as the pipelines of transformers decide it."""
+    kind = getattr(model_config, "problem_type", None)
+    if kind == "regression":
+        return "none"
+    return "sigmoid" if kind == _MULTI_LABEL or model_config.num_labels == 1 else "softmax"
 
 
 def _class_names(model_config: Any) -> tuple[str, ...]:
@@ -92,9 +125,11 @@ def _class_names(model_config: Any) -> tuple[str, ...]:
     return () if names == tuple(f"LABEL_{number}" for number in range(len(names))) else names
 
 
-def _check_kernels(config: HuggingFaceModel, revision: str, transformers: Any) -> None:
+def _check_kernels(config: HuggingFaceModel, settings: dict[str, Any], transformers: Any) -> None:
     """Refuse attention kernels, which transformers would download from the hub as code."""
-    raw, _ = transformers.PretrainedConfig.get_config_dict(config.path, revision=revision)
+    raw, _ = transformers.PretrainedConfig.get_config_dict(
+        config.path, revision=settings["revision"], subfolder=settings["subfolder"]
+    )
     for name in _attention_names(raw):
         if "/" in name:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -28,6 +28,10 @@ class LoadedModel:
     """Description of the weights that are drawn from the seed, such as "random (seed 0)"."""
     classes: tuple[str, ...] = ()
     """Names of the classes in order; () if the source provides none."""
+    embedding: nn.Module | None = None
+    """Pooling and the other modules of a sentence-transformers folder, for sentence_embedding."""
+    probabilities: Literal["", "softmax", "sigmoid", "none"] = ""
+    """How the logits of a classifier become probabilities; "": unknown."""
     notes: tuple[Statement, ...] = ()
     """Other interpretations of the source, such as a prefix removed from a checkpoint's keys."""
 

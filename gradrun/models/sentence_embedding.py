@@ -32,11 +32,31 @@ class SentenceEmbedding(nn.Module):
     Half-precision tokens are converted to float32 first.
     """
 
-    def __init__(self, pooling: Pooling, steps: list[nn.Module], description: str) -> None:
+    def __init__(self, pooling: Pooling, steps: list[nn.Module], words: list[str]) -> None:
         super().__init__()
-        self.pooling, self.steps = pooling, nn.Sequential(*steps)
-        self.description = description
+        self.pooling, self.steps, self._words = pooling, nn.Sequential(*steps), words
+
+    @property
+    def description(self) -> str:
         """Such as "mean pooling, Dense to 256, normalized"."""
+        skipped = self.pooling.skipped
+        prompt = [f"without {skipped} prompt tokens"] if skipped else []
+        return ", ".join([f"{' + '.join(self.pooling.modes)} pooling", *prompt, *self._words])
+
+    @property
+    def equivalent(self) -> tuple[str, ...]:
+        """The output transforms with the same result; () if none have it."""
+        pooling = _TRANSFORMS.get(self.pooling.modes)
+        if pooling is None or self.pooling.skipped or self._words not in ([], ["normalized"]):
+            return ()
+        return (pooling, "normalize") if self._words else (pooling,)
+
+    def skipping(self, prompt_tokens: int) -> SentenceEmbedding:
+        """Return the embedding of texts that start with a prompt of so many tokens."""
+        if self.pooling.include_prompt:
+            return self
+        pooling = Pooling(self.pooling.modes, include_prompt=False, skipped=prompt_tokens)
+        return SentenceEmbedding(pooling, list(self.steps), self._words).eval()
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Embed texts, given the outputs of their tokens and the attention mask [n, tokens]."""
@@ -45,17 +65,37 @@ class SentenceEmbedding(nn.Module):
         return embedding
 
 
+class UnsupportedEmbedding(nn.Module):
+    """Stands for the modules of a folder that cannot be built; calling it raises the error."""
+
+    equivalent = ()
+
+    def __init__(self, part: str, source: Path | str) -> None:
+        super().__init__()
+        self.description = f"unsupported: {part}"
+        self._error = ConfigError(
+            f"the sentence-transformers folder {source} has {part}, which sentence_embedding does "
+            "not support; set output.transform, e.g. mean_pool, cls or none",
+            "output.transform",
+        )
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Raise the error."""
+        raise self._error
+
+
 class Pooling(nn.Module):
     """Joins one vector per mode; masked tokens and, if asked, the prompt's do not count."""
 
-    def __init__(self, modes: tuple[str, ...], skipped: int = 0) -> None:
+    def __init__(
+        self, modes: tuple[str, ...], *, include_prompt: bool = True, skipped: int = 0
+    ) -> None:
         super().__init__()
-        self.modes, self.skipped = modes, skipped
+        self.modes, self.include_prompt, self.skipped = modes, include_prompt, skipped
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return the pooled vectors of tokens [n, tokens, width] and a mask [n, tokens]."""
         position = mask.cumsum(1) * mask  # 1 for the first token of the text, 0 for padding
-        # As the library: a prompt in a batch without padding on the left ends at its length.
         counted = (position > self.skipped).to(tokens.dtype).unsqueeze(-1)
         return torch.cat([_POOLINGS[mode](tokens, counted, position) for mode in self.modes], 1)
 
@@ -98,31 +138,38 @@ _POOLINGS: dict[str, _Pool] = {
 }
 
 
+_TRANSFORMS: dict[tuple[str, ...], str] = {
+    ("mean",): "mean_pool",
+    ("cls",): "cls",
+    ("lasttoken",): "last_token",
+}
+"""Pooling modes -> the output transform that does the same."""
+
+
 def build_embedding(
-    folder: SentenceFolder, source: Path | str, revision: str | None, prompt_tokens: int
-) -> SentenceEmbedding:
+    folder: SentenceFolder, source: Path | str, revision: str | None
+) -> SentenceEmbedding | UnsupportedEmbedding:
     """Build the modules after the transformer, with their weights, in float32.
 
     Args:
         folder: the settings.
         source: the folder or hub name, for the weights.
         revision: the hub's branch, tag or commit.
-        prompt_tokens: tokens of the prompt, which a pooling with include_prompt: false skips.
 
     Raises:
-        ConfigError: a module is of an unknown kind, or its weights do not fit.
+        ConfigError: the weights of a module are missing or do not fit.
     """
     modules = [module for module in folder.modules if module.kind != "Dropout"]
     if not modules or modules[0].kind != "Pooling":
-        raise _unsupported(source, modules[0].kind if modules else "a transformer without Pooling")
-    settings = modules[0].settings
-    modes = _modes(settings)
+        return UnsupportedEmbedding(modules[0].kind if modules else "no Pooling", source)
+    modes = _modes(modules[0].settings)
     if unknown := [mode for mode in modes if mode not in _POOLINGS]:
-        raise _unsupported(source, f"pooling {unknown[0]!r}")
-    words, steps = [f"{' + '.join(modes)} pooling"], []
+        return UnsupportedEmbedding(f"pooling {unknown[0]!r}", source)
+    words: list[str] = []
+    steps: list[nn.Module] = []
     for module in modules[1:]:
         if module.kind not in _STEPS or _reads_tokens(module):
-            raise _unsupported(source, module.kind)
+            return UnsupportedEmbedding(module.kind, source)
         try:
             step, word = _STEPS[module.kind](module, source, revision)
         except (KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
@@ -130,17 +177,9 @@ def build_embedding(
             raise ConfigError(text + first_line(error), _KEY) from error
         steps.append(step)
         words.append(word)
-    skipped = 0 if settings.get("include_prompt", True) else prompt_tokens
-    words += [f"without {skipped} prompt tokens"] if skipped else []
-    return SentenceEmbedding(Pooling(modes, skipped), steps, ", ".join(words)).eval()
-
-
-def _unsupported(source: Path | str, part: str) -> ConfigError:
-    return ConfigError(
-        f"the sentence-transformers folder {source} has {part}, which sentence_embedding does not "
-        "support; set output.transform, e.g. mean_pool, cls or none",
-        "output.transform",
-    )
+    include_prompt = modules[0].settings.get("include_prompt", True)
+    pooling = Pooling(modes, include_prompt=include_prompt)
+    return SentenceEmbedding(pooling, steps, words).eval()
 
 
 def _modes(settings: dict[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,15 +28,44 @@ Inputs = Mapping[str, torch.Tensor]
 """Keyword inputs of the model; some transforms need the attention_mask."""
 
 
+class ModelFacts(Protocol):
+    """Facts about a model on which some transforms depend."""
+
+    @property
+    def embedding(self) -> nn.Module | None:
+        """Maps tokens [n, tokens, width] and the attention mask to vectors, as sentence_embedding.
+
+        It has a `description`, and `equivalent`: the same as a list of transforms, if possible.
+        """
+
+    @property
+    def probabilities(self) -> str:
+        """How a classifier's logits become probabilities: softmax, sigmoid, none; "": unknown."""
+
+
 _Named = list[tuple[str, torch.Tensor]]
 _Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
 
 
-def output_selector(config: OutputSection) -> Callable[..., Outputs]:
+def resolve_output(config: OutputSection, model: ModelFacts) -> OutputSection:
+    """Return the section with `auto` replaced, and with the output that an embedding needs."""
+    if config.transform == ("auto",):
+        embeds = model.embedding is not None and not config.select
+        transform = ("sentence_embedding",) if embeds else ("none",)
+        config = config.model_copy(update={"transform": transform})
+    if "sentence_embedding" in config.transforms_of("") and not config.select:
+        config = config.model_copy(update={"select": ("last_hidden_state",)})
+    return config
+
+
+def output_selector(
+    config: OutputSection, model: ModelFacts | None = None
+) -> Callable[..., Outputs]:
     """A function (model output, batch size, keyword inputs) -> selected and transformed outputs.
 
     It raises ConfigError if a selected output is missing or lacks one row per sample.
     """
+    functions = _TRANSFORMS | _transforms_of(model)
 
     def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         outputs: Outputs = {}
@@ -47,7 +76,7 @@ def output_selector(config: OutputSection) -> Callable[..., Outputs]:
                 transformed = [
                     new
                     for output in transformed
-                    for new in _TRANSFORMS[step](*output, config, inputs)
+                    for new in functions[step](*output, config, inputs)
                 ]
             outputs |= {final: _to_cpu(value) for final, value in transformed}
         return outputs
@@ -59,7 +88,7 @@ def output_selector(config: OutputSection) -> Callable[..., Outputs]:
         _check_rows(DEFAULT_OUTPUT, returned, size)
         return {DEFAULT_OUTPUT: _to_cpu(returned)}
 
-    changed = config.select or config.name or config.transform != ("none",)
+    changed = config.select or config.name or config.transforms
     return select_all if changed else select_one
 
 
@@ -163,16 +192,22 @@ def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
 
 
 def statements(
-    config: OutputSection, returned: Any = None, inputs: Inputs = _NO_INPUTS
+    config: OutputSection,
+    returned: Any = None,
+    inputs: Inputs = _NO_INPUTS,
+    model: ModelFacts | None = None,
 ) -> Iterator[Statement]:
     """Yield the interpretations of the model's outputs.
 
     Args:
-        config: the output section.
+        config: the output section, resolved.
         returned: outputs of the model for a batch, to state shapes; None if there are none yet.
         inputs: keyword inputs of the same batch.
+        model: the facts of the model, if any.
     """
-    if config.transform == ("none",):
+    if text := _describe_embedding(config, model):
+        yield Statement(topic="embedding", text=text)
+    if not config.transforms:
         return
     if returned is None:
         every = config.transform if isinstance(config.transform, dict) else {"": config.transform}
@@ -182,20 +217,40 @@ def statements(
     outputs = select_outputs(returned, config)
     for source, _, tensor in outputs:
         topic = "output" if len(outputs) == 1 else f"output {source}"
-        yield Statement(topic=topic, text=_describe_steps(source, tensor, config, inputs))
+        text = _describe_steps(source, tensor, config, inputs, _transforms_of(model))
+        yield Statement(topic=topic, text=text)
 
 
-def _describe_steps(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> str:
+def _describe_embedding(config: OutputSection, model: ModelFacts | None) -> str:
+    """Describe the pooling of a sentence-transformers folder, and whether the config uses it."""
+    embedding: Any = model.embedding if model else None
+    if embedding is None:
+        return ""
+    steps = config.transforms_of("")
+    if "sentence_embedding" in steps or steps == embedding.equivalent:
+        return str(embedding.description)
+    return f"not the folder's own, which is: {embedding.description}"
+
+
+def _describe_steps(
+    name: str,
+    tensor: torch.Tensor,
+    config: OutputSection,
+    inputs: Inputs,
+    own: dict[str, _Transform],
+) -> str:
     """Describe the shape of an output and its transforms, with the dimension of the classes."""
     shape, words = ", ".join(["n", *map(str, tensor.shape[1:])]), []
     precision = ", in float32" if config.transforms_of(name) and _is_half(tensor) else ""
     for step in config.transforms_of(name):
-        if step in _CLASS_STEPS:
+        if step in own and step in _CLASS_STEPS:
+            words.append(f"{step} by sigmoid, as the model's config asks")
+        elif step in _CLASS_STEPS:
             dim = _class_dim(step, name, tensor, config, inputs)
             words.append(f"{step} over dimension {dim} ({tensor.shape[dim]} classes)")
         else:
             words.append(f"above {_threshold(config):g}" if step == "threshold" else step)
-        tensor = _TRANSFORMS[step](name, tensor, config, inputs)[0][1]
+        tensor = (_TRANSFORMS | own)[step](name, tensor, config, inputs)[0][1]
     return f"[{shape}]: {', then '.join(words) or 'as returned'}{precision}"
 
 
@@ -220,10 +275,29 @@ def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inpu
 def _classify(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """The most likely class and its probability."""
     dim = _class_dim("classify", name, tensor, config, inputs)
-    probabilities = torch.softmax(_scores("classify", name, tensor), dim)
+    return _best(name, torch.softmax(_scores("classify", name, tensor), dim), dim)
+
+
+def _classify_labels(
+    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
+) -> _Named:
+    """The most likely label and its probability, for labels that may coincide."""
+    dim = _checked_dim("classify", name, tensor, config, _default_dim(tensor))
+    return _best(name, torch.sigmoid(_scores("classify", name, tensor)), dim)
+
+
+def _best(name: str, probabilities: torch.Tensor, dim: int) -> _Named:
     score, index = _most_likely(probabilities, dim)
     prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
     return [(f"{prefix}class", index), (f"{prefix}score", score)]
+
+
+def _no_classes(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+    raise ConfigError(
+        "the model predicts values, not classes (problem_type: regression in its config); use "
+        "output.transform: none",
+        "output.transform",
+    )
 
 
 def _scores(step: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -392,6 +466,38 @@ def _checked_dim(
     return dim
 
 
+def _sentence_embedding(
+    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
+) -> _Named:
+    raise ConfigError(
+        "sentence_embedding needs a sentence-transformers folder (with modules.json) as model.path "
+        "of a huggingface model with auto_class: AutoModel",
+        "output.transform",
+    )
+
+
+def _embedding_by(module: nn.Module) -> _Transform:
+    def embed(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+        mask = _mask("sentence_embedding", name, tensor, inputs)
+        return [(name, module(tensor, mask))]
+
+    return embed
+
+
+def _transforms_of(model: ModelFacts | None) -> dict[str, _Transform]:
+    """The transforms that the facts of a model define or replace."""
+    own: dict[str, _Transform] = {}
+    if model is None:
+        return own
+    if model.embedding is not None:
+        own["sentence_embedding"] = _embedding_by(model.embedding)
+    if model.probabilities == "sigmoid":
+        own |= {"softmax": _sigmoid, "classify": _classify_labels}
+    if model.probabilities == "none":
+        own |= {"softmax": _no_classes, "classify": _no_classes, "argmax": _no_classes}
+    return own
+
+
 _TRANSFORMS: dict[str, _Transform] = {
     "softmax": _softmax,
     "sigmoid": _sigmoid,
@@ -403,6 +509,7 @@ _TRANSFORMS: dict[str, _Transform] = {
     "mean_pool": _mean_pool,
     "cls": _cls,
     "last_token": _last_token,
+    "sentence_embedding": _sentence_embedding,
     "normalize": _normalize,
 }
 _CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
