@@ -84,6 +84,14 @@ class OutputSection(Section):
         description="threshold: values above it become 1, others 0; default: 0.5 after sigmoid",
     )
 
+    examples: int = Field(
+        8,
+        ge=0,
+        le=100,
+        description="predictions that reports show with their inputs; 0: none, so that result.json "
+        "contains no input",
+    )
+
     def transforms_of(self, name: str) -> tuple[Transform, ...]:
         """Return the transforms of the output with this name, without `auto` and `none`."""
         steps = self.transform

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +18,8 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.data.conversion import Conversion, Problems
-from gradrun.data.source import BatchSource, ChunkedSource, RowReader
+from gradrun.data.source import BatchSource, ChunkedSource, Preview, RowReader
+from gradrun.data.thumbnails import thumbnail_of_array
 
 _MAX_HEADER = 64 * 1024
 _MAX_LISTED = 8
@@ -35,7 +37,15 @@ def open_data(config: ArraysData, seed: int, model: ModelConfig | None) -> Batch
     if config.labels:
         spec = ArrayInput(path=config.labels.path, key=config.labels.key)
         labels = _open_input(spec, config.path, "data.labels")
-    return ChunkedSource(readers, config.batch_size, config.call, labels)
+    return _Arrays(readers, config.batch_size, config.call, labels)
+
+
+class _Arrays(ChunkedSource):
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        reader = next(iter(self.readers.values()))
+        for position in positions:
+            rows, _ = reader.chunk(position, position + 1)
+            yield Preview(f"row {position:,}", thumbnail_of_array(rows[0]))
 
 
 def _open_input(spec: ArrayInput, default: Path | None, key: str) -> RowReader:

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -22,7 +22,14 @@ from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
 from gradrun.data.batch import Batch
 from gradrun.data.image_transforms import ImageTransform, Pixels, image_transform
-from gradrun.data.source import BatchSource, InputBatcher, class_number, missing_labels
+from gradrun.data.source import (
+    BatchSource,
+    InputBatcher,
+    Preview,
+    class_number,
+    missing_labels,
+)
+from gradrun.data.thumbnails import thumbnail_of_file
 from gradrun.results.result import Statement
 
 _FORMATS = {
@@ -104,6 +111,11 @@ class _Images:
 
     def statements(self) -> Iterator[Statement]:
         yield from ()
+
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        for position in positions:
+            name = self._names[position]
+            yield Preview(name, thumbnail_of_file(self._root / name, tuple(_FORMATS)))
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:

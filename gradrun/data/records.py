@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +18,7 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.conversion import Conversion
-from gradrun.data.source import BatchSource, InputBatcher, describe_labels
+from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
 from gradrun.data.tables import (
     TABLE_SUFFIXES,
     IdColumn,
@@ -33,6 +33,7 @@ from gradrun.data.tables import (
 )
 from gradrun.results.result import Statement
 
+_PREVIEW_COLUMNS = 6
 _DECIDING_ROWS = 64
 """Number of readable rows that decide how many values a row has: that of most of them."""
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -126,6 +127,14 @@ class _Records:
 
     def checksum(self, stop: int) -> int | None:
         return self._checksums.up_to(stop)
+
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        columns = [column for spec in self.config.inputs.values() for column in spec.columns]
+        shown, more = columns[:_PREVIEW_COLUMNS], ", ..." if columns[_PREVIEW_COLUMNS:] else ""
+        with closing(read_table(self.path)) as records:
+            for record in at_positions(records, positions):
+                values = (f"{column} {record.fields.get(column)}" for column in shown)
+                yield Preview(f"{', '.join(values)}{more}")
 
     def labels(self) -> Iterator[torch.Tensor]:
         with closing(read_table(self.path)) as records:

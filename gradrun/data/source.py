@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
 from gradrun.results.result import Padding, Statement, Warning
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 1024 * 1024
 """Bytes of a file that are read and converted at once; bounds the growth of the resident set."""
@@ -61,6 +64,22 @@ class HasWarnings(Protocol):
 
     def warnings(self) -> Iterator[Warning]:
         """Yield the warnings for the batches read so far."""
+
+
+class Preview(NamedTuple):
+    """What a person sees of an input."""
+
+    text: str
+    picture: bytes = b""
+    """A small JPEG; empty if the input is not a picture."""
+
+
+@runtime_checkable
+class HasPreviews(Protocol):
+    """A data source with inputs that a person can recognize."""
+
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        """Yield a preview of the inputs at these positions, which increase."""
 
 
 @runtime_checkable
@@ -224,6 +243,14 @@ class ChunkedSource:
             for row, problem in problems.items():
                 errors[start + row] = SampleError(f"sample {start + row}, input {name}: {problem}")
         return chunks, errors
+
+
+def at_positions(items: Iterable[T], positions: Sequence[int]) -> Iterator[T]:
+    """Yield the items at increasing positions, and read no further."""
+    items, first = iter(items), 0
+    for position in positions:
+        yield next(itertools.islice(items, position - first, None))
+        first = position + 1
 
 
 def missing_labels() -> ConfigError:

@@ -17,7 +17,7 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.data.source import BatchSource, InputBatcher
+from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
 from gradrun.data.tables import RowChecksums, id_column, read_labels, read_table, table_suffix
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
@@ -138,6 +138,10 @@ class Texts:
                 text=f"{counts.truncated:,} of {pluralize(counts.texts, 'text')} were truncated to "
                 f"{self._tokenization.limit} tokens; the longest has {counts.longest:,}",
             )
+
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        with closing(read_texts(self.config, self._ids)) as texts:
+            yield from (Preview(" | ".join(text.parts)) for text in at_positions(texts, positions))
 
     def labels(self) -> Iterator[torch.Tensor]:
         path = self.config.path

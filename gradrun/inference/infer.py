@@ -24,6 +24,7 @@ from gradrun.data import open_data
 from gradrun.data.source import BatchSource, HasFileList, HasRowChecksums, HasWarnings
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
+from gradrun.inference.examples import describe_predictions
 from gradrun.inference.interpretation import interpret
 from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
 from gradrun.inference.recovery import BatchRecovery
@@ -38,7 +39,7 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import resolve_output
+from gradrun.output.transforms import Outputs, resolve_output
 from gradrun.results.result import InferResult, Memory, RunInfo, Warning
 from gradrun.results.run_warnings import run_warnings
 
@@ -251,7 +252,9 @@ def build_result(
         interpretation=interpret(plan.model, runner.data, runner.config, prepared.statements),
         warnings=tuple(warnings),
     )
-    return result if timed.stopped else _add_metrics(result, metrics, plan.folder)
+    if timed.stopped:
+        return result
+    return _add_examples(_add_metrics(result, metrics, plan.folder), plan, prepared.outputs)
 
 
 def save(
@@ -371,6 +374,19 @@ def _add_metrics(
     except Exception as error:
         text = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
+
+
+def _add_examples(result: InferResult, plan: RunPlan, outputs: Outputs) -> InferResult:
+    """Describe predictions for reports; a failure becomes a warning."""
+    row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
+    output, data = plan.runner.config.output, plan.runner.data
+    try:
+        classes, examples = describe_predictions(output, data, plan.model.classes, row_bytes)
+    except Exception as error:
+        text = f"the report has no examples: {type(error).__name__}: {first_line(error)}"
+        warning = Warning(code="no_examples", text=text)
+        return result.replace(warnings=(*result.warnings, warning))
+    return result.replace(class_distribution=classes, examples=examples)
 
 
 def _has_same_metrics(finished: InferResult, config: RunConfig) -> bool:

@@ -20,11 +20,15 @@ class ClassLabels:
 
     def columns(self, names: Iterable[str]) -> dict[str, str]:
         """Map each output of class numbers to the name of its label column."""
-        labels = {name: self._label_of(name) for name in names}
+        labels = {name: self._label_of(name) for name in names} if self.classes else {}
         return {name: label for name, label in labels.items() if label}
 
+    def has_numbers(self, name: str) -> bool:
+        """Whether an output contains class numbers, with or without names."""
+        return bool(self._label_of(name))
+
     def _label_of(self, name: str) -> str:
-        if self.config is None or not self.classes:
+        if self.config is None:
             return ""
         output, _, suffix = name.rpartition(".")
         for step, ending, label in (("topk", "indices", "labels"), ("classify", "class", "label")):

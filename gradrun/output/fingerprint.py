@@ -42,6 +42,7 @@ def fingerprint(
     for key in ("labels", "classes"):
         dumped["data"].pop(key, None)
     dumped["output"].pop("path")  # a folder may be moved
+    dumped["output"].pop("examples")
     # Error handling may change: samples after the last commit run again.
     for key in ("warmup", "on_error", "max_errors"):
         dumped["run"].pop(key)

@@ -52,6 +52,7 @@ def render_json(results: Sequence[Named]) -> str:
             "model": result.info.model,
             "verdict": wording.verdict(result),
             "figures": [asdict(figure) for figure in figures(result)],
+            "interpretation": [one.as_dict() for one in result.interpretation],
             "notices": [note.text for note in wording.notes(result)],
             "environment": result.environment.as_dict(),
             "started_at": result.started_at,

@@ -6,6 +6,7 @@ Text from files and users is escaped, and the page's security policy forbids loa
 from __future__ import annotations
 
 import re
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -14,7 +15,7 @@ from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
 from gradrun.report.side_by_side import Named, side_by_side
-from gradrun.report.tables import Cell, Column, Status, Table
+from gradrun.report.tables import Cell, Column, Picture, Share, Status, Table
 from gradrun.report.wording import Note
 from gradrun.results.result import AnyResult
 
@@ -22,12 +23,16 @@ _STYLE = Path(__file__).with_name("html_page.css")
 _UNIT = re.compile(r"(?<=\d) (?=[nµm]?s\b|[KMGT]?i?B\b)")
 """The space before a unit, where a line must not break."""
 
+_JPEG = b"\xff\xd8\xff"
+"""First bytes of a JPEG file."""
+
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title>
 <style>
 {style}</style>
@@ -103,7 +108,7 @@ def _figure(plot: Plot) -> str:
 def _table(table: Table) -> str:
     heads = "".join(f"<th{_class(_words(c))}>{_text(c.title)}</th>" for c in table.columns)
     rows = "\n".join(
-        f"<tr><th>{_text(name)}</th>{''.join(map(_cell, table.columns, cells))}</tr>"
+        f"<tr><th>{_content(name)}</th>{''.join(map(_cell, table.columns, cells))}</tr>"
         for name, *cells in table.rows
     )
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
@@ -119,7 +124,18 @@ def _table(table: Table) -> str:
 def _cell(column: Column, cell: Cell) -> str:
     tone = cell.tone if isinstance(cell, Status) else ""
     title = f' data-title="{_text(column.title)}"' if column.title else ""
-    return f"<td{_class(_words(column), tone)}{title}>{_text(cell)}</td>"
+    return f"<td{_class(_words(column), tone)}{title}>{_content(cell)}</td>"
+
+
+def _content(cell: Cell) -> str:
+    match cell:
+        case Share(_, length):
+            return f'{_text(cell)}<i class="bar"><b style="width: {length:.1%}"></b></i>'
+        case Picture(name, jpeg) if jpeg.startswith(_JPEG):
+            data = b64encode(jpeg).decode()
+            return f'<img src="data:image/jpeg;base64,{data}" alt="">{_text(name)}'
+        case _:
+            return _text(cell)
 
 
 def _words(column: Column) -> str:

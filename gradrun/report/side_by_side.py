@@ -8,7 +8,7 @@ from gradrun.core.units import format_bytes, format_number, format_seconds, seco
 from gradrun.report.figures import Figure, figures
 from gradrun.report.tables import DASH, Column, Table
 from gradrun.report.wording import machine
-from gradrun.results.result import AnyResult
+from gradrun.results.result import AnyResult, Statement
 from gradrun.results.summary import decimals
 
 Named = tuple[str, AnyResult]
@@ -34,9 +34,11 @@ _TITLES = {"infer": "Run", "compare": "Comparison", "audit": "Audit", "check": "
 
 
 def side_by_side(results: Sequence[Named]) -> list[Table]:
-    """Build one table per kind of result."""
+    """Build one table per kind of result, and one of the interpretations that differ."""
     kinds = dict.fromkeys(result.kind for _, result in results)
-    return [_table([named for named in results if named[1].kind == kind]) for kind in kinds]
+    tables = [_table([named for named in results if named[1].kind == kind]) for kind in kinds]
+    interpretation = _interpretation(results)
+    return [*tables, interpretation] if interpretation.rows else tables
 
 
 def _table(results: Sequence[Named]) -> Table:
@@ -55,6 +57,29 @@ def _table(results: Sequence[Named]) -> Table:
         tuple(rows),
         note=_differences([result for _, result in results]),
     )
+
+
+def _interpretation(results: Sequence[Named]) -> Table:
+    """Build a row per topic whose interpretation differs between results that have any."""
+    stated = [
+        (name, _by_topic(result.interpretation))
+        for name, result in results
+        if result.interpretation
+    ]
+    topics = dict.fromkeys(topic for _, texts in stated for topic in texts)
+    rows = [(topic, *(texts.get(topic, DASH) for _, texts in stated)) for topic in topics]
+    return Table(
+        "Different interpretation",
+        tuple(Column(name, "text") for name, _ in stated),
+        tuple(row for row in rows if len(set(row[1:])) > 1),
+    )
+
+
+def _by_topic(statements: Sequence[Statement]) -> dict[str, str]:
+    texts: dict[str, list[str]] = {}
+    for statement in statements:
+        texts.setdefault(statement.topic, []).append(statement.text)
+    return {topic: "; ".join(parts) for topic, parts in texts.items()}
 
 
 def _column(shown: list[Figure], *, single_mode: bool) -> dict[str, str]:

@@ -23,9 +23,11 @@ from gradrun.results.result import (
     AnyResult,
     AuditResult,
     CheckResult,
+    ClassDistribution,
     CompareResult,
     Comparison,
     Equivalence,
+    Example,
     Fact,
     InferResult,
     Measurement,
@@ -40,6 +42,7 @@ from gradrun.results.summary import errors_in, ratio_digits
 DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _MAX_MODULES = 12
+_MAX_CLASSES = 10
 _DEVICE_COLUMNS = {"device_allocated": "device peak", "device_reserved": "reserved"}
 _MEMORY_COLUMNS = {
     "forward_peak": "forward peak",
@@ -62,7 +65,30 @@ class Status:
         return self.text
 
 
-Cell = str | Status
+@dataclass(frozen=True)
+class Share:
+    """A share from 0 to 1, which a page shows as a bar too."""
+
+    value: float
+    bar: float
+    """Length of the bar, from 0 to 1."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.0%}"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A name, and a JPEG that a page shows above it; without one, `jpeg` is empty."""
+
+    name: str
+    jpeg: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Cell = str | Status | Share | Picture
 
 
 @dataclass(frozen=True)
@@ -85,6 +111,13 @@ class Table:
     note: str = ""
     full_width: bool = False
     """Fill the width, so that consecutive tables in a terminal are aligned."""
+    brief: int = 0
+    """Rows that a terminal shows, each on one line; 0: all, wrapped."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a terminal shows only some of the rows."""
+        return 0 < self.brief < len(self.rows)
 
 
 def of_measurements(result: AnyResult) -> tuple[Table, ...]:
@@ -104,7 +137,13 @@ def of_measurements(result: AnyResult) -> tuple[Table, ...]:
 def of_predictions(result: AnyResult) -> tuple[Table, ...]:
     """Build the tables of the quality of the predictions."""
     match result:
-        case InferResult() | CheckResult():
+        case InferResult():
+            return _with_rows(
+                metrics(result.metrics),
+                *(predicted_classes(d, result.predictions) for d in result.class_distribution),
+                example_predictions(result.examples),
+            )
+        case CheckResult():
             return _with_rows(metrics(result.metrics))
         case _:
             return ()
@@ -112,11 +151,7 @@ def of_predictions(result: AnyResult) -> tuple[Table, ...]:
 
 def of_interpretation(result: AnyResult) -> tuple[Table, ...]:
     """Build the table of the interpretations that change predictions."""
-    match result:
-        case InferResult() | CheckResult():
-            return _with_rows(interpretation(result.interpretation))
-        case _:
-            return ()
+    return _with_rows(interpretation(result.interpretation))
 
 
 def _with_rows(*tables: Table) -> tuple[Table, ...]:
@@ -219,6 +254,39 @@ def metrics(values: Sequence[Metric]) -> Table:
     """Agreement of the predictions with the labels."""
     rows = [(m.name, _score(m.value), f"over {pluralize(m.samples, 'sample')}") for m in values]
     return _figures("Metrics", rows)
+
+
+def predicted_classes(found: ClassDistribution, predictions: int | None) -> Table:
+    """The classes that were predicted most often, of a run with this number of predictions."""
+    shown = [(c.name, c.count) for c in found.most_frequent[:_MAX_CLASSES]]
+    if more := found.distinct - len(shown):
+        shown.append((f"{more:,} more", found.predictions - sum(count for _, count in shown)))
+    largest = max((count for _, count in shown), default=1)
+    rows: list[tuple[Cell, ...]] = [
+        (name, f"{count:,}", Share(count / max(1, found.predictions), count / max(1, largest)))
+        for name, count in shown
+    ]
+    distinct, known = f"{found.distinct:,}", found.classes and f"{found.classes:,}"
+    note = f"{distinct} of {known} classes predicted" if known else ""
+    if found.samples < (predictions or 0):
+        note = f"{note or 'Counted'} over the first {pluralize(found.samples, 'sample')}"
+    title = "Predicted class"
+    title += "" if found.output in {"prediction", "class", "indices", ""} else f", {found.output}"
+    columns = (Column("predictions"), Column("share"))
+    return Table(title, columns, tuple(rows), note=note and f"{note}.", brief=5)
+
+
+def example_predictions(examples: Sequence[Example]) -> Table:
+    """Some samples with their predictions."""
+    tones: dict[bool | None, Tone] = {True: "good", False: "bad", None: ""}
+    labels = any(example.label for example in examples)
+    rows = [
+        (Picture(e.input, e.picture), e.prediction, Status(e.label, tones[e.correct]))
+        for e in examples
+    ]
+    columns = (Column("prediction", "text"), Column("label", "status"))
+    count = 2 if labels else 1
+    return Table("Example", columns[:count], tuple(row[: count + 1] for row in rows), brief=4)
 
 
 def _score(value: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table as RichTable
@@ -17,6 +18,8 @@ from gradrun.report.tables import DIFFERS, Cell, Column, Status, Table, Tone
 from gradrun.report.wording import Note
 
 TABLE_WIDTH = 79
+_MAX_CELL = 32
+"""Width of a cell of a table whose rows are on one line each, except for the names."""
 _STYLES: dict[str, str] = {
     "good": "bold green",
     "bad": "bold red",
@@ -36,8 +39,9 @@ def show(document: Document, console: Console) -> None:
         )
     for table in (*document.tables, *document.predictions, *document.interpretation):
         console.print(_table(table, min(console.width, TABLE_WIDTH)))
-        if table.note:
-            console.print(_text(table.note, "quiet"))
+        more = f"And {len(table.rows) - table.brief} more." if table.is_cut else ""
+        if below := " ".join(filter(None, (more, table.note))):
+            console.print(_text(below, "quiet"))
         console.print()
     for finding in document.findings:
         _print_finding(finding, console)
@@ -87,18 +91,30 @@ def _table(table: Table, width: int) -> RichTable:
     columns = [Column(table.title, "text", min_width=12), *table.columns]
     # The last column without a minimum takes the space that is left.
     widest = max(i for i, column in enumerate(columns) if not i or not column.min_width)
-    for i, column in enumerate(columns):
+    limits = _line_widths(table, width) if table.brief else [None] * len(columns)
+    for i, (column, limit) in enumerate(zip(columns, limits, strict=True)):
         rich.add_column(
             _text(column.title),
             justify="right" if column.kind == "figure" else "left",
             style=_STYLES.get(column.emphasis, ""),
             min_width=column.min_width or None,
-            overflow="fold",
+            max_width=limit,
+            overflow="ellipsis" if limit else "fold",
+            no_wrap=bool(limit),
             ratio=1 if table.full_width and i == widest else None,
         )
-    for row in table.rows:
+    for row in table.rows[: table.brief or None]:
         rich.add_row(*map(_text, row))
     return rich
+
+
+def _line_widths(table: Table, width: int) -> list[int]:
+    """Limit each column so that rows fit on one line; the names get the space that is left."""
+    titles = ["", *(column.title for column in table.columns)]
+    columns = zip(titles, *table.rows, strict=True)
+    longest = [max(cell_len(str(cell)) for cell in cells) for cells in columns]
+    others = [min(cells, _MAX_CELL) for cells in longest[1:]]
+    return [max(12, width - sum(others) - 2 * len(others)), *others]
 
 
 def _print_finding(finding: Note, console: Console) -> None:

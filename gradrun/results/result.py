@@ -280,6 +280,43 @@ class Metric(Record, frozen=True, kw_only=True):
     """Samples with a prediction and a label."""
 
 
+class Example(Record, frozen=True, kw_only=True):
+    """A prediction with its input, as short texts."""
+
+    position: Count
+    """In the input, from 0."""
+    input: str
+    picture: Annotated[bytes, Meta(max_length=2**16)] = b""
+    """A JPEG thumbnail of the input; empty if it is not a picture."""
+    prediction: str
+    label: str = ""
+    correct: bool | None = None
+    """None if the prediction is not a class, or the sample has no label."""
+
+
+class PredictedClass(Record, frozen=True, kw_only=True):
+    """How often one class was predicted."""
+
+    name: str
+    count: Count
+
+
+class ClassDistribution(Record, frozen=True, kw_only=True):
+    """How often each class was predicted in one output."""
+
+    output: str
+    predictions: Count
+    """Counted predictions; of a class map, one for each of its values."""
+    samples: Count
+    """The samples that were counted, from the first on."""
+    distinct: Count
+    """Classes that occur."""
+    classes: Count | None = None
+    """Classes of the model; None if unknown."""
+    most_frequent: tuple[PredictedClass, ...]
+    """At most 20, most frequent first."""
+
+
 # --- results -----------------------------------------------------------------------------------
 
 
@@ -321,6 +358,7 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
     config: dict[str, Any]
     environment: Environment
     measurements: tuple[Measurement, ...]
+    interpretation: tuple[Statement, ...] = ()
     warnings: tuple[Warning, ...] = ()
 
     def __post_init__(self) -> None:
@@ -409,9 +447,11 @@ class InferResult(RunResult, frozen=True, kw_only=True, tag="infer"):
     """Rows without a prediction; quarantine.jsonl gives the reasons."""
     metrics: tuple[Metric, ...] = ()
     """In the order of the config."""
+    class_distribution: tuple[ClassDistribution, ...] = ()
+    """One for each output of classes."""
+    examples: tuple[Example, ...] = ()
     resumed_at: Count = 0
     """Samples predicted by earlier runs that this one resumed."""
-    interpretation: tuple[Statement, ...] = ()
 
 
 class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
@@ -444,7 +484,6 @@ class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
     predictions: Count | None = None
     quarantined: Count = 0
     metrics: tuple[Metric, ...] = ()
-    interpretation: tuple[Statement, ...] = ()
     outputs: tuple[Output, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     """In the order of the config."""

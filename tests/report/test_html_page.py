@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gradrun import report
 from gradrun.core.errors import ConfigError
+from gradrun.data.thumbnails import thumbnail_of_array
 from gradrun.report import html_page
-from gradrun.results.result import Metric, Statement, Warning
+from gradrun.results.result import (
+    ClassDistribution,
+    Example,
+    Metric,
+    PredictedClass,
+    Statement,
+    Warning,
+)
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.saved_results import NASTY, RESULTS, hostile
 
@@ -88,6 +98,46 @@ def test_warnings_come_first_and_then_the_verdict_the_predictions_and_their_cost
     order += ["forward peak</th>", "random (seed 0)", "Machine"]
     places = [page.index(words) for words in order]
     assert places == sorted(places)
+
+
+EXAMPLES = (
+    Example(
+        position=0,
+        input="pictures/a.jpg",
+        picture=thumbnail_of_array(torch.rand(3, 60, 90)),
+        prediction="cat (0.93)",
+        label="dog",
+        correct=False,
+    ),
+    Example(position=9, input="<b>A long text</b> " * 9, picture=b"no JPEG", prediction="1"),
+)
+DISTRIBUTION = ClassDistribution(
+    output="prediction",
+    predictions=400,
+    samples=400,
+    distinct=13,
+    classes=20,
+    most_frequent=tuple(PredictedClass(name=f"class {i}", count=100 - 8 * i) for i in range(12)),
+)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_examples_are_shown_with_thumbnails_and_texts(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    result = RESULTS["run"].replace(examples=EXAMPLES, class_distribution=(DISTRIBUTION,))
+    page = tmp_path / "a.html"
+    page.write_text(report.render([("a", result)], "html"), encoding="utf-8")
+    assert page.read_text().count("<img ") == 1, "only a JPEG is a picture"
+    rendered = browser.render(page, width, 900)
+    assert (rendered.requests, rendered.errors, rendered.cut_off) == ([], [], [])
+    assert rendered.width <= width
+    assert rendered.pictures == [[90, 60]]
+    for words in ("cat (0.93)", "dog", "<b>A long text</b> <b>", "13 of 20 classes predicted"):
+        assert words in rendered.text
+    # The last row has the classes after the tenth.
+    shown = sum(c.count for c in DISTRIBUTION.most_frequent[:10])
+    assert re.search(rf"3 more\s+{400 - shown}", rendered.text)
 
 
 @pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from gradrun import report
 from gradrun.report.document import Document, describe, describe_modes, describe_verification
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.tables import DASH, DIFFERS, timing
@@ -20,8 +22,10 @@ from gradrun.report.wording import display_path
 from gradrun.results.result import (
     AnyResult,
     DamagedRange,
+    Example,
     ModeFacts,
     SavedForBackward,
+    Statement,
     Verification,
     Warning,
 )
@@ -431,6 +435,49 @@ def test_behaviors_are_counted_at_the_end(name: str, sentence: str) -> None:
 
 def test_headline_of_modes_names_torch_and_device() -> None:
     assert shown("modes-gpu").split("\n")[1] == "torch 2.13.0+cpu  NVIDIA H200, python 3.11.9"
+
+
+# --- predictions and interpretation ------------------------------------------------------------
+
+
+def test_a_terminal_shows_some_examples_on_one_line_each_and_the_number_of_the_others() -> None:
+    examples = tuple(
+        Example(position=i, input="a long text " * 20, prediction=f"cat (0.{i})", label="dog")
+        for i in range(8)
+    )
+    text = printed(show, describe(saved.RUNS["digits"].replace(examples=examples)))
+    shown = [line for line in text.splitlines() if line.startswith("a long text")]
+    assert len(shown) == 4
+    assert all(re.search(r"… +cat \(0\.\d\) +dog", line) for line in shown)
+    assert "And 4 more." in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_long_interpretation_is_wrapped_below_its_own_column() -> None:
+    statements = (
+        Statement(topic="weights", text="random (seed 0)"),
+        Statement(topic="preprocessing", text="resize to 256 (bicubic), crop 224, " * 3),
+    )
+    text = printed(show, describe(saved.RUNS["digits"].replace(interpretation=statements)))
+    lines = text[text.index("Interpretation") :].splitlines()
+    column = lines[2].index("random")
+    wrapped = list(itertools.takewhile(str.strip, lines[3:]))
+    assert len(wrapped) == 2
+    assert all(line[column - 1] == " " != line[column] for line in wrapped)
+    assert max(map(len, lines)) <= 79
+
+
+def test_side_by_side_shows_the_interpretations_that_differ() -> None:
+    def stated(weights: str) -> Any:
+        topics = {"weights": weights, "threads": "2 threads"}
+        statements = (Statement(topic=topic, text=text) for topic, text in topics.items())
+        return saved.RUNS["digits"].replace(interpretation=tuple(statements))
+
+    named = [("runs/a", stated("random (seed 0)")), ("runs/b", stated("b.safetensors"))]
+    text = printed(report.show, named, 100)
+    assert re.search(r"weights +random \(seed 0\) +b\.safetensors", text)
+    assert "2 threads" not in text
+    assert "interpretation" not in printed(report.show, [named[0], named[0]], 100)
 
 
 # --- verifications -----------------------------------------------------------------------------

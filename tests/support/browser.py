@@ -20,13 +20,15 @@ class RenderedPage:
     """Content of a page, and its requests and errors."""
 
     requests: list[str] = field(default_factory=list)
-    """Without the request for the page itself."""
+    """Without the request for the page itself, and without data that are part of it."""
     errors: list[str] = field(default_factory=list)
     text: str = ""
     width: int = 0
     """Scroll width in pixels."""
     cut_off: list[str] = field(default_factory=list)
     """Texts of the tables that are wider than their frame."""
+    pictures: list[list[int]] = field(default_factory=list)
+    """Width and height of each picture that was decoded."""
     background: str = ""
     screenshot: bytes = b""
     """PNG."""
@@ -91,12 +93,17 @@ class Browser:
                 "[...document.querySelectorAll('.scrolls')]"
                 ".filter(e => e.scrollWidth > e.clientWidth).map(e => e.innerText)"
             ),
+            pictures=value(
+                "[...document.images].filter(e => e.complete && e.naturalWidth)"
+                ".map(e => [e.naturalWidth, e.naturalHeight])"
+            ),
             background=value("getComputedStyle(document.body).backgroundColor"),
             screenshot=base64.b64decode(ask("Page.captureScreenshot", format="png")["data"]),
         )
         for event in self._events:
             if event["method"] == "Network.requestWillBeSent":
-                rendered.requests.append(event["params"]["request"]["url"])
+                url = event["params"]["request"]["url"]
+                rendered.requests += [] if url.startswith("data:") else [url]
             elif event["method"] in _ERROR_EVENTS:
                 rendered.errors.append(json.dumps(event["params"]))
         rendered.requests.remove(page.as_uri())

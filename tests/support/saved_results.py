@@ -10,16 +10,20 @@ from gradrun.results.result import (
     AnyResult,
     AuditResult,
     CheckResult,
+    ClassDistribution,
     CompareResult,
     Equivalence,
+    Example,
     Fact,
     Finding,
     Measurement,
     Memory,
     ModeFacts,
     Outcome,
+    PredictedClass,
     RunInfo,
     SavedForBackward,
+    Statement,
     Warning,
 )
 from tests.support.reporting import EVIL
@@ -443,6 +447,19 @@ def hostile(kind: str) -> AnyResult:
             o.replace(**dict.fromkeys(("check", "limit", "value", "reason", "key"), NASTY))
             for o in getattr(base, "outcomes", ())
         ),
+        "examples": (
+            Example(position=0, input=NASTY, picture=b"<svg>", prediction=NASTY, label=NASTY),
+        ),
+        "class_distribution": (
+            ClassDistribution(
+                output=NASTY,
+                predictions=2,
+                samples=1,
+                distinct=1,
+                most_frequent=(PredictedClass(name=NASTY, count=2),),
+            ),
+        ),
+        "interpretation": (Statement(topic=NASTY, text=NASTY),),
         "failures": (NASTY,),
         "files": (NASTY,),
         "warnings": (Warning(code=NASTY, text=NASTY),),
