@@ -159,9 +159,7 @@ def test_texts_and_pictures_are_shown_in_the_order_of_the_input(tmp_path: Path) 
         assert np.abs(decoded(example.picture) - (60 * i, 0, 0)).max() < 12
 
 
-def test_quarantined_samples_are_neither_examples_nor_counted(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_quarantined_samples_are_neither_examples_nor_counted(folder: Path, tmp_path: Path) -> None:
     bad = {"model": {"source": "python", "target": f"{folder / 'net.py'}:bad"}}
     result = run(
         folder,
