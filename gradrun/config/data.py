@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import DType, InputFile, InputPath, Section, Shape, Size
-from gradrun.config.model import HuggingFaceModel, ModelConfig, Pretrained, TimmModel
+from gradrun.config.model import (
+    HuggingFaceModel,
+    ModelConfig,
+    Pretrained,
+    TimmModel,
+    TorchvisionModel,
+)
 
 
 class _Data(Section):
@@ -166,6 +172,34 @@ class TextData(_Data):
 
 Pixels = Annotated[int, Field(gt=0, le=16_384)]
 
+Preset = Literal["none", "imagenet", "timm", "torchvision", "processor"]
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files in which transformers saves an image processor."""
+
+
+_PRESET_SOURCES: dict[str, tuple[str, type, str]] = {
+    "timm": ("architecture", TimmModel, "name"),
+    "torchvision": ("architecture", TorchvisionModel, "name"),
+    "processor": ("processor", HuggingFaceModel, "path"),
+}
+"""Preset -> the key that names its source; the model section that implies one, and its key."""
+
+
+def _check_level(level: int) -> int:
+    if level == 0:
+        raise PydanticCustomError(
+            "level", "folders are counted from 1, or from -1 for the one that has the image"
+        )
+    return level
+
+
+class FolderLabels(Section):
+    """The label of an image is the name of one of the folders in its path."""
+
+    folder: Annotated[int, AfterValidator(_check_level)] = Field(
+        description="which folder: 1 is the first below data.path, -1 the one that has the image"
+    )
+
 
 class ImagesData(_Data):
     """Image files: those below a folder, or those in a list."""
@@ -178,16 +212,39 @@ class ImagesData(_Data):
     column: str | None = Field(
         None, description="column of a .csv list with the paths; default: first"
     )
-    labels: str | None = Field(
-        None, description="folder: the name of the image's folder; or a column of a .csv list"
+    labels: str | FolderLabels | None = Field(
+        None,
+        description="folder: the name of the first folder below data.path; {folder: N}: of another "
+        "one; or a column of a .csv list",
     )
     classes: Classes = None
     input: str = Field("image", description="the input's name, if passed by keyword")
-    preprocess: Literal["none", "imagenet", "timm", "processor"] = Field(
-        "none", description="preset steps; the keys below override them"
+    page: Literal["all"] | Size = Field(
+        1, description="which page of a TIFF, or frame of a GIF, PNG or WEBP; all: each is a sample"
+    )
+    exif: bool = Field(True, description="turn images upright by their EXIF orientation")
+    background: str = Field(
+        "white",
+        description="color behind transparent pixels, as a name or #rrggbb; stored: the hidden "
+        "color that the file has there",
+    )
+    value_range: tuple[float, float] | None = Field(
+        None,
+        description="values of black and white in images with more than 8 bits per channel; "
+        "default: 0 and 65535 for 16 bits, an error for 32 bits",
+    )
+    max_pixels: Size = Field(
+        200_000_000, description="reject larger images, which could exhaust the memory"
+    )
+    preprocess: Preset | None = Field(
+        None,
+        description="preset steps, which the keys below change; default: those of a timm, "
+        "torchvision or huggingface model, none for other models",
     )
     architecture: str | None = Field(
-        None, description="timm architecture of the preset; default: the model's"
+        None,
+        description="the timm or torchvision model of the preset, or torchvision weights such as "
+        "ResNet50_Weights.IMAGENET1K_V1; default: the model's",
     )
     processor: InputPath | None = Field(
         None, description="a preprocessor_config.json, or its folder; default: the model's"
@@ -210,22 +267,40 @@ class ImagesData(_Data):
         except ValueError as error:
             raise PydanticCustomError("preprocess", "{text}", {"text": str(error)}) from error
 
+    def preset(self, model: ModelConfig | None) -> Preset:
+        """Return the preset, by default that of the model."""
+        if self.preprocess is not None:
+            return self.preprocess
+        match model:
+            case TimmModel():
+                return "timm"
+            case TorchvisionModel():
+                return "torchvision"
+            case HuggingFaceModel() if isinstance(model.path, str) or any(
+                (model.path / name).is_file() for name in PROCESSOR_FILES
+            ):
+                return "processor"
+        return "none"
+
     def preprocess_source(self, model: ModelConfig | None) -> str | Path | None:
-        """Return the timm architecture or the processor's folder of the `preprocess` preset.
+        """Return the architecture or the processor's folder that the preset is read from.
 
         Raises:
-            ValueError: neither the section nor the model provides one.
+            ValueError: neither the section nor the model provides one, or a key has no effect.
         """
-        if self.preprocess == "timm":
-            found: Any = self.architecture or (isinstance(model, TimmModel) and model.name)
-            missing = "data.architecture; only timm models imply an architecture"
-        elif self.preprocess == "processor":
-            found = self.processor or (isinstance(model, HuggingFaceModel) and model.path)
-            missing = "data.processor; only huggingface models include a processor"
-        else:
+        preset = self.preset(model)
+        used, section, attribute = _PRESET_SOURCES.get(preset, ("", object, ""))
+        for key in {"architecture", "processor"} - {used}:
+            if getattr(self, key) is not None:
+                presets = " or ".join(name for name, by in _PRESET_SOURCES.items() if key in by)
+                raise ValueError(
+                    f"data.{key} is not used by preprocess: {preset}; set preprocess: {presets}"
+                )
+        if not used:
             return None
+        found = getattr(self, used) or (isinstance(model, section) and getattr(model, attribute))
         if not found:
-            raise ValueError(f"preprocess: {self.preprocess} needs {missing}")
+            raise ValueError(f"preprocess: {preset} needs data.{used}, or a model that implies it")
         return found  # type: ignore[no-any-return]
 
 

@@ -24,6 +24,8 @@ EXTRAS = {
 }
 """import name -> package name, and the extra that installs it."""
 
+_MAX_PIXELS = 1024**3 // 4 // 3
+"""Pillow's own limit of pixels."""
 NEEDS_TRUST = "which was not run; if you trust it, pass --trust-code"
 
 
@@ -63,9 +65,22 @@ def import_transformers(key: str) -> Any:
     return transformers
 
 
+def import_pillow(key: str, max_pixels: int) -> Any:
+    """Import PIL.Image without its warnings, and with its limit of pixels, in `library_settings`.
+
+    Raises:
+        ConfigError: Pillow is not installed; `key` needs it.
+    """
+    pillow = import_optional("PIL", key, "Image")
+    warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    pillow.MAX_IMAGE_PIXELS = max_pixels
+    return pillow
+
+
 @contextmanager
 def library_settings() -> Iterator[None]:
-    """Restore warning filters and transformers' log settings at the end of the block."""
+    """Restore warning filters, Pillow's limit and transformers' log settings at the end."""
+    max_pixels = getattr(sys.modules.get("PIL.Image"), "MAX_IMAGE_PIXELS", _MAX_PIXELS)
     loaded = sys.modules.get("transformers")
     level = loaded.logging.get_verbosity() if loaded else logging.WARNING
     progress_bar = loaded.logging.is_progress_bar_enabled() if loaded else True
@@ -73,6 +88,9 @@ def library_settings() -> Iterator[None]:
         with warnings.catch_warnings():
             yield
     finally:
+        pillow: Any = sys.modules.get("PIL.Image")
+        if pillow:
+            pillow.MAX_IMAGE_PIXELS = max_pixels
         if transformers := sys.modules.get("transformers"):
             _set_transformers_logging(transformers, level, progress_bar=progress_bar)
 

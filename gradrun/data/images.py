@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
-import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gradrun.config.data import ImagesData
 from gradrun.config.model import ModelConfig
 from gradrun.core.cpu import available_cpus
-from gradrun.core.errors import ConfigError, SampleError
-from gradrun.core.optional import import_optional
-from gradrun.core.suggest import suggest
+from gradrun.core.errors import ConfigError, SampleError, first_line
+from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.data.image_transforms import ImageTransform, Pixels, image_transform
+from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
+from gradrun.data.image_files import ImageList, list_images
+from gradrun.data.image_presets import preprocessing_of
+from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
 from gradrun.data.source import (
     BatchSource,
     InputBatcher,
@@ -29,28 +31,31 @@ from gradrun.data.source import (
     class_number,
     missing_labels,
 )
-from gradrun.data.thumbnails import thumbnail_of_file
+from gradrun.data.thumbnails import thumbnail_of_image
 from gradrun.results.result import Statement
-
-_FORMATS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "PPM": (".ppm", ".pgm"),
-}
-"""Formats that Pillow decodes itself. For others it starts programs, controlled by the file."""
 
 _BATCHES_AHEAD = 2
 _IMAGES_PER_TASK = 8
 _LABELS_CHUNK = 4096
+_MAX_CLASSES = 8
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 
 
 def open_data(config: ImagesData, seed: int, model: ModelConfig | None) -> BatchSource:
     """List the images that a config names, and decode the first one to get their shape."""
-    return _Images(config, image_transform(config, model))
+    preprocessing = preprocessing_of(config, model)
+    decoder = ImageDecoder(config, preprocessing.mode)
+    return _Images(config, list_images(config, decoder.suffixes()), decoder, preprocessing)
+
+
+class _Page(NamedTuple):
+    """The image of one sample."""
+
+    file: int
+    """Position in the list of files."""
+    page: int
+    """From 1."""
+    id: str
 
 
 class _Decoding(NamedTuple):
@@ -64,19 +69,40 @@ class _Decoding(NamedTuple):
 class _Images:
     has_ids = True
 
-    def __init__(self, config: ImagesData, transform: ImageTransform) -> None:
-        self._image = import_optional("PIL", "data.source", "Image")
-        self.config, self._transform = config, transform
-        self._root, self._names, self._label_texts = _list_images(config)
-        self.classes = config.classes or _class_names(self._label_texts)
-        self.batch_size, self.samples = config.batch_size, len(self._names)
+    def __init__(
+        self,
+        config: ImagesData,
+        listed: ImageList,
+        decoder: ImageDecoder,
+        preprocessing: Preprocessing,
+    ) -> None:
+        self.config, self._listed, self._decoder = config, listed, decoder
+        self._preprocessing = preprocessing
+        self._pages = self._count_pages()
+        self.classes = config.classes or _class_names(listed.labels)
+        self.batch_size, self.samples = config.batch_size, len(self._pages)
         self._new_batch = InputBatcher(config.call, 1)
+        self._traits = np.zeros(self.samples, np.uint8)
         self._shape = self._first_shape()
         self.sample_bytes = 4 * math.prod(self._shape)
 
     @property
     def files(self) -> list[Path]:
-        return [self._root / name for name in self._names]
+        return [self._listed.root / name for name in self._listed.names]
+
+    def _count_pages(self) -> list[_Page]:
+        """Return the page of every sample; opens all files only with `page: all`."""
+        names, page = self._listed.names, self.config.page
+        if page != "all":
+            return [_Page(number, page, name) for number, name in enumerate(names)]
+        pages = []
+        for number, name in enumerate(names):
+            count = self._decoder.pages(self._listed.root / name)
+            pages += [
+                _Page(number, page, f"{name}#{page}" if count > 1 else name)
+                for page in range(1, count + 1)
+            ]
+        return pages
 
     def _first_shape(self) -> tuple[int, ...]:
         last: SampleError | None = None
@@ -86,8 +112,6 @@ class _Images:
                 return channels, height, width
             except SampleError as error:
                 last = error
-        if last is None:
-            raise ConfigError(f"{self.config.path} contains no images", "data.path")
         raise ConfigError(f"no image can be read; the last error: {last}", "data.path") from last
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
@@ -103,19 +127,34 @@ class _Images:
                     return
                 numbers, rows, tasks = ahead.popleft()
                 errors = {row: error for task in tasks for row, error in task.result().items()}
-                ids = [self._names[number] for number in numbers]
+                ids = [self._pages[number].id for number in numbers]
                 yield self._new_batch({self.config.input: rows}, ids, errors)
                 wanted = 1 + _BATCHES_AHEAD
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def statements(self) -> Iterator[Statement]:
-        yield from ()
+        listed, files = self._listed, len(self._listed.names)
+        text = f"{pluralize(files, 'image')}, {listed.order}"
+        yield Statement(topic="files", text=text)
+        if listed.left_out:
+            yield Statement(topic="files", text=f"{listed.left_out} not read")
+        yield from self._preprocessing.statements
+        yield from trait_statements(self._traits, self.config)
+        if self.samples > files:
+            text = f"{self.samples:,} pages of {pluralize(files, 'file')}, each is a sample"
+            yield Statement(topic="pages", text=text)
+        if self.config.labels:
+            yield Statement(topic="labels", text=_describe_labels(listed.labels, self.classes))
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         for position in positions:
-            name = self._names[position]
-            yield Preview(name, thumbnail_of_file(self._root / name, tuple(_FORMATS)))
+            try:
+                image, _ = self._open(position)
+                thumbnail = thumbnail_of_image(eight_bit(image, "RGB"))
+            except SampleError:
+                thumbnail = b""
+            yield Preview(self._pages[position].id, thumbnail)
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:
@@ -125,12 +164,12 @@ class _Images:
             yield torch.tensor([self._label(number) for number in numbers])
 
     def _label(self, number: int) -> float:
-        text = self._label_texts[number]
+        text = self._listed.labels[self._pages[number].file]
         try:
             return class_number(text, self.classes) if self.classes else float(text)
         except ValueError:
             raise ConfigError(
-                f"{self._names[number]}: the label {text!r:.60} is neither a number nor one of "
+                f"{self._pages[number].id}: the label {text!r:.60} is neither a number nor one of "
                 "data.classes",
                 "data.labels",
             ) from None
@@ -157,8 +196,8 @@ class _Images:
                 if pixels.shape != self._shape:
                     height, width = pixels.shape[1:]
                     raise SampleError(
-                        f"{self._names[numbers[row]]} is {height} x {width} pixels, but the first "
-                        f"image is {self._shape[1]} x {self._shape[2]}; set data.resize and "
+                        f"{self._pages[numbers[row]].id} is {height} x {width} pixels, but the "
+                        f"first image is {self._shape[1]} x {self._shape[2]}; set data.resize and "
                         "data.crop to bring all images to one size"
                     )
                 rows.numpy()[row] = pixels  # torch would start its own threads in each thread
@@ -166,97 +205,38 @@ class _Images:
                 errors[row] = error
         return errors
 
+    def _open(self, number: int) -> tuple[Any, Trait]:
+        """Return the decoded image of a sample, and what had to be interpreted."""
+        file, page, name = self._pages[number]
+        return self._decoder.decode(self._listed.root / self._listed.names[file], name, page)
+
     def _read(self, number: int) -> Pixels:
         """Return one image, float32 [channels, height, width].
 
         Raises:
             SampleError: the file cannot be decoded.
         """
-        name = self._names[number]
+        image, self._traits[number] = self._open(number)
         try:
-            with self._image.open(self._root / name, formats=list(_FORMATS)) as image:
-                limit = self._image.MAX_IMAGE_PIXELS
-                if limit is not None and image.width * image.height > limit:
-                    raise ValueError(f"more than {limit:,} pixels")
-                return self._transform(image)
-        except self._image.UnidentifiedImageError as error:
-            raise SampleError(
-                f"{name} is not an image of a supported format ({', '.join(_FORMATS)})"
-            ) from error
+            return self._preprocessing.transform(image)
         except MemoryError:
             raise
-        except Exception as error:  # Pillow raises many types of error for a damaged image
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise SampleError(f"{name} cannot be read: {reason}") from error
-
-
-# --- lists of images ---------------------------------------------------------------------------
-
-
-def _list_images(config: ImagesData) -> tuple[Path, list[str], list[str]]:
-    """Return the base folder, the paths of images relative to it, and their labels if any."""
-    path = config.path
-    if path.is_dir():
-        names = sorted(_files_below(path, config.pattern))
-        return path, names, _folder_labels(config, names)
-    try:
-        if path.suffix == ".csv":
-            return path.parent, *_read_table(config)
-        if path.suffix == ".txt":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-            names = [line for line in map(str.strip, lines) if line]
-            return path.parent, names, _folder_labels(config, names)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
-    raise ConfigError(f"{path.name} is not a folder, or a .txt or .csv list of images", "data.path")
-
-
-def _files_below(folder: Path, pattern: str | None) -> Iterator[str]:
-    """Yield the paths of images relative to a folder, in no particular order."""
-    if pattern is None:
-        suffixes = tuple(suffix for suffixes in _FORMATS.values() for suffix in suffixes)
-        for parent, folders, files in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            relative = Path(parent).relative_to(folder)
-            for name in files:
-                if name.lower().endswith(suffixes) and not name.startswith("."):
-                    yield (relative / name).as_posix()
-        return
-    try:
-        matches = [path for path in folder.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError, IndexError) as error:
-        raise ConfigError(f"invalid pattern {pattern!r:.60}: {error}", "data.pattern") from error
-    yield from (path.relative_to(folder).as_posix() for path in matches)
-
-
-def _folder_labels(config: ImagesData, names: list[str]) -> list[str]:
-    if config.labels not in {None, "folder"}:
-        raise ConfigError(
-            "images in a folder or a .txt list can only have the label of their folder (labels: "
-            "folder); use a .csv list for columns",
-            "data.labels",
-        )
-    return [PurePosixPath(name).parent.name for name in names] if config.labels else []
-
-
-def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
-    with config.path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        columns = list(reader.fieldnames or [])
-        if not columns:
-            raise ConfigError(f"{config.path} is empty", "data.path")
-        for key, column in (("column", config.column), ("labels", config.labels)):
-            if column is not None and column not in columns:
-                raise ConfigError(
-                    f"{config.path.name} has no column {column!r}; {suggest(column, columns)}",
-                    f"data.{key}",
-                )
-        rows: list[dict[str, Any]] = list(reader)
-    names = [row[config.column or columns[0]] or "" for row in rows]
-    return names, [str(row[config.labels]) for row in rows] if config.labels else []
+        except Exception as error:  # the libraries raise many types of error for odd sizes
+            name = self._pages[number].id
+            raise SampleError(f"{name} cannot be preprocessed: {first_line(error)}") from error
 
 
 def _class_names(labels: list[str]) -> tuple[str, ...]:
-    """Return the names of labels in alphabetical order, or () if all are whole numbers."""
+    """Return the names of labels in alphabetical order, or () if all are numbers."""
     names = sorted(set(labels))
-    return () if all(name.isdecimal() and name.isascii() for name in names) else tuple(names)
+    return () if all(map(_NUMBER.fullmatch, names)) else tuple(names)
+
+
+def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:
+    if not classes:
+        numbers = {float(label) for label in labels}
+        return f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
+    listed = ", ".join(classes[:_MAX_CLASSES]) + (", ..." if len(classes) > _MAX_CLASSES else "")
+    found = len(set(labels))
+    missing = f" ({found} found)" if found != len(classes) else ""
+    return f"{len(classes):,} classes{missing}: {listed}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +15,9 @@ _MIN_SIDE = 48
 _CHANNELS = {1, 3}
 
 
-def thumbnail_of_file(path: Path, formats: Sequence[str]) -> bytes:
-    """Return a thumbnail of a picture file, rotated as EXIF says; b"" if it cannot be read."""
-    image = import_module("PIL.Image")
-    try:
-        with image.open(path, formats=list(formats)) as opened:
-            opened.draft("RGB", (_SIDE, _SIDE))  # decodes a JPEG at a fraction of its size
-            upright = import_module("PIL.ImageOps").exif_transpose(opened)
-            return _encode(upright.convert("RGB"))
-    except Exception:  # Pillow raises many types of error for a damaged image
-        return b""
+def thumbnail_of_image(image: Any) -> bytes:
+    """Return a thumbnail of a decoded Pillow image."""
+    return _encode(image.convert("RGB"))
 
 
 def thumbnail_of_array(values: torch.Tensor) -> bytes:

@@ -20,7 +20,7 @@ from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
-from gradrun.data.image_transforms import image_transform
+from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.source import BatchSource
 from tests.support.pictures import lay_out, save_noise
 
@@ -132,9 +132,9 @@ def test_keys_of_the_config_override_those_of_a_processor(tmp_path: Path) -> Non
     }  # fmt: skip
     data = opened(tmp_path, preprocess="processor", processor=tmp_path, **overrides)
     (batch,) = data.batches()
-    own = image_transform(section(tmp_path, **overrides), None)
+    own = preprocessing_of(section(tmp_path, **overrides), None)
     assert batch.args[0].shape == (1, 3, 16, 12)
-    assert torch.allclose(batch.args[0][0], torch.from_numpy(own(image)), atol=1e-6)
+    assert torch.allclose(batch.args[0][0], torch.from_numpy(own.transform(image)), atol=1e-6)
 
 
 def test_predictions_of_an_image_classifier_are_those_of_a_loop_with_its_processor(
@@ -190,7 +190,7 @@ def test_a_processor_that_cannot_be_loaded_is_an_error(
     (tmp_path / "preprocessor_config.json").write_text(content)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     with pytest.raises(ConfigError, match=words) as caught:
-        image_transform(section(tmp_path, preprocess="processor", processor=tmp_path), None)
+        preprocessing_of(section(tmp_path, preprocess="processor", processor=tmp_path), None)
     assert caught.value.key == "data.processor"
     assert not (tmp_path / "mark").exists()
 
@@ -201,7 +201,9 @@ def test_preprocess_timm_needs_an_architecture(tmp_path: Path) -> None:
         "data": {"source": "images", "path": str(tmp_path), "preprocess": "timm"},
         "output": {"path": str(tmp_path / "out")},
     }
-    with pytest.raises(ConfigError, match=r"needs data\.architecture; only timm models imply"):
+    with pytest.raises(
+        ConfigError, match=r"preprocess: timm needs data\.architecture, or a model that"
+    ):
         load_config(given)
     config = load_config(given, {"data.architecture": "resnet18"}).config
     assert isinstance(config.data, ImagesData)

@@ -260,6 +260,82 @@ def test_a_wrong_list_pattern_or_column_is_an_error(tmp_path: Path, name: str) -
         opened(path, **changes)
 
 
+# --- labels -----------------------------------------------------------------------------------
+
+
+def folders(root: Path, *names: str) -> Path:
+    for name in names:
+        save_noise(root / name, 4, 4)
+    return root
+
+
+def labels_of(path: Path, **changes: Any) -> tuple[list[float], tuple[str, ...], str]:
+    """Labels, class names, and the statement about them."""
+    data: Any = opened(path, **changes)
+    (stated,) = [s.text for s in data.statements() if s.topic == "labels"]
+    return torch.cat([*data.labels()]).tolist(), data.classes, stated
+
+
+def test_the_label_is_the_first_folder_as_in_torchvisions_image_folder(tmp_path: Path) -> None:
+    names = ("cat/session1/b.png", "cat/session2/a.png", "dog/a.png", "bird/x/y/z.png")
+    labels, classes, stated = labels_of(folders(tmp_path, *names), labels="folder")
+    # ImageFolder: the classes are the sorted names of the first folders.
+    expected = sorted({name.split("/")[0] for name in names})
+    assert list(classes) == expected == ["bird", "cat", "dog"]
+    assert labels == [expected.index(name.split("/")[0]) for name in sorted(names)]
+    assert stated == "3 classes: bird, cat, dog"
+
+
+def test_another_folder_of_the_path_can_be_the_label(tmp_path: Path) -> None:
+    folders(tmp_path, "2024/cat/a.png", "2024/dog/b.png", "2025/cat/c.png")
+    for level in (2, -1):
+        labels, classes, _ = labels_of(tmp_path, labels={"folder": level})
+        assert (labels, classes) == ([0, 1, 0], ("cat", "dog"))
+    labels, classes, stated = labels_of(tmp_path, labels="folder")
+    assert (labels, classes) == ([2024, 2024, 2025], ())
+    assert stated == "2 numbers from 2024 to 2025"
+
+
+def test_the_labels_of_a_list_start_where_its_folders_differ(tmp_path: Path) -> None:
+    names = ("train/cat/s1/a.png", "train/dog/s1/b.png")
+    folders(tmp_path, *names)
+    for listed in (names, [str(tmp_path / name) for name in names]):
+        (tmp_path / "list.txt").write_text("\n".join(listed))
+        labels, classes, _ = labels_of(tmp_path / "list.txt", labels="folder")
+        assert (labels, classes) == ([0, 1], ("cat", "dog"))
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (
+            ["cat/a.png", "b.png"],
+            "folder",
+            r"b\.png has no label, because it has no folder number 1",
+        ),
+        (["cat/a.png", "dog/b.png"], {"folder": 2}, "has no folder number 2"),
+        (["all/cat/a.png", "all/dog/b.png"], "folder", "the folder 'all', which gives a single"),
+    ],
+)
+def test_a_folder_that_gives_no_label_or_one_class_is_an_error(
+    tmp_path: Path, names: list[str], labels: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        opened(folders(tmp_path, *names), labels=labels)
+    assert caught.value.key == "data.labels"
+
+
+def test_numbers_in_a_column_are_values_and_a_missing_one_is_an_error(tmp_path: Path) -> None:
+    folders(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("file,age\na.png,31.5\nb.png,-2\n")
+    labels, classes, stated = labels_of(tmp_path / "list.csv", labels="age")
+    assert (labels, classes) == ([31.5, -2.0], ())
+    assert stated == "2 numbers from -2 to 31.5"
+    (tmp_path / "list.csv").write_text("file,age\na.png,31.5\nb.png,\n")
+    with pytest.raises(ConfigError, match=r"list\.csv has no label for b\.png"):
+        opened(tmp_path / "list.csv", labels="age")
+
+
 # --- damaged images -----------------------------------------------------------------------------
 
 
@@ -288,7 +364,9 @@ def test_a_hostile_or_missing_file_is_an_error_of_one_sample(tmp_path: Path) -> 
     save_noise(tmp_path / "large.png", 5, 4)
     found = errors_of(tmp_path)
     assert found.keys() == {"bomb.png", "program.png", "gone.png", "large.png"}
-    assert "bomb" in found["bomb.png"]
+    assert "bomb.png has more than 200,000,000 pixels" in found["bomb.png"]
+    assert "raise data.max_pixels" in found["bomb.png"]
+    assert "bomb" not in found["bomb.png"].replace("bomb.png", "")
     assert "is not an image of a supported format" in found["program.png"]
     assert "No such file" in found["gone.png"]
     assert "is 5 x 4 pixels, but the first image is 4 x 4" in found["large.png"]

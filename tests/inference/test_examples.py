@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.data.thumbnails import thumbnail_of_array, thumbnail_of_file
+from gradrun.config.data import ImagesData
+from gradrun.data import open_data
+from gradrun.data.thumbnails import thumbnail_of_array
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import InferResult, RunResult
 from tests.support.small_models import save_tokenizer
@@ -260,13 +262,19 @@ def decoded(jpeg: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")).astype(float)
 
 
+def thumbnails(folder: Path) -> list[bytes]:
+    """The thumbnails of all images of a folder."""
+    data: Any = open_data(ImagesData(source="images", path=folder), seed=0)
+    return [preview.picture for preview in data.previews(range(data.samples))]
+
+
 def test_a_thumbnail_is_small_and_upright(tmp_path: Path) -> None:
     picture = Image.new("RGB", (400, 200), "white")
     picture.paste("red", (0, 0, 200, 200))  # the left half
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by 90 degrees clockwise, so that the left half is the upper half
     picture.save(tmp_path / "a.jpg", exif=exif)
-    jpeg = thumbnail_of_file(tmp_path / "a.jpg", ["JPEG"])
+    (jpeg,) = thumbnails(tmp_path)
     pixels = decoded(jpeg)
     assert pixels.shape == (96, 48, 3)
     assert len(jpeg) < 4096
@@ -288,5 +296,8 @@ def test_other_arrays_have_none(shape: tuple[int, ...]) -> None:
 
 
 def test_a_damaged_picture_has_none(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
-    assert thumbnail_of_file(tmp_path / "a.png", ["PNG"]) == b""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    good, damaged = thumbnails(tmp_path)
+    assert good
+    assert damaged == b""

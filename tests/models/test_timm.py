@@ -69,7 +69,7 @@ from PIL import Image
 
 import gradrun
 from gradrun.config.data import ImagesData
-from gradrun.data.image_transforms import image_transform
+from gradrun.data.image_presets import preprocessing_of
 
 folder = Path(sys.argv[1])
 files = sorted(path for path in folder.rglob("*.*") if path.parent.name.isdigit())
@@ -88,7 +88,7 @@ gradrun.infer(
             "args": {"num_classes": 7},
             "weights": str(folder / "w.safetensors"),
         },
-        "data": {"source": "images", "path": str(folder), "preprocess": "timm", "batch_size": 8},
+        "data": {"source": "images", "path": str(folder), "batch_size": 8},
         "output": {"path": str(folder / "out")},
     }
 )
@@ -100,7 +100,7 @@ image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 421, 3),
 
 def own(**keys):
     config = ImagesData(source="images", path=folder, **keys)
-    return torch.from_numpy(image_transform(config, None)(image))
+    return torch.from_numpy(preprocessing_of(config, None).transform(image))
 
 
 for name in ("resnet18", "vit_base_patch16_224", "convnext_tiny", "efficientnet_b0"):
@@ -117,22 +117,58 @@ weights = torchvision.models.ResNet18_Weights.DEFAULT
 expected = weights.transforms(antialias=True)(image)
 report["imagenet"] = float((own(preprocess="imagenet") - expected).abs().max())
 
+names = {
+    "resnet50": "resnet50", "inception_v3": "inception_v3", "efficientnet_b3": "efficientnet_b3",
+    "deeplabv3_resnet50": "deeplabv3_resnet50", "ssd300_vgg16": "ssd300_vgg16",
+    "ResNet50_Weights.IMAGENET1K_V1": None, "ViT_H_14_Weights.IMAGENET1K_SWAG_E2E_V1": None,
+}
+for name, builder in names.items():
+    entry = torchvision.models.get_model_weights(builder).DEFAULT if builder else None
+    expected = (entry or torchvision.models.get_weight(name)).transforms()(image)
+    found = own(preprocess="torchvision", architecture=name)
+    assert found.shape == expected.shape, name
+    report[name] = float((found - expected).abs().max())
+steps = torchvision.models.ResNet50_Weights.DEFAULT.transforms
+expected = steps(resize_size=120, crop_size=96, mean=(0.5,) * 3)(image)
+keys = {"resize": 120, "crop": 96, "mean": (0.5,) * 3}
+changed = own(preprocess="torchvision", architecture="resnet50", **keys)
+report["overrides of torchvision"] = float((changed - expected).abs().max())
+
 config = {
     "model": {"source": "torchvision", "name": "resnet18", "args": {"num_classes": 3}},
-    "data": {"source": "images", "path": str(folder), "resize": 64},
+    "data": {"source": "images", "path": str(folder), "batch_size": 20},
     "output": {"path": str(folder / "torchvision")},
 }
-gradrun.infer(config)
-report["rows of torchvision"] = np.load(folder / "torchvision" / "predictions.npy").shape
+torch.manual_seed(6)
+model = torchvision.models.resnet18(num_classes=3).eval()
+torch.save(model.state_dict(), folder / "resnet18-f37072fd.pth")
+config["model"]["weights"] = str(folder / "resnet18-f37072fd.pth")
+result = gradrun.infer(config)
+report["statements"] = {s.topic: s.text for s in result.interpretation}
+transform = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+images = torch.stack([transform(Image.open(path).convert("RGB")) for path in files])
+with torch.inference_mode():
+    expected = model(images).numpy()
+predictions = np.load(folder / "torchvision" / "predictions.npy")
+report["torchvision by default"] = float(np.abs(predictions - expected).max())
+result = gradrun.infer(config, overwrite=True, data={"preprocess": "none", "resize": 64})
+report["none"] = next(s.text for s in result.interpretation if s.topic == "preprocess")
 
 errors = {
     "name": ({"name": "resnet19"}, {}),
     "argument": ({"name": "resnet18", "args": {"depth": "x"}}, {}),
     "network": ({"name": "resnet18", "pretrained": True}, {}),
-    "resize": ({"name": "resnet18"}, {"preprocess": "timm"}),
+    "resize": ({"name": "resnet18"}, {"preprocess": "timm", "resize": 64}),
+    "small": ({"name": "resnet18"}, {"preprocess": "torchvision", "resize": 64}),
+    "weights": ({}, {"preprocess": "torchvision", "architecture": "ResNet_Weights.V9"}),
+    "video": ({}, {"preprocess": "torchvision", "architecture": "r3d_18"}),
 }
 for case, (model, data) in errors.items():
-    changes = {"model": {"source": "timm"} | model, "data": config["data"] | data}
+    model = {"source": "timm", "name": "test_resnet"} | model
+    if case in {"small", "video"}:
+        model["source"] = "torchvision"
+        model["name"] = "resnet18"
+    changes = {"model": model, "data": config["data"] | data}
     try:
         gradrun.infer(config | changes, overwrite=True)
     except gradrun.ConfigError as error:
@@ -146,6 +182,9 @@ ERRORS = {
     "argument": "building timm's resnet18 failed",
     "network": "cannot get timm's weights of resnet18",
     "resize": "preprocess: timm computes the resize from the crop; set data.crop instead",
+    "small": "a resize to 64 is smaller than the preset's crop to 224; set data.crop too",
+    "weights": "torchvision has no model or weights 'ResNet_Weights.V9'",
+    "video": "torchvision has no image preprocessing for 'r3d_18'; set resize, crop, mean and std",
 }
 
 
@@ -158,10 +197,15 @@ def test_predictions_and_transforms_equal_those_of_the_libraries(
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report.pop("shape") == [20, 7]
-    assert report.pop("rows of torchvision") == [20, 3]
+    statements = report.pop("statements")
+    assert statements["preprocess"] == (
+        "torchvision's ResNet18_Weights.IMAGENET1K_V1: resize 256 bilinear, crop 224, RGB"
+    )
+    assert statements["pixels"] == "x 1/255, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+    assert report.pop("none") == "none: resize 64 bilinear, RGB"
     for case, message in ERRORS.items():
         assert message in report.pop(case)
-    assert len(report) == 7
+    assert len(report) == 16
     assert max(report.values()) < 1e-5, report
 
 

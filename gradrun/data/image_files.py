@@ -1,0 +1,194 @@
+"""List the images of a config, with the labels that their folders or a table give."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gradrun.config.data import FolderLabels, ImagesData
+from gradrun.core.errors import ConfigError
+from gradrun.core.suggest import suggest
+from gradrun.core.units import pluralize
+
+_MAX_SUFFIXES = 4
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Image files in the order of the samples."""
+
+    root: Path
+    """The folder that the names are relative to."""
+    names: list[str]
+    order: str
+    """A description of the order."""
+    labels: list[str]
+    """The label of each image as text; empty without `data.labels`."""
+    left_out: str = ""
+    """A description of the folder's files whose suffix is not read."""
+
+
+def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
+    """Find the images that a config names; open none of them.
+
+    Args:
+        config: the data section.
+        suffixes: the lower-case suffixes of images, used below a folder without `data.pattern`.
+
+    Raises:
+        ConfigError: the list cannot be read, contains no images, or lacks a column or a label.
+    """
+    path = config.path
+    if path.is_dir():
+        return _in_folder(config, suffixes)
+    try:
+        match path.suffix.lower():
+            case ".csv":
+                names, labels = _read_table(config)
+            case ".txt":
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+                names = [line for line in map(str.strip, lines) if line]
+                labels = _folder_labels(config, names, PurePosixPath(_common_folder(names)))
+            case _:
+                raise ConfigError(
+                    f"{path.name} is not a folder, or a .txt or .csv list of images", "data.path"
+                )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
+    if not names:
+        raise ConfigError(f"{path} contains no images", "data.path")
+    return ImageList(path.parent, names, f"in the order of {path.name}", labels)
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def _in_folder(config: ImagesData, suffixes: Collection[str]) -> ImageList:
+    path, left_out = config.path, ""
+    if config.pattern is None:
+        names, others = [], Counter[str]()
+        for name in _files_below(path):
+            suffix = PurePosixPath(name).suffix.lower()
+            if suffix in suffixes:
+                names.append(name)
+            else:
+                others[suffix or "no suffix"] += 1
+        left_out = _describe_others(others)
+    else:
+        names = [*_matches(path, config.pattern)]
+    names.sort()
+    labels = _folder_labels(config, names, PurePosixPath())
+    if not names:
+        rest = f"; it has {left_out}" if left_out else ""
+        raise ConfigError(f"{path} contains no images{rest}", "data.path")
+    return ImageList(path, names, "sorted by path as text", labels, left_out)
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Yield the paths of all files that are not hidden, relative to a folder, in no order.
+
+    Links to folders are followed, except to a folder that contains the link.
+    """
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        here = Path(parent)
+        folders[:] = [
+            name for name in folders if not name.startswith(".") and not _is_loop(here / name)
+        ]
+        relative = here.relative_to(folder)
+        yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
+
+
+def _is_loop(folder: Path) -> bool:
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
+def _matches(folder: Path, pattern: str) -> Iterator[str]:
+    try:
+        found = [path for path in folder.glob(pattern) if path.is_file()]
+    except (ValueError, NotImplementedError, IndexError) as error:
+        raise ConfigError(f"invalid pattern {pattern!r:.60}: {error}", "data.pattern") from error
+    yield from (path.relative_to(folder).as_posix() for path in found)
+
+
+def _describe_others(others: Counter[str]) -> str:
+    if not others:
+        return ""
+    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{count} {suffix}" for suffix, count in ordered[:_MAX_SUFFIXES])
+    more = ", ..." if len(others) > _MAX_SUFFIXES else ""
+    return f"{pluralize(others.total(), 'other file')} ({listed}{more})"
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+def _folder_labels(config: ImagesData, names: list[str], root: PurePosixPath) -> list[str]:
+    """Return the name of one folder in the path of each image, counted from `root`."""
+    if config.labels is None:
+        return []
+    if isinstance(config.labels, str) and config.labels != "folder":
+        raise ConfigError(
+            "images in a folder or a .txt list can only have the label of their folder (labels: "
+            "folder); use a .csv list for columns",
+            "data.labels",
+        )
+    level = config.labels.folder if isinstance(config.labels, FolderLabels) else 1
+    labels = [_folder_name(name, root, level) for name in names]
+    if config.classes is None and len(set(labels)) == 1 and not labels[0].isdecimal():
+        raise ConfigError(
+            f"all images are in the folder {labels[0]!r:.60}, which gives a single class; set "
+            "labels: {folder: N} to use the N-th folder of the path, or data.classes",
+            "data.labels",
+        )
+    return labels
+
+
+def _folder_name(name: str, root: PurePosixPath, level: int) -> str:
+    folders = PurePosixPath(name).parts[len(root.parts) : -1]
+    index = level - 1 if level > 0 else level
+    try:
+        return folders[index]
+    except IndexError:
+        raise ConfigError(
+            f"{name} has no label, because it has no folder number {level}; move it into the "
+            "folder of its class, or choose images with data.pattern",
+            "data.labels",
+        ) from None
+
+
+def _common_folder(names: list[str]) -> str:
+    """Return the folder that contains the folders of all images of a list."""
+    parents = {str(PurePosixPath(name).parent) for name in names}
+    common = (
+        os.path.commonpath(parents) if len({name.startswith("/") for name in names}) == 1 else ""
+    )
+    return str(PurePosixPath(common).parent) if common in parents else common
+
+
+def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
+    if isinstance(config.labels, FolderLabels):
+        raise ConfigError("the labels of a .csv list are a column; set its name", "data.labels")
+    with config.path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        columns = list(reader.fieldnames or [])
+        if not columns:
+            raise ConfigError(f"{config.path} is empty", "data.path")
+        for key, column in (("column", config.column), ("labels", config.labels)):
+            if column is not None and column not in columns:
+                raise ConfigError(
+                    f"{config.path.name} has no column {column!r}; {suggest(column, columns)}",
+                    f"data.{key}",
+                )
+        rows: list[dict[str, Any]] = list(reader)
+    names = [row[config.column or columns[0]] or "" for row in rows]
+    labels = [row[config.labels] or "" for row in rows] if config.labels else []
+    if "" in labels:
+        raise ConfigError(
+            f"{config.path.name} has no label for {names[labels.index('')]}", "data.labels"
+        )
+    return names, labels
