@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gradrun.config.schema import RunConfig
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
-    from gradrun.inference.infer import infer
+    from gradrun.engines.infer import infer
     from gradrun.output.verification import verify
     from gradrun.results.result import Comparison, Measurement, RunResult
 
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "infer": "inference.infer",
+    "infer": "engines.infer",
     "compare": "comparison.compare",
     "audit": "audits.audit",
     "check": "checks.check",

@@ -19,9 +19,9 @@ from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunF
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.version import __version__
+from gradrun.engines.infer import infer
 from gradrun.inference.device import resolve_device
 from gradrun.inference.environment import current_environment
-from gradrun.inference.infer import infer
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, locked_check_folder
 from gradrun.results.ratios import time_ratio

@@ -34,12 +34,25 @@ def infer(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume an unfinished run, if any.")
     ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Spread the run over N worker processes; auto: as many as pay."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Engine of the workers: processes or ray.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Head of the Ray cluster, or auto.")
+    ] = None,
     trust_code: Trust = False,
     json_file: JsonFile = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Run inference on all data; write predictions and measure."""
+    sets = [*(sets or []), *_engine_overrides(engine, workers, address)]
     resume_command = _resume_command(config, example, sets, output, trust_code)
     with command_output(
         debug=debug, json_file=json_file, quiet=quiet, resume_command=resume_command
@@ -47,10 +60,10 @@ def infer(
         from gradrun.config.load import load_config
 
         path, output_base = _choose_config(config, example)
-        overrides = [*(sets or []), *([f"output.path={_quote(output)}"] if output else [])]
+        overrides = [*sets, *([f"output.path={_quote(output)}"] if output else [])]
         loaded = load_config(path, overrides, output_base=output_base)
         with fast_imports():
-            from gradrun.inference.infer import infer as run
+            from gradrun.engines.infer import infer as run
         if overwrite and resume:
             raise ConfigError("--overwrite and --resume cannot be combined")
         with out.progress() as progress:
@@ -64,16 +77,25 @@ def infer(
         out.show_result(result)
 
 
+def _engine_overrides(engine: str | None, workers: str | None, address: str | None) -> list[str]:
+    """Return the options of the engine as overrides of its section."""
+    given = {"source": engine, "workers": workers, "address": address}
+    if not any(given.values()):
+        return []
+    given["source"] = engine or ("ray" if address else "processes")
+    return [f"engine.{key}={value}" for key, value in given.items() if value]
+
+
 def _resume_command(
     config: Path | None,
     example: str | None,
-    sets: list[str] | None,
+    sets: list[str],
     output: Path | None,
     trust_code: bool,
 ) -> str:
     words = ["gradrun", "infer", *([str(config)] if config else [])]
     words += ["--example", example] if example else []
-    words += [word for override in sets or [] for word in ("--set", override)]
+    words += [word for override in sets for word in ("--set", override)]
     words += ["--output", str(output)] if output else []
     words += ["--trust-code"] if trust_code else []
     return shlex.join([*words, "--resume"])

@@ -26,10 +26,10 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.batch import Batch
+from gradrun.engines.infer import infer
 from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
-from gradrun.inference.infer import infer
 from gradrun.inference.meters import (
     device_memory,
     measure_forward_memory,

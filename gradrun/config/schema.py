@@ -13,6 +13,7 @@ from gradrun.config import limits
 from gradrun.config.base import Section
 from gradrun.config.check import CheckSection, LimitsSection
 from gradrun.config.data import DataConfig
+from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig
 from gradrun.config.output import OutputSection
 from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
@@ -24,6 +25,9 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     run: RunSection = RunSection()
+    engine: EngineConfig | None = Field(
+        None, description="worker processes that share the run; default: one process"
+    )
     measure: MeasureSection = MeasureSection()
     output: OutputSection
     metrics: Metrics = Field(

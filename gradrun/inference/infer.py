@@ -1,8 +1,9 @@
-"""`gradrun.infer`: run a model over a data source, measure it, and save predictions and result."""
+"""Run a model over a data source, measure it, and save predictions and result."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,7 +30,7 @@ from gradrun.inference.interpretation import interpret
 from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
-from gradrun.inference.runner import PreparedRun, Runner, TimedPass
+from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
@@ -37,27 +38,34 @@ from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
-from gradrun.output.quarantine import quarantined_positions
+from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
 from gradrun.output.transforms import Outputs, resolve_output
-from gradrun.results.result import InferResult, Memory, RunInfo, Warning
+from gradrun.results.result import InferResult, Memory, RunInfo, Statement, Warning
 from gradrun.results.run_warnings import run_warnings
 
 _NO_METRICS = "no_metrics"
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """A run that is ready to start."""
+class OpenedRun:
+    """The opened model and data of a run."""
 
-    folder: RunFolder
     header: JournalHeader
     model: LoadedModel
     runner: Runner
     """The module, data source, config and device."""
-    started_at: str
     load_seconds: float
     open_seconds: float
+
+
+@dataclass(frozen=True)
+class RunPlan(OpenedRun):
+    """A run that is ready to start."""
+
+    folder: RunFolder
+    quarantine: Quarantine
+    started_at: str
     finished: InferResult | None
     """The result of an earlier run that is complete and is to be resumed."""
 
@@ -71,6 +79,24 @@ class Execution:
     checkpointer: Checkpointer
 
 
+RunPass = Callable[
+    [RunPlan, PreparedRun, PredictionWriter, CommitCallback, ProgressCallback], TimedPass
+]
+"""Predicts all samples that the writer does not have yet."""
+
+
+def run_in_this_process(
+    plan: RunPlan,
+    prepared: PreparedRun,
+    writer: PredictionWriter,
+    commit: CommitCallback,
+    progress: ProgressCallback,
+) -> TimedPass:
+    """Predict all samples that the writer does not have yet, one batch after the other."""
+    ordered = restore_input_order(writer, plan.runner.data)
+    return plan.runner.run_timed_pass(prepared, ordered, commit, progress)
+
+
 def infer(
     config: ConfigSource,
     *,
@@ -78,28 +104,26 @@ def infer(
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback = ignore,
+    run_pass: RunPass = run_in_this_process,
+    statements: Sequence[Statement] = (),
     **overrides: Any,
 ) -> InferResult:
-    """Run all data through the model and write the predictions below `output.path`.
+    """Run a config as `gradrun.infer` does, by `run_pass`.
 
     Args:
-        config: the path of a YAML file, its content as a mapping, or a loaded config.
-        trust_code: allow the config to run code, such as a `python` model.
-        overwrite: replace an earlier run in the folder.
-        resume: continue an unfinished run in the folder, if any.
-        progress: called at the start of each stage, such as loading the model; while predicting,
-            a few times per second with the number of predicted samples.
-        overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
-
-    Returns:
-        The measurements, with times in seconds and memory in bytes; also saved as result.json. If
-        the run is already finished, its result, with the metrics of this config.
+        config: as in `gradrun.infer`.
+        trust_code: as in `gradrun.infer`.
+        overwrite: as in `gradrun.infer`.
+        resume: as in `gradrun.infer`.
+        progress: as in `gradrun.infer`.
+        run_pass: predicts the samples; an engine spreads them over workers.
+        statements: interpretations of the caller, for the result.
+        overrides: as in `gradrun.infer`.
 
     Raises:
-        ConfigError: the config, model or data are invalid, or the run to resume is a different
-            one; nothing was written.
-        RunFailed: the run ended early. Committed predictions stay; `result` has the measurements.
-        Interrupted: as RunFailed, after Ctrl-C or SIGTERM.
+        ConfigError: as `gradrun.infer`.
+        RunFailed: as `gradrun.infer`.
+        Interrupted: as `gradrun.infer`.
     """
     loaded = resolve_config(config, overrides)
     config = loaded.config
@@ -120,15 +144,16 @@ def infer(
             return plan.finished
         runner, config = plan.runner, plan.runner.config
         progress(Progress("running the first batch"))
-        prepared = runner.prepare()
+        prepared = runner.prepare(plan.quarantine)
         metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
         if plan.finished:
             return _replace_metrics(plan.finished, config, metrics, plan.folder)
         # Before the lock creates the folder: a format may need a library that is missing.
         writer = _create_writer(plan)
         with plan.folder.locked():
-            execution = execute(plan, prepared, writer, shutdown, progress)
+            execution = execute(plan, prepared, writer, shutdown, progress, run_pass)
             result = build_result(plan, prepared, execution, metrics)
+            result = result.replace(interpretation=(*result.interpretation, *statements))
             save(plan, execution, result, shutdown)
     return result
 
@@ -151,6 +176,29 @@ def plan_run(
     folder = RunFolder(
         config.output.path, overwrite=overwrite, resume=resume, inputs=config.input_files()
     )
+    opened = open_run(config, device, trust_code=trust_code, progress=progress)
+    folder.check_resumable(opened.header, _input_checksum(opened.runner.data))
+    return RunPlan(
+        **vars(opened),
+        folder=folder,
+        quarantine=Quarantine(folder.path),
+        started_at=started_at,
+        finished=folder.finished_result(),
+    )
+
+
+def open_run(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    trust_code: bool = False,
+    progress: ProgressCallback = ignore,
+) -> OpenedRun:
+    """Load the model and open the data of a config, and take their fingerprint.
+
+    Raises:
+        ConfigError: one of them cannot be opened.
+    """
     progress(Progress("loading the model"))
     started = time.perf_counter()
     model = load_model(config.model, device, data=config.data, trust_code=is_trusted(trust_code))
@@ -162,17 +210,12 @@ def plan_run(
     opened = time.perf_counter()
     file_list = data.files if isinstance(data, HasFileList) else ()
     by_rows = _files_with_row_checksums(data)
-    header = fingerprint(config, data.samples, __version__, file_list, by_rows)
-    folder.check_resumable(header, _input_checksum(data))
-    return RunPlan(
-        folder=folder,
-        header=header,
+    return OpenedRun(
+        header=fingerprint(config, data.samples, __version__, file_list, by_rows),
         model=model,
         runner=Runner(model.module, data, config, device, model),
-        started_at=started_at,
         load_seconds=loaded - started,
         open_seconds=opened - opening,
-        finished=folder.finished_result(),
     )
 
 
@@ -182,6 +225,7 @@ def execute(
     writer: PredictionWriter,
     shutdown: GracefulShutdown,
     progress: ProgressCallback = ignore,
+    run_pass: RunPass = run_in_this_process,
 ) -> Execution:
     """Write and measure all predictions that are missing in the folder.
 
@@ -200,7 +244,8 @@ def execute(
                 raise _write_error(error) from error
 
     progress(Progress("predicting", writer.written, runner.data.samples))
-    timed = runner.run_timed_pass(prepared, writer, commit, progress)
+    timed = run_pass(plan, prepared, writer, commit, progress)
+    runner.check_training_mode()
     started = time.perf_counter_ns()
     try:
         with shutdown.deferred():
@@ -294,8 +339,7 @@ def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
 
 def _create_writer(plan: RunPlan) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
-    writer = open_writer(output, data.samples, commit_unit(data), plan.model.classes)
-    return restore_input_order(writer, data)
+    return open_writer(output, data.samples, commit_unit(data), plan.model.classes)
 
 
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
@@ -307,7 +351,7 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
         journal, committed = folder.open_journal(plan.header, unit, checksum)
         try:
             writer.open(prepared.outputs, committed)
-            prepared.recovery.quarantine.truncate(writer.written)
+            plan.quarantine.truncate(writer.written)
         except BaseException:
             journal.close()
             with suppress(OSError):

@@ -15,7 +15,7 @@ from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
 from gradrun.output.missing import finite_rows
-from gradrun.output.quarantine import Quarantine
+from gradrun.output.quarantine import SampleLog
 from gradrun.output.transforms import Outputs
 
 Recovered = tuple[Outputs, torch.Tensor | None]
@@ -36,7 +36,7 @@ class BatchRecovery:
     """Predicts the samples of a failed batch that can be predicted, as `run.on_error` asks."""
 
     run: RunSection
-    quarantine: Quarantine
+    quarantine: SampleLog
     template: Outputs
     """Outputs of any batch, for names, shapes and dtypes."""
     predict: Callable[[Batch], Outputs]
@@ -146,9 +146,13 @@ class BatchRecovery:
     def _predict_again(self, start: int, size: int) -> Outputs:
         return self.predict(self.read_batch(start, size))
 
-    def _limit_batches(self, start: int, size: int) -> None:
+    def limit_batches(self, size: int, position: int) -> None:
+        """Lower the batch limit to `size` from the sample at this input position on."""
         if self.batch_limit is None or size < self.batch_limit:
-            self.batch_limit, self.limited_from = size, self.input_position(start)
+            self.batch_limit, self.limited_from = size, position
+
+    def _limit_batches(self, start: int, size: int) -> None:
+        self.limit_batches(size, self.input_position(start))
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
 
@@ -177,12 +181,22 @@ class BatchRecovery:
 
     def _quarantine(self, sample: int, failure: SampleFailure) -> None:
         position = self.input_position(sample)
-        self.quarantine.add(position, failure.sample_id, failure.error, failure.traceback)
+        self.quarantine_sample(position, failure.sample_id, failure.error, failure.traceback)
+
+    def quarantine_sample(
+        self, position: int, sample_id: int | str, error: str, details: str
+    ) -> None:
+        """Record a sample without a prediction, by its position in the input.
+
+        Raises:
+            RunFailed: run.max_errors is exceeded.
+        """
+        self.quarantine.add(position, sample_id, error, details)
         limit = self.run.max_errors
         if limit is not None and self.quarantine.count > limit:
             raise RunFailed(
                 f"{pluralize(self.quarantine.count, 'sample')} failed, more than run.max_errors "
-                f"allows ({limit}); the last error: {failure.error}; see {self.quarantine.path} "
+                f"allows ({limit}); the last error: {error}; see {self.quarantine.path} "
                 "for all of them"
             )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from gradrun.data.source import BatchSource, LengthGrouped
-from gradrun.output.formats import PredictionWriter
-from gradrun.output.journal import CommittedRange
+from gradrun.output.formats import RowWriter
 from gradrun.output.transforms import Outputs
 
 
@@ -20,18 +19,33 @@ def commit_unit(data: BatchSource) -> int:
     return data.chunk_size if isinstance(data, LengthGrouped) and data.grouped else data.batch_size
 
 
-def restore_input_order(writer: PredictionWriter, data: BatchSource) -> PredictionWriter:
+def restore_input_order(writer: RowWriter, data: BatchSource) -> RowWriter:
     """Put a buffer that restores the input order before the writer, if batches are grouped."""
     if isinstance(data, LengthGrouped) and data.grouped:
-        return ReorderBuffer(writer, data, data.samples)
+        return ReorderBuffer(writer, data.input_positions, data.chunk_size, data.samples)
     return writer
 
 
 class ReorderBuffer:
     """A writer that sorts each complete chunk; an incomplete chunk is predicted again."""
 
-    def __init__(self, writer: PredictionWriter, data: LengthGrouped, samples: int) -> None:
-        self.writer, self.data, self.samples = writer, data, samples
+    def __init__(
+        self,
+        writer: RowWriter,
+        input_positions: Callable[[int, int], Sequence[int]],
+        chunk_size: int,
+        samples: int,
+    ) -> None:
+        """Sort the rows of each chunk.
+
+        Args:
+            writer: receives the rows in the order of the input.
+            input_positions: maps samples start to stop of a chunk to their input positions.
+            chunk_size: samples per chunk; the last one may be shorter.
+            samples: number of samples of the run.
+        """
+        self.writer, self.samples = writer, samples
+        self._input_positions, self._chunk_size = input_positions, chunk_size
         self._outputs: list[Outputs] = []
         self._ids: list[int | str] = []
         self._valid: list[torch.Tensor] = []
@@ -39,13 +53,6 @@ class ReorderBuffer:
     @property
     def written(self) -> int:
         return self.writer.written
-
-    @property
-    def nonfinite(self) -> int:
-        return self.writer.nonfinite
-
-    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
-        self.writer.open(outputs, committed)
 
     def write(
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
@@ -55,11 +62,11 @@ class ReorderBuffer:
         self._valid.append(torch.ones(len(ids), dtype=torch.bool) if valid is None else valid)
         self._ids += ids
         stop = self.written + len(self._ids)
-        if len(self._ids) >= self.data.chunk_size or stop >= self.samples:
+        if len(self._ids) >= self._chunk_size or stop >= self.samples:
             self._flush(stop)
 
     def _flush(self, stop: int) -> None:
-        positions = self.data.input_positions(self.written, stop)
+        positions = self._input_positions(self.written, stop)
         order = sorted(range(len(positions)), key=positions.__getitem__)
         ids, valid = [self._ids[i] for i in order], torch.cat(self._valid)[order]
         batches, self._outputs, self._ids, self._valid = self._outputs, [], [], []
@@ -75,15 +82,6 @@ class ReorderBuffer:
         ]
         for new, (old, sample_id) in enumerate(zip(order, ids, strict=True)):
             self.writer.write(rows[old], [sample_id], valid[new : new + 1])
-
-    def commit(self) -> list[CommittedRange]:
-        return self.writer.commit()
-
-    def close(self) -> list[CommittedRange]:
-        return self.writer.close()
-
-    def files(self) -> list[str]:
-        return self.writer.files()
 
 
 def _row_shapes(outputs: Outputs) -> list[tuple[str, torch.Size]]:

@@ -45,11 +45,19 @@ from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
-from gradrun.output.formats import PredictionWriter
-from gradrun.output.quarantine import Quarantine
+from gradrun.output.formats import RowWriter
+from gradrun.output.quarantine import Quarantine, SampleLog
 from gradrun.output.transforms import ModelFacts, Outputs, iter_tensors, output_selector
 from gradrun.results import stats
-from gradrun.results.result import Measurement, Memory, Phases, Statement, Warning
+from gradrun.results.result import (
+    Measurement,
+    Memory,
+    Padding,
+    Phases,
+    Statement,
+    Warning,
+    WorkerStats,
+)
 
 WARM_UP_SECONDS = 0.3
 """Limit of an automatic warm-up, which ends earlier once the batch time is steady."""
@@ -59,7 +67,7 @@ _CALLBACK_NS = 200_000_000
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-_QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip such samples"
+QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip such samples"
 
 CommitCallback = Callable[[], None]
 """Called between two batches, a few times per second, to commit predictions."""
@@ -79,6 +87,8 @@ class PreparedRun:
     """Whether batches are read ahead in a thread."""
     first_batch_seconds: float
     warm_up_seconds: float
+    batch_seconds: float
+    """Forward time of the first batch after the warm-up."""
 
 
 @dataclass
@@ -99,6 +109,10 @@ class TimedPass:
     total_ns: int = 0
     stopped: GradrunError | None = None
     """The error that ended the pass, if it did not complete."""
+    padding: Padding | None = None
+    """Token counts of padded texts."""
+    workers: tuple[WorkerStats, ...] = ()
+    """The workers of an engine that ran the samples; empty if this process did."""
 
     def stop(self, error: GradrunError) -> None:
         """Record why the pass ended early; the first error counts."""
@@ -129,8 +143,12 @@ class Runner:
         dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
         self._transfer = transfer_to(device, dtype)
 
-    def prepare(self) -> PreparedRun:
+    def prepare(self, quarantine: SampleLog | None = None) -> PreparedRun:
         """Run the first batch, then warm up; writes no predictions.
+
+        Args:
+            quarantine: receives the samples that fail in the timed pass; default: a file in
+                output.path.
 
         Raises:
             ConfigError: the model fails on the data, or the output config does not match it.
@@ -158,10 +176,10 @@ class Runner:
         warm_up_seconds = time.perf_counter() - started - first_batch_seconds
         recovery = BatchRecovery(
             run=self.config.run,
-            quarantine=Quarantine(self.config.output.path),
+            quarantine=quarantine or Quarantine(self.config.output.path),
             template=outputs,
             predict=self._predict,
-            read_batch=self._read_batch,
+            read_batch=self.read_batch,
             input_position=partial(input_position, self.data),
             batch_limit=limit,
         )
@@ -173,16 +191,18 @@ class Runner:
             prefetch=ahead,
             first_batch_seconds=first_batch_seconds,
             warm_up_seconds=warm_up_seconds,
+            batch_seconds=clock.seconds[-1],
         )
 
     def run_timed_pass(
         self,
         prepared: PreparedRun,
-        writer: PredictionWriter,
+        writer: RowWriter,
         commit: CommitCallback = lambda: None,
         progress: ProgressCallback = ignore,
+        stop: int | None = None,
     ) -> TimedPass:
-        """Predict every sample that the writer does not have yet.
+        """Predict the samples that the writer does not have yet, up to `stop` or all.
 
         An error or Ctrl-C ends the pass early; it is in `stopped`, with the measurements up to it.
         """
@@ -190,27 +210,28 @@ class Runner:
         seed_generators(self.config.run.seed, self.device)  # dropout in training mode repeats
         clock = clock_for(self.device)
         timed = TimedPass(writer.written, clock.seconds)
-        batches = self._batches(writer.written, ahead=prepared.prefetch)
+        batches = self._batches(writer.written, stop, ahead=prepared.prefetch)
         try:
             with execution_context(self.config.run, self.device):
                 self._loop(batches, writer, timed, clock, prepared.recovery, commit, progress)
         except KeyboardInterrupt:
             timed.stop(Interrupted())
         except BaseException as error:  # a model may raise anything, also SystemExit
-            timed.stop(self._stop_error(error, timed))
+            timed.stop(self.stop_error(error, timed))
         finally:
             batches.close()
         try:
             clock.finish()
         except Exception as error:  # errors of a device appear at the next synchronization
-            timed.stop(self._stop_error(error, timed))
-        self._check_training_mode()
+            timed.stop(self.stop_error(error, timed))
+        if isinstance(self.data, LengthGrouped):
+            timed.padding = self.data.padding(timed.start, timed.start + timed.done)
         return timed
 
     def _loop(
         self,
         batches: Iterator[Batch],
-        writer: PredictionWriter,
+        writer: RowWriter,
         timed: TimedPass,
         clock: Clock,
         recovery: BatchRecovery,
@@ -313,13 +334,14 @@ class Runner:
     ) -> Measurement:
         """Combine the measurements of all passes."""
         seconds = tuple(timed.seconds[: len(timed.sizes)])
-        data, total, forward = timed.data_ns * 1e-9, timed.total_ns * 1e-9, float(sum(seconds))
+        workers = sum(bool(worker.samples) for worker in timed.workers) or 1
+        data, forward = timed.data_ns * 1e-9 / workers, float(sum(seconds)) / workers
+        total = timed.total_ns * 1e-9
         return Measurement(
             mode=self.mode,
             batch_limit=prepared.recovery.batch_limit,
-            padding=self.data.padding(timed.start, timed.start + timed.done)
-            if isinstance(self.data, LengthGrouped)
-            else None,
+            padding=timed.padding,
+            workers=timed.workers,
             batch_seconds=seconds,
             batch_sizes=tuple(timed.sizes[: len(seconds)]),
             phases=Phases(
@@ -342,7 +364,7 @@ class Runner:
             rows = [row for row in range(batch.size) if row not in batch.errors]
             error = next(iter(batch.errors.values()), None)
             if error and self.config.run.on_error != "quarantine":
-                raise ConfigError(f"{error}{_QUARANTINE_HINT}", "data.path") from error
+                raise ConfigError(f"{error}{QUARANTINE_HINT}", "data.path") from error
             if rows:
                 break
         else:
@@ -426,13 +448,16 @@ class Runner:
         batch.raise_errors()
         return self._select(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
-    def _batches(self, start: int, *, ahead: bool) -> Any:
-        batches: Iterator[Batch] = self.data.batches(start)
+    def _batches(self, start: int, stop: int | None, *, ahead: bool) -> Any:
+        size = self.data.batch_size
+        if stop is not None and (start % size or (stop % size and stop < self.data.samples)):
+            return (self.read_batch(*part) for part in [(start, stop - start)])
+        batches: Iterator[Batch] = self.data.batches(start, stop)
         if ahead:
             batches = prefetch(batches)
         return (self._transfer(batch) for batch in batches) if self._transfer else batches
 
-    def _read_batch(self, start: int, size: int) -> Batch:
+    def read_batch(self, start: int, size: int) -> Batch:
         """Read the batch with this first sample and size again."""
         # Read the full batch and slice it, so that texts are padded to the same length.
         offset = start % self.data.batch_size
@@ -440,7 +465,7 @@ class Runner:
         batch = batch if batch.size == size else batch.slice(offset, offset + size)
         return self._transfer(batch) if self._transfer else batch
 
-    def _check_training_mode(self) -> None:
+    def check_training_mode(self) -> None:
         """Warn about modules whose training mode affects predictions, if config disables it."""
         if getattr(self.config.model, "training", False):
             return
@@ -455,12 +480,12 @@ class Runner:
                 "off: dropout or batch norm affects the predictions; run gradrun audit for details",
             )
 
-    def _stop_error(self, error: BaseException, timed: TimedPass) -> GradrunError:
+    def stop_error(self, error: BaseException, timed: TimedPass) -> GradrunError:
         """Return the error to raise once the result is saved."""
         if isinstance(error, GradrunError):
             text = str(error)
         elif isinstance(error, SampleError):
-            text = f"{error}{_QUARANTINE_HINT}"
+            text = f"{error}{QUARANTINE_HINT}"
         elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:

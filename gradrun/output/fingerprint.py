@@ -37,7 +37,7 @@ def fingerprint(
         ConfigError: a file cannot be read.
     """
     dumped = config.model_dump(mode="json")
-    for key in ("measure", "check", "metrics"):  # do not affect predictions
+    for key in ("engine", "measure", "check", "metrics"):  # do not affect predictions
         dumped.pop(key)
     for key in ("labels", "classes"):
         dumped["data"].pop(key, None)

@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Protocol
 
 from gradrun.core import files
 
 FILE_NAME = "quarantine.jsonl"
+
+
+class SampleLog(Protocol):
+    """Records failed samples."""
+
+    path: Path
+    count: int
+
+    def add(self, sample: int, sample_id: int | str, error: str, details: str) -> None:
+        """Record a sample: position in the input, id, error message, traceback."""
 
 
 class Quarantine:

@@ -96,6 +96,36 @@ class Padding(Record, frozen=True, kw_only=True):
         )
 
 
+class WorkerRange(Record, frozen=True, kw_only=True):
+    """Samples start to stop, which a worker ran; seconds since the start of the timed pass."""
+
+    start: Count
+    stop: Count
+    began: Seconds
+    ended: Seconds
+
+
+class WorkerStats(Record, frozen=True, kw_only=True):
+    """One worker of an engine and its part of the timed pass."""
+
+    worker: Count
+    """Number of the worker, from 1; a replacement has a number of its own."""
+    node: str
+    cold_start: Seconds
+    """Seconds to load the model, open the data and run the first batch."""
+    samples: Count = 0
+    data: Seconds = 0.0
+    forward: Seconds = 0.0
+    busy: Seconds = 0.0
+    """Seconds in which it ran ranges."""
+    process_peak: Count | None = None
+    ranges: tuple[WorkerRange, ...] = ()
+    lost: str = ""
+    """How the worker ended before the run did; empty if it stayed."""
+    lost_at: Seconds | None = None
+    """Seconds since the start of the timed pass."""
+
+
 class Measurement(Record, frozen=True, kw_only=True):
     """One pass over the data in one mode and one process, with one entry per batch."""
 
@@ -110,6 +140,9 @@ class Measurement(Record, frozen=True, kw_only=True):
     batch_limit: Count | None = None
     """Largest batch that fits in memory, if the configured one does not."""
     padding: Padding | None = None
+    workers: tuple[WorkerStats, ...] = ()
+    """The workers of an engine; the seconds in `phases` are then the mean over those that ran
+    samples."""
 
     def __post_init__(self) -> None:
         if len(self.batch_seconds) != len(self.batch_sizes):

@@ -17,12 +17,31 @@ if TYPE_CHECKING:
     from gradrun.output.transforms import Outputs
 
 
-class PredictionWriter(Protocol):
-    """Writes the outputs of consecutive batches, in the order of the input."""
+class RowWriter(Protocol):
+    """Receives the outputs of consecutive batches."""
 
     @property
     def written(self) -> int:
-        """Samples received so far; they survive a crash only after a commit."""
+        """Samples received so far, and before the run."""
+
+    def write(
+        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            outputs: tensors [n, ...].
+            ids: ids of the n samples.
+            valid: mask [n], false for samples without a prediction; None if all have one.
+
+        Raises:
+            OSError: the disk is full; earlier rows are not affected.
+            ValueError: an output has another shape or dtype than before.
+        """
+
+
+class PredictionWriter(RowWriter, Protocol):
+    """Writes the outputs to files, in the order of the input; a commit makes them durable."""
 
     @property
     def nonfinite(self) -> int:
@@ -39,21 +58,6 @@ class PredictionWriter(Protocol):
             OSError: the folder is not writable, the disk is too small, or the files of the earlier
                 run are missing or incomplete.
             ValueError: the format cannot represent the outputs.
-        """
-
-    def write(
-        self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            outputs: tensors [n, ...].
-            ids: ids of the n samples.
-            valid: mask [n], false for samples without a prediction; None if all have one.
-
-        Raises:
-            OSError: the disk is full; earlier rows are not affected.
-            ValueError: an output has another shape or dtype than before.
         """
 
     def commit(self) -> list[CommittedRange]:

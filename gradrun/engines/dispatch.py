@@ -1,0 +1,354 @@
+"""The driver of a spread run: give ranges to workers, and write their results in input order."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from gradrun.config.engine import EngineConfig
+from gradrun.core.errors import Interrupted, RunFailed
+from gradrun.core.progress import Progress, ProgressCallback
+from gradrun.data.source import LengthGrouped, input_position
+from gradrun.engines.engine import Lost, StartedEngine, start_error
+from gradrun.engines.messages import (
+    Done,
+    Failed,
+    Quarantined,
+    Ready,
+    Task,
+    pack_rows,
+    unpack_rows,
+)
+from gradrun.engines.range_runner import outputs_checksum
+from gradrun.engines.schedule import Schedule, Span
+from gradrun.inference.environment import current_environment
+from gradrun.inference.infer import RunPlan
+from gradrun.inference.reordering import ReorderBuffer, commit_unit
+from gradrun.inference.runner import QUARANTINE_HINT, CommitCallback, PreparedRun, TimedPass
+from gradrun.output.formats import RowWriter
+from gradrun.results.result import Padding, WorkerRange, WorkerStats
+
+SPAN_SECONDS = 1.0
+"""Target duration of a range; sending one costs a few milliseconds."""
+
+_SPAN_BYTES = 16 * 1024 * 1024
+_HELD_BYTES = 256 * 1024 * 1024
+"""Results that wait for earlier ones."""
+
+_RANGES_HELD = 4
+"""Ranges per worker that may wait, as in Schedule."""
+
+_POLL_SECONDS = 0.2
+_MAX_FAILED_STARTS = 3
+_LEAST_TIMEOUT = 60.0
+_TIMEOUT_FACTOR = 20
+
+
+@dataclass
+class _Worker:
+    """What the driver knows about a worker that is ready."""
+
+    ready: Ready
+    busy_since: float = 0.0
+    """When it began its current range; 0 if it has none."""
+    samples: int = 0
+    data: float = 0.0
+    forward: float = 0.0
+    busy: float = 0.0
+    process_peak: int | None = None
+    ranges: list[WorkerRange] = field(default_factory=list)
+    lost: str = ""
+    lost_at: float | None = None
+
+
+class Dispatcher:
+    """One pass over the samples of a run by the workers of an engine."""
+
+    def __init__(self, started: StartedEngine, section: EngineConfig) -> None:
+        """Use workers that were requested for the run of the plan that run_pass() gets."""
+        assert started.engine
+        self.engine, self.count, self._ready = started.engine, started.workers, started.ready
+        self.section = section
+
+    def run_pass(
+        self,
+        plan: RunPlan,
+        prepared: PreparedRun,
+        writer: RowWriter,
+        commit: CommitCallback,
+        progress: ProgressCallback,
+    ) -> TimedPass:
+        """Predict every sample that the writer does not have yet; a RunPass."""
+        current = _Pass(self, plan, prepared, writer)
+        timed = current.timed
+        try:
+            for number, ready in self._ready:
+                current.add_worker(number, ready)
+            while not current.schedule.finished:
+                current.step()
+                commit()
+                done = timed.start + timed.done
+                progress(Progress(f"predicting on {self.engine.name}", done, plan.header.samples))
+        except KeyboardInterrupt:
+            timed.stop(Interrupted())
+        except BaseException as error:
+            timed.stop(plan.runner.stop_error(error, timed))
+        finally:
+            self.engine.close()
+        current.finish()
+        return timed
+
+
+class _Pass:
+    """The state of one pass."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, plan: RunPlan, prepared: PreparedRun, writer: RowWriter
+    ) -> None:
+        self.dispatcher, self.engine = dispatcher, dispatcher.engine
+        self.plan, self.prepared = plan, prepared
+        data = plan.runner.data
+        self.schedule = Schedule(
+            writer.written, data.samples, unit=commit_unit(data), batch_size=data.batch_size
+        )
+        self.timed = TimedPass(writer.written, array("d"))
+        self.workers: dict[int, _Worker] = {}
+        self._positions: dict[int, int] = {}
+        self._writer = writer
+        if isinstance(data, LengthGrouped) and data.grouped:
+            self._writer = ReorderBuffer(
+                writer, self._take_positions, data.chunk_size, data.samples
+            )
+        self._results: dict[Span, Done] = {}
+        self._durations: list[float] = []
+        self._failed_starts = 0
+        self._began = self._first_ready = 0.0
+        self._checksum = outputs_checksum(prepared.outputs)
+        row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
+        held = _HELD_BYTES // (_RANGES_HELD * dispatcher.count)
+        self._max_rows = min(_SPAN_BYTES, held) // max(1, row_bytes)
+
+    # --- events --------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Assign ranges, handle the next event, and write the results whose turn it is."""
+        for number, worker in self._alive():
+            while span := self.schedule.assign(number):
+                worker.busy_since = worker.busy_since or time.perf_counter()
+                self.engine.send(number, Task(start=span.start, stop=span.stop))
+        if event := self.engine.next(_POLL_SECONDS):
+            number, message = event
+            match message:
+                case Ready():
+                    self.add_worker(number, message)
+                case Done():
+                    self._complete(number, message)
+                case Failed() | Lost():
+                    self._lose(number, message)
+        self._stop_hanging_workers()
+        for span in self.schedule.release():
+            self._write(self._results.pop(span))
+
+    def add_worker(self, number: int, ready: Ready) -> None:
+        """Use a worker, unless it would predict differently."""
+        self._failed_starts = 0
+        self._first_ready = self._first_ready or time.perf_counter()
+        self.workers[number] = _Worker(ready)
+        if difference := self._difference(ready):
+            self.engine.stop(number)
+            self._record_loss(number, f"rejected: {difference}")
+            if not self._alive():
+                raise RunFailed(
+                    f"worker {number} on {ready.node} cannot take part: {difference}",
+                    resumable=True,
+                )
+            return
+        self.schedule.add_worker(number)
+        self._set_span_size(ready.batch_seconds / self.prepared.first.size)
+
+    def _complete(self, number: int, done: Done) -> None:
+        now, worker = time.perf_counter(), self.workers[number]
+        span = Span(done.start, done.stop)
+        began, worker.busy_since = worker.busy_since, 0.0
+        needed = self.schedule.complete(number, span)
+        if self.schedule.running(number):
+            worker.busy_since = now
+        worker.busy += now - began
+        worker.process_peak = done.process_peak
+        if not needed:
+            return
+        worker.samples += span.size
+        worker.data += done.data_seconds
+        worker.forward += sum(_doubles(done.batch_seconds))
+        worker.ranges.append(
+            WorkerRange(
+                start=span.start,
+                stop=span.stop,
+                began=began - self._first_ready,
+                ended=now - self._first_ready,
+            )
+        )
+        self._durations.append(now - began)
+        self._set_span_size(done.seconds / span.size)
+        self._keep_result(span, done)
+
+    def _lose(self, number: int, event: Failed | Lost) -> None:
+        worker = self.workers.get(number)
+        if worker is None:
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS or isinstance(event, Failed):
+                raise start_error(number, event)
+        cause = event.cause if isinstance(event, Lost) else event.error
+        if worker:
+            self._record_loss(number, cause)
+        for sample in self.schedule.lose_worker(number):
+            self._keep_result(sample, self._isolate(sample, cause))
+        if self.schedule.unassigned or not self._alive():
+            self.engine.start(1)
+
+    def _stop_hanging_workers(self) -> None:
+        limit = self.dispatcher.section.timeout
+        if limit is None:
+            usual = median(self._durations) if self._durations else 0.0
+            limit = max(_LEAST_TIMEOUT, _TIMEOUT_FACTOR * usual)
+        now = time.perf_counter()
+        for number, worker in self._alive():
+            if worker.busy_since and now - worker.busy_since > limit:
+                self.engine.stop(number)
+                self._lose(number, Lost(f"did not finish a range in {limit:g} s (engine.timeout)"))
+
+    def _alive(self) -> list[tuple[int, _Worker]]:
+        return [(number, worker) for number, worker in self.workers.items() if not worker.lost]
+
+    def _record_loss(self, number: int, cause: str) -> None:
+        worker = self.workers[number]
+        worker.lost, worker.lost_at = cause, time.perf_counter() - self._first_ready
+
+    def _difference(self, ready: Ready) -> str:
+        """Say how a worker differs from the driver in what changes predictions."""
+        for path, described in self.plan.header.files.items():
+            if ready.files.get(path) != described:
+                return f"its {path} differs from that of the driver"
+        if self.dispatcher.section.mixed == "allow":
+            return ""
+        here = current_environment(self.plan.runner.device)
+        for name in ("gradrun", "torch", "threads"):
+            theirs, ours = getattr(ready.environment, name), getattr(here, name)
+            if theirs != ours:
+                return f"{name} is {theirs}, and {ours} in the driver (engine.mixed: allow)"
+        if ready.checksum != self._checksum:
+            return (
+                f"its predictions of the first batch differ; its processor is "
+                f"{ready.environment.cpu}, and {here.cpu} in the driver (engine.mixed: allow)"
+            )
+        return ""
+
+    # --- results -------------------------------------------------------------------------------
+
+    def _set_span_size(self, seconds_per_sample: float) -> None:
+        rows = int(SPAN_SECONDS / max(seconds_per_sample, 1e-9))
+        self.schedule.span_size = max(1, min(rows, self._max_rows))
+
+    def _keep_result(self, span: Span, done: Done) -> None:
+        self._results[span] = done
+        if done.error is not None:
+            self.schedule.end_at(span)
+
+    def _isolate(self, sample: Span, cause: str) -> Done:
+        """Return the result of a sample that ended its second worker."""
+        runner, index = self.plan.runner, sample.start
+        position = input_position(runner.data, index)
+        text = f"its worker process {cause}"
+        if runner.config.run.on_error != "quarantine":
+            return _result(sample, error=f"sample {position:,} failed: {text}{QUARANTINE_HINT}")
+        sample_id = runner.read_batch(index, 1).ids[0]
+        outputs = {
+            name: torch.zeros((1, *tensor.shape[1:]), dtype=tensor.dtype)
+            for name, tensor in self.prepared.outputs.items()
+        }
+        line = Quarantined(sample=position, id=sample_id, error=text, details="")
+        row = pack_rows(outputs, [sample_id], torch.zeros(1, dtype=torch.bool))
+        return _result(sample, events=[line, row], positions=[position])
+
+    def _write(self, done: Done) -> None:
+        timed, recovery = self.timed, self.prepared.recovery
+        if done.positions is not None:
+            self._positions.update(zip(range(done.start, done.stop), done.positions, strict=False))
+        for event in done.events:
+            if isinstance(event, Quarantined):
+                recovery.quarantine_sample(event.sample, event.id, event.error, event.details)
+            else:
+                self._writer.write(*unpack_rows(event))
+                timed.done += event.size
+        if done.batch_limit:
+            recovery.limit_batches(done.batch_limit, done.limited_from)
+        timed.seconds.frombytes(done.batch_seconds)
+        timed.sizes.frombytes(done.batch_sizes)
+        timed.recovered += done.recovered
+        timed.data_ns += round(done.data_seconds * 1e9)
+        if done.padding:
+            timed.padding = (timed.padding or Padding()) + done.padding
+        if done.error is not None:
+            raise RunFailed(done.error)
+
+    def _take_positions(self, start: int, stop: int) -> list[int]:
+        return [self._positions.pop(index) for index in range(start, stop)]
+
+    def finish(self) -> None:
+        """Store the wall time and the workers in the timed pass."""
+        if self._first_ready:
+            self.timed.total_ns = round((time.perf_counter() - self._first_ready) * 1e9)
+        self.timed.workers = tuple(
+            WorkerStats(
+                worker=number,
+                node=worker.ready.node,
+                cold_start=worker.ready.load_seconds
+                + worker.ready.open_seconds
+                + worker.ready.first_batch_seconds,
+                samples=worker.samples,
+                data=worker.data,
+                forward=worker.forward,
+                busy=worker.busy,
+                process_peak=worker.process_peak,
+                ranges=tuple(worker.ranges),
+                lost=worker.lost,
+                lost_at=worker.lost_at,
+            )
+            for number, worker in self.workers.items()
+        )
+
+
+def _result(
+    span: Span,
+    *,
+    events: list[object] | None = None,
+    positions: list[int] | None = None,
+    error: str | None = None,
+) -> Done:
+    """Return a result without measurements."""
+    return Done(
+        start=span.start,
+        stop=span.stop,
+        events=events or [],  # type: ignore[arg-type]
+        positions=positions,
+        batch_seconds=b"",
+        batch_sizes=b"",
+        recovered=span.size,
+        data_seconds=0.0,
+        seconds=0.0,
+        padding=None,
+        batch_limit=None,
+        limited_from=0,
+        process_peak=None,
+        error=error,
+    )
+
+
+def _doubles(data: bytes) -> array[float]:
+    values = array("d")
+    values.frombytes(data)
+    return values

@@ -1,0 +1,181 @@
+"""Messages between the driver of a run and its workers, encoded without pickled objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from gradrun.output.transforms import Outputs
+from gradrun.results.result import Environment, Padding
+
+
+class TensorData(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor as its dtype, shape and bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
+    """Driver to worker: the run to prepare for."""
+
+    config: dict[str, Any]
+    trust_code: bool
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """Worker to driver: the model runs."""
+
+    node: str
+    environment: Environment
+    files: dict[str, dict[str, Any]]
+    """Fingerprint of each input file, as in the header of the journal."""
+    checksum: int
+    """CRC-32 of the outputs of the first batch."""
+    load_seconds: float
+    open_seconds: float
+    first_batch_seconds: float
+    batch_seconds: float
+    """Forward seconds of the first batch when it ran again."""
+    samples: int
+    batch_size: int
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
+    """Driver to worker: the samples to run, in the order of the run."""
+
+    start: int
+    stop: int
+    threads: int | None = None
+    """Run on all CPUs with this many threads, to measure; default: as the config says."""
+
+
+class Rows(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
+    """Outputs of consecutive samples."""
+
+    outputs: dict[str, TensorData]
+    size: int
+    """Number of samples."""
+    ids: list[int | str] | int
+    """The ids, or the first one if they are consecutive numbers."""
+    valid: TensorData | None
+    """Mask of the samples with a prediction; None if all have one."""
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True, tag="quarantined"):
+    """One sample without a prediction: the arguments of Quarantine.add()."""
+
+    sample: int
+    id: int | str
+    error: str
+    details: str
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
+    """Worker to driver: the result of a task."""
+
+    start: int
+    stop: int
+    events: list[Rows | Quarantined]
+    """In the order in which a single process would have written them."""
+    positions: list[int] | None
+    """Input position of each sample; None if samples run in the order of the input."""
+    batch_seconds: bytes
+    """Forward time of each batch, as float64."""
+    batch_sizes: bytes
+    """Samples of each batch, as int64."""
+    recovered: int
+    """Samples of failed batches, which are not timed."""
+    data_seconds: float
+    seconds: float
+    """Wall time of the task."""
+    padding: Padding | None
+    batch_limit: int | None
+    limited_from: int
+    process_peak: int | None
+    error: str | None
+    """The error that ended the run at the samples after the last event."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """Worker to driver: the run cannot be prepared."""
+
+    error: str
+    key: str
+    """The config key at fault, or empty."""
+    config_error: bool
+
+
+Request = Open | Task
+Reply = Ready | Done | Failed
+
+_REQUESTS: Any = msgspec.msgpack.Decoder(Request)
+_REPLIES: Any = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Request | Reply) -> bytes:
+    """Return a message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode_request(data: bytes) -> Request:
+    """Parse a message to a worker.
+
+    Raises:
+        ValueError: the bytes are not such a message.
+    """
+    request: Request = _REQUESTS.decode(data)
+    return request
+
+
+def decode_reply(data: bytes) -> Reply:
+    """Parse a message of a worker.
+
+    Raises:
+        ValueError: the bytes are not such a message.
+    """
+    reply: Reply = _REPLIES.decode(data)
+    return reply
+
+
+def pack_tensor(tensor: torch.Tensor) -> TensorData:
+    """Encode a CPU tensor of any dtype."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return TensorData(name, tuple(tensor.shape), tensor_bytes(tensor))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the values of a CPU tensor in row-major order."""
+    if not tensor.numel():
+        return b""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def unpack_tensor(packed: TensorData) -> torch.Tensor:
+    """Decode a tensor; it owns its memory."""
+    dtype = getattr(torch, packed.dtype)
+    if not packed.data:
+        return torch.empty(packed.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(packed.data), dtype=dtype).reshape(packed.shape)
+
+
+def pack_rows(outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None) -> Rows:
+    """Encode the arguments of PredictionWriter.write()."""
+    return Rows(
+        outputs={name: pack_tensor(tensor) for name, tensor in outputs.items()},
+        size=len(ids),
+        ids=ids.start if isinstance(ids, range) else list(ids),
+        valid=None if valid is None else pack_tensor(valid),
+    )
+
+
+def unpack_rows(rows: Rows) -> tuple[Outputs, Sequence[int | str], torch.Tensor | None]:
+    """Decode the arguments of PredictionWriter.write()."""
+    outputs = {name: unpack_tensor(packed) for name, packed in rows.outputs.items()}
+    first = rows.ids
+    ids = range(first, first + rows.size) if isinstance(first, int) else first
+    return outputs, ids, None if rows.valid is None else unpack_tensor(rows.valid)

@@ -1,0 +1,179 @@
+"""Decide which worker runs which samples, what is repeated after a loss, and in which order.
+
+Pure logic without processes, clocks or tensors: events come in, assignments go out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_QUEUED = 2
+"""Ranges per worker: one that it runs and one that waits, so that it never idles."""
+
+_AHEAD = 4
+"""Ranges per worker between the first unwritten sample and the last assigned one."""
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Samples start to stop, in the order in which they are run."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of samples."""
+        return self.stop - self.start
+
+
+class Schedule:
+    """The samples of a run, divided into spans that workers run and the driver writes in order.
+
+    A span whose worker dies is repeated. After a second death it is divided, first into units,
+    then into batches, then into single samples; a sample that ends two workers is `poisonous`.
+    """
+
+    def __init__(self, start: int, stop: int, *, unit: int, batch_size: int) -> None:
+        """Plan samples start to stop.
+
+        Args:
+            start: a multiple of `unit`.
+            stop: the number of samples of the run.
+            unit: samples after which a span may end; a multiple of the batch size.
+            batch_size: samples per batch.
+        """
+        self.written, self.stop = start, stop
+        self.unit, self.batch_size = unit, batch_size
+        self.span_size = unit
+        """Samples per new span; rounded to whole units."""
+        self._fresh = start
+        self._open: set[Span] = set()
+        """Spans that are assigned or wait to be repeated, and have no result."""
+        self._retries: list[Span] = []
+        self._running: dict[int, list[Span]] = {}
+        """Spans of each worker, in the order in which it runs them."""
+        self._finished: dict[int, Span] = {}
+        """Spans with a result, by first sample, until the samples before them are written."""
+        self._deaths: Counter[Span] = Counter()
+
+    # --- state ---------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples are written."""
+        return self.written >= self.stop
+
+    @property
+    def unassigned(self) -> bool:
+        """Whether some samples have no worker."""
+        return bool(self._retries) or self._fresh < self.stop
+
+    def running(self, worker: int) -> list[Span]:
+        """Return the spans of a worker; it runs the first one."""
+        return list(self._running.get(worker, ()))
+
+    # --- events --------------------------------------------------------------------------------
+
+    def add_worker(self, worker: int) -> None:
+        """Add a worker that can run spans."""
+        self._running[worker] = []
+
+    def assign(self, worker: int) -> Span | None:
+        """Return the next span for a worker, or None if it should wait."""
+        mine = self._running[worker]
+        if len(mine) >= _QUEUED:
+            return None
+        span = self._next_retry() or self._next_fresh() or (None if mine else self._oldest_open())
+        if span:
+            mine.append(span)
+        return span
+
+    def complete(self, worker: int, span: Span) -> bool:
+        """Record the result of a span; return whether it is the first one and is needed."""
+        mine = self._running.get(worker, [])
+        if span in mine:
+            mine.remove(span)
+        if span not in self._open:
+            return False
+        self._finish(span)
+        return True
+
+    def lose_worker(self, worker: int) -> list[Span]:
+        """Remove a worker that died, and repeat its spans.
+
+        Returns:
+            The single sample that ended its second worker, as a span, if there is one. It counts
+            as finished, without a result.
+        """
+        spans = self._running.pop(worker, [])
+        poisonous: list[Span] = []
+        for number, span in enumerate(spans):
+            if span not in self._open:
+                continue
+            # Only the first one ran; the others waited.
+            self._deaths[span] += number == 0
+            elsewhere = any(span in others for others in self._running.values())
+            if self._deaths[span] >= 2:
+                poisonous += self._divide(span)
+            elif not elsewhere:
+                heapq.heappush(self._retries, span)
+        return poisonous
+
+    def end_at(self, span: Span) -> None:
+        """Plan nothing after a span whose result ends the run."""
+        self.stop = min(self.stop, span.stop)
+
+    def release(self) -> Iterator[Span]:
+        """Yield the finished spans that come next in the input, each once."""
+        while span := self._finished.pop(self.written, None):
+            self.written = span.stop
+            yield span
+
+    # --- spans ---------------------------------------------------------------------------------
+
+    def _next_retry(self) -> Span | None:
+        while self._retries:
+            span = heapq.heappop(self._retries)
+            if span in self._open and span.start < self.stop:
+                return span
+        return None
+
+    def _next_fresh(self) -> Span | None:
+        workers = len(self._running)
+        ahead = sum(len(spans) for spans in self._running.values()) + len(self._finished)
+        if self._fresh >= self.stop or ahead >= _AHEAD * workers:
+            return None
+        # Shorter spans towards the end, so that all workers finish at about the same time.
+        share = -(-(self.stop - self._fresh) // (2 * workers))
+        units = max(1, min(self.span_size, share) // self.unit)
+        span = Span(self._fresh, min(self._fresh + units * self.unit, self.stop))
+        self._fresh = span.stop
+        self._open.add(span)
+        return span
+
+    def _oldest_open(self) -> Span | None:
+        """Return a span that one other worker runs, for an idle worker; the first result counts."""
+        copies = Counter(span for spans in self._running.values() for span in spans)
+        candidates = [s for s in self._open if copies[s] == 1 and not self._deaths[s]]
+        return min(candidates, default=None)
+
+    def _finish(self, span: Span) -> None:
+        self._open.discard(span)
+        self._finished[span.start] = span
+
+    def _divide(self, span: Span) -> list[Span]:
+        """Divide a span that ended two workers; return it if it is a single sample."""
+        if span.size == 1:
+            self._finish(span)
+            return [span]
+        size = next(size for size in (self.unit, self.batch_size, 1) if size < span.size)
+        self._open.discard(span)
+        for start in range(span.start, span.stop, size):
+            part = Span(start, min(start + size, span.stop))
+            self._open.add(part)
+            heapq.heappush(self._retries, part)
+        return []

@@ -1,0 +1,293 @@
+"""A run spread over workers writes the bytes of a run in one process, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gradrun
+from gradrun.core.errors import RunFailed
+from gradrun.results.result import InferResult, RunResult
+from tests.support.engines import InlineEngines
+from tests.support.small_models import save_bert, save_tokenizer, skewed
+
+BATCH = 4
+FORMATS = ["npy", "safetensors", "jsonl", "csv", "parquet"]
+COUNT = 70
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    bad, infinite, fits = {bad}, {infinite}, {fits}
+
+    def forward(self, x):
+        if len(x) > self.fits:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: "
+                               "can't allocate memory: you tried to allocate 8 bytes.")
+        if torch.isin(x[:, 0], torch.tensor(self.bad, dtype=torch.float32)).any():
+            raise ValueError("a bad sample")
+        y = x * 3 + 1
+        y[torch.isin(x[:, 0], torch.tensor(self.infinite, dtype=torch.float32))] = float("nan")
+        return y
+"""
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> InlineEngines:
+    return InlineEngines(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of all data sources."""
+    folder = tmp_path_factory.mktemp("inputs")
+    values = np.arange(COUNT * 3, dtype=np.float32).reshape(COUNT, 3) / 7
+    np.save(folder / "x.npy", values)
+    lines = ["a,b,c", *(",".join(map(str, row)) for row in values.tolist())]
+    (folder / "x.csv").write_text("\n".join(lines) + "\n")
+    rows = (json.dumps({"name": f"row {i}", "x": row}) for i, row in enumerate(values.tolist()))
+    (folder / "x.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "images").mkdir()
+    for number in range(COUNT):
+        pixels = np.full((4, 5, 3), number, np.uint8)
+        Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
+    save_tokenizer(folder / "bert")
+    save_bert(folder / "bert")
+    (folder / "t.txt").write_text("\n".join(skewed(150)) + "\n")
+    return folder
+
+
+LAYERS = {"source": "layers", "layers": [{"Linear": [3, 2]}, "Tanh"]}
+DATA: dict[str, dict[str, Any]] = {
+    "arrays": {"source": "arrays", "path": "x.npy"},
+    "csv": {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": ["a", "b", "c"]}}},
+    "jsonl": {
+        "source": "records", "path": "x.jsonl", "inputs": {"x": {"columns": ["x"]}}, "id": "name",
+    },
+    "synthetic": {"source": "synthetic", "inputs": {"x": {"shape": [3]}}, "samples": COUNT},
+    "images": {"source": "images", "path": "images"},
+    "texts": {"source": "text", "path": "t.txt", "group_by_length": True},
+}  # fmt: skip
+
+
+def config_for(source: str, inputs: Path, folder: Path, form: str = "npy") -> dict[str, Any]:
+    data = dict(DATA[source])
+    if "path" in data:
+        data["path"] = str(inputs / data["path"])
+    model: dict[str, Any] = LAYERS
+    output: dict[str, Any] = {"path": str(folder), "format": form}
+    if source == "images":
+        model = {"source": "layers", "layers": ["Flatten", {"Linear": [60, 2]}]}
+    if source == "texts":
+        model = {"source": "huggingface", "path": str(inputs / "bert")}
+        output |= {"select": "last_hidden_state", "transform": "mean_pool"}
+    return {
+        "model": model,
+        "data": data | {"batch_size": BATCH},
+        "run": {"threads": 1},
+        "output": output,
+        "measure": {"memory": False},
+    }
+
+
+def net_config(folder: Path, output: Path, **net: Any) -> dict[str, Any]:
+    """A model that fails on some samples, over the numbers from 0."""
+    folder.mkdir(exist_ok=True)
+    options = {"bad": [], "infinite": [], "fits": 99, **net}
+    (folder / "net.py").write_text(NET.format(**options))
+    np.save(folder / "n.npy", np.arange(40, dtype=np.float32)[:, None])
+    return {
+        "model": {"source": "python", "target": f"{folder / 'net.py'}:Net"},
+        "data": {"source": "arrays", "path": str(folder / "n.npy"), "batch_size": BATCH},
+        "run": {"threads": 1},
+        "output": {"path": str(output)},
+        "measure": {"memory": False},
+    }
+
+
+def spread(config: dict[str, Any], workers: int = 2, **options: Any) -> InferResult:
+    engine = {"source": "processes", "workers": workers}
+    return gradrun.infer(config | {"engine": engine}, trust_code=True, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The predictions and the quarantine of a run, without the traceback's stack."""
+    found = {path.name: path.read_bytes() for path in folder.glob("predictions*")}
+    quarantine = folder / "quarantine.jsonl"
+    if quarantine.exists():
+        lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
+        found["quarantine"] = json.dumps(
+            [{key: line[key] for key in ("sample", "id", "error")} for line in lines]
+        ).encode()
+    return found
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("source", DATA)
+def test_workers_write_the_bytes_of_one_process(
+    source: str, form: str, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    gradrun.infer(config_for(source, inputs, tmp_path / "one", form))
+    counts = (1, 2, 4) if form == "npy" else (2,)
+    for workers in counts:
+        folder = tmp_path / f"of {workers}"
+        result = spread(config_for(source, inputs, folder, form), workers)
+        assert files(folder) == files(tmp_path / "one")
+        (measured,) = result.measurements
+        assert len(measured.workers) == workers
+        assert sum(worker.samples for worker in measured.workers) == measured.samples
+        assert gradrun.verify(folder).complete
+    assert len(inline.engines) == len(counts)
+
+
+@pytest.mark.parametrize(
+    ("net", "run"),
+    [
+        ({"bad": [0.0, 13.0, 14.0, 39.0]}, {"on_error": "quarantine"}),
+        ({"infinite": [5.0, 22.0]}, {"on_nonfinite": "quarantine"}),
+        ({"infinite": [5.0, 22.0]}, {}),
+        ({"fits": 2}, {}),
+        ({"fits": 1, "bad": [17.0]}, {"on_error": "quarantine"}),
+    ],
+)
+def test_failing_samples_are_handled_as_in_one_process(
+    net: dict[str, Any], run: dict[str, Any], tmp_path: Path, inline: InlineEngines
+) -> None:
+    config = net_config(tmp_path / "net", tmp_path / "one", **net)
+    config["run"] |= run
+    one = gradrun.infer(config, trust_code=True)
+    config["output"]["path"] = str(tmp_path / "two")
+    two = spread(config, 3)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert two.quarantined == one.quarantined
+    codes = {"out_of_memory", "quarantined", "nonfinite"}
+    found = [{warning.code for warning in result.warnings} & codes for result in (one, two)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("net", "run"),
+    [
+        ({"bad": [21.0, 30.0]}, {}),
+        ({"bad": [5.0, 6.0, 21.0, 30.0]}, {"on_error": "quarantine", "max_errors": 2}),
+        ({"infinite": [21.0, 35.0]}, {"on_nonfinite": "stop"}),
+    ],
+)
+def test_a_run_stops_at_the_same_sample_with_the_same_words(
+    net: dict[str, Any], run: dict[str, Any], tmp_path: Path, inline: InlineEngines
+) -> None:
+    messages = []
+    for name in ("one", "two"):
+        config = net_config(tmp_path / "net", tmp_path / name, **net)
+        config["run"] |= run
+        if name == "two":
+            config["engine"] = {"source": "processes", "workers": 3}
+        with pytest.raises(RunFailed) as caught:
+            gradrun.infer(config, trust_code=True)
+        messages.append(str(caught.value).replace(str(tmp_path / name), "FOLDER"))
+    assert messages[0] == messages[1]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+@pytest.mark.parametrize("source", ["arrays", "texts"])
+@pytest.mark.parametrize("seed", range(4))
+def test_deaths_at_random_places_change_no_byte(
+    source: str, seed: int, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    chance = random.Random(seed)
+    # Never with a single sample, which would be isolated.
+    inline.dies = lambda worker, task: task.stop - task.start > 1 and chance.random() < 0.3
+    gradrun.infer(config_for(source, inputs, tmp_path / "one", "jsonl"))
+    result = spread(config_for(source, inputs, tmp_path / "two", "jsonl"), 3)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    lost = [worker for worker in result.measurements[0].workers if worker.lost]
+    assert len(lost) >= inline.engines[-1].started - 3
+    assert all("SIGKILL" in worker.lost for worker in lost)
+
+
+@pytest.mark.parametrize("policy", ["quarantine", "stop"])
+def test_a_sample_that_ends_its_workers_is_isolated(
+    policy: str, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    inline.dies = lambda worker, task: task.start <= 30 < task.stop
+    config = config_for("arrays", inputs, tmp_path / "two")
+    config["run"] |= {"on_error": policy}
+    gradrun.infer(config_for("arrays", inputs, tmp_path / "one"))
+    expected = np.load(tmp_path / "one" / "predictions.npy")
+    if policy == "stop":
+        with pytest.raises(RunFailed, match=r"sample 30 failed: its worker process was killed by"):
+            spread(config)
+        written = np.load(tmp_path / "two" / "predictions.npy")[:28]
+        assert np.array_equal(written, expected[:28]), "everything before its batch is there"
+        return
+    result = spread(config)
+    found = np.load(tmp_path / "two" / "predictions.npy")
+    assert np.isnan(found[30]).all()
+    others = [row for row in range(COUNT) if row != 30]
+    np.testing.assert_allclose(found[others], expected[others], rtol=1e-6)
+    (line,) = (tmp_path / "two" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == 30
+    assert "SIGKILL" in json.loads(line)["error"]
+    assert result.quarantined == 1
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_interrupted_run_is_resumed_by_another_number_of_workers_and_by_none(
+    form: str, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    def interrupts() -> Iterator[bool]:
+        yield False
+        raise KeyboardInterrupt
+
+    gradrun.infer(config_for("texts", inputs, tmp_path / "one", form))
+    config = config_for("texts", inputs, tmp_path / "two", form)
+    calls = interrupts()
+    inline.dies = lambda worker, task: next(calls)
+    with pytest.raises(gradrun.Interrupted):
+        spread(config, 2)
+    inline.dies = lambda worker, task: False
+    gradrun.infer(config, resume=True) if form == "npy" else spread(config, 3, resume=True)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_a_worker_that_predicts_differently_is_refused_by_name(
+    inputs: Path, tmp_path: Path, inline: InlineEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradrun.engines.range_runner.outputs_checksum", lambda outputs: 1)
+    config = config_for("arrays", inputs, tmp_path / "out")
+    with pytest.raises(RunFailed, match=r"worker \d on .* cannot take part: its predictions of"):
+        spread(config)
+    allowed = {"source": "processes", "workers": 2, "mixed": "allow"}
+    gradrun.infer(config | {"engine": allowed}, overwrite=True)
+
+
+def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(
+    inputs: Path, tmp_path: Path, inline: InlineEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object) -> None:
+        raise OSError("no space left for the model")
+
+    monkeypatch.setattr("gradrun.engines.range_runner.RangeRunner.prepare", fail)
+    with pytest.raises(RunFailed, match=r"worker \d cannot start: OSError: no space left"):
+        spread(config_for("arrays", inputs, tmp_path / "out"))
+
+
+def test_the_result_has_the_ranges_of_each_worker(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    spread(config_for("arrays", inputs, tmp_path / "out"), 2)
+    result = RunResult.load(tmp_path / "out")
+    workers = result.measurements[0].workers
+    ranges = sorted((r.start, r.stop) for worker in workers for r in worker.ranges)
+    assert ranges == [(start, min(start + BATCH, COUNT)) for start in range(0, COUNT, BATCH)]
+    assert all(r.ended >= r.began >= 0 for worker in workers for r in worker.ranges)
+    assert all(worker.cold_start > 0 and worker.process_peak for worker in workers)

@@ -1,0 +1,166 @@
+"""Real worker processes: they die, hang and print, and none outlives its driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+import gradrun
+from gradrun.core.errors import RunFailed
+from tests.conftest import ROOT
+
+COUNT, BATCH = 48, 4
+
+NET = """
+import os, signal, sys, time
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        print("a print of the model")
+        for value in x[:, 0].tolist():
+            act(int(value))
+        return x * 3 + 1
+
+def act(value):
+    if value == {exits}:
+        os._exit(0)
+    if value == {crashes}:
+        import ctypes
+        ctypes.string_at(0)
+    if value == {hangs}:
+        time.sleep(3600)
+    time.sleep(float(os.environ.get("SECONDS_PER_SAMPLE", 0)))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Write a model that acts on some samples, and return a config of two workers."""
+
+    def write(**net: Any) -> dict[str, Any]:
+        options = {"exits": -1, "crashes": -1, "hangs": -1, **net}
+        (tmp_path / "net.py").write_text(NET.format(**options))
+        np.save(tmp_path / "n.npy", np.arange(COUNT, dtype=np.float32)[:, None])
+        return {
+            "model": {"source": "python", "target": str(tmp_path / "net.py") + ":Net"},
+            "data": {"source": "arrays", "path": str(tmp_path / "n.npy"), "batch_size": BATCH},
+            "run": {"threads": 1, "on_error": "quarantine", "warmup": 0},
+            "output": {"path": str(tmp_path / "out")},
+            "measure": {"memory": False},
+            "engine": {"source": "processes", "workers": 2},
+        }
+
+    return write
+
+
+EXPECTED = np.arange(COUNT, dtype=np.float32)[:, None] * 3 + 1
+
+
+def test_a_sample_that_exits_and_one_that_crashes_are_quarantined_alone(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = run(exits=21, crashes=38)
+    config["data"]["batch_size"] = 1
+    result = gradrun.infer(config, trust_code=True)
+    found = np.load(tmp_path / "out" / "predictions.npy")
+    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    reasons = {line["sample"]: line["error"] for line in map(json.loads, lines)}
+    assert reasons == {
+        21: "its worker process ended its process with exit code 0",
+        38: "its worker process was killed by SIGSEGV",
+    }
+    others = [row for row in range(COUNT) if row not in reasons]
+    assert np.array_equal(found[others], EXPECTED[others])
+    assert np.isnan(found[[21, 38]]).all()
+    lost = [worker.lost for worker in result.measurements[0].workers if worker.lost]
+    assert sum("SIGSEGV" in cause for cause in lost) >= 2
+
+
+def test_a_sample_that_hangs_is_ended_by_the_timeout(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = run(hangs=COUNT - 1)
+    config["data"]["batch_size"] = 1
+    config["engine"]["timeout"] = 0.5
+    gradrun.infer(config, trust_code=True)
+    (line,) = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == COUNT - 1
+    assert "did not finish a range in 0.5 s (engine.timeout)" in json.loads(line)["error"]
+    found = np.load(tmp_path / "out" / "predictions.npy")
+    assert np.array_equal(found[:-1], EXPECTED[:-1])
+
+
+def test_a_worker_that_cannot_start_is_reported_with_its_output(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = run()
+    net = tmp_path / "net.py"
+    text = "import os, sys\nif '--driver' not in sys.argv and 'pytest' not in sys.modules:\n"
+    net.write_text(
+        f"{text}    sys.stderr.write('no such device\\n'); os._exit(7)\n" + net.read_text()
+    )
+    with pytest.raises(RunFailed) as caught:
+        gradrun.infer(config, trust_code=True)
+    assert "ended its process with exit code 7 before its first batch" in str(caught.value)
+    assert "no such device" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_no_worker_outlives_its_driver_and_the_run_can_be_resumed(
+    name: str, run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = run()
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "gradrun", "infer", "c.yaml", "--trust-code"]
+    driver = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_SAMPLE": "0.05"},
+    )
+    journal = tmp_path / "out" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert journal.exists()
+    workers = psutil.Process(driver.pid).children(recursive=True)
+    assert len(workers) == 2
+    driver.send_signal(getattr(signal, name))
+    code = driver.wait(timeout=30)
+    assert code == {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -9}[name]
+    psutil.wait_procs(workers, timeout=10)
+    assert not [worker for worker in workers if worker.is_running()]
+    config["engine"] = None if name == "SIGINT" else config["engine"]
+    gradrun.infer(config, trust_code=True, resume=True)
+    assert np.array_equal(np.load(tmp_path / "out" / "predictions.npy"), EXPECTED)
+
+
+def test_auto_uses_workers_or_one_process_and_says_which(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECONDS_PER_SAMPLE", "0.001")
+    config = run()  # sleeping needs no CPU: two workers are twice as fast
+    config["engine"] = {"source": "processes", "workers": "auto"}
+    config["run"]["threads"] = "auto"
+    result = gradrun.infer(config, trust_code=True)
+    (engine,) = [s.text for s in result.interpretation if s.topic == "engine"]
+    if psutil.cpu_count() == 1:
+        assert engine.startswith("one process")
+    else:
+        assert "x as fast as one process" in engine
+        assert len(result.measurements[0].workers) > 1
+    assert np.array_equal(np.load(tmp_path / "out" / "predictions.npy"), EXPECTED)
