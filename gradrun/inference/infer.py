@@ -339,7 +339,9 @@ def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
 
 def _create_writer(plan: RunPlan) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
-    return open_writer(output, data.samples, commit_unit(data), plan.model.classes)
+    return open_writer(
+        output, data.samples, commit_unit(data), plan.model.classes, has_ids=data.has_ids
+    )
 
 
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:

@@ -49,8 +49,12 @@ class JournalHeader(_Line):
     """Path of each input file to its size in bytes, modification time and checksum."""
 
 
+SUBFOLDER = "predictions"
+"""Folder of prediction files in a run folder, in formats whose readers read whole folders."""
+
+
 def _validate_file_name(name: str) -> str:
-    if name != Path(name).name:
+    if name not in {Path(name).name, f"{SUBFOLDER}/{Path(name).name}"}:
         raise ValueError("a range refers to a file outside the run folder")
     return name
 

@@ -12,7 +12,7 @@ from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.output import journal, lock, quarantine
 from gradrun.output.fingerprint import differences
-from gradrun.output.formats import FORMATS
+from gradrun.output.formats import FORMATS, ids_file
 from gradrun.output.journal import (
     CommittedRange,
     InputChecksum,
@@ -36,6 +36,7 @@ _ENDINGS = ("", ".tmp", ".rest")
 _RUN_FILES = (
     *(RESULT, f"{RESULT}.tmp", quarantine.FILE_NAME, f"{quarantine.FILE_NAME}.tmp"),
     *(f"{file}{end}" for form in FORMATS.values() for file in form.files for end in _ENDINGS),
+    ids_file.FILE_NAME,
     *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )
 """Patterns of a run's files; .rest files come from journal format 1."""
@@ -72,6 +73,13 @@ class RunFolder:
 
     def _check_regular(self) -> None:
         """Refuse links and pipes in place of a run's files, which lead out of the folder."""
+        folder = self.path / journal.SUBFOLDER
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise ConfigError(
+                f"{folder} is not a folder but a file or a link; remove it, or choose another "
+                "output.path",
+                "output.path",
+            )
         for file in (self.path / lock.FILE_NAME, *self._run_files()):
             if file.is_symlink() or (file.exists() and not file.is_file()):
                 kind = "a link" if file.is_symlink() else "a folder" if file.is_dir() else "a pipe"
@@ -175,8 +183,12 @@ class RunFolder:
 
     def _run_files(self) -> list[Path]:
         # iterdir, because glob omits broken links, and a write through one creates a file.
-        files = sorted(self.path.iterdir()) if self.path.is_dir() else []
-        return [file for pattern in _RUN_FILES for file in files if fnmatchcase(file.name, pattern)]
+        folders = (self.path, self.path / journal.SUBFOLDER)
+        files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+        names = {file: file.relative_to(self.path).as_posix() for file in files}
+        return [
+            file for pattern in _RUN_FILES for file in files if fnmatchcase(names[file], pattern)
+        ]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -228,11 +240,14 @@ class RunFolder:
         for file in self._run_files():
             if file != keep:
                 file.unlink(missing_ok=True)
+        with suppress(OSError):  # it is absent, or has files of other programs
+            (self.path / journal.SUBFOLDER).rmdir()
 
     def disk_space_hint(self, committed: int, samples: int) -> str:
         """Free disk space, and an estimate for the other samples based on the committed ones."""
         free = format_bytes(shutil.disk_usage(self.path).free)
-        used = sum(file.stat().st_size for file in self.path.glob("predictions*"))
+        predictions = (file for file in self._run_files() if file.name.startswith("predictions"))
+        used = sum(file.stat().st_size for file in predictions)
         if not committed:
             return f"{free} are free"
         needed = format_bytes(used * (samples - committed) // committed)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.output import journal
-from gradrun.output.formats import FORMATS, text_writer
+from gradrun.output.formats import checksum, text_writer
 from gradrun.output.journal import CommittedRange, JournalState
 from gradrun.results.result import DamagedRange, Verification
 
@@ -39,10 +39,9 @@ def damaged_ranges(folder: Path, state: JournalState) -> Iterator[DamagedRange]:
     """Yield the committed ranges that are missing or changed, per file."""
     previous: CommittedRange | None = None
     for committed in state.ranges:
-        # Offset of the range in a text file, and in the incomplete shard of journal format 1.
-        continued = previous is not None and previous.files.keys() == committed.files.keys()
-        begin = (previous.end or 0) if previous and continued else 0
         for file, expected in committed.files.items():
+            # Offset of the range in a text file, and in the incomplete shard of journal format 1.
+            begin = (previous.end or 0) if previous and file in previous.files else 0
             try:
                 problem = "" if _checksum(folder, file, committed, begin) == expected else _CHANGED
             except OSError as error:
@@ -64,4 +63,4 @@ def _checksum(folder: Path, file: str, committed: CommittedRange, begin: int) ->
     rest = folder / f"{file}.rest"  # rows of an incomplete shard in journal format 1
     if not path.exists() and rest.exists():
         return text_writer.checksum(rest, committed, begin)
-    return FORMATS[path.suffix.removeprefix(".")].checksum(path, committed, begin)
+    return checksum(path, committed, begin)

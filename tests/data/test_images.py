@@ -140,7 +140,7 @@ def test_file_names_that_are_not_utf8_are_written_by_every_format(tmp_path: Path
         result = infer(tmp_path / "odd", tmp_path / form, output={"format": form})
         assert result.predictions == 5
     assert "\\udcff" in (tmp_path / "jsonl" / "predictions.jsonl").read_text()
-    table = pandas.read_parquet(tmp_path / "parquet" / "predictions-00000.parquet")
+    table = pandas.read_parquet(tmp_path / "parquet" / "predictions")
     assert "4/\\udcff\\udce9.png" in table["id"].tolist()
 
 

@@ -166,7 +166,7 @@ def test_parquet_has_a_null_for_a_missing_class(infer: Any, tmp_path: Path, tran
     output = {"path": str(tmp_path / "run"), "transform": transform, "format": "parquet"}
     infer(**QUARANTINE, output=output | ({"k": 2} if transform == "topk" else {}))
     name = {"argmax": "prediction", "topk": "indices"}[transform]
-    table = pandas.read_parquet(tmp_path / "run" / "predictions-00000.parquet")
+    table = pandas.read_parquet(tmp_path / "run" / "predictions")
     values = np.array(table[name].tolist(), dtype=float).reshape(SAMPLES, -1)
     assert np.isnan(values).all(1).nonzero()[0].tolist() == BAD
     ((_, read),) = FORMATS["parquet"].read(tmp_path / "run")

@@ -159,7 +159,7 @@ def test_the_records_example_copies_ids_and_classifies_digits(run: Run, tmp_path
 
 def test_the_parquet_example_reads_and_writes_a_table(run: Run, tmp_path: Path) -> None:
     run("parquet")
-    written = pandas.read_parquet(tmp_path / "parquet" / "predictions-00000.parquet")
+    written = pandas.read_parquet(tmp_path / "parquet" / "predictions")
     table = pandas.read_parquet(CONFIGS / "digits.parquet")
     assert np.array_equal(np.stack(table["pixels"]), np.load(CONFIGS / "digits.npz")["images"][:50])
     assert written["id"].tolist() == table["id"].tolist()

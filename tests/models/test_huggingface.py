@@ -261,7 +261,7 @@ def test_parquet_rows_have_id_label_and_score_and_metrics_use_the_labels_of_the_
         "metrics": ["accuracy"],
     }
     result = gradrun.infer(asked)
-    found = pandas.read_parquet(tmp_path / "out/predictions-00000.parquet")
+    found = pandas.read_parquet(tmp_path / "out/predictions")
     assert [*found.columns] == ["id", "class", "score", "label"]
     assert found["id"].tolist() == [row["n"] for row in rows]
     assert found["label"].tolist() == [CLASSES[number] for number in found["class"]]

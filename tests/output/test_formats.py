@@ -86,6 +86,11 @@ def file_name(name: str) -> str:
     return "predictions.npy" if name == DEFAULT_OUTPUT else f"predictions.{name}.npy"
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files of a run folder and of its folder of predictions."""
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def numbered(*shape: int, rows: int = SAMPLES) -> torch.Tensor:
     return torch.arange(rows * int(np.prod(shape)), dtype=torch.float32).reshape(rows, *shape)
 
@@ -110,7 +115,7 @@ def test_rows_are_read_back_in_order_however_early_the_run_ended(
     fill(target, {DEFAULT_OUTPUT: rows}, written)
     assert target.written == written
     assert torch.equal(stored(tmp_path, form), rows[:written])
-    on_disk = {path.name for path in tmp_path.iterdir()}
+    on_disk = {path.relative_to(tmp_path).as_posix() for path in files_in(tmp_path)}
     assert on_disk == set(target.files()), "files() lists all files, and no draft remains"
     if form == "npy":
         assert (tmp_path / "predictions.npy").stat().st_size == 128 + written * 16
@@ -127,14 +132,14 @@ def test_a_writer_closed_before_the_first_batch_leaves_no_rows(tmp_path: Path, f
     else:
         assert target.files() == []
         header = "id,prediction.0,prediction.1,prediction.2\n" if form == "csv" else ""
-        assert all(path.read_text() == header for path in tmp_path.iterdir())
+        assert all(path.read_text() == header for path in files_in(tmp_path))
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_writer_that_was_never_opened_leaves_no_files(tmp_path: Path, form: str) -> None:
     target = new_writer(tmp_path, form)
     target.close()
-    assert list(tmp_path.iterdir()) == []
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.usefixtures("_windows")
@@ -347,7 +352,9 @@ def test_values_of_an_invalid_sample_are_null_in_parquet(
         ranges += target.close()
     assert not damaged(tmp_path, ranges)
     assert sum(committed.nonfinite for committed in ranges) == 1
-    table = pandas.read_parquet(tmp_path / "predictions-00000.parquet", dtype_backend="pyarrow")
+    table = pandas.read_parquet(
+        tmp_path / "predictions" / "predictions-00000.parquet", dtype_backend="pyarrow"
+    )
     assert table["b"].isna().tolist() == (~valid).tolist(), "a predicted NaN is not null"
     assert [list(row) == [None, None] for row in table["a"]] == (~valid).tolist()
     ((_, read),) = FORMATS["parquet"].read(tmp_path)
@@ -381,7 +388,7 @@ def write(target: PredictionWriter, rows: Outputs, start: int, stop: int) -> Non
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files_in(folder)}
 
 
 def damaged(folder: Path, commits: Sequence[CommittedRange]) -> list[DamagedRange]:
@@ -412,7 +419,7 @@ def test_ranges_are_consecutive_and_match_the_files(tmp_path: Path, form: str) -
     assert [r.start for r in ranges] == [0, *(r.stop for r in ranges[:-1])]
     assert ranges[-1].stop == SAMPLES
     assert not damaged(tmp_path, ranges)
-    for file in tmp_path.iterdir():
+    for file in files_in(tmp_path):
         file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     assert damaged(tmp_path, ranges), "a changed byte is detected"
 
@@ -427,7 +434,7 @@ def test_a_shard_is_committed_when_it_is_sealed(
     target = open_writer(config, SAMPLES, BATCH)
     target.open(rows)
     write(target, rows, 0, 10)
-    assert contents(tmp_path).keys() == {f"predictions-00000.{form}"}, "11 rows are 2 batches of 5"
+    assert contents(tmp_path).keys() == {target.files()[0]}, "11 rows are 2 batches of 5"
     assert [(r.start, r.stop) for r in target.commit()] == [(0, 10)]
     write(target, rows, 10, 15)
     assert target.commit() == []
@@ -483,7 +490,7 @@ def test_a_resumed_run_writes_the_same_bytes(
 def restarted(writer: PredictionWriter, folder: Path, form: str) -> PredictionWriter:
     """Start over without a committed range, as a run folder does."""
     writer.close()
-    for file in folder.iterdir():
+    for file in files_in(folder):
         file.unlink()
     return opened(folder, form, SEVERAL)
 
@@ -571,7 +578,7 @@ def test_a_resume_refuses_missing_or_short_files_and_does_not_change_them(
     tmp_path: Path, form: str, damage: str
 ) -> None:
     _, ranges = stopped(tmp_path, form, SEVERAL)
-    for file in tmp_path.iterdir():
+    for file in files_in(tmp_path):
         if damage == "gone":
             file.unlink()
         else:
@@ -655,7 +662,7 @@ def test_pandas_reads_parquet_shards_with_the_right_dtypes(tmp_path: Path) -> No
     target.open(outputs)
     target.write(outputs, ["a", 'ü"\n'])
     target.close()
-    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    found = pandas.read_parquet(tmp_path / "predictions")
     assert list(found.columns) == ["id", "best", "embedding", "grid", "sure"]
     assert found["id"].tolist() == ["a", 'ü"\n']
     assert (found["best"].dtype, found["sure"].dtype) == (np.int64, np.bool_)
@@ -666,5 +673,5 @@ def test_pandas_reads_parquet_shards_with_the_right_dtypes(tmp_path: Path) -> No
 
 def test_numbered_samples_have_integer_ids_in_parquet(tmp_path: Path) -> None:
     fill(new_writer(tmp_path, "parquet"), {DEFAULT_OUTPUT: numbered(2)})
-    found = pandas.read_parquet(tmp_path / "predictions-00000.parquet")
+    found = pandas.read_parquet(tmp_path / "predictions")
     assert (found["id"].dtype, found["id"].tolist()) == (np.int64, list(range(SAMPLES)))

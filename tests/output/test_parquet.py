@@ -30,7 +30,7 @@ def test_ids_and_rows_of_an_incomplete_shard_are_continued(tmp_path: Path) -> No
     ranges = written(tmp_path / "resumed", 20, ranges)
     assert [committed.stop for committed in ranges] == [12, 20]
     written(tmp_path / "whole", 20, [])
-    (one,), (other,) = ([*(tmp_path / name).iterdir()] for name in ("resumed", "whole"))
+    (one,), (other,) = ([*(tmp_path / name).rglob("*.parquet")] for name in ("resumed", "whole"))
     assert one.read_bytes() == other.read_bytes()
     assert pandas.read_parquet(one)["id"].tolist() == ids
 
@@ -52,5 +52,5 @@ def test_a_run_is_verified(cli: Command, tmp_path: Path) -> None:
     assert cli("infer", tmp_path / "c.yaml").code == 0
     answer = cli("verify", tmp_path / "out")
     assert (answer.code, "50 of 50 samples verified" in " ".join(answer.out.split())) == (0, True)
-    found = pandas.read_parquet(tmp_path / "out" / "predictions-00000.parquet")
+    found = pandas.read_parquet(tmp_path / "out" / "predictions")
     assert found["id"].tolist() == [f"row {i}" for i in range(50)]

@@ -85,7 +85,7 @@ def test_a_changed_byte_is_reported_with_its_range(
     tmp_path: Path, form: str, close: bool, at: float
 ) -> None:
     state = run(tmp_path, form, close=close)
-    (file,) = tmp_path.glob("predictions*")
+    (file,) = (path for path in tmp_path.rglob("predictions*") if path.is_file())
     data = bytearray(file.read_bytes())
     body = 128 if form == "npy" else len(data) - SAMPLES * 12 if form == "safetensors" else 0
     offset = body + int(at * (len(data) - body))
@@ -103,7 +103,7 @@ def test_a_changed_byte_is_reported_with_its_range(
 @pytest.mark.parametrize("form", FORMS)
 def test_a_truncated_or_missing_file_is_reported(tmp_path: Path, form: str) -> None:
     state = run(tmp_path, form)
-    (file,) = tmp_path.glob("predictions*")
+    (file,) = (path for path in tmp_path.rglob("predictions*") if path.is_file())
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * 0.8)])
     problem = (
@@ -129,7 +129,7 @@ def test_missing_pyarrow_is_an_error_and_not_damage(
 
 def test_a_changed_parquet_row_is_reported_with_its_range(tmp_path: Path) -> None:
     state = run(tmp_path, "parquet")
-    (file,) = tmp_path.glob("predictions*")
+    (file,) = (path for path in tmp_path.rglob("predictions*") if path.is_file())
     table = parquet.read_table(file)
     ids = [-1 if i == 21 else i for i in range(SAMPLES)]
     parquet.write_table(table.set_column(0, "id", [ids]), file)
@@ -144,7 +144,7 @@ def test_a_file_of_another_format_is_reported_as_damaged(
     tmp_path: Path, form: str, junk: bytes
 ) -> None:
     state = run(tmp_path, form)
-    (file,) = tmp_path.glob("predictions*")
+    (file,) = (path for path in tmp_path.rglob("predictions*") if path.is_file())
     file.write_bytes(junk)
     assert len(list(damaged_ranges(tmp_path, state))) == len(state.ranges)
 

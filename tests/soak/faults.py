@@ -83,9 +83,9 @@ class Disk:
         self.calls: list[str] = []
         self.remains: dict[str, bytes] | None = None
         """Files after a kill or a power cut."""
-        there = [*folder.iterdir()] if folder.exists() else []
-        self._names = {file.name: file.stat().st_ino for file in there}
-        self._synced = {file.stat().st_ino: file.read_bytes() for file in there}
+        there = files_below(folder)
+        self._names = {name: file.stat().st_ino for name, file in there.items()}
+        self._synced = {file.stat().st_ino: file.read_bytes() for file in there.values()}
         self._lost: set[int] = set()
 
     @contextmanager
@@ -156,10 +156,19 @@ class Disk:
         Linux drops data that it could not write: a later sync succeeds without them.
         """
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        if path == self.folder:
-            self._names = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
+        if path.is_dir():
+            there = {name: file for name, file in self._names.items() if self._parent(name) != path}
+            there |= {
+                name: file.stat().st_ino
+                for name, file in files_below(self.folder).items()
+                if self._parent(name) == path
+            }
+            self._names = there
         elif path.stat().st_ino not in self._lost:
             self._synced[path.stat().st_ino] = path.read_bytes()
+
+    def _parent(self, name: str) -> Path:
+        return (self.folder / name).parent
 
     def _forget(self, path: Path) -> None:
         """Keep the synced data of a removed file, because another may get its inode number."""
@@ -178,7 +187,14 @@ class Disk:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Name to bytes of every file."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.exists() else {}
+    return {name: file.read_bytes() for name, file in files_below(folder).items()}
+
+
+def files_below(folder: Path) -> dict[str, Path]:
+    """Relative name to path of every file of a run folder and of its folder of predictions."""
+    return {
+        path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
+    }
 
 
 @contextmanager
@@ -369,6 +385,7 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
 
 

@@ -122,10 +122,8 @@ class Folder:
 
     def files(self, out: str) -> dict[str, bytes]:
         """The predictions, without the journal, whose ranges depend on the clock."""
-        names = sorted((self.path / out).iterdir())
-        return {
-            file.name: file.read_bytes() for file in names if file.name.startswith("predictions")
-        }
+        files = sorted((self.path / out).rglob("predictions*"))
+        return {file.name: file.read_bytes() for file in files if file.is_file()}
 
     def committed(self, out: str) -> int:
         """Number of samples in the journal."""
@@ -302,7 +300,8 @@ def check_complete(folder: Folder, out: str, expected: dict[str, bytes]) -> None
     if files != expected:
         differing = [name for name in {*files, *expected} if files.get(name) != expected.get(name)]
         raise SystemExit(f"{out} in {folder.path}: {sorted(differing)} differ")
-    others = {file.name for file in (folder.path / out).iterdir()} - files.keys()
+    there = (folder.path / out).rglob("*")
+    others = {file.name for file in there if file.is_file()} - files.keys()
     if others != {"journal.jsonl", "result.json"}:
         raise SystemExit(f"{out} in {folder.path}: unexpected files {sorted(others)}")
     result = json.loads((folder.path / out / "result.json").read_text())

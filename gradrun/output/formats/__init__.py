@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gradrun.config.output import OutputSection
 from gradrun.output.class_labels import ClassLabels
-from gradrun.output.formats import csv_table, jsonl, npy, parquet, safetensors, text_writer
+from gradrun.output.formats import (
+    csv_table,
+    ids_file,
+    jsonl,
+    npy,
+    parquet,
+    safetensors,
+    text_writer,
+)
 from gradrun.output.journal import CommittedRange
 
 if TYPE_CHECKING:
@@ -95,28 +103,52 @@ class Format(NamedTuple):
     """
     files: tuple[str, ...]
     """Patterns of the file names."""
+    stores_ids: bool = True
+    """Whether the files contain the ids of the samples; otherwise ids.txt does."""
 
 
 _SHARD = f"predictions-{'[0-9]' * 5}"
 
 FORMATS = {
-    "npy": Format(npy.NpyWriter, npy.read, npy.checksum, ("predictions.npy", "predictions.*.npy")),
+    "npy": Format(
+        npy.NpyWriter,
+        npy.read,
+        npy.checksum,
+        ("predictions.npy", "predictions.*.npy"),
+        stores_ids=False,
+    ),
     "safetensors": Format(
         safetensors.SafetensorsWriter,
         safetensors.read,
         safetensors.checksum,
         (f"{_SHARD}.safetensors",),
+        stores_ids=False,
     ),
     "jsonl": Format(jsonl.JsonlWriter, jsonl.read, text_writer.checksum, ("predictions.jsonl",)),
     "csv": Format(csv_table.CsvWriter, csv_table.read, text_writer.checksum, ("predictions.csv",)),
     "parquet": Format(
-        parquet.ParquetWriter, parquet.read, parquet.checksum, (f"{_SHARD}.parquet",)
+        parquet.ParquetWriter,
+        parquet.read,
+        parquet.checksum,
+        (f"{parquet.FOLDER}/{_SHARD}.parquet", f"{_SHARD}.parquet"),
     ),
 }
 
 
+def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
+    """Return the CRC-32 of a range in a file of any format, as `Format.checksum` does."""
+    if path.name == ids_file.FILE_NAME:
+        return text_writer.checksum(path, committed, begin)
+    return FORMATS[path.suffix.removeprefix(".")].checksum(path, committed, begin)
+
+
 def open_writer(
-    config: OutputSection, samples: int, batch_size: int = 1, classes: Sequence[str] = ()
+    config: OutputSection,
+    samples: int,
+    batch_size: int = 1,
+    classes: Sequence[str] = (),
+    *,
+    has_ids: bool = False,
 ) -> PredictionWriter:
     """The writer for a config; it creates no files before `open`.
 
@@ -125,7 +157,10 @@ def open_writer(
         samples: number of samples of the run.
         batch_size: samples between two points at which a run can be resumed.
         classes: class names of the model, which text and table formats write.
+        has_ids: whether samples have ids of their own, not row numbers.
     """
-    return FORMATS[config.format].writer(
-        config.path, samples, batch_size, ClassLabels(config, classes)
-    )
+    form = FORMATS[config.format]
+    writer = form.writer(config.path, samples, batch_size, ClassLabels(config, classes))
+    if has_ids and not form.stores_ids:
+        return ids_file.IdsWriter(writer, config.path)
+    return writer

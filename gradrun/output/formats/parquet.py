@@ -1,5 +1,7 @@
 """Predictions in .parquet shards: one row per sample, with its id, outputs and class names.
 
+The shards have a folder of their own, which other tools read as one dataset.
+
 An output of several numbers is a column of (nested) lists. The values of a missing prediction and
 missing classes are null.
 """
@@ -18,7 +20,7 @@ from gradrun.core.optional import import_optional
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.formats.npy import has_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter, row_checksum
-from gradrun.output.journal import CommittedRange
+from gradrun.output.journal import SUBFOLDER, CommittedRange
 from gradrun.output.missing import MISSING_CLASS
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+FOLDER = SUBFOLDER
+"""Folder of the shards in the run folder; earlier versions wrote them beside the journal."""
+
 _ROWS = 16 * 1024
 """Number of rows read at once."""
 
@@ -36,6 +41,7 @@ class ParquetWriter(ShardedWriter):
     """One column per output in each shard, besides the ids and the class names."""
 
     suffix = "parquet"
+    subfolder = FOLDER
     stores_ids = True
 
     def __init__(
@@ -88,7 +94,8 @@ class ParquetWriter(ShardedWriter):
 def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield all rows, some at a time."""
     first = 0
-    for path in sorted(folder.glob("predictions-*.parquet")):
+    shards = "predictions-*.parquet"
+    for path in sorted((folder / FOLDER).glob(shards)) or sorted(folder.glob(shards)):
         with _pyarrow("parquet").ParquetFile(path) as shard:
             for batch in shard.iter_batches(_ROWS):
                 columns = _to_numpy(_pyarrow().Table.from_batches([batch]))

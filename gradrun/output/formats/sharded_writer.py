@@ -56,12 +56,14 @@ class ShardedWriter(ABC):
     """
 
     suffix: str
+    subfolder = ""
+    """Folder of the shards in the run folder; empty for the run folder itself."""
     stores_ids = False
 
     def __init__(
         self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
     ) -> None:
-        self.folder, self.samples, self.batch_size = folder, samples, batch_size
+        self.folder, self.samples, self.batch_size = folder / self.subfolder, samples, batch_size
         self.labels = labels or ClassLabels()
         self.written = 0
         self._rows = 1
@@ -99,6 +101,9 @@ class ShardedWriter(ABC):
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         row_bytes += ID_BYTES if self.stores_ids else 0
         self._rows = shard_rows(self.samples, row_bytes, self.batch_size)
+        if self.subfolder:
+            self.folder.mkdir(exist_ok=True)
+            files.sync_folder(self.folder.parent)
         left = self.samples - (committed[-1].stop if committed else 0)
         files.ensure_free_space(self.folder, left * row_bytes, "predictions")
         rows = min(self._rows, self.samples)
@@ -153,7 +158,8 @@ class ShardedWriter(ABC):
         return self.commit()
 
     def files(self) -> list[str]:
-        return [self._name(shard) for shard in range(math.ceil(self._committed / self._rows))]
+        shards = range(math.ceil(self._committed / self._rows))
+        return [self._relative(self._name(shard)) for shard in shards]
 
     # --- shards --------------------------------------------------------------------------------
 
@@ -163,6 +169,9 @@ class ShardedWriter(ABC):
 
     def _name(self, shard: int) -> str:
         return f"predictions-{shard:05}.{self.suffix}"
+
+    def _relative(self, name: str) -> str:
+        return f"{self.subfolder}/{name}" if self.subfolder else name
 
     def _seal(self) -> None:
         """Write the shard in the buffers.
@@ -177,7 +186,7 @@ class ShardedWriter(ABC):
         committed = CommittedRange(
             start=self._committed,
             stop=self.written,
-            files={file: row_checksum(map(_raw_bytes, new), self._ids[begin:rows])},
+            files={self._relative(file): row_checksum(map(_raw_bytes, new), self._ids[begin:rows])},
             nonfinite=count_nonfinite(new, self._valid[begin:rows]),
         )
         files.replace_file(self.folder / file, self.encode(columns, self._ids[:rows], start))
