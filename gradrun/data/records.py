@@ -134,7 +134,8 @@ class _Records:
         with closing(read_table(self.path)) as records:
             for record in at_positions(records, positions):
                 values = (f"{column} {record.fields.get(column)}" for column in shown)
-                yield Preview(f"{', '.join(values)}{more}")
+                name = f"{self._ids.of(record)}: " if self._ids else ""
+                yield Preview(f"{name}{', '.join(values)}{more}")
 
     def labels(self) -> Iterator[torch.Tensor]:
         with closing(read_table(self.path)) as records:

@@ -113,7 +113,8 @@ def _table(table: Table) -> str:
     )
     note = f'<p class="note">{_text(table.note)}</p>' if table.note else ""
     # On a phone, a row of many columns becomes a list.
-    wide = "wide" if len(table.columns) > 2 else ""
+    examples = any(isinstance(name, Picture) for name, *_ in table.rows)
+    wide = "wide" if len(table.columns) > 2 or examples else ""
     head = f"<thead><tr><th>{_text(table.title)}</th>{heads}</tr></thead>"
     return (
         f'<section><div class="scrolls" tabindex="0"><table{_class(wide)}>\n{head}\n'
@@ -130,7 +131,7 @@ def _cell(column: Column, cell: Cell) -> str:
 def _content(cell: Cell) -> str:
     match cell:
         case Share(_, length):
-            return f'{_text(cell)}<i class="bar"><b style="width: {length:.1%}"></b></i>'
+            return f'{_text(cell)}<i class="bar"><b style="width: {length:.0%}"></b></i>'
         case Picture(name, jpeg) if jpeg.startswith(_JPEG):
             data = b64encode(jpeg).decode()
             return f'<img src="data:image/jpeg;base64,{data}" alt="">{_text(name)}'

@@ -88,7 +88,8 @@ def _updater(display: RichProgress, draw: Callable[[], None]) -> ProgressCallbac
 
 
 def _overwrite_line(console: Console, content: RenderableType) -> None:
+    width = console.width - 1  # a cursor in the last column would start another line
     with console.capture() as capture:
-        console.print(content)
-    line = capture.get().rstrip("\n")
-    print(f"\r{line:<{console.width - 1}}", end="", file=console.file, flush=True)
+        console.print(content, width=width, no_wrap=True)
+    line = capture.get().rstrip("\n")[:width]
+    print(f"\r{line:<{width}}", end="", file=console.file, flush=True)

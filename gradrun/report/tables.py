@@ -70,7 +70,7 @@ class Share:
     """A share from 0 to 1, which a page shows as a bar too."""
 
     value: float
-    bar: float
+    bar: float = 0
     """Length of the bar, from 0 to 1."""
 
     def __str__(self) -> str:
@@ -113,11 +113,6 @@ class Table:
     """Fill the width, so that consecutive tables in a terminal are aligned."""
     brief: int = 0
     """Rows that a terminal shows, each on one line; 0: all, wrapped."""
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether a terminal shows only some of the rows."""
-        return 0 < self.brief < len(self.rows)
 
 
 def of_measurements(result: AnyResult) -> tuple[Table, ...]:
@@ -258,22 +253,23 @@ def metrics(values: Sequence[Metric]) -> Table:
 
 def predicted_classes(found: ClassDistribution, predictions: int | None) -> Table:
     """The classes that were predicted most often, of a run with this number of predictions."""
-    shown = [(c.name, c.count) for c in found.most_frequent[:_MAX_CLASSES]]
-    if more := found.distinct - len(shown):
-        shown.append((f"{more:,} more", found.predictions - sum(count for _, count in shown)))
-    largest = max((count for _, count in shown), default=1)
+    shown = found.most_frequent[:_MAX_CLASSES]
+    total, largest = max(1, found.predictions), max((c.count for c in shown), default=1)
     rows: list[tuple[Cell, ...]] = [
-        (name, f"{count:,}", Share(count / max(1, found.predictions), count / max(1, largest)))
-        for name, count in shown
+        (c.name, f"{c.count:,}", Share(c.count / total, c.count / max(1, largest))) for c in shown
     ]
-    distinct, known = f"{found.distinct:,}", found.classes and f"{found.classes:,}"
-    note = f"{distinct} of {known} classes predicted" if known else ""
+    if more := found.distinct - len(shown):
+        rest = found.predictions - sum(c.count for c in shown)
+        rows.append((f"{more:,} more", f"{rest:,}", Share(rest / total)))
+    note = f"{pluralize(found.distinct, 'class')} predicted"
+    if found.classes:
+        note = f"{found.distinct:,} of {pluralize(found.classes, 'class')} predicted"
     if found.samples < (predictions or 0):
-        note = f"{note or 'Counted'} over the first {pluralize(found.samples, 'sample')}"
+        note += f" in the first {pluralize(found.samples, 'sample')}"
     title = "Predicted class"
     title += "" if found.output in {"prediction", "class", "indices", ""} else f", {found.output}"
     columns = (Column("predictions"), Column("share"))
-    return Table(title, columns, tuple(rows), note=note and f"{note}.", brief=5)
+    return Table(title, columns, tuple(rows), note=f"{note}.", brief=5)
 
 
 def example_predictions(examples: Sequence[Example]) -> Table:

@@ -39,9 +39,8 @@ def show(document: Document, console: Console) -> None:
         )
     for table in (*document.tables, *document.predictions, *document.interpretation):
         console.print(_table(table, min(console.width, TABLE_WIDTH)))
-        more = f"And {len(table.rows) - table.brief} more." if table.is_cut else ""
-        if below := " ".join(filter(None, (more, table.note))):
-            console.print(_text(below, "quiet"))
+        if table.note:
+            console.print(_text(table.note, "quiet"))
         console.print()
     for finding in document.findings:
         _print_finding(finding, console)

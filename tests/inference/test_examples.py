@@ -34,8 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(base / "x.npz", scores=scores, labels=labels)
     with (base / "x.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["a", "b", "c", "label"])
-        writer.writerows([*row, NAMES[label]] for row, label in zip(scores, labels, strict=True))
+        writer.writerow(["a", "b", "c", "label", "name"])
+        pairs = enumerate(zip(scores, labels, strict=True))
+        writer.writerows([*row, NAMES[label], f"no. {i}"] for i, (row, label) in pairs)
     (base / "net.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Identity):\n"
@@ -112,6 +113,7 @@ def test_rows_of_a_table_are_shown_by_their_columns(folder: Path, tmp_path: Path
         "path": str(folder / "x.csv"),
         "inputs": {"x": {"columns": ["a", "b", "c"]}},
         "labels": "label",
+        "id": "name",
         "classes": list(NAMES),
     }
     result = run(folder, tmp_path / "out", data, output={"transform": "argmax", "format": "csv"})
@@ -119,7 +121,8 @@ def test_rows_of_a_table_are_shown_by_their_columns(folder: Path, tmp_path: Path
         rows = list(csv.DictReader(file))
     for example in result.examples:
         row = rows[example.position]
-        assert example.input == ", ".join(f"{name} {row[name]}" for name in "abc")
+        values = ", ".join(f"{name} {row[name]}" for name in "abc")
+        assert example.input == f"{row['name']}: {values}"
         assert example.label == row["label"]
 
 

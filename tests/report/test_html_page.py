@@ -109,6 +109,7 @@ EXAMPLES = (
         label="dog",
         correct=False,
     ),
+    Example(position=5, input="a/very_long_name_without_a_place_to_break_it" * 4, prediction="2"),
     Example(position=9, input="<b>A long text</b> " * 9, picture=b"no JPEG", prediction="1"),
 )
 DISTRIBUTION = ClassDistribution(
