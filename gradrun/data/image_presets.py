@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradrun.config.data import ImagesData
+from gradrun.config.data import PROCESSOR_FILES, ImagesData
 from gradrun.config.model import ModelConfig, TimmModel, TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import hub_errors, import_optional, import_transformers
@@ -189,8 +190,8 @@ def _processor(config: ImagesData, source: str | Path) -> Preprocessing:
     except Exception as error:
         raise ConfigError(
             f"{_name(processor)} does not turn one image into one array [channels, height, width]: "
-            f"{first_line(error)}. Process the images in Python, save the arrays as .safetensors, "
-            "and read them with source: arrays",
+            f"{first_line(error).rstrip('.')}. Process the images in Python, save the arrays as "
+            ".safetensors, and read them with source: arrays",
             "data.processor",
         ) from error
     return Preprocessing(transform, mode, _processor_statements(processor, mode, overrides))
@@ -254,13 +255,20 @@ def _load_processor(source: str | Path) -> Any:
     # The torchvision backend gives slightly different pixels, and may not be installed.
     backend = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
     if isinstance(source, Path) and source.is_file():
+        if source.name not in PROCESSOR_FILES:
+            names = " or ".join(PROCESSOR_FILES)
+            raise ConfigError(
+                f"transformers reads a folder with {names}, not {source.name}", "data.processor"
+            )
         source = source.parent
+    load = partial(transformers.AutoImageProcessor.from_pretrained, source, trust_remote_code=False)
     with hub_errors(
         source, "data.processor", "which image processors never run; choose another one"
     ):
-        return transformers.AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=False, **backend
-        )
+        try:
+            return load(**backend)
+        except Exception:  # some classes have only a torchvision backend
+            return load()
 
 
 def _processor_overrides(config: ImagesData) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gradrun.data import open_data
 from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.source import BatchSource
 from tests.support.pictures import lay_out, save_noise
+from tests.support.small_models import save_tokenizer
 
 
 def section(path: Path, **changes: Any) -> ImagesData:
@@ -122,6 +123,141 @@ def test_preprocess_processor_gives_the_pixels_of_transformers(tmp_path: Path, n
         assert torch.equal(batch.args[0], expected)
 
 
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+_SQUARE = {"height": 64, "width": 64}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "rescaling twice": {
+        "image_processor_type": "EfficientNetImageProcessor",
+        "include_top": True,
+        "size": _SQUARE,
+        **_IMAGENET,
+    },
+    "a resize by 256/224": {
+        "image_processor_type": "LevitImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": _SQUARE,
+    },
+    "a crop before the resize": {
+        "image_processor_type": "PerceiverImageProcessor",
+        "size": _SQUARE,
+        "crop_size": {"height": 80, "width": 80},
+    },
+    "multiples of a patch": {
+        "image_processor_type": "DPTImageProcessor",
+        "keep_aspect_ratio": True,
+        "ensure_multiple_of": 14,
+        "size": _SQUARE,
+    },
+    "an old file with whole numbers": {
+        "feature_extractor_type": "DeiTFeatureExtractor",
+        "do_resize": True,
+        "resample": 3,
+        "size": 72,
+        "do_center_crop": True,
+        "crop_size": 64,
+        **_IMAGENET,
+    },
+    "an old file whose number is a square": {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "do_resize": True,
+        "resample": 2,
+        "size": 64,
+    },
+    "defaults of the class": {"image_processor_type": "ViTImageProcessor"},
+    "a mask that hides nothing": {
+        "image_processor_type": "YolosImageProcessor",
+        "size": {"shortest_edge": 64, "longest_edge": 96},
+    },
+    "reversed channels": {
+        "image_processor_type": "MobileViTImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": _SQUARE,
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_processors_give_the_pixels_of_transformers(tmp_path: Path, name: str) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(UNUSUAL[name]))
+    image = Image.open(save_noise(tmp_path / "a.png", 90, 120))
+    library = import_transformers("").AutoImageProcessor.from_pretrained(tmp_path)
+    expected = library(images=image, return_tensors="pt")["pixel_values"]
+    (batch,) = opened(tmp_path, preprocess="processor", processor=tmp_path).batches()
+    assert torch.equal(batch.args[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Siglip2ImageProcessor", "also returns pixel_attention_mask, spatial_shapes"),
+        ("Pix2StructImageProcessor", "also returns attention_mask, flattened_patches"),
+        ("VideoMAEImageProcessor", r"pixel_values have the shape \[1, 1, 3, 224, 224\]"),
+        ("VitPoseImageProcessor", "does not turn one image into one array"),
+    ],
+)
+def test_processors_whose_models_need_more_than_one_array_are_an_error(
+    tmp_path: Path, kind: str, words: str
+) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": kind}))
+    with pytest.raises(ConfigError, match=f"{kind} .*{words}.* source: arrays") as caught:
+        preprocessing_of(section(tmp_path, preprocess="processor", processor=tmp_path), None)
+    assert caught.value.key == "data.processor"
+
+
+def test_the_image_processor_of_a_saved_processor_is_used(tmp_path: Path) -> None:
+    transformers = import_transformers("")
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    images = transformers.BlipImageProcessor(size=_SQUARE)
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(tmp_path / "blip")
+    image = Image.open(save_noise(tmp_path / "pics/a.png", 90, 120))
+    expected = images(images=image, return_tensors="pt")["pixel_values"]
+    keys = {"preprocess": "processor", "processor": tmp_path / "blip"}
+    (batch,) = opened(tmp_path / "pics", **keys).batches()
+    assert torch.equal(batch.args[0], expected)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"reads a folder with .*, not other\.json"):
+        opened(tmp_path / "pics", **keys | {"processor": tmp_path / "other.json"})
+
+
+def test_steps_are_stated_as_they_are_applied(tmp_path: Path) -> None:
+    save_noise(tmp_path / "pics/a.png", 50, 70)
+    file = {"image_processor_type": "CLIPImageProcessor"} | PROCESSORS["CLIPImageProcessor"]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
+    expected = {
+        (): ("none: RGB", "x 1/255"),
+        (("mode", "L"), ("scale", 1.0), ("resize", (20, 30))): (
+            "none: resize 20x30 bilinear, L", "x 1",
+        ),
+        (("preprocess", "imagenet"), ("interpolation", "bicubic")): (
+            "imagenet: resize 256 bicubic, crop 224, RGB",
+            "x 1/255, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
+        ),
+        (("preprocess", "processor"), ("processor", tmp_path), ("std", (1.0, 2.0, 0.25))): (
+            "CLIPImageProcessor: resize shortest edge 40 bicubic, crop 32, RGB",
+            "x 1/255, mean 0.4 0.4 0.4, std 1 2 0.25",
+        ),
+    }  # fmt: skip
+    for keys, texts in expected.items():
+        steps = preprocessing_of(section(tmp_path / "pics", **dict(keys)), None)
+        assert tuple(statement.text for statement in steps.statements) == texts
+        assert [statement.topic for statement in steps.statements] == ["preprocess", "pixels"]
+
+
+def test_a_key_that_the_preset_does_not_use_is_an_error(tmp_path: Path) -> None:
+    given = {
+        "model": {"source": "zoo", "name": "resnet18"},
+        "data": {"source": "images", "path": str(tmp_path), "architecture": "resnet18"},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    message = "architecture is not used by preprocess: none; set preprocess: timm or torchvision"
+    with pytest.raises(ConfigError, match=message):
+        load_config(given)
+    with pytest.raises(ConfigError, match=r"smaller than the preset's crop to 224; set data\.crop"):
+        preprocessing_of(section(tmp_path, preprocess="imagenet", resize=64), None)
+
+
 def test_keys_of_the_config_override_those_of_a_processor(tmp_path: Path) -> None:
     file = {"image_processor_type": "CLIPImageProcessor"} | PROCESSORS["CLIPImageProcessor"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
@@ -137,7 +273,7 @@ def test_keys_of_the_config_override_those_of_a_processor(tmp_path: Path) -> Non
     assert torch.allclose(batch.args[0][0], torch.from_numpy(own.transform(image)), atol=1e-6)
 
 
-def test_predictions_of_an_image_classifier_are_those_of_a_loop_with_its_processor(
+def test_the_processor_of_an_image_classifier_is_the_default_and_gives_its_predictions(
     tmp_path: Path,
 ) -> None:
     transformers = import_transformers("")
@@ -158,8 +294,7 @@ def test_predictions_of_an_image_classifier_are_those_of_a_loop_with_its_process
                 "auto_class": "AutoModelForImageClassification",
             },
             "data": {
-                "source": "images", "path": str(tmp_path / "images"), "preprocess": "processor",
-                "batch_size": 10,
+                "source": "images", "path": str(tmp_path / "images"), "batch_size": 10,
             },
             "output": {"path": str(tmp_path / "out")},
         }
