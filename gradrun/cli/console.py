@@ -109,7 +109,11 @@ def _exit_with(error: GradrunError, resume_command: str = "") -> None:
 
     from gradrun.report.escaping import escape_control_chars
 
-    text = f"{error}\nto resume: {resume_command}" if error.resumable else str(error)
+    text = str(error)
+    if error.resumable and error.resume_options:
+        text += f"\nto resume without the failing samples: {resume_command} {error.resume_options}"
+    elif error.resumable:
+        text += f"\nto resume: {resume_command}"
     line = Text.assemble(("error: ", "bold red"), escape_control_chars(text))
     make_console(stderr=True).print(line, soft_wrap=True)
     raise typer.Exit(error.exit_code) from None

@@ -24,14 +24,23 @@ class GradrunError(Exception):
         message: the sentence.
         result: the RunResult measured before the failure, if any.
         resumable: whether the same command with `--resume` continues the run.
+        resume_options: options without which a resume would fail at the same sample.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, result: Any = None, resumable: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        result: Any = None,
+        resumable: bool = False,
+        resume_options: str = "",
+    ) -> None:
         super().__init__(message)
         self.result = result
         self.resumable = resumable
+        self.resume_options = resume_options
 
 
 class ConfigError(GradrunError):
@@ -72,8 +81,9 @@ class Interrupted(GradrunError):
         exit_code: int = 130,
         result: Any = None,
         resumable: bool = False,
+        resume_options: str = "",
     ) -> None:
-        super().__init__(message, result=result, resumable=resumable)
+        super().__init__(message, result=result, resumable=resumable, resume_options=resume_options)
         self.exit_code = exit_code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Iterator
@@ -46,13 +47,26 @@ def explain_first_batch_failure(
     named = [f"{name} {_describe(value)}" for name, value in kwargs.items()]
     inputs = ", ".join([*map(_describe, args), *named])
     module = _failing_module(model, args, kwargs)
-    dtype_hint = "dtype" in first_line(error)
-    hint = "; data.inputs: {NAME: {dtype: ...}} converts it" if dtype_hint else ""
     return ModelInputError(
         f"the model failed on the input {inputs}{module}: {describe_model_error(error, mode)}"
-        f"{hint}",
+        f"{_remedy(model, kwargs, first_line(error))}",
         "data.inputs",
     )
+
+
+def _remedy(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
+    """Return the remedy for a common cause, or ""."""
+    if "unexpected keyword argument" in reason:
+        parameters = inspect.signature(model.forward).parameters
+        accepted = ", ".join(name for name in kwargs if name in parameters)
+        return f"; pass only inputs that it accepts: data.inputs: [{accepted}]" if accepted else ""
+    parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if parts and not any(name.startswith("decoder") for name in kwargs):
+        return (
+            "; an encoder-decoder model needs decoder inputs too; model.auto_class: "
+            "AutoModelForTextEncoding runs its encoder alone"
+        )
+    return "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in reason else ""
 
 
 def describe_model_error(error: BaseException, mode: GradMode) -> str:

@@ -40,7 +40,7 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import Outputs, resolve_output
+from gradrun.output.transforms import Outputs, other_pooling, resolve_output
 from gradrun.results.result import InferResult, Memory, RunInfo, Statement, Warning
 from gradrun.results.run_warnings import run_warnings
 
@@ -279,6 +279,9 @@ def build_result(
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
     ]
+    if own := other_pooling(runner.config.output, plan.model):
+        text = f"the folder's own embedding is {own}; without output.transform and output.select"
+        warnings.append(Warning(code="other_pooling", text=f"{text}, it is used"))
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
         warnings += run_warnings(measurement, environment, training=training)
@@ -324,7 +327,9 @@ def save(
     with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
         plan.folder.save(result)
     text = f"{reason}; {committed:,} of {samples:,} predictions are saved in {plan.folder.path}"
-    raise type(stopped)(text, result=result, resumable=True) from stopped.__cause__
+    raise type(stopped)(
+        text, result=result, resumable=True, resume_options=stopped.resume_options
+    ) from stopped.__cause__
 
 
 def _input_checksum(data: BatchSource) -> InputChecksum:

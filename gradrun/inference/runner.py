@@ -69,6 +69,9 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip such samples"
 
+_SKIP_SAMPLES = "--set run.on_error=quarantine"
+"""Lets a resume continue after a sample that fails each time."""
+
 CommitCallback = Callable[[], None]
 """Called between two batches, a few times per second, to commit predictions."""
 
@@ -495,7 +498,9 @@ class Runner:
                 f"{input_position(self.data, sample):,}, failed: "
                 f"{describe_model_error(error, self.mode)}"
             )
-        stopped = RunFailed(text)
+        of_sample = not isinstance(error, GradrunError | OSError)
+        skips = of_sample and self.config.run.on_error != "quarantine"
+        stopped = RunFailed(text, resume_options=_SKIP_SAMPLES if skips else "")
         stopped.__cause__ = error  # as `raise ... from` does; it is raised after saving
         return stopped
 

@@ -49,7 +49,7 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
         model_config = transformers.AutoConfig.from_pretrained(config.path, **settings)
         if not trust_code and config.attention is None:
             _check_kernels(config, settings, transformers)
-        auto, notes = _auto_class(config, folder, model_config)
+        auto, notes = _auto_class(config, folder, model_config, transformers)
         model, report = getattr(transformers, auto).from_pretrained(
             config.path,
             **settings,
@@ -100,12 +100,16 @@ def _weight_files(path: Path | str, subfolder: str) -> tuple[Path, ...]:
 
 
 def _auto_class(
-    config: HuggingFaceModel, folder: SentenceFolder | None, model_config: Any
+    config: HuggingFaceModel, folder: SentenceFolder | None, model_config: Any, transformers: Any
 ) -> tuple[str, tuple[Statement, ...]]:
-    """Return the auto class, which is the encoder's for a folder of sentence-transformers."""
-    two_parts = getattr(model_config, "is_encoder_decoder", False)
-    if two_parts and folder and folder.embeds and config.auto_class == "AutoModel":
-        note = Statement(topic="model", text="only the encoder, as in sentence-transformers")
+    """Return the auto class; for a T5 of which only the encoder is saved or needed, its encoder."""
+    classes = transformers.AutoModelForTextEncoding._model_mapping
+    kind = type(model_config)
+    has_encoder = kind in classes and classes[kind].__name__.endswith("EncoderModel")
+    saved_alone = any(name.endswith("EncoderModel") for name in model_config.architectures or ())
+    needed_alone = folder is not None and folder.embeds
+    if config.auto_class == "AutoModel" and has_encoder and (saved_alone or needed_alone):
+        note = Statement(topic="model", text="only the encoder, as AutoModelForTextEncoding")
         return "AutoModelForTextEncoding", (note,)
     return config.auto_class, ()
 

@@ -221,10 +221,18 @@ def statements(
         yield Statement(topic=topic, text=text)
 
 
+def other_pooling(config: OutputSection, model: ModelFacts) -> str:
+    """Describe the pooling of a sentence-transformers folder if the config pools in another way."""
+    embedding: Any = model.embedding
+    steps = config.transforms_of("")
+    if embedding is None or not _POOLING_STEPS & {*steps} or steps == embedding.equivalent:
+        return ""
+    return str(embedding.description)
+
+
 def _describe_embedding(config: OutputSection, model: ModelFacts | None) -> str:
-    """Describe the pooling of a sentence-transformers folder, and whether the config uses it."""
     embedding: Any = model.embedding if model else None
-    if embedding is None:
+    if model is None or embedding is None:
         return ""
     steps = config.transforms_of("")
     if "sentence_embedding" in steps or steps == embedding.equivalent:
@@ -512,5 +520,6 @@ _TRANSFORMS: dict[str, _Transform] = {
     "sentence_embedding": _sentence_embedding,
     "normalize": _normalize,
 }
+_POOLING_STEPS = {"mean_pool", "cls", "last_token"}
 _CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
 """Transforms over the dimension of the classes."""
