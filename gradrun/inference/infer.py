@@ -279,9 +279,6 @@ def build_result(
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
     ]
-    if own := other_pooling(runner.config.output, plan.model):
-        text = f"the folder's own embedding is {own}; without output.transform and output.select"
-        warnings.append(Warning(code="other_pooling", text=f"{text}, it is used"))
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
         warnings += run_warnings(measurement, environment, training=training)
@@ -404,14 +401,18 @@ def _output_warnings(
 
 
 def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
+    warnings = []
+    if own := other_pooling(config.output, model):
+        text = f"the folder's own embedding is {own}; without output.transform and output.select"
+        warnings.append(Warning(code="other_pooling", text=f"{text}, it is used"))
     if not model.random or isinstance(config.data, SyntheticData):
-        return []
+        return warnings
     text = f"weights: {model.random}, so the predictions are not those of a trained model"
     if isinstance(config.model, WeightedModel):
         text += "; set model.weights to a file"
     if hasattr(config.model, "pretrained"):
         text += ", or model.pretrained: true"
-    return [Warning(code="random_weights", text=text)]
+    return [*warnings, Warning(code="random_weights", text=text)]
 
 
 def _add_metrics(
