@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gradrun.audits import AUDIT_PASSES, agreement, saved_tensors, torch_compile
+from gradrun.audits.mixed_samples import mixed_samples
 from gradrun.audits.target import AuditTarget
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
@@ -187,8 +188,13 @@ def _report_failure(found: _Audited, subject: AuditTarget, name: str) -> Iterato
 
 
 def _compare_to(base: AuditTarget | None, subject: AuditTarget, found: _Audited) -> AuditTarget:
-    """Compare with the first mode that runs, the baseline; both modes use its model."""
+    """Compare with the first mode that runs, the baseline; both modes use its model.
+
+    Samples that mix in one mode mix in all, so only the baseline is tested for that.
+    """
     if base is None:
+        with _report_failure(found, subject, "mixed_samples"):
+            found.findings += mixed_samples(subject)
         return subject
     same_model = AuditTarget(subject.name, subject.config, subject.device, base.model, base.batches)
     steady = not any(finding.code == "not_deterministic" for finding in found.findings)

@@ -25,7 +25,14 @@ from gradrun.inference.environment import current_environment
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, locked_check_folder
 from gradrun.results.ratios import time_ratio
-from gradrun.results.result import CheckResult, InferResult, Outcome, Output, RunInfo
+from gradrun.results.result import (
+    CheckResult,
+    Equivalence,
+    InferResult,
+    Outcome,
+    Output,
+    RunInfo,
+)
 
 _PROCESS_MEMORY = ("process_peak", "device_allocated", "device_reserved")
 
@@ -193,7 +200,7 @@ class CheckRun:
 
     def _failed_in_worker(self, outputs: tuple[Output, ...], failure: Failure) -> CheckResult:
         """Return the result of a model that ran here but failed in a worker process."""
-        outcomes = evaluate.smoke(self.predicted, []) if self.section.smoke else []
+        outcomes = self._smoke_of_run([]) if self.section.smoke else []
         failed = evaluate.model_failed("model runs in a new process", failure.message)
         return self._result(
             environment=self.predicted.environment,
@@ -258,12 +265,16 @@ class CheckRun:
             return []
         modes = [e for e in compared.equivalence if e.candidate in set(GradMode)]
         return [
-            *evaluate.smoke(self.predicted, modes),
+            *self._smoke_of_run(modes),
             *(
                 evaluate.model_failed(f"outputs match {failure.variant}", failure.error)
                 for failure in compared.failures
             ),
         ]
+
+    def _smoke_of_run(self, modes: Sequence[Equivalence]) -> list[Outcome]:
+        tested = self.config.measure.batch_independence
+        return evaluate.smoke(self.predicted, modes, batch_independence=tested)
 
     def _regression(
         self, compared: SessionData, measured: SessionData, outputs: tuple[Output, ...]

@@ -63,8 +63,13 @@ def _inconclusive(reason: str) -> _Verdict:
 # --- smoke ---------------------------------------------------------------------------------------
 
 
-def smoke(predicted: InferResult, equivalence: Sequence[Equivalence]) -> list[Outcome]:
-    """Check that a run is complete and finite, retains no graph, and that the modes agree."""
+def smoke(
+    predicted: InferResult, equivalence: Sequence[Equivalence], *, batch_independence: bool = True
+) -> list[Outcome]:
+    """Check that a run is complete, finite and without graphs, and that modes and batches agree.
+
+    `batch_independence` tells whether the run tested it.
+    """
     problems = {warning.code: warning.text for warning in predicted.warnings}
     measured = predicted.measurements[0]
     batches = pluralize(len(measured.batch_sizes), "batch")
@@ -80,6 +85,10 @@ def smoke(predicted: InferResult, equivalence: Sequence[Equivalence]) -> list[Ou
     if measured.mode is not GradMode.GRAD:
         retained = problems.get("graph_kept", "")
         outcomes.append(_smoke("no retained graph", "no graph in outputs", retained))
+    if batch_independence and max(measured.batch_sizes, default=1) > 1:
+        mixed = problems.get("batch_dependent", "")
+        limit = "equal in any batch"
+        outcomes.append(_smoke("independent of batch", limit, mixed, "equal", "dependent"))
     for other in equivalence:
         value = "bitwise equal" if other.bitwise else f"within ±{other.max_abs_diff:.1g}"
         where = f", first in {other.first_module}" if other.first_module else ""

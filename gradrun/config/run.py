@@ -45,6 +45,9 @@ class MeasureSection(Section):
     """Measurements and their precision."""
 
     memory: bool = Field(True, description="measure tensor memory in one extra, untimed batch")
+    batch_independence: bool = Field(
+        True, description="test on the first batch whether predictions depend on their neighbors"
+    )
     processes: Annotated[int, Field(ge=2, le=1000)] = Field(
         5, description="compare: minimum number of fresh processes"
     )

@@ -148,6 +148,7 @@ def infer(
         metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
         if plan.finished:
             return _replace_metrics(plan.finished, config, metrics, plan.folder)
+        runner.check_batch_independence(prepared)
         # Before the lock creates the folder: a format may need a library that is missing.
         writer = _create_writer(plan)
         with plan.folder.locked():

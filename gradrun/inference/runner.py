@@ -31,6 +31,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import BatchSource, LengthGrouped, input_position
+from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -83,6 +84,8 @@ class PreparedRun:
     first: Batch
     outputs: Outputs
     """Outputs of the first batch, [size, ...] each: the template for a writer."""
+    rows: Rows
+    """A few rows of them as the model returned them, for the test of batch independence."""
     statements: tuple[Statement, ...]
     """How outputs are transformed, with their shapes."""
     recovery: BatchRecovery
@@ -167,7 +170,9 @@ class Runner:
             statements = tuple(
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
+            rows = reference_rows(returned, first, self.config)
             del returned
+            warm_up_started = time.perf_counter()
             try:
                 self._warm_up(first, clock)
                 ahead = should_prefetch(self.data, forward_seconds=clock.seconds[-1])
@@ -176,7 +181,7 @@ class Runner:
                     f"the model ran its first batch, but failed when it ran it again: "
                     f"{describe_model_error(error, self.mode)}"
                 ) from error
-        warm_up_seconds = time.perf_counter() - started - first_batch_seconds
+            warm_up_seconds = time.perf_counter() - warm_up_started
         recovery = BatchRecovery(
             run=self.config.run,
             quarantine=quarantine or Quarantine(self.config.output.path),
@@ -189,6 +194,7 @@ class Runner:
         return PreparedRun(
             first=first,
             outputs=outputs,
+            rows=rows,
             statements=statements,
             recovery=recovery,
             prefetch=ahead,
@@ -196,6 +202,15 @@ class Runner:
             warm_up_seconds=warm_up_seconds,
             batch_seconds=clock.seconds[-1],
         )
+
+    def check_batch_independence(self, prepared: PreparedRun) -> None:
+        """Warn if predictions depend on the other samples of their batch; restores the model."""
+        with execution_context(self.config.run, self.device):
+            found = batch_dependence(
+                self.model, prepared.first, prepared.rows, self.config, self.device
+            )
+        if found:
+            self._warn("batch_dependent", f"{found.text}; {found.advice}")
 
     def run_timed_pass(
         self,

@@ -39,6 +39,7 @@ def test_a_sound_run_passes_every_smoke_check():
         "predictions complete",
         "predictions finite",
         "no retained graph",
+        "independent of batch",
         "outputs match grad",
     ]
     assert {outcome.status for outcome in outcomes.values()} == {"pass"}
@@ -51,6 +52,7 @@ def test_a_sound_run_passes_every_smoke_check():
         ("nonfinite", "predictions finite"),
         ("quarantined", "predictions complete"),
         ("graph_kept", "no retained graph"),
+        ("batch_dependent", "independent of batch"),
     ],
 )
 def test_a_warning_of_the_run_fails_its_smoke_check(code, check):
@@ -63,6 +65,13 @@ def test_a_missing_prediction_fails():
     found = by_name(evaluate.smoke(predicted(rows=497), []))
     assert found["predictions complete"].status == "fail"
     assert "498" in found["predictions complete"].reason
+
+
+def test_batch_independence_is_no_check_where_it_was_not_tested():
+    alone = run_result(measurement(batches=10, last=1).replace(batch_sizes=(1,) * 10))
+    assert "independent of batch" not in by_name(evaluate.smoke(alone, []))
+    untested = evaluate.smoke(predicted(), [], batch_independence=False)
+    assert "independent of batch" not in by_name(untested)
 
 
 def test_a_graph_is_allowed_in_grad():

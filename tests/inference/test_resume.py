@@ -99,8 +99,14 @@ def test_a_signal_stops_a_run_and_the_printed_command_resumes_it(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("call", "committed"),
-    [(0, None), (1, None), (7, 20), (17, SAMPLES)],
-    ids=["while it loads", "in the first batch", "in a batch", "while memory is counted"],
+    [(0, None), (1, None), (2, None), (9, 20), (19, SAMPLES)],
+    ids=[
+        "while it loads",
+        "in the first batch",
+        "while samples run alone",
+        "in a batch",
+        "while memory is counted",
+    ],
 )
 def test_a_signal_at_any_time_is_reported_with_its_exit_code(
     tmp_path: Path, call: int, committed: int | None, number: int
