@@ -374,7 +374,8 @@ def test_a_model_that_ignores_the_mask_depends_on_padding(
     assert found is not None
     assert found.padding
     assert found.sample == 3, "the shortest text"
-    alone = {name: value[3:4][:, tokens["attention_mask"][3] == 1] for name, value in tokens.items()}
+    own = tokens["attention_mask"][3] == 1
+    alone = {name: value[3:4, own] for name, value in tokens.items()}
     expected = (model(**tokens)[3] - model(**alone)[0]).abs().max().item()
     assert found.difference == pytest.approx(expected)
     assert "attention_mask" in found.advice
