@@ -72,7 +72,10 @@ class BatchDependence:
     @property
     def label(self) -> str:
         """The module as "path (Type)", or ""."""
-        return f"{self.path or '(the model)'} ({self.module._get_name()})" if self.module else ""
+        if self.module is None:
+            return ""
+        kind = self.module._get_name()  # type: ignore[no-untyped-call]
+        return f"{self.path or '(the model)'} ({kind})"
 
     @property
     def text(self) -> str:
@@ -254,7 +257,8 @@ class _BatchTest:
             suspects = [_Suspect(self.batch.size - 1, 0.0, large=False, padding=False)]
         for padding in (False, True):
             alike = [suspect for suspect in suspects if suspect.padding is padding]
-            if alike and (found := self._confirm(max(alike, key=lambda s: (s.large, s.difference)))):
+            worst = max(alike, key=lambda s: (s.large, s.difference), default=None)
+            if worst and (found := self._confirm(worst)):
                 return found
         return None
 

@@ -206,7 +206,8 @@ def test_the_difference_is_that_of_the_sample_alone() -> None:
 
 
 def test_all_zero_inputs_do_not_hide_an_output_of_another_layout() -> None:
-    assert dependence(nn.LSTM(3, 5, num_layers=2, batch_first=True), torch.zeros(2, 7, 3)) is not None
+    model = nn.LSTM(3, 5, num_layers=2, batch_first=True)
+    assert dependence(model, torch.zeros(2, 7, 3)) is not None
 
 
 class OneSize(nn.Module):
