@@ -46,7 +46,9 @@ process, resident_sets = psutil.Process(), dict[int, int]()
 
 def record(progress: Progress) -> None:
     """Record the resident set at each tenth."""
-    resident_sets.setdefault(10 * progress.done // progress.total, process.memory_info().rss)
+    if progress.total:  # not while the model and the data are opened
+        tenth = 10 * progress.done // progress.total
+        resident_sets.setdefault(tenth, process.memory_info().rss)
 
 
 gradrun.infer(config, progress=record, overwrite=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -68,44 +70,43 @@ class _Records:
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
-        """Count the rows, and decide how many values a row has."""
+        """Count the rows, and decide which shape a row has."""
         first: Record | None = None
         problem: SampleError | None = None
-        candidates: list[dict[str, _Columns]] = []
+        parsers = {name: _Parser(spec) for name, spec in self.config.inputs.items()}
+        shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for record in records:
             self.samples += 1
             self._checksums.add(record.checksum)
             if self._ids:
                 self._ids.observe(record)
-            if len(candidates) == _DECIDING_ROWS:
+            if shapes.total() == _DECIDING_ROWS:
                 continue
             if first is None and not record.error:
                 first = record
                 if has_fixed_columns(self.path):
                     check_columns(self.path, record, self._column_keys())
             try:
-                candidates.append(self._columns_of(record))
+                self._check(record)
+                for parser in parsers.values():
+                    parser.values(record, f"{self.path}:{record.line}")
             except SampleError as error:
                 problem = problem or error
-        if candidates:
-            # The first rows may be the bad ones.
-            widths = [[columns.width for columns in row.values()] for row in candidates]
-            self._columns = candidates[
-                max(range(len(widths)), key=lambda i: widths.count(widths[i]))
-            ]
+            else:
+                shapes[tuple(parser.stored_shape(record) for parser in parsers.values())] += 1
+        if shapes:
+            ((usual, _),) = shapes.most_common(1)  # the first rows may be the bad ones
+            for (name, parser), shape in zip(parsers.items(), usual, strict=True):
+                self._columns[name] = _Columns(name, parser, shape)
             return
         if first:
             check_columns(self.path, first, self._column_keys())
         if problem:
             raise ConfigError(f"no row can be read; the first error: {problem}", "data.path")
 
-    def _columns_of(self, record: Record) -> dict[str, _Columns]:
+    def _check(self, record: Record) -> None:
         if record.error:
             raise SampleError(f"{self.path}:{record.line}  {record.error}")
-        return {
-            name: _Columns(name, spec, record, f"{self.path}:{record.line}")
-            for name, spec in self.config.inputs.items()
-        }
 
     def _column_keys(self) -> Iterator[tuple[str, str]]:
         """Yield the config keys and the names of all columns."""
@@ -158,8 +159,7 @@ class _Records:
         rows = {name: columns.zeros(len(records)) for name, columns in self._columns.items()}
         for row, record in enumerate(records):
             try:
-                if record.error:
-                    raise SampleError(f"{self.path}:{record.line}  {record.error}")
+                self._check(record)
                 for name, columns in self._columns.items():
                     rows[name][row] = columns.row(record, f"{self.path}:{record.line}")
             except SampleError as error:
@@ -195,38 +195,19 @@ class _Records:
         return ids
 
 
-class _Columns:
-    """The columns of one input, as one row of numbers per record."""
+class _Parser:
+    """Reads the columns of one input as numbers."""
 
-    def __init__(self, name: str, spec: RecordInput, first: Record, place: str) -> None:
-        self.name, self.spec = name, spec
+    def __init__(self, spec: RecordInput) -> None:
+        self.spec = spec
+        self.kind = np.int64 if "int" in spec.dtype else np.float64
         self._parse = _number_parser(spec.dtype)
-        self._kind = np.int64 if "int" in spec.dtype else np.float64
-        self.width: int | None = None
-        self._stored: tuple[int, ...] | None = None
-        """The shape that each row must have, if its axes are moved."""
-        self.width = len(self.row(first, place))
-        stored: tuple[int, ...] = (self.width,)
-        if len(spec.columns) == 1 and (spec.shape or spec.permute):
-            # Nested lists have a shape, of which `shape` and `permute` are checked.
-            stored = _nested_shape(first.fields[spec.columns[0]]) or stored
-        self.convert = Conversion(spec, stored, torch.float64, f"data.inputs.{name}")
-        self._stored = stored if spec.permute else None
-        self.sample_bytes = self.convert.sample_bytes
 
-    def zeros(self, rows: int) -> np.ndarray[Any, Any]:
-        return np.zeros((rows, self.width or 0), self._kind)
-
-    def describe(self) -> str:
-        columns = ", ".join(self.spec.columns[:6])
-        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
-        return f"{columns}{more}, {self.convert.describe(origin=False)}"
-
-    def row(self, record: Record, place: str) -> list[float]:
+    def values(self, record: Record, place: str) -> list[float]:
         """Return the columns of a record as one row of numbers, with lists flattened.
 
         Raises:
-            SampleError: a value is missing or not a number, or the row has another length.
+            SampleError: a value is missing or not a number.
         """
         row: list[float] = []
         for column in self.spec.columns:
@@ -235,22 +216,19 @@ class _Columns:
                 row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
             except (ValueError, TypeError, OverflowError):
                 raise SampleError(f"{place}  column {column!r} is {self._problem(value)}") from None
-            if self._stored and _nested_shape(value) != self._stored:
-                raise SampleError(
-                    f"{place}  column {column!r} has the shape {list(_nested_shape(value))}, but "
-                    f"permute needs that of most rows, {list(self._stored)}"
-                )
-        if self.width is not None and len(row) != self.width:
-            raise SampleError(
-                f"{place}  {len(row)} values for input {self.name!r}, but most rows have "
-                f"{self.width}; the rows of an input have one length, so pad or cut the lists in "
-                "the file"
-            )
         return row
+
+    def stored_shape(self, record: Record) -> tuple[int, ...]:
+        """Return the shape of a row of `values`: that of nested lists if the axes matter."""
+        if len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute):
+            nested = _nested_shape(record.fields.get(self.spec.columns[0]))
+            if nested:
+                return nested
+        return (len(self.values(record, "")),)
 
     def _flatten(self, value: list[Any]) -> list[float]:
         nested = np.array(value, object).ravel().tolist()
-        if self._kind is np.float64 and set(map(type, nested)) <= {float, int}:
+        if self.kind is np.float64 and set(map(type, nested)) <= {float, int}:
             return np.array(nested, np.float64).tolist()  # type: ignore[no-any-return]
         return [self._parse(item) for item in nested]
 
@@ -262,6 +240,45 @@ class _Columns:
         if isinstance(value, list) and any(isinstance(item, list) for item in value):
             return "a list of lists of different lengths, or contains more than numbers"
         return f"{value!r:.60}, not a number of type {self.spec.dtype}"
+
+
+class _Columns:
+    """The columns of one input, as rows of one shape."""
+
+    def __init__(self, name: str, parser: _Parser, stored: tuple[int, ...]) -> None:
+        self.name, self.spec = name, parser.spec
+        self._parser, self._stored, self._width = parser, stored, math.prod(stored)
+        self.convert = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
+        self.sample_bytes = self.convert.sample_bytes
+
+    def zeros(self, rows: int) -> np.ndarray[Any, Any]:
+        return np.zeros((rows, self._width), self._parser.kind)
+
+    def describe(self) -> str:
+        columns = ", ".join(self.spec.columns[:6])
+        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
+        return f"{columns}{more}, {self.convert.describe(origin=False)}"
+
+    def row(self, record: Record, place: str) -> list[float]:
+        """Return the columns of a record as one row of numbers.
+
+        Raises:
+            SampleError: a value is missing or not a number, or the row has another shape.
+        """
+        row = self._parser.values(record, place)
+        if len(row) != self._width:
+            raise SampleError(
+                f"{place}  {len(row)} values for input {self.name!r}, but most rows have "
+                f"{self._width}; the rows of an input have one length, so pad or cut the lists in "
+                "the file"
+            )
+        shape = self._parser.stored_shape(record) if self.spec.permute else self._stored
+        if shape != self._stored:
+            raise SampleError(
+                f"{place}  input {self.name!r} has the shape {list(shape)}, but permute needs that "
+                f"of most rows, {list(self._stored)}"
+            )
+        return row
 
 
 def _nested_shape(value: Any) -> tuple[int, ...]:
@@ -286,7 +303,7 @@ def _number_parser(dtype: str) -> Callable[[Any], float]:
 
     def integer(item: Any) -> int:
         value = int(item) if _is_digits(item) else _parse_float(item)
-        exact = isinstance(value, int) or (value == int(value) and abs(value) <= _EXACT)
+        exact = isinstance(value, int) or (value == int(value) and abs(value) < _EXACT)
         if not (exact and limits.min <= value <= limits.max):
             raise ValueError(item)
         return int(value)

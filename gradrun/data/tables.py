@@ -206,7 +206,7 @@ def _label(record: Record, path: Path, column: str, classes: Sequence[str] | Non
     if record.error:
         return 0.0
     value = record.fields.get(column)
-    if value is None or value == "" or value != value:  # NaN
+    if value is None or str(value).lower() in {"", "nan"}:
         raise ConfigError(
             f"{path}:{record.line}  the label {column!r} is missing; metrics need one for every "
             "row, so remove the rows without one",

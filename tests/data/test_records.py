@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.source import BatchSource
-from tests.support.sources import data, joined, read_all
+from tests.support.sources import data, data_problem, joined, read_all
 
 
 def records(path: Path, text: str | bytes, columns: list[str], **keys: Any) -> BatchSource:
@@ -147,3 +152,199 @@ def test_records_are_read_one_batch_at_a_time(tmp_path: Path) -> None:
     assert [*last.errors] == [0]
     assert str(last.errors[0]).endswith("t.csv:12  column 'a' is 'x', not a number of type float32")
     assert last.args[0].tolist() == [[0], [2]]
+
+
+# --- numbers, suffixes and types, compared with pandas -------------------------------------------
+
+NUMBERS = ["1", " 1", "-2.5", "+4", "1e3", ".5", "7.", "inf", "-Infinity", "nan", "NaN", "1E-400"]
+NOT_NUMBERS = [
+    "12_34",
+    "0x10",
+    "1e400",
+    "-1e999",
+    "1,5",
+    "1.2.3",
+    "٣",
+    "½",
+    "one",
+    "1 2",
+    "$3",
+    "--1",
+]
+
+
+def test_numbers_of_a_csv_are_those_that_pandas_reads(tmp_path: Path) -> None:
+    text = "a\n" + "".join(f"{number}\n" for number in NUMBERS)
+    source = records(tmp_path / "t.csv", text, ["a"], spec={"dtype": "float64"})
+    expected = pandas.read_csv(tmp_path / "t.csv")["a"].to_numpy()
+    assert expected.dtype == np.float64
+    assert np.array_equal(joined(source.batches())[:, 0].numpy(), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool"])
+@pytest.mark.parametrize("value", NOT_NUMBERS)
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_texts_that_are_not_numbers_are_errors(
+    tmp_path: Path, suffix: str, value: str, dtype: str
+) -> None:
+    lines = ["a", "1", f'"{value}"', "0"]
+    if suffix == "jsonl":
+        lines = ['{"a": 1}', f'{{"a": "{value}"}}', '{"a": 0}']
+    source = records(tmp_path / f"t.{suffix}", "\n".join(lines), ["a"], spec={"dtype": dtype})
+    (batch,) = source.batches()
+    assert [*batch.errors] == [1]
+    assert f"column 'a' is {value!r}, not a number of type {dtype}" in str(batch.errors[1])
+    assert batch.args[0][:, 0].tolist() == [1, 0, 0]
+
+
+def test_whole_numbers_written_as_decimals_are_integers(tmp_path: Path) -> None:
+    text = "a\n1.0\n2e3\n-7.\n1.5\n9007199254740993.0\n"
+    (batch,) = records(tmp_path / "t.csv", text, ["a"], spec={"dtype": "int64"}).batches()
+    assert batch.args[0][:, 0].tolist() == [1, 2000, -7, 0, 0]
+    assert [*batch.errors] == [3, 4]
+
+
+def test_booleans_of_pandas_are_read_as_bool(tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"a": [True, False, True]})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    for name in ("t.csv", "t.jsonl"):
+        inputs = {"x": {"columns": ["a"], "dtype": "bool"}}
+        found = joined(data("records", path=tmp_path / name, inputs=inputs).batches())
+        assert found[:, 0].tolist() == frame["a"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("T.CSV", "a,b\n1,2\n"),
+        ("T.Tsv", "a\tb\n1\t2\n"),
+        ("t.tsv", 'a\tb\n1\t"2"\n'),
+        ("T.JSONL", '{"a": 1, "b": 2}\n'),
+        ("t.ndjson", '{"a": 1, "b": 2}\n'),
+        ("T.PARQUET", ""),
+    ],
+)
+def test_suffixes_are_read_without_regard_to_case(tmp_path: Path, name: str, text: str) -> None:
+    if name == "T.PARQUET":
+        pandas.DataFrame({"a": [1.0], "b": [2.0]}).to_parquet(tmp_path / name)
+        text = (tmp_path / name).read_bytes()  # type: ignore[assignment]
+    source = records(tmp_path / name, text, ["a", "b"])
+    assert joined(source.batches()).tolist() == [[1, 2]]
+
+
+def test_a_field_longer_than_the_limit_of_the_csv_module_is_read(tmp_path: Path) -> None:
+    text = f"a,note\n1,{'x' * 200_000}\n2,y\n"
+    assert joined(records(tmp_path / "t.csv", text, ["a"]).batches()).tolist() == [[1], [2]]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_two_columns_of_one_name_are_an_error(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    if suffix == "csv":
+        path.write_text("a,b,a\n1,2,3\n")
+    else:
+        arrays = [pyarrow.array([1.0])] * 3
+        parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["a", "b", "a"]), path)
+    message = data_problem("records", path=path, inputs={"x": {"columns": ["a"]}})
+    assert "two columns have the name 'a'" in message
+
+
+def test_decimals_and_integers_of_parquet_keep_their_values(tmp_path: Path) -> None:
+    table = {"a": [Decimal("1.50"), Decimal("2.00")], "b": [2**53 + 1, 7]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "t.parquet")
+    inputs = {"x": {"columns": ["a"]}, "y": {"columns": ["b"], "dtype": "int64"}}
+    (batch,) = data("records", path=tmp_path / "t.parquet", inputs=inputs).batches()
+    assert batch.kwargs["x"][:, 0].tolist() == [1.5, 2]
+    assert batch.kwargs["y"][:, 0].tolist() == table["b"]
+    inputs = {"x": {"columns": ["a"], "dtype": "int64"}}
+    (batch,) = data("records", path=tmp_path / "t.parquet", inputs=inputs).batches()
+    assert [*batch.errors] == [0], "1.50 is no whole number"
+
+
+def test_nan_is_passed_on_and_counted_and_a_null_is_an_error(tmp_path: Path) -> None:
+    column = pyarrow.array([1.0, float("nan"), None, 4.0])
+    parquet.write_table(pyarrow.table({"a": column}), tmp_path / "t.parquet")
+    source = data("records", path=tmp_path / "t.parquet", inputs={"x": {"columns": ["a"]}})
+    for _ in range(2):  # reading a batch again does not count it twice
+        (batch,) = source.batches()
+    assert batch.args[0][[0, 1, 3], 0].isnan().tolist() == [False, True, False]
+    assert "t.parquet:3  column 'a' is missing" in str(batch.errors[2])
+    statements = {one.topic: one.text for one in source.statements()}
+    assert statements["missing values"] == (
+        "empty or null: the row fails (run.on_error); NaN in 1 row: passed to the model"
+    )
+
+
+def test_half_a_surrogate_pair_in_an_id_is_escaped(tmp_path: Path) -> None:
+    lines = [
+        r'{"k": "a\ud83d", "a": 1}',
+        r'{"k": "\ud83d\ude00", "a": 2}',
+        r'{"k": "\ud83d", "a": 3}',
+    ]
+    source = records(tmp_path / "t.jsonl", "\n".join(lines), ["a"], id="k")
+    (batch,) = source.batches()
+    assert batch.ids == ["a\\ud83d", "😀", "\\ud83d"]
+
+
+def test_a_row_without_an_id_is_an_error_with_its_line(tmp_path: Path) -> None:
+    source = records(tmp_path / "t.csv", "k,a\nx,1\n,2\nz,3\n", ["a"], id="k")
+    (batch,) = source.batches()
+    assert batch.ids == ["x", "row 1", "z"]
+    assert "t.csv:3  the id 'k' is missing" in str(batch.errors[1])
+
+
+def test_rows_are_those_of_most_even_if_the_first_one_differs(tmp_path: Path) -> None:
+    lines = ['{"a": [1]}', *['{"a": [1, 2]}'] * 5, '{"a": [1, 2, 3]}']
+    (batch,) = records(tmp_path / "t.jsonl", "\n".join(lines), ["a"]).batches()
+    assert [*batch.errors] == [0, 6]
+    message = str(batch.errors[6])
+    assert "t.jsonl:7  3 values for input 'x', but most rows have 2" in message
+    assert "pad or cut the lists" in message
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+def labels_of(path: Path, text: str, **keys: Any) -> list[float]:
+    source: Any = records(path, text, ["a"], labels="y", **keys)
+    return torch.cat(list(source.labels())).tolist()  # type: ignore[no-any-return]
+
+
+def test_labels_may_be_numbers_booleans_or_names(tmp_path: Path) -> None:
+    frame = pandas.DataFrame({"a": [1, 2, 3], "y": [True, False, True]})
+    text = frame.to_csv(index=False)
+    assert labels_of(tmp_path / "t.csv", text) == frame["y"].astype(float).tolist()
+    text = frame.to_json(orient="records", lines=True)
+    assert labels_of(tmp_path / "t.jsonl", text) == [1, 0, 1]
+    text = "a,y\n1,dog\n2,cat\n3,dog\n"
+    assert labels_of(tmp_path / "t.csv", text, classes=["cat", "dog"]) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a,y\n1,1\n2,\n", "t.csv:3  the label 'y' is missing"),
+        ("a,y\n1,1\n2,nan\n", "t.csv:3  the label 'y' is missing"),
+        ("a,y\n1,1\n2,1_0\n", "t.csv:3  the label '1_0' is not a number"),
+        ("a,y\n1,cat\n", "t.csv:2  the label 'cat' is not a number; list class names"),
+    ],
+)
+def test_labels_that_are_missing_or_no_numbers_are_errors(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        labels_of(tmp_path / "t.csv", text)
+    assert words in str(caught.value)
+
+
+def test_columns_order_ids_and_labels_are_stated(tmp_path: Path) -> None:
+    text = "k,a,b,y\n7,1,2,dog\n8,3,4,cat\n"
+    keys = {"id": "k", "labels": "y", "classes": ["cat", "dog"]}
+    source = records(tmp_path / "t.csv", text, ["b", "a"], **keys)
+    assert {one.topic: one.text for one in source.statements()} == {
+        "input x": "b, a, float32 [2]",
+        "order": "rows as in t.csv; ids: column k (whole numbers)",
+        "labels": "column y, by name: cat, dog (2 classes, from data.classes)",
+        "missing values": "empty or null: the row fails (run.on_error)",
+    }
