@@ -68,24 +68,51 @@ class MeasureSection(Section):
     )
 
 
+_CLASSES = {"average", "threshold", "input", "per_class", "ignore"}
 _ARGUMENTS = {
-    "accuracy": {"top_k", "average", "threshold"},
-    "f1": {"average", "threshold"},
-    "auroc": {"average", "thresholds"},
+    "accuracy": _CLASSES | {"top_k"},
+    "precision": _CLASSES,
+    "recall": _CLASSES,
+    "f1": _CLASSES,
+    "iou": _CLASSES,
+    "dice": _CLASSES,
+    "exact_match": {"threshold", "input", "ignore"},
+    "confusion_matrix": {"threshold", "input", "ignore"},
+    "auroc": {"average", "thresholds", "input", "per_class", "ignore"},
+    "calibration_error": {"bins", "input", "ignore"},
     "mse": set[str](),
+    "mae": set[str](),
+    "r2": set[str](),
 }
 METRIC_NAMES = tuple(_ARGUMENTS)
 
 
 class MetricSection(Section):
-    """A measure of how well predictions agree with data.labels."""
+    """A measure of how well the model's outputs agree with data.labels."""
 
-    name: Literal["accuracy", "f1", "auroc", "mse"]
+    name: Literal[
+        "accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "iou",
+        "dice",
+        "exact_match",
+        "confusion_matrix",
+        "auroc",
+        "calibration_error",
+        "mse",
+        "mae",
+        "r2",
+    ]
     alias: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")] | None = Field(
         None, description="its name in tables and in result.json; default: name"
     )
     output: OutputName | None = Field(
-        None, description="the output to score; needed if several are selected"
+        None, description="the model's output to score; needed if several are selected"
+    )
+    label: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="position of the label to use, from 0, where each sample has several"
     )
     top_k: Size | None = Field(
         None, description="accuracy: count a sample as correct if it is among the top k classes"
@@ -93,13 +120,29 @@ class MetricSection(Section):
     average: Literal["micro", "macro", "weighted"] | None = Field(
         None, description="over classes; default: micro for accuracy, else macro"
     )
+    per_class: bool | None = Field(
+        None, description="report the value of each class as well as the average"
+    )
+    input: Literal["logits", "probabilities"] | None = Field(
+        None,
+        description="kind of the scores; needed for one score per sample or several labels, "
+        "unless output.transform has sigmoid",
+    )
     threshold: float | None = Field(
-        None, description="one score for two classes: scores above it are class 1; default: 0.5"
+        None,
+        description="one score, or several labels: scores above it are class 1; default: 0 for "
+        "logits, 0.5 for probabilities",
     )
     thresholds: Annotated[int, Field(ge=2, le=100_000)] | None = Field(
         None,
         description="auroc: number of thresholds, for bounded memory; default: exact, which "
         "stores all scores",
+    )
+    bins: Annotated[int, Field(ge=2, le=10_000)] | None = Field(
+        None, description="calibration_error: number of bins; default: 15"
+    )
+    ignore: int | None = Field(
+        None, description="label of samples or pixels to leave out, such as 255"
     )
 
     @property
@@ -110,7 +153,7 @@ class MetricSection(Section):
     @model_validator(mode="after")
     def _check_arguments(self) -> MetricSection:
         allowed = _ARGUMENTS[self.name]
-        for argument in set[str]().union(*_ARGUMENTS.values()) - allowed:
+        for argument in sorted(set[str]().union(*_ARGUMENTS.values()) - allowed):
             if getattr(self, argument) is not None:
                 raise PydanticCustomError(
                     "metric_argument",

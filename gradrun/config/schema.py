@@ -31,7 +31,7 @@ class RunConfig(Section):
     measure: MeasureSection = MeasureSection()
     output: OutputSection
     metrics: Metrics = Field(
-        (), description="accuracy, f1, auroc, mse: predictions compared with data.labels"
+        (), description="accuracy, f1, iou, ...: the model's outputs compared with data.labels"
     )
     check: CheckSection = CheckSection()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
 from gradrun.inference.interpretation import interpret
-from gradrun.inference.metrics import ComputeMetrics, prepare_metrics
+from gradrun.inference.metrics import Evaluation, plan_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedPass
@@ -35,6 +36,7 @@ from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.checkpointer import Checkpointer
+from gradrun.output.evidence_writer import EvidenceWriter
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
@@ -145,15 +147,15 @@ def infer(
         runner, config = plan.runner, plan.runner.config
         progress(Progress("running the first batch"))
         prepared = runner.prepare(plan.quarantine)
-        metrics = prepare_metrics(config, runner.data, prepared.outputs, plan.model.classes)
+        _check_metrics(plan, prepared)
         if plan.finished:
-            return _replace_metrics(plan.finished, config, metrics, plan.folder)
+            return _replace_metrics(plan.finished, config, prepared.evaluation, plan.folder)
         runner.check_batch_independence(prepared)
         # Before the lock creates the folder: a format may need a library that is missing.
-        writer = _create_writer(plan)
+        writer = _create_writer(plan, prepared)
         with plan.folder.locked():
             execution = execute(plan, prepared, writer, shutdown, progress, run_pass)
-            result = build_result(plan, prepared, execution, metrics)
+            result = build_result(plan, prepared, execution)
             result = result.replace(interpretation=(*result.interpretation, *statements))
             save(plan, execution, result, shutdown)
     return result
@@ -211,13 +213,23 @@ def open_run(
     opened = time.perf_counter()
     file_list = data.files if isinstance(data, HasFileList) else ()
     by_rows = _files_with_row_checksums(data)
+    metrics = partial(plan_metrics, config, data, model=model)
     return OpenedRun(
         header=fingerprint(config, data.samples, __version__, file_list, by_rows),
         model=model,
-        runner=Runner(model.module, data, config, device, model),
+        runner=Runner(model.module, data, config, device, model, metrics),
         load_seconds=loaded - started,
         open_seconds=opened - opening,
     )
+
+
+def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
+    """Check the labels, and that an earlier run to resume saved what the metrics need."""
+    if evaluation := prepared.evaluation:
+        unit = commit_unit(plan.runner.data)
+        previous = plan.folder.previous and plan.folder.previous.whole_batches(unit)
+        evaluation.check_saved(previous.ranges if previous else ())
+        evaluation.check_labels()
 
 
 def execute(
@@ -262,9 +274,7 @@ def execute(
     return Execution(timed, memory, checkpointer)
 
 
-def build_result(
-    plan: RunPlan, prepared: PreparedRun, execution: Execution, metrics: ComputeMetrics | None
-) -> InferResult:
+def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> InferResult:
     """Combine the measurements, warnings and metrics of a run."""
     runner, timed, writer = plan.runner, execution.timed, execution.checkpointer.writer
     environment = current_environment(runner.device)
@@ -300,7 +310,8 @@ def build_result(
     )
     if timed.stopped:
         return result
-    return _add_examples(_add_metrics(result, metrics, plan.folder), plan, prepared.outputs)
+    scored = _add_metrics(result, prepared.evaluation, plan.folder)
+    return _add_examples(scored, plan, prepared.outputs)
 
 
 def save(
@@ -340,11 +351,14 @@ def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
     return ()
 
 
-def _create_writer(plan: RunPlan) -> PredictionWriter:
+def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
-    return open_writer(
+    writer = open_writer(
         output, data.samples, commit_unit(data), plan.model.classes, has_ids=data.has_ids
     )
+    if prepared.evaluation and prepared.evaluation.evidence:
+        return EvidenceWriter(writer, output.path, data.samples)
+    return writer
 
 
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
@@ -416,14 +430,12 @@ def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
     return [*warnings, Warning(code="random_weights", text=text)]
 
 
-def _add_metrics(
-    result: InferResult, metrics: ComputeMetrics | None, folder: RunFolder
-) -> InferResult:
+def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFolder) -> InferResult:
     """Compute the metrics; a failure becomes a warning, because the predictions are complete."""
     if metrics is None:
         return result
     try:
-        return result.replace(metrics=metrics(folder.path))
+        return result.replace(metrics=metrics.compute(folder.path))
     except Exception as error:
         text = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
@@ -454,7 +466,7 @@ def _has_same_metrics(finished: InferResult, config: RunConfig) -> bool:
 
 
 def _replace_metrics(
-    finished: InferResult, config: RunConfig, metrics: ComputeMetrics | None, folder: RunFolder
+    finished: InferResult, config: RunConfig, metrics: Evaluation | None, folder: RunFolder
 ) -> InferResult:
     """Save an earlier run's result with the metrics of this config; predicts nothing."""
     dumped = config.model_dump(mode="json")

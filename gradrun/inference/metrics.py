@@ -1,11 +1,14 @@
-"""Compute metrics after the run, from the saved predictions and the labels, in chunks."""
+"""Compute metrics after the run, from what was saved of the model's outputs, in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gradrun.config.run import MetricSection
@@ -13,74 +16,163 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.units import pluralize
-from gradrun.data.source import BatchSource, HasLabels
+from gradrun.data.source import CHUNK_BYTES, BatchSource, HasLabels
+from gradrun.inference.evidence import Evidence, find_target
+from gradrun.inference.scorers import Scorer
+from gradrun.models.loaded import LoadedModel
+from gradrun.output.evidence_writer import evidence_file, evidence_key, lacks_evidence
 from gradrun.output.formats import FORMATS
-from gradrun.output.missing import MISSING_CLASS
+from gradrun.output.journal import CommittedRange
 from gradrun.output.quarantine import quarantined_positions
-from gradrun.output.transforms import Outputs
+from gradrun.output.transforms import (
+    Inputs,
+    Outputs,
+    SelectedOutput,
+    check_rows,
+    is_safe_name,
+    scored_outputs,
+    to_cpu,
+)
 from gradrun.results.result import Metric
 
-ComputeMetrics = Callable[[Path], tuple[Metric, ...]]
-"""Computes the metrics of the predictions in a run folder."""
-
-_ACCEPTED = {
-    "accuracy": ({"class", "ranked", "score", "scores"}, "classes or scores"),
-    "f1": ({"class", "score", "scores"}, "one class per sample, or scores"),
-    "auroc": ({"score", "scores"}, "a score per class"),
-    "mse": ({"score", "scores", "values"}, "numbers other than classes"),
-}
-"""Metric -> the accepted forms of output (see _form), and their description."""
+_Chunk = tuple[torch.Tensor, Outputs]
+"""Positions [n] of some samples in the input, and outputs or evidence [n, ...]."""
 
 
-def prepare_metrics(
-    config: RunConfig, data: BatchSource, outputs: Outputs, model_classes: Sequence[str] = ()
-) -> ComputeMetrics | None:
-    """Check that the metrics of a config can be computed; None if it has none.
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a run whose config, labels and first outputs have been checked."""
+
+    config: RunConfig
+    model: LoadedModel
+    data: HasLabels
+    samples: int
+    scorers: tuple[Scorer, ...]
+
+    @cached_property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """What the run must write, because the predictions do not contain it."""
+        needed = {scorer.evidence.name: scorer.evidence for scorer in self.scorers}
+        output = self.config.output
+        return tuple(item for item in needed.values() if not item.in_predictions(output))
+
+    def check_saved(self, committed: Sequence[CommittedRange]) -> None:
+        """Check that an earlier run saved what the metrics need.
+
+        Raises:
+            ConfigError: it did not.
+        """
+        written = {item.name for item in self.evidence}
+        for scorer in self.scorers:
+            name = scorer.evidence.name
+            if name in written and lacks_evidence(name, committed):
+                raise ConfigError(
+                    f"{scorer.spec.title} needs {scorer.needs} of output "
+                    f"{scorer.target.source!r}, which the run in this folder did not save; run "
+                    "again with --overwrite, or remove the metric",
+                    scorer.key,
+                )
+
+    def check_labels(self) -> None:
+        """Check all labels, because after the run an error would be too late.
+
+        Raises:
+            ConfigError: a label cannot be read, or no metric can compare an output with it.
+        """
+        for labels in self.data.labels():
+            for scorer in self.scorers:
+                scorer.check_labels(labels.double())
+
+    def collect(self, returned: Any, inputs: Inputs) -> Outputs:
+        """Return the evidence of a batch, by the names for a writer."""
+        sources = {item.target.source for item in self.evidence}
+        outputs = {
+            output.source: output.tensor
+            for output in scored_outputs(returned, self.config.output, inputs, sources, self.model)
+        }
+        return {
+            evidence_key(item.name): to_cpu(item.of(outputs[item.target.source]))
+            for item in self.evidence
+        }
+
+    def compute(self, folder: Path) -> tuple[Metric, ...]:
+        """Compute the metrics of the predictions in a run folder."""
+        if any(scorer.surveys for scorer in self.scorers):
+            for _, rows in self._read(folder):
+                for scorer in self.scorers:
+                    scorer.survey(rows)
+        for scorer in self.scorers:
+            scorer.start()
+        samples = 0
+        for rows, labels in _pairs(self._read(folder), self.data, quarantined_positions(folder)):
+            samples += len(labels)
+            for scorer in self.scorers:
+                scorer.update(rows, labels)
+        return tuple(scorer.result(samples) for scorer in self.scorers) if samples else ()
+
+    def _read(self, folder: Path) -> Iterator[_Chunk]:
+        """Yield the evidence of all metrics, keyed by its name."""
+        files = {item.name: folder / evidence_file(item.name) for item in self.evidence}
+        written = [s.evidence for s in self.scorers if s.evidence.name not in files]
+        chunks = self._predictions(folder) if written else _positions(self.samples)
+        row_bytes = sum(np.load(path, mmap_mode="r")[:1].nbytes for path in files.values())
+        step = max(1, CHUNK_BYTES // max(1, row_bytes))
+        for all_positions, predictions in chunks:
+            rows = {item.name: item.read(predictions) for item in written}
+            for begin in range(0, len(all_positions), step):
+                part = slice(begin, begin + step)
+                positions = all_positions[part]
+                saved = {
+                    name: torch.from_numpy(np.load(path, mmap_mode="r")[positions.numpy()])
+                    for name, path in files.items()
+                }
+                yield positions, {name: row[part] for name, row in rows.items()} | saved
+
+    def _predictions(self, folder: Path) -> Iterator[_Chunk]:
+        for positions, rows in FORMATS[self.config.output.format].read(folder):
+            outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
+            yield torch.from_numpy(positions), outputs
+
+
+def plan_metrics(
+    config: RunConfig,
+    data: BatchSource,
+    outputs: Sequence[SelectedOutput],
+    model: LoadedModel,
+) -> Evaluation | None:
+    """Find what the metrics of a config need; None if it has none.
 
     Args:
         config: the config of the run.
-        data: the data source of the run; all of its labels are read and checked once.
-        outputs: tensors [size, ...] of any batch, for names, shapes and dtypes.
-        model_classes: class names of the model, if it has any.
+        data: the data source of the run; its first labels are read.
+        outputs: all outputs of the model for a batch, before transforms of their scores.
+        model: the model, for its class names and the meaning of its scores.
 
     Raises:
         ConfigError: torchmetrics is missing, the data source has no labels, or a metric does not
-            accept the outputs.
+            match an output.
     """
     if not config.metrics:
         return None
     import_optional("torchmetrics", "metrics")
-    form = config.output.format
     if not isinstance(data, HasLabels):
         raise ConfigError(f"data of source {config.data.source} have no labels", "metrics")
-    if form not in FORMATS:
-        text = f"metrics need predictions in a readable format, and {form} is not; choose one of "
-        raise ConfigError(text + ", ".join(FORMATS), "output.format")
-    _check_class_order(data.classes, model_classes)
-    metrics = [
-        _OutputMetric(spec, f"metrics.{i}", outputs) for i, spec in enumerate(config.metrics)
-    ]
-    for labels in data.labels():  # all of them, because after the run an error would be too late
-        for metric in metrics:
-            metric.check_labels(labels.double())
+    _check_class_order(data.classes, model.classes)
+    names = tuple(model.classes or data.classes or ())
+    first = next(data.labels())
+    scorers = []
+    for i, spec in enumerate(config.metrics):
+        key = f"metrics.{i}"
+        label = _label_shape(spec, first, key)
+        output = _find_output(spec, key, outputs)
+        target = find_target(output, label, config.output, model, values=spec.name in _VALUES)
+        scorers.append(Scorer(spec, key, target, config.output, names))
+        scorers[-1].check_scores(output.tensor)
+    return Evaluation(config, model, data, data.samples, tuple(scorers))
 
-    def compute(folder: Path) -> tuple[Metric, ...]:
-        for _, rows in _read(form, folder):
-            for metric in metrics:
-                metric.count_classes(rows)
-        torch_metrics, samples = [metric.torch_metric() for metric in metrics], 0
-        for rows, truth in _pairs(_read(form, folder), data, quarantined_positions(folder)):
-            samples += len(truth)
-            for metric, torch_metric in zip(metrics, torch_metrics, strict=True):
-                torch_metric.update(*metric.arguments(rows, truth))
-        if not samples:
-            return ()
-        return tuple(
-            Metric(name=metric.spec.title, value=float(torch_metric.compute()), samples=samples)
-            for metric, torch_metric in zip(metrics, torch_metrics, strict=True)
-        )
 
-    return compute
+_VALUES = {"mse", "mae", "r2"}
+"""Metrics of numbers; the others compare classes."""
 
 
 def _check_class_order(classes: Sequence[str] | None, model_classes: Sequence[str]) -> None:
@@ -93,14 +185,44 @@ def _check_class_order(classes: Sequence[str] | None, model_classes: Sequence[st
         )
 
 
-def _read(form: str, folder: Path) -> Iterator[tuple[torch.Tensor, Outputs]]:
-    for positions, rows in FORMATS[form].read(folder):
-        outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
-        yield torch.from_numpy(positions), outputs
+def _label_shape(spec: MetricSection, labels: torch.Tensor, key: str) -> tuple[int, ...]:
+    """The shape of one sample's label, given labels [n, ...]."""
+    if spec.label is None:
+        return tuple(labels.shape[1:])
+    if labels.ndim < 2 or not 0 <= spec.label < labels.shape[1]:
+        count = labels.shape[1] if labels.ndim > 1 else 1
+        raise ConfigError(
+            f"label is {spec.label}, but each sample has {pluralize(count, 'label')}, counted from "
+            "0",
+            key,
+        )
+    return tuple(labels.shape[2:])
+
+
+def _find_output(
+    spec: MetricSection, key: str, outputs: Sequence[SelectedOutput]
+) -> SelectedOutput:
+    """Return the output of a metric: the one that is written, or the one it names."""
+    written = [output for output in outputs if output.name]
+    matches = written
+    if spec.output is not None:
+        matches = [output for output in outputs if spec.output in (output.source, output.name)]
+    if len(matches) != 1 or not is_safe_name(matches[0].source):
+        choices = ", ".join(output.source for output in outputs)
+        raise ConfigError(f"set `output` to one of the outputs: {choices}", key)
+    check_rows(matches[0].source, matches[0].tensor, len(outputs[0].tensor))
+    return matches[0]
+
+
+def _positions(samples: int) -> Iterator[_Chunk]:
+    """Yield the positions of all samples, without outputs."""
+    step = CHUNK_BYTES // 8
+    for begin in range(0, samples, step):
+        yield torch.arange(begin, min(begin + step, samples)), {}
 
 
 def _pairs(
-    chunks: Iterator[tuple[torch.Tensor, Outputs]], data: HasLabels, quarantined: set[int]
+    chunks: Iterator[_Chunk], data: HasLabels, quarantined: set[int]
 ) -> Iterator[tuple[Outputs, torch.Tensor]]:
     """Yield outputs and labels of the same samples, without the quarantined ones."""
     excluded = torch.tensor(sorted(quarantined), dtype=torch.int64)
@@ -116,150 +238,3 @@ def _pairs(
             truth = labels[positions[included] - first]
             yield {name: tensor[included] for name, tensor in rows.items()}, truth
         labels, first = labels[stop - first :], stop
-
-
-def _form(tensor: torch.Tensor, *, ranked: bool) -> str:
-    """Classify an output [n, ...] by its content per sample: class, score, scores or values."""
-    if ranked and tensor.ndim == 2:
-        return "ranked"  # classes, the most likely first
-    single = tensor[:1].numel() == 1
-    if not tensor.is_floating_point():
-        return "class" if single else "integers"
-    return "score" if single else "scores" if tensor.ndim == 2 else "values"
-
-
-class _OutputMetric:
-    """One metric and the output it is computed from."""
-
-    def __init__(self, spec: MetricSection, key: str, outputs: Outputs) -> None:
-        self.spec, self.key = spec, key
-        suffixes = {name.rpartition(".")[2] for name in outputs}
-        ranked = suffixes == {"values", "indices"}  # the outputs of topk
-        classified = suffixes == {"class", "score"}
-        self.output = self._select_output(
-            outputs, "indices" if ranked else "class" if classified else ""
-        )
-        tensor = outputs[self.output]
-        self.width, self.form = tensor[:1].numel(), _form(tensor, ranked=ranked)
-        self.classes = {"scores": self.width, "score": 2}.get(self.form, 0)
-        """Number of classes; for forms without that information, the number seen so far."""
-        self.is_probability: bool | None = None
-        """Whether scores are probabilities, decided by the first chunk."""
-        forms, description = _ACCEPTED[spec.name]
-        if self.form not in forms or (self.form == "ranked" and spec.average):
-            raise ConfigError(
-                f"{spec.title} needs {description}, which output.transform removes; none and "
-                "softmax keep all scores",
-                key,
-            )
-        available = self.width if self.form in {"ranked", "scores"} else 1
-        if (spec.top_k or 1) > available:
-            raise ConfigError(
-                f"top_k is {spec.top_k}, but the predictions contain {available} of a sample's "
-                "classes; output.transform: none keeps all",
-                key,
-            )
-
-    def _select_output(self, outputs: Outputs, suffix: str) -> str:
-        """Return the name of the output to use; of topk and classify, the one with the classes."""
-        names = [name for name in outputs if not suffix or name.rpartition(".")[2] == suffix]
-        ending = f".{suffix}" if suffix else ""
-        wanted = self.spec.output and f"{self.spec.output}{ending}"
-        if wanted is None and len(names) == 1:
-            return names[0]
-        if wanted in names:
-            return str(wanted)
-        choices = ", ".join(name.removesuffix(ending) for name in names)
-        raise ConfigError(f"set `output` to one of the outputs: {choices}", self.key)
-
-    def check_labels(self, labels: torch.Tensor) -> None:
-        """Check labels [n, ...] of type float64.
-
-        Raises:
-            ConfigError: the metric cannot compare the output with them.
-        """
-        width = self.width if self.spec.name == "mse" else 1
-        if labels[:1].numel() != width:
-            size = pluralize(labels[:1].numel(), "number")
-            text = f"each label has {size}, but {self.spec.title} needs {width}"
-            raise ConfigError(text, "data.labels")
-        if self.spec.name == "mse":
-            return
-        lowest, highest = float(labels.min()), float(labels.max())
-        known = self.classes if self.form in {"score", "scores"} else 0
-        if lowest < 0 or (known and highest >= known) or bool((labels % 1).any()):
-            allowed = f"0 to {known - 1}" if known else "integers from 0"
-            raise ConfigError(
-                f"labels range from {lowest:g} to {highest:g}; allowed classes: {allowed}",
-                "data.labels",
-            )
-        self.classes = known or max(self.classes, int(highest) + 1)
-
-    def count_classes(self, rows: Outputs) -> None:
-        """Update the number of classes, if the output contains class numbers."""
-        if self.form == "class":
-            self.classes = max(self.classes, int(rows[self.output].max()) + 1)
-
-    def torch_metric(self) -> Any:
-        """Create the torchmetrics object that is updated with `arguments`."""
-        spec, binary = self.spec, self.form == "score"
-        torchmetrics = import_optional("torchmetrics", self.key)
-        classification = import_optional("torchmetrics", self.key, "classification")
-        options = {"num_classes": max(2, self.classes), "average": spec.average or "macro"}
-        match spec.name:
-            case "mse":
-                return torchmetrics.MeanSquaredError()
-            case "auroc" if binary:
-                return classification.BinaryAUROC(thresholds=spec.thresholds)
-            case "auroc":
-                return classification.MulticlassAUROC(**options, thresholds=spec.thresholds)
-            case "f1" if binary:
-                return classification.BinaryF1Score()
-            case "f1":
-                return classification.MulticlassF1Score(**options)
-            case _ if self.form == "ranked":
-                return torchmetrics.MeanMetric()
-            case _ if binary:
-                return classification.BinaryAccuracy()
-        options["average"] = spec.average or "micro"
-        return classification.MulticlassAccuracy(**options, top_k=spec.top_k or 1)
-
-    def arguments(self, rows: Outputs, truth: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Convert predictions and labels of some samples to the arguments of update()."""
-        values = rows[self.output].reshape(len(truth), -1)
-        if self.spec.name == "mse":
-            return values.double(), truth.reshape(len(truth), -1).double()
-        truth = truth.reshape(-1).long()
-        # A sample with NaN or infinite scores counts as predicted wrong: another class than true.
-        wrong = (truth + 1) % max(2, self.classes)
-        if self.form == "ranked":
-            scores = rows[self.output.removesuffix("indices") + "values"].reshape(len(truth), -1)
-            correct = values[:, : self.spec.top_k or 1] == truth[:, None]
-            return ((correct.any(1) & scores[:, 0].isfinite()).double(),)
-        if self.form == "class":
-            return torch.where(values[:, 0] == MISSING_CLASS, wrong, values[:, 0].long()), truth
-        values = values.double()
-        nonfinite = ~values.amax(1).isfinite()
-        if self.form == "scores":
-            wrong_scores = torch.nn.functional.one_hot(wrong, self.width).double()
-            values = torch.where(nonfinite[:, None], wrong_scores, values)
-        if self.spec.name == "auroc":
-            return self._to_unit_interval(values), truth
-        if self.form == "score":
-            threshold = 0.5 if self.spec.threshold is None else self.spec.threshold
-            return torch.where(nonfinite, wrong, (values[:, 0] > threshold).long()), truth
-        return values, truth
-
-    def _to_unit_interval(self, scores: torch.Tensor) -> torch.Tensor:
-        """Map scores to 0 to 1 with the same ranking, as torchmetrics expects them for AUROC.
-
-        torchmetrics would decide for each chunk separately whether its scores are probabilities.
-        """
-        if self.is_probability is None:
-            in_range = bool(((scores >= 0) & (scores <= 1)).all())
-            sums_to_1 = self.form == "score" or bool(((scores.sum(1) - 1).abs() < 1e-3).all())
-            self.is_probability = in_range and sums_to_1
-        if self.form == "scores":
-            return scores if self.is_probability else scores.softmax(1)
-        score = scores[:, 0]
-        return score if self.is_probability else (score / (1 + score.abs()) + 1) / 2

@@ -14,6 +14,7 @@ from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
+from gradrun.output.evidence_writer import is_evidence
 from gradrun.output.missing import finite_rows
 from gradrun.output.quarantine import SampleLog
 from gradrun.output.transforms import Outputs
@@ -94,7 +95,7 @@ class BatchRecovery:
         Raises:
             RunFailed: the policy is stop, or too many samples failed.
         """
-        finite = finite_rows(outputs.values())
+        finite = finite_rows(t for name, t in outputs.items() if not is_evidence(name))
         if finite.all():
             return outputs, None
         for row in (~finite).nonzero().flatten().tolist():

@@ -6,7 +6,7 @@ import errno
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,13 +42,22 @@ from gradrun.inference.meters import (
     process_memory,
 )
 from gradrun.inference.meters.clock import Clock, clock_for
+from gradrun.inference.metrics import Evaluation
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
 from gradrun.output.formats import RowWriter
 from gradrun.output.quarantine import Quarantine, SampleLog
-from gradrun.output.transforms import ModelFacts, Outputs, iter_tensors, output_selector
+from gradrun.output.transforms import (
+    Inputs,
+    ModelFacts,
+    Outputs,
+    SelectedOutput,
+    iter_tensors,
+    output_selector,
+    scored_outputs,
+)
 from gradrun.results import stats
 from gradrun.results.result import (
     Measurement,
@@ -73,6 +82,9 @@ QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip
 _SKIP_SAMPLES = "--set run.on_error=quarantine"
 """Lets a resume continue after a sample that fails each time."""
 
+PlanMetrics = Callable[[Sequence[SelectedOutput]], Evaluation | None]
+"""Called with the model's outputs for the first batch, before transforms of their scores."""
+
 CommitCallback = Callable[[], None]
 """Called between two batches, a few times per second, to commit predictions."""
 
@@ -88,6 +100,8 @@ class PreparedRun:
     """A few rows of them as the model returned them, for the test of batch independence."""
     statements: tuple[Statement, ...]
     """How outputs are transformed, with their shapes."""
+    evaluation: Evaluation | None
+    """The metrics, if the config has any."""
     recovery: BatchRecovery
     prefetch: bool
     """Whether batches are read ahead in a thread."""
@@ -141,11 +155,13 @@ class Runner:
         config: RunConfig,
         device: torch.device,
         facts: ModelFacts | None = None,
+        plan_metrics: PlanMetrics | None = None,
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self.mode = config.run.mode
         self.warnings: list[Warning] = []
         self._facts, self._select = facts, output_selector(config.output, facts)
+        self._plan_metrics = plan_metrics
         dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
         self._transfer = transfer_to(device, dtype)
 
@@ -171,6 +187,10 @@ class Runner:
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
             rows = reference_rows(returned, first, self.config)
+            evaluation = self._prepare_metrics(first, returned)
+            if evaluation and evaluation.evidence:
+                self._select = _with_evidence(self._select, evaluation)
+                outputs |= evaluation.collect(returned, first.kwargs)
             del returned
             warm_up_started = time.perf_counter()
             try:
@@ -196,6 +216,7 @@ class Runner:
             outputs=outputs,
             rows=rows,
             statements=statements,
+            evaluation=evaluation,
             recovery=recovery,
             prefetch=ahead,
             first_batch_seconds=first_batch_seconds,
@@ -428,6 +449,12 @@ class Runner:
                 "output.transform",
             ) from error
 
+    def _prepare_metrics(self, first: Batch, returned: Any) -> Evaluation | None:
+        if self._plan_metrics is None:
+            return None
+        outputs = scored_outputs(returned, self.config.output, first.kwargs, model=self._facts)
+        return self._plan_metrics(outputs)
+
     def _check_graph(self, returned: Any) -> None:
         names = [name for name, tensor in iter_tensors(returned) if tensor.requires_grad]
         if names and self.mode is not GradMode.GRAD:
@@ -521,6 +548,17 @@ class Runner:
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
+
+
+def _with_evidence(
+    select: Callable[..., Outputs], evaluation: Evaluation
+) -> Callable[..., Outputs]:
+    """Add what the metrics need to the selected outputs."""
+
+    def select_with_evidence(returned: Any, size: int, inputs: Inputs) -> Outputs:
+        return select(returned, size, inputs) | evaluation.collect(returned, inputs)
+
+    return select_with_evidence
 
 
 @contextmanager

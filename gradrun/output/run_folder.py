@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import format_bytes, pluralize
-from gradrun.output import journal, lock, quarantine
+from gradrun.output import evidence_writer, journal, lock, quarantine
 from gradrun.output.fingerprint import differences
 from gradrun.output.formats import FORMATS, ids_file
 from gradrun.output.journal import (
@@ -37,6 +37,7 @@ _RUN_FILES = (
     *(RESULT, f"{RESULT}.tmp", quarantine.FILE_NAME, f"{quarantine.FILE_NAME}.tmp"),
     *(f"{file}{end}" for form in FORMATS.values() for file in form.files for end in _ENDINGS),
     ids_file.FILE_NAME,
+    evidence_writer.FILES,
     *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )
 """Patterns of a run's files; .rest files come from journal format 1."""

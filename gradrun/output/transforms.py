@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +26,16 @@ _SAFE_NAME = re.compile(r"\w[\w.-]*")
 
 Inputs = Mapping[str, torch.Tensor]
 """Keyword inputs of the model; some transforms need the attention_mask."""
+
+
+class SelectedOutput(NamedTuple):
+    """An output of the model for a batch."""
+
+    source: str
+    """Its name in the model's output."""
+    name: str
+    """Its name in the predictions; empty if it is not written."""
+    tensor: torch.Tensor
 
 
 class ModelFacts(Protocol):
@@ -69,30 +79,25 @@ def output_selector(
 
     def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         outputs: Outputs = {}
-        for source, name, tensor in select_outputs(returned, config):
-            _check_rows(source, tensor, size)
-            transformed = [(name, tensor)]
-            for step in config.transforms_of(source):
-                transformed = [
-                    new
-                    for output in transformed
-                    for new in functions[step](*output, config, inputs)
-                ]
-            outputs |= {final: _to_cpu(value) for final, value in transformed}
+        for output in select_outputs(returned, config):
+            check_rows(output.source, output.tensor, size)
+            steps = config.transforms_of(output.source)
+            written = _apply(functions, steps, output, config, inputs)
+            outputs |= {name: to_cpu(tensor) for name, tensor in written}
         return outputs
 
     def select_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         # The most common case; the loops above would add noticeable time per batch.
         if not isinstance(returned, torch.Tensor):
             return select_all(returned, size, inputs)
-        _check_rows(DEFAULT_OUTPUT, returned, size)
-        return {DEFAULT_OUTPUT: _to_cpu(returned)}
+        check_rows(DEFAULT_OUTPUT, returned, size)
+        return {DEFAULT_OUTPUT: to_cpu(returned)}
 
     changed = config.select or config.name or config.transforms
     return select_all if changed else select_one
 
 
-def _to_cpu(value: torch.Tensor) -> torch.Tensor:
+def to_cpu(value: torch.Tensor) -> torch.Tensor:
     """A detached CPU tensor whose memory contains its values, as numpy needs it."""
     if value.is_conj() or value.is_neg():
         value = value.resolve_conj().resolve_neg()
@@ -101,8 +106,71 @@ def _to_cpu(value: torch.Tensor) -> torch.Tensor:
     return value if value.is_cpu else value.cpu()
 
 
-def select_outputs(returned: Any, config: OutputSection) -> list[tuple[str, str, torch.Tensor]]:
-    """Return (the model's name, the written name, tensor) of each selected output.
+def scored_outputs(
+    returned: Any,
+    config: OutputSection,
+    inputs: Inputs = _NO_INPUTS,
+    sources: Container[str] | None = None,
+    model: ModelFacts | None = None,
+) -> list[SelectedOutput]:
+    """Return outputs as metrics read them: after pooling, before softmax, argmax and the like.
+
+    Args:
+        returned: the model's output for a batch.
+        config: the output section.
+        inputs: keyword inputs of the batch.
+        sources: the model's names of the outputs; default: all, the written ones first.
+        model: the facts of the model, if any.
+
+    Raises:
+        ConfigError: the config does not match the model's output.
+    """
+    selected = select_outputs(returned, config)
+    known = {output.source for output in selected}
+    if not isinstance(returned, torch.Tensor):
+        more = [(name, tensor) for name, tensor in iter_tensors(returned) if name not in known]
+        selected += [SelectedOutput(name, "", tensor) for name, tensor in more]
+    functions = _TRANSFORMS | _transforms_of(model)
+    scored = []
+    for output in selected:
+        if sources is None or output.source in sources:
+            steps, _ = split_steps(config, output, model)
+            tensor = _apply(functions, steps, output, config, inputs)[0][1]
+            scored.append(output._replace(tensor=tensor))
+    return scored
+
+
+def split_steps(
+    config: OutputSection, output: SelectedOutput, model: ModelFacts | None = None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the transforms of an output before its scores, such as pooling, and those of them.
+
+    Where the model's config asks for sigmoid, softmax is sigmoid, and classify is classify_labels.
+    """
+    steps: tuple[str, ...] = config.transforms_of(output.source) if output.name else ()
+    first = next((i for i, step in enumerate(steps) if step in _SCORE_STEPS), len(steps))
+    of_scores = steps[first:]
+    if model and model.probabilities == "sigmoid":
+        renamed = {"softmax": "sigmoid", "classify": "classify_labels"}
+        of_scores = tuple(renamed.get(step, step) for step in of_scores)
+    return steps[:first], of_scores
+
+
+def _apply(
+    functions: Mapping[str, _Transform],
+    steps: Sequence[str],
+    output: SelectedOutput,
+    config: OutputSection,
+    inputs: Inputs,
+) -> _Named:
+    named = [(output.name, output.tensor)]
+    for step in steps:
+        named = [new for old in named for new in functions[step](*old, config, inputs)]
+    return named
+
+
+def select_outputs(returned: Any, config: OutputSection) -> list[SelectedOutput]:
+    """Return the outputs to write, as the model returned them.
 
     Raises:
         ConfigError: the model returned no tensors, or none with a name in the config.
@@ -118,14 +186,14 @@ def select_outputs(returned: Any, config: OutputSection) -> list[tuple[str, str,
                 hint = suggest(name, names)
                 raise ConfigError(f"no output {name!r} is selected; {hint}", "output.transform")
     if len(selected) == 1:
-        return [(names[0], config.name or DEFAULT_OUTPUT, selected[0][1])]
+        return [SelectedOutput(names[0], config.name or DEFAULT_OUTPUT, selected[0][1])]
     if config.name:
         raise ConfigError(
             f"output.name names one output, and there are {len(names)}: {', '.join(names)}; choose "
             "one with output.select",
             "output.name",
         )
-    return [(name, name, tensor) for name, tensor in selected]
+    return [SelectedOutput(name, name, tensor) for name, tensor in selected]
 
 
 def _named_outputs(returned: Any, wanted: tuple[str, ...]) -> _Named:
@@ -147,13 +215,18 @@ def _named_outputs(returned: Any, wanted: tuple[str, ...]) -> _Named:
             "output.select",
         )
     selected = [(name, outputs[name]) for name in wanted or outputs]
-    if unsafe := [name for name, _ in selected if not _SAFE_NAME.fullmatch(name)]:
+    if unsafe := [name for name, _ in selected if not is_safe_name(name)]:
         raise ConfigError(
             f"the model has an output named {unsafe[0]!r}, which is not a safe file name; select "
             "other outputs",
             "output.select",
         )
     return selected
+
+
+def is_safe_name(name: str) -> bool:
+    """Report whether an output's name can be part of a file name."""
+    return _SAFE_NAME.fullmatch(name) is not None
 
 
 def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -175,7 +248,12 @@ def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor
         yield from iter_tensors(item, f"{name}.{key}" if name else str(key))
 
 
-def _check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+def check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+    """Check that an output is dense and has one row per sample.
+
+    Raises:
+        ConfigError: it is not, or has not.
+    """
     if tensor.layout != torch.strided:
         raise ConfigError(
             f"output {name!r} is a {str(tensor.layout).removeprefix('torch.')} tensor; only dense "
@@ -317,7 +395,7 @@ def _scores(step: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
             "output.transform: none",
             "output.transform",
         )
-    return _widened(tensor)
+    return widened(tensor)
 
 
 def _is_half(tensor: torch.Tensor) -> bool:
@@ -333,12 +411,12 @@ def _most_likely(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Te
 def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """Scale to length 1, for cosine similarity; in float32 for narrower types."""
     dim = _checked_dim("normalize", name, tensor, config, _default_dim(tensor))
-    return [(name, nn.functional.normalize(_widened(tensor), dim=dim))]
+    return [(name, nn.functional.normalize(widened(tensor), dim=dim))]
 
 
 def _mean_pool(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
     """Mean over the tokens without padding, [n, tokens, width] to [n, width]; at least float32."""
-    tokens = _widened(tensor)
+    tokens = widened(tensor)
     mask = _mask("mean_pool", name, tensor, inputs).unsqueeze(-1).to(tokens.dtype)
     return [(name, (tokens * mask).sum(1) / mask.sum(1).clamp(min=1))]
 
@@ -356,7 +434,7 @@ def _last_token(name: str, tensor: torch.Tensor, config: OutputSection, inputs: 
     return [(name, tensor[torch.arange(len(tensor), device=tensor.device), last])]
 
 
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
+def widened(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision as float32: sums and probabilities would lose their last digits."""
     return tensor.float() if _is_half(tensor) else tensor
 
@@ -521,5 +599,7 @@ _TRANSFORMS: dict[str, _Transform] = {
     "normalize": _normalize,
 }
 _POOLING_STEPS = {"mean_pool", "cls", "last_token"}
+_SCORE_STEPS = {"softmax", "sigmoid", "argmax", "classify", "topk", "threshold", "uint8"}
+"""Transforms of scores; metrics read the output before the first of them."""
 _CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
 """Transforms over the dimension of the classes."""

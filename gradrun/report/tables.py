@@ -43,6 +43,10 @@ DASH = "–"
 _QUANTILES = {"median": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _MAX_MODULES = 12
 _MAX_CLASSES = 10
+_MAX_MATRIX = 6
+"""Most classes of a confusion matrix that fits in 80 columns with their names."""
+_MAX_CONFUSIONS = 10
+_CLASS_WIDTH = 10
 _DEVICE_COLUMNS = {"device_allocated": "device peak", "device_reserved": "reserved"}
 _MEMORY_COLUMNS = {
     "forward_peak": "forward peak",
@@ -135,11 +139,12 @@ def of_predictions(result: AnyResult) -> tuple[Table, ...]:
         case InferResult():
             return _with_rows(
                 metrics(result.metrics),
+                *map(confusion, with_matrix(result.metrics)),
                 *(predicted_classes(d, result.predictions) for d in result.class_distribution),
                 example_predictions(result.examples),
             )
         case CheckResult():
-            return _with_rows(metrics(result.metrics))
+            return _with_rows(metrics(result.metrics), *map(confusion, with_matrix(result.metrics)))
         case _:
             return ()
 
@@ -247,8 +252,47 @@ def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]
 
 def metrics(values: Sequence[Metric]) -> Table:
     """Agreement of the predictions with the labels."""
-    rows = [(m.name, _score(m.value), f"over {pluralize(m.samples, 'sample')}") for m in values]
+    rows = []
+    for metric in values:
+        details = ", ".join(filter(None, (pluralize(metric.samples, "sample"), metric.note)))
+        rows.append((metric.name, _score(metric.value), f"over {details}"))
+        shown = metric.per_class[:_MAX_CLASSES]
+        rows += [(f"  {value.name}", _score(value.value), "") for value in shown]
+        if more := len(metric.per_class) - len(shown):
+            rows.append((f"  {more} more", "", "classes; result.json has all"))
     return _figures("Metrics", rows)
+
+
+def with_matrix(values: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics with a confusion matrix."""
+    return [metric for metric in values if metric.matrix]
+
+
+def confusion(metric: Metric) -> Table:
+    """Samples by true and predicted class; of many classes, the most frequent confusions."""
+    matrix = metric.matrix
+    assert matrix is not None
+    names = [name[:_CLASS_WIDTH] for name in matrix.classes]
+    title = f"{metric.name}: true"
+    if len(names) <= _MAX_MATRIX:
+        rows = tuple(
+            (name, *(f"{count:,}" for count in counts))
+            for name, counts in zip(names, matrix.counts, strict=True)
+        )
+        columns = tuple(Column(name) for name in names)
+        return Table(title, columns, rows, note="Columns are predicted classes.")
+    pairs = sorted(
+        (-count, true, predicted)
+        for true, counts in enumerate(matrix.counts)
+        for predicted, count in enumerate(counts)
+        if count and true != predicted
+    )
+    confused = tuple(
+        (names[true], names[predicted], f"{-count:,}", f"{-count / sum(matrix.counts[true]):.0%}")
+        for count, true, predicted in pairs[:_MAX_CONFUSIONS]
+    )
+    columns = (Column("predicted", "text"), Column("count"), Column("of the true"))
+    return Table(title, columns, confused, note="The most frequent confusions.")
 
 
 def predicted_classes(found: ClassDistribution, predictions: int | None) -> Table:

@@ -304,13 +304,34 @@ class Output(Record, frozen=True, kw_only=True):
     """Standard deviation; NaN if any value is."""
 
 
+class ClassValue(Record, frozen=True, kw_only=True):
+    """The value of a metric for one class."""
+
+    name: str
+    """Of the class, or its number."""
+    value: float
+    """NaN if neither predictions nor labels contain the class."""
+
+
+class ConfusionMatrix(Record, frozen=True, kw_only=True):
+    """Samples, or pixels, by true and predicted class."""
+
+    classes: tuple[str, ...]
+    counts: tuple[tuple[Count, ...], ...]
+    """One row per true class, with one count per predicted class."""
+
+
 class Metric(Record, frozen=True, kw_only=True):
-    """Agreement of the predictions with the labels."""
+    """Agreement of the model's outputs with the labels."""
 
     name: str
     value: float
     samples: int
     """Samples with a prediction and a label."""
+    note: str = ""
+    """How the value is defined: the average over classes, the threshold."""
+    per_class: tuple[ClassValue, ...] = ()
+    matrix: ConfusionMatrix | None = None
 
 
 class Example(Record, frozen=True, kw_only=True):

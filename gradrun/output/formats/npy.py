@@ -32,14 +32,21 @@ BUFFER_BYTES = 128 * 1024
 """Size of a write: small enough to stay in the processor's cache."""
 
 _CHUNK_BYTES = 1024 * 1024
+_STEM = "predictions"
 
 
 class NpyWriter:
-    """Writes each output to predictions.npy or predictions.NAME.npy."""
+    """Writes each output to predictions.npy or predictions.NAME.npy, or to another stem."""
 
     def __init__(
-        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+        self,
+        folder: Path,
+        samples: int,
+        batch_size: int = 1,
+        labels: ClassLabels | None = None,
+        stem: str = _STEM,
     ) -> None:
+        self.stem = stem
         self.folder, self.samples, self.written = folder, samples, 0
         self.nonfinite = self._committed = 0
         self._arrays: dict[str, _NpyFile] = {}
@@ -50,7 +57,7 @@ class NpyWriter:
         self.written = self._committed = committed[-1].stop if committed else 0
         self.nonfinite = sum(part.nonfinite for part in committed)
         for name, tensor in outputs.items():
-            file = f"predictions{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
+            file = f"{self.stem}{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
             array = _NpyFile(self.folder / file, self.samples, tensor)
             self._arrays[name] = array
             array.open(self.written)
