@@ -11,7 +11,7 @@ import torch
 
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
-from gradrun.results.result import Padding, Statement, Warning
+from gradrun.results.result import Padding, Statement
 
 T = TypeVar("T")
 
@@ -56,14 +56,6 @@ class HasLabels(Protocol):
         Raises:
             ConfigError: the labels cannot be read, or the config names none.
         """
-
-
-@runtime_checkable
-class HasWarnings(Protocol):
-    """A data source that may change samples in a way that a user should know of."""
-
-    def warnings(self) -> Iterator[Warning]:
-        """Yield the warnings for the batches read so far."""
 
 
 class Preview(NamedTuple):
@@ -122,7 +114,7 @@ class LengthGrouped(Protocol):
         """Return the input positions of samples that are run as start to stop, within a chunk."""
 
     def padding(self, start: int, stop: int) -> Padding:
-        """Count the tokens of samples start to stop, which must be whole chunks read before."""
+        """Count the texts of samples start to stop, which must be whole batches read before."""
 
 
 def input_position(data: BatchSource, index: int) -> int:

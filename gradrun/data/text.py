@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -15,13 +14,12 @@ import torch
 from gradrun.config.data import TextData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
-from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
 from gradrun.data.tables import RowChecksums, id_column, read_labels, read_table, table_suffix
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
-from gradrun.results.result import Padding, Statement, Warning
+from gradrun.results.result import Padding, Statement
 
 CHUNK_BATCHES = 16
 """Batches that are tokenized, and ordered by length, together."""
@@ -41,20 +39,14 @@ class _Chunk(NamedTuple):
     """Position in the chunk of each text that is run."""
     errors: dict[int, SampleError]
     """Row -> why its text cannot be run."""
+    full_lengths: list[int]
+    """Tokens of each text before it was truncated."""
+    repaired: list[str]
+    """File and line of each text with replaced halves of surrogate pairs, "" for others."""
 
     @property
     def lengths(self) -> list[int]:
         return [len(row) for row in self.tokens["input_ids"]]
-
-
-class _Counts(NamedTuple):
-    """How the texts of a chunk were changed."""
-
-    texts: int
-    truncated: int
-    longest: int
-    repaired: list[str]
-    """The places of texts with replaced halves of surrogate pairs."""
 
 
 def open_data(config: TextData, seed: int, model: ModelConfig | None) -> BatchSource:
@@ -73,7 +65,6 @@ class Texts:
         self._tokenization = tokenization
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
-        self._counts: dict[int, _Counts] = {}
         self._ids = id_column(config.path, config.id)
         self.has_ids = self._ids is not None
         self._checksums = RowChecksums(config.batch_size)
@@ -84,7 +75,7 @@ class Texts:
                 if number < self.chunk_size:
                     first.append(text)
         self.samples = self._checksums.rows
-        chunk = self._tokenize(0, first)
+        chunk = self._tokenize(first)
         lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
         self._new_batch = InputBatcher(config.call, inputs)
         self.sample_bytes = 8 * inputs * max(lengths, default=0)
@@ -105,7 +96,7 @@ class Texts:
                     raise ConfigError(
                         f"{self.config.path} became shorter while it was read", "data.path"
                     )
-                chunk = self._tokenize(first, rows)
+                chunk = self._tokenize(rows)
                 self._remember(first, chunk)
                 last = min(len(rows), end - first)
                 for begin in range(max(start - first, 0), last, self.batch_size):
@@ -122,22 +113,6 @@ class Texts:
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
-        counts, limit = self._total(), self._tokenization.limit
-        cut = f"{counts.truncated:,} of {counts.texts:,} truncated to {limit} tokens"
-        text = cut if counts.truncated else f"none of {counts.texts:,} truncated"
-        yield Statement(topic="texts", text=f"{text} (longest: {counts.longest:,})")
-        if counts.repaired:
-            text = f"half a character replaced by U+FFFD in {len(counts.repaired):,}"
-            yield Statement(topic="texts", text=f"{text}, first in {counts.repaired[0]}")
-
-    def warnings(self) -> Iterator[Warning]:
-        counts = self._total()
-        if counts.truncated:
-            yield Warning(
-                code="truncated",
-                text=f"{counts.truncated:,} of {pluralize(counts.texts, 'text')} were truncated to "
-                f"{self._tokenization.limit} tokens; the longest has {counts.longest:,}",
-            )
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         with closing(read_texts(self.config, self._ids)) as texts:
@@ -149,27 +124,26 @@ class Texts:
         return read_labels(records, path, self.config.labels, self.config.classes)
 
     def padding(self, start: int, stop: int) -> Padding:
-        chunks = (padding for first, padding in self._padding.items() if start <= first < stop)
-        return sum(chunks, Padding())
+        batches = (padding for first, padding in self._padding.items() if start <= first < stop)
+        return sum(batches, Padding())
 
     # --- chunks --------------------------------------------------------------------------------
 
-    def _tokenize(self, first: int, texts: list[Text]) -> _Chunk:
-        """Tokenize the chunk that starts at sample `first`."""
+    def _tokenize(self, texts: list[Text]) -> _Chunk:
         tokens, full_lengths, errors = self._tokenization.tokenize(texts)
-        limit = self._tokenization.limit or math.inf
-        self._counts[first] = _Counts(
-            texts=len(texts),
-            truncated=sum(length > limit for length in full_lengths),
-            longest=max(full_lengths, default=0),
-            repaired=[f"{Path(text.place).name}" for text in texts if text.repaired],
-        )
         order: Sequence[int] = range(len(texts))
         if self.grouped:
             order = self._order_by_length([len(row) for row in tokens["input_ids"]])
             tokens = {name: [rows[i] for i in order] for name, rows in tokens.items()}
         errors = {row: errors[i] for row, i in enumerate(order) if i in errors}
-        return _Chunk(tokens, [texts[i].id for i in order], order, errors)
+        return _Chunk(
+            tokens=tokens,
+            ids=[texts[i].id for i in order],
+            order=order,
+            errors=errors,
+            full_lengths=[full_lengths[i] for i in order],
+            repaired=[Path(texts[i].place).name if texts[i].repaired else "" for i in order],
+        )
 
     def _order_by_length(self, lengths: list[int]) -> list[int]:
         """Put texts of similar length into batches, and the batches into random order.
@@ -190,26 +164,29 @@ class Texts:
         errors = {row - start: e for row, e in chunk.errors.items() if start <= row < stop}
         return self._new_batch(self._tokenization.pad(rows), chunk.ids[start:stop], errors)
 
-    def _total(self) -> _Counts:
-        """The counts of all chunks read so far."""
-        chunks = sorted(self._counts.items())
-        return _Counts(
-            texts=sum(counts.texts for _, counts in chunks),
-            truncated=sum(counts.truncated for _, counts in chunks),
-            longest=max((counts.longest for _, counts in chunks), default=0),
-            repaired=[place for _, counts in chunks for place in counts.repaired],
-        )
-
     def _remember(self, first: int, chunk: _Chunk) -> None:
         self._orders.pop(first, None)  # a chunk that is read again becomes the newest
         self._orders[first] = chunk.order
         while len(self._orders) > _CACHED_ORDERS:
             del self._orders[next(iter(self._orders))]
-        if first not in self._padding:
-            lengths = chunk.lengths
-            in_file = [length for _, length in sorted(zip(chunk.order, lengths, strict=True))]
-            self._padding[first] = Padding(
-                tokens=sum(lengths), run=self._padded(lengths), ungrouped=self._padded(in_file)
+        if first in self._padding:
+            return
+        lengths, limit = chunk.lengths, self._tokenization.limit or 0
+        in_file = [length for _, length in sorted(zip(chunk.order, lengths, strict=True))]
+        for start in range(0, len(lengths), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            full = chunk.full_lengths[rows]
+            repaired = [place for place in chunk.repaired[rows] if place]
+            self._padding[first + start] = Padding(
+                texts=len(full),
+                truncated=sum(length > limit > 0 for length in full),
+                limit=limit,
+                longest=max(full),
+                repaired=len(repaired),
+                first_repaired=repaired[0] if repaired else "",
+                tokens=sum(lengths[rows]),
+                run=self._padded(lengths[rows]),
+                ungrouped=self._padded(in_file[rows]),
             )
 
     def _padded(self, lengths: Sequence[int]) -> int:

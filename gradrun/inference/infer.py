@@ -23,7 +23,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasFileList, HasRowChecksums, HasWarnings
+from gradrun.data.source import BatchSource, HasFileList, HasRowChecksums
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
@@ -286,7 +286,6 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
     quarantined = sum(position < writer.written for position in positions)
     warnings = [
         *runner.warnings,
-        *(runner.data.warnings() if isinstance(runner.data, HasWarnings) else ()),
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
     ]
@@ -305,7 +304,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         predictions=writer.written,
         quarantined=quarantined,
         resumed_at=timed.start,
-        interpretation=interpret(plan.model, runner.data, runner.config, prepared.statements),
+        interpretation=interpret(plan.model, runner.data, prepared.statements, measurement.padding),
         warnings=tuple(warnings),
     )
     if timed.stopped:

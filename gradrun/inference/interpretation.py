@@ -7,29 +7,37 @@ from collections.abc import Iterable
 import torch
 
 from gradrun.config.load import LoadedConfig, is_trusted
-from gradrun.config.schema import RunConfig
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource
+from gradrun.data.source import BatchSource, LengthGrouped
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
 from gradrun.output import transforms
-from gradrun.results.result import Statement
+from gradrun.results.result import Padding, Statement
 
 
 def interpret(
-    model: LoadedModel, data: BatchSource, config: RunConfig, outputs: Iterable[Statement]
+    model: LoadedModel,
+    data: BatchSource,
+    outputs: Iterable[Statement],
+    texts: Padding | None,
 ) -> tuple[Statement, ...]:
     """Return the statements of all parts of a run, in the order of the data flow.
 
-    Each part states its own interpretations; call this after the run, so that counts such as the
-    number of truncated texts are complete. `outputs` are those of the transforms.
+    Each part states its own interpretations; call this after the run, so that counts are complete.
+
+    Args:
+        model: the model.
+        data: the data source.
+        outputs: the statements of the transforms.
+        texts: the counts of texts, if the data consists of them.
     """
     threads = Statement(topic="threads", text=pluralize(torch.get_num_threads(), "thread"))
     return (
         *model.statements(),
         *data.statements(),
+        *(texts.statements() if texts else ()),
         *outputs,
         threads,
     )
@@ -48,4 +56,6 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
         )
         data = open_data(config.data, seed=config.run.seed, model=config.model)
         output = transforms.resolve_output(config.output, model)
-        return interpret(model, data, config, transforms.statements(output, model=model))
+        next(iter(data.batches()), None)  # counts the texts of the first chunk
+        texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
+        return interpret(model, data, transforms.statements(output, model=model), texts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -79,8 +80,19 @@ class Memory(Record, frozen=True, kw_only=True):
 
 
 class Padding(Record, frozen=True, kw_only=True):
-    """Token counts of texts that were padded to the longest of their batch."""
+    """Counts of texts that were truncated, and padded to the longest of their batch."""
 
+    texts: Count = 0
+    truncated: Count = 0
+    """Texts with more tokens than the limit."""
+    limit: Count = 0
+    """The greatest number of tokens; 0: unlimited."""
+    longest: Count = 0
+    """Tokens of the longest text before it was truncated."""
+    repaired: Count = 0
+    """Texts in which halves of surrogate pairs were replaced by U+FFFD."""
+    first_repaired: str = ""
+    """File and line of one of them."""
     tokens: Count = 0
     """Without padding."""
     run: Count = 0
@@ -90,10 +102,25 @@ class Padding(Record, frozen=True, kw_only=True):
 
     def __add__(self, other: Padding) -> Padding:
         return Padding(
+            texts=self.texts + other.texts,
+            truncated=self.truncated + other.truncated,
+            limit=max(self.limit, other.limit),
+            longest=max(self.longest, other.longest),
+            repaired=self.repaired + other.repaired,
+            first_repaired=self.first_repaired or other.first_repaired,
             tokens=self.tokens + other.tokens,
             run=self.run + other.run,
             ungrouped=self.ungrouped + other.ungrouped,
         )
+
+    def statements(self) -> Iterator[Statement]:
+        """Yield how many texts were changed."""
+        cut = f"{self.truncated:,} of {self.texts:,} truncated to {self.limit:,} tokens"
+        text = cut if self.truncated else f"none of {self.texts:,} truncated"
+        yield Statement(topic="texts", text=f"{text} (longest: {self.longest:,})")
+        if self.repaired:
+            text = f"half a character replaced by U+FFFD in {self.repaired:,}"
+            yield Statement(topic="texts", text=f"{text}, such as {self.first_repaired}")
 
 
 class WorkerRange(Record, frozen=True, kw_only=True):

@@ -36,6 +36,14 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
             f"{machine.threads} threads share {pluralize(machine.cpus, 'processor')}; "
             "run.threads: auto uses one thread per processor",
         )
+    texts = measured.padding
+    if texts and texts.truncated:
+        warn(
+            "truncated",
+            f"{texts.truncated:,} of {pluralize(texts.texts, 'text')} were truncated to "
+            f"{texts.limit:,} tokens (the longest has {texts.longest:,}); split them, or raise "
+            "data.max_length if the model allows it",
+        )
     if training:
         warn(
             "training_mode",

@@ -296,20 +296,21 @@ def test_sentences_of_the_readme_are_tokenized(folder: Path) -> None:
 
 
 def facts(data: Texts) -> str:
-    return "\n".join(f"{statement.topic}: {statement.text}" for statement in data.statements())
+    """The statements of a source and of its texts, once all are read."""
+    list(data.batches())
+    every = [*data.statements(), *data.padding(0, data.samples).statements()]
+    return "\n".join(f"{statement.topic}: {statement.text}" for statement in every)
 
 
 def test_truncated_texts_are_counted_with_the_longest(folder: Path) -> None:
     (folder / "mixed.txt").write_text("the model\n" * 40 + "the model " * 90 + "\n")
     longest = len(tokenizer_of(folder)("the model " * 90)["input_ids"])
-    data = opened(folder, path="mixed.txt", batch_size=2, group_by_length=False)
-    assert "texts: none of 32 truncated (longest: 4)" in facts(data), "the first chunk only"
-    for _ in range(2):  # batches that are read again count once
-        list(data.batches())
-    assert f"texts: 1 of 41 truncated to 64 tokens (longest: {longest})" in facts(data)
-    (warning,) = data.warnings()
-    assert warning.code == "truncated"
-    assert f"1 of 41 texts were truncated to 64 tokens; the longest has {longest}" in warning.text
+    for grouped in (False, True):
+        data = opened(folder, path="mixed.txt", batch_size=2, group_by_length=grouped)
+        for _ in range(2):  # batches that are read again count once
+            assert f"texts: 1 of 41 truncated to 64 tokens (longest: {longest})" in facts(data)
+        assert (data.padding(0, 32).truncated, data.padding(32, 41).truncated) == (0, 1)
+    assert "texts: none of 300 truncated (longest: 62)" in facts(opened(folder))
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -348,7 +349,7 @@ def test_half_a_surrogate_pair_is_replaced_and_stated(folder: Path) -> None:
     data = opened(folder, path="half.jsonl", field="body", group_by_length=False)
     expected = tokenize(["the model", "the \ufffd model", "\U0001f600"], folder)
     assert tokens(data.batches()) == expected
-    assert "half a character replaced by U+FFFD in 1, first in half.jsonl:2" in facts(data)
+    assert "half a character replaced by U+FFFD in 1, such as half.jsonl:2" in facts(data)
 
 
 @pytest.mark.parametrize("line", ['{"body": null}', '{"body": 3}', "{}"])
