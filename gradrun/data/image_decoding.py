@@ -134,7 +134,7 @@ class ImageDecoder:
             converted = self._to_mode(image)
         if orientation in _TURNS:
             traits |= Trait.TURNED
-            is_upright = image.format == "TIFF" and _orientation(image) == 1  # Pillow turned it
+            is_upright = image.format == "TIFF"  # Pillow turns these itself
             if is_upright != self._config.exif:
                 turns = _TURNS_BACK if is_upright else _TURNS
                 converted = converted.transpose(turns[orientation])

@@ -78,10 +78,8 @@ def _shortest(size: Sizes) -> int:
 
 
 def size_text(size: Sizes) -> str:
-    """Format 224 or (224, 224) as "224", and (224, 160) as "224x160"."""
-    if isinstance(size, int):
-        return str(size)
-    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+    """Format 224 as "224", which is the shorter side, and (224, 160) as "224x160"."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 def normalized(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, TiffImagePlugin
 
 import gradrun
 from gradrun.config.data import ImagesData
@@ -20,6 +20,8 @@ from gradrun.data import open_data
 from gradrun.data.source import BatchSource
 from tests.support.pictures import save_noise
 
+Image.init()
+HAS_AVIF = "AVIF" in Image.SAVE  # since Pillow 11.3
 _RNG = np.random.default_rng(0)
 _RAMP = (np.arange(256, dtype=np.uint16) * 257).reshape(16, 16)
 """Every level of 8 bits, in 16 bits."""
@@ -121,8 +123,8 @@ def test_every_mode_of_8_bits_gives_the_colors_that_a_viewer_shows(
 
 def test_color_spaces_are_converted_as_pillow_converts_them(tmp_path: Path) -> None:
     image = Image.fromarray(noise(3))
-    image.convert("YCbCr").save(tmp_path / "a.tif")
-    image.convert("PA").save(tmp_path / "b.tif")
+    image.convert("YCbCr").save(tmp_path / "a.im")
+    image.convert("PA").save(tmp_path / "b.im")
     found = pixels_of(tmp_path).permute(0, 2, 3, 1).numpy() * 255
     for row, mode in enumerate(("YCbCr", "PA")):
         assert np.allclose(found[row], np.asarray(image.convert(mode).convert("RGB")), atol=1e-4)
@@ -145,7 +147,10 @@ def test_images_of_more_than_8_bits_are_scaled_by_their_real_range(
     tmp_path: Path, name: str
 ) -> None:
     file, stored, keys = DEEP[name]
-    Image.fromarray(stored).save(tmp_path / file)
+    if file == "a.pgm":
+        (tmp_path / file).write_bytes(b"P5 16 16 65535\n" + stored.astype(">u2").tobytes())
+    else:
+        Image.fromarray(stored).save(tmp_path / file)
     low, high = keys.get("value_range", (0, 65535))
     expected = torch.from_numpy((stored.astype(np.float64) - low) / (high - low)).float()
     found = pixels_of(tmp_path, mode="L", **keys)
@@ -209,7 +214,20 @@ def test_a_tiff_with_an_unsupported_layout_is_an_error_that_names_the_format(
 # --- orientation -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "avif"])
+UPRIGHT: dict[int, Any] = {
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, :, ::-1],
+    3: lambda pixels: pixels[:, ::-1, ::-1],
+    4: lambda pixels: pixels[:, ::-1],
+    5: lambda pixels: pixels.transpose(0, 2, 1),
+    6: lambda pixels: np.rot90(pixels, -1, (1, 2)),
+    7: lambda pixels: pixels[:, ::-1, ::-1].transpose(0, 2, 1),
+    8: lambda pixels: np.rot90(pixels, 1, (1, 2)),
+}
+"""EXIF orientation -> the function that turns stored pixels [channels, height, width] upright."""
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", *(["avif"] * HAS_AVIF)])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_every_exif_orientation_is_turned_upright_as_transformers_does(
     tmp_path: Path, orientation: int, suffix: str
@@ -219,19 +237,19 @@ def test_every_exif_orientation_is_turned_upright_as_transformers_does(
     exif = Image.Exif()
     exif[0x0112] = orientation
     file, image = tmp_path / f"a.{suffix}", Image.fromarray(noise(3))
+    image.save(file)  # the same pixels, without EXIF
+    stored = pixels_of(tmp_path)[0]
     image.save(file, exif=exif)
-    expected = np.asarray(load_image(str(file)))
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
-    assert np.array_equal(expected, upright)
     data = opened(tmp_path)
     (batch,) = data.batches()
-    assert np.allclose(batch.args[0][0].permute(1, 2, 0) * 255, expected, atol=1e-4)
+    upright = batch.args[0][0]
+    assert torch.equal(upright, torch.from_numpy(UPRIGHT[orientation](stored.numpy()).copy()))
+    if suffix != "tif":  # Pillow 10 turns these twice in exif_transpose
+        expected = np.asarray(load_image(str(file)))
+        assert np.allclose(upright.permute(1, 2, 0) * 255, expected, atol=1e-4)
     turned = "1 of 1 image turned upright" if orientation > 1 else None
     assert statements_of(data).get("exif") == turned
-    image.save(file)  # the same pixels, without EXIF
-    stored = pixels_of(tmp_path)
-    image.save(file, exif=exif)
-    assert torch.equal(pixels_of(tmp_path, exif=False), stored)
+    assert torch.equal(pixels_of(tmp_path, exif=False)[0], stored)
 
 
 def test_a_damaged_exif_block_leaves_the_image_as_stored(tmp_path: Path) -> None:
@@ -334,6 +352,7 @@ def test_every_suffix_of_an_image_is_read_in_capitals_too_and_other_files_are_co
         "f.avif": "AVIF", "g.webp": "WEBP", "h.ico": "ICO", "i.PNG": "PNG", "j.qoi": "QOI",
         "k.dds": "DDS", "l.pcx": "PCX", "m.ppm": "PPM", "n.sgi": "SGI", "o.icns": "ICNS",
     }  # fmt: skip
+    formats = {name: form for name, form in formats.items() if form in Image.SAVE}
     for name, form in formats.items():
         image.save(tmp_path / name, form, **({"sizes": [(8, 8)]} if form == "ICO" else {}))
     for name in ("x.heic", "y.txt", "z.txt", "none"):
@@ -343,7 +362,7 @@ def test_every_suffix_of_an_image_is_read_in_capitals_too_and_other_files_are_co
     assert batch.ids == sorted(formats)
     assert torch.allclose(batch.args[0], torch.tensor(99 / 255), atol=2 / 255)
     assert statements_of(data)["files"] == (
-        "15 images, sorted by path as text; "
+        f"{len(formats)} images, sorted by path as text; "
         "4 other files (2 .txt, 1 .heic, 1 no suffix) not read"
     )  # fmt: skip
 

@@ -235,7 +235,7 @@ def test_steps_are_stated_as_they_are_applied(tmp_path: Path) -> None:
             "x 1/255, mean 0.485 0.456 0.406, std 0.229 0.224 0.225",
         ),
         (("preprocess", "processor"), ("processor", tmp_path), ("std", (1.0, 2.0, 0.25))): (
-            "CLIPImageProcessor: resize shortest edge 40 bicubic, crop 32, RGB",
+            "CLIPImageProcessor: resize shortest edge 40 bicubic, crop 32x32, RGB",
             "x 1/255, mean 0.4 0.4 0.4, std 1 2 0.25",
         ),
     }  # fmt: skip
