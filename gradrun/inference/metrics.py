@@ -17,7 +17,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.units import pluralize
 from gradrun.data.source import CHUNK_BYTES, BatchSource, HasLabels
-from gradrun.inference.evidence import Evidence, find_target
+from gradrun.inference.evidence import Evidence, Target, find_target
 from gradrun.inference.scorers import Scorer
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.evidence_writer import evidence_file, evidence_key, lacks_evidence
@@ -166,11 +166,13 @@ def plan_metrics(
         label = _label_shape(spec, first, key)
         output = _find_output(spec, key, outputs)
         target = find_target(output, label, config.output, model, values=spec.name in _VALUES)
+        _check_class_count(data.classes or (), target, model.classes)
         scorers.append(Scorer(spec, key, target, config.output, names))
         scorers[-1].check_scores(output.tensor)
     return Evaluation(config, model, data, data.samples, tuple(scorers))
 
 
+_MAX_LISTED = 6
 _VALUES = {"mse", "mae", "r2"}
 """Metrics of numbers; the others compare classes."""
 
@@ -183,6 +185,26 @@ def _check_class_order(classes: Sequence[str] | None, model_classes: Sequence[st
             f"[{', '.join(model_classes)}]",
             "data.classes",
         )
+
+
+def _check_class_count(
+    classes: Sequence[str], target: Target, model_classes: Sequence[str]
+) -> None:
+    """Reject names of labels whose number is not that of the model's classes.
+
+    Their numbers would be those of other classes of the model.
+    """
+    count = target.classes if target.task in {"binary", "multiclass"} else 0
+    if not classes or not count or len(classes) == count:
+        return
+    listed = ", ".join(classes[:_MAX_LISTED]) + (", ..." if len(classes) > _MAX_LISTED else "")
+    known = set(classes) <= set(model_classes)
+    names = f"the model's {count:,} names" if known else f"{count:,} names"
+    raise ConfigError(
+        f"the labels have {pluralize(len(classes), 'class')} ({listed}), but the output "
+        f"{target.source!r} has {count:,}; set data.classes to {names}, in the order of the output",
+        "data.labels",
+    )
 
 
 def _label_shape(spec: MetricSection, labels: torch.Tensor, key: str) -> tuple[int, ...]:

@@ -398,3 +398,31 @@ def test_the_pixels_of_png_files_are_the_original_digits(digits: Path) -> None:
     assert torch.allclose(
         batch.args[0].reshape(-1, 64), torch.from_numpy(wanted).float(), atol=0.07
     )
+
+
+# --- labels and the model's classes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", ["none", "softmax", "argmax", "topk"])
+def test_folders_of_another_number_than_the_models_classes_are_an_error(
+    tmp_path: Path, transform: str
+) -> None:
+    folders(tmp_path / "pics", *(f"{name}/a.png" for name in ("cat", "dog", "eel")))
+    given = {
+        "model": {"source": "layers", "layers": ["Flatten", {"LazyLinear": 10}]},
+        "data": {"source": "images", "path": str(tmp_path / "pics"), "labels": "folder"},
+        "output": {"path": str(tmp_path / "out"), "transform": transform},
+        "metrics": ["accuracy"],
+    }
+    with pytest.raises(
+        ConfigError, match=r"labels have 3 classes \(cat, dog, eel\), but the output .* has 10"
+    ):
+        gradrun.infer(given)
+    assert not (tmp_path / "out").exists()
+    names = [f"class {number}" for number in range(7)] + ["eel", "dog", "cat"]
+    result = gradrun.infer(given, data={"classes": names})
+    data: Any = opened(tmp_path / "pics", labels="folder", classes=tuple(names))
+    assert torch.cat([*data.labels()]).tolist() == [9, 8, 7]
+    assert next(s.text for s in result.interpretation if s.topic == "labels").startswith(
+        "10 classes (3 found): class 0, class 1"
+    )
