@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import DType, InputFile, InputPath, Section, Shape, Size
@@ -38,9 +38,40 @@ class _Input(Section):
     shape: Shape | None = Field(None, description="reshape one sample to this; default: as stored")
 
 
+def _read_class_names(value: object, info: ValidationInfo) -> object:
+    """Replace the name of a text file by its lines; raise ValueError if it cannot be read."""
+    if not isinstance(value, str | Path):
+        return tuple(value) if isinstance(value, list) else value
+    path = info.context.input_file(Path(value)) if info.context else Path(value)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    names = tuple(line.strip() for line in lines)
+    if "" in names:
+        raise ValueError(
+            f"line {names.index('') + 1} of {path} is empty; write one class name per line, in the "
+            "order of the model's classes"
+        )
+    return names
+
+
+def _check_unique(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the class {twice!r} is listed twice")
+    return names
+
+
 Classes = Annotated[
     tuple[str, ...] | None,
-    Field(description="class names in the order of the model's classes", min_length=2),
+    BeforeValidator(_read_class_names, json_schema_input_type=str | tuple[str, ...] | None),
+    AfterValidator(_check_unique),
+    Field(
+        description="class names in the order of the model's classes, or a text file with one per "
+        "line; default: the model's own",
+        min_length=2,
+    ),
 ]
 
 
@@ -82,6 +113,7 @@ class ArraysData(_Data):
     path: InputFile | None = None
     inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
     labels: ArrayLabels | None = Field(None, description="true classes or values, for metrics")
+    classes: Classes = None
 
 
 class RecordInput(_Input):

@@ -35,7 +35,9 @@ from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedP
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
+from gradrun.output import class_labels
 from gradrun.output.checkpointer import Checkpointer
+from gradrun.output.class_labels import ClassLabels
 from gradrun.output.evidence_writer import EvidenceWriter
 from gradrun.output.fingerprint import fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
@@ -215,7 +217,7 @@ def open_run(
     by_rows = _files_with_row_checksums(data)
     metrics = partial(plan_metrics, config, data, model=model)
     return OpenedRun(
-        header=fingerprint(config, data.samples, __version__, file_list, by_rows),
+        header=fingerprint(config, data.samples, __version__, file_list, by_rows, model.classes),
         model=model,
         runner=Runner(model.module, data, config, device, model, metrics),
         load_seconds=loaded - started,
@@ -360,6 +362,12 @@ def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
     return writer
 
 
+def _write_classes(plan: RunPlan, prepared: PreparedRun) -> None:
+    labels = ClassLabels(plan.runner.config.output, plan.model.classes)
+    if labels.describes(prepared.outputs):
+        files.replace_file(plan.folder.path / class_labels.FILE_NAME, labels.text())
+
+
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
     folder, unit = plan.folder, commit_unit(plan.runner.data)
@@ -369,6 +377,7 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
         journal, committed = folder.open_journal(plan.header, unit, checksum)
         try:
             writer.open(prepared.outputs, committed)
+            _write_classes(plan, prepared)
             plan.quarantine.truncate(writer.written)
         except BaseException:
             journal.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from gradrun.models import (
     torchvision,
     zoo,
 )
+from gradrun.models.class_names import names_of, with_class_names
 from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.weights import load_weights
@@ -53,7 +54,8 @@ def load_model(
     Args:
         config: the model section.
         device: where the model runs.
-        data: the data section: a model of texts gets the pad token of their tokenizer.
+        data: the data section: a model of texts gets the pad token of their tokenizer, and
+            `classes` names the model's classes.
         trust_code: allow code of the config to run.
 
     Raises:
@@ -89,32 +91,8 @@ def load_model(
             f"config: {first_line(error)}",
             "model",
         ) from error
-    return model.replace(
-        module=_compiled(module) if config.compile else module,
-        classes=model.classes or _class_names(module),
-    )
-
-
-def _class_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names in a module's attribute class_names, in the order of the classes.
-
-    It may be a sequence of names, or a mapping {index: name} or {name: index} with the indices
-    from 0 on. Anything else gives ().
-    """
-    try:
-        value: Any = getattr(module, "class_names", None)
-        if isinstance(value, Mapping):
-            inverted = all(isinstance(index, int) for index in value.values())
-            pairs = [(b, a) if inverted else (a, b) for a, b in value.items()]
-            numbered = {int(index): name for index, name in pairs}
-            names = [numbered[number] for number in range(len(value))]
-        elif isinstance(value, str | Set):
-            return ()
-        else:
-            names = list(value)
-    except Exception:  # a property of the user's module may raise anything
-        return ()
-    return tuple(map(str, names)) if all(isinstance(name, str) for name in names) else ()
+    model = with_class_names(model.replace(classes=model.classes or names_of(module)), data)
+    return model.replace(module=_compiled(module) if config.compile else module)
 
 
 def _compiled(module: nn.Module) -> nn.Module:

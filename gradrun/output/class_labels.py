@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradrun.config.output import OutputSection
 from gradrun.output.missing import MISSING_CLASS
 
+if TYPE_CHECKING:
+    from gradrun.output.transforms import Outputs
+
+FILE_NAME = "classes.txt"
+"""The class names of a run, one per line, beside the predictions."""
+
 DEFAULT_OUTPUT = "prediction"
 """Name of the output of a model with one output."""
+
+
+_CLASS_NUMBERS = {"argmax", "classify", "topk"}
+_TYPED_ARRAYS = {"npy", "safetensors"}
+
+
+def writes_names(config: OutputSection) -> bool:
+    """Whether the files of predictions contain class names."""
+    maps = config.transform.values() if isinstance(config.transform, dict) else [config.transform]
+    numbers = any(_CLASS_NUMBERS & {*steps} for steps in maps)
+    return numbers and config.format not in _TYPED_ARRAYS
 
 
 class ClassLabels:
@@ -49,3 +66,18 @@ class ClassLabels:
             return ""
         known = 0 <= numbers < len(self.classes)
         return self.classes[numbers] if known else str(numbers)
+
+    def describes(self, outputs: Outputs) -> bool:
+        """Whether an output contains class numbers, or one score per class."""
+        count = len(self.classes)
+        scores = (count in tensor.shape[1:] for tensor in outputs.values())
+        return count > 0 and (bool(self.columns(outputs)) or any(scores))
+
+    def text(self) -> str:
+        """The content of classes.txt; line breaks in names are escaped."""
+        return "".join(f"{as_line(name)}\n" for name in self.classes)
+
+
+def as_line(value: int | str) -> str:
+    """Return an id or a name as one line of text, with line breaks escaped."""
+    return str(value).replace("\n", "\\n").replace("\r", "\\r")

@@ -11,6 +11,7 @@ from typing import Any
 from gradrun.config.model import PythonModel
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
+from gradrun.output.class_labels import writes_names
 from gradrun.output.journal import JournalHeader
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -23,6 +24,7 @@ def fingerprint(
     version: str,
     listed: Sequence[Path] = (),
     by_rows: Sequence[Path] = (),
+    classes: Sequence[str] = (),
 ) -> JournalHeader:
     """The journal header of a run, with a checksum of a sample of each input file.
 
@@ -32,6 +34,7 @@ def fingerprint(
         version: version of gradrun.
         listed: input files that no config key names, for example the images of a folder.
         by_rows: input files whose checksums are in the committed ranges instead.
+        classes: class names, which some formats write.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -46,6 +49,8 @@ def fingerprint(
     # Error handling may change: samples after the last commit run again.
     for key in ("warmup", "on_error", "max_errors"):
         dumped["run"].pop(key)
+    if classes and writes_names(config.output):
+        dumped["class names"] = zlib.crc32("\n".join(classes).encode())
     paths = config.input_files()
     if isinstance(config.model, PythonModel):
         source = Path(config.model.target.rpartition(":")[0])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.units import format_bytes, pluralize
-from gradrun.output import evidence_writer, journal, lock, quarantine
+from gradrun.output import class_labels, evidence_writer, journal, lock, quarantine
 from gradrun.output.fingerprint import differences
 from gradrun.output.formats import FORMATS, ids_file
 from gradrun.output.journal import (
@@ -36,7 +36,7 @@ _ENDINGS = ("", ".tmp", ".rest")
 _RUN_FILES = (
     *(RESULT, f"{RESULT}.tmp", quarantine.FILE_NAME, f"{quarantine.FILE_NAME}.tmp"),
     *(f"{file}{end}" for form in FORMATS.values() for file in form.files for end in _ENDINGS),
-    ids_file.FILE_NAME,
+    *(ids_file.FILE_NAME, class_labels.FILE_NAME, f"{class_labels.FILE_NAME}.tmp"),
     evidence_writer.FILES,
     *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )

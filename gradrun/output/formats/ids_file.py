@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradrun.core import files
+from gradrun.output.class_labels import as_line
 from gradrun.output.journal import CommittedRange
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class IdsWriter:
     def _with_ids(self, committed: CommittedRange) -> CommittedRange:
         """Append the ids of a committed range, and add the file to the range."""
         count = committed.stop - self._first
-        data = "".join(f"{_line(name)}\n" for name in self._ids[:count]).encode(
+        data = "".join(f"{as_line(name)}\n" for name in self._ids[:count]).encode(
             "utf-8", "backslashreplace"
         )
         files.write_at(self._descriptor, data, self._size)
@@ -90,7 +91,3 @@ class IdsWriter:
             "end": self._size,
         }
         return committed.model_copy(update=changes)
-
-
-def _line(sample_id: int | str) -> str:
-    return str(sample_id).replace("\n", "\\n").replace("\r", "\\r")

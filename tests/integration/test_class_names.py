@@ -1,0 +1,175 @@
+"""Class names in every format: from the config, a file, or the model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+from safetensors.torch import load_file
+
+import gradrun
+from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.core.progress import Progress
+from gradrun.output.formats import FORMATS
+
+NAMES = ["cat", "dog", "emu", "fox"]
+SCORES = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+ORDER = np.argsort(-SCORES, axis=1)
+
+
+def config(folder: Path, form: str = "npy", **data: Any) -> dict[str, Any]:
+    np.save(folder / "x.npy", SCORES)
+    return {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "arrays", "path": str(folder / "x.npy"), "batch_size": 4, **data},
+        "run": {"warmup": 0},
+        "measure": {"memory": False},
+        "output": {"path": str(folder / "out"), "format": form},
+    }
+
+
+def names_in(folder: Path, form: str, numbers: str, column: str) -> list[Any]:
+    """The class names of the predictions, read with other tools."""
+    if form in {"npy", "safetensors"}:
+        names = (folder / "classes.txt").read_text().splitlines()
+        if form == "npy":
+            rows = np.load(folder / f"predictions{numbers}.npy")
+        else:
+            rows = load_file(folder / "predictions-00000.safetensors")[
+                numbers.removeprefix(".") or "prediction"
+            ].numpy()
+        return np.array(names)[rows].tolist()
+    if form == "parquet":
+        return [
+            value if isinstance(value, str) else list(value)
+            for value in pandas.read_parquet(folder / "predictions")[column]
+        ]
+    if form == "csv":
+        with (folder / "predictions.csv").open(newline="") as file:
+            rows_of_csv = [*csv.DictReader(file)]
+        if column in rows_of_csv[0]:
+            return [row[column] for row in rows_of_csv]
+        return [[row[f"{column}.{i}"] for i in range(3)] for row in rows_of_csv]
+    return [json.loads(line)[column] for line in (folder / "predictions.jsonl").open()]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("source", ["list", "file"])
+@pytest.mark.parametrize("transform", ["argmax", "topk", "classify"])
+def test_listed_class_names_are_written_in_every_format(
+    tmp_path: Path, form: str, source: str, transform: str
+) -> None:
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
+    classes = NAMES if source == "list" else str(tmp_path / "classes.txt")
+    keys = config(tmp_path, form, classes=classes)
+    keys["output"] |= {"transform": transform, "k": 3}
+    result = gradrun.infer(keys)
+    numbers = {"argmax": "", "topk": ".indices", "classify": ".class"}[transform]
+    found = names_in(tmp_path / "out", form, numbers, "labels" if transform == "topk" else "label")
+    expected = np.array(NAMES)[ORDER[:, :3] if transform == "topk" else ORDER[:, 0]]
+    assert found == expected.tolist()
+    statements = {one.topic: one.text for one in result.interpretation}
+    assert statements["classes"] == "cat, dog, emu, fox (4, data.classes)"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_scores_per_class_have_the_names_of_their_columns_beside_them(
+    tmp_path: Path, form: str
+) -> None:
+    keys = config(tmp_path, form, classes=NAMES)
+    keys["output"]["transform"] = "softmax"
+    gradrun.infer(keys)
+    assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\nemu\nfox\n"
+
+
+def test_outputs_that_are_no_classes_have_no_file_of_names(tmp_path: Path) -> None:
+    gradrun.infer(config(tmp_path, classes=["a", "b", "c"]))  # four values per row
+    assert not (tmp_path / "out" / "classes.txt").exists()
+
+
+MODEL = """
+import torch
+class Net(torch.nn.Module):
+    class_names = {names}
+    def forward(self, x): return x
+"""
+
+
+def python_config(folder: Path, names: Any, **data: Any) -> dict[str, Any]:
+    (folder / "net.py").write_text(MODEL.format(names=names))
+    keys = config(folder, "jsonl", **data)
+    keys["model"] = {"source": "python", "target": str(folder / "net.py") + ":Net"}
+    keys["output"]["transform"] = "argmax"
+    return keys
+
+
+def test_names_of_the_model_are_the_default_and_a_list_replaces_them(tmp_path: Path) -> None:
+    own = ["w", "x", "y", "z"]
+    result = gradrun.infer(python_config(tmp_path, own), trust_code=True)
+    found = names_in(tmp_path / "out", "jsonl", "", "label")
+    assert found == np.array(own)[ORDER[:, 0]].tolist()
+    statements = {one.topic: one.text for one in result.interpretation}
+    assert statements["classes"] == "w, x, y, z (4, the model's)"
+    gradrun.infer(python_config(tmp_path, own, classes=NAMES), trust_code=True, overwrite=True)
+    found = names_in(tmp_path / "out", "jsonl", "", "label")
+    assert found == np.array(NAMES)[ORDER[:, 0]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (["dog", "cat", "emu", "fox"], r"another order; set data.classes: \[dog, cat, emu, fox\]"),
+        (["a", "b", "c"], r"4 classes are listed, but the model has 3 \(a, b, c\)"),
+    ],
+)
+def test_a_list_that_contradicts_the_model_is_an_error(
+    tmp_path: Path, own: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        gradrun.infer(python_config(tmp_path, own, classes=NAMES), trust_code=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cat\n\ndog\n", "line 2 of .* is empty"),
+        ("cat\ndog\ncat\n", "'cat' is listed twice"),
+        (None, "does not exist"),
+        ("cat\n", "at least 2|too_short|2 items"),
+    ],
+)
+def test_a_wrong_file_of_classes_is_an_error(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "names.txt").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        gradrun.infer(config(tmp_path, classes=str(tmp_path / "names.txt")))
+
+
+def test_other_class_names_are_another_run_only_where_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == "predicting" and progress.done >= 8:
+            raise KeyboardInterrupt
+
+    for form in ("jsonl", "npy"):
+        (tmp_path / form).mkdir()
+        keys = config(tmp_path / form, form, classes=NAMES)
+        keys["output"]["transform"] = "argmax"
+        with pytest.raises(Interrupted):
+            gradrun.infer(keys, progress=stop)
+        keys["data"]["classes"] = ["a", "b", "c", "d"]
+        if form == "jsonl":
+            with pytest.raises(ConfigError, match="class names changed"):
+                gradrun.infer(keys, resume=True)
+        else:
+            gradrun.infer(keys, resume=True)
+            text = (tmp_path / form / "out" / "classes.txt").read_text()
+            assert text == "a\nb\nc\nd\n"
