@@ -21,6 +21,7 @@ EXTRAS = {
     "tokenizers": ("tokenizers", "hf"),
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
+    "ray": ("Ray", "ray"),
 }
 """import name -> package name, and the extra that installs it."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import RunFailed
@@ -64,6 +64,10 @@ class EngineRequest:
         """Return the threads of each worker, given those of `run.threads: auto`."""
         asked = self.config.run.threads
         return (self.resumed_threads or automatic) if asked == "auto" else asked
+
+    def replace(self, **changes: Any) -> EngineRequest:
+        """Return a copy with changed fields."""
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

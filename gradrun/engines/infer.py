@@ -10,7 +10,7 @@ from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError
 from gradrun.core.progress import ProgressCallback, ignore
-from gradrun.engines import processes
+from gradrun.engines import processes, ray
 from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.inference.infer import infer as infer_here
@@ -19,6 +19,7 @@ from gradrun.results.result import InferResult
 
 ENGINES: dict[str, Callable[[EngineRequest], StartedEngine]] = {
     "processes": processes.start,
+    "ray": ray.start,
 }
 """engine.source -> function that requests the workers."""
 
