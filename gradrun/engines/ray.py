@@ -185,7 +185,7 @@ def connect(address: str) -> Any:
     if hasattr(internal, "print_to_stdstream"):
         # Ray prints the logs of a lost node to stdout, which no setting prevents; the result
         # reports the loss.
-        internal.print_to_stdstream = lambda *args, **options: None
+        internal.print_to_stdstream = _discard
     try:
         ray.init(
             address=address,
@@ -200,6 +200,10 @@ def connect(address: str) -> Any:
             "engine.address",
         ) from error
     return ray
+
+
+def _discard(*_: Any, **__: Any) -> None:
+    """Print nothing."""
 
 
 def workers_with_room(ray: Any, section: RaySection) -> int:

@@ -1,4 +1,4 @@
-"""Scenarios on a real Ray cluster of several raylets; run by test_ray.py in a process of its own.
+"""Scenarios on a real Ray cluster of several raylets; test_ray.py runs it in a new process.
 
 Prints one JSON object per scenario. The raylets need a network namespace, because they bind the
 outward address of the machine.
