@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 import time
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,8 @@ from gradrun.results.result import Statement
 
 _ROOM_SECONDS = 300.0
 """How long a run without any worker waits for room in the cluster."""
+
+_CONNECT_SECONDS = 5.0
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Defaults for environment variables that Ray reads when it is imported."""
@@ -181,6 +184,7 @@ def connect(address: str) -> Any:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     ray = import_optional("ray", "engine.source")
+    _check_reachable(address)
     internal = import_optional("ray", "engine.source", "_private.worker")
     if hasattr(internal, "print_to_stdstream"):
         # Ray prints the logs of a lost node to stdout, which no setting prevents; the result
@@ -195,11 +199,26 @@ def connect(address: str) -> Any:
         )
     except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and others
         raise ConfigError(
-            f"no Ray cluster answers at {address}: {first_line(error):.200}; start one with "
+            f"no Ray cluster answers at {address} ({first_line(error):.60}); start one with "
             "`ray start --head`, or set engine.source: processes",
             "engine.address",
         ) from error
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Fail at once if nothing listens at host:port; Ray would try for over a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # for example "auto"
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}); start one with "
+            "`ray start --head`, or set engine.source: processes",
+            "engine.address",
+        ) from error
 
 
 def _discard(*_: Any, **__: Any) -> None:

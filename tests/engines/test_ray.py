@@ -79,3 +79,9 @@ def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"this needs Ray; pip install 'gradrun\[ray\]'"):
         gradrun.infer(_config(tmp_path, address="127.0.0.1:1"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_an_address_without_a_cluster_is_reported_at_once(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"no Ray cluster answers at {address} \(Connection"):
+        gradrun.infer(_config(tmp_path, address=address))
