@@ -206,7 +206,9 @@ def _compare_to(base: AuditTarget | None, subject: AuditTarget, found: _Audited)
 
 def _measure_memory(subject: AuditTarget, load_seconds: float) -> Measurement:
     """Measure the mode's memory. Times are left empty: hooks and meters would distort them."""
-    batch = subject.copy()
+    numbers = range(len(subject.batches))
+    largest = max(numbers, key=lambda number: subject.batches[number].elements)
+    batch = subject.copy(largest)
     with subject.execution_context():
         memory = measure_forward_memory(subject.model, batch, subject.device)
     return Measurement(
@@ -223,7 +225,7 @@ def _measure_memory(subject: AuditTarget, load_seconds: float) -> Measurement:
             forward=0.0,
             output=0.0,
         ),
-        memory=memory,
+        memory=memory.replace(batch=largest),
     )
 
 

@@ -233,7 +233,8 @@ class CheckRun:
 
     def _session(self, other_modes: Sequence[GradMode]) -> Session:
         variants = [*self.variants, *map(self._variant, other_modes)]
-        return Session(variants, self.config, trust_code=self.trust_code)
+        largest = self.predicted.measurements[0].memory.batch
+        return Session(variants, self.config, trust_code=self.trust_code, memory_batch=largest)
 
     def _needs_timing(self) -> bool:
         limits = self.section.limits.model_dump(exclude_none=True)

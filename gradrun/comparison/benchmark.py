@@ -39,7 +39,7 @@ from gradrun.inference.meters import (
 )
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.runner import execution_context
-from gradrun.inference.sampling import first_batches
+from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
 from gradrun.models.imports import ImportSpace
@@ -168,7 +168,8 @@ def run_task(job: Job) -> WorkerReport:
     for measured in loaded:
         with _record_failure(failures, measured, marker):
             alone = job.kind == "measure_memory"
-            memory = (_measure_process_memory if alone else _measure_tensor_memory)(measured)
+            measure = _measure_process_memory if alone else _measure_tensor_memory
+            memory = measure(measured, *_memory_batch(measured, job.memory_batch))
             measurements.append(_measurement(measured, memory))
     if job.kind == "time":
         for candidate in loaded[1:]:
@@ -292,15 +293,28 @@ def _time_rounds(
     return [variant for variant in loaded if variant in order]
 
 
-def _measure_process_memory(variant: LoadedVariant) -> Memory:
+def _memory_batch(variant: LoadedVariant, number: int | None) -> tuple[int, Batch]:
+    """Return the batch of a number, or the largest of those that are timed, and its number."""
+    if number is not None:
+        with variant.imports.entered():
+            batch = batch_number(variant.config, variant.device, number)
+        if batch is not None:
+            return number, batch
+    numbers = range(len(variant.batches))
+    number = max(numbers, key=lambda number: variant.batches[number].elements)
+    return number, variant.batches[number].map(torch.clone)
+
+
+def _measure_process_memory(variant: LoadedVariant, number: int, batch: Batch) -> Memory:
     """Run all batches in a process without other variants, whose peak is therefore its own."""
     device_memory.reset(variant.device)
     with variant.execution_context():
-        for number in range(len(variant.batches)):
-            variant.run_batch(number)
+        for timed in range(len(variant.batches)):
+            variant.run_batch(timed)
+        variant.model(*batch.args, **batch.kwargs)
     peak, method = process_memory.peak_resident()
     allocated, reserved = device_memory.peaks(variant.device)
-    return model_memory(variant.model, variant.batches[0]).replace(
+    return model_memory(variant.model, batch).replace(
         process_peak=peak,
         process_method=method,
         device_allocated=allocated,
@@ -308,13 +322,13 @@ def _measure_process_memory(variant: LoadedVariant) -> Memory:
     )
 
 
-def _measure_tensor_memory(variant: LoadedVariant) -> Memory:
-    batch = variant.batches[0].map(torch.clone)
+def _measure_tensor_memory(variant: LoadedVariant, number: int, batch: Batch) -> Memory:
     if not variant.config.measure.memory:
         return model_memory(variant.model, batch)
-    variant.marker.set(variant.index, 0)
+    variant.marker.set(variant.index, number)
     with variant.execution_context():
-        return measure_forward_memory(variant.model, batch, variant.device)
+        memory = measure_forward_memory(variant.model, batch, variant.device)
+    return memory.replace(batch=number)
 
 
 def _measurement(variant: LoadedVariant, memory: Memory) -> Measurement:

@@ -36,6 +36,8 @@ class Job(Record, frozen=True, kw_only=True):
     seconds: float = 1.0
     """Measuring time of all variants together."""
     trust_code: bool = False
+    memory_batch: int | None = None
+    """Number of the batch whose memory is measured; None: the largest that is timed."""
     marker: str = ""
     """Path of the Marker file."""
 

@@ -71,12 +71,21 @@ class SessionData:
 class Session:
     """One comparison: the variants that have not failed, and the data measured so far."""
 
-    def __init__(self, variants: Sequence[Variant], config: RunConfig, *, trust_code: bool) -> None:
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        config: RunConfig,
+        *,
+        trust_code: bool,
+        memory_batch: int | None = None,
+    ) -> None:
+        """Compare variants; memory is that of a batch number, or of the largest that is timed."""
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         self.threads = max(
             available_cpus() if v.config.run.threads == "auto" else v.config.run.threads
             for v in variants
         )
+        self.memory_batch = memory_batch
         self.data = SessionData()
         self.process_memory: dict[str, Memory] = {}
         self.discarded: list[SystemNoise] = []
@@ -161,6 +170,7 @@ class Session:
             seed=seed,
             seconds=min(_SECONDS, self.measure.budget / (4 * self.measure.processes)),
             trust_code=self.trust_code,
+            memory_batch=self.memory_batch,
         )
 
     def _run_jobs(self, jobs: Sequence[Job], timeout: float | None) -> list[WorkerReport]:

@@ -43,7 +43,7 @@ Tolerance = Annotated[float, Field(ge=0)]
 
 
 class LimitsSection(Section):
-    """Limits that hold on any machine; memory is that of one batch.
+    """Limits that hold on any machine; memory is that of the largest batch.
 
     Metrics are limited by name: `accuracy: ">= 0.97"`.
     """

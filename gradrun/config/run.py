@@ -44,7 +44,9 @@ class RunSection(Section):
 class MeasureSection(Section):
     """Measurements and their precision."""
 
-    memory: bool = Field(True, description="measure tensor memory in one extra, untimed batch")
+    memory: bool = Field(
+        True, description="measure tensor memory in untimed batches: the first and the largest"
+    )
     batch_independence: bool = Field(
         True, description="test on the first batch whether predictions depend on their neighbors"
     )

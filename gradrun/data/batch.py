@@ -38,6 +38,17 @@ class Batch(NamedTuple):
         sliced = self.map(lambda tensor: tensor[start:stop])
         return sliced._replace(size=stop - start, ids=self.ids[start:stop], errors=errors)
 
+    @property
+    def elements(self) -> int:
+        """The number of elements of all inputs."""
+        return sum(tensor.numel() for tensor in self.tensors())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the largest input; () without inputs."""
+        largest = max(self.tensors(), key=torch.Tensor.numel, default=None)
+        return () if largest is None else tuple(largest.shape)
+
     def tensors(self) -> list[torch.Tensor]:
         """Return every input, in order."""
         return [*self.args, *self.kwargs.values()]

@@ -28,7 +28,13 @@ from gradrun.engines.schedule import Schedule, Span
 from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import RunPlan
 from gradrun.inference.reordering import ReorderBuffer, commit_unit
-from gradrun.inference.runner import QUARANTINE_HINT, CommitCallback, PreparedRun, TimedPass
+from gradrun.inference.runner import (
+    QUARANTINE_HINT,
+    CommitCallback,
+    LargestBatch,
+    PreparedRun,
+    TimedPass,
+)
 from gradrun.output.formats import RowWriter
 from gradrun.results.result import Padding, WorkerRange, WorkerStats
 
@@ -292,6 +298,8 @@ class _Pass:
         timed.data_ns += round(done.data_seconds * 1e9)
         if done.padding:
             timed.padding = (timed.padding or Padding()) + done.padding
+        if done.largest[0] > timed.largest.elements:
+            timed.largest = LargestBatch(*done.largest)
         if done.error is not None:
             raise RunFailed(done.error)
 

@@ -99,6 +99,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     process_peak: int | None
     error: str | None
     """The error that ended the run at the samples after the last event."""
+    largest: tuple[int, int, int] = (0, 0, 0)
+    """Elements, first sample and size of the largest batch."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

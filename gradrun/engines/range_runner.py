@@ -110,6 +110,7 @@ class RangeRunner:
             padding=data.padding(task.start, task.stop)
             if isinstance(data, LengthGrouped)
             else None,
+            largest=timed.largest,
             batch_limit=recovery.batch_limit,
             limited_from=recovery.limited_from,
             process_peak=process_memory.peak_resident()[0],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -60,6 +60,7 @@ from gradrun.output.transforms import (
 )
 from gradrun.results import stats
 from gradrun.results.result import (
+    FirstBatch,
     Measurement,
     Memory,
     Padding,
@@ -111,6 +112,18 @@ class PreparedRun:
     """Forward time of the first batch after the warm-up."""
 
 
+class LargestBatch(NamedTuple):
+    """The batch whose inputs have the most elements; the earliest of several."""
+
+    elements: int
+    start: int
+    """The number of its first sample."""
+    size: int
+
+
+NO_BATCH = LargestBatch(0, 0, 0)
+
+
 @dataclass
 class TimedPass:
     """The measurements of the timed pass, complete or not."""
@@ -131,6 +144,7 @@ class TimedPass:
     """The error that ended the pass, if it did not complete."""
     padding: Padding | None = None
     """Token counts of padded texts."""
+    largest: LargestBatch = NO_BATCH
     workers: tuple[WorkerStats, ...] = ()
     """The workers of an engine that ran the samples; empty if this process did."""
 
@@ -282,6 +296,7 @@ class Runner:
         model, select, write, sizes = self.model, self._select, writer.write, timed.sizes
         start, stop, now = clock.start, clock.stop, time.perf_counter_ns
         check_finite = self.config.run.on_nonfinite != "warn"
+        largest = 0
         began = mark = now()
         next_callback = began + _CALLBACK_NS
         try:
@@ -306,6 +321,14 @@ class Runner:
                     began += now() - mark  # recovery is not part of the measured time
                     mark = now()
                     continue
+                elements = 0
+                for tensor in args:
+                    elements += tensor.numel()
+                for tensor in kwargs.values():
+                    elements += tensor.numel()
+                if elements > largest:
+                    largest = elements
+                    timed.largest = LargestBatch(elements, timed.start + timed.done, size)
                 # Count before writing: if Ctrl-C comes in between, trim() removes the entry. The
                 # other order could lose a written batch.
                 sizes.append(size)
@@ -330,7 +353,7 @@ class Runner:
             timed.total_ns = mark - began
 
     def measure_memory(self, prepared: PreparedRun, timed: TimedPass) -> Memory:
-        """Read the memory meters, then measure one forward in a separate pass.
+        """Read the memory meters, then measure forwards of the first and the largest batch.
 
         The forward pass is skipped after a stop, or if `measure.memory` is off. Its failure is a
         warning, because the predictions are complete.
@@ -345,9 +368,7 @@ class Runner:
                 text = f"{self.device.type} has no meter for the memory of a forward pass"
                 self._warn("no_tensor_memory", text)
             else:
-                batch = prepared.first.map(torch.clone)
-                with execution_context(self.config.run, self.device):
-                    memory = measure_forward_memory(self.model, batch, self.device)
+                memory = self._measure_forward(prepared.first, timed.largest)
         except KeyboardInterrupt:
             timed.stop(Interrupted("interrupted during the memory measurement"))
         except Exception as error:  # a model may raise anything
@@ -361,6 +382,25 @@ class Runner:
             process_method=method,
             device_allocated=allocated,
             device_reserved=reserved,
+        )
+
+    def _measure_forward(self, first: Batch, largest: LargestBatch) -> Memory:
+        """Measure the first batch and, if that is another one, the largest."""
+        with execution_context(self.config.run, self.device):
+            memory = measure_forward_memory(self.model, first.map(torch.clone), self.device)
+            if largest.elements <= first.elements:
+                return memory.replace(batch=0)
+            # A copy, so that the source can release the chunk of the batch.
+            batch = self.read_batch(largest.start, largest.size).map(torch.clone)
+            measured = measure_forward_memory(self.model, batch, self.device)
+        return measured.replace(
+            batch=largest.start // self.data.batch_size,
+            first_batch=FirstBatch(
+                shape=memory.shape,
+                inputs=memory.inputs,
+                forward_peak=memory.forward_peak,
+                retained=memory.retained,
+            ),
         )
 
     def measurement(

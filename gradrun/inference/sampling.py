@@ -14,6 +14,17 @@ _MAX_BATCHES = 8
 _MAX_BYTES = 64 * 1024 * 1024
 
 
+def batch_number(config: RunConfig, device: torch.device, number: int) -> Batch | None:
+    """Return a copy of one batch, on `device`; None if the data have no such batch."""
+    data = open_data(config.data, seed=config.run.seed, model=config.model)
+    start = number * data.batch_size
+    batch = next(data.batches(start), None) if start < data.samples else None
+    if batch is None or batch.errors:
+        return None
+    move = transfer_to(device, getattr(config.model, "dtype", None))
+    return (move(batch) if move else batch).map(torch.clone)
+
+
 def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     """Return copies of the first full batches, on `device`.
 

@@ -29,6 +29,7 @@ from gradrun.results.result import (
     Equivalence,
     Example,
     Fact,
+    FirstBatch,
     InferResult,
     Measurement,
     Memory,
@@ -229,11 +230,15 @@ def _interval(estimate: stats.Estimate, uncertainty: float) -> str:
 def peak_memory(memory: Memory) -> Table:
     """Sizes and peaks, with exact bytes."""
     peak_in = f"in {memory.peak_module}" if memory.peak_module else "excluding weights and inputs"
+    batch = "one batch"
+    if memory.first_batch and memory.batch is not None:
+        batch = f"largest batch (number {memory.batch + 1}: {_shape(memory.shape)})"
     rows = [
         _bytes("weights", memory.weights),
-        _bytes("inputs", memory.inputs, "one batch"),
+        _bytes("inputs", memory.inputs, batch),
         _bytes("forward peak", memory.forward_peak, peak_in),
         _bytes("retained", memory.retained, "outputs and, in grad mode, their graph"),
+        *_first_batch(memory.first_batch),
         _bytes("process peak", memory.process_peak, f"whole process ({memory.process_method})"),
     ]
     if memory.device_allocated is None and memory.device_reserved is None:
@@ -242,6 +247,19 @@ def peak_memory(memory: Memory) -> Table:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
         rows.append(_bytes("device pool", memory.device_reserved, "reserved"))
     return _figures("Peak memory", rows)
+
+
+def _first_batch(first: FirstBatch | None) -> list[tuple[str, str, str]]:
+    """The peak of the first batch, if another one is larger."""
+    return (
+        [_bytes("first batch", first.forward_peak, f"its peak, for {_shape(first.shape)}")]
+        if first
+        else []
+    )
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _bytes(name: str, count: int | None, note: str = "") -> tuple[str, str, str]:

@@ -58,11 +58,22 @@ class Phases(Record, frozen=True, kw_only=True):
     output: Seconds = 0.0
 
 
+class FirstBatch(Record, frozen=True, kw_only=True):
+    """Memory of the first batch of a run, in bytes as in Memory."""
+
+    shape: tuple[Count, ...]
+    """Of its largest input."""
+    inputs: Count
+    forward_peak: ByteChange | None
+    retained: ByteChange | None
+
+
 class Memory(Record, frozen=True, kw_only=True):
     """Bytes; None if not measured.
 
     `forward_peak` and `retained` are relative to the live bytes before the forward pass of one
-    batch. `retained` covers the outputs and, with gradients enabled, the tensors of their graph.
+    batch: the largest, by elements of its inputs. `retained` covers the outputs and, with gradients
+    enabled, the tensors of their graph.
     """
 
     weights: Count
@@ -71,6 +82,12 @@ class Memory(Record, frozen=True, kw_only=True):
     retained: ByteChange | None = None
     timeline: tuple[ByteChange, ...] | None = None
     """Live bytes during the forward pass, thinned; the maximum is `forward_peak`."""
+    batch: Count | None = None
+    """Number of the batch measured, from 0, in the order of the run; None if none was."""
+    shape: tuple[Count, ...] = ()
+    """Shape of the largest input of that batch."""
+    first_batch: FirstBatch | None = None
+    """The first batch, if another one is larger."""
     peak_module: str | None = None
     """Module that was running at the peak, as "path (Type)"."""
     process_peak: Count | None = None

@@ -51,6 +51,7 @@ def measure_forward_memory(model: nn.Module, batch: Batch, device: torch.device)
     with preserve_module_state(model):
         forward = meter(lambda: model(*batch.args, **batch.kwargs), model)
     return memory.replace(
+        shape=batch.shape,
         forward_peak=forward.peak,
         retained=forward.retained,
         timeline=forward.timeline,
