@@ -237,12 +237,12 @@ class ImagesData(_Data):
     """Image files: those below a folder, or those in a list."""
 
     source: Literal["images"]
-    path: InputPath = Field(description="a folder, or a .txt or .csv file that lists images")
+    path: InputPath = Field(description="a folder, or a .txt, .csv or .tsv file that lists images")
     pattern: str | None = Field(
         None, description='files of the folder: "*/*.jpg"; default: every image below it'
     )
     column: str | None = Field(
-        None, description="column of a .csv list with the paths; default: first"
+        None, description="column of a .csv or .tsv list with the paths; default: first"
     )
     labels: str | FolderLabels | None = Field(
         None,

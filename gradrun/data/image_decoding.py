@@ -27,7 +27,7 @@ libraries. .pcd is usually a point cloud.
 """
 
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 0x0102, 0x0106
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """EXIF orientation -> the number of Pillow's transposition that turns the image upright."""
 _TURNS_BACK = _TURNS | {6: 2, 8: 4}
@@ -125,8 +125,8 @@ class ImageDecoder:
         if image.mode == "CMYK":
             traits |= Trait.CMYK
         if image.mode[0] in "IF":
-            traits |= Trait.DEEP
-            converted = self._from_deep(image)
+            converted, transparent = self._from_deep(image)
+            traits |= Trait.DEEP | (Trait.TRANSPARENT if transparent else 0)
         elif _may_be_transparent(image):
             converted, transparent = self._without_alpha(image)
             traits |= Trait.TRANSPARENT if transparent else 0
@@ -168,19 +168,25 @@ class ImageDecoder:
         ground = self._pillow.new("RGBA", rgba.size, self._background)
         return self._pillow.alpha_composite(ground, rgba).convert(self._mode), True
 
-    def _from_deep(self, image: Any) -> Any:
-        """Scale one channel of more than 8 bits to 0 to 255."""
+    def _from_deep(self, image: Any) -> tuple[Any, bool]:
+        """Return an image with one channel of more than 8 bits, scaled to 0 to 255 (mode F).
+
+        The flag tells whether a pixel was transparent.
+        """
         low, high = self._config.value_range or _value_range(image)
         stored = np.asarray(image)
+        if image.format == "TIFF" and _is_unsigned(image.tag_v2):
+            stored = stored.view(np.uint32)
         if not np.isfinite(stored).all():
             raise SampleError("has pixels that are NaN or infinite; replace them")
         values = (stored - np.float64(low)) * (255 / (high - low))
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # 0 is white
             values = 255 - values
-        if self._background is not None and "transparency" in image.info:
+        clear = stored == image.info.get("transparency")
+        if self._background is not None:
             ground = self._pillow.new("RGB", (1, 1), self._background[:3]).convert("L")
-            values[stored == image.info["transparency"]] = ground.getpixel((0, 0))
-        return self._pillow.fromarray(values.clip(0, 255).astype(np.float32))
+            values[clear] = ground.getpixel((0, 0))
+        return self._pillow.fromarray(values.clip(0, 255).astype(np.float32)), bool(clear.any())
 
     def _too_large(self) -> str:
         return (
@@ -200,7 +206,10 @@ class ImageDecoder:
                     file.seek(0)
                     factory(file, str(path))
                 except Exception as error:
-                    return f"is a {name} file that Pillow cannot decode: {first_line(error)}"
+                    return (
+                        f"is a {name} file that Pillow cannot decode: {first_line(error)}; convert "
+                        "it to PNG, or to an array"
+                    )
         return "is not an image of a supported format"
 
 
@@ -236,6 +245,8 @@ def trait_statements(traits: np.ndarray[Any, Any], config: ImagesData) -> Iterat
         count = np.count_nonzero(traits & trait)
         if count and not (trait is Trait.PAGES and config.page == "all"):
             yield Statement(topic=topic, text=f"{count:,} of {pluralize(read, 'image')} {text}")
+    if config.value_range and not np.any(traits & Trait.DEEP):
+        yield Statement(topic="depth", text="8 bits per channel; value_range has no effect")
 
 
 def _orientation(image: Any) -> int:
@@ -253,6 +264,11 @@ def _may_be_transparent(image: Any) -> bool:
         or "transparency" in image.info
         or (image.mode == "P" and getattr(image.palette, "mode", "").endswith("A"))
     )
+
+
+def _is_unsigned(tags: Any) -> bool:
+    """Whether a TIFF has unsigned integers of 32 bits, which Pillow reads as signed ones."""
+    return bool(tags.get(_BITS_PER_SAMPLE) == (32,) and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1)
 
 
 def _value_range(image: Any) -> tuple[float, float]:

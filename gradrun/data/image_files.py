@@ -48,7 +48,7 @@ def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
         return _in_folder(config, suffixes)
     try:
         match path.suffix.lower():
-            case ".csv":
+            case ".csv" | ".tsv":
                 names, labels = _read_table(config)
             case ".txt":
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -56,7 +56,8 @@ def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
                 labels = _folder_labels(config, names, PurePosixPath(_common_folder(names)))
             case _:
                 raise ConfigError(
-                    f"{path.name} is not a folder, or a .txt or .csv list of images", "data.path"
+                    f"{path.name} is not a folder, or a .txt, .csv or .tsv list of images",
+                    "data.path",
                 )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
@@ -174,7 +175,7 @@ def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
     if isinstance(config.labels, FolderLabels):
         raise ConfigError("the labels of a .csv list are a column; set its name", "data.labels")
     with config.path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+        reader = csv.DictReader(file, delimiter="\t" if config.path.suffix[1:2] in "tT" else ",")
         columns = list(reader.fieldnames or [])
         if not columns:
             raise ConfigError(f"{config.path} is empty", "data.path")

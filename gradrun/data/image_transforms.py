@@ -10,6 +10,7 @@ import numpy as np
 from gradrun.config.data import ImagesData
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
+from gradrun.core.units import pluralize
 from gradrun.results.result import Statement
 
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
@@ -96,7 +97,9 @@ def normalized(
     for key, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != len(mode):
             raise ConfigError(
-                f"{len(values)} values, but mode {mode} has {len(mode)} channels", f"data.{key}"
+                f"mode {mode} needs {pluralize(len(mode), 'value')}, one per channel, instead of "
+                f"{len(values)}",
+                f"data.{key}",
             )
     if std is not None and not all(std):
         raise ConfigError("a standard deviation must not be 0", "data.std")

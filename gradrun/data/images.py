@@ -78,9 +78,10 @@ class _Images:
     ) -> None:
         self.config, self._listed, self._decoder = config, listed, decoder
         self._preprocessing = preprocessing
-        self._pages = self._count_pages()
+        self._pages = self._list_pages() if config.page == "all" else None
         self.classes = config.classes or _class_names(listed.labels)
-        self.batch_size, self.samples = config.batch_size, len(self._pages)
+        self.batch_size = config.batch_size
+        self.samples = len(listed.names if self._pages is None else self._pages)
         self._new_batch = InputBatcher(config.call, 1)
         self._traits = np.zeros(self.samples, np.uint8)
         self._shape = self._first_shape()
@@ -90,19 +91,23 @@ class _Images:
     def files(self) -> list[Path]:
         return [self._listed.root / name for name in self._listed.names]
 
-    def _count_pages(self) -> list[_Page]:
-        """Return the page of every sample; opens all files only with `page: all`."""
-        names, page = self._listed.names, self.config.page
-        if page != "all":
-            return [_Page(number, page, name) for number, name in enumerate(names)]
+    def _list_pages(self) -> list[_Page]:
+        """Open all files, and return their pages."""
         pages = []
-        for number, name in enumerate(names):
+        for number, name in enumerate(self._listed.names):
             count = self._decoder.pages(self._listed.root / name)
             pages += [
                 _Page(number, page, f"{name}#{page}" if count > 1 else name)
                 for page in range(1, count + 1)
             ]
         return pages
+
+    def _page(self, number: int) -> _Page:
+        """Return the page of a sample."""
+        if self._pages is not None:
+            return self._pages[number]
+        page = self.config.page
+        return _Page(number, 1 if page == "all" else page, self._listed.names[number])
 
     def _first_shape(self) -> tuple[int, ...]:
         last: SampleError | None = None
@@ -127,7 +132,7 @@ class _Images:
                     return
                 numbers, rows, tasks = ahead.popleft()
                 errors = {row: error for task in tasks for row, error in task.result().items()}
-                ids = [self._pages[number].id for number in numbers]
+                ids = [self._page(number).id for number in numbers]
                 yield self._new_batch({self.config.input: rows}, ids, errors)
                 wanted = 1 + _BATCHES_AHEAD
         finally:
@@ -154,7 +159,7 @@ class _Images:
                 thumbnail = thumbnail_of_image(eight_bit(image, "RGB"))
             except SampleError:
                 thumbnail = b""
-            yield Preview(self._pages[position].id, thumbnail)
+            yield Preview(self._page(position).id, thumbnail)
 
     def labels(self) -> Iterator[torch.Tensor]:
         if self.config.labels is None:
@@ -164,12 +169,12 @@ class _Images:
             yield torch.tensor([self._label(number) for number in numbers])
 
     def _label(self, number: int) -> float:
-        text = self._listed.labels[self._pages[number].file]
+        text = self._listed.labels[self._page(number).file]
         try:
             return class_number(text, self.classes) if self.classes else float(text)
         except ValueError:
             raise ConfigError(
-                f"{self._pages[number].id}: the label {text!r:.60} is neither a number nor one of "
+                f"{self._page(number).id}: the label {text!r:.60} is neither a number nor one of "
                 "data.classes",
                 "data.labels",
             ) from None
@@ -196,7 +201,7 @@ class _Images:
                 if pixels.shape != self._shape:
                     height, width = pixels.shape[1:]
                     raise SampleError(
-                        f"{self._pages[numbers[row]].id} is {height} x {width} pixels, but the "
+                        f"{self._page(numbers[row]).id} is {height} x {width} pixels, but the "
                         f"first image is {self._shape[1]} x {self._shape[2]}; set data.resize and "
                         "data.crop to bring all images to one size"
                     )
@@ -207,7 +212,7 @@ class _Images:
 
     def _open(self, number: int) -> tuple[Any, Trait]:
         """Return the decoded image of a sample, and what had to be interpreted."""
-        file, page, name = self._pages[number]
+        file, page, name = self._page(number)
         return self._decoder.decode(self._listed.root / self._listed.names[file], name, page)
 
     def _read(self, number: int) -> Pixels:
@@ -222,7 +227,7 @@ class _Images:
         except MemoryError:
             raise
         except Exception as error:  # the libraries raise many types of error for odd sizes
-            name = self._pages[number].id
+            name = self._page(number).id
             raise SampleError(f"{name} cannot be preprocessed: {first_line(error)}") from error
 
 

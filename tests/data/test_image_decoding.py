@@ -121,6 +121,7 @@ def test_every_mode_of_8_bits_gives_the_colors_that_a_viewer_shows(
     assert np.abs(grey - luma).max() <= 1.51
 
 
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
 def test_color_spaces_are_converted_as_pillow_converts_them(tmp_path: Path) -> None:
     image = Image.fromarray(noise(3))
     image.convert("YCbCr").save(tmp_path / "a.im")
@@ -180,6 +181,33 @@ def test_pixels_of_unknown_range_are_an_error_that_names_the_mode_and_the_key(
         ConfigError, match=rf"a\.tif has .* \(Pillow's {mode}\).* data\.value_range"
     ):
         opened(tmp_path)
+
+
+def test_unsigned_integers_of_32_bits_keep_their_upper_half(tmp_path: Path) -> None:
+    values = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    Image.fromarray(values.view(np.int32)).save(tmp_path / "a.tif")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    content[content.index(b"\x53\x01\x03\x00") + 8] = 1  # the sample format: unsigned
+    (tmp_path / "a.tif").write_bytes(content)
+    with Image.open(tmp_path / "a.tif") as image:
+        assert (image.mode, image.tag_v2[339]) == ("I", (1,))
+    found = pixels_of(tmp_path, mode="L", value_range=(0, 2**32 - 1))
+    assert torch.allclose(found.flatten(), torch.tensor([0, 0.5, 1.0]), atol=1e-6)
+
+
+def test_a_transparent_level_of_16_bits_has_the_color_of_the_background(tmp_path: Path) -> None:
+    Image.fromarray(_RAMP).save(tmp_path / "a.png", transparency=257 * 7)
+    expected = torch.from_numpy(np.where(_RAMP == 257 * 7, 1, _RAMP / 65535)).float()
+    assert torch.allclose(pixels_of(tmp_path, mode="L")[0, 0], expected, atol=1e-6)
+    stored = pixels_of(tmp_path, mode="L", background="stored")[0, 0]
+    assert torch.allclose(stored, torch.from_numpy(_RAMP / 65535).float(), atol=1e-6)
+    assert statements_of(opened(tmp_path))["transparency"] == "1 of 1 image on white"
+
+
+def test_a_range_for_images_of_8_bits_is_stated_to_have_no_effect(tmp_path: Path) -> None:
+    save_noise(tmp_path / "a.png", 4, 4)
+    data = opened(tmp_path, value_range=(0, 100))
+    assert statements_of(data)["depth"] == "8 bits per channel; value_range has no effect"
 
 
 def test_nan_pixels_and_an_empty_range_are_errors(tmp_path: Path) -> None:

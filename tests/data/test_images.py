@@ -242,12 +242,18 @@ def test_batches_from_a_later_start_are_the_same(digits: Path, start: int) -> No
 
 WRONG = {
     "no images": ({}, "contains no images"),
-    "a list of another kind": ({"path": "list.json"}, "is not a folder, or a .txt or .csv list"),
+    "a list of another kind": (
+        {"path": "list.json"},
+        "is not a folder, or a .txt, .csv or .tsv list",
+    ),
     "no such column": ({"path": "list.csv", "column": "fil"}, "did you mean file"),
     "no such labels": ({"path": "list.csv", "labels": "folder"}, "has no column 'folder'"),
     "labels of a folder": ({"labels": "kind"}, "can only have the label of their folder"),
     "an absolute pattern": ({"pattern": "/etc/*"}, "invalid pattern"),
-    "three means for one channel": ({"mode": "L", "mean": (0.1, 0.2, 0.3)}, "mode L has 1 channel"),
+    "three means for one channel": (
+        {"mode": "L", "mean": (0.1, 0.2, 0.3)},
+        "mode L needs 1 value, one per channel, instead of 3",
+    ),
 }
 
 
