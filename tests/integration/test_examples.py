@@ -98,6 +98,12 @@ def local_model(name: str, folder: Path) -> dict[str, str]:
     if name not in kinds:
         return {}
     save_bert(folder / "bert", kinds[name], **named_classes())
+    if name == "embeddings":
+        lines = [
+            {"type": "models.Transformer", "path": ""},
+            {"type": "models.Pooling", "path": "1"},
+        ]
+        (folder / "bert/modules.json").write_text(json.dumps(lines))
     return {"model.path": str(folder / "bert")}
 
 
