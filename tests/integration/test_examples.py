@@ -57,7 +57,7 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
         *("npy", "safetensors", "jsonl", "csv", "parquet"),
     }
     transforms = {word for config in configs for word in config.output.transform}
-    assert transforms == {"none", "softmax", "argmax", "topk", "mean_pool", "normalize"}
+    assert transforms == {"auto", "softmax", "argmax", "topk", "sentence_embedding"}
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 
