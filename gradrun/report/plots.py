@@ -68,7 +68,7 @@ def plots(result: AnyResult, prefix: str = "") -> list[Plot]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    drawn = (draw(result, prefix) for draw in (ratios, distribution, latency, memory))
+    drawn = (draw(result, prefix) for draw in (ratios, distribution, latency, workers, memory))
     return [plot for plot in drawn if plot]
 
 
@@ -249,6 +249,29 @@ def memory(result: AnyResult, prefix: str) -> Plot | None:
     )
     note = "Tensor bytes of one batch after each allocation, excluding weights and inputs."
     return Plot("Memory over a forward pass", _draw_svg(draw, 2.4, f"{prefix}memory"), key, note)
+
+
+def workers(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw the ranges of each worker of an engine over time, and where workers were lost."""
+    lanes = result.measurements[0].workers if result.measurements else ()
+    if not lanes:
+        return None
+
+    def draw(axes: Any) -> None:
+        for y, worker in enumerate(lanes):
+            spans = [(span.began, span.ended - span.began) for span in worker.ranges]
+            colours = [_placeholder(1 + number % 2) for number in range(len(spans))]
+            axes.broken_barh(spans, (y - 0.3, 0.6), facecolors=colours)
+            if worker.lost_at is not None:
+                axes.plot([worker.lost_at], [y], "x", color=_INK, markersize=9)
+        axes.set_ylim(len(lanes) - 0.4, -0.6)
+        _label_rows(axes, range(len(lanes)), [f"worker {worker.worker}" for worker in lanes])
+        axes.set_xlabel("seconds since the first worker was ready")
+
+    lost = " × marks the loss of a worker." if any(worker.lost for worker in lanes) else ""
+    note = f"Bars are ranges of samples, in alternating colours.{lost}"
+    height = 1.0 + 0.3 * len(lanes)
+    return Plot("Workers", _draw_svg(draw, height, f"{prefix}workers"), (), note)
 
 
 # --- shared by the plots -----------------------------------------------------------------------

@@ -125,7 +125,7 @@ def of_measurements(result: AnyResult) -> tuple[Table, ...]:
     match result:
         case InferResult():
             measured = result.measurements[0]
-            return _with_rows(timing(measured), peak_memory(measured.memory))
+            return _with_rows(timing(measured), workers(measured), peak_memory(measured.memory))
         case CompareResult():
             return _with_rows(ratios(result), variant_memory(result))
         case AuditResult():
@@ -176,18 +176,46 @@ def timing(measured: Measurement) -> Table:
     rows = [("batch size", f"{limit}", "reduced after an out-of-memory error")] if limit else []
     details = f"model {load}, data {opened}, first batch {first}"
     rows.append(("cold start", format_seconds(measured.cold_start), details))
+    if measured.workers:
+        slowest = max(worker.cold_start for worker in measured.workers)
+        rows.append(("workers", format_seconds(slowest), "cold start of the slowest worker"))
     rows += _latencies(measured)
     if measured.padding:
         rows.append(_padding(measured.padding))
     if measured.samples:
         bound, shares = measured.bound_by
         total = f"{pluralize(measured.samples, 'sample')} in {format_seconds(measured.seconds)}"
-        split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        names = {"output": "transfer, waiting and output"} if measured.workers else {}
+        split = ", ".join(f"{names.get(name, name)} {share:.0%}" for name, share in shares.items())
         rows.append(
             ("throughput", f"{format_number(measured.throughput)} /s", f"{total}, end to end")
         )
         rows.append(("bound by", bound, split))
     return _figures("Time", rows)
+
+
+def workers(measured: Measurement) -> Table:
+    """The part of each worker of an engine, and how lost ones ended."""
+    total = measured.samples or 1
+    rows: list[tuple[Cell, ...]] = []
+    for worker in measured.workers:
+        seconds = sum(span.ended - span.began for span in worker.ranges)
+        rate = format_number(worker.samples / seconds) if seconds else DASH
+        forward = f"{worker.forward / worker.busy:.0%}" if worker.busy else DASH
+        peak = DASH if worker.process_peak is None else format_bytes(worker.process_peak)
+        share = f"{worker.samples / total:.0%}"
+        fate = Status(f"lost: {worker.lost}", "bad") if worker.lost else Status("")
+        name = f"{worker.worker} on {worker.node}"
+        rows.append((name, f"{worker.samples:,}", share, rate, forward, peak, fate))
+    columns = (
+        Column("samples", emphasis="strong"),
+        Column("share"),
+        Column("samples/s"),
+        Column("forward"),
+        Column("process peak"),
+        Column(kind="text"),
+    )
+    return Table("Worker", columns, tuple(rows))
 
 
 def _padding(padding: Padding) -> tuple[str, str, str]:

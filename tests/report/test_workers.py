@@ -1,0 +1,42 @@
+"""Tables and plots of the workers of an engine."""
+
+from __future__ import annotations
+
+from gradrun.report import plots, tables
+from gradrun.results.result import WorkerRange, WorkerStats
+from tests.support.run_results import measurement, run_result
+
+SPAN = WorkerRange(start=0, stop=300, began=0.0, ended=2.0)
+WORKERS = (
+    WorkerStats(
+        worker=1,
+        node="a",
+        cold_start=2.5,
+        samples=300,
+        forward=1.0,
+        busy=2.0,
+        process_peak=2**20,
+        ranges=(SPAN,),
+    ),
+    WorkerStats(worker=2, node="b", cold_start=2.0, lost="was killed by SIGKILL", lost_at=1.0),
+)
+MEASURED = measurement().replace(batch_seconds=(0.1,) * 3, batch_sizes=(100,) * 3, workers=WORKERS)
+
+
+def test_a_worker_that_was_lost_is_named_with_its_end() -> None:
+    rows = [[str(cell) for cell in row] for row in tables.workers(MEASURED).rows]
+    assert rows == [
+        ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", ""],
+        ["2 on b", "0", "0%", "–", "–", "–", "lost: was killed by SIGKILL"],
+    ]
+    timing = {row[0]: [*map(str, row[1:])] for row in tables.timing(MEASURED).rows}
+    assert timing["workers"] == ["2.50 s", "cold start of the slowest worker"]
+
+
+def test_the_plot_has_a_lane_per_worker_and_marks_a_loss() -> None:
+    plot = plots.workers(run_result().replace(measurements=(MEASURED,)), "")
+    assert plot
+    assert "worker 1" in plot.svg
+    assert "worker 2" in plot.svg
+    assert "× marks the loss" in plot.note
+    assert plots.workers(run_result(), "") is None
