@@ -22,7 +22,7 @@ from torch import nn
 from gradrun.comparison.equivalence import equivalence
 from gradrun.comparison.protocol import Failure, Job, Marker, WorkerReport
 from gradrun.config.schema import RunConfig
-from gradrun.core.cpu import available_cpus
+from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.batch import Batch
@@ -257,7 +257,7 @@ def _load(
             open_seconds = time.perf_counter() - began
         if not twin:
             compile_without_gradients(model, batches[0])
-    threads = available_cpus() if config.run.threads == "auto" else config.run.threads
+    threads = thread_count(config.run.threads)
     ready = LoadedVariant(
         variant.index, variant.name, config, imports, marker, device, threads, model, batches,
         load_seconds, open_seconds,

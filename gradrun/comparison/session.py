@@ -11,7 +11,7 @@ from statistics import geometric_mean, median
 from gradrun.comparison.protocol import Failure, Job, JobKind, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.schema import RunConfig
-from gradrun.core.cpu import available_cpus
+from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
@@ -81,10 +81,7 @@ class Session:
     ) -> None:
         """Compare variants; memory is that of a batch number, or of the largest that is timed."""
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
-        self.threads = max(
-            available_cpus() if v.config.run.threads == "auto" else v.config.run.threads
-            for v in variants
-        )
+        self.threads = max(thread_count(v.config.run.threads) for v in variants)
         self.memory_batch = memory_batch
         self.data = SessionData()
         self.process_memory: dict[str, Memory] = {}

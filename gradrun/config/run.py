@@ -20,7 +20,9 @@ class RunSection(Section):
         "auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$", description="where the model runs"
     )
     threads: Literal["auto"] | Annotated[int, Field(gt=0, le=4096)] = Field(
-        "auto", description="CPU threads; auto: the CPUs that affinity and cgroup quota allow"
+        "auto",
+        description="CPU threads; auto: OMP_NUM_THREADS or MKL_NUM_THREADS, else the CPUs that "
+        "affinity and cgroup quota allow",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of random weights, data and dropout")
     autocast: Literal["float16", "bfloat16"] | None = Field(

@@ -1,9 +1,13 @@
-"""Number of CPUs available to this process."""
+"""Number of CPUs available to this process, and of threads to use."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+_MAX_THREADS = 4096
 
 
 def available_cpus() -> int:
@@ -12,6 +16,28 @@ def available_cpus() -> int:
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = _cgroup_quota()
     return max(1, min(cpus, int(quota))) if quota else cpus
+
+
+def thread_count(threads: Literal["auto"] | int) -> int:
+    """Return the number of threads for `run.threads`.
+
+    "auto" is the number that OMP_NUM_THREADS or MKL_NUM_THREADS sets, else one per available CPU.
+    """
+    if threads != "auto":
+        return threads
+    variable = thread_variable()
+    return _variable_count(variable) if variable else available_cpus()
+
+
+def thread_variable() -> str:
+    """Return the environment variable that sets the number of threads, or ""."""
+    return next(filter(_variable_count, _THREAD_VARIABLES), "")
+
+
+def _variable_count(name: str) -> int:
+    # OMP_NUM_THREADS may have a number per nesting level.
+    first = os.environ.get(name, "").partition(",")[0].strip()
+    return int(first) if first.isdecimal() and 0 < int(first) <= _MAX_THREADS else 0
 
 
 def _cgroup_quota() -> float | None:

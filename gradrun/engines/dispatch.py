@@ -35,6 +35,7 @@ from gradrun.inference.runner import (
     PreparedRun,
     TimedPass,
 )
+from gradrun.output.fingerprint import changed_properties
 from gradrun.output.formats import RowWriter
 from gradrun.results.result import Padding, WorkerRange, WorkerStats
 
@@ -237,7 +238,8 @@ class _Pass:
     def _difference(self, ready: Ready) -> str:
         """Say how a worker differs from the driver in what changes predictions."""
         for path, described in self.plan.header.files.items():
-            if ready.files.get(path) != described:
+            # A worker has not imported all modules yet.
+            if changed_properties(ready.files.get(path, described), described):
                 return f"its {path} differs from that of the driver"
         if self.dispatcher.section.mixed == "allow":
             return ""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 from gradrun.config.run import RunSection
-from gradrun.core.cpu import available_cpus
+from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library_settings
 
@@ -66,7 +66,7 @@ def device_context(run: RunSection) -> Iterator[torch.device]:
     random_state = torch.random.fork_rng(devices=[device] if cuda else [])
     with library_settings(), current, random_state, _deterministic_algorithms(run.deterministic):
         try:
-            torch.set_num_threads(available_cpus() if run.threads == "auto" else run.threads)
+            torch.set_num_threads(thread_count(run.threads))
             seed_generators(run.seed, device)
             yield device
         finally:

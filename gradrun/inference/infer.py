@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
-from gradrun.core.errors import GradrunError, Interrupted, RunFailed, first_line
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
@@ -35,11 +35,12 @@ from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedP
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
+from gradrun.models.python import source_files
 from gradrun.output import class_labels
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.evidence_writer import EvidenceWriter
-from gradrun.output.fingerprint import fingerprint
+from gradrun.output.fingerprint import assumed_unchanged, describe_code, fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
@@ -149,9 +150,11 @@ def infer(
         runner, config = plan.runner, plan.runner.config
         progress(Progress("running the first batch"))
         prepared = runner.prepare(plan.quarantine)
+        plan = _with_late_imports(plan)
         _check_metrics(plan, prepared)
         if plan.finished:
             return _replace_metrics(plan.finished, config, prepared.evaluation, plan.folder)
+        runner.warnings += _check_stateless(plan, prepared)
         runner.check_batch_independence(prepared)
         # Before the lock creates the folder: a format may need a library that is missing.
         writer = _create_writer(plan, prepared)
@@ -216,8 +219,18 @@ def open_run(
     file_list = data.files if isinstance(data, HasFileList) else ()
     by_rows = _files_with_row_checksums(data)
     metrics = partial(plan_metrics, config, data, model=model)
+    header = fingerprint(
+        config,
+        data.samples,
+        __version__,
+        listed=file_list,
+        by_rows=by_rows,
+        classes=model.classes,
+        code=source_files(config.model),
+        resolved={"device": device.type, "threads": torch.get_num_threads()},
+    )
     return OpenedRun(
-        header=fingerprint(config, data.samples, __version__, file_list, by_rows, model.classes),
+        header=header,
         model=model,
         runner=Runner(model.module, data, config, device, model, metrics),
         load_seconds=loaded - started,
@@ -232,6 +245,37 @@ def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
         previous = plan.folder.previous and plan.folder.previous.whole_batches(unit)
         evaluation.check_saved(previous.ranges if previous else ())
         evaluation.check_labels()
+
+
+def _with_late_imports(plan: RunPlan) -> RunPlan:
+    """Add the files of code that the first batch imported to the fingerprint."""
+    late = describe_code(source_files(plan.runner.config.model))
+    header = plan.header.model_copy(update={"files": plan.header.files | late})
+    return replace(plan, header=header)
+
+
+def _check_stateless(plan: RunPlan, prepared: PreparedRun) -> Iterator[Warning]:
+    """Yield a warning if predictions depend on earlier batches.
+
+    Raises:
+        ConfigError: they do, and a run is resumed, whose state is lost.
+    """
+    carried = plan.runner.carried_state(prepared)
+    if carried is None:
+        return
+    previous = plan.folder.previous
+    text = f"the model carries state from batch to batch{carried}"
+    if previous and previous.committed:
+        raise ConfigError(
+            f"cannot resume {plan.folder.path}: {text}, and the state after the committed batches "
+            "is lost. Start over with --overwrite, or reset the state in forward",
+            "output.path",
+        )
+    yield Warning(
+        code="carries_state",
+        text=f"{text}: its predictions depend on the batches before them, and the run cannot be "
+        "resumed; reset the state in forward",
+    )
 
 
 def execute(
@@ -290,6 +334,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         *runner.warnings,
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
+        *_resume_warnings(plan),
     ]
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
@@ -306,7 +351,9 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         predictions=writer.written,
         quarantined=quarantined,
         resumed_at=timed.start,
-        interpretation=interpret(plan.model, runner.data, prepared.statements, measurement.padding),
+        interpretation=interpret(
+            plan.model, runner.data, prepared.statements, measurement.padding, runner.config.run
+        ),
         warnings=tuple(warnings),
     )
     if timed.stopped:
@@ -421,6 +468,16 @@ def _output_warnings(
         and "the last line of the journal was incomplete; its predictions were made again",
     }
     return [Warning(code=code, text=str(text)) for code, text in texts.items() if text]
+
+
+def _resume_warnings(plan: RunPlan) -> Iterator[Warning]:
+    if previous := plan.folder.previous:
+        for file in assumed_unchanged(previous.header, plan.header):
+            text = (
+                f"{file} has another modification time than at the start of the run; its size and "
+                "the parts that were compared are the same"
+            )
+            yield Warning(code="assumed_unchanged", text=text)
 
 
 def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:

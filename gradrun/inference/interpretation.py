@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from gradrun.config.load import LoadedConfig, is_trusted
+from gradrun.config.run import RunSection
+from gradrun.core.cpu import thread_variable
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource, LengthGrouped
@@ -22,6 +24,7 @@ def interpret(
     data: BatchSource,
     outputs: Iterable[Statement],
     texts: Padding | None,
+    run: RunSection,
 ) -> tuple[Statement, ...]:
     """Return the statements of all parts of a run, in the order of the data flow.
 
@@ -32,14 +35,17 @@ def interpret(
         data: the data source.
         outputs: the statements of the transforms.
         texts: the counts of texts, if the data consists of them.
+        run: the section `run`.
     """
-    threads = Statement(topic="threads", text=pluralize(torch.get_num_threads(), "thread"))
+    threads = pluralize(torch.get_num_threads(), "thread")
+    if run.threads == "auto" and (variable := thread_variable()):
+        threads += f" ({variable})"
     return (
         *model.statements(),
         *data.statements(),
         *(texts.statements() if texts else ()),
         *outputs,
-        threads,
+        Statement(topic="threads", text=threads),
     )
 
 
@@ -58,4 +64,4 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
         output = transforms.resolve_output(config.output, model)
         next(iter(data.batches()), None)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
-        return interpret(model, data, transforms.statements(output, model=model), texts)
+        return interpret(model, data, transforms.statements(output, model=model), texts, config.run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,10 @@ _Saved = dict[str, tuple[Any, Any]]
 
 
 @contextmanager
-def preserve_module_state(model: nn.Module) -> Iterator[None]:
+def preserve_module_state(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     """Restore buffers and attributes of all modules after the block.
+
+    Yields a function that returns the dotted names of those that have changed so far.
 
     This covers running statistics of batch norm, counters, hidden states and caches, but not the
     content of objects that a module references. If the block changed a parameter, nothing is
@@ -32,8 +34,20 @@ def preserve_module_state(model: nn.Module) -> Iterator[None]:
     saved = [(module, _save(module._buffers), _save(_attributes(module))) for module in eager]
     saved_buffers = [(buffer, _copy(buffer)) for buffer in scripted]
     versions = [(parameter, parameter._version) for parameter in _parameters(model)]
+
+    def changed() -> list[str]:
+        paths = {module: path for path, module in model.named_modules()}
+        return [
+            ".".join(filter(None, (paths.get(module), name)))
+            for module, buffers, attributes in saved
+            for name in (
+                *_changed_names(module._buffers, buffers),
+                *_changed_names(_attributes(module), attributes),
+            )
+        ]
+
     try:
-        yield
+        yield changed
     finally:
         if all(parameter._version == before for parameter, before in versions):
             with torch.no_grad():
@@ -65,6 +79,18 @@ def _copy(value: Any) -> Any:
         plain = value.layout == torch.strided and not nn.parameter.is_lazy(value)
         return value.clone() if plain else None
     return value.copy() if type(value) in {list, dict, set} else None
+
+
+def _changed_names(table: Any, saved: _Saved) -> Iterator[str]:
+    """Yield the names of values that are new, replaced, or differ from their copy."""
+    for name, value in table.items():
+        before, copy = saved.get(name, (_ABSENT, None))
+        if isinstance(copy, torch.Tensor):
+            changed = value is not before or not torch.equal(value, copy)
+        else:
+            changed = value is not before or (copy is not None and len(value) != len(copy))
+        if changed:
+            yield name
 
 
 def _restore(table: Any, saved: _Saved, ignore: set[str] | frozenset[str] = frozenset()) -> None:

@@ -7,7 +7,7 @@ import itertools
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import BatchSource, LengthGrouped, input_position
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
+from gradrun.inference.carried_state import carried_state
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -246,6 +247,19 @@ class Runner:
             )
         if found:
             self._warn("batch_dependent", f"{found.text}; {found.advice}")
+
+    def carried_state(self, prepared: PreparedRun) -> str | None:
+        """Describe state that the model carries from batch to batch; None if it carries none.
+
+        Runs the first samples twice, without writing predictions.
+        """
+        if self.data.samples <= self.data.batch_size:
+            return None
+        # A compiled model would be compiled again for a smaller batch.
+        few = prepared.first if self.config.model.compile else prepared.first.slice(0, 2)
+        with suppress(Exception, SystemExit), execution_context(self.config.run, self.device):
+            return carried_state(self.model, few, self._predict)
+        return None  # the model cannot run the small batch
 
     def run_timed_pass(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -37,7 +38,7 @@ def import_file(path: Path) -> ModuleType:
     Raises:
         ImportError: the file is not a Python file. Other errors come from its code.
     """
-    name = f"gradrun_file_{path.stem}"
+    name = f"{_FILE_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
@@ -51,6 +52,12 @@ def import_file(path: Path) -> ModuleType:
         raise
     return module
 
+
+_FILE_PREFIX = "gradrun_file_"
+"""Of the module names of imported files."""
+
+_OTHERS = {"gradrun", "__main__", "__mp_main__"}
+"""Packages and modules that are not part of a user's model."""
 
 _imported: dict[Path, set[str]] = {}
 """Root folder -> names of the user's modules that were imported from it."""
@@ -90,6 +97,31 @@ def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
         imported |= {
             name for name in sys.modules.keys() - before if _is_user_module(sys.modules[name])
         }
+
+
+def imported_files(root: Path) -> dict[str, Path]:
+    """Return the files of the user's modules below a folder, or imported for a target there.
+
+    Args:
+        root: an absolute path.
+
+    Returns:
+        Path relative to `root` (or the module's name, if the file is elsewhere) to the file.
+    """
+    files = {}
+    for name, module in sorted(sys.modules.items()):
+        path = _location(module)
+        if path is None or name.partition(".")[0] in _OTHERS:
+            continue
+        below = path.is_relative_to(root)
+        if (
+            (below or name in _imported.get(root, ()))
+            and path.is_file()
+            and _is_user_module(module)
+        ):
+            elsewhere = path.name if name.startswith(_FILE_PREFIX) else name
+            files[path.relative_to(root).as_posix() if below else elsewhere] = path
+    return files
 
 
 class ImportSpace:
@@ -170,10 +202,13 @@ def describe_user_error(error: BaseException) -> str:
 def _is_user_module(module: ModuleType) -> bool:
     """Return whether a module is neither Python's nor an installed library's."""
     path = _location(module)
+    return path is not None and not any(map(path.is_relative_to, _library_folders()))
+
+
+@functools.cache
+def _library_folders() -> tuple[str, ...]:
     kinds = ("stdlib", "platstdlib", "purelib", "platlib")
-    return path is not None and not any(
-        path.is_relative_to(sysconfig.get_path(kind)) for kind in kinds
-    )
+    return tuple(sysconfig.get_path(kind) for kind in kinds)
 
 
 def _location(module: ModuleType) -> Path | None:

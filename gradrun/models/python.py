@@ -9,10 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from gradrun.config.model import PythonModel
+from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
-from gradrun.models.imports import describe_user_error, import_file, imports_from, require_trust
+from gradrun.models.imports import (
+    describe_user_error,
+    import_file,
+    imported_files,
+    imports_from,
+    require_trust,
+)
 from gradrun.models.initialization import RandomOrigins, describe_random
 from gradrun.models.loaded import LoadedModel
 
@@ -23,11 +29,10 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
     """Import the target and return it, or the module that it returns for model.args."""
     require_trust(trust_code, f"{config.target} is Python code", _KEY)
     location, _, name = config.target.rpartition(":")
-    is_file = location.endswith(".py")
-    root = config.root or (Path(location).parent if is_file else Path.cwd())
+    is_file, root = location.endswith(".py"), _root(config)
     origins = RandomOrigins()
     try:
-        with origins, imports_from(root.resolve(), reload=is_file, first=config.root is not None):
+        with origins, imports_from(root, reload=is_file, first=config.root is not None):
             module = import_file(Path(location)) if is_file else importlib.import_module(location)
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ConfigError(
@@ -43,6 +48,18 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
         weights=f"set by {Path(location).name}:{name}",
         random=describe_random(origins.random_parameters(model), model),
     )
+
+
+def source_files(config: ModelConfig) -> dict[str, Path]:
+    """Return the name and path of each file of the user's code that the model has imported."""
+    return imported_files(_root(config)) if isinstance(config, PythonModel) else {}
+
+
+def _root(config: PythonModel) -> Path:
+    """Return the absolute path of the folder to import from."""
+    location = config.target.rpartition(":")[0]
+    is_file = location.endswith(".py")
+    return (config.root or (Path(location).parent if is_file else Path.cwd())).resolve()
 
 
 def build_module(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:

@@ -1,10 +1,9 @@
-"""Fingerprint of a run: config, input files and number of samples."""
+"""Fingerprint of a run: config, content of the input files and number of samples."""
 
 from __future__ import annotations
 
-import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,34 @@ from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import writes_names
 from gradrun.output.journal import JournalHeader
 
-_BLOCKS, _BLOCK_BYTES = 64, 4096
+_BLOCKS, _BLOCK_BYTES = 1024, 64 * 1024
+"""Blocks of a file for its checksum; a file of up to 64 MiB is read whole."""
+
+_LISTED_FILES, _LISTED_BLOCKS, _LISTED_BLOCK_BYTES = 1024, 16, 4096
+"""Of a list of files, and blocks of each, for the checksum of their content."""
+
 _MISSING = "missing"
+_UNCOMPARED = {"path", "time", "sampled"}
+"""Of the description of a file: its content decides."""
+
+_ADVICE = {"run.threads": "predictions depend on it, so set run.threads to {}"}
 
 
 def fingerprint(
     config: RunConfig,
     samples: int,
     version: str,
+    *,
     listed: Sequence[Path] = (),
     by_rows: Sequence[Path] = (),
     classes: Sequence[str] = (),
+    code: Mapping[str, Path] | None = None,
+    resolved: Mapping[str, Any] | None = None,
 ) -> JournalHeader:
-    """The journal header of a run, with a checksum of a sample of each input file.
+    """The journal header of a run, with checksums of its input files.
+
+    Files are identified by their content and by the config key that names them, so a project may be
+    copied or moved.
 
     Args:
         config: config of the run.
@@ -35,11 +49,14 @@ def fingerprint(
         listed: input files that no config key names, for example the images of a folder.
         by_rows: input files whose checksums are in the committed ranges instead.
         classes: class names, which some formats write.
+        code: name and path of each file of the user's code.
+        resolved: values of the section `run` that replace "auto".
 
     Raises:
         ConfigError: a file cannot be read.
     """
-    dumped = config.model_dump(mode="json")
+    paths: dict[str, Path] = {}
+    dumped = _take_paths(config.model_dump(mode="json"), config.model_dump(), "", paths)
     for key in ("engine", "measure", "check", "metrics"):  # do not affect predictions
         dumped.pop(key)
     for key in ("labels", "classes"):
@@ -51,82 +68,163 @@ def fingerprint(
         dumped["run"].pop(key)
     if classes and writes_names(config.output):
         dumped["class names"] = zlib.crc32("\n".join(classes).encode())
-    paths = config.input_files()
+    dumped["run"].update(resolved or {})
     if isinstance(config.model, PythonModel):
-        source = Path(config.model.target.rpartition(":")[0])
-        paths += [source] if source.suffix == ".py" else []
-    paths = [path for path in paths if path not in by_rows]
-    # The listed files cover a folder that contains them.
-    paths = [path for path in paths if not (listed and listed[0].is_relative_to(path))]
-    described = {
-        os.fspath(file): _describe(file) for path in sorted(paths) for file in _files_in(path)
+        dumped["model"].pop("root")
+        dumped["model"]["target"] = Path(config.model.target).name
+    files = {
+        name: _describe(file)
+        for key, path in paths.items()
+        if not key.startswith(("output.", "data.labels", "data.classes", "check.", "model.root"))
+        if path not in by_rows
+        # The listed files cover a folder that contains them.
+        if not (listed and listed[0].is_relative_to(path))
+        for name, file in _files_in(key, path)
     }
+    files |= describe_code(code or {})
     if listed:
-        described["the files in data.path"] = _describe_list(listed)
-    return JournalHeader(gradrun=version, samples=samples, config=dumped, files=described)
+        files["the files in data.path"] = _describe_list(listed, paths["data.path"])
+    return JournalHeader(gradrun=version, samples=samples, config=dumped, files=files)
+
+
+def describe_code(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """Describe files of the user's code for JournalHeader.files.
+
+    Args:
+        files: name, such as the path below the imported folder, to the file.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    return {name: _describe(path) for name, path in files.items()}
 
 
 def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
     """Describe each change in a few words, for example "run.mode changed from grad to no_grad"."""
-    changes = [
-        f"{key} changed from {old} to {new}"
-        for key, old, new in _changed(before.config, now.config)
-    ]
+    changes = [_change(*change) for change in _changed(before.config, now.config)]
     if before.samples != now.samples:
         text = f"the number of samples changed from {before.samples:,} to {now.samples:,}"
         skip = "to skip a row, keep it and set run.on_error: quarantine"
         changes.append(text if before.samples < now.samples else f"{text} ({skip})")
-    for path, described in now.files.items():
-        known = before.files.get(path)
+    for name, described in now.files.items():
+        known = before.files.get(name)
         if known is None:
-            continue  # its config key changed, which is in the list already
-        changed = [key for key, value in described.items() if known.get(key) != value]
-        if changed:
-            changes.append(f"{path} changed ({', '.join(changed)})")
+            continue  # its config key changed, which is in the list already, or it is new code
+        changed = changed_properties(known, described)
+        old, new = known.get("path"), described.get("path", name)
+        if changed and old and Path(old).name != Path(new).name:
+            changes.append(f"{name} changed from {old} to {new}")
+        elif changed:
+            changes.append(f"{new} changed ({', '.join(changed)})")
     return changes
 
 
-def _files_in(path: Path) -> list[Path]:
-    """The file itself, or the files directly in a folder."""
+def changed_properties(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the properties, such as the size, in which two descriptions of a file differ."""
+    return [key for key in now if key not in _UNCOMPARED and before.get(key) != now[key]]
+
+
+def assumed_unchanged(before: JournalHeader, now: JournalHeader) -> list[str]:
+    """The files with another modification time whose content was compared in part only."""
+    return [
+        described.get("path", name)
+        for name, described in now.files.items()
+        if described.get("sampled") and _time(before, name) not in {None, described["time"]}
+    ]
+
+
+def _time(header: JournalHeader, name: str) -> int | None:
+    return header.files.get(name, {}).get("time")
+
+
+def _change(key: str, old: Any, new: Any) -> str:
+    advice = f" ({_ADVICE[key].format(old)})" if key in _ADVICE else ""
+    return f"{key} changed from {old} to {new}{advice}"
+
+
+def _take_paths(dumped: Any, typed: Any, key: str, paths: dict[str, Path]) -> Any:
+    """Return a dumped config without its paths, which are added to `paths` by their dotted key."""
+    if isinstance(typed, Path):
+        paths[key] = typed
+        return "a folder" if typed.is_dir() else "a file"
+    if not isinstance(typed, dict):
+        return dumped
+    dot = key and "."
+    return {
+        name: _take_paths(dumped[name], value, f"{key}{dot}{name}", paths)
+        for name, value in typed.items()
+    }
+
+
+def _files_in(key: str, path: Path) -> Iterator[tuple[str, Path]]:
+    """Yield a file under its key, or the visible files below a folder."""
     if not path.is_dir():
-        return [path]
-    return sorted(file for file in path.iterdir() if file.is_file())
+        yield key, path
+        return
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        if file.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield f"{key}/{relative.as_posix()}", file
 
 
 def _describe(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
         return {
+            "path": str(path),
             "size": status.st_size,
             "time": status.st_mtime_ns,
-            "content": _sampled_checksum(path, status.st_size),
+            "content": _checksum(path, status.st_size, _BLOCKS, _BLOCK_BYTES),
+            "sampled": status.st_size > _BLOCKS * _BLOCK_BYTES,
         }
     except OSError as error:  # the file existed when it was opened
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _describe_list(paths: Iterable[Path]) -> dict[str, Any]:
-    """Number of files, and a checksum of their names, sizes and times."""
-    count = crc = 0
-    for path in paths:
+def _describe_list(files: Sequence[Path], path: Path) -> dict[str, Any]:
+    """Number of files, and checksums of their names and sizes, their times and their content.
+
+    Args:
+        files: a list of files.
+        path: their folder, or a file in it.
+    """
+    folder = str(path if path.is_dir() else path.parent)
+    step = -(-len(files) // _LISTED_FILES)
+    names = times = content = 0
+    sampled = step > 1
+    for number, file in enumerate(files):
+        size: Any = _MISSING  # a broken link, or an invalid file name
         try:
-            status = path.stat()
-            line = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n"
-        except (OSError, ValueError):  # a broken link, or an invalid file name
-            line = f"{path}\0{_MISSING}\n"
-        count, crc = count + 1, zlib.crc32(line.encode("utf-8", "surrogateescape"), crc)
-    return {"files": count, "names, sizes and times": crc}
+            status = file.stat()
+            size, time = status.st_size, status.st_mtime_ns
+            times = zlib.crc32(b"%d " % time, times)
+            if number % step == 0:
+                part = _checksum(file, size, _LISTED_BLOCKS, _LISTED_BLOCK_BYTES)
+                content = zlib.crc32(b"%d " % part, content)
+                sampled |= size > _LISTED_BLOCKS * _LISTED_BLOCK_BYTES
+        except (OSError, ValueError):
+            pass
+        line = f"{str(file).removeprefix(folder)}\0{size}\n"
+        names = zlib.crc32(line.encode("utf-8", "surrogateescape"), names)
+    return {
+        "files": len(files),
+        "names and sizes": names,
+        "time": times,
+        "content": content,
+        "sampled": sampled,
+    }
 
 
-def _sampled_checksum(path: Path, size: int) -> int:
-    """CRC-32 of 64 blocks of 4 KiB, evenly spaced from the start to the end of the file."""
-    last = max(0, size - _BLOCK_BYTES)
-    offsets = sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)})
+def _checksum(path: Path, size: int, blocks: int, block_bytes: int) -> int:
+    """CRC-32 of a file, or of evenly spaced blocks from its start to its end if it is larger."""
+    offsets = list(range(0, size, block_bytes))
+    if len(offsets) > blocks:
+        offsets = [(size - block_bytes) * i // (blocks - 1) for i in range(blocks)]
     crc = 0
     with path.open("rb") as file:
         for offset in offsets:
             file.seek(offset)
-            crc = zlib.crc32(file.read(_BLOCK_BYTES), crc)
+            crc = zlib.crc32(file.read(block_bytes), crc)
     return crc
 
 

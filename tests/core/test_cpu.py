@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from gradrun.core import cpu
 from gradrun.core.cpu import available_cpus
 
 
@@ -54,3 +55,30 @@ def test_a_cgroup_quota_limits_the_processors(
 ) -> None:
     cgroup.update(files)
     assert available_cpus() == cpus
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads", "reason"),
+    [
+        ({}, 6, ""),
+        ({"OMP_NUM_THREADS": "3"}, 3, "OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "3,2"}, 3, "OMP_NUM_THREADS"),
+        ({"MKL_NUM_THREADS": " 2 "}, 2, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "2"}, 1, "OMP_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "many", "MKL_NUM_THREADS": "2"}, 2, "MKL_NUM_THREADS"),
+        ({"OMP_NUM_THREADS": "0"}, 6, ""),
+        ({"OMP_NUM_THREADS": "-1"}, 6, ""),
+        ({"OMP_NUM_THREADS": ""}, 6, ""),
+        ({"OMP_NUM_THREADS": "100000"}, 6, ""),
+    ],
+)
+def test_variables_of_openmp_and_mkl_set_the_automatic_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], threads: int, reason: str
+) -> None:
+    monkeypatch.setattr(cpu, "available_cpus", lambda: 6)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert (cpu.thread_count("auto"), cpu.thread_variable()) == (threads, reason)
+    assert cpu.thread_count(5) == 5

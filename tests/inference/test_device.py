@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gradrun.config.run import RunSection
+from gradrun.core import cpu
 from gradrun.core.errors import ConfigError
 from gradrun.inference import device, environment
 
@@ -21,7 +22,7 @@ def test_cpu_affinity_limits_the_threads_of_a_run() -> None:
     try:
         os.sched_setaffinity(0, {min(before)})
         with device.device_context(RunSection(device="cpu")):
-            assert (device.available_cpus(), torch.get_num_threads()) == (1, 1)
+            assert (cpu.available_cpus(), torch.get_num_threads()) == (1, 1)
     finally:
         os.sched_setaffinity(0, before)
 
@@ -99,7 +100,7 @@ def test_settings_are_restored_after_a_run(fails: bool, warn_only: bool | None) 
 def test_the_default_number_of_threads_is_the_number_of_processors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(device, "available_cpus", lambda: CPUS + 2)
+    monkeypatch.setattr(cpu, "available_cpus", lambda: CPUS + 2)
     with device.device_context(RunSection(device="cpu")):
         assert torch.get_num_threads() == CPUS + 2
         assert environment.current_environment(torch.device("cpu")).threads == CPUS + 2
