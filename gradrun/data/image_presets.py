@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from gradrun.config.data import PROCESSOR_FILES, ImagesData
-from gradrun.config.model import ModelConfig, TimmModel, TorchvisionModel
+from gradrun.config.model import HuggingFaceModel, ModelConfig, TimmModel, TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import hub_errors, import_optional, import_transformers
 from gradrun.data.image_transforms import (
@@ -46,6 +46,8 @@ def preprocessing_of(config: ImagesData, model: ModelConfig | None) -> Preproces
             return _processor(config, source or "")
         case "imagenet":
             return own_steps(config, "imagenet", 256, 224, _IMAGENET_MEAN, _IMAGENET_STD)
+    if config.preprocess is None and isinstance(model, HuggingFaceModel):
+        return own_steps(config, "none, the model has no image processor")
     return own_steps(config, "none")
 
 

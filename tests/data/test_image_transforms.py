@@ -285,26 +285,42 @@ def test_the_processor_of_an_image_classifier_is_the_default_and_gives_its_predi
     vit.save_pretrained(tmp_path / "vit")
     file = {"image_processor_type": "ViTImageProcessor"} | PROCESSORS["ViTImageProcessor"]
     (tmp_path / "vit/preprocessor_config.json").write_text(json.dumps(file))
-    files = sorted(lay_out(tmp_path / "images", 10, {}))
-    gradrun.infer(
-        {
-            "model": {
-                "source": "huggingface",
-                "path": str(tmp_path / "vit"),
-                "auto_class": "AutoModelForImageClassification",
-            },
-            "data": {
-                "source": "images", "path": str(tmp_path / "images"), "batch_size": 10,
-            },
-            "output": {"path": str(tmp_path / "out")},
+    lay_out(tmp_path / "images", 8, {})
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    noise = Image.open(save_noise(tmp_path / "noise.png", 50, 70))
+    noise.save(tmp_path / "images/turned.jpg", exif=turned)
+    noise.convert("P").save(tmp_path / "images/palette.gif")
+    given = {
+        "model": {
+            "source": "huggingface",
+            "path": str(tmp_path / "vit"),
+            "auto_class": "AutoModelForImageClassification",
+        },
+        "data": {"source": "images", "path": str(tmp_path / "images"), "batch_size": 10},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    result = gradrun.infer(given)
+    pipeline = transformers.pipeline(
+        "image-classification", model=str(tmp_path / "vit"), function_to_apply="none", top_k=None
+    )
+    names = (tmp_path / "out/ids.txt").read_text().splitlines()
+    predictions = np.load(tmp_path / "out/predictions.npy")
+    assert len(names) == len(predictions) == 10
+    for name, logits in zip(names, predictions, strict=True):
+        expected = {
+            item["label"]: item["score"] for item in pipeline(str(tmp_path / "images" / name))
         }
-    )  # fmt: skip
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "vit")
-    images = [Image.open(file).convert("RGB") for file in files]
-    with torch.inference_mode():
-        expected = vit(**processor(images=images, return_tensors="pt")).logits
-    predictions = torch.from_numpy(np.load(tmp_path / "out/predictions.npy"))
-    assert torch.allclose(predictions, expected, atol=1e-6)
+        assert [expected[f"LABEL_{i}"] for i in range(2)] == pytest.approx(
+            logits.tolist(), abs=1e-6
+        )
+    stated = {statement.topic: statement.text for statement in result.interpretation}
+    assert stated["preprocess"] == "ViTImageProcessor: resize 32x32 bilinear, RGB"
+    assert stated["exif"] == "1 of 10 images turned upright"
+    (tmp_path / "vit/preprocessor_config.json").unlink()
+    small = gradrun.infer(given, overwrite=True, data={"resize": (32, 32)})
+    stated = {statement.topic: statement.text for statement in small.interpretation}
+    assert stated["preprocess"].startswith("none, the model has no image processor: resize 32x32")
 
 
 @pytest.mark.parametrize(
