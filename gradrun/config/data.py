@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
@@ -39,7 +39,16 @@ class _Input(Section):
 
 
 def _read_class_names(value: object, info: ValidationInfo) -> object:
-    """Replace the name of a text file by its lines; raise ValueError if it cannot be read."""
+    """Replace the name of a text file by its lines, and a map {0: cat, 1: dog} by its names.
+
+    Raises:
+        ValueError: the file cannot be read, or the numbers of the map are not 0, 1, 2, ...
+    """
+    if isinstance(value, dict):
+        names = {str(number): name for number, name in value.items()}
+        if {*names} != {*map(str, range(len(names)))}:
+            raise ValueError("the numbers of the classes must be 0, 1, 2, ... without gaps")
+        return tuple(names[str(number)] for number in range(len(names)))
     if not isinstance(value, str | Path):
         return tuple(value) if isinstance(value, list) else value
     path = info.context.input_file(Path(value)) if info.context else Path(value)
@@ -68,8 +77,8 @@ Classes = Annotated[
     BeforeValidator(_read_class_names, json_schema_input_type=str | tuple[str, ...] | None),
     AfterValidator(_check_unique),
     Field(
-        description="class names in the order of the model's classes, or a text file with one per "
-        "line; default: the model's own",
+        description="class names in the order of the model's classes; a text file with one per "
+        "line; or a map {0: cat, 1: dog}; default: the model's own",
         min_length=2,
     ),
 ]
@@ -77,6 +86,8 @@ Classes = Annotated[
 
 class SyntheticInput(Section):
     """One random input."""
+
+    example: ClassVar[str] = "{shape: [3, 8, 8]}"
 
     shape: Shape = Field(description="the shape of one sample, without the batch dimension")
     dtype: DType = "float32"
@@ -98,12 +109,16 @@ class SyntheticData(_Data):
 class ArrayLabels(Section):
     """An array with the true class or value of each sample."""
 
+    example: ClassVar[str] = "{key: labels}"
+
     path: InputFile | None = Field(None, description="a separate file; default: data.path")
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
 
 
 class ArrayInput(_Input, ArrayLabels):
     """One input from an array."""
+
+    example: ClassVar[str] = "{key: images}"
 
 
 class ArraysData(_Data):
@@ -118,6 +133,8 @@ class ArraysData(_Data):
 
 class RecordInput(_Input):
     """One input from one or several columns."""
+
+    example: ClassVar[str] = "{columns: [a, b]}"
 
     columns: tuple[str, ...] = Field(
         min_length=1, description="numeric columns (or fields that contain lists), in order"

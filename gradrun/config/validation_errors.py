@@ -27,6 +27,7 @@ _KINDS = {
     "path_type": "a path",
     "finite_number": "a finite number",
 }
+_MAPS = {"dict_type", "model_type", "model_attributes_type"}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _ALLOWED = {
     "device": "auto, cpu, cuda, cuda:N or mps",
@@ -66,18 +67,34 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
     if kind == "limit":
         return ConfigIssue((*key, "limits", context["name"]), context["problem"])
     text = _describe_value(problem, str(key[-1]) if key else "")
-    if kind in {"model_type", "model_attributes_type"} and key and section:
-        field = section.model_fields.get(str(key[-1]))
-        members = _members(field) if field else []
-        if len(members) == 1:
-            text += f": {', '.join(members[0].model_fields)}"
+    if kind in _MAPS and key and section:
+        text += _map_advice(section, key)
     return ConfigIssue(key, text)
+
+
+def _map_advice(section: type[BaseModel], key: Key) -> str:
+    """Describe the map that a key needs, for a value that is not a map."""
+    field = section.model_fields.get(str(key[-1]))
+    in_map = field is None  # data.inputs.x: the field is `inputs`
+    field = section.model_fields.get(str(key[-2])) if in_map and len(key) > 1 else field
+    members = _members(field) if field else []
+    if len(members) != 1:
+        return "; write one key per line, such as source: ..."
+    example = getattr(members[0], "example", "")
+    if not example:
+        return f": {', '.join(members[0].model_fields)}"
+    is_dict = field is not None and get_origin(field.annotation) is dict
+    if is_dict and not in_map:
+        return f"; write a map of names, such as {{x: {example}}}"
+    return f"; write a map, such as {example}"
 
 
 def _describe_value(problem: Any, name: str) -> str:
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
     if name in _ALLOWED:
         return f"unknown value {_format(given)}; allowed: {_ALLOWED[name]}"
+    if kind == "tuple_type" and isinstance(given, str):
+        return f"{_format(given)} is not a list; write [{given:.60}]"
     if kind in _KINDS:
         return f"{_format(given)} is not {_KINDS[kind]}"
     if kind in {"enum", "literal_error"}:

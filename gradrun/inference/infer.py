@@ -39,7 +39,7 @@ from gradrun.models.python import source_files
 from gradrun.output import class_labels
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
-from gradrun.output.evidence_writer import EvidenceWriter
+from gradrun.output.evidence_writer import EvidenceWriter, is_evidence
 from gradrun.output.fingerprint import assumed_unchanged, describe_code, fingerprint
 from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
@@ -411,7 +411,8 @@ def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
 
 def _write_classes(plan: RunPlan, prepared: PreparedRun) -> None:
     labels = ClassLabels(plan.runner.config.output, plan.model.classes)
-    if labels.describes(prepared.outputs):
+    outputs = {name: out for name, out in prepared.outputs.items() if not is_evidence(name)}
+    if labels.describes(outputs):
         files.replace_file(plan.folder.path / class_labels.FILE_NAME, labels.text())
 
 

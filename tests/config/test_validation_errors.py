@@ -72,7 +72,7 @@ def only(**sections: Any) -> tuple[str, str, bool]:
             "model",
             {"source": "layers", "layers": "ReLU"},
             "model.layers",
-            "not a list, such",
+            "'ReLU' is not a list; write [ReLU]",
             False,
         ),
         ("data", ARRAYS, "data.inputs.image.sclae", "unknown key; did you mean scale?", True),
@@ -125,3 +125,43 @@ def test_long_values_are_truncated():
 )
 def test_suggest_ignores_case(given, hint):
     assert suggest(given, ["no_grad", "Linear"]) == hint
+
+
+@pytest.mark.parametrize(
+    ("data", "key", "text"),
+    [
+        (
+            RECORDS | {"inputs": ["a", "b"]},
+            "data.inputs",
+            "a list is not a section; write a map of names, such as {x: {columns: [a, b]}}",
+        ),
+        (
+            RECORDS | {"inputs": {"x": ["a", "b"]}},
+            "data.inputs.x",
+            "a list is not a section; write a map, such as {columns: [a, b]}",
+        ),
+        (
+            RECORDS | {"inputs": {"x": {"columns": "a"}}},
+            "data.inputs.x.columns",
+            "'a' is not a list; write [a]",
+        ),
+        (
+            ARRAYS | {"inputs": ["image"]},
+            "data.inputs",
+            "a list is not a section; write a map of names, such as {x: {key: images}}",
+        ),
+        (
+            ARRAYS | {"inputs": {}, "labels": "y"},
+            "data.labels",
+            "'y' is not a section; write a map, such as {key: labels}",
+        ),
+        (
+            GOOD["data"] | {"inputs": {"x": [3, 8]}},
+            "data.inputs.x",
+            "a list is not a section; write a map, such as {shape: [3, 8, 8]}",
+        ),
+        (["a"], "data", "a list is not a section; write one key per line, such as source: ..."),
+    ],
+)
+def test_a_list_in_place_of_a_map_is_answered_with_a_map(data: Any, key: str, text: str) -> None:
+    assert only(data=data) == (key, text, False)

@@ -59,14 +59,15 @@ def names_in(folder: Path, form: str, numbers: str, column: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("source", ["list", "file"])
+@pytest.mark.parametrize("source", ["list", "file", "map"])
 @pytest.mark.parametrize("transform", ["argmax", "topk", "classify"])
 def test_listed_class_names_are_written_in_every_format(
     tmp_path: Path, form: str, source: str, transform: str
 ) -> None:
     (tmp_path / "classes.txt").write_text("\n".join(NAMES) + "\n")
-    classes = NAMES if source == "list" else str(tmp_path / "classes.txt")
-    keys = config(tmp_path, form, classes=classes)
+    numbered = {i: NAMES[i] for i in (2, 0, 3, 1)}
+    classes = {"list": NAMES, "file": str(tmp_path / "classes.txt"), "map": numbered}
+    keys = config(tmp_path, form, classes=classes[source])
     keys["output"] |= {"transform": transform, "k": 3}
     result = gradrun.infer(keys)
     numbers = {"argmax": "", "topk": ".indices", "classify": ".class"}[transform]
@@ -173,3 +174,8 @@ def test_other_class_names_are_another_run_only_where_they_are_written(
             gradrun.infer(keys, resume=True)
             text = (tmp_path / form / "out" / "classes.txt").read_text()
             assert text == "a\nb\nc\nd\n"
+
+
+def test_a_map_of_classes_with_a_gap_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must be 0, 1, 2, \.\.\. without gaps"):
+        gradrun.infer(config(tmp_path, classes={0: "cat", 2: "dog"}))
