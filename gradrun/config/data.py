@@ -45,10 +45,10 @@ def _read_class_names(value: object, info: ValidationInfo) -> object:
         ValueError: the file cannot be read, or the numbers of the map are not 0, 1, 2, ...
     """
     if isinstance(value, dict):
-        names = {str(number): name for number, name in value.items()}
-        if {*names} != {*map(str, range(len(names)))}:
+        numbered = {str(number): name for number, name in value.items()}
+        if {*numbered} != {*map(str, range(len(numbered)))}:
             raise ValueError("the numbers of the classes must be 0, 1, 2, ... without gaps")
-        return tuple(names[str(number)] for number in range(len(names)))
+        return tuple(numbered[str(number)] for number in range(len(numbered)))
     if not isinstance(value, str | Path):
         return tuple(value) if isinstance(value, list) else value
     path = info.context.input_file(Path(value)) if info.context else Path(value)
