@@ -135,7 +135,7 @@ class _Records:
         with closing(read_table(self.path)) as records:
             for record in at_positions(records, positions):
                 values = (f"{column} {record.fields.get(column)}" for column in shown)
-                name = f"{self._ids.of(record)}: " if self._ids else ""
+                name = f"{self._row_ids([record], 0, {})[0]}: " if self._ids else ""
                 yield Preview(f"{name}{', '.join(values)}{more}")
 
     def labels(self) -> Iterator[torch.Tensor]:
