@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+import gradrun
 from tests.conftest import ROOT
 from tests.support.cli_files import CONFIG, NET
 
@@ -162,3 +164,28 @@ def test_init_reports_an_unwritable_path(cli, name):
     answer = cli("init", name)
     assert answer.code in (1, 2)
     assert answer.err.startswith(f"error: {name}")
+
+
+def test_explain_prints_what_a_run_of_the_same_config_states(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((6, 4), np.float32))
+    Path("net.py").write_text(
+        "import torch\nclass Net(torch.nn.Linear):\n    class_names = ['cat', 'dog', 'fox', 'owl']\n"
+    )
+    Path("c.yaml").write_text(
+        "model: {source: python, target: net.py:Net, args: {in_features: 4, out_features: 4}}\n"
+        "data: {source: arrays, path: x.npy}\n"
+        "output: {path: out, transform: softmax}\n"
+    )
+    answer = cli("validate", "--explain", "c.yaml", "--trust-code", "--json", "v.json")
+    assert (answer.code, answer.err) == (0, "")
+    explained = json.loads(Path("v.json").read_text())["c.yaml"]["interpretation"]
+    stated = [s.as_dict() for s in gradrun.infer("c.yaml", trust_code=True).interpretation]
+    # Only the run has the shape of the outputs.
+    assert [s for s in explained if s["topic"] != "output"] == [
+        s for s in stated if s["topic"] != "output"
+    ]
+    assert {"topic": "classes", "text": "4 names of the model: cat, dog, fox, ..."} in explained
+    for statement in explained:
+        first = re.escape(statement["text"][:20])
+        assert re.search(rf"^{statement['topic']} +{first}", answer.out, re.MULTILINE)
