@@ -170,7 +170,9 @@ def test_explain_prints_what_a_run_of_the_same_config_states(cli, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.ones((6, 4), np.float32))
     Path("net.py").write_text(
-        "import torch\nclass Net(torch.nn.Linear):\n    class_names = ['cat', 'dog', 'fox', 'owl']\n"
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        "    class_names = ['cat', 'dog', 'fox', 'owl']\n"
     )
     Path("c.yaml").write_text(
         "model: {source: python, target: net.py:Net, args: {in_features: 4, out_features: 4}}\n"
