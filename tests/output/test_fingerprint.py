@@ -59,6 +59,24 @@ def test_a_changed_key_is_reported_with_both_values(
     assert differences(head(source), head(source, **changes)) == [message]
 
 
+def test_the_modules_of_a_sentence_transformers_folder_are_part_of_the_model(
+    source: Path,
+) -> None:
+    weights = source.parent / "st/2_Dense/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    (source.parent / "st/modules.json").write_text("[]")
+    config = {
+        "model": {"source": "huggingface", "path": str(source.parent / "st")},
+        "data": {"source": "arrays", "path": str(source)},
+        "output": {"path": str(source.parent / "out")},
+    }
+    weights.write_bytes(b"a")
+    before = fingerprint(load_config(config).config, 10, "0.1.0")
+    weights.write_bytes(b"b")
+    (change,) = differences(before, fingerprint(load_config(config).config, 10, "0.1.0"))
+    assert "2_Dense/model.safetensors changed" in change
+
+
 def test_a_changed_number_of_samples_is_reported(source: Path) -> None:
     message = ["the number of samples changed from 10 to 1,100"]
     assert differences(head(source), head(source, samples=1100)) == message
