@@ -73,13 +73,12 @@ def _check_unique(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 Classes = Annotated[
-    tuple[str, ...] | None,
+    Annotated[tuple[str, ...], Field(min_length=2)] | None,
     BeforeValidator(_read_class_names, json_schema_input_type=str | tuple[str, ...] | None),
     AfterValidator(_check_unique),
     Field(
         description="class names in the order of the model's classes; a text file with one per "
         "line; or a map {0: cat, 1: dog}; default: the model's own",
-        min_length=2,
     ),
 ]
 

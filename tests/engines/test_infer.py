@@ -291,3 +291,33 @@ def test_the_result_has_the_ranges_of_each_worker(
     assert ranges == [(start, min(start + BATCH, COUNT)) for start in range(0, COUNT, BATCH)]
     assert all(r.ended >= r.began >= 0 for worker in workers for r in worker.ranges)
     assert all(worker.cold_start > 0 and worker.process_peak for worker in workers)
+
+
+def test_metrics_and_counts_of_workers_equal_those_of_one_process(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    numbers = np.arange(COUNT)
+    np.savez(tmp_path / "d.npz", x=np.random.default_rng(0).normal(size=(COUNT, 3)), y=numbers % 2)
+    config = config_for("arrays", inputs, tmp_path / "one")
+    config["data"] |= {
+        "path": str(tmp_path / "d.npz"),
+        "inputs": {"x": {"key": "x", "dtype": "float32"}},
+        "labels": {"key": "y"},
+    }
+    config["output"] |= {"transform": "argmax"}
+    config["metrics"] = ["accuracy", "f1", {"name": "auroc"}]
+    one = gradrun.infer(config)
+    config["output"]["path"] = str(tmp_path / "two")
+    two = spread(config, 3)
+    assert two.metrics == one.metrics
+    assert two.class_distribution == one.class_distribution
+
+
+@pytest.mark.parametrize("source", DATA)
+def test_workers_state_the_same_interpretation(
+    source: str, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    one = gradrun.infer(config_for(source, inputs, tmp_path / "one"))
+    two = spread(config_for(source, inputs, tmp_path / "two"), 2)
+    assert two.interpretation == one.interpretation
+    assert two.examples == one.examples
