@@ -419,5 +419,5 @@ class Scorer:
             what = "probability" if self.evidence.sigmoid or self.probabilities else "score"
             parts.append(f"1 if {what} > {self.evidence.threshold:g}")
         elif self.evidence.kind == "scores" and task == "multiclass":
-            parts.append("of probabilities" if self.probabilities else "softmax of the scores")
+            parts.append("of probabilities" if self.probabilities else "of softmax")
         return ", ".join(parts)

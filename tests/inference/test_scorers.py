@@ -385,9 +385,9 @@ def test_scores_are_probabilities_only_if_those_of_every_sample_are(tmp_path: Pa
     likely = softmax(SCORES[:, :4]).astype(np.float32)
     mixed = np.concatenate([likely[:200], SCORES[200:, :4]])
     for x, expected, note in (
-        (SCORES[:, :4], likely, "softmax of the scores"),
+        (SCORES[:, :4], likely, "of softmax"),
         (likely, likely, "of probabilities"),
-        (mixed, softmax(mixed), "softmax of the scores"),
+        (mixed, softmax(mixed), "of softmax"),
     ):
         found = only(infer(tmp_path, x, CLASSES, metrics=["auroc"]))
         columns = [sk.roc_auc_score(c == CLASSES, expected[:, c]) for c in range(4)]
