@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,9 +29,11 @@ from gradrun.results.result import (
     CheckResult,
     Equivalence,
     InferResult,
+    Metric,
     Outcome,
     Output,
     RunInfo,
+    RunResult,
 )
 
 _PROCESS_MEMORY = ("process_peak", "device_allocated", "device_reserved")
@@ -288,26 +290,40 @@ class CheckRun:
             now = measurements_in(measured.measurements, self.mode)
             slowdown = evaluate.unpaired_slowdown(old, now)
             previous = before.outputs if isinstance(before, CheckResult) else ()
+            old_metrics = before.metrics if isinstance(before, CheckResult | InferResult) else ()
             return [
                 *evaluate.time_regression(section, name, slowdown, self.other_conditions),
                 *evaluate.memory_regression(
                     section, name, old[0].memory, now[0].memory, self.other_sizes
                 ),
+                *self._metric_regression(name, old_metrics),
                 *evaluate.outputs_regression(section, name, previous, outputs),
             ]
         variant = self.reference.variant
         memory = {m.variant: m.memory for m in measured.measurements}
         slowdown = time_ratio(measured.measurements, str(self.mode), variant)
         modules = [e.first_module for e in compared.equivalence if e.candidate == variant]
-        differences = self._prediction_differences() if section.regression.outputs else {}
+        differences: dict[str, str] = {}
+        scores: tuple[Metric, ...] = ()
+        if section.regression.outputs or section.regression.of_metrics():
+            differences, scores = self._run_reference()
         return [
             *evaluate.time_regression(section, name, slowdown),
             *evaluate.memory_regression(section, name, memory[variant], memory[str(self.mode)]),
+            *self._metric_regression(name, scores),
             *evaluate.same_outputs(section, name, differences, next(iter(modules), None)),
         ]
 
-    def _prediction_differences(self) -> dict[str, str]:
-        """Write the reference's predictions for all of its data and compare them."""
+    def _metric_regression(self, name: str, before: Sequence[Metric]) -> Iterator[Outcome]:
+        now, metrics = self.predicted.metrics, self.config.metrics
+        return evaluate.metric_regression(self.section, name, before, now, metrics)
+
+    def _run_reference(self) -> tuple[dict[str, str], tuple[Metric, ...]]:
+        """Write the reference's predictions for all of its data.
+
+        Returns:
+            Their differences from the predictions of this run, and the reference's metrics.
+        """
         own, other = self.config.output, self.variants[1]
         with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
             config = other.config.replace(
@@ -315,7 +331,11 @@ class CheckRun:
                     "output.path": Path(folder),
                     "output.format": own.format,
                     "measure.memory": False,
-                    "metrics": (),
+                    "metrics": tuple(
+                        metric
+                        for metric in self.config.metrics
+                        if metric.title in self.section.regression.of_metrics()
+                    ),
                     "check": CheckSection(),
                 }
             )
@@ -324,9 +344,15 @@ class CheckRun:
             session = Session([variant], self.config, trust_code=self.trust_code)
             for failure in session.predict():
                 raise RunFailed(failure.message)
-            return golden.compare_runs(
-                Path(folder), own.path, self.predicted.files, self.section.rtol, self.section.atol
+            result, section = RunResult.load(folder), self.section
+            differences = (
+                golden.compare_runs(
+                    Path(folder), own.path, self.predicted.files, section.rtol, section.atol
+                )
+                if section.regression.outputs
+                else {}
             )
+            return differences, result.metrics if isinstance(result, InferResult) else ()
 
     def _expected(self, predictions: dict[str, golden.Array], update: bool) -> list[Outcome]:
         file, section = self.section.expected, self.section

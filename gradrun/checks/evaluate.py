@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from gradrun.config.check import CheckSection
 from gradrun.config.limits import Limit, Status, byte_limit, number_limit, percentage
+from gradrun.config.run import MetricSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.results import stats
@@ -279,6 +280,31 @@ def memory_regression(
             verdict = _passed_unless(reason, value, value)
         check = f"{_label(name)} vs {reference}"
         yield _outcome(check, f"at most +{allowed}", f"regression.{name}", verdict)
+
+
+def metric_regression(
+    section: CheckSection,
+    reference: str,
+    before: Sequence[Metric],
+    now: Sequence[Metric],
+    metrics: Sequence[MetricSection],
+) -> Iterator[Outcome]:
+    """Evaluate how much worse metrics became, as a share of the reference's value."""
+    old, new = ({m.name: m.value for m in values} for values in (before, now))
+    errors = {metric.title for metric in metrics if metric.lower_is_better}
+    for name, allowed in section.regression.of_metrics().items():
+        was, value = old.get(name, math.nan), new.get(name, math.nan)
+        if math.isnan(was) or math.isnan(value):
+            side = "the reference" if math.isnan(was) else "this run"
+            verdict = _inconclusive(f"the metric has no value in {side}")
+        else:
+            worse = value - was if name in errors else was - value
+            share = worse / abs(was) if was else math.copysign(math.inf, worse) if worse else 0.0
+            change = f"{value:.4f}, was {was:.4f}"
+            reason = f"worse by {share:.1%}" if share > percentage(allowed) else ""
+            verdict = _passed_unless(reason, change, change)
+        check = f"{_label(name)} vs {reference}"
+        yield _outcome(check, f"at most {allowed} worse", f"regression.{name}", verdict)
 
 
 def outputs_regression(

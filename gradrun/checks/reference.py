@@ -82,7 +82,7 @@ def checked_config(config: RunConfig) -> RunConfig:
     known = {metric.title for metric in config.metrics}
     missing = [
         MetricSection.model_validate({"name": name})
-        for name in config.check.limits.of_metrics()
+        for name in config.check.limits.of_metrics() | config.check.regression.of_metrics()
         if name not in known
     ]
     return config.replace(

@@ -71,13 +71,23 @@ class LimitsSection(Section):
 
 
 class RegressionSection(Section):
-    """Maximum increase over the baseline."""
+    """Maximum increase over the baseline.
+
+    Metrics are limited by name, as a share of the baseline's value: `accuracy: 1%`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Text]
 
     time: Percentage | None = Field("5%", description="time per batch; null: not checked")
     forward_peak: Percentage | None = Field("1%", description="tensor memory in the forward pass")
     retained: Percentage | None = Field(None, description="tensor memory after the forward pass")
     process_peak: Percentage | None = Field(None, description="peak resident set of the process")
     outputs: bool = Field(True, description="require equal outputs, within the tolerance")
+
+    def of_metrics(self) -> dict[str, str]:
+        """Return the limits of metrics by name."""
+        return dict(self.model_extra or {})
 
 
 class CheckSection(Section):

@@ -89,6 +89,7 @@ _ARGUMENTS = {
     "r2": set[str](),
 }
 METRIC_NAMES = tuple(_ARGUMENTS)
+_ERRORS = {"calibration_error", "mse", "mae"}
 
 
 class MetricSection(Section):
@@ -153,6 +154,11 @@ class MetricSection(Section):
     def title(self) -> str:
         """The metric's name in tables and result.json."""
         return self.alias or (f"{self.name}_top{self.top_k}" if self.top_k else self.name)
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is a size of errors."""
+        return self.name in _ERRORS
 
     @model_validator(mode="after")
     def _check_arguments(self) -> MetricSection:

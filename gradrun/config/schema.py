@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from gradrun.config import limits
 from gradrun.config.base import Section
-from gradrun.config.check import CheckSection, LimitsSection
+from gradrun.config.check import CheckSection
 from gradrun.config.data import DataConfig
 from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig
@@ -39,16 +39,19 @@ class RunConfig(Section):
     @classmethod
     def _check_metric_limits(cls, check: CheckSection, info: ValidationInfo) -> CheckSection:
         known = {*METRIC_NAMES, *(metric.title for metric in info.data.get("metrics", ()))}
-        for name, limit in check.limits.of_metrics().items():
-            if name not in known:
-                allowed = [*LimitsSection.model_fields, *sorted(known)]
-                context = {"name": name, "allowed": allowed}
-                raise PydanticCustomError("unknown_limit", "unknown limit {name}", context)
-            try:
-                limits.number_limit(limit)
-            except ValueError as error:
-                context = {"name": name, "problem": str(error)}
-                raise PydanticCustomError("limit", "{problem}", context) from error
+        parsers = {"limits": limits.number_limit, "regression": limits.percentage}
+        for key, parse in parsers.items():
+            section = getattr(check, key)
+            for name, limit in section.of_metrics().items():
+                if name not in known:
+                    allowed = [*type(section).model_fields, *sorted(known)]
+                    context = {"section": key, "name": name, "allowed": allowed}
+                    raise PydanticCustomError("unknown_limit", "unknown limit {name}", context)
+                try:
+                    parse(limit)
+                except ValueError as error:
+                    context = {"section": key, "name": name, "problem": str(error)}
+                    raise PydanticCustomError("limit", "{problem}", context) from error
         return check
 
     @field_validator("data")

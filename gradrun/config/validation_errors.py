@@ -63,9 +63,9 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
     # Limits are validated together with the metrics, so pydantic's location is the section.
     if kind == "unknown_limit":
         text = f"unknown limit; {suggest(context['name'], context['allowed'])}"
-        return ConfigIssue((*key, "limits", context["name"]), text, about_key=True)
+        return ConfigIssue((*key, context["section"], context["name"]), text, about_key=True)
     if kind == "limit":
-        return ConfigIssue((*key, "limits", context["name"]), context["problem"])
+        return ConfigIssue((*key, context["section"], context["name"]), context["problem"])
     text = _describe_value(problem, str(key[-1]) if key else "")
     if kind in _MAPS and key and section:
         text += _map_advice(section, key)

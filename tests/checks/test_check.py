@@ -606,3 +606,35 @@ def test_the_bundled_example_passes(cli, tmp_path):
     )
     assert answer.code == 0, answer.text
     assert "6 passed" in answer.out
+
+
+@in_this_process
+def test_a_metric_may_not_become_worse_than_that_of_the_reference(tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.chdir(tmp_path)
+    drawn = np.random.default_rng(0)
+    labels = drawn.integers(0, 3, 60)
+    good = np.eye(3)[labels].astype(np.float32)
+    poor = good.copy()
+    poor[:6] = poor[:6, [1, 2, 0]]  # 6 of 60 wrong
+    np.savez("good.npz", x=good, y=labels)
+    np.savez("poor.npz", x=poor, y=labels)
+    regression = {"time": None, "outputs": False, "accuracy": "5%"}
+    config = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "arrays", "inputs": {"x": {"key": "x"}}, "labels": {"key": "y"}},
+        "run": {"threads": 1, "warmup": 0},
+        "output": {"transform": "argmax"},
+        "check": {"smoke": False, "regression": regression},
+    }
+    for name in ("good", "poor"):
+        data = config["data"] | {"path": f"{name}.npz"}
+        output = config["output"] | {"path": name}
+        Path(f"{name}.yaml").write_text(json.dumps(config | {"data": data, "output": output}))
+    gradrun.check("good.yaml", save_baseline="base.json")
+    for reference in ({"baseline": "base.json"}, {"against": "good.yaml"}):
+        result = gradrun.check("poor.yaml", **reference)
+        (found,) = [o for o in result.outcomes if o.check.startswith("accuracy vs")]
+        assert (found.status, found.value) == ("fail", "0.9000, was 1.0000")
+        assert found.reason == "worse by 10.0%"
+    assert gradrun.check("good.yaml", against="poor.yaml").status == "pass"

@@ -8,6 +8,7 @@ import pytest
 
 from gradrun.checks import evaluate
 from gradrun.config.check import CheckSection
+from gradrun.config.run import MetricSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.results.result import CheckResult, Equivalence, InferResult, Metric, Output, Warning
 from gradrun.results.stats import Estimate
@@ -151,6 +152,27 @@ def test_a_metric_is_compared_with_its_limit_and_a_missing_one_fails(value, limi
 
 
 # --- regression ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now", "status"),
+    [("accuracy", 0.98, 0.975, "pass"), ("accuracy", 0.98, 0.95, "fail"),
+     ("accuracy", 0.9, 0.99, "pass"), ("mse", 1.0, 1.005, "pass"), ("mse", 1.0, 1.2, "fail"),
+     ("mse", 1.0, 0.1, "pass"), ("r2", -0.5, -0.6, "fail"), ("mae", 0.0, 0.1, "fail"),
+     ("accuracy", math.nan, 0.9, "inconclusive"), ("accuracy", None, 0.9, "inconclusive")],
+)  # fmt: skip
+def test_a_metric_fails_if_it_became_worse_than_allowed(name, was, now, status):
+    before = [] if was is None else [Metric(name=name, value=was, samples=9)]
+    section = section_of(regression={name: "1%"})
+    metrics = [MetricSection(name=name)]
+    after = [Metric(name=name, value=now, samples=9)]
+    (found,) = evaluate.metric_regression(section, "main", before, after, metrics)
+    assert (found.check, found.limit, found.status) == (
+        f"{name} vs main",
+        "at most 1% worse",
+        status,
+    )
+    assert found.key == f"check.regression.{name}"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from gradrun.config.check import LimitsSection
+from gradrun.config.check import LimitsSection, RegressionSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 
@@ -42,8 +42,8 @@ def test_every_section_is_frozen_strict_and_closed():
     assert len(sections()) >= 14
     for section in sections():
         settings = section.model_config
-        # Other keys of the limits are metrics, which RunConfig validates.
-        unknown = "allow" if section is LimitsSection else "forbid"
+        # Other keys of these two are metrics, which RunConfig validates.
+        unknown = "allow" if section in {LimitsSection, RegressionSection} else "forbid"
         assert (settings["frozen"], settings["strict"], settings["extra"]) == (True, True, unknown)
 
 
