@@ -20,8 +20,10 @@ from gradrun.config.model import (
 
 class _Data(Section):
     batch_size: Size = Field(64, description="samples per batch; the last batch may be shorter")
-    call: Literal["auto", "positional", "keyword"] = Field(
-        "auto", description="how inputs are passed; auto: one by position, several by keyword"
+    call: Literal["auto", "positional", "keyword", "dict"] = Field(
+        "auto",
+        description="how inputs are passed; auto: one by position, several by keyword; dict: all "
+        "in one dict",
     )
 
     def check_model(self, model: ModelConfig) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, JsonValue, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import FloatType, InputFile, InputFolder, Section
@@ -118,20 +119,50 @@ class ExportedModel(_Model):
     path: InputFile
 
 
+AutoClass = Literal[
+    "AutoModel",
+    "AutoModelForTextEncoding",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+]
+_TYPO = 0.93
+"""Similarity of a mistyped name with the name that is meant; other classes reach 0.89."""
+
+
+def _reject_other_auto_class(name: object) -> object:
+    """Explain a class of transformers that is not supported, instead of suggesting another."""
+    known = get_args(AutoClass)
+    if (
+        not isinstance(name, str)
+        or not name.startswith("AutoModelFor")
+        or get_close_matches(name, known, cutoff=_TYPO)
+    ):
+        return name
+    generates = re.search(r"Seq2Seq|ToText", name)
+    way = (
+        "it generates text step by step. AutoModelForTextEncoding runs its encoder; for texts, "
+        "write a python target whose forward calls generate()"
+        if generates
+        else "write a python target that returns this model"
+    )
+    raise PydanticCustomError(
+        "auto_class",
+        "{name} is not supported yet: {way} (allowed: {allowed})",
+        {"name": name, "way": way, "allowed": ", ".join(known)},
+    )
+
+
 class HuggingFaceModel(EagerModel):
     """A transformers model, from a folder or from the hub."""
 
     source: Literal["huggingface"]
     path: Pretrained = Field(description="a folder written by save_pretrained, or a hub name")
     revision: str | None = Field(None, description="the hub's branch, tag or commit; default: main")
-    auto_class: Literal[
-        "AutoModel",
-        "AutoModelForTextEncoding",
-        "AutoModelForSequenceClassification",
-        "AutoModelForTokenClassification",
-        "AutoModelForCausalLM",
-        "AutoModelForMaskedLM",
-        "AutoModelForImageClassification",
+    auto_class: Annotated[
+        AutoClass, BeforeValidator(_reject_other_auto_class, json_schema_input_type=AutoClass)
     ] = Field("AutoModel", description="the transformers class, which decides the model's head")
     attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
         None, description="attention implementation; default: chosen by transformers"

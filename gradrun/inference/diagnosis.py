@@ -22,6 +22,9 @@ from gradrun.inference.module_calls import track_module_calls
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
 """Part of torch's message for a backward pass without a graph."""
 
+_SIGNS_OF_DICT = ("keyword argument", "invalid data type 'str'", "no attribute 'items'", "'keys'")
+"""Parts of errors of a model that expects its inputs in a dict."""
+
 _TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
@@ -56,8 +59,10 @@ def explain_first_batch_failure(
 
 def _remedy(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
     """Return the remedy for a common cause, or ""."""
+    parameters = inspect.signature(model.forward).parameters
+    if len(parameters) == 1 and any(sign in reason for sign in _SIGNS_OF_DICT):
+        return "; data.call: dict passes all inputs as one dict, by their names"
     if "unexpected keyword argument" in reason:
-        parameters = inspect.signature(model.forward).parameters
         accepted = ", ".join(name for name in kwargs if name in parameters)
         return f"; pass only inputs that it accepts: data.inputs: [{accepted}]" if accepted else ""
     parts = getattr(getattr(model, "config", None), "is_encoder_decoder", False)

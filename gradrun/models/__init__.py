@@ -92,7 +92,21 @@ def load_model(
             "model",
         ) from error
     model = with_class_names(model.replace(classes=model.classes or names_of(module)), data)
+    if data is not None and data.call == "dict":
+        module = DictInput(module)
     return model.replace(module=_compiled(module) if config.compile else module)
+
+
+class DictInput(nn.Module):
+    """Passes its keyword inputs to a module as one dict."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """Call the module with the inputs, each [n, ...], by name."""
+        return self.module(inputs)
 
 
 def _compiled(module: nn.Module) -> nn.Module:
