@@ -129,7 +129,7 @@ AutoClass = Literal[
     "AutoModelForImageClassification",
 ]
 _TYPO = 0.93
-"""Similarity of a mistyped name with the name that is meant; other classes reach 0.89."""
+"""Similarity of a mistyped name with the intended one; other classes reach 0.89."""
 
 
 def _reject_other_auto_class(name: object) -> object:
