@@ -225,7 +225,9 @@ class _NpyHeader:
             self.torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         except TypeError as error:
             raise ConfigError(
-                f"{path} contains {dtype}, which torch does not support", "data.path"
+                f"{path} contains {dtype}, which torch does not support; save "
+                "array.astype('float32') or another type of numbers",
+                "data.path",
             ) from error
         self.offset = head.tell()
         self.row_bytes = math.prod(self.shape[1:]) * dtype.itemsize

@@ -299,6 +299,8 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             try:
                 huge = _HUGE.search(line)  # 1e400, which json reads as infinity
                 fields = json.loads(line, parse_float=parse_number if huge else None)
+            except json.JSONDecodeError as problem:
+                error = error or f"invalid JSON: {problem.msg} (column {problem.pos + 1})"
             except (ValueError, RecursionError) as problem:
                 error = error or f"invalid JSON: {problem}"
             if not isinstance(fields, dict):

@@ -179,3 +179,10 @@ def test_other_class_names_are_another_run_only_where_they_are_written(
 def test_a_map_of_classes_with_a_gap_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be 0, 1, 2, \.\.\. without gaps"):
         gradrun.infer(config(tmp_path, classes={0: "cat", 2: "dog"}))
+
+
+@pytest.mark.parametrize("classes", [None, NAMES])
+def test_a_config_that_was_dumped_is_valid_again(tmp_path: Path, classes: Any) -> None:
+    loaded = gradrun.load_config(config(tmp_path, classes=classes)).config
+    again = type(loaded).model_validate_json(loaded.model_dump_json())
+    assert again == loaded
