@@ -34,6 +34,7 @@ from gradrun.results.result import (
     Output,
     RunInfo,
     RunResult,
+    Warning,
 )
 
 _PROCESS_MEMORY = ("process_peak", "device_allocated", "device_reserved")
@@ -84,6 +85,7 @@ def check(
         loaded.error_locations(),
         open_reference(loaded, baseline, against, changes) as reference,
     ):
+        missing = reference.missing if reference else ""
         _validate(checked, reference, update_expected=update_expected, saves=bool(save_baseline))
         with locked_check_folder(checked.output.path):
             try:
@@ -91,10 +93,14 @@ def check(
             except (ModelInputError, RunFailed) as error:
                 result = _failed_result(checked, error)
             else:
-                run = CheckRun(checked, predicted, reference, is_trusted(trust_code), progress)
+                present = None if missing else reference
+                run = CheckRun(checked, predicted, present, is_trusted(trust_code), progress)
                 result = run.result(timed=bool(save_baseline), update_expected=update_expected)
             outcomes = (o.replace(source=loaded.location(o.key)) for o in result.outcomes)
-            result = result.replace(outcomes=tuple(outcomes))
+            notes = (_no_reference(missing),) if missing else ()
+            result = result.replace(
+                outcomes=tuple(outcomes), warnings=(*result.warnings, *notes)
+            )
             folder = RunFolder(checked.output.path, overwrite=True)
             with folder.locked():
                 folder.save(result)
@@ -127,6 +133,11 @@ def _validate(
     if not (evaluate.has_checks(config.check) or reference or saves):
         text = "nothing to check: smoke tests are off and no limit, baseline or reference is set"
         raise ConfigError(text, "check.smoke")
+
+
+def _no_reference(missing: str) -> Warning:
+    text = f"checked without a reference: {missing}, so no regression can be detected"
+    return Warning(code="no_reference", text=text)
 
 
 def _failed_result(config: RunConfig, error: GradrunError) -> CheckResult:

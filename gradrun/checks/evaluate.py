@@ -150,7 +150,7 @@ def speedup_limits(
         if speedup is None:
             verdict = _inconclusive("the speedup could not be measured")
         else:
-            verdict = _interval_verdict(number_limit(text), speedup, _format_ratio(speedup))
+            verdict = _interval_verdict(number_limit(text), speedup, *_format_ratio(speedup))
         yield _outcome(f"speedup over {other}", text, f"limits.{_SPEEDUP}{other}", verdict)
 
 
@@ -188,14 +188,21 @@ def _fields(section: object) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _interval_verdict(limit: Limit, interval: Estimate, value: str) -> _Verdict:
+def _interval_verdict(limit: Limit, interval: Estimate, value: str, ends: str) -> _Verdict:
     status = limit.status(interval.low, interval.high)
+    more = "reduce load on the machine or raise measure.budget or measure.processes"
+    ends = f", {ends}," if _is_wide(interval) else ""  # its value is shown without the interval
     reasons = {
-        "inconclusive": "the confidence interval includes the limit; reduce load on the machine or "
-        "raise measure.budget or measure.processes",
-        "fail": "the whole confidence interval is outside the limit",
+        "inconclusive": f"the confidence interval{ends} includes the limit; {more}"
+        if math.isfinite(interval.high)
+        else f"one process gives no confidence interval; {more}",
+        "fail": f"the whole confidence interval{ends} is outside the limit",
     }
     return _Verdict(value, status, reasons.get(status, ""))
+
+
+def _is_wide(interval: Estimate) -> bool:
+    return interval.high > _WIDE * interval.value
 
 
 # --- regression ----------------------------------------------------------------------------------
@@ -244,7 +251,7 @@ def time_regression(
         verdict = _inconclusive("time could not be measured")
     else:
         limit = Limit(1 + percentage(allowed), at_least=False)
-        verdict = _interval_verdict(limit, slowdown, _format_change(slowdown))
+        verdict = _interval_verdict(limit, slowdown, *_format_change(slowdown))
         if math.isinf(slowdown.high):
             reason = "one process gives no confidence interval; --save-baseline measures several"
             verdict = verdict._replace(reason=reason)
@@ -377,13 +384,18 @@ def _format_differences(differences: Mapping[str, str]) -> str:
     return "; ".join(f"{name} {text}" for name, text in differences.items())
 
 
-def _format_ratio(ratio: Estimate) -> str:
-    if ratio.high > _WIDE * ratio.value:
-        return f"about {ratio.value:.1f}"
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+def _format_ratio(ratio: Estimate) -> tuple[str, str]:
+    """Return the value, with its interval unless that is wide, and the interval."""
+    if _is_wide(ratio):
+        return f"about {ratio.value:.1f}", f"{ratio.low:.1f} to {ratio.high:.1f}"
+    ends = f"{ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{ratio.value:.2f} ({ends})", ends
 
 
-def _format_change(slowdown: Estimate) -> str:
-    if slowdown.high > _WIDE * slowdown.value:
-        return f"about {slowdown.value - 1:+.0%}"
-    return f"{slowdown.value - 1:+.1%} ({slowdown.low - 1:+.1%} to {slowdown.high - 1:+.1%})"
+def _format_change(slowdown: Estimate) -> tuple[str, str]:
+    """Return the same for a change in percent."""
+    low, high = slowdown.low - 1, slowdown.high - 1
+    if _is_wide(slowdown):
+        return f"about {slowdown.value - 1:+.0%}", f"{low:+.0%} to {high:+.0%}"
+    ends = f"{low:+.1%} to {high:+.1%}"
+    return f"{slowdown.value - 1:+.1%} ({ends})", ends

@@ -19,13 +19,15 @@ from gradrun.results.result import Measurement, RunResult
 
 @dataclass(frozen=True)
 class Reference:
-    """Either an earlier `result`, or a `config` that is run side by side."""
+    """Either an earlier `result`, a `config` that is run side by side, or neither."""
 
     name: str
     result: RunResult | None = None
     config: RunConfig | None = None
     worktree: tuple[str, str] | None = None
     """(repository, worktree) of a git revision."""
+    missing: str = ""
+    """Why there is nothing to compare with: the revision does not have the config yet."""
 
     @property
     def variant(self) -> str:
@@ -68,7 +70,9 @@ def open_reference(
         with git_worktree(str(against), folder, loaded.config.input_files()) as worktree:
             moved = worktree.path_of(folder) / file.name
             if not moved.is_file():
-                raise ConfigError(f"--against {against}: the revision has no {file.name}")
+                name = moved.relative_to(worktree.path)
+                yield Reference(str(against), missing=f"{against} does not have {name} yet")
+                return
             yield Reference(
                 str(against),
                 config=checked_config(load_config(moved, overrides).config),

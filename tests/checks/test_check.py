@@ -327,6 +327,35 @@ def test_a_revision_uses_its_own_helper_modules(project):
 
 
 @needs_git
+@in_this_process
+@pytest.mark.parametrize("smoke", [True, False])
+@pytest.mark.parametrize("where", [".", "ml/models"])
+def test_a_revision_without_the_config_gives_a_check_without_a_reference(
+    project, cli, monkeypatch, where, smoke
+):
+    """The pull request that adds gradrun.yaml is checked against its base."""
+    Path("README.md").write_text("A project.\n")
+    git("init", "-q")
+    git("add", "README.md")
+    git("commit", "-qm", "base")
+    Path(where).mkdir(parents=True, exist_ok=True)
+    Path("nets").rename(f"{where}/nets")
+    Path("gradrun.yaml").rename(f"{where}/gradrun.yaml")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    changes = ["--set", f"check.smoke={str(smoke).lower()}"]
+    answer = cli("check", f"{where}/gradrun.yaml", "--against", "HEAD~1", *changes)
+    assert answer.code == 0, answer.text
+    text = " ".join(answer.text.split())
+    name = Path(where, "gradrun.yaml")
+    assert f"checked without a reference: HEAD~1 does not have {name} yet" in text
+    result = RunResult.load(Path(where) / "runs" / "mine-check")
+    assert result.status == "pass"
+    assert not any("vs HEAD~1" in outcome.check for outcome in result.outcomes)
+    assert bool(result.outcomes) is smoke
+
+
+@needs_git
 def test_a_change_that_does_not_affect_outputs_passes(project):
     commit()
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 2\n")

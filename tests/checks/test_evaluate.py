@@ -185,6 +185,20 @@ def test_time_fails_only_if_the_whole_interval_is_outside(low, high, status):
     assert (found.status, found.check) == (status, "time vs main")
 
 
+@pytest.mark.parametrize(
+    ("high", "value", "reason"),
+    [
+        (2.0, "+20.0% (-50.0% to +100.0%)", "the confidence interval includes the limit"),
+        (5.0, "about +20%", "the confidence interval, -50% to +400%, includes the limit"),
+        (float("inf"), "about +20%", "one process gives no confidence interval"),
+    ],
+)
+def test_an_inconclusive_check_shows_the_interval_that_decides(high, value, reason):
+    (found,) = evaluate.time_regression(section_of(), "main", Estimate(1.2, 0.5, high))
+    assert (found.status, found.value) == ("inconclusive", value)
+    assert found.reason.startswith(reason)
+
+
 def test_memory_but_not_time_is_compared_across_machines():
     before = MACHINE.replace(cpu="Xeon", threads=8)
     differs = evaluate.machine_differences(before, MACHINE)
