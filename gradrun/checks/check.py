@@ -98,9 +98,7 @@ def check(
                 result = run.result(timed=bool(save_baseline), update_expected=update_expected)
             outcomes = (o.replace(source=loaded.location(o.key)) for o in result.outcomes)
             notes = (_no_reference(missing),) if missing else ()
-            result = result.replace(
-                outcomes=tuple(outcomes), warnings=(*result.warnings, *notes)
-            )
+            result = result.replace(outcomes=tuple(outcomes), warnings=(*result.warnings, *notes))
             folder = RunFolder(checked.output.path, overwrite=True)
             with folder.locked():
                 folder.save(result)

@@ -127,13 +127,18 @@ class Session:
         data, measure = self.data, self.measure
         data.comparisons = self._comparisons()
         widest = max((c.relative_width for c in data.comparisons), default=0.0)
-        if widest > measure.precision:
+        processes = len(self.process_medians)
+        few = 0 < processes < measure.processes
+        if few or widest > measure.precision:
+            count = pluralize(processes, "process")
+            if few:
+                count = f"{processes} of at least {pluralize(measure.processes, 'process')}"
+            wide = widest > measure.precision
+            narrow = f", before the intervals were as narrow as {measure.precision:.1%}"
             self._warn(
                 "not_precise",
-                f"the budget of {measure.budget:g} s was spent after "
-                f"{pluralize(len(self.process_medians), 'process')}, before the intervals were as "
-                f"narrow as {measure.precision:.1%}; reduce load on the machine or raise "
-                "measure.budget",
+                f"the budget of {measure.budget:g} s was spent after {count}"
+                f"{narrow if wide else ''}; reduce load on the machine or raise measure.budget",
             )
         if self.discarded:
             self._warn("noisy_machine", _describe_noise(self.discarded))

@@ -53,7 +53,7 @@ class MeasureSection(Section):
         True, description="test on the first batch whether predictions depend on their neighbors"
     )
     processes: Annotated[int, Field(ge=2, le=1000)] = Field(
-        5, description="compare: minimum number of fresh processes"
+        5, description="compare: minimum number of fresh processes, if measure.budget allows"
     )
     precision: Annotated[float, Field(gt=0, le=1)] = Field(
         0.01, description="compare: target relative half-width of the confidence intervals"

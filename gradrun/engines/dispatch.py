@@ -296,6 +296,7 @@ class _Pass:
             recovery.limit_batches(done.batch_limit, done.limited_from)
         timed.seconds.frombytes(done.batch_seconds)
         timed.sizes.frombytes(done.batch_sizes)
+        timed.elements.frombytes(done.batch_elements)
         timed.recovered += done.recovered
         timed.data_ns += round(done.data_seconds * 1e9)
         if done.padding:

@@ -110,6 +110,7 @@ class RangeRunner:
             padding=data.padding(task.start, task.stop)
             if isinstance(data, LengthGrouped)
             else None,
+            batch_elements=timed.elements[:batches].tobytes(),
             largest=timed.largest,
             batch_limit=recovery.batch_limit,
             limited_from=recovery.limited_from,

@@ -135,6 +135,8 @@ class TimedPass:
     """Forward time per timed batch."""
     sizes: array[int] = field(default_factory=lambda: array("q"))
     """Samples per timed batch."""
+    elements: array[int] = field(default_factory=lambda: array("q"))
+    """Elements of the inputs per timed batch."""
     recovered: int = 0
     """Samples of failed batches, which are not timed."""
     done: int = 0
@@ -310,7 +312,7 @@ class Runner:
         model, select, write, sizes = self.model, self._select, writer.write, timed.sizes
         start, stop, now = clock.start, clock.stop, time.perf_counter_ns
         check_finite = self.config.run.on_nonfinite != "warn"
-        largest = 0
+        largest, add_elements = 0, timed.elements.append
         began = mark = now()
         next_callback = began + _CALLBACK_NS
         try:
@@ -346,6 +348,7 @@ class Runner:
                 # Count before writing: if Ctrl-C comes in between, trim() removes the entry. The
                 # other order could lose a written batch.
                 sizes.append(size)
+                add_elements(elements)
                 outputs, valid = select(returned, size, kwargs), None
                 if check_finite:
                     at = timed.start + timed.done
@@ -437,6 +440,7 @@ class Runner:
             workers=timed.workers,
             batch_seconds=seconds,
             batch_sizes=tuple(timed.sizes[: len(seconds)]),
+            batch_elements=_uneven(timed.elements, timed.sizes[: len(seconds)]),
             phases=Phases(
                 load_model=load_seconds,
                 open_data=open_seconds,
@@ -613,6 +617,13 @@ def _with_evidence(
         return select(returned, size, inputs) | evaluation.collect(returned, inputs)
 
     return select_with_evidence
+
+
+def _uneven(elements: array[int], sizes: array[int]) -> tuple[int, ...]:
+    """Return the elements of the batches of these sizes if they differ per sample, else ()."""
+    pairs = list(zip(elements, sizes, strict=False))
+    uneven = len({count / size for count, size in pairs}) > 1
+    return tuple(count for count, _ in pairs) if uneven else ()
 
 
 @contextmanager

@@ -179,6 +179,8 @@ class Measurement(Record, frozen=True, kw_only=True):
     process: int = 0
     batch_seconds: tuple[Seconds, ...]
     batch_sizes: tuple[Annotated[int, Meta(ge=1, le=2**40)], ...]
+    batch_elements: tuple[Count, ...] = ()
+    """Elements of the inputs per batch; () if samples have equal numbers."""
     phases: Phases
     memory: Memory
     batch_limit: Count | None = None
@@ -191,6 +193,8 @@ class Measurement(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if len(self.batch_seconds) != len(self.batch_sizes):
             raise ValueError("batch_seconds and batch_sizes differ in length")
+        if self.batch_elements and len(self.batch_elements) != len(self.batch_sizes):
+            raise ValueError("batch_elements and batch_sizes differ in length")
 
     @property
     def samples(self) -> int:

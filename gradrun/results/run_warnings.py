@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from bisect import insort
+from itertools import groupby
+
 from gradrun.core.units import pluralize
+from gradrun.results import stats
 from gradrun.results.result import Environment, Measurement, Warning
 
 _MAX_SPREAD = 2.0
-_P99_BATCHES = 100
+
+_MEDIAN_BATCHES = 6
+"""Batches for which the 95 % interval of the median has both ends."""
+
+_MAX_BATCHES = 10_000
+"""Batches of which times are compared, evenly spaced."""
 
 
 def run_warnings(measured: Measurement, machine: Environment, *, training: bool) -> list[Warning]:
@@ -17,18 +26,19 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
         warnings.append(Warning(code=code, text=text))
 
     batches = len(measured.batch_seconds)
-    if 0 < batches < _P99_BATCHES:
+    if 0 < batches < _MEDIAN_BATCHES:
         warn(
             "few_batches",
-            f"{pluralize(batches, 'batch')} cannot support every percentile (p99 needs "
-            f"{_P99_BATCHES}); lower data.batch_size or run more samples",
+            f"{pluralize(batches, 'batch')} cannot bound the median time (it needs "
+            f"{_MEDIAN_BATCHES}); run more samples for reliable times",
         )
-    median, slow = measured.latency(0.5), measured.latency(0.9)
-    if median and slow and slow.value > _MAX_SPREAD * median.value:
+    slow = stats.quantile(_relative_times(measured), 0.9)
+    if slow and slow.value > _MAX_SPREAD:
+        of_size = " of batches of their size or more" if measured.batch_elements else ""
         warn(
             "high_variance",
-            f"the slowest 10 % of the batches took at least {slow.value / median.value:.1f} times "
-            "the median; if other programs are using this machine, close them or lower run.threads",
+            f"the slowest 10 % of the batches took at least {slow.value:.1f} times the median"
+            f"{of_size}; if other programs are using this machine, close them or lower run.threads",
         )
     if machine.device == "cpu" and machine.threads > machine.cpus:
         warn(
@@ -51,3 +61,23 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
             "predictions depend on seed and batch size; remove it for inference",
         )
     return warnings
+
+
+def _relative_times(measured: Measurement) -> list[float]:
+    """Return the time of each batch relative to the median of those with as many elements or more.
+
+    A batch of longer texts may take longer; a batch that takes longer than larger ones may not.
+    """
+    seconds = measured.batch_seconds
+    elements = measured.batch_elements or (1,) * len(seconds)
+    step = -(-len(seconds) // _MAX_BATCHES) or 1
+    batches = sorted(zip(elements[::step], seconds[::step], strict=True), reverse=True)
+    ratios: list[float] = []
+    larger: list[float] = []
+    for _, group in groupby(batches, key=lambda batch: batch[0]):
+        times = [time for _, time in group]
+        for time in times:
+            insort(larger, time)
+        median = larger[len(larger) // 2]
+        ratios += [time / median if median else 1.0 for time in times]
+    return ratios

@@ -153,9 +153,8 @@ def test_the_json_has_the_documented_keys() -> None:
     assert {"model", "data", "run", "output"} <= data["config"].keys()
     (measured,) = data["measurements"]
     assert measured.keys() == {
-        "mode", "process", "variant", "batch_seconds", "batch_sizes", "phases", "memory",
-        "batch_limit",
-        "padding",
+        "mode", "process", "variant", "batch_seconds", "batch_sizes", "batch_elements",
+        "phases", "memory", "batch_limit", "padding", "workers",
     }  # fmt: skip
     assert {
         "load_model", "open_data", "first_batch", "data", "forward", "output"
@@ -203,9 +202,9 @@ def test_an_empty_run_has_zero_throughput() -> None:
 
 def test_an_unmeasured_value_is_none_and_not_zero() -> None:
     memory = Memory(weights=1, inputs=1)
-    told = {"weights": 1, "inputs": 1, "process_method": "unavailable"}
+    told = {"weights": 1, "inputs": 1, "process_method": "unavailable", "shape": ()}
     assert memory.as_dict() == told | dict.fromkeys(
-        "forward_peak retained timeline peak_module process_peak device_allocated "
+        "batch first_batch forward_peak retained timeline peak_module process_peak device_allocated "
         "device_reserved".split()
     )
 
