@@ -204,8 +204,8 @@ def test_an_unmeasured_value_is_none_and_not_zero() -> None:
     memory = Memory(weights=1, inputs=1)
     told = {"weights": 1, "inputs": 1, "process_method": "unavailable", "shape": ()}
     assert memory.as_dict() == told | dict.fromkeys(
-        "batch first_batch forward_peak retained timeline peak_module process_peak device_allocated "
-        "device_reserved".split()
+        "batch first_batch forward_peak retained timeline peak_module process_peak "
+        "device_allocated device_reserved".split()
     )
 
 
