@@ -28,11 +28,13 @@ from gradrun.core.errors import (
 )
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import BatchSource, LengthGrouped, input_position
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.carried_state import carried_state
+from gradrun.inference.compilation import compiled_graphs, is_compiled
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -211,6 +213,8 @@ class Runner:
             del returned
             warm_up_started = time.perf_counter()
             try:
+                if self.config.run.warmup != 0 and is_compiled(self.model):
+                    self._compile_other_shapes(first, clock)
                 self._warm_up(first, clock)
                 ahead = should_prefetch(self.data, forward_seconds=clock.seconds[-1])
             except (Exception, SystemExit) as error:  # a model may raise anything
@@ -258,7 +262,7 @@ class Runner:
         if self.data.samples <= self.data.batch_size:
             return None
         # A compiled model would be compiled again for a smaller batch.
-        few = prepared.first if self.config.model.compile else prepared.first.slice(0, 2)
+        few = prepared.first if is_compiled(self.model) else prepared.first.slice(0, 2)
         with suppress(Exception, SystemExit), execution_context(self.config.run, self.device):
             return carried_state(self.model, few, self._predict)
         return None  # the model cannot run the small batch
@@ -276,6 +280,7 @@ class Runner:
         An error or Ctrl-C ends the pass early; it is in `stopped`, with the measurements up to it.
         """
         device_memory.reset(self.device)
+        graphs = compiled_graphs()
         seed_generators(self.config.run.seed, self.device)  # dropout in training mode repeats
         clock = clock_for(self.device)
         timed = TimedPass(writer.written, clock.seconds)
@@ -295,6 +300,8 @@ class Runner:
             timed.stop(self.stop_error(error, timed))
         if isinstance(self.data, LengthGrouped):
             timed.padding = self.data.padding(timed.start, timed.start + timed.done)
+        if compiled := compiled_graphs() - graphs:
+            self._warn_of_compilation(compiled)
         return timed
 
     def _loop(
@@ -537,6 +544,21 @@ class Runner:
             self._forward(batch, clock)
         clock.finish()
 
+    def _compile_other_shapes(self, first: Batch, clock: Clock) -> None:
+        """Run a shorter last batch and a batch of texts of another length, then the first again.
+
+        torch.compile compiles a model for each of them, which would otherwise be part of the timed
+        pass.
+        """
+        size, batch = self.data.batch_size, first
+        if isinstance(self.data, LengthGrouped) and self.data.samples >= 2 * size:
+            batch = self.read_batch(size, size)
+            self._forward(batch, clock)
+        last = self.data.samples % size
+        if 0 < last < min(first.size, batch.size):
+            self._forward(batch.slice(0, last), clock)
+        self._forward(first, clock)
+
     # --- shared --------------------------------------------------------------------------------
 
     def _forward(self, batch: Batch, clock: Clock) -> Any:
@@ -603,6 +625,18 @@ class Runner:
         stopped = RunFailed(text, resume_options=_SKIP_SAMPLES if skips else "")
         stopped.__cause__ = error  # as `raise ... from` does; it is raised after saving
         return stopped
+
+    def _warn_of_compilation(self, graphs: int) -> None:
+        remedy = (
+            "data.padding: max_length gives all texts one length, or set model.compile: false"
+            if isinstance(self.data, LengthGrouped)
+            else "keep the shapes of the inputs the same, or set model.compile: false"
+        )
+        self._warn(
+            "recompiled",
+            f"torch.compile compiled {pluralize(graphs, 'graph')} during the timed pass, for other "
+            f"shapes of the inputs, and the measured times include this; {remedy}",
+        )
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
