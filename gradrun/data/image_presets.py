@@ -30,12 +30,37 @@ from gradrun.results.result import Statement
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+_KEYS = (
+    "preprocess", "architecture", "processor", "mode", "resize", "crop", "interpolation", "scale",
+    "mean", "std",
+)  # fmt: skip
+"""The keys of the config that replace a model's own preprocessing."""
+
+
 def preprocessing_of(config: ImagesData, model: ModelConfig | None) -> Preprocessing:
     """Return the steps of `data.preprocess`, with the keys that the config overrides.
+
+    The statements name the model's own preprocessing if it is another one.
 
     Raises:
         ConfigError: a preset cannot be loaded, or does not fit the overrides.
     """
+    chosen = _resolve(config, model)
+    default = config.model_copy(update=dict.fromkeys(_KEYS))
+    if default == config or default.preset(model) == "none":
+        return chosen
+    try:
+        own = _resolve(default, model).statements
+    except ConfigError:  # a library or a file that the config avoids
+        return chosen
+    if own == chosen.statements:
+        return chosen
+    text = f"the model's own preprocessing: {', '.join(part.text for part in own)}"
+    differing = Statement(topic="not applied", text=text)
+    return chosen._replace(statements=(*chosen.statements, differing))
+
+
+def _resolve(config: ImagesData, model: ModelConfig | None) -> Preprocessing:
     source = config.preprocess_source(model)
     match config.preset(model):
         case "timm":

@@ -42,12 +42,14 @@ def describe_predictions(
     Args:
         output: the config section of the run, which is complete.
         data: its data source; without previews of inputs, the result is empty.
-        model_classes: class names of the model, if it has any.
+        model_classes: class names of the model; if it has none, those of the labels are used.
         row_bytes: size of one prediction in memory.
     """
     if not output.examples or not isinstance(data, HasPreviews):
         return (), ()
-    reader = _Reader(output, model_classes)
+    # Metrics compare the numbers of a model without names with those of the labels.
+    names = model_classes or (data.classes if isinstance(data, HasLabels) else None) or ()
+    reader = _Reader(output, names)
     rows = min(data.samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
@@ -76,7 +78,7 @@ def describe_predictions(
             input=_shorten(preview.text),
             picture=preview.picture,
             prediction=predictions[position],
-            label="" if label is None else _label_text(label, data, model_classes),
+            label="" if label is None else _label_text(label, names),
             correct=None if label is None or number is None else number == label,
         )
         examples.append(example)
@@ -100,8 +102,7 @@ def _labels(data: BatchSource, positions: Sequence[int]) -> list[float | None]:
         return [None] * len(positions)
 
 
-def _label_text(label: float, data: BatchSource, model_classes: Sequence[str]) -> str:
-    classes = (data.classes if isinstance(data, HasLabels) else None) or model_classes
+def _label_text(label: float, classes: Sequence[str]) -> str:
     known = label.is_integer() and 0 <= label < len(classes)
     return classes[int(label)] if known else f"{label:g}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -11,7 +11,7 @@ from gradrun.config.run import RunSection
 from gradrun.core.cpu import thread_variable
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, LengthGrouped
+from gradrun.data.source import BatchSource, HasLabels, LengthGrouped
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
@@ -43,10 +43,20 @@ def interpret(
     return (
         *model.statements(),
         *data.statements(),
+        *_numbers_as_labels(model, data),
         *(texts.statements() if texts else ()),
         *outputs,
         Statement(topic="threads", text=threads),
     )
+
+
+def _numbers_as_labels(model: LoadedModel, data: BatchSource) -> Iterator[Statement]:
+    """State that a model without class names is compared with the labels by number."""
+    if not model.classes and isinstance(data, HasLabels) and data.classes:
+        numbered = ", ".join(f"{i} is {name}" for i, name in enumerate(data.classes[:3]))
+        more = ", ..." if len(data.classes) > 3 else ""
+        text = f"the model names none; numbered as the labels: {numbered}{more}"
+        yield Statement(topic="classes", text=text)
 
 
 def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statement, ...]:

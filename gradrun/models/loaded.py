@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gradrun.core.units import pluralize
 from gradrun.models.weights import describe_file
 from gradrun.results.result import Statement
 
@@ -48,8 +47,4 @@ class LoadedModel:
         origin = ": ".join(part for part in (self.weights, ", ".join(files)) if part)
         if text := "; ".join(part for part in (origin, self.random) if part):
             yield Statement(topic="weights", text=text)
-        if self.classes:
-            listed = ", ".join(self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-            text = f"{pluralize(len(self.classes), 'name')} of the model: {listed}"
-            yield Statement(topic="classes", text=text)
         yield from self.notes

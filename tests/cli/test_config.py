@@ -187,7 +187,7 @@ def test_explain_prints_what_a_run_of_the_same_config_states(cli, tmp_path, monk
     assert [s for s in explained if s["topic"] != "output"] == [
         s for s in stated if s["topic"] != "output"
     ]
-    assert {"topic": "classes", "text": "4 names of the model: cat, dog, fox, ..."} in explained
+    assert {"topic": "classes", "text": "cat, dog, fox, owl (4, the model's)"} in explained
     for statement in explained:
         first = re.escape(statement["text"][:20])
         assert re.search(rf"^{statement['topic']} +{first}", answer.out, re.MULTILINE)

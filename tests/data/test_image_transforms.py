@@ -317,6 +317,12 @@ def test_the_processor_of_an_image_classifier_is_the_default_and_gives_its_predi
     stated = {statement.topic: statement.text for statement in result.interpretation}
     assert stated["preprocess"] == "ViTImageProcessor: resize 32x32 bilinear, RGB"
     assert stated["exif"] == "1 of 10 images turned upright"
+    assert "not applied" not in stated
+    plain = gradrun.infer(given, overwrite=True, data={"preprocess": "none", "resize": (32, 32)})
+    assert [s.text for s in plain.interpretation if s.topic == "not applied"] == [
+        "the model's own preprocessing: ViTImageProcessor: resize 32x32 bilinear, RGB, x 1/255, "
+        "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
+    ]
     (tmp_path / "vit/preprocessor_config.json").unlink()
     small = gradrun.infer(given, overwrite=True, data={"resize": (32, 32)})
     stated = {statement.topic: statement.text for statement in small.interpretation}

@@ -164,6 +164,26 @@ def test_texts_and_pictures_are_shown_in_the_order_of_the_input(tmp_path: Path) 
         assert np.abs(decoded(example.picture) - (60 * i, 0, 0)).max() < 12
 
 
+def test_a_model_without_names_is_described_with_those_of_the_labels(
+    folder: Path, tmp_path: Path
+) -> None:
+    for i, name in enumerate(("b", "a", "c")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / "in" / name / "x.png")
+    result = gradrun.infer(
+        {
+            "model": {"source": "layers", "layers": ["Flatten", {"Linear": [192, 3]}]},
+            "data": {"source": "images", "path": str(tmp_path / "in"), "labels": "folder"},
+            "output": {"path": str(tmp_path / "out"), "transform": "argmax"},
+        }
+    )
+    numbers = np.load(tmp_path / "out/predictions.npy")
+    assert [e.prediction for e in result.examples] == ["abc"[number] for number in numbers]
+    assert [e.label for e in result.examples] == ["a", "b", "c"]
+    text = "the model names none; numbered as the labels: 0 is a, 1 is b, 2 is c"
+    assert text in [s.text for s in result.interpretation if s.topic == "classes"]
+
+
 def test_quarantined_samples_are_neither_examples_nor_counted(folder: Path, tmp_path: Path) -> None:
     bad = {"model": {"source": "python", "target": f"{folder / 'net.py'}:bad"}}
     result = run(
