@@ -83,7 +83,7 @@ class _Images:
         self.batch_size = config.batch_size
         self.samples = len(listed.names if self._pages is None else self._pages)
         self._new_batch = InputBatcher(config.call, 1)
-        self._traits = np.zeros(self.samples, np.uint8)
+        self.flags = np.zeros(self.samples, np.uint8)
         self._shape = self._first_shape()
         self.sample_bytes = 4 * math.prod(self._shape)
 
@@ -145,7 +145,7 @@ class _Images:
         if listed.left_out:
             yield Statement(topic="files", text=f"{listed.left_out} not read")
         yield from self._preprocessing.statements
-        yield from trait_statements(self._traits, self.config)
+        yield from trait_statements(self.flags, self.config)
         if self.samples > files:
             text = f"{self.samples:,} pages of {pluralize(files, 'file')}, each is a sample"
             yield Statement(topic="pages", text=text)
@@ -221,7 +221,7 @@ class _Images:
         Raises:
             SampleError: the file cannot be decoded.
         """
-        image, self._traits[number] = self._open(number)
+        image, self.flags[number] = self._open(number)
         try:
             return self._preprocessing.transform(image)
         except MemoryError:

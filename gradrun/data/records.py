@@ -63,10 +63,11 @@ class _Records:
         self._ids = IdColumn(config.path, config.id) if config.id is not None else None
         self._checksums = RowChecksums(config.batch_size)
         self._columns: dict[str, _Columns] = {}
-        self._nan_rows: dict[int, int] = {}
-        """First row of a batch -> number of rows with NaN, if any."""
+        self.flags = np.zeros(0, np.uint8)
+        """1 for each row with NaN that was read."""
         with closing(read_table(self.path)) as records:
             self._scan(records)
+        self.flags = np.zeros(self.samples, np.uint8)
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
@@ -150,7 +151,7 @@ class _Records:
         if self.config.labels:
             yield describe_labels(f"column {self.config.labels}", self.classes)
         text = "empty or null: the row fails (run.on_error)"
-        if nans := sum(self._nan_rows.values()):
+        if nans := int(np.count_nonzero(self.flags)):
             text += f"; NaN in {pluralize(nans, 'row')}: passed to the model"
         yield Statement(topic="missing values", text=text)
 
@@ -174,8 +175,7 @@ class _Records:
             for row, problem in problems.items():
                 place = f"{self.path}:{records[row].line}"
                 errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
-        if nans.any():
-            self._nan_rows[first] = int(nans.sum())
+        self.flags[first : first + len(records)] = nans
         for tensor in tensors.values():
             tensor[list(errors)] = 0
         return self._new_batch(tensors, ids, errors)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
 
 from gradrun.core.errors import ConfigError, SampleError
@@ -97,6 +98,17 @@ class HasRowChecksums(Protocol):
         `stop` is a multiple of the batch size or the number of samples. None if the format of the
         file provides no checksums of rows.
         """
+
+
+@runtime_checkable
+class HasFlags(Protocol):
+    """A data source that notes what it meets while it reads samples, for its statements.
+
+    A worker that read some samples sends their flags to the process that states them.
+    """
+
+    flags: np.ndarray[Any, np.dtype[np.uint8]]
+    """One number per sample, [samples], whose bits only the source knows; 0 for unread ones."""
 
 
 @runtime_checkable

@@ -7,12 +7,13 @@ from array import array
 from dataclasses import dataclass, field
 from statistics import median
 
+import numpy as np
 import torch
 
 from gradrun.config.engine import EngineConfig
 from gradrun.core.errors import Interrupted, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback
-from gradrun.data.source import LengthGrouped, input_position
+from gradrun.data.source import HasFlags, LengthGrouped, input_position
 from gradrun.engines.engine import Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
     Done,
@@ -303,6 +304,9 @@ class _Pass:
             timed.padding = (timed.padding or Padding()) + done.padding
         if done.largest[0] > timed.largest.elements:
             timed.largest = LargestBatch(*done.largest)
+        data = self.plan.runner.data
+        if done.flags is not None and isinstance(data, HasFlags):
+            data.flags[done.start : done.stop] = np.frombuffer(done.flags, np.uint8)
         if done.error is not None:
             raise RunFailed(done.error)
 
@@ -352,6 +356,7 @@ def _result(
         data_seconds=0.0,
         seconds=0.0,
         padding=None,
+        flags=None,
         batch_limit=None,
         limited_from=0,
         process_peak=None,

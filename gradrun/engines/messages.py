@@ -94,6 +94,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     seconds: float
     """Wall time of the task."""
     padding: Padding | None
+    flags: bytes | None
+    """What the data source noted about each sample, one byte each; see HasFlags."""
     batch_limit: int | None
     limited_from: int
     process_peak: int | None

@@ -13,7 +13,7 @@ import torch
 
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, GradrunError, first_line
-from gradrun.data.source import LengthGrouped
+from gradrun.data.source import HasFlags, LengthGrouped
 from gradrun.engines.messages import (
     Done,
     Failed,
@@ -112,6 +112,9 @@ class RangeRunner:
             else None,
             batch_elements=timed.elements[:batches].tobytes(),
             largest=timed.largest,
+            flags=data.flags[task.start : task.stop].tobytes()
+            if isinstance(data, HasFlags)
+            else None,
             batch_limit=recovery.batch_limit,
             limited_from=recovery.limited_from,
             process_peak=process_memory.peak_resident()[0],

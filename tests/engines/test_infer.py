@@ -52,13 +52,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     values = np.arange(COUNT * 3, dtype=np.float32).reshape(COUNT, 3) / 7
     np.save(folder / "x.npy", values)
+    values[::9, 1] = np.nan
     lines = ["a,b,c", *(",".join(map(str, row)) for row in values.tolist())]
     (folder / "x.csv").write_text("\n".join(lines) + "\n")
     rows = (json.dumps({"name": f"row {i}", "x": row}) for i, row in enumerate(values.tolist()))
     (folder / "x.jsonl").write_text("\n".join(rows) + "\n")
     (folder / "images").mkdir()
     for number in range(COUNT):
-        pixels = np.full((4, 5, 3), number, np.uint8)
+        pixels = np.full((4, 5, 4 if number % 5 == 0 else 3), number, np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
     save_tokenizer(folder / "bert")
     save_bert(folder / "bert")
@@ -121,7 +122,9 @@ def spread(config: dict[str, Any], workers: int = 2, **options: Any) -> InferRes
 
 def files(folder: Path) -> dict[str, bytes]:
     """The predictions and the quarantine of a run, without the traceback's stack."""
-    found = {path.name: path.read_bytes() for path in folder.glob("predictions*")}
+    found = {
+        path.name: path.read_bytes() for path in folder.rglob("predictions*") if path.is_file()
+    }
     quarantine = folder / "quarantine.jsonl"
     if quarantine.exists():
         lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
@@ -321,3 +324,8 @@ def test_workers_state_the_same_interpretation(
     two = spread(config_for(source, inputs, tmp_path / "two"), 2)
     assert two.interpretation == one.interpretation
     assert two.examples == one.examples
+    texts = " ".join(statement.text for statement in one.interpretation)
+    if source == "csv":
+        assert "NaN in 8 rows" in texts
+    if source == "images":
+        assert "14 of 70 images" in texts
