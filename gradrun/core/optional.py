@@ -18,7 +18,6 @@ EXTRAS = {
     "pyarrow": ("pyarrow", "parquet"),
     "PIL": ("Pillow", "images"),
     "transformers": ("transformers", "hf"),
-    "tokenizers": ("tokenizers", "hf"),
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
     "ray": ("Ray", "ray"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -188,7 +189,7 @@ def _lower_case(tokenizer: Any) -> None:
     if not tokenizer.is_fast:
         tokenizer.do_lower_case = True
         return
-    normalizers = import_optional("tokenizers", "data.tokenizer", "normalizers")
+    normalizers = importlib.import_module("tokenizers.normalizers")  # transformers requires it
     backend = tokenizer.backend_tokenizer
     steps = [normalizers.Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
     backend.normalizer = normalizers.Sequence(steps)
