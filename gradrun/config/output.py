@@ -99,6 +99,13 @@ class OutputSection(Section):
             steps = steps.get(name, ())
         return tuple(step for step in steps if step not in {"auto", "none"})
 
+    def transforms_as(self, name: str) -> tuple[Transform, ...]:
+        """Return the transforms of the output that is written under this name."""
+        if isinstance(self.transform, dict) and name not in self.transform:
+            sources = self.select or tuple(self.transform)
+            return self.transforms_of(sources[0]) if len(sources) == 1 else ()
+        return self.transforms_of(name)
+
     @property
     def transforms(self) -> bool:
         """Whether any output is transformed."""

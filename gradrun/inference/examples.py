@@ -35,7 +35,11 @@ _SCORES = {"class": "score", "indices": "values"}
 
 
 def describe_predictions(
-    output: OutputSection, data: BatchSource, model_classes: Sequence[str], row_bytes: int
+    output: OutputSection,
+    data: BatchSource,
+    model_classes: Sequence[str],
+    row_bytes: int,
+    class_counts: Mapping[str, int] | None = None,
 ) -> tuple[tuple[ClassDistribution, ...], tuple[Example, ...]]:
     """Read saved predictions: count the classes, and select examples.
 
@@ -44,12 +48,13 @@ def describe_predictions(
         data: its data source; without previews of inputs, the result is empty.
         model_classes: class names of the model; if it has none, those of the labels are used.
         row_bytes: size of one prediction in memory.
+        class_counts: number of classes of outputs, which get names only if they have as many.
     """
     if not output.examples or not isinstance(data, HasPreviews):
         return (), ()
     # Metrics compare the numbers of a model without names with those of the labels.
     names = model_classes or (data.classes if isinstance(data, HasLabels) else None) or ()
-    reader = _Reader(output, names)
+    reader = _Reader(output, names, class_counts)
     rows = min(data.samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
@@ -126,9 +131,14 @@ def _without_scores(rows: _Rows) -> _Rows:
 class _Reader:
     """Describes predictions in words, and counts their classes."""
 
-    def __init__(self, output: OutputSection, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        output: OutputSection,
+        classes: Sequence[str],
+        class_counts: Mapping[str, int] | None = None,
+    ) -> None:
         self.output, self.classes = output, classes
-        self.labels = ClassLabels(output, classes)
+        self.labels = ClassLabels(output, classes, class_counts)
         self.counts: dict[str, Counter[int]] = {}
         self.samples = 0
 
@@ -140,9 +150,9 @@ class _Reader:
                 predictions=counted.total(),
                 samples=self.samples,
                 distinct=len(counted),
-                classes=len(self.classes) or None,
+                classes=self.labels.counts.get(name) or len(self.classes) or None,
                 most_frequent=tuple(
-                    PredictedClass(name=self._name(number), count=count)
+                    PredictedClass(name=self._name(number, name), count=count)
                     for number, count in counted.most_common(_MAX_CLASSES)
                 ),
             )
@@ -176,34 +186,40 @@ class _Reader:
         parts, numbers = [], []
         for name, values in _without_scores(row).items():
             found, scores = self._class_numbers(name, values), row.get(_scores_of(name))
-            text = self._describe_output(values[0], found, None if scores is None else scores[0])
+            text = self._describe_output(
+                name, values[0], found, None if scores is None else scores[0]
+            )
             title = name if scores is None else name.rpartition(".")[0]
             parts.append(text if title in {"", DEFAULT_OUTPUT} else f"{title}: {text}")
             numbers += [] if found is None or found.size > 1 else [int(found.reshape(-1)[0])]
         return "; ".join(parts), numbers[0] if len(numbers) == 1 else None
 
-    def _describe_output(self, value: _Array, found: _Array | None, scores: _Array | None) -> str:
+    def _describe_output(
+        self, name: str, value: _Array, found: _Array | None, scores: _Array | None
+    ) -> str:
         if found is None:
             return _describe_numbers(value)
         if found.size > 1:  # a class map
-            return self._describe_map(found)
+            return self._describe_map(name, found)
         if scores is not None:  # of classify and topk
             best = zip(value.reshape(-1)[:3].tolist(), scores.reshape(-1)[:3].tolist(), strict=True)
-            return ", ".join(f"{self._name(number)} ({score:.3g})" for number, score in best)
+            return ", ".join(f"{self._name(number, name)} ({score:.3g})" for number, score in best)
         number = int(found.reshape(-1)[0])
         if number == MISSING_CLASS or value.size == 1:
-            return self._name(number)
-        return f"{self._name(number)} ({value[number]:.3g})"
+            return self._name(number, name)
+        return f"{self._name(number, name)} ({value[number]:.3g})"
 
-    def _describe_map(self, found: _Array) -> str:
+    def _describe_map(self, name: str, found: _Array) -> str:
         counted = Counter(found.reshape(-1).tolist())
         return ", ".join(
-            f"{self._name(number)} {count / found.size:.0%}"
+            f"{self._name(number, name)} {count / found.size:.0%}"
             for number, count in counted.most_common(3)
         )
 
-    def _name(self, number: int) -> str:
-        return "none" if number == MISSING_CLASS else str(self.labels.names_of(number))
+    def _name(self, number: int, output: str) -> str:
+        if number == MISSING_CLASS:
+            return "none"
+        return str(self.labels.names_of(number) if self.labels.fits(output) else number)
 
 
 def _describe_numbers(value: _Array) -> str:

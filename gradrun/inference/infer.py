@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ from gradrun.output.formats import PredictionWriter, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import Outputs, other_pooling, resolve_output
+from gradrun.output.transforms import other_pooling, resolve_output
 from gradrun.results.result import InferResult, Memory, RunInfo, Statement, Warning
 from gradrun.results.run_warnings import run_warnings
 
@@ -334,6 +334,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         *runner.warnings,
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
+        *_class_warnings(plan.model.classes, prepared.class_counts),
         *_resume_warnings(plan),
     ]
     if not timed.stopped:
@@ -359,7 +360,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
     if timed.stopped:
         return result
     scored = _add_metrics(result, prepared.evaluation, plan.folder)
-    return _add_examples(scored, plan, prepared.outputs)
+    return _add_examples(scored, plan, prepared)
 
 
 def save(
@@ -402,7 +403,12 @@ def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
 def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
     writer = open_writer(
-        output, data.samples, commit_unit(data), plan.model.classes, has_ids=data.has_ids
+        output,
+        data.samples,
+        commit_unit(data),
+        plan.model.classes,
+        has_ids=data.has_ids,
+        class_counts=prepared.class_counts,
     )
     if prepared.evaluation and prepared.evaluation.evidence:
         return EvidenceWriter(writer, output.path, data.samples)
@@ -410,7 +416,7 @@ def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
 
 
 def _write_classes(plan: RunPlan, prepared: PreparedRun) -> None:
-    labels = ClassLabels(plan.runner.config.output, plan.model.classes)
+    labels = ClassLabels(plan.runner.config.output, plan.model.classes, prepared.class_counts)
     outputs = {name: out for name, out in prepared.outputs.items() if not is_evidence(name)}
     if labels.describes(outputs):
         files.replace_file(plan.folder.path / class_labels.FILE_NAME, labels.text())
@@ -481,6 +487,24 @@ def _resume_warnings(plan: RunPlan) -> Iterator[Warning]:
             yield Warning(code="assumed_unchanged", text=text)
 
 
+def _class_warnings(names: Sequence[str], counts: Mapping[str, int]) -> list[Warning]:
+    """Warn about outputs with another number of classes than there are names."""
+    suffixes = {"class", "score", "indices", "values"}
+    outputs = {
+        name.rpartition(".")[0] if name.rpartition(".")[2] in suffixes else name: count
+        for name, count in counts.items()
+        if names and count != len(names)
+    }
+    return [
+        Warning(
+            code="class_names",
+            text=f"output {output or 'prediction'} has {count} classes, and there are {len(names)} "
+            "class names; its classes are written as numbers",
+        )
+        for output, count in outputs.items()
+    ]
+
+
 def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
     warnings = []
     if own := other_pooling(config.output, model):
@@ -507,12 +531,14 @@ def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFol
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
 
 
-def _add_examples(result: InferResult, plan: RunPlan, outputs: Outputs) -> InferResult:
+def _add_examples(result: InferResult, plan: RunPlan, prepared: PreparedRun) -> InferResult:
     """Describe predictions for reports; a failure becomes a warning."""
-    row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
+    row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     output, data = plan.runner.config.output, plan.runner.data
     try:
-        classes, examples = describe_predictions(output, data, plan.model.classes, row_bytes)
+        classes, examples = describe_predictions(
+            output, data, plan.model.classes, row_bytes, prepared.class_counts
+        )
     except Exception as error:
         text = f"the report has no examples: {type(error).__name__}: {first_line(error)}"
         warning = Warning(code="no_examples", text=text)

@@ -6,7 +6,7 @@ import errno
 import itertools
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +104,8 @@ class PreparedRun:
     """A few rows of them as the model returned them, for the test of batch independence."""
     statements: tuple[Statement, ...]
     """How outputs are transformed, with their shapes."""
+    class_counts: Mapping[str, int]
+    """Number of classes of each output with class numbers or scores of classes."""
     evaluation: Evaluation | None
     """The metrics, if the config has any."""
     recovery: BatchRecovery
@@ -206,6 +208,9 @@ class Runner:
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
             rows = reference_rows(returned, first, self.config)
+            counts = transforms.class_counts(
+                self.config.output, returned, first.kwargs, self._facts
+            )
             evaluation = self._prepare_metrics(first, returned)
             if evaluation and evaluation.evidence:
                 self._select = _with_evidence(self._select, evaluation)
@@ -237,6 +242,7 @@ class Runner:
             outputs=outputs,
             rows=rows,
             statements=statements,
+            class_counts=counts,
             evaluation=evaluation,
             recovery=recovery,
             prefetch=ahead,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradrun.config.output import OutputSection
@@ -32,13 +32,24 @@ def writes_names(config: OutputSection) -> bool:
 class ClassLabels:
     """Names the label columns of text and table formats, and the classes in them."""
 
-    def __init__(self, config: OutputSection | None = None, classes: Sequence[str] = ()) -> None:
-        self.config, self.classes = config, classes
+    def __init__(
+        self,
+        config: OutputSection | None = None,
+        classes: Sequence[str] = (),
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Store the names; `counts` maps outputs of class numbers to their number of classes."""
+        self.config, self.classes, self.counts = config, classes, counts or {}
 
     def columns(self, names: Iterable[str]) -> dict[str, str]:
         """Map each output of class numbers to the name of its label column."""
-        labels = {name: self._label_of(name) for name in names} if self.classes else {}
+        named = [name for name in names if self.classes and self.fits(name)]
+        labels = {name: self._label_of(name) for name in named}
         return {name: label for name, label in labels.items() if label}
+
+    def fits(self, name: str) -> bool:
+        """Whether the names may be those of an output, which has as many classes or is unknown."""
+        return self.counts.get(name, len(self.classes)) == len(self.classes)
 
     def has_numbers(self, name: str) -> bool:
         """Whether an output contains class numbers, with or without names."""
@@ -49,9 +60,9 @@ class ClassLabels:
             return ""
         output, _, suffix = name.rpartition(".")
         for step, ending, label in (("topk", "indices", "labels"), ("classify", "class", "label")):
-            if suffix == ending and step in self.config.transforms_of(output or DEFAULT_OUTPUT):
+            if suffix == ending and step in self.config.transforms_as(output or DEFAULT_OUTPUT):
                 return f"{output}.{label}".removeprefix(".")
-        if "argmax" in self.config.transforms_of(name):
+        if "argmax" in self.config.transforms_as(name):
             return "label" if name == DEFAULT_OUTPUT else f"{name}.label"
         return ""
 

@@ -340,6 +340,33 @@ def _describe_steps(
     return f"[{shape}]: {', then '.join(words) or 'as returned'}{precision}"
 
 
+def class_counts(
+    config: OutputSection,
+    returned: Any,
+    inputs: Inputs = _NO_INPUTS,
+    model: ModelFacts | None = None,
+) -> dict[str, int]:
+    """Return the number of classes of each written output that has class numbers or scores."""
+    own = _transforms_of(model)
+    counts: dict[str, int] = {}
+    for output in select_outputs(returned, config):
+        named = [(output.name, output.tensor)]
+        steps = config.transforms_of(output.source)
+        for i, step in enumerate(steps):
+            if step in _CLASS_STEPS and step not in own:
+                tensor = named[0][1]
+                dim = _class_dim(step, output.name, tensor, config, inputs)
+                written = _apply(
+                    _TRANSFORMS | own, steps[i:], output._replace(tensor=tensor), config, inputs
+                )
+                counts |= {name: tensor.shape[dim] for name, _ in written}
+                break
+            named = _apply(
+                _TRANSFORMS | own, [step], output._replace(tensor=named[0][1]), config, inputs
+            )
+    return counts
+
+
 # --- transforms --------------------------------------------------------------------------------
 
 

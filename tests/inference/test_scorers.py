@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +310,31 @@ def test_each_head_has_its_own_transform_label_and_metrics(
         exponents = np.exp(HEADS[:, :2])
         written = np.load(tmp_path / "out" / "predictions.sentiment.npy")
         assert np.allclose(written, exponents / exponents.sum(1, keepdims=True), atol=1e-6)
+
+
+class NamedHeads(Heads):
+    """Two heads, and names for the classes of one."""
+
+    class_names = ("art", "law", "sport", "tech")
+
+
+def test_class_names_are_those_of_the_heads_that_have_as_many_classes(tmp_path: Path) -> None:
+    output = {"transform": {"topic": "argmax", "sentiment": "classify"}, "format": "jsonl"}
+    result = infer(tmp_path, HEADS, HEAD_LABELS, target="NamedHeads", output=output)
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+    topics = [NamedHeads.class_names[i] for i in HEADS[:, 2:6].argmax(1)]
+    assert [row["topic.label"] for row in rows] == topics
+    assert "sentiment.label" not in rows[0]
+    assert [row["sentiment.class"] for row in rows] == HEADS[:, :2].argmax(1).tolist()
+    texts = [warning.text for warning in result.warnings if warning.code == "class_names"]
+    assert texts == [
+        "output sentiment has 2 classes, and there are 4 class names; its classes are written as "
+        "numbers"
+    ]
+    one = {"select": "topic", "transform": {"topic": "argmax"}, "format": "jsonl", "name": "topic"}
+    infer(tmp_path, HEADS, HEAD_LABELS, target="NamedHeads", output=one)
+    rows = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
+    assert [row["topic.label"] for row in rows] == topics
 
 
 def test_a_metric_of_several_outputs_or_labels_asks_which(tmp_path: Path) -> None:

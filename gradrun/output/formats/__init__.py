@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -149,6 +149,7 @@ def open_writer(
     classes: Sequence[str] = (),
     *,
     has_ids: bool = False,
+    class_counts: Mapping[str, int] | None = None,
 ) -> PredictionWriter:
     """The writer for a config; it creates no files before `open`.
 
@@ -158,9 +159,11 @@ def open_writer(
         batch_size: samples between two points at which a run can be resumed.
         classes: class names of the model, which text and table formats write.
         has_ids: whether samples have ids of their own, not row numbers.
+        class_counts: number of classes of outputs, which get names only if they have as many.
     """
     form = FORMATS[config.format]
-    writer = form.writer(config.path, samples, batch_size, ClassLabels(config, classes))
+    labels = ClassLabels(config, classes, class_counts)
+    writer = form.writer(config.path, samples, batch_size, labels)
     if has_ids and not form.stores_ids:
         return ids_file.IdsWriter(writer, config.path)
     return writer
