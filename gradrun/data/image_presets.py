@@ -112,8 +112,8 @@ def _timm(config: ImagesData, architecture: str, model: ModelConfig | None) -> P
     geometry = data.create_transform(**settings, use_prefetcher=True)
     mode = config.mode or ("L" if settings["input_size"][0] == 1 else "RGB")
     text = (
-        f"timm's {architecture}: {size_text(settings['input_size'][1:])} pixels, "
-        f"{settings['interpolation']}, {settings['crop_mode']} crop of {settings['crop_pct']:.4g}, "
+        f"timm's {architecture}: {size_text(settings['input_size'][1:])} "
+        f"{settings['interpolation']}, {settings['crop_mode']} crop {settings['crop_pct']:.4g}, "
         f"{mode}"
     )
     return normalized(
