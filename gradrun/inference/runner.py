@@ -31,7 +31,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
-from gradrun.data.source import BatchSource, LengthGrouped, input_position
+from gradrun.data.source import BatchSource, HasRowChecksums, LengthGrouped, input_position
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.carried_state import carried_state
 from gradrun.inference.compilation import compiled_graphs, is_compiled
@@ -81,7 +81,7 @@ _CALLBACK_NS = 200_000_000
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
-QUARANTINE_HINT = "; correct the sample, or set run.on_error: quarantine to skip such samples"
+QUARANTINE_HINT = "; set run.on_error: quarantine to skip such samples"
 
 _SKIP_SAMPLES = "--set run.on_error=quarantine"
 """Lets a resume continue after a sample that fails each time."""
@@ -616,7 +616,7 @@ class Runner:
         if isinstance(error, GradrunError):
             text = str(error)
         elif isinstance(error, SampleError):
-            text = f"{error}{QUARANTINE_HINT}"
+            text = f"{error}{self._correction_hint()}"
         elif isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
@@ -643,6 +643,14 @@ class Runner:
             f"torch.compile compiled {pluralize(graphs, 'graph')} during the timed pass, for other "
             f"shapes of the inputs, and the measured times include this; {remedy}",
         )
+
+    def _correction_hint(self) -> str:
+        """Describe how to continue after an unreadable sample."""
+        data = self.data
+        # A resume accepts other rows behind the last commit, but no other image or array.
+        if isinstance(data, HasRowChecksums) and data.checksum(data.samples) is not None:
+            return f"; correct the row and resume, or{QUARANTINE_HINT.removeprefix(';')}"
+        return QUARANTINE_HINT
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))

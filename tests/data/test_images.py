@@ -83,7 +83,7 @@ def test_a_run_over_500_images_quarantines_the_three_damaged_ones(
 
 
 def test_a_damaged_image_ends_the_run_with_on_error_stop(digits: Path, tmp_path: Path) -> None:
-    message = r"3/007\.png is not an image.*, or set run\.on_error: quarantine to skip"
+    message = r"3/007\.png is not an image.*; set run\.on_error: quarantine to skip"
     with pytest.raises(RunFailed, match=message):
         infer(digits, tmp_path / "later", run={"on_error": "stop"})
     with pytest.raises(ConfigError, match=message):

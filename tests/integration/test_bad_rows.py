@@ -97,7 +97,8 @@ def test_a_stopped_run_resumes_after_the_row_is_corrected_and_loses_nothing(
 ) -> None:
     text, words = next(iter(BAD[suffix].values()))
     write_table(tmp_path / f"t{suffix}", {21: text})
-    with pytest.raises(RunFailed, match=f"{words}.* run.on_error: quarantine .*20 of 41") as ended:
+    message = f"{words}.*; correct the row and resume, or set .*20 of 41"
+    with pytest.raises(RunFailed, match=message) as ended:
         gradrun.infer(config(tmp_path, suffix))
     assert ended.value.resumable
     out = tmp_path / "out" / "predictions.npy"
@@ -158,3 +159,32 @@ def test_the_same_data_with_another_time_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(text)
     result = gradrun.infer(config(tmp_path, ".csv", on_error="quarantine"), resume=True)
     assert result.resumed_at == 20
+
+
+def test_a_corrected_parquet_file_is_refused_with_the_reason_and_quarantine_continues(
+    tmp_path: Path,
+) -> None:
+    """Its rows have no checksums, so the message does not advise to correct the row."""
+    path = tmp_path / "t.parquet"
+    write_table(path, {21: None})
+    bad = path.read_bytes()
+    with pytest.raises(RunFailed, match=r"missing; set run\.on_error: quarantine"):
+        gradrun.infer(config(tmp_path, ".parquet"))
+    write_table(path, {})
+    with pytest.raises(ConfigError, match=r"cannot resume .*t\.parquet changed"):
+        gradrun.infer(config(tmp_path, ".parquet"), resume=True)
+    path.write_bytes(bad)
+    result = gradrun.infer(config(tmp_path, ".parquet", on_error="quarantine"), resume=True)
+    assert (result.resumed_at, result.quarantined) == (20, 1)
+    found = np.load(tmp_path / "out" / "predictions.npy")
+    assert np.array_equal(found, expected({21}), equal_nan=True)
+
+
+def test_metrics_leave_out_quarantined_rows(tmp_path: Path) -> None:
+    lines = [f'{{"a": {i}, "b": 0, "y": {i + 1}}}' for i in range(ROWS)]
+    lines[5], lines[7] = '{"a": 1,', '{"a": "x", "b": 0, "y": 8}'
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    keys = config(tmp_path, ".jsonl", on_error="quarantine")
+    keys["data"] |= {"labels": "y", "inputs": {"x": {"columns": ["a"]}}}
+    (metric,) = gradrun.infer(keys | {"metrics": ["mse"]}).metrics
+    assert (metric.value, metric.samples) == (1.0, ROWS - 2)
