@@ -19,8 +19,11 @@ from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.results.result import ClassDistribution, Example, PredictedClass
 
-_EXAMPLE_ROWS, _EXAMPLE_BYTES = 10_000, 64 * 1024**2
-"""Examples are spread over the first predictions: at most so many, and so many bytes."""
+_EXAMPLE_ROWS, _EXAMPLE_BYTES = 10_000, 4 * 1024**2
+"""Examples are spread over the first predictions: at most so many, and so many bytes.
+
+Reading more of a table in text form would take seconds.
+"""
 _SECONDS = 1.0
 """Limit of the time to count classes; in .csv files, about 50,000 predictions."""
 _MAX_CLASSES = 20
