@@ -92,13 +92,17 @@ def test_a_causal_classifier_predicts_the_same_whatever_its_neighbours(
     folder = tmp_path / "gpt"
     tokenizer = save_gpt_tokenizer(folder, **own)
     model = save_causal(folder, f"{kind}ForSequenceClassification", pad_token_id=pad)
-    found, result = infer(folder, tmp_path / "out", TEXTS, {"auto_class": HEAD}, select="logits")
     with torch.inference_mode():
         alone = [
             model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0]
             for text in TEXTS
         ]
-    assert np.abs(found - torch.stack(alone).numpy()).max() <= 1e-5
+    for side in ("right", "left"):
+        found, result = infer(
+            folder, tmp_path / side, TEXTS, {"auto_class": HEAD}, {"padding_side": side},
+            select="logits",
+        )  # fmt: skip
+        assert np.abs(found - torch.stack(alone).numpy()).max() <= 1e-5
     name = "<pad> (257)" if own else "<|endoftext|> (256)"
     text = f"pad token: {name} of the tokenizer, instead of {pad} in the model's config"
     assert text in stated(result)
