@@ -25,7 +25,7 @@ from gradrun.data.tables import (
     TABLE_SUFFIXES,
     IdColumn,
     Record,
-    RowChecksums,
+    RowIndex,
     check_columns,
     has_fixed_columns,
     parse_number,
@@ -61,7 +61,7 @@ class _Records:
         self.samples, self.sample_bytes = 0, 0
         self._new_batch = InputBatcher(config.call, len(config.inputs))
         self._ids = IdColumn(config.path, config.id) if config.id is not None else None
-        self._checksums = RowChecksums(config.batch_size)
+        self._index = RowIndex(config.batch_size)
         self._columns: dict[str, _Columns] = {}
         self.flags = np.zeros(0, np.uint8)
         """1 for each row with NaN that was read."""
@@ -78,7 +78,7 @@ class _Records:
         shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for record in records:
             self.samples += 1
-            self._checksums.add(record.checksum)
+            self._index.add(record.end)
             if self._ids:
                 self._ids.observe(record)
             if shapes.total() == _DECIDING_ROWS:
@@ -119,8 +119,9 @@ class _Records:
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
-        with closing(read_table(self.path)) as records:
-            remaining = itertools.islice(records, start, None)
+        at = self._index.position(start)
+        with closing(read_table(self.path, at)) as records:
+            remaining = itertools.islice(records, start - at.rows, None)
             for first in range(start, end, self.batch_size):
                 rows = list(itertools.islice(remaining, self.batch_size))
                 if len(rows) < min(self.batch_size, self.samples - first):
@@ -128,7 +129,7 @@ class _Records:
                 yield self._batch(rows, first)
 
     def checksum(self, stop: int) -> int | None:
-        return self._checksums.up_to(stop)
+        return self._index.checksum(stop)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         columns = [column for spec in self.config.inputs.values() for column in spec.columns]

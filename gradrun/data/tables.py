@@ -9,9 +9,11 @@ import math
 import re
 import zlib
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +30,22 @@ _INT64 = range(-(2**63), 2**63)
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 
 
+class Position(NamedTuple):
+    """A place between two rows of a file, where reading can start."""
+
+    rows: int = 0
+    """Rows before it."""
+    lines: int = 0
+    """Lines before it; 0 for Parquet, like the other fields."""
+    offset: int = 0
+    """Bytes before it."""
+    checksum: int = 0
+    """CRC-32 of the text before it."""
+
+
+BEGINNING = Position()
+
+
 class Record(NamedTuple):
     """One row of a file, or the reason why it cannot be read."""
 
@@ -35,8 +53,8 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
     error: str = ""
     """Empty if the row can be read."""
-    checksum: int | None = None
-    """CRC-32 of the file from its start to the end of this row; None for Parquet."""
+    end: Position | None = None
+    """The place after this row, with unknown `rows`; None for Parquet."""
 
 
 def table_suffix(path: Path) -> str:
@@ -45,30 +63,29 @@ def table_suffix(path: Path) -> str:
     return suffix if suffix in _READERS else ""
 
 
-def read_table(path: Path) -> Generator[Record]:
-    """Yield the rows of a table, one at a time.
+def read_table(path: Path, start: Position = BEGINNING) -> Generator[Record]:
+    """Yield the rows of a table from `start` on, one at a time.
 
     Raises:
         ConfigError: the file cannot be read, or its columns have no unique names.
     """
     try:
-        yield from _READERS[table_suffix(path)](path)
+        yield from _READERS[table_suffix(path)](path, start)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
 
 
-def read_lines(path: Path) -> Generator[Record]:
-    """Yield the lines of a text file, as rows with the field "text".
+def read_lines(path: Path, start: Position = BEGINNING) -> Generator[Record]:
+    """Yield the lines of a text file from `start` on, as rows with the field "text".
 
     Raises:
         ConfigError: the file cannot be read.
     """
     try:
-        with _open_text(path) as file:
-            lines = _Lines(file, path)
-            for number, line in enumerate(lines, 1):
-                fields = {"text": line.rstrip("\n")}
-                yield Record(number, fields, lines.take_error(), lines.checksum)
+        with _Lines(path, start) as lines:
+            for line in lines:
+                fields = {"text": _LINE_END.sub("", line)}
+                yield Record(lines.count, fields, lines.take_error(), lines.position)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
 
@@ -160,29 +177,45 @@ def id_column(path: Path, column: str | None) -> IdColumn | None:
     return ids
 
 
-class RowChecksums:
-    """CRC-32 of a file up to the end of each batch, for runs that resume with changed data."""
+class RowIndex:
+    """The position after each batch of a file, in 24 bytes each.
+
+    Reading can start in the middle, and a resume can tell whether earlier rows changed.
+    """
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size, self.rows = batch_size, 0
-        self._batches = array("Q")
+        self._lines, self._offsets, self._checksums = array("Q"), array("Q"), array("Q")
         self._last: int | None = 0
 
-    def add(self, checksum: int | None) -> None:
-        """Add the checksum of the next row."""
-        self.rows, self._last = self.rows + 1, checksum
-        if self.rows % self._batch_size == 0 and checksum is not None:
-            self._batches.append(checksum)
+    def add(self, end: Position | None) -> None:
+        """Add the position after the next row."""
+        self.rows, self._last = self.rows + 1, end and end.checksum
+        if self.rows % self._batch_size == 0 and end is not None:
+            self._lines.append(end.lines)
+            self._offsets.append(end.offset)
+            self._checksums.append(end.checksum)
 
-    def up_to(self, stop: int) -> int | None:
-        """Return the checksum of the rows before `stop`; None for Parquet.
+    def position(self, row: int) -> Position:
+        """Return the last known position at or before a row."""
+        if self._last is None:
+            return Position(rows=row)  # a Parquet file has an index of its own
+        batches = row // self._batch_size
+        if not batches:
+            return Position()
+        at = batches - 1
+        return Position(
+            batches * self._batch_size, self._lines[at], self._offsets[at], self._checksums[at]
+        )
+
+    def checksum(self, stop: int) -> int | None:
+        """Return the CRC-32 of the rows before `stop`; None for Parquet.
 
         `stop` is a multiple of the batch size or the number of rows.
         """
         if stop == self.rows or self._last is None:
             return self._last
-        batches = stop // self._batch_size
-        return self._batches[batches - 1] if batches else 0
+        return self.position(stop).checksum
 
 
 def read_labels(
@@ -237,12 +270,30 @@ class _Lines:
     Bytes that are not UTF-8 do not end the iteration; they are in `error` until the next row.
     """
 
-    def __init__(self, file: TextIO, path: Path) -> None:
-        self.file, self.path = file, path
-        self.checksum, self.error = 0, ""
+    def __init__(self, path: Path, start: Position = BEGINNING) -> None:
+        """Open a file at a position."""
+        self.path, self.error = path, ""
+        self.count, self._offset, self._checksum = start.lines, start.offset, start.checksum
+        file = path.open("rb")
+        if not start.offset and file.read(len(BOM_UTF8)) == BOM_UTF8:
+            self._offset = len(BOM_UTF8)
+        file.seek(self._offset)
+        # Line ends as they are, because offsets count them.
+        self._file = TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    @property
+    def position(self) -> Position:
+        """The place after the lines that were read."""
+        return Position(0, self.count, self._offset, self._checksum)
 
     def __iter__(self) -> Iterator[str]:
-        while line := self.file.readline(_MAX_LINE):
+        while line := self._file.readline(_MAX_LINE):
             if len(line) == _MAX_LINE:
                 raise ConfigError(
                     f"{self.path} has a line of {_MAX_LINE:,} characters or more; store large "
@@ -254,7 +305,8 @@ class _Lines:
             except UnicodeEncodeError:
                 data = line.encode("utf-8", "surrogateescape")
                 self.error = "the row is not UTF-8 text; convert the file, for example with iconv"
-            self.checksum = zlib.crc32(data, self.checksum)
+            self.count, self._offset = self.count + 1, self._offset + len(data)
+            self._checksum = zlib.crc32(data, self._checksum)
             yield line
 
     def take_error(self) -> str:
@@ -266,33 +318,32 @@ class _Lines:
 _HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}")
 
 
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+_LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
+def _read_csv(path: Path, start: Position) -> Iterator[Record]:
     csv.field_size_limit(_MAX_LINE)  # the default of 128 KiB is less than a long text
-    with _open_text(path, newline="") as file:
-        lines = _Lines(file, path)
-        reader = csv.DictReader(iter(lines), delimiter=_DELIMITERS[path.suffix.lower()])
-        names = reader.fieldnames or []
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    with _Lines(path) as lines:
+        names = next(csv.reader(iter(lines), delimiter=delimiter), [])
         if error := lines.take_error():
             raise ConfigError(f"{path}:1  {error}", "data.path")
         _check_unique(names, f"{path}:1")
-        for fields in reader:
+        start = start if start.rows else lines.position
+    with _Lines(path, start) as lines:
+        for fields in csv.DictReader(iter(lines), names, delimiter=delimiter):
             error = lines.take_error()
             # DictReader stores the values beyond the last column under None.
             if surplus := fields.pop(None, None):
                 error = error or (
                     f"{len(names) + len(surplus)} values, but the header has {len(names)} columns"
                 )
-            yield Record(reader.line_num, fields, error, lines.checksum)
+            yield Record(lines.count, fields, error, lines.position)
 
 
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with _open_text(path) as file:
-        lines = _Lines(file, path)
-        for number, line in enumerate(lines, 1):
+def _read_jsonl(path: Path, start: Position) -> Iterator[Record]:
+    with _Lines(path, start) as lines:
+        for line in lines:
             if not line.strip():
                 continue
             fields, error = {}, lines.take_error()
@@ -305,18 +356,25 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 error = error or f"invalid JSON: {problem}"
             if not isinstance(fields, dict):
                 fields, error = {}, error or "a line must be one object, {...}"
-            yield Record(number, fields, error, lines.checksum)
+            yield Record(lines.count, fields, error, lines.position)
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, start: Position) -> Iterator[Record]:
     parquet = import_optional("pyarrow", "data.path", "parquet")
     try:
         # Pre-buffering would load a whole row group, which may be the whole file.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as file:
             _check_unique(file.schema_arrow.names, str(path))
-            numbers = itertools.count(1)
-            for batch in file.iter_batches(_PARQUET_ROWS):
-                columns = [column.to_pylist() for column in batch.columns]
+            groups, first = list(range(file.num_row_groups)), 0
+            while groups and first + (rows := file.metadata.row_group(groups[0]).num_rows) <= (
+                start.rows
+            ):
+                groups, first = groups[1:], first + rows
+            numbers = itertools.count(start.rows + 1)
+            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups):
+                skipped = min(max(0, start.rows - first), batch.num_rows)
+                first += batch.num_rows
+                columns = [column.to_pylist() for column in batch.slice(skipped).columns]
                 for row in zip(*columns, strict=True):
                     yield Record(next(numbers), dict(zip(batch.schema.names, row, strict=True)))
     except ConfigError:
@@ -333,7 +391,7 @@ def _check_unique(names: Sequence[str], place: str) -> None:
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, Position], Iterator[Record]]] = {
     **dict.fromkeys(_DELIMITERS, _read_csv),
     **dict.fromkeys(_JSON_LINES, _read_jsonl),
     ".parquet": _read_parquet,

@@ -16,7 +16,7 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
-from gradrun.data.tables import RowChecksums, id_column, read_labels, read_table, table_suffix
+from gradrun.data.tables import RowIndex, id_column, read_labels, read_table, table_suffix
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
@@ -67,14 +67,14 @@ class Texts:
         self._padding: dict[int, Padding] = {}
         self._ids = id_column(config.path, config.id)
         self.has_ids = self._ids is not None
-        self._checksums = RowChecksums(config.batch_size)
+        self._index = RowIndex(config.batch_size)
         first = []
         with closing(read_texts(config, self._ids)) as texts:
             for number, text in enumerate(texts):
-                self._checksums.add(text.checksum)
+                self._index.add(text.end)
                 if number < self.chunk_size:
                     first.append(text)
-        self.samples = self._checksums.rows
+        self.samples = self._index.rows
         chunk = self._tokenize(first)
         lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
         self._new_batch = InputBatcher(config.call, inputs)
@@ -88,8 +88,9 @@ class Texts:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
         first_chunk = start - start % self.chunk_size
-        with closing(read_texts(self.config, self._ids)) as texts:
-            remaining = itertools.islice(texts, first_chunk, None)
+        at = self._index.position(first_chunk)
+        with closing(read_texts(self.config, self._ids, at)) as texts:
+            remaining = itertools.islice(texts, first_chunk - at.rows, None)
             for first in range(first_chunk, end, self.chunk_size):
                 rows = list(itertools.islice(remaining, self.chunk_size))
                 if len(rows) < min(self.chunk_size, self.samples - first):
@@ -103,7 +104,7 @@ class Texts:
                     yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
 
     def checksum(self, stop: int) -> int | None:
-        return self._checksums.up_to(stop)
+        return self._index.checksum(stop)
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size

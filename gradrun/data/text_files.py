@@ -10,8 +10,10 @@ from gradrun.config.data import TextData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.suggest import suggest
 from gradrun.data.tables import (
+    BEGINNING,
     TABLE_SUFFIXES,
     IdColumn,
+    Position,
     Record,
     check_columns,
     read_lines,
@@ -29,25 +31,27 @@ class Text(NamedTuple):
     id: int | str
     place: str
     """"t.jsonl:12", for messages."""
-    checksum: int | None = None
-    """CRC-32 of the file up to the end of the text; None for Parquet."""
+    end: Position | None = None
+    """The place after the text, as in Record."""
     repaired: bool = False
     """Whether halves of surrogate pairs were replaced by U+FFFD."""
     error: SampleError | None = None
     """Why the text cannot be read."""
 
 
-def read_texts(config: TextData, ids: IdColumn | None) -> Generator[Text]:
-    """Yield the texts of a file in order, with ids from a column if there is one.
+def read_texts(
+    config: TextData, ids: IdColumn | None, start: Position = BEGINNING
+) -> Generator[Text]:
+    """Yield the texts of a file from `start` on, with ids from a column if there is one.
 
     Raises:
         ConfigError: the file cannot be read, or lacks a column.
     """
     path = config.path
     if path.suffix.lower() == ".txt":
-        yield from _lines(config)
+        yield from _lines(config, start)
     elif table_suffix(path):
-        yield from _fields(config, ids)
+        yield from _fields(config, ids, start)
     else:
         raise ConfigError(
             f"{path.name} is not a text file; allowed: .txt, {', '.join(TABLE_SUFFIXES)}",
@@ -55,19 +59,19 @@ def read_texts(config: TextData, ids: IdColumn | None) -> Generator[Text]:
         )
 
 
-def _lines(config: TextData) -> Iterator[Text]:
+def _lines(config: TextData, start: Position) -> Iterator[Text]:
     for key in ("field", "id", "labels"):
         if getattr(config, key):
             raise ConfigError("a .txt file has no columns", f"data.{key}")
-    for number, record in enumerate(read_lines(config.path)):
+    for number, record in enumerate(read_lines(config.path, start), start.rows):
         yield _text(config.path, record, ("text",), number)
 
 
-def _fields(config: TextData, ids: IdColumn | None) -> Iterator[Text]:
+def _fields(config: TextData, ids: IdColumn | None, start: Position) -> Iterator[Text]:
     path = config.path
     columns = (config.field,) if isinstance(config.field, str) else config.field or ()
     checked = False
-    for number, record in enumerate(read_table(path)):
+    for number, record in enumerate(read_table(path, start), start.rows):
         if not checked and not record.error:
             _check_columns(config, columns, record)
             checked = True
@@ -89,10 +93,10 @@ def _text(path: Path, record: Record, columns: tuple[str, ...], sample: int | st
         problem = problem or f"{columns[wrong]!r} is {values[wrong]!r:.60}, not a text"
     if problem:
         error = SampleError(f"{place}  {problem}")
-        return Text(("",) * len(columns), sample, place, record.checksum, error=error)
+        return Text(("",) * len(columns), sample, place, record.end, error=error)
     texts = tuple(map(str, values))
     parts = tuple(map(_without_surrogates, texts))
-    return Text(parts, sample, place, record.checksum, repaired=parts != texts)
+    return Text(parts, sample, place, record.end, repaired=parts != texts)
 
 
 def _without_surrogates(text: str) -> str:
