@@ -22,7 +22,14 @@ from gradrun.core.units import (
     pluralize,
 )
 from gradrun.report.escaping import escape_control_chars
-from gradrun.results.result import AnyResult, CheckResult, CompareResult, Comparison, Measurement
+from gradrun.results.result import (
+    AnyResult,
+    CheckResult,
+    CompareResult,
+    Comparison,
+    InferResult,
+    Measurement,
+)
 
 SERIES = 6
 """Colours of the page; further series repeat them."""
@@ -30,6 +37,10 @@ SERIES = 6
 _WIDTH = 4.4
 """Inches: readable on a phone; a wide page shows two plots in a row."""
 _MAX_DOTS = 400
+_MAX_MATRIX = 30
+"""Most classes of a confusion matrix whose names can be read."""
+_MAX_NUMBERS = 8
+"""Most classes of a confusion matrix with numbers in its cells."""
 _INK, _SOFT, _GRID = "#0a0b00", "#0a0b01", "#0a0b02"
 _PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
     f"#0a0c0{i}": f"var(--series-{i})" for i in range(SERIES)
@@ -68,7 +79,8 @@ def plots(result: AnyResult, prefix: str = "") -> list[Plot]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    drawn = (draw(result, prefix) for draw in (ratios, distribution, latency, workers, memory))
+    kinds = (confusion, ratios, distribution, latency, workers, memory)
+    drawn = (draw(result, prefix) for draw in kinds)
     return [plot for plot in drawn if plot]
 
 
@@ -249,6 +261,35 @@ def memory(result: AnyResult, prefix: str) -> Plot | None:
     )
     note = "Tensor bytes of one batch after each allocation, excluding weights and inputs."
     return Plot("Memory over a forward pass", _draw_svg(draw, 2.4, f"{prefix}memory"), key, note)
+
+
+def confusion(result: AnyResult, prefix: str) -> Plot | None:
+    """Draw the first confusion matrix: the share of each true class by predicted class."""
+    metrics = result.metrics if isinstance(result, InferResult | CheckResult) else ()
+    matrix = next((m.matrix for m in metrics if m.matrix), None)
+    if matrix is None or len(matrix.classes) > _MAX_MATRIX:
+        return None
+    count, names = len(matrix.classes), [_shorten(name) for name in matrix.classes]
+
+    def draw(axes: Any) -> None:
+        for true, counts in enumerate(matrix.counts):
+            for predicted, number in enumerate(counts):
+                share = number / (sum(counts) or 1)
+                place = {"left": predicted - 0.5, "height": 1.0, "alpha": share, "linewidth": 0}
+                axes.barh(true, 1.0, color=_placeholder(0), **place)
+                if number and count <= _MAX_NUMBERS:
+                    text = {"ha": "center", "va": "center", "fontsize": 8, "color": _INK}
+                    axes.text(predicted, true, f"{number:,}", **text)
+        axes.set_xlim(-0.5, count - 0.5)
+        axes.set_ylim(count - 0.5, -0.5)
+        axes.set_xticks(range(count), names, rotation=90 if count > _MAX_NUMBERS else 0)
+        axes.set_yticks(range(count), names)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+
+    note = "Darker: a larger share of the true class."
+    height = min(4.4, 1.2 + 0.4 * count)
+    return Plot("Confusion matrix", _draw_svg(draw, height, f"{prefix}confusion"), (), note)
 
 
 def workers(result: AnyResult, prefix: str) -> Plot | None:

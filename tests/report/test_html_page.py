@@ -17,6 +17,8 @@ from gradrun.data.thumbnails import thumbnail_of_array
 from gradrun.report import html_page
 from gradrun.results.result import (
     ClassDistribution,
+    ClassValue,
+    ConfusionMatrix,
     Example,
     Metric,
     PredictedClass,
@@ -98,6 +100,39 @@ def test_warnings_come_first_and_then_the_verdict_the_predictions_and_their_cost
     order += ["forward peak</th>", "random (seed 0)", "Machine"]
     places = [page.index(words) for words in order]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("count", [3, 12])
+def test_a_confusion_matrix_has_a_table_and_a_plot(count: int) -> None:
+    counts = [[7 if i == j else 0 for j in range(count)] for i in range(count)]
+    counts[0][2] = 5
+    classes = tuple(f"class{i}" for i in range(count))
+    matrix = ConfusionMatrix(classes=classes, counts=tuple(map(tuple, counts)))
+    value = ClassValue(name="class1", value=0.5)
+    metrics = (
+        Metric(name="matrix", value=0.9, samples=498, matrix=matrix),
+        Metric(name="f1", value=0.8, samples=498, per_class=(value,), note="macro over 3 classes"),
+    )
+    page = html_page.render([("a", RESULTS["run"].replace(metrics=metrics))])
+    assert "macro over 3 classes" in page
+    assert re.search(r"class1\b.*?0\.5000", page, re.DOTALL)
+    assert "matrix: true" in page
+    figure = re.search(r"<figure>.*?Confusion matrix.*?</figure>", page, re.DOTALL)
+    assert figure
+    assert ">predicted<" in figure[0]
+    table = re.search(r"matrix: true.*?</table>", page, re.DOTALL)
+    assert table
+    cells = re.findall(r">([^<>\n]+)<", table[0])
+    if count > 6:  # the most frequent confusion, and its share of 12 samples
+        assert [cell for cell in cells if cell in {"class0", "class2", "5", "42%"}] == [
+            "class0",
+            "class2",
+            "5",
+            "42%",
+        ]
+    else:
+        row = cells[cells.index("class0", cells.index("class2") + 1) :][:4]
+        assert row == ["class0", "7", "0", "5"]
 
 
 EXAMPLES = (
