@@ -63,9 +63,9 @@ def compare(
     variants = _variants(whole, over or ("run.mode", listed), target)
     folder = RunFolder(target, overwrite=True)  # raises before anything runs
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    session = Session(variants, whole, trust_code=is_trusted(trust_code))
     interrupted = False
     with loaded.error_locations():
+        session = Session(variants, whole, trust_code=is_trusted(trust_code))
         try:
             data = session.run(progress)
         except KeyboardInterrupt:

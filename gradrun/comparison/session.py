@@ -10,6 +10,7 @@ from statistics import geometric_mean, median
 
 from gradrun.comparison.protocol import Failure, Job, JobKind, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
+from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError
@@ -80,6 +81,8 @@ class Session:
         memory_batch: int | None = None,
     ) -> None:
         """Compare variants; memory is that of a batch number, or of the largest that is timed."""
+        for variant in variants:
+            check_importable(variant.config.model)
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         self.threads = max(thread_count(v.config.run.threads) for v in variants)
         self.memory_batch = memory_batch

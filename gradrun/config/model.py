@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, Validati
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import FloatType, InputFile, InputFolder, Section
+from gradrun.core.errors import ConfigError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -103,6 +104,21 @@ class PythonModel(WeightedModel):
         None, description="folder to import from; default: the file's folder, or the current one"
     )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
+
+
+def check_importable(model: ModelConfig) -> None:
+    """Check that another process can import the model.
+
+    Raises:
+        ConfigError: it is defined in the running program itself.
+    """
+    if isinstance(model, PythonModel) and model.target.startswith("__main__:"):
+        name = model.target.removeprefix("__main__:")
+        raise ConfigError(
+            f"{model.target} exists only in the running program, and this command starts other "
+            f"processes; define it in a file of its own and set model.target to net.py:{name}",
+            "model.target",
+        )
 
 
 class TorchScriptModel(EagerModel):

@@ -80,7 +80,7 @@ def output_selector(
     def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
         outputs: Outputs = {}
         for output in select_outputs(returned, config):
-            check_rows(output.source, output.tensor, size)
+            check_rows(output.source, output.tensor, size, returned)
             steps = config.transforms_of(output.source)
             written = _apply(functions, steps, output, config, inputs)
             outputs |= {name: to_cpu(tensor) for name, tensor in written}
@@ -248,12 +248,24 @@ def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor
         yield from iter_tensors(item, f"{name}.{key}" if name else str(key))
 
 
-def check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
+def check_rows(name: str, tensor: torch.Tensor, size: int, returned: Any = None) -> None:
     """Check that an output is dense and has one row per sample.
+
+    Args:
+        name: of the output.
+        tensor: the output.
+        size: the number of samples.
+        returned: everything that the model returned, for a hint.
 
     Raises:
         ConfigError: it is not, or has not.
     """
+    if tensor.is_nested:
+        raise ConfigError(
+            f"output {name!r} is a nested tensor, whose samples differ in shape; return one shape "
+            "for all: torch.nested.to_padded_tensor(output, 0.0), or the mean of each sample",
+            "model",
+        )
     if tensor.layout != torch.strided:
         raise ConfigError(
             f"output {name!r} is a {str(tensor.layout).removeprefix('torch.')} tensor; only dense "
@@ -261,12 +273,36 @@ def check_rows(name: str, tensor: torch.Tensor, size: int) -> None:
             "output.select",
         )
     if tensor.ndim == 0 or tensor.shape[0] != size:  # len() takes three times as long
-        raise ConfigError(
-            f"output {name!r} has shape {list(tensor.shape)} for a batch of {size}; the first "
-            "dimension must be the batch, with one row per sample. Choose other outputs with "
-            "output.select",
-            "output.select",
-        )
+        raise _row_error(name, tensor, size, returned)
+
+
+def _row_error(name: str, tensor: torch.Tensor, size: int, returned: Any) -> ConfigError:
+    """Return the error for an output without one row per sample, with a way to get one."""
+    if isinstance(returned, list | tuple) and len(returned) == size > 1:
+        kind = type(returned[0]).__name__
+        if all(type(item).__name__ == kind for item in returned):
+            items = "tensors" if isinstance(returned[0], torch.Tensor) else f"{kind} items"
+            return ConfigError(
+                f"the model returns a list of {size} {items}, one per sample; return tensors with "
+                "one row per sample, for example torch.nn.utils.rnn.pad_sequence(outputs, "
+                "batch_first=True). Detectors, which return boxes per picture, are not supported",
+                "model",
+            )
+    problem = (
+        f"output {name!r} has shape {list(tensor.shape)} for a batch of {size}; the first "
+        "dimension must be the batch, with one row per sample"
+    )
+    fitting = [
+        other
+        for other, value in iter_tensors(returned)
+        if not value.is_nested and value.ndim and value.shape[0] == size
+    ]
+    if fitting:
+        return ConfigError(f"{problem}. Choose {' or '.join(fitting)}", "output.select")
+    way = "return one row per sample"
+    if size > 1 and size in tensor.shape:
+        way = f"dimension {list(tensor.shape).index(size)} may be the batch: transpose the output"
+    return ConfigError(f"{problem}; {way}", "model")
 
 
 def statements(

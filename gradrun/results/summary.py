@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.units import format_bytes, pluralize
+from gradrun.core.units import format_bytes, format_seconds, pluralize
 from gradrun.results.result import (
     AuditResult,
     CompareResult,
@@ -20,6 +21,7 @@ from gradrun.results.result import (
 _MIN_SAVED_BYTES = 1024
 _MIN_SAVED_SHARE = 0.01
 _SMALL_DIFFERENCE = 0.05
+_MAX_DIGITS = 4
 _MORE_TIME = "raise measure.budget (--set measure.budget=120)"
 
 
@@ -34,7 +36,11 @@ def summarize_comparison(result: CompareResult) -> str:
     differing = [e for e in result.equivalence if not e.equal]
     unequal = {e.candidate for e in differing}
     equal = [c for c in result.comparisons if c.candidate not in unequal]
-    advice = _recommend(result.comparisons, equal, memory) if equal else ""
+    faster = [c for c in equal if c.verdict == "faster"]
+    if faster and len(result.batch_sizes) > 1:
+        advice = _recommend_batch_size(result, faster)
+    else:
+        advice = _recommend(result.comparisons, equal, memory) if equal else ""
     return " ".join(filter(None, (advice, *map(_describe_difference, differing))))
 
 
@@ -66,6 +72,35 @@ def _recommend(
         outputs = "" if len(equal) == len(comparisons) else " variant with these outputs"
         return f"Keep {base}: it is the fastest{outputs}."
     return _explain_inconclusive(equal)
+
+
+def _recommend_batch_size(result: CompareResult, faster: Sequence[Comparison]) -> str:
+    """Recommend the leanest of the fastest variants, with its cost per batch.
+
+    Larger batches are rarely slower per sample, but need more memory and keep each sample waiting.
+    """
+    variants = result.by_variant()
+    best = max(faster, key=lambda c: c.low)
+    alike = [c for c in faster if c.high >= best.low]
+    best = min(alike, key=lambda c: variants[c.candidate][0].memory.forward_peak or 0)
+    seconds, peaks = (
+        [figure(variants[name]) for name in (best.candidate, best.baseline)]
+        for figure in (_median_batch, _forward_peak)
+    )
+    return (
+        f"Use {best.candidate}: {best.ratio:.{ratio_digits(best)}f} times as fast per sample as "
+        f"{best.baseline} ({_interval(best)}). One batch takes {seconds[0]} instead of "
+        f"{seconds[1]}, with a forward peak of {peaks[0]} instead of {peaks[1]}."
+    )
+
+
+def _median_batch(measured: Sequence[Measurement]) -> str:
+    return format_seconds(median(s for m in measured for s in m.batch_seconds))
+
+
+def _forward_peak(measured: Sequence[Measurement]) -> str:
+    peak = measured[0].memory.forward_peak
+    return "an unknown size" if peak is None else format_bytes(peak)
 
 
 def _explain_inconclusive(equal: Sequence[Comparison]) -> str:
@@ -129,8 +164,15 @@ def _interval(comparison: Comparison) -> str:
 
 
 def ratio_digits(comparison: Comparison) -> int:
-    """Return the number of decimals of a ratio that its interval supports: 1 to 3."""
-    return decimals((comparison.high - comparison.low) / 2)
+    """Return the number of decimals of a ratio that its interval supports: 1 to 3.
+
+    An interval that excludes 1 gets as many as show it, up to 4.
+    """
+    digits = decimals((comparison.high - comparison.low) / 2)
+    bound = {"faster": comparison.low, "slower": comparison.high}.get(comparison.verdict, 0.0)
+    while digits < _MAX_DIGITS and round(bound, digits) == 1:
+        digits += 1  # "1.0 to 2.8" would look like an interval that includes 1
+    return digits
 
 
 def decimals(uncertainty: float) -> int:

@@ -180,6 +180,27 @@ def test_an_invalid_request_is_reported_before_anything_runs(
     assert not (folder / "runs").exists()
 
 
+@pytest.mark.parametrize("run", [gradrun.compare, gradrun.check, gradrun.infer])
+def test_a_model_of_the_running_program_is_reported_before_anything_runs(
+    requests: Requests, folder: Path, run: Any
+) -> None:
+    """Worker processes cannot import it; infer without an engine can."""
+    written = {
+        "model": {"source": "python", "target": "__main__:Net"},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 8},
+        "output": {"path": "runs/out"},
+    }
+    if run is gradrun.infer:
+        written["engine"] = {"source": "processes", "workers": 2}
+    with pytest.raises(ConfigError) as caught:
+        run(written, trust_code=True)
+    assert "model.target" in str(caught.value)
+    assert "exists only in the running program" in str(caught.value)
+    assert "set model.target to net.py:Net" in str(caught.value)
+    assert not requests.sessions
+    assert not (folder / "runs").exists()
+
+
 def test_a_file_at_the_path_of_the_result_folder_is_reported_before_anything_runs(
     cli: Command, requests: Requests, folder: Path
 ) -> None:

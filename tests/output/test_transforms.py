@@ -117,7 +117,30 @@ def test_a_model_without_a_tensor_output_is_refused(returned: Any) -> None:
 def test_outputs_without_a_row_per_sample_are_refused(shape: tuple[int, ...]) -> None:
     error = refused(torch.zeros(shape))
     assert f"{list(shape)} for a batch of 4" in str(error)
-    assert error.key == "output.select"
+    assert error.key == "model", "no other output can be selected"
+
+
+@pytest.mark.parametrize(
+    ("returned", "way"),
+    [
+        ({"states": torch.zeros(2, 4, 3), "logits": torch.zeros(4, 3)}, "Choose logits"),
+        (torch.zeros(3, 4), "dimension 1 may be the batch: transpose the output"),
+        (torch.zeros(3, 5), "return one row per sample"),
+        ([torch.zeros(n, 2) for n in (1, 2, 3, 5)], "a list of 4 tensors, one per sample"),
+        ([{"boxes": torch.zeros(n, 4)} for n in range(4)], "Detectors, which return boxes"),
+    ],
+)
+def test_the_error_for_other_rows_gives_a_way(returned: Any, way: str) -> None:
+    assert way in str(refused(returned))
+    assert "output.select" not in str(refused(returned)), "where no output fits, none is offered"
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_output_is_refused(layout: torch.layout) -> None:
+    rows = [torch.zeros(n, 2) for n in (1, 2, 3, 4)]
+    error = refused(torch.nested.nested_tensor(rows, layout=layout))
+    assert "a nested tensor, whose samples differ in shape" in str(error)
+    assert "to_padded_tensor" in str(error)
 
 
 def test_a_sparse_output_is_refused() -> None:

@@ -240,3 +240,39 @@ def test_the_summary_of_an_audit_names_the_peaks() -> None:
     same = tuple(in_mode(m, forward_peak=MIB, retained=0) for m in ("grad", "inference_mode"))
     assert "(forward peak 1.00 MiB, as in grad)" in summarize_audit(audit(measurements=same))
     assert summarize_audit(audit(measurements=(INFERENCE,))).endswith("lowest memory.")
+
+
+def of_size(name: str, size: int, seconds: float, peak: int) -> Any:
+    return side(name, peak).replace(batch_sizes=(size,) * 5, batch_seconds=(seconds,) * 5)
+
+
+def test_a_batch_size_is_recommended_with_its_time_and_memory_per_batch() -> None:
+    compared = result(
+        against("64", "faster", 1.80, 1.84), against("256", "faster", 1.79, 1.90)
+    ).replace(
+        measurements=(
+            of_size("grad", 16, 0.004, 3 * MIB),
+            of_size("64", 64, 0.009, 12 * MIB),
+            of_size("256", 256, 0.036, 48 * MIB),
+        )
+    )
+    assert summarize_comparison(compared) == (
+        "Use 64: 1.82 times as fast per sample as grad (1.80 to 1.84). One batch takes 9.00 ms "
+        "instead of 4.00 ms, with a forward peak of 12.00 MiB instead of 3.00 MiB."
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdict", "low", "high", "digits"),
+    [
+        ("faster", 1.04, 2.8, 2),
+        ("faster", 1.2, 2.8, 1),
+        ("faster", 1.0004, 1.5, 4),
+        ("slower", 0.4, 0.97, 2),
+        ("inconclusive", 0.96, 2.8, 1),
+    ],
+)
+def test_a_decided_interval_does_not_look_undecided(
+    verdict: Verdict, low: float, high: float, digits: int
+) -> None:
+    assert ratio_digits(against("a", verdict, low, high)) == digits
