@@ -116,7 +116,7 @@ def check_importable(model: ModelConfig) -> None:
         name = model.target.removeprefix("__main__:")
         raise ConfigError(
             f"{model.target} exists only in the running program, and this command starts other "
-            f"processes; define it in a file of its own and set model.target to net.py:{name}",
+            f"processes; define it in a separate file and set model.target to net.py:{name}",
             "model.target",
         )
 

@@ -75,7 +75,7 @@ def _recommend(
 
 
 def _recommend_batch_size(result: CompareResult, faster: Sequence[Comparison]) -> str:
-    """Recommend the leanest of the fastest variants, with its cost per batch.
+    """Recommend the variant with the lowest memory of the fastest, with its cost per batch.
 
     Larger batches are rarely slower per sample, but need more memory and keep each sample waiting.
     """
