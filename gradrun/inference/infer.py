@@ -228,6 +228,10 @@ def open_run(
         classes=model.classes,
         code=source_files(config.model),
         resolved={"device": device.type, "threads": torch.get_num_threads()},
+        versions={
+            "torch": str(torch.__version__),
+            "weights": "in files" if model.files else model.weights,
+        },
     )
     return OpenedRun(
         header=header,

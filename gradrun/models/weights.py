@@ -69,6 +69,7 @@ def load_weights(
         module.load_state_dict(state)
     except Exception as error:  # a module may have a load_state_dict of its own
         problems = _mismatches(state, expected) or [first_line(error)]
+        problems += _partial_prefix(state, expected)
         raise ConfigError(f"{path} does not fit the model: {'; '.join(problems)}", _KEY) from error
     return tuple(Statement(topic="weights", text=text) for text in renamed)
 
@@ -108,6 +109,19 @@ def _wrapper_prefix(wrapped: State, plain: State) -> str:
         ),
         "",
     )
+
+
+def _partial_prefix(state: State, expected: State) -> list[str]:
+    """Describe a prefix of some keys, if these would fit without it."""
+    for prefix in dict.fromkeys(key.partition(".")[0] + "." for key in state):
+        fitting = [key for key in state if key.removeprefix(prefix) in expected]
+        if fitting and not any(key in expected for key in state):
+            others = [key for key in state if key not in fitting]
+            return [
+                f"{len(fitting)} of {len(state)} keys fit without their prefix {prefix!r}; save "
+                f"the file without {_shortened(others)}"
+            ]
+    return []
 
 
 def _add_shared_names(state: State, expected: State) -> None:
@@ -177,8 +191,12 @@ def downloading(library: str, name: str) -> Iterator[None]:
 
 
 def _listed(problem: str, keys: list[str]) -> list[str]:
+    return [f"{problem}: {_shortened(keys)}"] if keys else []
+
+
+def _shortened(keys: list[str]) -> str:
     more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-    return [f"{problem}: {', '.join(map(str, keys[:_MAX_LISTED]))}{more}"] if keys else []
+    return f"{', '.join(map(str, keys[:_MAX_LISTED]))}{more}"
 
 
 def _read(path: Path, nested_key: str | None, trust_code: bool) -> State:

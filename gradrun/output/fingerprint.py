@@ -36,6 +36,7 @@ def fingerprint(
     classes: Sequence[str] = (),
     code: Mapping[str, Path] | None = None,
     resolved: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
 ) -> JournalHeader:
     """The journal header of a run, with checksums of its input files.
 
@@ -51,6 +52,7 @@ def fingerprint(
         classes: class names, which some formats write.
         code: name and path of each file of the user's code.
         resolved: values of the section `run` that replace "auto".
+        versions: versions of libraries, and of weights that are not in a file.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -69,6 +71,7 @@ def fingerprint(
     if classes and writes_names(config.output):
         dumped["class names"] = zlib.crc32("\n".join(classes).encode())
     dumped["run"].update(resolved or {})
+    dumped.update(versions or {})
     if isinstance(config.model, PythonModel):
         dumped["model"].pop("root")
         dumped["model"]["target"] = Path(config.model.target).name

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gradrun
 from gradrun.core import cpu
@@ -184,6 +185,15 @@ def test_a_resume_with_another_number_of_threads_is_refused_with_both_numbers(
         in refusal(project)
     )
     assert project.infer(**{"run.threads": 1}).resumed_at == 6
+
+
+def test_a_resume_with_another_version_of_torch_is_refused(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.stop()
+    installed = torch.__version__
+    monkeypatch.setattr("torch.__version__", "1.0.0")
+    assert f"torch changed from {installed} to 1.0.0" in refusal(project)
 
 
 def test_a_variable_of_openmp_sets_the_threads_and_is_stated(
