@@ -103,7 +103,7 @@ class _Records:
         if first:
             check_columns(self.path, first, self._column_keys())
         if problem:
-            raise ConfigError(f"no row can be read; the first error: {problem}", "data.path")
+            raise ConfigError(f"no row can be read, for example: {problem}", "data.path")
 
     def _check(self, record: Record) -> None:
         if record.error:
