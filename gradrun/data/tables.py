@@ -221,8 +221,9 @@ class RowIndex:
 def read_labels(
     records: Iterator[Record], path: Path, column: str | None, classes: Sequence[str] | None
 ) -> Iterator[torch.Tensor]:
-    """Yield the class numbers or values of a column, in order, in float64 chunks [n].
+    """Yield the class numbers or values of a column, in order, in float64 chunks [n, ...].
 
+    Lists of numbers become a row of them, and lists of class names a row of 0 and 1, one per class.
     Rows that cannot be read have the label 0, which no metric counts: they get no prediction.
 
     Raises:
@@ -230,12 +231,26 @@ def read_labels(
     """
     if column is None:
         raise missing_labels()
+    width: int | None = None
     while chunk := list(itertools.islice(records, _LABELS_CHUNK)):
         labels = [_label(record, path, column, classes) for record in chunk]
-        yield torch.tensor(labels, dtype=torch.float64)
+        for label, record in zip(labels, chunk, strict=True):
+            size = len(label) if isinstance(label, list) else 0
+            width = size if width is None and not record.error else width
+            if not record.error and size != width:
+                raise ConfigError(
+                    f"{path}:{record.line}  the label {column!r} has {size or 'no'} list items, "
+                    f"and those before it have {width}; write the same number in every row",
+                    "data.labels",
+                )
+        unread = [0.0] * width if width else 0.0
+        rows = [unread if r.error else label for label, r in zip(labels, chunk, strict=True)]
+        yield torch.tensor(rows, dtype=torch.float64)
 
 
-def _label(record: Record, path: Path, column: str, classes: Sequence[str] | None) -> float:
+def _label(
+    record: Record, path: Path, column: str, classes: Sequence[str] | None
+) -> float | list[float]:
     if record.error:
         return 0.0
     value = record.fields.get(column)
@@ -246,12 +261,21 @@ def _label(record: Record, path: Path, column: str, classes: Sequence[str] | Non
             "data.labels",
         )
     try:
+        if isinstance(value, list | tuple):
+            return _label_list(value, classes)
         return class_number(str(value), classes) if classes else _label_number(value)
     except (ValueError, TypeError) as error:
         text = f"the label {value!r:.60} is not a number; list class names in data.classes"
         text = str(error) if classes else text
         key = "data.classes" if classes else "data.labels"
         raise ConfigError(f"{path}:{record.line}  {text}", key) from None
+
+
+def _label_list(values: Sequence[Any], classes: Sequence[str] | None) -> list[float]:
+    if not classes:
+        return [_label_number(value) for value in values]
+    present = {class_number(str(value), classes) for value in values}
+    return [float(number in present) for number in range(len(classes))]
 
 
 def _label_number(value: Any) -> float:

@@ -34,7 +34,8 @@ def infer(folder: Path, x: np.ndarray, y: np.ndarray, **changes: Any) -> InferRe
         model = {"source": "python", "target": f"{__file__}:{target}"}
     config = {
         "model": model,
-        "data": {
+        "data": changes.pop("data", None)
+        or {
             "source": "arrays",
             "path": str(folder / "data.npz"),
             "inputs": {"x": {"key": "x"}},
@@ -188,6 +189,29 @@ def test_several_labels_need_the_meaning_of_the_scores(tmp_path: Path) -> None:
         infer(tmp_path, LABEL_LOGITS, LABELS, metrics=["f1"])
     with pytest.raises(ConfigError, match="softmax is for classes that exclude each other"):
         infer(tmp_path, LABEL_LOGITS, LABELS, output={"transform": "softmax"}, metrics=["f1"])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_labels_of_records_may_be_lists(tmp_path: Path, named: bool) -> None:
+    classes = ["ant", "bee", "cat", "dog", "eel"]
+    lists = [[classes[i] for i in np.flatnonzero(row)] if named else row.tolist() for row in LABELS]
+    rows = [{"x": x.tolist(), "y": y} for x, y in zip(LABEL_LOGITS, lists, strict=True)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = {
+        "source": "records",
+        "path": str(tmp_path / "data.jsonl"),
+        "inputs": {"x": {"columns": ["x"]}},
+        "labels": "y",
+    } | ({"classes": classes} if named else {})
+    asked = [{"name": "f1", "input": "logits"}]
+    found = infer(tmp_path, LABEL_LOGITS, LABELS, data=data, metrics=asked)
+    right = sk.f1_score(LABELS, LABEL_LOGITS > 0, average="macro")
+    assert values(found) == {"f1": pytest.approx(right, abs=1e-6)}
+    if not named:
+        rows[5]["y"] = [1, 0]
+        (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ConfigError, match=r"jsonl:6  the label 'y' has 2 list items"):
+            infer(tmp_path, LABEL_LOGITS, LABELS, data=data, metrics=asked)
 
 
 # --- segmentation ------------------------------------------------------------------------------
