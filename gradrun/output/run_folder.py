@@ -75,10 +75,9 @@ class RunFolder:
     def _check_regular(self) -> None:
         """Refuse links and pipes in place of a run's files, which lead out of the folder."""
         folder = self.path / journal.SUBFOLDER
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        if folder.is_symlink():
             raise ConfigError(
-                f"{folder} is not a folder but a file or a link; remove it, or choose another "
-                "output.path",
+                f"{folder} is a link, not a folder; remove it, or choose another output.path",
                 "output.path",
             )
         for file in (self.path / lock.FILE_NAME, *self._run_files()):
