@@ -67,7 +67,7 @@ def predictions() -> np.ndarray[Any, Any]:
 def refused(answer: Answer, *codes: int) -> str:
     assert answer.code in (codes or {2}), answer.text
     assert "Traceback" not in answer.text
-    assert answer.err.count("error: ") == 1
+    assert answer.err.replace("on_error: ", "").count("error: ") == 1
     return answer.err
 
 
