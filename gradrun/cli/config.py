@@ -37,7 +37,7 @@ def validate(
                 loaded = load_config(path, sets or [])
                 entry = {"valid": True, "config": loaded.config.model_dump(mode="json")}
                 if explain:
-                    from gradrun.inference.interpretation import explain as interpret
+                    from gradrun.engines.infer import explain as interpret
                     from gradrun.report.document import describe_interpretation
                     from gradrun.report.terminal import show
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_config
 from gradrun.config.model import check_importable
@@ -15,14 +15,25 @@ from gradrun.engines import processes, ray
 from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.inference.infer import infer as infer_here
+from gradrun.inference.interpretation import explain as explain_run
 from gradrun.output import journal
-from gradrun.results.result import InferResult
+from gradrun.results.result import InferResult, Statement
 
-ENGINES: dict[str, Callable[[EngineRequest], StartedEngine]] = {
-    "processes": processes.start,
-    "ray": ray.start,
+
+class EngineSource(NamedTuple):
+    """The functions of one engine."""
+
+    start: Callable[[EngineRequest], StartedEngine]
+    """Request the workers."""
+    offer: Callable[[Any], str]
+    """Describe in a few words what the engine section can use, without starting workers."""
+
+
+ENGINES = {
+    "processes": EngineSource(processes.start, processes.offer),
+    "ray": EngineSource(ray.start, ray.offer),
 }
-"""engine.source -> function that requests the workers."""
+"""engine.source -> its functions."""
 
 
 def infer(
@@ -69,7 +80,7 @@ def infer(
         check_importable(loaded.config.model)
         threads = _threads_of(loaded.config) if resume else None
         request = EngineRequest(loaded.config, threads, options["trust_code"], progress)
-        started = ENGINES[section.source](request)
+        started = ENGINES[section.source].start(request)
     if started.engine is None:
         return infer_here(loaded, statements=started.statements, **options)
     with closing(started.engine):
@@ -80,6 +91,20 @@ def infer(
             statements=started.statements,
             **options,
         )
+
+
+def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statement, ...]:
+    """Open the model and the data of a config; state how they and the engine are interpreted.
+
+    Raises:
+        ConfigError: one of them cannot be opened, or no cluster answers.
+    """
+    statements = explain_run(loaded, trust_code=trust_code)
+    section = loaded.config.engine
+    if section is None:
+        return statements
+    with loaded.error_locations():
+        return (*statements, Statement(topic="engine", text=ENGINES[section.source].offer(section)))
 
 
 def _threads_of(config: RunConfig) -> int | None:

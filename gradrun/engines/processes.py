@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 
@@ -148,6 +149,13 @@ def start(request: EngineRequest) -> StartedEngine:
         text = f"one process: {'one device' if device.type != 'cpu' else 'it uses all CPUs'}"
         return StartedEngine(None, request.config, statements=(_statement(text),))
     return _measure(request, _request(request, cpus // threads, threads), cpus)
+
+
+def offer(section: Any) -> str:
+    """Describe the workers of the section and the CPUs of this machine."""
+    workers = "a measured number of" if section.workers == "auto" else f"{section.workers:,}"
+    noun = "process" if section.workers == 1 else "processes"
+    return f"{workers} {noun}; this machine has {pluralize(available_cpus(), 'CPU')}"
 
 
 def _request(request: EngineRequest, workers: int, threads: int) -> StartedEngine:

@@ -175,6 +175,23 @@ def start(request: EngineRequest) -> StartedEngine:
     return StartedEngine(engine, config, workers, (Statement(topic="engine", text=text),))
 
 
+def offer(section: Any) -> str:
+    """Describe what the cluster of the section offers.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers.
+    """
+    address = section.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        return processes.offer(section)
+    ray = connect(address)
+    try:
+        room = pluralize(workers_with_room(ray, section), "worker")
+        return f"room for {room} of {_needs(section)}; {_offer(ray)}"
+    finally:
+        ray.shutdown()
+
+
 def connect(address: str) -> Any:
     """Connect to a cluster; return the ray module.
 

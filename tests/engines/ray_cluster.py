@@ -21,6 +21,7 @@ import numpy as np
 from ray.cluster_utils import Cluster
 
 import gradrun
+from gradrun.config.engine import RayEngine
 from gradrun.engines import ray as engine
 from gradrun.results.result import InferResult
 
@@ -129,6 +130,8 @@ def main() -> None:
         scenarios.wait_for_rows(folder)
         scenarios.remove(2)
 
+    section = RayEngine(source="ray", address=scenarios.cluster.address)
+    print(json.dumps({"scenario": "offer", "text": engine.offer(section)}), flush=True)
     scenarios.run("plain", samples=200)
     scenarios.run("too large", workers="auto", cpus=64)
     scenarios.run("node lost", lose_a_node)

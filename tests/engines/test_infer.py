@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 import gradrun
+from gradrun.config.load import load_config
 from gradrun.core.errors import RunFailed
+from gradrun.engines.infer import explain
 from gradrun.results.result import InferResult, RunResult
 from tests.support.engines import InlineEngines
 from tests.support.small_models import save_bert, save_tokenizer, skewed
@@ -329,3 +331,10 @@ def test_workers_state_the_same_interpretation(
         assert "NaN in 8 rows" in texts
     if source == "images":
         assert "14 of 70 images" in texts
+
+
+def test_validate_explains_the_engine(inputs: Path, tmp_path: Path) -> None:
+    engine = {"source": "processes", "workers": 3}
+    loaded = load_config(config_for("arrays", inputs, tmp_path / "out") | {"engine": engine})
+    (text,) = [s.text for s in explain(loaded) if s.topic == "engine"]
+    assert text.startswith("3 processes; this machine has ")

@@ -52,6 +52,7 @@ def test_a_lost_node_changes_no_byte_and_a_cluster_without_room_is_an_error(
     assert lost["complete"]
     assert lost["lost"], "the result names the worker that was lost"
     assert sum(lost["samples"]) == 2000
+    assert found["offer"]["text"].startswith("room for 2 workers of 1 CPU; the cluster has 3 nodes")
     assert "has no room for a worker of 64 CPUs: the cluster has" in found["too large"]["error"]
 
 

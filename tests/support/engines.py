@@ -80,7 +80,8 @@ class InlineEngines:
         self.dies: Dies = lambda worker, task: False
         self.change: Callable[[Ready], Ready] | None = None
         self.engines: list[InlineEngine] = []
-        monkeypatch.setitem(infer.ENGINES, "processes", self._start)
+        source = infer.ENGINES["processes"]
+        monkeypatch.setitem(infer.ENGINES, "processes", source._replace(start=self._start))
         # One unit per range, so that a small run has many.
         monkeypatch.setattr("gradrun.engines.dispatch.SPAN_SECONDS", 0.0)
 

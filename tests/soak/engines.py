@@ -1,0 +1,137 @@
+"""Kill workers and drivers of spread runs at random moments, and compare every byte at the end.
+
+Each run is resumed with another number of workers, or without an engine, until it finishes. Prints
+one line per run, and ends with exit code 1 after the first difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES, BATCH = 1600, 4
+FORMATS = ("npy", "safetensors", "jsonl", "csv", "parquet")
+
+NET = """
+import time, torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        time.sleep(0.004 * len(x))
+        return x * 3 + 1
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory(prefix="gradrun-soak-") as name:
+        folder = Path(name)
+        (folder / "net.py").write_text(NET)
+        np.save(folder / "x.npy", np.arange(SAMPLES, dtype=np.float32)[:, None])
+        expected = {form: _finish(_write(folder, f"whole-{form}", form), 0) for form in FORMATS}
+        kills = runs = 0
+        while kills < arguments.kills:
+            form = chance.choice(FORMATS)
+            config = _write(folder, f"run-{runs}", form)
+            done, count = _run_with_kills(config, chance, arguments.kills - kills)
+            kills, runs = kills + count, runs + 1
+            equal = done == expected[form]
+            print(f"run {runs}: {form}, {count} kills, {'equal' if equal else 'DIFFERENT'}")
+            if not equal:
+                return 1
+    print(f"{kills} kills in {runs} runs: every byte equal")
+    return 0
+
+
+def _write(folder: Path, name: str, form: str) -> Path:
+    config = {
+        "model": {"source": "python", "target": str(folder / "net.py") + ":Net"},
+        "data": {"source": "arrays", "path": str(folder / "x.npy"), "batch_size": BATCH},
+        "run": {"threads": 1, "warmup": 0},
+        "output": {"path": str(folder / name), "format": form},
+        "measure": {"memory": False},
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _start(config: Path, workers: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "gradrun", "infer", str(config), "--trust-code", "--resume"]
+    return subprocess.Popen(
+        [*command, *(["--workers", str(workers)] if workers else [])],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def _finish(config: Path, workers: int) -> dict[str, bytes]:
+    driver = _start(config, workers)
+    _, errors = driver.communicate()
+    if driver.returncode:
+        raise SystemExit(f"{config.name}: exit code {driver.returncode}\n{errors.decode()}")
+    folder = config.with_suffix("")
+    return {p.name: p.read_bytes() for p in folder.rglob("predictions*") if p.is_file()}
+
+
+def _run_with_kills(config: Path, chance: random.Random, most: int) -> tuple[dict[str, bytes], int]:
+    """Run a config until it finishes; return its files and the number of kills."""
+    kills = 0
+    journal = config.with_suffix("") / "journal.jsonl"
+    while kills < most:
+        workers = chance.choice([1, 2, 3])
+        driver = _start(config, workers)
+        ranges = _lines(journal)
+        while driver.poll() is None and _lines(journal) <= max(1, ranges):
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.4))
+        if driver.poll() is not None:
+            break
+        victims = psutil.Process(driver.pid).children()
+        victim = chance.choice([driver.pid, *(child.pid for child in victims)])
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        kills += 1
+        if victim == driver.pid:
+            driver.wait()
+            _, alive = psutil.wait_procs(victims, timeout=10)
+            if alive:
+                raise SystemExit(f"{len(alive)} workers outlived their driver")
+            if driver.stderr:
+                driver.stderr.close()
+        else:
+            _, errors = driver.communicate()
+            if driver.returncode:
+                raise SystemExit(f"a lost worker ended the run\n{errors.decode()}")
+            break
+    return _finish(config, chance.choice([0, 1, 2])), kills
+
+
+def _lines(journal: Path) -> int:
+    try:
+        return len(journal.read_bytes().splitlines())
+    except FileNotFoundError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
