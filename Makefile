@@ -83,6 +83,7 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/faults.py
+	$(BIN)/python tests/soak/engines.py --kills 100
 	$(BIN)/python tests/soak/fuzz.py
 
 golden: .venv/.dev ## rewrite the golden reports; read their diff before you commit
