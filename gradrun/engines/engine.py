@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from gradrun.config.schema import RunConfig
+from gradrun.core.cpu import thread_count, thread_variable
 from gradrun.core.errors import RunFailed
 from gradrun.core.progress import ProgressCallback
 from gradrun.engines.messages import Failed, Ready, Reply, Task
@@ -63,7 +64,9 @@ class EngineRequest:
     def threads(self, automatic: int) -> int:
         """Return the threads of each worker, given those of `run.threads: auto`."""
         asked = self.config.run.threads
-        return (self.resumed_threads or automatic) if asked == "auto" else asked
+        if asked != "auto":
+            return asked
+        return self.resumed_threads or (thread_count("auto") if thread_variable() else automatic)
 
     def replace(self, **changes: Any) -> EngineRequest:
         """Return a copy with changed fields."""

@@ -154,7 +154,7 @@ def infer(
         _check_metrics(plan, prepared)
         if plan.finished:
             return _replace_metrics(plan.finished, config, prepared.evaluation, plan.folder)
-        runner.warnings += _check_stateless(plan, prepared)
+        runner.warnings += _check_stateless(plan, prepared, run_pass)
         runner.check_batch_independence(prepared)
         # Before the lock creates the folder: a format may need a library that is missing.
         writer = _create_writer(plan, prepared)
@@ -258,11 +258,12 @@ def _with_late_imports(plan: RunPlan) -> RunPlan:
     return replace(plan, header=header)
 
 
-def _check_stateless(plan: RunPlan, prepared: PreparedRun) -> Iterator[Warning]:
+def _check_stateless(plan: RunPlan, prepared: PreparedRun, run_pass: RunPass) -> Iterator[Warning]:
     """Yield a warning if predictions depend on earlier batches.
 
     Raises:
-        ConfigError: they do, and a run is resumed, whose state is lost.
+        ConfigError: they do, and a run is resumed, whose state is lost, or the run has workers,
+            each with a state of its own.
     """
     carried = plan.runner.carried_state(prepared)
     if carried is None:
@@ -274,6 +275,12 @@ def _check_stateless(plan: RunPlan, prepared: PreparedRun) -> Iterator[Warning]:
             f"cannot resume {plan.folder.path}: {text}, and the state after the committed batches "
             "is lost. Start over with --overwrite, or reset the state in forward",
             "output.path",
+        )
+    if run_pass is not run_in_this_process:
+        raise ConfigError(
+            f"{text}, and each worker would have its own; run it without an engine, or reset the "
+            "state in forward",
+            "engine",
         )
     yield Warning(
         code="carries_state",

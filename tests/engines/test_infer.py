@@ -14,7 +14,9 @@ from PIL import Image
 
 import gradrun
 from gradrun.config.load import load_config
-from gradrun.core.errors import RunFailed
+from gradrun.core.errors import ConfigError, RunFailed
+from gradrun.core.progress import ignore
+from gradrun.engines.engine import EngineRequest
 from gradrun.engines.infer import explain
 from gradrun.results.result import InferResult, RunResult
 from tests.support.engines import InlineEngines
@@ -338,3 +340,35 @@ def test_validate_explains_the_engine(inputs: Path, tmp_path: Path) -> None:
     loaded = load_config(config_for("arrays", inputs, tmp_path / "out") | {"engine": engine})
     (text,) = [s.text for s in explain(loaded) if s.topic == "engine"]
     assert text.startswith("3 processes; this machine has ")
+
+
+STATEFUL = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        self.seen += len(x)
+        return x + self.seen
+"""
+
+
+def test_a_model_that_carries_state_is_refused(tmp_path: Path, inline: InlineEngines) -> None:
+    config = net_config(tmp_path / "net", tmp_path / "out")
+    (tmp_path / "net" / "net.py").write_text(STATEFUL)
+    with pytest.raises(ConfigError, match="each worker would have its own; run it without an eng"):
+        spread(config)
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("3", 3), ("", 1)])
+def test_threads_of_workers_follow_the_variable_of_openmp(
+    variable: str, threads: int, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    config = load_config(config_for("arrays", inputs, tmp_path) | {"run": {}}).config
+    assert EngineRequest(config, None, False, ignore).threads(1) == threads
+    assert EngineRequest(config, 7, False, ignore).threads(1) == 7
