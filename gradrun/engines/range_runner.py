@@ -93,7 +93,7 @@ class RangeRunner:
     def run(self, task: Task) -> Done:
         """Run samples task.start to task.stop; an error of the run is in the result."""
         runner, recovery = self._runner, self._prepared.recovery
-        self._events.reset(task.start)
+        self._events.reset(task.start, task.stop)
         with self._threads(task.threads):
             timed = runner.run_timed_pass(self._prepared, self._events, stop=task.stop)
         batches, data = len(timed.sizes), runner.data
@@ -154,13 +154,18 @@ class EventLog:
         """Input position of each sample in the log; None if samples run in input order."""
         self._input_positions = input_positions
         self._events: list[Rows | Quarantined] = []
-        self._outputs: list[Outputs] = []
+        self._stop = 0
+        self._buffers: Outputs = {}
+        """Rows of one layout, [samples of the task, ...] each."""
+        self._begin = self._end = 0
+        """The rows in the buffers that are in no event yet."""
         self._ids: list[Sequence[int | str]] = []
 
-    def reset(self, start: int) -> None:
-        """Start a new log whose first sample is `start`."""
+    def reset(self, start: int, stop: int) -> None:
+        """Start a new log of samples `start` to `stop`."""
         self.take()
-        self.written = start
+        self.written, self._stop = start, stop
+        self._begin = self._end = 0
         self.positions = [] if self._input_positions else None
 
     def take(self) -> list[Rows | Quarantined]:
@@ -173,18 +178,23 @@ class EventLog:
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         """Record the outputs [n, ...] of n samples."""
-        if valid is not None or (self._outputs and _layout(outputs) != _layout(self._outputs[-1])):
-            self._flush()
-        stop = self.written + len(ids)
+        count = len(ids)
         if self._input_positions and self.positions is not None:
-            self.positions += self._input_positions(self.written, stop)
+            self.positions += self._input_positions(self.written, self.written + count)
         if valid is None:
+            if not self._fits(outputs, count):
+                self._flush()
+                self._allocate(outputs)
+            end = self._end + count
             # A copy, because a model may return the same memory with every batch.
-            self._outputs.append({name: tensor.clone() for name, tensor in outputs.items()})
+            for name, tensor in outputs.items():
+                self._buffers[name][self._end : end] = tensor
+            self._end = end
             self._ids.append(ids)
         else:
+            self._flush()
             self._events.append(pack_rows(outputs, ids, valid))
-        self.written = stop
+        self.written += count
 
     def add(self, sample: int, sample_id: int | str, error: str, details: str) -> None:
         """Record a sample without a prediction."""
@@ -192,14 +202,30 @@ class EventLog:
         self._events.append(Quarantined(sample=sample, id=sample_id, error=error, details=details))
         self.count += 1
 
-    def _flush(self) -> None:
-        if not self._outputs:
-            return
-        outputs = {
-            name: torch.cat([batch[name] for batch in self._outputs]) for name in self._outputs[0]
+    def _fits(self, outputs: Outputs, count: int) -> bool:
+        """Return whether the buffers have the layout of these rows, and room for them."""
+        if outputs.keys() != self._buffers.keys():
+            return False
+        for name, tensor in outputs.items():
+            buffer = self._buffers[name]
+            if tensor.shape[1:] != buffer.shape[1:] or tensor.dtype != buffer.dtype:
+                return False
+        return self._end + count <= len(next(iter(self._buffers.values())))
+
+    def _allocate(self, outputs: Outputs) -> None:
+        rows = self._stop - self.written
+        self._buffers = {
+            name: torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+            for name, tensor in outputs.items()
         }
-        self._events.append(pack_rows(outputs, _joined(self._ids), None))
-        self._outputs, self._ids = [], []
+        self._begin = self._end = 0
+
+    def _flush(self) -> None:
+        if self._begin == self._end:
+            return
+        rows = {name: buffer[self._begin : self._end] for name, buffer in self._buffers.items()}
+        self._events.append(pack_rows(rows, _joined(self._ids), None))
+        self._begin, self._ids = self._end, []
 
 
 def outputs_checksum(outputs: Outputs) -> int:
@@ -209,10 +235,6 @@ def outputs_checksum(outputs: Outputs) -> int:
         crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), crc)
         crc = zlib.crc32(tensor_bytes(tensor), crc)
     return crc
-
-
-def _layout(outputs: Outputs) -> list[tuple[str, torch.Size, torch.dtype]]:
-    return [(name, tensor.shape[1:], tensor.dtype) for name, tensor in outputs.items()]
 
 
 def _joined(ids: list[Sequence[int | str]]) -> Sequence[int | str]:
