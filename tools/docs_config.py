@@ -30,7 +30,9 @@ def config_page() -> str:
     schema = RunConfig.model_json_schema()
     lines = [_INTRODUCTION]
     for name, section in schema["properties"].items():
-        lines += [f"## {name}", "", *_section(name, section, schema["$defs"])]
+        required = [s for s in section.get("anyOf", [section]) if s.get("type") != "null"]
+        text = [_sentence(section["description"]), ""] if "anyOf" in section else []
+        lines += [f"## {name}", "", *text, *_section(name, required[0], schema["$defs"])]
     return "\n".join(lines) + "\n"
 
 

@@ -35,6 +35,7 @@ def config(case: str, folder: Path) -> dict[str, Any]:
             "data": {"source": "images", "path": ".", "preprocess": "timm", "architecture": "vit"}
         },
         "torchvision": {"model": {"source": "torchvision", "name": "resnet18"}},
+        "ray": {"engine": {"source": "ray", "address": "127.0.0.1:9"}},
         "timm model": {"model": {"source": "timm", "name": "resnet18"}},
         "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},
     }

@@ -83,8 +83,10 @@ def test_an_example_runs_completely(run: Run, tmp_path: Path, name: str) -> None
     samples = result.measurements[0].samples
     config = gradrun.load_config(CONFIGS / f"{name}.yaml").config
     assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
-    on_disk = {path.name for path in (tmp_path / name).iterdir()}
-    assert on_disk == {*result.files, "journal.jsonl", "result.json"}
+    folder = tmp_path / name
+    on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    classes = on_disk & {"classes.txt", "ids.txt"}
+    assert on_disk == {*result.files, *classes, "journal.jsonl", "result.json"}
     counts: dict[str, int] = {}
     for file in result.files:  # shards: one output in several files
         output = file.partition("-0")[0]
