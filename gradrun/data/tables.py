@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import zlib
 from array import array
@@ -298,7 +299,9 @@ class _Lines:
         """Open a file at a position."""
         self.path, self.error = path, ""
         self.count, self._offset, self._checksum = start.lines, start.offset, start.checksum
+        self._taken: list[str] = []
         file = path.open("rb")
+        self._size = os.fstat(file.fileno()).st_size
         if not start.offset and file.read(len(BOM_UTF8)) == BOM_UTF8:
             self._offset = len(BOM_UTF8)
         file.seek(self._offset)
@@ -331,11 +334,22 @@ class _Lines:
                 self.error = "the row is not UTF-8 text; convert the file, for example with iconv"
             self.count, self._offset = self.count + 1, self._offset + len(data)
             self._checksum = zlib.crc32(data, self._checksum)
+            self._taken.append(line)
             yield line
 
+    @property
+    def at_end(self) -> bool:
+        """Whether the whole file was read."""
+        return self._offset >= self._size
+
+    def take(self) -> list[str]:
+        """Return the lines since the last call."""
+        lines, self._taken = self._taken, []
+        return lines
+
     def take_error(self) -> str:
-        """Return the error of the lines since the last call, and forget it."""
-        error, self.error = self.error, ""
+        """Return the error of the lines since the last call, and forget it and the lines."""
+        error, self.error, self._taken = self.error, "", []
         return error
 
 
@@ -356,13 +370,23 @@ def _read_csv(path: Path, start: Position) -> Iterator[Record]:
         start = start if start.rows else lines.position
     with _Lines(path, start) as lines:
         for fields in csv.DictReader(iter(lines), names, delimiter=delimiter):
-            error = lines.take_error()
+            unclosed = lines.at_end and _has_open_quote(lines.take(), delimiter)
+            error = lines.take_error() or ("a quote is not closed" if unclosed else "")
             # DictReader stores the values beyond the last column under None.
             if surplus := fields.pop(None, None):
                 error = error or (
                     f"{len(names) + len(surplus)} values, but the header has {len(names)} columns"
                 )
             yield Record(lines.count, fields, error, lines.position)
+
+
+def _has_open_quote(lines: list[str], delimiter: str) -> bool:
+    """Whether the row in some lines ends within quotes, which csv takes for the end of a field."""
+    try:
+        next(csv.reader(lines, delimiter=delimiter, strict=True), None)
+    except csv.Error as error:
+        return "unexpected end" in str(error)
+    return False
 
 
 def _read_jsonl(path: Path, start: Position) -> Iterator[Record]:

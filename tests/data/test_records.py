@@ -348,3 +348,15 @@ def test_columns_order_ids_and_labels_are_stated(tmp_path: Path) -> None:
         "labels": "column y, by name: cat, dog (2 classes, from data.classes)",
         "missing values": "empty or null: the row fails (run.on_error)",
     }
+
+
+@pytest.mark.parametrize("row", ['"3', '"3\n4\n5', '3 and "4'])
+def test_a_quote_without_an_end_is_an_error_of_its_row(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"a\n1\n2\n{row}")
+    source = data("records", path=path, inputs={"x": {"columns": ["a"]}}, batch_size=8)
+    (batch,) = source.batches()
+    (error,) = batch.errors.values()
+    closed = row.startswith("3")  # a quote in the middle of a field is a character
+    assert ("a quote is not closed" in str(error)) is not closed
+    assert batch.args[0][:2].flatten().tolist() == [1, 2]

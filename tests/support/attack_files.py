@@ -283,7 +283,9 @@ def _bytes(text: str | bytes) -> bytes:
 RECORDS = {
     "a table of one line": _records("a line of", "x.csv", "a,b\n", holes={"x.csv": TERABYTE}),
     "a text of one line": _records("a line of", "x.jsonl", "{", holes={"x.jsonl": TERABYTE}),
-    "a quote without an end": _records("cannot be read", "x.csv", 'a,b\n1,"' + "x\n" * 200_000),
+    "a quote without an end": _records(
+        "a quote is not closed", "x.csv", 'a,b\n1,"' + "x\n" * 200_000
+    ),
     "a formula": _records("not a number of type float32", "x.csv", "a,b\n=cmd|' /C calc'!A0,1\n"),
     "a column that drives the terminal": _records(SHOWN, "x.csv", f"{SCREEN},b\n1,2\n"),
     "a cell that drives the terminal": _records(SHOWN, "x.csv", f"a,b\n{SCREEN},2\n"),
