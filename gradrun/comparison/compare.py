@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradrun.comparison.session import Session, Variant
 from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_config
@@ -16,6 +16,9 @@ from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import CompareResult, Comparison, RunInfo
+
+if TYPE_CHECKING:
+    from gradrun.comparison.whole_runs import WholeRuns
 
 
 class Comparisons(list[Comparison]):
@@ -60,12 +63,13 @@ def compare(
     whole = loaded.config
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
-    variants = _variants(whole, over or ("run.mode", listed), target)
+    axis = over or ("run.mode", listed)
+    variants = _variants(whole, axis, target)
     folder = RunFolder(target, overwrite=True)  # raises before anything runs
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted = False
     with loaded.error_locations():
-        session = Session(variants, whole, trust_code=is_trusted(trust_code))
+        session = _session(axis[0], variants, whole, is_trusted(trust_code))
         try:
             data = session.run(progress)
         except KeyboardInterrupt:
@@ -96,6 +100,17 @@ def compare(
     if interrupted:
         raise Interrupted(result=result)
     return Comparisons(result)
+
+
+def _session(
+    key: str, variants: list[Variant], config: RunConfig, trust_code: bool
+) -> Session | WholeRuns:
+    """Return the session that can measure values of a config key."""
+    if key.partition(".")[0] != "engine":
+        return Session(variants, config, trust_code=trust_code)
+    from gradrun.comparison.whole_runs import WholeRuns  # needs torch in this process
+
+    return WholeRuns(variants, config, trust_code=trust_code)
 
 
 def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) -> list[Variant]:

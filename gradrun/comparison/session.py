@@ -275,23 +275,24 @@ class Session:
         left, processes = self.deadline - time.monotonic(), len(self.process_medians)
         if processes < self.measure.processes:
             return left < cost and processes > 1
-        return left < cost or all(self._is_precise(c) for c in self._comparisons())
-
-    def _is_precise(self, comparison: Comparison) -> bool:
-        """Check whether the interval is narrow enough to stop.
-
-        A ratio near the edge of the no-difference range needs half the width. Stopping on the
-        verdict itself would increase the rate of false positives.
-        """
-        precision, width = self.measure.precision, comparison.relative_width
-        clear = comparison.verdict == "no_difference" or abs(comparison.ratio - 1) >= 2 * precision
-        return width <= (precision if clear else precision / 2)
+        precision = self.measure.precision
+        return left < cost or all(is_precise(c, precision) for c in self._comparisons())
 
     def _comparisons(self) -> list[Comparison]:
         return compare_measured(self.data.measurements, self.measure.precision)
 
     def _warn(self, code: str, text: str) -> None:
         self.data.warnings.append(Warning(code=code, text=text))
+
+
+def is_precise(comparison: Comparison, precision: float) -> bool:
+    """Check whether the interval is narrow enough to stop.
+
+    A ratio near the edge of the no-difference range needs half the width. Stopping on the verdict
+    itself would increase the rate of false positives.
+    """
+    clear = comparison.verdict == "no_difference" or abs(comparison.ratio - 1) >= 2 * precision
+    return comparison.relative_width <= (precision if clear else precision / 2)
 
 
 def _describe_noise(discarded: Sequence[SystemNoise]) -> str:

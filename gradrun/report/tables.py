@@ -404,14 +404,17 @@ def ratios(result: CompareResult) -> Table:
         rate = format_number(size / time.value, size / time.value * time.relative)
         comparison = comparisons.get(name)
         rows.append((name, _time(time), *_ratio(comparison), rate, _verdict(comparison)))
+    unit = "per run" if result.of_whole_runs else "per batch" if per_batch else "per sample"
     columns = (
-        Column("per batch" if per_batch else "per sample", emphasis="strong"),
+        Column(unit, emphasis="strong"),
         Column("ratio", emphasis="strong"),
         Column("95 % CI", emphasis="quiet"),
         Column("samples/s"),
         Column(kind="status"),
     )
     note = "Intervals are over processes; ratios are paired within each process."
+    if result.of_whole_runs:
+        note = "Intervals are over runs; each run is compared with the one before or after it."
     return Table("Time", columns, tuple(rows), note=note if comparisons else "")
 
 

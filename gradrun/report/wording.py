@@ -60,6 +60,9 @@ def _rounds(result: CompareResult, threads: str) -> list[str]:
         return [threads]
     first = next(iter(variants.values()))
     rounds, sizes = sum(len(m.batch_seconds) for m in first), result.batch_sizes
+    if result.of_whole_runs:
+        samples = pluralize(first[0].samples, "sample")
+        return [threads, f"{pluralize(rounds, 'run')} of {samples} per variant"]
     return [
         "" if any("threads=" in name for name in variants) else threads,
         f"batches of {sizes.pop()}" if len(sizes) == 1 else "",

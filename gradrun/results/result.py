@@ -471,6 +471,11 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
             raise ValueError("a round of zero duration, which a clock cannot measure")
 
     @property
+    def of_whole_runs(self) -> bool:
+        """Whether each round of the measurements is a run of all data by an engine."""
+        return any(measured.workers for measured in self.measurements)
+
+    @property
     def batch_sizes(self) -> set[int]:
         """First batch size of each variant."""
         firsts = (measured[0].batch_sizes[:1] for measured in self.by_variant().values())

@@ -372,3 +372,30 @@ def test_threads_of_workers_follow_the_variable_of_openmp(
     config = load_config(config_for("arrays", inputs, tmp_path) | {"run": {}}).config
     assert EngineRequest(config, None, False, ignore).threads(1) == threads
     assert EngineRequest(config, 7, False, ignore).threads(1) == 7
+
+
+def test_numbers_of_workers_are_compared_by_whole_runs(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    config = config_for("arrays", inputs, tmp_path / "out")
+    config |= {
+        "engine": {"source": "processes", "workers": 1},
+        "measure": {"memory": False, "processes": 3, "budget": 5, "precision": 1.0},
+    }
+    compared = gradrun.compare(config, over=("engine.workers", [1, 2])).result
+    assert [m.variant for m in compared.measurements[:2]] == [
+        "engine.workers=1",
+        "engine.workers=2",
+    ]
+    (comparison,) = compared.comparisons
+    seconds = {
+        (m.variant, m.process): m.batch_seconds[0] / m.samples for m in compared.measurements
+    }
+    rounds = [
+        seconds["engine.workers=1", number] / seconds["engine.workers=2", number]
+        for number in range(len(compared.measurements) // 2)
+    ]
+    assert comparison.ratio == pytest.approx(np.exp(np.mean(np.log(rounds))))
+    (outputs,) = compared.equivalence
+    assert outputs.bitwise
+    assert {m.samples for m in compared.measurements} == {COUNT}

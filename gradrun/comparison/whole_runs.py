@@ -1,0 +1,134 @@
+"""Compare variants by whole runs, for settings that a run in one process does not have."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gradrun.comparison.protocol import Failure
+from gradrun.comparison.session import SessionData, Variant, is_precise
+from gradrun.config.schema import RunConfig
+from gradrun.core.errors import ConfigError, GradrunError
+from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.units import pluralize
+from gradrun.engines.infer import infer
+from gradrun.output.formats import FORMATS
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Equivalence, InferResult, Warning
+
+
+class WholeRuns:
+    """Runs all data once per variant and round, alternately; a round counts as a process.
+
+    Starting the workers is not timed, as in `infer`.
+    """
+
+    def __init__(self, variants: Sequence[Variant], config: RunConfig, *, trust_code: bool) -> None:
+        self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
+        self.data = SessionData()
+        self._rounds = 0
+        self._deadline = time.monotonic() + self.measure.budget
+
+    def run(self, progress: ProgressCallback = ignore) -> SessionData:
+        """Run rounds until the intervals are narrow or the budget is spent."""
+        with tempfile.TemporaryDirectory(prefix="gradrun-") as name:
+            while len(self.variants) > 1:
+                total = max(self._rounds + 1, self.measure.processes)
+                progress(Progress("timing whole runs", self._rounds, total))
+                began = time.monotonic()
+                self._run_round(Path(name))
+                if self._is_done(time.monotonic() - began):
+                    break
+        return self.finalize()
+
+    def _run_round(self, folder: Path) -> None:
+        order = self.variants[:: -1 if self._rounds % 2 else 1]
+        for variant in list(order):
+            path = folder / str(self.variants.index(variant))
+            config = variant.config.replace({"output.path": path, "metrics": ()})
+            try:
+                result = infer(config, trust_code=self.trust_code, overwrite=True)
+            except ConfigError:
+                raise
+            except GradrunError as error:
+                self._drop(variant, str(error))
+                continue
+            self._add(variant, result)
+        if not self._rounds:
+            self._compare_outputs(folder)
+        self._rounds += 1
+
+    def _add(self, variant: Variant, result: InferResult) -> None:
+        measured = result.measurements[0]
+        self.data.environment = self.data.environment or result.environment
+        self.data.measurements.append(
+            measured.replace(
+                variant=variant.name,
+                process=self._rounds,
+                batch_seconds=(measured.seconds,),
+                batch_sizes=(measured.samples,),
+                batch_elements=(),
+            )
+        )
+
+    def _drop(self, variant: Variant, error: str) -> None:
+        self.data.failures.append(Failure(variant=variant.name, batch=0, error=error))
+        self.variants.remove(variant)
+
+    def _compare_outputs(self, folder: Path) -> None:
+        """Compare the predictions of each variant with those of the first."""
+        baseline, *others = self.variants
+        form = baseline.config.output.format
+        for number, variant in enumerate(others, 1):
+            bitwise, difference, close = True, 0.0, True
+            chunks = (FORMATS[form].read(folder / str(i)) for i in (0, number))
+            for (_, rows), (_, other_rows) in zip(*chunks, strict=True):
+                for name, values in rows.items():
+                    ours, theirs = torch.from_numpy(values), torch.from_numpy(other_rows[name])
+                    bitwise &= values.tobytes() == other_rows[name].tobytes()
+                    if not bitwise:
+                        gap = (ours.double() - theirs.double()).abs().nan_to_num()
+                        difference = max(difference, float(gap.max()))
+                        close &= torch.allclose(
+                            ours.double(),
+                            theirs.double(),
+                            rtol=self.measure.rtol,
+                            atol=self.measure.atol,
+                            equal_nan=True,
+                        )
+            self.data.equivalence.append(
+                Equivalence(
+                    baseline=baseline.name,
+                    candidate=variant.name,
+                    bitwise=bitwise,
+                    max_abs_diff=difference,
+                    equal=close,
+                )
+            )
+
+    def _is_done(self, cost: float) -> bool:
+        left = self._deadline - time.monotonic()
+        if self._rounds < self.measure.processes:
+            return left < cost and self._rounds > 1
+        comparisons = compare_measured(self.data.measurements, self.measure.precision)
+        return left < cost or all(is_precise(c, self.measure.precision) for c in comparisons)
+
+    def finalize(self) -> SessionData:
+        """Return the collected data with comparisons and warnings."""
+        data, measure = self.data, self.measure
+        data.comparisons = compare_measured(data.measurements, measure.precision)
+        widest = max((c.relative_width for c in data.comparisons), default=0.0)
+        if widest > measure.precision:
+            data.warnings.append(
+                Warning(
+                    code="not_precise",
+                    text=f"the budget of {measure.budget:g} s was spent after "
+                    f"{pluralize(self._rounds, 'round')}, before the intervals were as narrow as "
+                    f"{measure.precision:.1%}; raise measure.budget",
+                )
+            )
+        return data
