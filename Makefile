@@ -84,6 +84,7 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/faults.py
 	$(BIN)/python tests/soak/engines.py --kills 100
+	$(BIN)/python tests/soak/ray_cluster.py
 	$(BIN)/python tests/soak/fuzz.py
 
 golden: .venv/.dev ## rewrite the golden reports; read their diff before you commit

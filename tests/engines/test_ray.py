@@ -1,11 +1,7 @@
-"""The engine `ray` on a real cluster of several raylets, and its errors without one."""
+"""Errors of the engine `ray` without a cluster; tests/soak/ray_cluster.py runs a real one."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,46 +10,8 @@ import pytest
 
 import gradrun
 from gradrun.core.errors import ConfigError
-from tests.conftest import ROOT
 
 pytest.importorskip("ray")
-
-IN_NAMESPACE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
-"""Raylets bind the outward address of the machine; a network namespace has only the loopback."""
-
-
-def _has_namespaces() -> bool:
-    if not (shutil.which("unshare") and shutil.which("ip")):
-        return False
-    return subprocess.run([*IN_NAMESPACE, "true"], capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not _has_namespaces(), reason="needs the right to create a network namespace")
-@pytest.mark.timeout(240)
-def test_a_lost_node_changes_no_byte_and_a_cluster_without_room_is_an_error(
-    tmp_path: Path,
-) -> None:
-    command = [sys.executable, "-m", "tests.engines.ray_cluster", str(tmp_path)]
-    done = subprocess.run(
-        [*IN_NAMESPACE, *command],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = {line["scenario"]: line for line in map(json.loads, done.stdout.splitlines())}
-    plain, lost = found["plain"], found["node lost"]
-    assert plain["equal"]
-    assert plain["complete"]
-    assert len(plain["samples"]) == 2
-    assert plain["engine"][0].startswith("2 Ray workers of 1 CPU at 127.0.0.1:")
-    assert lost["equal"]
-    assert lost["complete"]
-    assert lost["lost"], "the result names the worker that was lost"
-    assert sum(lost["samples"]) == 2000
-    assert found["offer"]["text"].startswith("room for 2 workers of 1 CPU; the cluster has 3 nodes")
-    assert "has no room for a worker of 64 CPUs: the cluster has" in found["too large"]["error"]
 
 
 def _config(tmp_path: Path, **engine: Any) -> dict[str, Any]:
