@@ -99,6 +99,9 @@ class Dispatcher:
             while not current.schedule.finished:
                 current.step()
                 commit()
+                if not current.workers:
+                    progress(Progress(f"starting {self.engine.name}"))
+                    continue
                 done = timed.start + timed.done
                 progress(Progress(f"predicting on {self.engine.name}", done, plan.header.samples))
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from gradrun.config.engine import RayEngine as RaySection
@@ -153,7 +154,10 @@ def start(request: EngineRequest) -> StartedEngine:
                 }
             }
         )
-        return processes.start(request.replace(config=local))
+        started = processes.start(request.replace(config=local))
+        (statement,) = started.statements
+        text = f"{statement.text}; no Ray address is set"
+        return replace(started, statements=(Statement(topic="engine", text=text),))
     request.progress(Progress(f"connecting to Ray at {address}"))
     ray = connect(address)
     try:

@@ -204,7 +204,7 @@ def workers(measured: Measurement) -> Table:
         forward = f"{worker.forward / worker.busy:.0%}" if worker.busy else DASH
         peak = DASH if worker.process_peak is None else format_bytes(worker.process_peak)
         share = f"{worker.samples / total:.0%}"
-        fate = Status(f"lost: {worker.lost}", "bad") if worker.lost else Status("")
+        fate = Status("lost", "bad") if worker.lost else Status("")
         name = f"{worker.worker} on {worker.node}"
         rows.append((name, f"{worker.samples:,}", share, rate, forward, peak, fate))
     columns = (

@@ -46,6 +46,13 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
             f"{machine.threads} threads share {pluralize(machine.cpus, 'processor')}; "
             "run.threads: auto uses one thread per processor",
         )
+    if lost := [worker for worker in measured.workers if worker.lost]:
+        first = lost[0]
+        warn(
+            "workers_lost",
+            f"{pluralize(len(lost), 'worker')} lost, and their samples were run again: worker "
+            f"{first.worker} on {first.node} {first.lost}",
+        )
     texts = measured.padding
     if texts and texts.truncated:
         warn(

@@ -30,7 +30,7 @@ def test_without_an_address_the_workers_are_processes(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     result = gradrun.infer(_config(tmp_path, workers=1))
     assert [s.text for s in result.interpretation if s.topic == "engine"] == [
-        "1 process of 1 thread"
+        "1 process of 1 thread; no Ray address is set"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gradrun.report import plots, tables
 from gradrun.results.result import WorkerRange, WorkerStats
+from gradrun.results.run_warnings import run_warnings
 from tests.support.run_results import measurement, run_result
 
 SPAN = WorkerRange(start=0, stop=300, began=0.0, ended=2.0)
@@ -27,7 +28,7 @@ def test_a_worker_that_was_lost_is_named_with_its_end() -> None:
     rows = [[str(cell) for cell in row] for row in tables.workers(MEASURED).rows]
     assert rows == [
         ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", ""],
-        ["2 on b", "0", "0%", "–", "–", "–", "lost: was killed by SIGKILL"],
+        ["2 on b", "0", "0%", "–", "–", "–", "lost"],
     ]
     timing = {row[0]: [*map(str, row[1:])] for row in tables.timing(MEASURED).rows}
     assert timing["workers"] == ["2.50 s", "cold start of the slowest worker"]
@@ -40,3 +41,13 @@ def test_the_plot_has_a_lane_per_worker_and_marks_a_loss() -> None:
     assert "worker 2" in plot.svg
     assert "× marks the loss" in plot.note
     assert plots.workers(run_result(), "") is None
+
+
+def test_a_loss_is_a_warning_with_its_cause() -> None:
+    environment = run_result().environment
+    (warning,) = [
+        w for w in run_warnings(MEASURED, environment, training=False) if w.code == "workers_lost"
+    ]
+    assert warning.text == (
+        "1 worker lost, and their samples were run again: worker 2 on b was killed by SIGKILL"
+    )
