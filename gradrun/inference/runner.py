@@ -207,6 +207,7 @@ class Runner:
             statements = tuple(
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
+            self._check_activations(first, returned)
             rows = reference_rows(returned, first, self.config)
             counts = transforms.class_counts(
                 self.config.output, returned, first.kwargs, self._facts
@@ -595,6 +596,31 @@ class Runner:
         batch = next(self.data.batches(start - offset))
         batch = batch if batch.size == size else batch.slice(offset, offset + size)
         return self._transfer(batch) if self._transfer else batch
+
+    def _check_activations(self, first: Batch, returned: Any) -> None:
+        """Warn if softmax or sigmoid reads probabilities, in the first and in the last batch."""
+        config, facts = self.config.output, self._facts
+        found = [*transforms.double_activations(config, returned, first.kwargs, facts)]
+        size, samples = self.data.batch_size, self.data.samples
+        # A full batch where possible, because few logits may be within 0 to 1 by chance.
+        start = (samples // size - 1) * size
+        if found and start > 0:
+            with suppress(Exception, SystemExit):  # then the first batch decides
+                last = self.read_batch(start, size)
+                last.raise_errors()
+                again = self.model(*last.args, **last.kwargs)
+                also = [*transforms.double_activations(config, again, last.kwargs, facts)]
+                found = [item for item in found if item in also]
+        for output, activation in found:
+            sums, instead = ", and those of a sample add up to 1", " or argmax"
+            if activation == "sigmoid":
+                sums, instead = "", ", or threshold with output.threshold: 0.5"
+            self._warn(
+                "double_activation",
+                f"the values of output {output!r} before {activation} are all within 0 to 1{sums}: "
+                f"they seem to be probabilities already, and {activation} changes them; use "
+                f"output.transform: none{instead}",
+            )
 
     def check_training_mode(self) -> None:
         """Warn about modules whose training mode affects predictions, if config disables it."""

@@ -403,6 +403,51 @@ def class_counts(
     return counts
 
 
+def double_activations(
+    config: OutputSection,
+    returned: Any,
+    inputs: Inputs = _NO_INPUTS,
+    model: ModelFacts | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Yield (output, transform) where softmax or sigmoid would read probabilities.
+
+    Values are taken for probabilities if they differ and all are within 0 to 1; for softmax, those
+    of a sample must also add up to 1. The transform is the one that is applied, which is sigmoid
+    where the model's config asks for it.
+    """
+    own = _transforms_of(model)
+    functions = _TRANSFORMS | own
+    for output in select_outputs(returned, config):
+        named = [(output.name, output.tensor)]
+        for step in config.transforms_of(output.source):
+            if step in _ACTIVATIONS and own.get(step) is not _no_classes:
+                activation = "sigmoid" if step == "sigmoid" or step in own else "softmax"
+                name, tensor = named[0]
+                dim = None
+                if activation == "softmax":
+                    dim = _class_dim(step, name, tensor, config, inputs)
+                if _are_probabilities(tensor, dim):
+                    yield output.source, activation
+            named = _apply(functions, [step], output._replace(tensor=named[0][1]), config, inputs)
+
+
+_FEW_VALUES = 4
+"""Fewer logits than this may all be within 0 to 1 by chance."""
+
+
+def _are_probabilities(tensor: torch.Tensor, dim: int | None) -> bool:
+    """Whether values seem to be probabilities, with a sum of 1 over the dimension if given."""
+    if not tensor.is_floating_point() or tensor.numel() < _FEW_VALUES:
+        return False
+    low, high = tensor.min(), tensor.max()
+    if not (low >= 0 and high <= 1 and low < high):
+        return False
+    if dim is None:
+        return True
+    sums = tensor.float().sum(dim)
+    return bool(((sums - 1).abs() < (0.02 if _is_half(tensor) else 1e-3)).all())
+
+
 # --- transforms --------------------------------------------------------------------------------
 
 
@@ -664,5 +709,7 @@ _TRANSFORMS: dict[str, _Transform] = {
 _POOLING_STEPS = {"mean_pool", "cls", "last_token"}
 _SCORE_STEPS = {"softmax", "sigmoid", "argmax", "classify", "topk", "threshold", "uint8"}
 """Transforms of scores; metrics read the output before the first of them."""
+_ACTIVATIONS = {"softmax", "sigmoid", "classify"}
+"""Transforms of logits to probabilities."""
 _CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
 """Transforms over the dimension of the classes."""
