@@ -111,7 +111,7 @@ def _exit_with(error: GradrunError, resume_command: str = "") -> None:
 
     text = str(error)
     if error.resumable and error.resume_options:
-        text += f"\nto resume without the failing samples: {resume_command} {error.resume_options}"
+        text += f"\nto resume past the failing sample: {resume_command} {error.resume_options}"
     elif error.resumable:
         text += f"\nto resume: {resume_command}"
     line = Text.assemble(("error: ", "bold red"), escape_control_chars(text))

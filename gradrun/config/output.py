@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,7 +27,11 @@ def _as_tuple(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
-def _unwrap_single(transforms: tuple[str, ...]) -> str | list[str]:
+def _unwrap_single(
+    transforms: tuple[str, ...] | dict[str, tuple[str, ...]],
+) -> str | list[str] | dict[str, Any]:
+    if isinstance(transforms, dict):
+        return {name: _unwrap_single(steps) for name, steps in transforms.items()}
     return transforms[0] if len(transforms) == 1 else list(transforms)
 
 
@@ -51,7 +55,6 @@ OutputName = Annotated[str, AfterValidator(_check_output_name)]
 Transforms = Annotated[
     tuple[Transform, ...],
     BeforeValidator(_as_tuple, json_schema_input_type=Transform | tuple[Transform, ...]),
-    PlainSerializer(_unwrap_single),
 ]
 
 
@@ -67,7 +70,9 @@ class OutputSection(Section):
     name: OutputName | None = Field(
         None, description="name of the written output, if there is one; default: prediction"
     )
-    transform: Transforms | dict[OutputName, Transforms] = Field(
+    transform: Annotated[
+        Transforms | dict[OutputName, Transforms], PlainSerializer(_unwrap_single)
+    ] = Field(
         ("auto",),
         description="one or several, applied in order: [mean_pool, normalize]; or a map from "
         "outputs to transforms: {sentiment: softmax, topic: topk}; auto: sentence_embedding for a "

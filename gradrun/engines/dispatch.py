@@ -31,6 +31,7 @@ from gradrun.inference.infer import RunPlan
 from gradrun.inference.reordering import ReorderBuffer, commit_unit
 from gradrun.inference.runner import (
     QUARANTINE_HINT,
+    SKIP_SAMPLES,
     CommitCallback,
     LargestBatch,
     PreparedRun,
@@ -253,6 +254,11 @@ class _Pass:
             if theirs != ours:
                 return f"{name} is {theirs}, and {ours} in the driver (engine.mixed: allow)"
         if ready.checksum != self._checksum:
+            if ready.environment.cpu == here.cpu:
+                return (
+                    "its predictions of the first batch differ on equal hardware: the model "
+                    "depends on its process, such as arguments, environment or random numbers"
+                )
             return (
                 f"its predictions of the first batch differ; its processor is "
                 f"{ready.environment.cpu}, and {here.cpu} in the driver (engine.mixed: allow)"
@@ -311,7 +317,7 @@ class _Pass:
         if done.flags is not None and isinstance(data, HasFlags):
             data.flags[done.start : done.stop] = np.frombuffer(done.flags, np.uint8)
         if done.error is not None:
-            raise RunFailed(done.error)
+            raise RunFailed(done.error, resume_options=done.resume_options)
 
     def _take_positions(self, start: int, stop: int) -> list[int]:
         return [self._positions.pop(index) for index in range(start, stop)]
@@ -364,6 +370,7 @@ def _result(
         limited_from=0,
         process_peak=None,
         error=error,
+        resume_options=SKIP_SAMPLES if error else "",
     )
 
 

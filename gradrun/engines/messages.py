@@ -101,6 +101,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     process_peak: int | None
     error: str | None
     """The error that ended the run at the samples after the last event."""
+    resume_options: str
+    """Options without which a resume would fail at the same sample."""
     batch_elements: bytes = b""
     """Elements of the inputs of each batch, as int64."""
     largest: tuple[int, int, int] = (0, 0, 0)

@@ -119,6 +119,7 @@ class RangeRunner:
             limited_from=recovery.limited_from,
             process_peak=process_memory.peak_resident()[0],
             error=str(timed.stopped) if timed.stopped else None,
+            resume_options=timed.stopped.resume_options if timed.stopped else "",
         )
 
     @contextmanager

@@ -101,7 +101,10 @@ class BatchRecovery:
         for row in (~finite).nonzero().flatten().tolist():
             text = f"the output of sample {batch.ids[row]} contains NaN or infinity"
             if self.run.on_nonfinite == "stop":
-                raise RunFailed(f"{text}; to continue, set run.on_nonfinite to warn or quarantine")
+                raise RunFailed(
+                    f"{text}; to continue, set run.on_nonfinite to warn or quarantine",
+                    resume_options="--set run.on_nonfinite=quarantine",
+                )
             self._quarantine(start + row, SampleFailure(batch.ids[row], text))
         return outputs, finite
 
@@ -198,7 +201,8 @@ class BatchRecovery:
             raise RunFailed(
                 f"{pluralize(self.quarantine.count, 'sample')} failed, more than run.max_errors "
                 f"allows ({limit}); the last error: {error}; see {self.quarantine.path} "
-                "for all of them"
+                "for all of them",
+                resume_options="--set run.max_errors=null",
             )
 
 

@@ -83,7 +83,7 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 QUARANTINE_HINT = "; set run.on_error: quarantine to skip such samples"
 
-_SKIP_SAMPLES = "--set run.on_error=quarantine"
+SKIP_SAMPLES = "--set run.on_error=quarantine"
 """Lets a resume continue after a sample that fails each time."""
 
 PlanMetrics = Callable[[Sequence[SelectedOutput]], Evaluation | None]
@@ -653,8 +653,10 @@ class Runner:
                 f"{describe_model_error(error, self.mode)}"
             )
         of_sample = not isinstance(error, GradrunError | OSError)
-        skips = of_sample and self.config.run.on_error != "quarantine"
-        stopped = RunFailed(text, resume_options=_SKIP_SAMPLES if skips else "")
+        options = error.resume_options if isinstance(error, GradrunError) else ""
+        if of_sample and self.config.run.on_error != "quarantine":
+            options = SKIP_SAMPLES
+        stopped = RunFailed(text, resume_options=options)
         stopped.__cause__ = error  # as `raise ... from` does; it is raised after saving
         return stopped
 

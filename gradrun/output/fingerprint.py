@@ -104,7 +104,11 @@ def describe_code(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
     """Describe each change in a few words, for example "run.mode changed from grad to no_grad"."""
-    changes = [_change(*change) for change in _changed(before.config, now.config)]
+    changes = [
+        _change(key, old, new)
+        for key, old, new in _changed(before.config, now.config)
+        if (key, old) != ("run.on_nonfinite", "stop")  # no committed prediction is affected
+    ]
     if before.samples != now.samples:
         text = f"the number of samples changed from {before.samples:,} to {now.samples:,}"
         skip = "to skip a row, keep it and set run.on_error: quarantine"

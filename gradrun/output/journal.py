@@ -6,6 +6,7 @@ journal is on the disk.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -215,6 +216,9 @@ class Journal:
         # pydantic's JSON writer rejects file names that are not UTF-8.
         data = json.dumps(line.model_dump(mode="python", exclude_none=True), default=str)
         encoded = data.encode() + b"\n"
+        if os.fstat(self._descriptor).st_nlink == 0:
+            text = "the output folder was removed while the run was writing to it"
+            raise FileNotFoundError(errno.ENOENT, text, str(self.path))
         try:
             files.write_all(self._descriptor, encoded)
             files.sync(self._descriptor)

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from gradrun.config.check import LimitsSection, RegressionSection
+from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 
@@ -126,3 +128,25 @@ def test_replace_changes_keys_and_sections() -> None:
 def test_replace_validates(change: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         make().replace(change)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        "softmax",
+        ["mean_pool", "normalize"],
+        {"sent": "softmax"},
+        {"sent": "softmax", "topic": ["topk"], "pooled": ["mean_pool", "normalize"]},
+    ],
+)
+def test_transforms_survive_a_dump(transform: Any) -> None:
+    output = {"path": "out", "transform": transform}
+    base = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "synthetic", "inputs": {"x": {"shape": [2]}}, "samples": 4},
+    }
+    config = load_config(base | {"output": output}).config
+    dumped = config.model_dump(mode="json")
+    assert load_config(dumped).config == config
+    if isinstance(transform, dict):
+        assert dumped["output"]["transform"].keys() == transform.keys()

@@ -356,6 +356,52 @@ class Net(torch.nn.Module):
 """
 
 
+TWO_HEADS = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return {"sent": x @ torch.ones(1, 3), "topic": x @ torch.arange(4.0)[None]}
+"""
+
+
+def test_each_output_of_workers_has_its_own_transforms(
+    tmp_path: Path, inline: InlineEngines
+) -> None:
+    config = net_config(tmp_path / "net", tmp_path / "one")
+    (tmp_path / "net" / "net.py").write_text(TWO_HEADS)
+    config["output"]["transform"] = {"sent": "softmax", "topic": "argmax"}
+    gradrun.infer(config, trust_code=True)
+    config["output"]["path"] = str(tmp_path / "two")
+    spread(config)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    config["output"]["transform"] = {"sent": "none", "topic": "softmax"}
+    with pytest.raises(ConfigError, match=r"output\.transform"):
+        gradrun.infer(config, trust_code=True, resume=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_advises_the_option_with_which_a_resume_finishes(
+    workers: int, tmp_path: Path, inline: InlineEngines
+) -> None:
+    cases = [
+        ({"bad": [13.0]}, {}, "run.on_error=quarantine"),
+        ({"bad": [13.0, 14.0]}, {"on_error": "quarantine", "max_errors": 1}, "run.max_errors=null"),
+        ({"infinite": [13.0]}, {"on_nonfinite": "stop"}, "run.on_nonfinite=quarantine"),
+    ]
+    for number, (net, run, option) in enumerate(cases):
+        config = net_config(tmp_path / "net", tmp_path / f"out{number}", **net)
+        config["run"] |= run
+        if workers:
+            config["engine"] = {"source": "processes", "workers": workers}
+        with pytest.raises(RunFailed) as caught:
+            gradrun.infer(config, trust_code=True)
+        assert caught.value.resume_options == f"--set {option}"
+        changed = load_config(config, [option])
+        result = gradrun.infer(changed, trust_code=True, resume=True)
+        assert result.quarantined == len(next(iter(net.values())))
+
+
 def test_a_model_that_carries_state_is_refused(tmp_path: Path, inline: InlineEngines) -> None:
     config = net_config(tmp_path / "net", tmp_path / "out")
     (tmp_path / "net" / "net.py").write_text(STATEFUL)

@@ -265,7 +265,7 @@ def test_a_resume_after_a_failing_text_is_advised_with_quarantine(
     answer = cli("infer", "c.yaml", "--trust-code")
     assert answer.code == 1
     assert answer.err.endswith(
-        "to resume without the failing samples: gradrun infer c.yaml --trust-code --resume "
+        "to resume past the failing sample: gradrun infer c.yaml --trust-code --resume "
         "--set run.on_error=quarantine\n"
     )
     skip = ["--set", "run.on_error=quarantine"]

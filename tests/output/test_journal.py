@@ -139,3 +139,12 @@ def test_each_line_is_json(tmp_path: Path) -> None:
     assert first["samples"] == 100
     assert others[0]["start"] == 0
     assert others[0]["files"] == {"predictions.npy": 0}
+
+
+def test_a_removed_journal_is_an_error_of_the_next_commit(tmp_path: Path) -> None:
+    header = JournalHeader(gradrun="0", samples=4, config={}, files={})
+    journal = Journal(tmp_path / "journal.jsonl", header)
+    (tmp_path / "journal.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="the output folder was removed while"):
+        journal.append(CommittedRange(start=0, stop=4, files={}))
+    journal.close()
