@@ -131,6 +131,10 @@ class _Records:
     def checksum(self, stop: int) -> int | None:
         return self._index.checksum(stop)
 
+    @property
+    def id_type(self) -> str:
+        return self._ids.type if self._ids else ""
+
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         columns = [column for spec in self.config.inputs.values() for column in spec.columns]
         shown, more = columns[:_PREVIEW_COLUMNS], ", ..." if columns[_PREVIEW_COLUMNS:] else ""

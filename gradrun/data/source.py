@@ -101,6 +101,15 @@ class HasRowChecksums(Protocol):
 
 
 @runtime_checkable
+class HasIdColumn(Protocol):
+    """A data source whose config may name a column of ids."""
+
+    @property
+    def id_type(self) -> str:
+        """The type of all ids, "whole numbers" or "text"; empty if they are row numbers."""
+
+
+@runtime_checkable
 class HasFlags(Protocol):
     """A data source that notes what it meets while it reads samples, for its statements.
 

@@ -153,9 +153,14 @@ class IdColumn:
         # JSON can contain one half of a surrogate pair, which no file of predictions can.
         return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
+    @property
+    def type(self) -> str:
+        """The type of all ids, in words."""
+        return "whole numbers" if self.whole else "text"
+
     def describe(self) -> str:
         """Describe the ids in a few words."""
-        return f"column {self.column} ({'whole numbers' if self.whole else 'text'})"
+        return f"column {self.column} ({self.type})"
 
     def _is_whole(self, value: Any) -> bool:
         if self._from_text:

@@ -106,6 +106,10 @@ class Texts:
     def checksum(self, stop: int) -> int | None:
         return self._index.checksum(stop)
 
+    @property
+    def id_type(self) -> str:
+        return self._ids.type if self._ids else ""
+
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
         if first not in self._orders:

@@ -23,7 +23,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasFileList, HasRowChecksums
+from gradrun.data.source import BatchSource, HasFileList, HasIdColumn, HasRowChecksums
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
@@ -226,6 +226,7 @@ def open_run(
         listed=file_list,
         by_rows=by_rows,
         classes=model.classes,
+        id_type=data.id_type if isinstance(data, HasIdColumn) else "",
         code=source_files(config.model),
         resolved={"device": device.type, "threads": torch.get_num_threads()},
         versions={

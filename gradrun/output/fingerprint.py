@@ -23,7 +23,12 @@ _MISSING = "missing"
 _UNCOMPARED = {"path", "time", "sampled"}
 """Of the description of a file: its content decides."""
 
-_ADVICE = {"run.threads": "predictions depend on it, so set run.threads to {}"}
+_IDS, _CLASS_NAMES = "the type of the ids", "class names"
+
+_ADVICE = {
+    "run.threads": "predictions depend on it, so set run.threads to {}",
+    _IDS: "all ids of a run have one type, numbers if the whole column has them",
+}
 
 
 def fingerprint(
@@ -34,6 +39,7 @@ def fingerprint(
     listed: Sequence[Path] = (),
     by_rows: Sequence[Path] = (),
     classes: Sequence[str] = (),
+    id_type: str = "",
     code: Mapping[str, Path] | None = None,
     resolved: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -50,6 +56,7 @@ def fingerprint(
         listed: input files that no config key names, for example the images of a folder.
         by_rows: input files whose checksums are in the committed ranges instead.
         classes: class names, which some formats write.
+        id_type: type of the ids in data.id, which may change with a row behind the committed ones.
         code: name and path of each file of the user's code.
         resolved: values of the section `run` that replace "auto".
         versions: versions of libraries, and of weights that are not in a file.
@@ -69,7 +76,9 @@ def fingerprint(
     for key in ("warmup", "on_error", "max_errors"):
         dumped["run"].pop(key)
     if classes and writes_names(config.output):
-        dumped["class names"] = zlib.crc32("\n".join(classes).encode())
+        dumped[_CLASS_NAMES] = zlib.crc32("\n".join(classes).encode())
+    if id_type:
+        dumped[_IDS] = id_type
     dumped["run"].update(resolved or {})
     dumped.update(versions or {})
     if isinstance(config.model, PythonModel):
@@ -145,6 +154,8 @@ def _time(header: JournalHeader, name: str) -> int | None:
 
 
 def _change(key: str, old: Any, new: Any) -> str:
+    if key == _CLASS_NAMES:  # checksums
+        return "the class names changed (data.classes, or those of the model)"
     advice = f" ({_ADVICE[key].format(old)})" if key in _ADVICE else ""
     return f"{key} changed from {old} to {new}{advice}"
 

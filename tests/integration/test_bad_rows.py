@@ -124,6 +124,31 @@ def test_a_stopped_run_resumes_with_quarantine_without_a_change_of_the_data(
     assert np.array_equal(found, expected({21}), equal_nan=True)
 
 
+def test_a_resume_that_would_give_the_ids_another_type_is_refused(tmp_path: Path) -> None:
+    def write(last: str, bad: str) -> None:
+        rows = [f"{i},{i},{bad if i == 21 else 2 * i}" for i in range(ROWS - 1)]
+        (tmp_path / "t.csv").write_text("\n".join(["id,a,b", *rows, f"{last},1,2"]) + "\n")
+
+    keys = config(tmp_path, ".csv")
+    keys["data"]["id"] = "id"
+    keys["output"]["format"] = "jsonl"
+    for before, after, change in (
+        ("40", "z40", "from whole numbers to text"),
+        ("z40", "40", "from text to whole numbers"),
+    ):
+        write(before, bad="")
+        with pytest.raises(RunFailed, match="is empty"):
+            gradrun.infer(keys, overwrite=True)
+        write(after, bad="42")
+        with pytest.raises(ConfigError, match=f"the type of the ids changed {change}"):
+            gradrun.infer(keys, resume=True)
+        write(before, bad="42")
+        assert gradrun.infer(keys, resume=True).resumed_at == 20
+        lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+        kind = int if before == "40" else str
+        assert [json.loads(line)["id"] for line in lines] == [*map(kind, range(40)), kind(before)]
+
+
 @pytest.mark.parametrize("change", ["a predicted row", "a row less", "a quarantined row"])
 def test_a_resume_with_other_predicted_rows_is_refused_and_changes_no_file(
     tmp_path: Path, change: str

@@ -168,7 +168,7 @@ def test_other_class_names_are_another_run_only_where_they_are_written(
             gradrun.infer(keys, progress=stop)
         keys["data"]["classes"] = ["a", "b", "c", "d"]
         if form == "jsonl":
-            with pytest.raises(ConfigError, match="class names changed"):
+            with pytest.raises(ConfigError, match=r"the class names changed \(data\.classes"):
                 gradrun.infer(keys, resume=True)
         else:
             gradrun.infer(keys, resume=True)
