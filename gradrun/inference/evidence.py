@@ -190,12 +190,11 @@ class Evidence:
             # The transforms find the classes of three dimensions by other means than labels.
             if len(target.shape) == 2 and config.dim is None and target.dim != 1:
                 return False
+            # A softmax rounds different scores to equal probabilities, many of them to 0.
             ranked = steps in _RANKED_STEPS and len(target.shape) == 1
-            if steps == ("softmax",):
-                return True
             if self.kind == "class":
                 return steps in _CLASS_STEPS or ranked
-            return self.kind == "top" and ranked and self.k <= config.k
+            return self.kind == "top" and steps == ("topk",) and ranked and self.k <= config.k
         if self.kind == "class" and self.sigmoid:
             threshold = 0.5 if config.threshold is None else config.threshold
             above = steps == ("sigmoid", "threshold") and self.threshold == threshold
@@ -205,7 +204,7 @@ class Evidence:
     def read(self, rows: Outputs) -> torch.Tensor:
         """Return this evidence from predictions [n, ...] that contain it."""
         target, steps, name = self.target, self._written_steps(), self.target.name
-        if not steps or steps in (("softmax",), ("sigmoid",)):
+        if not steps or steps == ("sigmoid",):
             scores = rows[name].reshape(-1, *target.shape)
             return replace(self, sigmoid=self.sigmoid and not steps).of(scores)
         prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
@@ -216,11 +215,6 @@ class Evidence:
             return best if self.kind == "top" else best[:, 0]
         classes = rows[f"{prefix}class" if steps == ("classify",) else name]
         return classes.reshape(-1, *target.class_shape).long().clamp(min=MISSING)
-
-    @property
-    def has_probabilities(self) -> bool:
-        """Whether these are scores, and the predictions have them after a softmax."""
-        return self.kind == "scores" and self._written_steps() == ("softmax",)
 
     def _written_steps(self) -> tuple[str, ...]:
         """The transforms of the scores, without uint8 at the end, which changes no number."""

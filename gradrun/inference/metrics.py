@@ -167,7 +167,7 @@ def plan_metrics(
         output = _find_output(spec, key, outputs)
         target = find_target(output, label, config.output, model, values=spec.name in _VALUES)
         _check_class_count(data.classes or (), target, model.classes)
-        scorers.append(Scorer(spec, key, target, config.output, names))
+        scorers.append(Scorer(spec, key, target, names))
         scorers[-1].check_scores(output.tensor)
     return Evaluation(config, model, data, data.samples, tuple(scorers))
 

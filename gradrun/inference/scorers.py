@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from gradrun.config.output import OutputSection
 from gradrun.config.run import MetricSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
@@ -50,7 +49,6 @@ class Scorer:
         spec: MetricSection,
         key: str,
         target: Target,
-        config: OutputSection,
         names: tuple[str, ...],
     ) -> None:
         """Check that the metric accepts the output.
@@ -59,7 +57,6 @@ class Scorer:
             spec: the metric, at `key` in the config.
             key: see `spec`.
             target: the output.
-            config: the output section.
             names: the names of the classes; () if they have none.
 
         Raises:
@@ -73,8 +70,6 @@ class Scorer:
         self.probabilities = self._scores_are_probabilities()
         """Whether scores are probabilities; None if that is not known."""
         self.evidence = self._find_evidence()
-        if self.evidence.has_probabilities and self.evidence.in_predictions(config):
-            self.probabilities = True
         self._unknown_scale = (
             self.evidence.kind == "scores"
             and target.task == "multiclass"

@@ -80,6 +80,26 @@ def test_metrics_of_scores_equal_scikit_learn(
     assert {metric.name: metric.value for metric in saved.metrics} == found
 
 
+@pytest.mark.parametrize(
+    ("transform", "scale"), [("softmax", 60), (["softmax", "topk"], 60), ("softmax", 1e-9)]
+)
+def test_scores_rank_classes_whose_probabilities_a_softmax_rounds_to_equal_numbers(
+    config: dict[str, Any], tmp_path: Path, transform: str | list[str], scale: float
+) -> None:
+    scores = (SCORES * np.float32(scale)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=scores, y=LABELS)
+    asked = ["accuracy", {"name": "accuracy", "top_k": 3}, "auroc"]
+    found = values(gradrun.infer(config, output={"transform": transform, "k": 3}, metrics=asked))
+    exponents = np.exp(scores - scores.max(1, keepdims=True), dtype=np.float64)
+    probable = exponents / exponents.sum(1, keepdims=True)
+    right = {
+        "accuracy": accuracy_score(LABELS, scores.argmax(1)),
+        "accuracy_top3": top_k_accuracy_score(LABELS, scores, k=3),
+        "auroc": roc_auc_score(LABELS, probable, multi_class="ovr", average="macro"),
+    }
+    assert found == pytest.approx(right, abs=1e-6)
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_metrics_of_the_most_likely_class(config: dict[str, Any], form: str) -> None:
     output = {"transform": "argmax", "format": form}
