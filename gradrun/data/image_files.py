@@ -32,6 +32,11 @@ class ImageList:
     left_out: str = ""
     """A description of the folder's files whose suffix is not read."""
 
+    @property
+    def repeated(self) -> int:
+        """Number of images that are listed before with the same name."""
+        return len(self.names) - len(set(self.names))
+
 
 def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
     """Find the images that a config names; open none of them.

@@ -91,6 +91,10 @@ class _Images:
     def files(self) -> list[Path]:
         return [self._listed.root / name for name in self._listed.names]
 
+    @property
+    def repeated_ids(self) -> int:
+        return self._listed.repeated
+
     def _list_pages(self) -> list[_Page]:
         """Open all files, and return their pages."""
         pages = []
@@ -140,7 +144,8 @@ class _Images:
 
     def statements(self) -> Iterator[Statement]:
         listed, files = self._listed, len(self._listed.names)
-        text = f"{pluralize(files, 'image')}, {listed.order}"
+        distinct = f" ({files - listed.repeated:,} distinct)" if listed.repeated else ""
+        text = f"{pluralize(files, 'image')}{distinct}, {listed.order}"
         yield Statement(topic="files", text=text)
         if listed.left_out:
             yield Statement(topic="files", text=f"{listed.left_out} not read")

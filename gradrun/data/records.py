@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from gradrun.data.tables import (
     Record,
     RowIndex,
     check_columns,
+    describe_absence,
+    describe_order,
     has_fixed_columns,
     parse_number,
     read_labels,
@@ -74,7 +77,7 @@ class _Records:
         """Count the rows, and decide which shape a row has."""
         first: Record | None = None
         problem: SampleError | None = None
-        parsers = {name: _Parser(spec) for name, spec in self.config.inputs.items()}
+        parsers = {name: _Parser(spec, self.path) for name, spec in self.config.inputs.items()}
         shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for record in records:
             self.samples += 1
@@ -128,6 +131,10 @@ class _Records:
                     raise ConfigError(f"{self.path} became shorter while it was read", "data.path")
                 yield self._batch(rows, first)
 
+    @property
+    def repeated_ids(self) -> int:
+        return self._ids.repeated if self._ids else 0
+
     def checksum(self, stop: int) -> int | None:
         return self._index.checksum(stop)
 
@@ -151,8 +158,7 @@ class _Records:
     def statements(self) -> Iterator[Statement]:
         for name, columns in self._columns.items():
             yield Statement(topic=f"input {name}", text=columns.describe())
-        ids = self._ids.describe() if self._ids else "row numbers, from 0"
-        yield Statement(topic="order", text=f"rows as in {self.path.name}; ids: {ids}")
+        yield describe_order(self.path, self._ids)
         if self.config.labels:
             yield describe_labels(f"column {self.config.labels}", self.classes)
         text = "empty or null: the row fails (run.on_error)"
@@ -203,8 +209,8 @@ class _Records:
 class _Parser:
     """Reads the columns of one input as numbers."""
 
-    def __init__(self, spec: RecordInput) -> None:
-        self.spec = spec
+    def __init__(self, spec: RecordInput, path: Path) -> None:
+        self.spec, self.path = spec, path
         self.kind = np.int64 if "int" in spec.dtype else np.float64
         self._parse = _number_parser(spec.dtype)
 
@@ -220,7 +226,8 @@ class _Parser:
             try:
                 row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
             except (ValueError, TypeError, OverflowError):
-                raise SampleError(f"{place}  column {column!r} is {self._problem(value)}") from None
+                problem = self._problem(record, column)
+                raise SampleError(f"{place}  column {column!r} is {problem}") from None
         return row
 
     def stored_shape(self, record: Record) -> tuple[int, ...]:
@@ -237,11 +244,10 @@ class _Parser:
             return np.array(nested, np.float64).tolist()  # type: ignore[no-any-return]
         return [self._parse(item) for item in nested]
 
-    def _problem(self, value: Any) -> str:
-        if value is None:
-            return "missing"
-        if value == "":
-            return "empty"
+    def _problem(self, record: Record, column: str) -> str:
+        value = record.fields.get(column)
+        if value is None or value == "":
+            return describe_absence(self.path, record, column)
         if isinstance(value, list) and any(isinstance(item, list) for item in value):
             return "a list of lists of different lengths, or contains more than numbers"
         return f"{value!r:.60}, not a number of type {self.spec.dtype}"

@@ -68,6 +68,15 @@ class Preview(NamedTuple):
 
 
 @runtime_checkable
+class HasRepeatedIds(Protocol):
+    """A data source whose ids come from the user, who may give several samples the same one."""
+
+    @property
+    def repeated_ids(self) -> int:
+        """Number of samples with the id of an earlier sample."""
+
+
+@runtime_checkable
 class HasPreviews(Protocol):
     """A data source with inputs that a person can recognize."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import json
 import math
@@ -16,12 +17,14 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_optional
 from gradrun.core.suggest import suggest
 from gradrun.data.source import class_number, missing_labels
+from gradrun.results.result import Statement
 
 _PARQUET_ROWS = 1024
 _PARQUET_BUFFER = 256 * 1024
@@ -96,6 +99,15 @@ def has_fixed_columns(path: Path) -> bool:
     return table_suffix(path) not in _JSON_LINES
 
 
+def describe_absence(path: Path, record: Record, column: str) -> str:
+    """Return "empty", "null" or "missing" for a column of a row without a value."""
+    if record.fields.get(column) == "":
+        return "empty"
+    # The reader of csv stores None for the last columns of a short row.
+    null = column in record.fields and table_suffix(path) not in _DELIMITERS
+    return "null" if null else "missing"
+
+
 def check_columns(path: Path, record: Record, columns: Iterable[tuple[str, str]]) -> None:
     """Check that a row has the columns of a config, given as pairs of config key and column.
 
@@ -132,10 +144,13 @@ class IdColumn:
         self.path, self.column = path, column
         self.whole = True
         self._from_text = table_suffix(path) in _DELIMITERS
+        self._hashes = array("q")
 
     def observe(self, record: Record) -> None:
         """Take a row into account for the type; call it for every row before the first `of`."""
         value = record.fields.get(self.column)
+        if value is not None and value != "":
+            self._hashes.append(hash(str(value)))
         self.whole = self.whole and value is not None and self._is_whole(value)
 
     def of(self, record: Record) -> int | str:
@@ -146,7 +161,8 @@ class IdColumn:
         """
         value = record.fields.get(self.column)
         if value is None or value == "":
-            raise SampleError(f"{self.path}:{record.line}  the id {self.column!r} is missing")
+            absence = describe_absence(self.path, record, self.column)
+            raise SampleError(f"{self.path}:{record.line}  the id {self.column!r} is {absence}")
         if self.whole:
             return int(value)
         text = str(value)
@@ -158,9 +174,19 @@ class IdColumn:
         """The type of all ids, in words."""
         return "whole numbers" if self.whole else "text"
 
+    @functools.cached_property
+    def distinct(self) -> int:
+        """Number of different ids, counted by their hashes."""
+        return len(np.unique(np.frombuffer(self._hashes, np.int64))) if self._hashes else 0
+
+    @property
+    def repeated(self) -> int:
+        """Number of rows with the id of an earlier row."""
+        return len(self._hashes) - self.distinct
+
     def describe(self) -> str:
         """Describe the ids in a few words."""
-        return f"column {self.column} ({self.type})"
+        return f"column {self.column} ({self.type}, {self.distinct:,} distinct)"
 
     def _is_whole(self, value: Any) -> bool:
         if self._from_text:
@@ -181,6 +207,13 @@ def id_column(path: Path, column: str | None) -> IdColumn | None:
     for record in read_table(path):
         ids.observe(record)
     return ids
+
+
+def describe_order(path: Path, ids: IdColumn | None) -> Statement:
+    """Return the statement of the order of the samples and of their ids."""
+    rows = "rows" if table_suffix(path) else "lines"
+    described = ids.describe() if ids else "row numbers, from 0"
+    return Statement(topic="order", text=f"{rows} as in {path.name}; ids: {described}")
 
 
 class RowIndex:

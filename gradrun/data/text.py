@@ -15,8 +15,21 @@ from gradrun.config.data import TextData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
-from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
-from gradrun.data.tables import RowIndex, id_column, read_labels, read_table, table_suffix
+from gradrun.data.source import (
+    BatchSource,
+    InputBatcher,
+    Preview,
+    at_positions,
+    describe_labels,
+)
+from gradrun.data.tables import (
+    RowIndex,
+    describe_order,
+    id_column,
+    read_labels,
+    read_table,
+    table_suffix,
+)
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
@@ -103,6 +116,10 @@ class Texts:
                 for begin in range(max(start - first, 0), last, self.batch_size):
                     yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
 
+    @property
+    def repeated_ids(self) -> int:
+        return self._ids.repeated if self._ids else 0
+
     def checksum(self, stop: int) -> int | None:
         return self._index.checksum(stop)
 
@@ -118,6 +135,9 @@ class Texts:
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
+        yield describe_order(self.path, self._ids)
+        if self.config.labels:
+            yield describe_labels(f"column {self.config.labels}", self.classes)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         with closing(read_texts(self.config, self._ids)) as texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from gradrun.data.tables import (
     Position,
     Record,
     check_columns,
+    describe_absence,
     read_lines,
     read_table,
     table_suffix,
@@ -90,7 +92,10 @@ def _text(path: Path, record: Record, columns: tuple[str, ...], sample: int | st
     wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
     problem = record.error
     if wrong is not None:
-        problem = problem or f"{columns[wrong]!r} is {values[wrong]!r:.60}, not a text"
+        value = values[wrong]
+        absent = value is None and describe_absence(path, record, columns[wrong])
+        found = absent or f"{json.dumps(value, default=str):.60}, not a text"
+        problem = problem or f"{columns[wrong]!r} is {found}"
     if problem:
         error = SampleError(f"{place}  {problem}")
         return Text(("",) * len(columns), sample, place, record.end, error=error)

@@ -23,7 +23,13 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasFileList, HasIdColumn, HasRowChecksums
+from gradrun.data.source import (
+    BatchSource,
+    HasFileList,
+    HasIdColumn,
+    HasRepeatedIds,
+    HasRowChecksums,
+)
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
@@ -347,6 +353,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
         *_model_warnings(plan.model, runner.config),
         *_class_warnings(plan.model.classes, prepared.class_counts),
+        *_id_warnings(runner.data),
         *_resume_warnings(plan),
     ]
     if not timed.stopped:
@@ -515,6 +522,16 @@ def _class_warnings(names: Sequence[str], counts: Mapping[str, int]) -> list[War
         )
         for output, count in outputs.items()
     ]
+
+
+def _id_warnings(data: BatchSource) -> Iterator[Warning]:
+    if isinstance(data, HasRepeatedIds) and (repeated := data.repeated_ids):
+        text = (
+            f"{repeated:,} of {pluralize(data.samples, 'sample')} "
+            f"{'has' if repeated == 1 else 'have'} the id of an earlier sample; match predictions "
+            "with their inputs by order, or make the ids unique"
+        )
+        yield Warning(code="repeated_ids", text=text)
 
 
 def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:

@@ -21,7 +21,7 @@ from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.core.progress import Progress
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource
+from gradrun.data.source import BatchSource, HasRepeatedIds
 from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
@@ -212,6 +212,21 @@ def test_all_images_below_a_folder_are_read_in_the_order_of_their_names(tmp_path
     assert batch.ids == ["a.jpg", "b/10.PNG", "b/2.png", "c/d/e.webp"]
     (batch,) = opened(tmp_path, pattern="b/*.png").batches()
     assert batch.ids == ["b/2.png"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv"])
+def test_images_that_a_list_repeats_are_counted(tmp_path: Path, suffix: str) -> None:
+    names = ["1.png", "2.png"]
+    for name in names:
+        save_noise(tmp_path / name, 4, 4)
+    listed = [*names, names[0]]
+    path = tmp_path / f"list.{suffix}"
+    path.write_text("\n".join([*(["file"] if suffix == "csv" else []), *listed]) + "\n")
+    data = opened(path)
+    assert isinstance(data, HasRepeatedIds)
+    assert data.repeated_ids == 1
+    first = next(iter(data.statements()))
+    assert first.text == f"3 images (2 distinct), in the order of list.{suffix}"
 
 
 def test_the_paths_of_a_list_are_relative_to_its_folder(tmp_path: Path) -> None:

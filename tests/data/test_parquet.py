@@ -69,7 +69,7 @@ def test_files_written_by_pandas_are_read(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "a null": ({"a": [1.0, None]}, r"wrong\.parquet:2  column 'a' is missing"),
+    "a null": ({"a": [1.0, None]}, r"wrong\.parquet:2  column 'a' is null"),
     "a text": (
         {"a": ["1", "x"]},
         r"wrong\.parquet:2  column 'a' is 'x', not a number of type float32",

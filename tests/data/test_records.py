@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from gradrun.core.errors import ConfigError, SampleError
-from gradrun.data.source import BatchSource
+from gradrun.data.source import BatchSource, HasRepeatedIds
 from tests.support.sources import data, data_problem, joined, read_all
 
 
@@ -106,7 +106,7 @@ def test_several_inputs_use_different_columns(tmp_path: Path) -> None:
         ("t.csv", b"a,\xff\n1,2\n", "t.csv:1  the row is not UTF-8 text"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1, "b": "x"}\n', "t.jsonl:2  column 'b' is 'x'"),
         ("t.jsonl", '{"a": 1, "b": 2}\n\n{"a": 1}\n', "t.jsonl:3  column 'b' is missing"),
-        ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1, "b": null}\n', "t.jsonl:2  column 'b' is missing"),
+        ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1, "b": null}\n', "t.jsonl:2  column 'b' is null"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1, "b": [2, 3]}\n', "t.jsonl:2  3 values"),
         ("t.jsonl", '{"a": 1, "b": [[1, 2], [3]]}\n', "t.jsonl:1  column 'b'"),
         ("t.jsonl", '{"a": 1, "b": {"c": 1}}\n', "t.jsonl:1  column 'b'"),
@@ -269,7 +269,7 @@ def test_nan_is_passed_on_and_counted_and_a_null_is_an_error(tmp_path: Path) -> 
     for _ in range(2):  # reading a batch again does not count it twice
         (batch,) = source.batches()
     assert batch.args[0][[0, 1, 3], 0].isnan().tolist() == [False, True, False]
-    assert "t.parquet:3  column 'a' is missing" in str(batch.errors[2])
+    assert "t.parquet:3  column 'a' is null" in str(batch.errors[2])
     statements = {one.topic: one.text for one in source.statements()}
     assert statements["missing values"] == (
         "empty or null: the row fails (run.on_error); NaN in 1 row: passed to the model"
@@ -291,7 +291,7 @@ def test_a_row_without_an_id_is_an_error_with_its_line(tmp_path: Path) -> None:
     source = records(tmp_path / "t.csv", "k,a\nx,1\n,2\nz,3\n", ["a"], id="k")
     (batch,) = source.batches()
     assert batch.ids == ["x", "row 1", "z"]
-    assert "t.csv:3  the id 'k' is missing" in str(batch.errors[1])
+    assert "t.csv:3  the id 'k' is empty" in str(batch.errors[1])
 
 
 def test_rows_are_those_of_most_even_if_the_first_one_differs(tmp_path: Path) -> None:
@@ -344,10 +344,54 @@ def test_columns_order_ids_and_labels_are_stated(tmp_path: Path) -> None:
     source = records(tmp_path / "t.csv", text, ["b", "a"], **keys)
     assert {one.topic: one.text for one in source.statements()} == {
         "input x": "b, a, float32 [2]",
-        "order": "rows as in t.csv; ids: column k (whole numbers)",
+        "order": "rows as in t.csv; ids: column k (whole numbers, 2 distinct)",
         "labels": "column y, by name: cat, dog (2 classes, from data.classes)",
         "missing values": "empty or null: the row fails (run.on_error)",
     }
+
+
+@pytest.mark.parametrize("values", [["b", "a", "b", "b"], [-1, -2, -1, -2], ["7", "07", "7", "8"]])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_distinct_and_repeated_ids_are_counted(
+    tmp_path: Path, suffix: str, values: list[Any]
+) -> None:
+    path = tmp_path / f"t.{suffix}"
+    table = pandas.DataFrame({"k": values, "a": range(4)})
+    write = {
+        "csv": lambda: table.to_csv(path, index=False),
+        "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        "parquet": lambda: table.to_parquet(path),
+    }
+    write[suffix]()
+    source = data("records", path=path, inputs={"x": {"columns": ["a"]}}, id="k")
+    assert isinstance(source, HasRepeatedIds)
+    distinct = table["k"].nunique()
+    assert source.repeated_ids == table["k"].duplicated().sum() == 4 - distinct
+    (order,) = [one.text for one in source.statements() if one.topic == "order"]
+    assert f"{distinct} distinct" in order
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"k": 1}', "column 'a' is missing"),
+        ('{"k": 1, "a": null}', "column 'a' is null"),
+        ('{"k": 1, "a": ""}', "column 'a' is empty"),
+        ('{"a": 1}', "the id 'k' is missing"),
+        ('{"k": null, "a": 1}', "the id 'k' is null"),
+    ],
+)
+def test_a_field_that_is_missing_or_null_is_named_as_such(
+    tmp_path: Path, line: str, found: str
+) -> None:
+    source = records(tmp_path / "t.jsonl", f'{{"k": 0, "a": 1}}\n{line}\n', ["a"], id="k")
+    (batch,) = source.batches()
+    assert str(batch.errors[1]).endswith(found)
+
+
+def test_the_last_column_of_a_short_csv_row_is_missing(tmp_path: Path) -> None:
+    (batch,) = records(tmp_path / "t.csv", "b,a\n1,2\n3\n", ["a"]).batches()
+    assert str(batch.errors[1]).endswith("t.csv:3  column 'a' is missing")
 
 
 @pytest.mark.parametrize("row", ['"3', '"3\n4\n5', '3 and "4'])

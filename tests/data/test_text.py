@@ -302,6 +302,32 @@ def facts(data: Texts) -> str:
     return "\n".join(f"{statement.topic}: {statement.text}" for statement in every)
 
 
+def test_order_ids_and_labels_of_texts_are_stated(folder: Path) -> None:
+    (folder / "named.csv").write_text("k,body,y\nb,one,dog\na,two,cat\nb,three,dog\n")
+    keys = {"field": "body", "id": "k", "labels": "y", "classes": ["cat", "dog"]}
+    stated = facts(data := opened(folder, path="named.csv", **keys)).splitlines()
+    assert "order: rows as in named.csv; ids: column k (text, 2 distinct)" in stated
+    assert "labels: column y, by name: cat, dog (2 classes, from data.classes)" in stated
+    assert data.repeated_ids == 1
+    lines = facts(opened(folder)).splitlines()
+    assert "order: lines as in t.txt; ids: row numbers, from 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ('{"k": 1}', "'body' is missing"),
+        ('{"body": null}', "'body' is null"),
+        ('{"body": [true, null]}', "'body' is [true, null], not a text"),
+    ],
+)
+def test_a_field_without_a_text_is_described_in_the_words_of_json(
+    folder: Path, line: str, found: str
+) -> None:
+    (folder / "gap.jsonl").write_text(f'{{"body": "one"}}\n{line}\n')
+    assert text_error(folder, path="gap.jsonl", field="body").endswith(f"gap.jsonl:2  {found}")
+
+
 def test_truncated_texts_are_counted_with_the_longest(folder: Path) -> None:
     (folder / "mixed.txt").write_text("the model\n" * 40 + "the model " * 90 + "\n")
     longest = len(tokenizer_of(folder)("the model " * 90)["input_ids"])

@@ -184,6 +184,18 @@ def test_a_model_without_names_is_described_with_those_of_the_labels(
     assert text in [s.text for s in result.interpretation if s.topic == "classes"]
 
 
+def test_samples_with_the_same_id_are_a_warning(folder: Path, tmp_path: Path) -> None:
+    records = {"source": "records", "inputs": {"x": {"columns": ["a", "b", "c"]}}}
+    table = {"path": str(folder / "x.csv"), **records}
+    for column, distinct in {"name": SAMPLES, "label": CLASSES}.items():
+        result = run(folder, tmp_path / column, table | {"id": column})
+        texts = [one.text for one in result.warnings if one.code == "repeated_ids"]
+        repeated = SAMPLES - distinct
+        assert [text.split(" the id")[0] for text in texts] == (
+            [f"{repeated} of {SAMPLES} samples have"] if repeated else []
+        )
+
+
 def test_quarantined_samples_are_neither_examples_nor_counted(folder: Path, tmp_path: Path) -> None:
     bad = {"model": {"source": "python", "target": f"{folder / 'net.py'}:bad"}}
     result = run(

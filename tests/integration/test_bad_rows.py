@@ -28,13 +28,13 @@ BAD = {
     ".jsonl": {
         "no JSON": ('{"a": 1,', "invalid JSON"),
         "a list": ("[1, 2]", "a line must be one object"),
-        "null": ('{"a": 1, "b": null}', "column 'b' is missing"),
+        "null": ('{"a": 1, "b": null}', "column 'b' is null"),
         "no field": ('{"a": 1}', "column 'b' is missing"),
         "a text": ('{"a": 1, "b": "x"}', "column 'b' is 'x', not a number"),
         "a longer list": ('{"a": 1, "b": [2, 3]}', "3 values for input 'x', but most rows have"),
         "a number out of range": ('{"a": 1, "b": 1e400}', "1e400 is out of range"),
     },
-    ".parquet": {"null": (None, "column 'b' is missing")},
+    ".parquet": {"null": (None, "column 'b' is null")},
 }
 CASES = [(suffix, case) for suffix, cases in BAD.items() for case in cases]
 
