@@ -381,7 +381,7 @@ def test_distinct_and_repeated_ids_are_counted(
         ('{"k": null, "a": 1}', "the id 'k' is null"),
     ],
 )
-def test_a_field_that_is_missing_or_null_is_named_as_such(
+def test_the_error_distinguishes_missing_null_and_empty_fields(
     tmp_path: Path, line: str, found: str
 ) -> None:
     source = records(tmp_path / "t.jsonl", f'{{"k": 0, "a": 1}}\n{line}\n', ["a"], id="k")
