@@ -11,10 +11,11 @@ from gradrun.config.run import MetricSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.inference.evidence import Evidence, Target
+from gradrun.inference.r2 import R2
 from gradrun.output.transforms import Outputs
 from gradrun.results.result import ClassValue, ConfusionMatrix, Metric
 
-_VALUES = {"mse": "MeanSquaredError", "mae": "MeanAbsoluteError", "r2": "R2Score"}
+_VALUES = {"mse": "MeanSquaredError", "mae": "MeanAbsoluteError"}
 _CLASSES = {
     "accuracy": "Accuracy",
     "precision": "Precision",
@@ -232,7 +233,9 @@ class Scorer:
         count = max(2, self.classes)
         self._missing, self._seen = 0, torch.zeros(count, dtype=torch.bool)
         self._support = torch.zeros(count, dtype=torch.int64)
-        if spec.name in _VALUES:
+        if spec.name == "r2":
+            self._metrics = [R2()]
+        elif spec.name in _VALUES:
             torchmetrics = import_optional("torchmetrics", self.key)
             self._metrics = [getattr(torchmetrics, _VALUES[spec.name])()]
         elif self.evidence.kind == "top":
@@ -295,8 +298,7 @@ class Scorer:
 
     def _values(self, values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self.spec.name == "r2":  # the mean over the values of a sample
-            shape = (len(labels), -1) if labels[:1].numel() > 1 else (-1,)
-            return values.reshape(shape), labels.reshape(shape)
+            return values.reshape(len(labels), -1), labels.reshape(len(labels), -1)
         return values.reshape(-1), labels.reshape(-1)
 
     def _class_arguments(

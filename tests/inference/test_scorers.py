@@ -14,6 +14,7 @@ from sklearn import metrics as sk
 import gradrun
 from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.core.progress import Progress
+from gradrun.inference.r2 import R2
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import InferResult, Metric
 
@@ -388,6 +389,33 @@ def test_metrics_of_values_equal_scikit_learn(tmp_path: Path, shape: tuple[int, 
         },
         rel=1e-5,
     )
+
+
+@pytest.mark.parametrize("outlier", [False, True])
+@pytest.mark.parametrize("centre", [1e5, 1.7e12])
+def test_r2_of_labels_far_from_0_equals_scikit_learn(
+    tmp_path: Path, centre: float, outlier: bool
+) -> None:
+    drawn = np.random.default_rng(8)
+    y = np.stack([centre + drawn.normal(size=SAMPLES), drawn.normal(size=SAMPLES)], 1)
+    x = y + 0.3 * drawn.normal(size=y.shape)
+    if outlier:
+        y[0] -= 1000
+    asked = ["r2", {"name": "mse"}]
+    found = values(infer(tmp_path, x, y, metrics=asked))
+    right = {"r2": sk.r2_score(y, x), "mse": sk.mean_squared_error(y, x)}
+    assert found == pytest.approx(right, rel=1e-5)
+
+
+def test_r2_combines_chunks_of_any_size_and_constant_labels() -> None:
+    drawn = np.random.default_rng(9)
+    y = np.stack([1e9 + drawn.normal(size=99), np.full(99, 0.1), np.full(99, 6.1)], 1)
+    x = y + 0.3 * drawn.normal(size=y.shape)
+    x[:, 2] = 6.1
+    metric = R2()
+    for part in np.split(np.arange(99), [1, 2, 40]):
+        metric.update(torch.from_numpy(x[part]), torch.from_numpy(y[part]))
+    assert float(metric.compute()) == pytest.approx((sk.r2_score(y[:, 0], x[:, 0]) + 0 + 1) / 3)
 
 
 CLASSES = DRAWN.integers(0, 4, SAMPLES)
