@@ -10,6 +10,7 @@ import torch
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import DEFAULT_OUTPUT
+from gradrun.output.formats import FORMATS
 from gradrun.output.missing import is_finite
 from gradrun.output.transforms import ModelFacts, Outputs, SelectedOutput, split_steps, widened
 
@@ -184,8 +185,10 @@ class Evidence:
     def in_predictions(self, config: OutputSection) -> bool:
         """Whether the written predictions contain this evidence, without loss."""
         target, steps = self.target, self._written_steps()
-        if not target.name or not steps:
-            return bool(target.name)
+        if not target.name or FORMATS[config.format].joins_outputs(target.name):
+            return False
+        if not steps:
+            return True
         if target.task == "multiclass":
             # The transforms find the classes of three dimensions by other means than labels.
             if len(target.shape) == 2 and config.dim is None and target.dim != 1:

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accuracy_score
 
 import gradrun
-from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.progress import Progress
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
@@ -171,6 +171,52 @@ def test_one_score_for_two_classes(config: dict[str, Any], tmp_path: Path) -> No
     assert found["f1"] == pytest.approx(f1_score(truth, scores > 50), abs=1e-6)
     assert found["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=1e-6)
     assert 0.5 < found["auroc_binned"] <= 1
+
+
+NESTED = """
+from torch import nn
+
+class Net(nn.Module):
+    def forward(self, x):
+        return {returned}
+"""
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize(
+    ("returned", "output"),
+    [
+        ('{"h": (x, -x)}', "h.0"),
+        ('{"h": (-x, x)}', "h.1"),
+        ('{"h": (x[:, :3], x, x[:, 0].round().int())}', "h.1"),
+        ('{"h": {"a": (x.round().int(), x)}}', "h.a.1"),
+        ('{"a.1": -x, "b": x}', "b"),
+    ],
+)
+def test_metrics_of_nested_outputs_do_not_depend_on_the_format(
+    config: dict[str, Any], tmp_path: Path, returned: str, output: str, form: str
+) -> None:
+    (tmp_path / "net.py").write_text(NESTED.replace("{returned}", returned))
+    config["model"] = {"source": "python", "target": f"{tmp_path}/net.py:Net"}
+    config["output"]["format"] = form
+    config["metrics"] = [{"name": "accuracy", "output": output}]
+    result = gradrun.infer(config, trust_code=True)
+    assert not [warning for warning in result.warnings if warning.code.startswith("no_")]
+    assert values(result)["accuracy"] == pytest.approx((CHOSEN == LABELS).mean())
+
+
+def test_csv_refuses_outputs_whose_columns_are_ambiguous(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(NESTED.replace("{returned}", '{"a": x, "a.7": -x[:, 0]}'))
+    config["model"] = {"source": "python", "target": f"{tmp_path}/net.py:Net"}
+    config["output"]["format"] = "csv"
+    config["metrics"] = [{"name": "accuracy", "output": "a"}]
+    with pytest.raises(RunFailed, match=r"of the outputs 'a', 'a\.7' are ambiguous; use"):
+        gradrun.infer(config, trust_code=True)
+    config["output"]["format"] = "jsonl"
+    result = gradrun.infer(config, trust_code=True)
+    assert [m.value for m in result.metrics] == [pytest.approx((CHOSEN == LABELS).mean())]
 
 
 def test_the_squared_error_of_values(config: dict[str, Any], tmp_path: Path) -> None:

@@ -251,6 +251,22 @@ def test_rows_may_have_one_number_or_none(
     assert stored(tmp_path, form).shape == (13, *shape)
 
 
+def test_csv_reads_back_outputs_of_different_shapes_in_one_list(tmp_path: Path) -> None:
+    outputs = {
+        "h.0": numbered(3),
+        "h.1": numbered(2, 2),
+        "h.2": torch.arange(SAMPLES),
+        "a.1": -numbered(2),
+        "b": numbered(1),
+    }
+    fill(new_writer(tmp_path, "csv"), outputs)
+    ((_, found),) = FORMATS["csv"].read(tmp_path)
+    assert found.pop("h").tolist() == outputs.pop("h.0").unsqueeze(1).tolist()  # joined
+    assert found.keys() == outputs.keys()
+    for name, rows in outputs.items():
+        assert np.array_equal(found[name], rows.numpy()), name
+
+
 def test_strided_views_are_written_in_logical_order(tmp_path: Path) -> None:
     rows = numbered(3, 4).transpose(1, 2)
     for form in FORMATS:

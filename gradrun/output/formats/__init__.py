@@ -103,6 +103,8 @@ class Format(NamedTuple):
     """
     files: tuple[str, ...]
     """Patterns of the file names."""
+    joins_outputs: Callable[[str], bool] = lambda _: False
+    """Return whether `read` may yield the output of this name as a part of another."""
     stores_ids: bool = True
     """Whether the files contain the ids of the samples; otherwise ids.txt does."""
 
@@ -125,7 +127,13 @@ FORMATS = {
         stores_ids=False,
     ),
     "jsonl": Format(jsonl.JsonlWriter, jsonl.read, text_writer.checksum, ("predictions.jsonl",)),
-    "csv": Format(csv_table.CsvWriter, csv_table.read, text_writer.checksum, ("predictions.csv",)),
+    "csv": Format(
+        csv_table.CsvWriter,
+        csv_table.read,
+        text_writer.checksum,
+        ("predictions.csv",),
+        csv_table.joins_outputs,
+    ),
     "parquet": Format(
         parquet.ParquetWriter,
         parquet.read,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chu
 Array = np.ndarray[Any, Any]
 
 _BOOLEANS = {"True", "False"}
+
+_Index = tuple[int, ...]
+_Layout = dict[str, tuple[list[int], list[int]]]
 
 
 class CsvWriter(TextWriter):
@@ -40,6 +44,16 @@ class CsvWriter(TextWriter):
             name: [title for title, _ in _flatten(name, values[0])]
             for name, values in columns.items()
         }
+        titles = [title for titles in self._cells.values() for title in titles]
+        twice = {name for name, cells in self._cells.items() if cells != [name]} & {
+            _split(name)[0] for name in columns if _split(name)[1]
+        }
+        if len({*titles}) < len(titles) or twice:
+            listed = ", ".join(map(repr, columns))
+            raise ValueError(
+                f"the columns of the outputs {listed} are ambiguous; use format: jsonl, or another "
+                "name"
+            )
         return _to_csv([["id", *(title for titles in self._cells.values() for title in titles)]])
 
     def lines(self, columns: Columns, ids: Sequence[int | str]) -> str:
@@ -77,15 +91,36 @@ def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
                 yield np.array([number for number, _ in present]), outputs
 
 
-def _layout(titles: Sequence[str]) -> dict[str, tuple[list[int], list[int]]]:
-    """Output name to its column numbers and the shape of a sample."""
-    layout: dict[str, tuple[list[int], list[int]]] = {}
-    for column, title in enumerate(titles):
-        name, *place = re.split(r"\.(?=[0-9.]+$)", title, maxsplit=1)
-        index = [int(part) for part in ".".join(place).split(".")] if place else []
-        columns, _ = layout.setdefault(name, ([], []))
-        columns.append(column)
-        layout[name] = columns, [part + 1 for part in index]  # the last cell has the greatest index
+def joins_outputs(name: str) -> bool:
+    """Whether an output may be read as a part of another, as h.0 and h.1 of one shape are as h."""
+    return bool(_split(name)[1])
+
+
+def _split(title: str) -> tuple[str, _Index]:
+    """Split the numbers from the end of a title: h.0.2 becomes h and (0, 2)."""
+    name, *numbers = re.split(r"\.(?=[0-9]+(?:\.[0-9]+)*$)", title)
+    return name, tuple(map(int, numbers))
+
+
+def _layout(titles: Sequence[str]) -> _Layout:
+    """Output name to its column numbers and the shape of a sample.
+
+    Columns that do not form one array are those of several outputs, such as h.0 and h.1.
+    """
+    cells = [(column, *_split(title)) for column, title in enumerate(titles)]
+    layout: _Layout = {}
+    for (name, _), group in itertools.groupby(cells, lambda cell: (cell[1], len(cell[2]))):
+        layout |= _arrays(name, [(column, index) for column, _, index in group])
+    return layout
+
+
+def _arrays(name: str, cells: list[tuple[int, _Index]]) -> _Layout:
+    shape = [part + 1 for part in cells[-1][1]]  # the last cell has the greatest index
+    if [index for _, index in cells] == [*np.ndindex(*shape)]:
+        return {name: ([column for column, _ in cells], shape)}
+    layout: _Layout = {}
+    for number, group in itertools.groupby(cells, lambda cell: cell[1][0]):
+        layout |= _arrays(f"{name}.{number}", [(column, index[1:]) for column, index in group])
     return layout
 
 
@@ -98,15 +133,19 @@ def _is_text(cell: str) -> bool:
 
 
 def _parse(cells: list[list[str]], shape: list[int]) -> Array:
-    """Parse cells as booleans, integers or float64, whichever the first one is."""
-    first = cells[0][0]
-    if first in _BOOLEANS:
+    """Parse cells as booleans, integers or float64, whichever all of the first row are."""
+    first = cells[0]
+    if all(cell in _BOOLEANS for cell in first):
         values = np.array([[cell == "True" for cell in row] for row in cells])
-    elif first.lstrip("-").isdecimal():
+    elif all(cell.lstrip("-").isdecimal() for cell in first):
         values = np.array([[int(cell) for cell in row] for row in cells])
     else:
-        values = np.array([[float(cell) for cell in row] for row in cells])
+        values = np.array([[_number(cell) for cell in row] for row in cells])
     return values.reshape(len(cells), *shape)
+
+
+def _number(cell: str) -> float:
+    return float(cell == "True") if cell in _BOOLEANS else float(cell)
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
