@@ -56,7 +56,8 @@ def describe_predictions(
     if not output.examples or not isinstance(data, HasPreviews):
         return (), ()
     # Metrics compare the numbers of a model without names with those of the labels.
-    names = model_classes or (data.classes if isinstance(data, HasLabels) else None) or ()
+    label_names = (data.classes if isinstance(data, HasLabels) else None) or model_classes
+    names = model_classes or label_names
     reader = _Reader(output, names, class_counts)
     rows = min(data.samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
     positions = _spread(rows, output.examples)
@@ -77,6 +78,7 @@ def describe_predictions(
             break
     found = sorted(predictions)
     examples = []
+    unlike = len(label_names) != len(names)  # their numbers are those of other classes
     for position, preview, label in zip(
         found, data.previews(found), _labels(data, found), strict=True
     ):
@@ -86,8 +88,8 @@ def describe_predictions(
             input=_shorten(preview.text),
             picture=preview.picture,
             prediction=predictions[position],
-            label="" if label is None else _label_text(label, names),
-            correct=None if label is None or number is None else number == label,
+            label="" if label is None else _label_text(label, label_names),
+            correct=None if label is None or number is None or unlike else number == label,
         )
         examples.append(example)
     return reader.distributions(), tuple(examples)

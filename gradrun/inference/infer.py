@@ -27,6 +27,7 @@ from gradrun.data.source import (
     BatchSource,
     HasFileList,
     HasIdColumn,
+    HasLabels,
     HasRepeatedIds,
     HasRowChecksums,
 )
@@ -40,6 +41,7 @@ from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
+from gradrun.models.class_names import check_order, same_names, shorten
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.python import source_files
 from gradrun.output import class_labels
@@ -222,6 +224,7 @@ def open_run(
     opening = time.perf_counter()
     data = open_data(config.data, seed=config.run.seed, model=config.model)
     opened = time.perf_counter()
+    check_order(_label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()
     by_rows = _files_with_row_checksums(data)
     metrics = partial(plan_metrics, config, data, model=model)
@@ -354,6 +357,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         *_model_warnings(plan.model, runner.config),
         *_class_warnings(plan.model.classes, prepared.class_counts),
         *_id_warnings(runner.data),
+        *_label_warnings(_label_names(runner.data), plan.model.classes),
         *_resume_warnings(plan),
     ]
     if not timed.stopped:
@@ -532,6 +536,22 @@ def _id_warnings(data: BatchSource) -> Iterator[Warning]:
             "with their inputs by order, or make the ids unique"
         )
         yield Warning(code="repeated_ids", text=text)
+
+
+def _label_names(data: BatchSource) -> Sequence[str]:
+    return (data.classes if isinstance(data, HasLabels) else None) or ()
+
+
+def _label_warnings(names: Sequence[str], own: Sequence[str]) -> Iterator[Warning]:
+    """Warn about labels that are compared with classes of other names."""
+    if not names or len(names) != len(own) or same_names(names, own):
+        return
+    text = (
+        f"the labels are {shorten(names)}, and the model's classes are {shorten(own)}: they are "
+        "matched by position; set data.classes to the names of the labels, in the order of the "
+        "model's classes"
+    )
+    yield Warning(code="label_names", text=text)
 
 
 def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:

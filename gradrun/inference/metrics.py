@@ -157,7 +157,6 @@ def plan_metrics(
     import_optional("torchmetrics", "metrics")
     if not isinstance(data, HasLabels):
         raise ConfigError(f"data of source {config.data.source} have no labels", "metrics")
-    _check_class_order(data.classes, model.classes)
     names = tuple(model.classes or data.classes or ())
     first = next(data.labels())
     scorers = []
@@ -175,16 +174,6 @@ def plan_metrics(
 _MAX_LISTED = 6
 _VALUES = {"mse", "mae", "r2"}
 """Metrics of numbers; the others compare classes."""
-
-
-def _check_class_order(classes: Sequence[str] | None, model_classes: Sequence[str]) -> None:
-    """Reject labels with the model's class names in another order."""
-    if classes and sorted(classes) == sorted(model_classes) and list(classes) != [*model_classes]:
-        raise ConfigError(
-            "the labels have the model's classes in another order; set data.classes: "
-            f"[{', '.join(model_classes)}]",
-            "data.classes",
-        )
 
 
 def _check_class_count(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 import gradrun
@@ -186,3 +187,93 @@ def test_a_config_that_was_dumped_is_valid_again(tmp_path: Path, classes: Any) -
     loaded = gradrun.load_config(config(tmp_path, classes=classes)).config
     again = type(loaded).model_validate_json(loaded.model_dump_json())
     assert again == loaded
+
+
+NAMED_MODEL = """
+import torch
+
+class Brightness(torch.nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        self.class_names = names
+
+    def forward(self, image):
+        white = image.mean((1, 2, 3))
+        return torch.stack([4 - 8 * white, 8 * white - 4], 1)
+"""
+
+
+def run_on_folders(folder: Path, names: list[str], **data: Any) -> gradrun.InferResult:
+    """Run a model of dark (0) and bright (1) on images in the folders `black` and `white`."""
+    for label, value in {"black": 0, "white": 255}.items():
+        (folder / "in" / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (4, 4), (value,) * 3).save(folder / "in" / label / f"{number}.png")
+    (folder / "brightness.py").write_text(NAMED_MODEL)
+    return gradrun.infer(
+        {
+            "model": {
+                "source": "python",
+                "target": f"{folder}/brightness.py:Brightness",
+                "args": {"names": names},
+            },
+            "data": {
+                "source": "images",
+                "path": str(folder / "in"),
+                "labels": "folder",
+                "batch_size": 4,
+                **data,
+            },
+            "run": {"warmup": 0},
+            "measure": {"memory": False},
+            "output": {"path": str(folder / "out"), "transform": "classify", "format": "csv"},
+        },
+        trust_code=True,
+    )
+
+
+def label_warnings(result: gradrun.InferResult) -> list[str]:
+    return [warning.text for warning in result.warnings if warning.code == "label_names"]
+
+
+def test_labels_with_other_spelling_of_the_model_classes_are_the_same(tmp_path: Path) -> None:
+    result = run_on_folders(tmp_path, [" Black", "WHITE"])
+
+    assert label_warnings(result) == []
+    assert all(example.correct for example in result.examples)
+    assert {example.label for example in result.examples} == {"black", "white"}
+
+
+def test_labels_with_other_spelling_in_another_order_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"another order; set data.classes: \[white, black\]"):
+        run_on_folders(tmp_path, ["White", "Black"])
+
+
+def test_labels_with_one_name_of_another_class_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'white' is class 0 of the model"):
+        run_on_folders(tmp_path, ["White", "Other"])
+
+
+def test_labels_with_other_names_are_matched_by_position_with_a_warning(tmp_path: Path) -> None:
+    result = run_on_folders(tmp_path, ["dark", "bright"])
+
+    (text,) = label_warnings(result)
+    assert "labels are black, white, and the model's classes are dark, bright" in text
+    assert "set data.classes" in text
+    assert {(e.label, e.prediction.split()[0]) for e in result.examples} == {
+        ("black", "dark"),
+        ("white", "bright"),
+    }
+
+
+def test_listed_classes_settle_the_names_of_the_labels(tmp_path: Path) -> None:
+    result = run_on_folders(tmp_path, ["dark", "bright"], classes=["black", "white"])
+
+    assert label_warnings(result) == []
+    texts = [s.text for s in result.interpretation if s.topic == "classes"]
+    assert texts == ["black, white (2, data.classes, instead of dark, bright in the model)"]
+
+
+def test_listed_classes_with_other_spelling_in_another_order_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"another order; set data.classes: \[white, black\]"):
+        run_on_folders(tmp_path, ["White", "Black"], classes=["black", "white"])
