@@ -87,6 +87,7 @@ def _comparable(*lists: Sequence[str]) -> list[list[str]]:
 
 
 def shorten(names: Sequence[str]) -> str:
+    """Return the first names as text."""
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
