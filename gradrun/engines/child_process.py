@@ -116,11 +116,14 @@ def write_frame(file: IO[bytes], data: bytes) -> None:
     file.flush()
 
 
-def read_frame(file: IO[bytes]) -> bytes | None:
+def read_frame(file: IO[bytes]) -> bytearray | None:
     """Read one message; None at the end of the pipe."""
     header = file.read(_LENGTH.size)
     if len(header) < _LENGTH.size:
         return None
     (size,) = _LENGTH.unpack(header)
-    data = file.read(size)
-    return data if len(data) == size else None
+    data = bytearray(size)
+    view, filled = memoryview(data), 0
+    while filled < size and (count := file.readinto(view[filled:])):  # type: ignore[attr-defined]
+        filled += count
+    return data if filled == size else None

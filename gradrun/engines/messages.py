@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from gradrun.output.transforms import Outputs
@@ -17,7 +18,8 @@ class TensorData(msgspec.Struct, frozen=True, array_like=True):
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: memoryview
+    """Of the message when it is decoded, so that rows are not copied."""
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -130,7 +132,7 @@ def encode(message: Request | Reply) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def decode_request(data: bytes) -> Request:
+def decode_request(data: bytes | bytearray) -> Request:
     """Parse a message to a worker.
 
     Raises:
@@ -140,8 +142,8 @@ def decode_request(data: bytes) -> Request:
     return request
 
 
-def decode_reply(data: bytes) -> Reply:
-    """Parse a message of a worker.
+def decode_reply(data: bytes | bytearray) -> Reply:
+    """Parse a message of a worker; tensors can be written to if `data` can.
 
     Raises:
         ValueError: the bytes are not such a message.
@@ -156,19 +158,20 @@ def pack_tensor(tensor: torch.Tensor) -> TensorData:
     return TensorData(name, tuple(tensor.shape), tensor_bytes(tensor))
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """Return the values of a CPU tensor in row-major order."""
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the values of a CPU tensor in row-major order, without a copy if they are so."""
     if not tensor.numel():
-        return b""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return memoryview(b"")
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def unpack_tensor(packed: TensorData) -> torch.Tensor:
-    """Decode a tensor; it owns its memory."""
+    """Decode a tensor, which shares the memory of the message."""
     dtype = getattr(torch, packed.dtype)
     if not packed.data:
         return torch.empty(packed.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(packed.data), dtype=dtype).reshape(packed.shape)
+    values = torch.from_numpy(np.frombuffer(packed.data, np.uint8))
+    return values.view(dtype).reshape(packed.shape)
 
 
 def pack_rows(outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None) -> Rows:

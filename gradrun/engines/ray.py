@@ -101,7 +101,7 @@ class RayEngine:
             return self._check_room()
         number = self._pending.pop(ready[0])
         try:
-            reply = decode_reply(self._ray.get(ready[0]))
+            reply = decode_reply(bytearray(self._ray.get(ready[0])))
         except self._ray.exceptions.RayError as error:
             self.stop(number)
             return number, Lost(f"was lost ({type(error).__name__}: {_reason(error)})")

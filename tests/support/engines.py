@@ -50,14 +50,14 @@ class InlineEngine:
                 if self.dies(worker, task):
                     self.stop(worker)
                     return worker, Lost("was killed by SIGKILL")
-                return worker, decode_reply(encode(self.runners[worker].run(task)))
+                return worker, decode_reply(bytearray(encode(self.runners[worker].run(task))))
         return None
 
     def _open(self, worker: int) -> Event:
         assert isinstance(self.opening, Open)
         self.runners[worker] = RangeRunner(self.opening)
         try:
-            return decode_reply(encode(self.runners[worker].prepare()))
+            return decode_reply(bytearray(encode(self.runners[worker].prepare())))
         except Exception as error:
             return failed(error)
 
