@@ -12,6 +12,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.inference.evidence import Evidence, Target
 from gradrun.inference.r2 import R2
+from gradrun.inference.score_bins import ScoreBins
 from gradrun.output.transforms import Outputs
 from gradrun.results.result import ClassValue, ConfusionMatrix, Metric
 
@@ -76,6 +77,7 @@ class Scorer:
             and target.task == "multiclass"
             and self.probabilities is None
         )
+        self._bins = ScoreBins(spec.thresholds) if spec.thresholds else None
         self._metrics: list[Any] = []
 
     # --- before the run --------------------------------------------------------------------------
@@ -209,15 +211,18 @@ class Scorer:
     @property
     def surveys(self) -> bool:
         """Whether all evidence must be read once before the metric is computed."""
-        return self.target.task == "classes" or self._unknown_scale
+        return self.target.task == "classes" or self._unknown_scale or self._bins is not None
 
     def survey(self, rows: Outputs) -> None:
-        """Count class numbers, or find out whether scores are probabilities.
+        """Count class numbers, sample scores, or find out whether scores are probabilities.
 
         Scores of several classes are probabilities if those of every sample are from 0 to 1 and
         their sum is 1.
         """
         values = rows[self.evidence.name]
+        if self._bins:
+            scores = self.target.rows(values.double(), wide=True)
+            self._bins.add(scores.reshape(len(scores), -1))
         if self.target.task == "classes":
             self.classes = max(self.classes, int(values.max()) + 1)
         elif self._unknown_scale and self.probabilities is not False:
@@ -233,6 +238,9 @@ class Scorer:
         count = max(2, self.classes)
         self._missing, self._seen = 0, torch.zeros(count, dtype=torch.bool)
         self._support = torch.zeros(count, dtype=torch.int64)
+        if self._bins:
+            scores = self._comparable(self._bins.sample)
+            self._bins.divide(scores.reshape(-1, 1) if spec.average == "micro" else scores)
         if spec.name == "r2":
             self._metrics = [R2()]
         elif spec.name in _VALUES:
@@ -276,7 +284,7 @@ class Scorer:
         if task != "binary" and spec.name not in _WITHOUT_AVERAGE:
             options["average"] = average
         if spec.name == "auroc":
-            options["thresholds"] = spec.thresholds
+            options["thresholds"] = self._bins.thresholds if self._bins else None
         if spec.name == "calibration_error":
             options["n_bins"] = spec.bins or 15
         if spec.top_k:
@@ -345,18 +353,25 @@ class Scorer:
         NaN and infinite scores become those of a wrong class.
         """
         if self.target.task == "multiclass":
-            nonfinite = ~scores.amax(1).isfinite()
+            nonfinite = ~scores.amax(1, keepdim=True).isfinite()
             wrong = torch.nn.functional.one_hot(self._wrong(truth), self.classes).double()
-            scores = scores if self.probabilities or self.spec.top_k else scores.softmax(1)
-            return torch.where(nonfinite[:, None], wrong, scores)
-        nonfinite = ~scores.isfinite()
-        if not self.probabilities:
-            exact = self.spec.name == "auroc" and self.spec.thresholds is None
-            if exact or self.probabilities is None:
+        else:
+            nonfinite, wrong = ~scores.isfinite(), self._wrong(truth).double()
+        scores = self._comparable(scores)
+        if self._bins:
+            scores = self._bins.place(scores.reshape(len(scores), -1)).reshape(scores.shape)
+        elif self.target.task != "multiclass" and not self.probabilities:
+            if self.spec.name == "auroc":
                 scores = (scores / (1 + scores.abs()) + 1) / 2  # the same order, without ties
             else:
                 scores = scores.sigmoid()
-        return torch.where(nonfinite, self._wrong(truth).double(), scores)
+        return torch.where(nonfinite, wrong, scores)
+
+    def _comparable(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that compare samples: exclusive classes need probabilities."""
+        if self.target.task != "multiclass" or self.probabilities or self.spec.top_k:
+            return scores
+        return scores.softmax(1)
 
     def result(self, samples: int) -> Metric:
         """Return the value over all samples."""

@@ -123,6 +123,56 @@ def test_one_score_of_unknown_meaning_is_an_error_that_names_both(
     assert not (tmp_path / "out").exists()
 
 
+BINNED = {"name": "auroc", "thresholds": 100}
+SCALES = {
+    "close together": lambda z: 1000 + 1e-2 * z,
+    "large": lambda z: 1e6 * z,
+    "tiny": lambda z: 1e-7 * z,
+    "one far away": lambda z: np.where(np.arange(SAMPLES).reshape(-1, *[1] * (z.ndim - 1)), z, 1e9),
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"input": "logits"}])
+@pytest.mark.parametrize("name", SCALES)
+def test_thresholds_follow_the_scores(tmp_path: Path, name: str, given: dict[str, str]) -> None:
+    x = SCALES[name](LOGITS.astype(np.float64))
+    found = only(infer(tmp_path, x, TRUTH, metrics=[BINNED | given]))
+    assert found.value == pytest.approx(sk.roc_auc_score(TRUTH, x), abs=0.01)
+
+
+def test_thresholds_of_scores_of_few_kinds_lose_nothing(tmp_path: Path) -> None:
+    x = np.round(LOGITS)
+    x[5] = np.nan  # counts as wrong
+    right = np.where(np.isnan(x), np.where(TRUTH, -99, 99), x)
+    found = only(infer(tmp_path, x, TRUTH, metrics=[BINNED]))
+    assert found.value == pytest.approx(sk.roc_auc_score(TRUTH, right), abs=0.005)
+
+
+@pytest.mark.parametrize("transform", ["none", "softmax", "argmax"])
+@pytest.mark.parametrize("scale", [1e-6, 1, 30])
+def test_thresholds_of_several_classes_follow_each_class(
+    tmp_path: Path, scale: float, transform: str
+) -> None:
+    x = SCORES[:, :4] * np.float32(scale)
+    found = only(infer(tmp_path, x, CLASSES, metrics=[BINNED], output={"transform": transform}))
+    likely = softmax(x)
+    columns = [sk.roc_auc_score(c == CLASSES, likely[:, c]) for c in range(4)]
+    assert found.value == pytest.approx(np.mean(columns), abs=0.01)
+
+
+def test_thresholds_of_several_labels_are_shared_by_a_micro_average_only(tmp_path: Path) -> None:
+    x = (DRAWN.normal(size=(SAMPLES, 3)) * [1, 1e4, 1e-4]).astype(np.float32)
+    y = (x * (1 + DRAWN.normal(size=x.shape)) > 0).astype(np.int64)
+    asked = [BINNED, BINNED | {"average": "micro", "alias": "micro"}]
+    assert values(infer(tmp_path, x, y, metrics=asked)) == pytest.approx(
+        {
+            average: sk.roc_auc_score(y, x, average=kind)
+            for average, kind in (("auroc", "macro"), ("micro", "micro"))
+        },
+        abs=0.01,
+    )
+
+
 def test_the_calibration_error_equals_the_gap_per_bin(tmp_path: Path) -> None:
     def gap(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
         index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
