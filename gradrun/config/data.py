@@ -41,16 +41,13 @@ class _Input(Section):
 
 
 def _read_class_names(value: object, info: ValidationInfo) -> object:
-    """Replace the name of a text file by its lines, and a map {0: cat, 1: dog} by its names.
+    """Replace the name of a text file by its lines, and a map by its names.
 
     Raises:
-        ValueError: the file cannot be read, or the numbers of the map are not 0, 1, 2, ...
+        ValueError: the file cannot be read, or a map has no names for 0, 1, 2, ...
     """
     if isinstance(value, dict):
-        numbered = {str(number): name for number, name in value.items()}
-        if {*numbered} != {*map(str, range(len(numbered)))}:
-            raise ValueError("the numbers of the classes must be 0, 1, 2, ... without gaps")
-        return tuple(numbered[str(number)] for number in range(len(numbered)))
+        return _names_in_map(value)
     if not isinstance(value, str | Path):
         return tuple(value) if isinstance(value, list) else value
     path = info.context.input_file(Path(value)) if info.context else Path(value)
@@ -67,6 +64,26 @@ def _read_class_names(value: object, info: ValidationInfo) -> object:
     return names
 
 
+def _names_in_map(value: dict[object, object]) -> tuple[object, ...]:
+    """Return the names of a map {0: cat, 1: dog} or {cat: 0, dog: 1} in the order of the numbers.
+
+    Raises:
+        ValueError: the numbers are not 0, 1, 2, ..., or keys and values are numbers.
+    """
+    pairs = [*value.items()]
+    if pairs and all(type(number) is int for number in value.values()):
+        if all(str(key).isdecimal() for key in value):
+            raise ValueError(
+                "the map has numbers on both sides; write a list of names, such as ['3', '7'], in "
+                "the order of the model's classes"
+            )
+        pairs = [(number, name) for name, number in pairs]
+    numbered = {str(number): name for number, name in pairs}
+    if {*numbered} != {*map(str, range(len(pairs)))}:
+        raise ValueError("the numbers of the classes must be 0, 1, 2, ... without gaps, each once")
+    return tuple(numbered[str(number)] for number in range(len(pairs)))
+
+
 def _check_unique(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if names and len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
@@ -80,7 +97,7 @@ Classes = Annotated[
     AfterValidator(_check_unique),
     Field(
         description="class names in the order of the model's classes; a text file with one per "
-        "line; or a map {0: cat, 1: dog}; default: the model's own",
+        "line; or a map {0: cat, 1: dog} or {cat: 0, dog: 1}; default: the model's own",
     ),
 ]
 

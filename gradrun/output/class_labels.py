@@ -81,7 +81,10 @@ class ClassLabels:
     def describes(self, outputs: Outputs) -> bool:
         """Whether an output contains class numbers, or one score per class."""
         count = len(self.classes)
-        scores = (count in tensor.shape[1:] for tensor in outputs.values())
+        scores = (
+            self.counts[name] == count if name in self.counts else count in tensor.shape[1:]
+            for name, tensor in outputs.items()
+        )
         return count > 0 and (bool(self.columns(outputs)) or any(scores))
 
     def text(self) -> str:

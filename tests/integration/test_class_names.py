@@ -177,6 +177,38 @@ def test_other_class_names_are_another_run_only_where_they_are_written(
             assert text == "a\nb\nc\nd\n"
 
 
+def test_a_map_of_classes_may_give_the_number_of_each_name(tmp_path: Path) -> None:
+    keys = config(tmp_path, "jsonl", classes={NAMES[i]: i for i in (2, 0, 3, 1)})
+    keys["output"]["transform"] = "argmax"
+    gradrun.infer(keys)
+    assert names_in(tmp_path / "out", "jsonl", "", "label") == np.array(NAMES)[ORDER[:, 0]].tolist()
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        ({"cat": 0, "dog": 2}, "without gaps, each once"),
+        ({"cat": 0, "dog": 0}, "without gaps, each once"),
+        ({"cat": 0, "dog": "1"}, "without gaps, each once"),
+        ({0: 1, 1: 0}, "the map has numbers on both sides; write a list of names"),
+    ],
+)
+def test_a_map_of_classes_without_one_name_per_number_is_an_error(
+    tmp_path: Path, classes: dict[Any, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        gradrun.infer(config(tmp_path, classes=classes))
+
+
+@pytest.mark.parametrize("transform", ["topk", "classify", "softmax", "argmax"])
+def test_names_of_another_number_of_classes_are_in_no_file(tmp_path: Path, transform: str) -> None:
+    keys = config(tmp_path, classes=["a", "b"])  # and four scores per row
+    keys["output"] |= {"transform": transform, "k": 2}
+    result = gradrun.infer(keys)
+    assert not (tmp_path / "out" / "classes.txt").exists()
+    assert [w.code for w in result.warnings if w.code == "class_names"]
+
+
 def test_a_map_of_classes_with_a_gap_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be 0, 1, 2, \.\.\. without gaps"):
         gradrun.infer(config(tmp_path, classes={0: "cat", 2: "dog"}))
