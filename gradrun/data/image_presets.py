@@ -18,6 +18,7 @@ from gradrun.data.image_transforms import (
     Pixels,
     Preprocessing,
     Sizes,
+    check_pixel_range,
     describe_steps,
     eight_bit,
     normalized,
@@ -221,7 +222,15 @@ def _processor(config: ImagesData, source: str | Path) -> Preprocessing:
             ".safetensors, and read them with source: arrays",
             "data.processor",
         ) from error
+    scale = _scale_of(vars(processor) | overrides)
+    check_pixel_range(config, scale)
     return Preprocessing(transform, mode, _processor_statements(processor, mode, overrides))
+
+
+def _scale_of(settings: dict[str, Any]) -> float:
+    """Return the factor of pixels from 0 to 255 in the settings of a processor."""
+    factor = settings.get("rescale_factor")
+    return (FULL_SCALE if factor is None else factor) if settings.get("do_rescale") else 1
 
 
 def _pixel_values(outputs: Any) -> Pixels:
@@ -257,13 +266,12 @@ def _processor_statements(
     known = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
     others = {key for key, value in settings.items() if key.startswith("do_") and value is True}
     steps += [key.removeprefix("do_").replace("_", " ") for key in sorted(others - known)]
-    scale = settings.get("rescale_factor", FULL_SCALE) if settings.get("do_rescale") else 1
     mean, std = (
         settings.get(key) if settings.get("do_normalize") else None
         for key in ("image_mean", "image_std")
     )
     text = f"{_name(processor)}: {', '.join([*steps, mode])}"
-    return describe_steps(text, scale, mean, std)
+    return describe_steps(text, _scale_of(settings), mean, std)
 
 
 def _name(processor: Any) -> str:

@@ -103,6 +103,7 @@ def normalized(
             )
     if std is not None and not all(std):
         raise ConfigError("a standard deviation must not be 0", "data.std")
+    check_pixel_range(config, scale)
 
     def transform(image: Any) -> Pixels:
         pixels: Pixels = np.array(geometry(image), np.float32, order="C")
@@ -114,6 +115,36 @@ def normalized(
         return pixels
 
     return Preprocessing(transform, mode, describe_steps(text, scale, mean, std))
+
+
+_MAX_OF_UNIT = {"mean": 1.0, "std": 4.0}
+"""Greatest mean and std for pixels from 0 to 1; those for 0 to 255 are about 57 and more.
+
+A std of 1 or 2 is a scale of its own, as some models use it.
+"""
+
+
+def check_pixel_range(config: ImagesData, scale: float) -> None:
+    """Reject a mean or std of the config for pixels from 0 to 255 if they are scaled to 0 to 1.
+
+    Args:
+        config: the section with `mean` and `std`.
+        scale: the factor of pixels from 0 to 255.
+
+    Raises:
+        ConfigError: a value is too large for the range of the pixels.
+    """
+    if scale * 255 > 1.01:
+        return
+    for key, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and max(values) > _MAX_OF_UNIT[key]:
+            divided = ", ".join(f"{value / 255:.3g}" for value in values)
+            raise ConfigError(
+                f"{key} is [{', '.join(f'{value:g}' for value in values)}], for pixels from 0 to "
+                f"255, but pixels are scaled to 0 to {scale * 255:.3g} first; set data.scale: 1, or "
+                f"{key}: [{divided}]",
+                f"data.{key}",
+            )
 
 
 def describe_steps(text: str, scale: float, mean: Any, std: Any) -> tuple[Statement, ...]:

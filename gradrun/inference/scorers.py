@@ -409,6 +409,14 @@ class Scorer:
             for name, value in zip(names, values.tolist(), strict=True)
         )
 
+    def _averaged(self) -> torch.Tensor:
+        """Return which classes an average is taken over, bool [classes]."""
+        if self._averages_here or self._average() == "weighted" or self.evidence.kind == "scores":
+            return self._support > 0
+        if self.target.task == "multilabel":
+            return torch.ones(self.classes, dtype=torch.bool)
+        return self._seen | (self._support > 0)
+
     def _class_names(self) -> tuple[str, ...]:
         count = max(2, self.classes)
         return self.names if len(self.names) == count else tuple(map(str, range(count)))
@@ -426,7 +434,10 @@ class Scorer:
         elif task != "binary" and spec.name not in _WITHOUT_AVERAGE and self.evidence.kind != "top":
             noun = "labels" if task == "multilabel" else "classes"
             if (average := self._average()) != "micro":
-                parts.append(f"{average} over {self.classes} {noun}")
+                averaged = int(self._averaged().sum())
+                count = max(averaged, self.classes)
+                of = f" of {count}" if averaged < count else ""
+                parts.append(f"{average} over {averaged}{of} {noun}")
         if self.evidence.kind == "class" and task in {"binary", "multilabel"}:
             what = "probability" if self.evidence.sigmoid or self.probabilities else "score"
             parts.append(f"1 if {what} > {self.evidence.threshold:g}")

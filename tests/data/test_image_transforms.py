@@ -45,6 +45,39 @@ def test_pixels_are_scaled_and_normalized_per_channel(tmp_path: Path) -> None:
     assert torch.allclose(batch.args[0][0].double(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("preset", ["none", "imagenet", "processor"])
+@pytest.mark.parametrize(
+    ("key", "values", "divided"),
+    [
+        ("mean", (123.675, 116.28, 103.53), r"\[0.485, 0.456, 0.406\]"),
+        ("std", (58.395, 57.12, 57.375), r"\[0.229, 0.224, 0.225\]"),
+    ],
+)
+def test_a_mean_or_std_for_pixels_to_255_is_refused_if_pixels_are_scaled_to_1(
+    tmp_path: Path, preset: str, key: str, values: tuple[float, ...], divided: str
+) -> None:
+    save_noise(tmp_path / "a.png", 300, 300)
+    keys: dict[str, Any] = {"preprocess": preset, key: values}
+    if preset == "processor":
+        import_transformers("")
+        file = {"image_processor_type": "CLIPImageProcessor"} | PROCESSORS["CLIPImageProcessor"]
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(file))
+        keys["processor"] = tmp_path
+    with pytest.raises(ConfigError, match=f"set data.scale: 1, or {key}: {divided}") as raised:
+        opened(tmp_path, **keys)
+    assert raised.value.key == f"data.{key}"
+
+
+def test_a_mean_and_std_for_pixels_to_255_apply_with_scale_1(tmp_path: Path) -> None:
+    save_noise(tmp_path / "a.png", 3, 2)
+    with Image.open(tmp_path / "a.png") as image:
+        pixels = np.array(image, np.float64).transpose(2, 0, 1)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    (batch,) = opened(tmp_path, scale=1, mean=mean, std=std).batches()
+    expected = (pixels - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))
+    assert np.allclose(batch.args[0][0].numpy(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_images_of_every_mode_are_converted_to_the_mode_of_the_config(
     tmp_path: Path, mode: str

@@ -496,12 +496,26 @@ def test_values_per_class_and_the_confusion_matrix_name_the_classes(tmp_path: Pa
         assert [v.value for v in metric.per_class[:4]] == pytest.approx(expected, abs=1e-6)
         assert np.isnan(metric.per_class[4].value)
         assert metric.value == pytest.approx(np.mean(expected), abs=1e-6)
-        assert metric.note == "macro over 5 classes"
+        assert metric.note == "macro over 4 of 5 classes"
     matrix = result.metrics[3].matrix
     assert matrix is not None
     assert matrix.classes == Named.class_names
     expected = sk.confusion_matrix(CLASSES, said, labels=range(5))
     assert np.array_equal(matrix.counts, expected)
+
+
+def test_the_note_of_an_average_counts_the_classes_that_occur(tmp_path: Path) -> None:
+    truth = np.array([0, 0, 1, 1, 0, 1])
+    scores = np.eye(4, dtype=np.float32)[[0, 1, 1, 1, 3, 1]]  # class 2 occurs nowhere
+    asked = [{"name": "iou"}, {"name": "dice"}, {"name": "f1", "average": "weighted"}, "auroc"]
+    iou, dice, weighted, auroc = infer(tmp_path, scores, truth, metrics=asked).metrics
+    # TP, FP, FN: 1, 0, 2 of class 0; 3, 1, 0 of class 1; 0, 1, 0 of class 3.
+    assert iou.value == pytest.approx(np.mean([1 / 3, 3 / 4, 0]), abs=1e-6)
+    assert dice.value == pytest.approx(np.mean([2 / 4, 6 / 7, 0]), abs=1e-6)
+    assert weighted.value == pytest.approx(np.mean([2 / 4, 6 / 7]), abs=1e-6)
+    assert (iou.note, dice.note) == ("macro over 3 of 4 classes",) * 2
+    assert weighted.note == "weighted over 2 of 4 classes"
+    assert auroc.note.startswith("macro over 2 of 4 classes")
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
