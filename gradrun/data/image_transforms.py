@@ -138,11 +138,11 @@ def check_pixel_range(config: ImagesData, scale: float) -> None:
         return
     for key, values in (("mean", config.mean), ("std", config.std)):
         if values is not None and max(values) > _MAX_OF_UNIT[key]:
+            given = ", ".join(f"{value:g}" for value in values)
             divided = ", ".join(f"{value / 255:.3g}" for value in values)
             raise ConfigError(
-                f"{key} is [{', '.join(f'{value:g}' for value in values)}], for pixels from 0 to "
-                f"255, but pixels are scaled to 0 to {scale * 255:.3g} first; set data.scale: 1, or "
-                f"{key}: [{divided}]",
+                f"{key} is [{given}], for pixels from 0 to 255, but pixels are scaled to 0 to "
+                f"{scale * 255:.3g} first; set data.scale: 1, or {key}: [{divided}]",
                 f"data.{key}",
             )
 
