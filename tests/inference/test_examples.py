@@ -184,6 +184,27 @@ def test_a_model_without_names_is_described_with_those_of_the_labels(
     assert text in [s.text for s in result.interpretation if s.topic == "classes"]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("transform", ["argmax", "classify"])
+def test_a_prediction_of_nan_is_wrong_in_the_metrics_of_every_format(
+    folder: Path, tmp_path: Path, form: str, transform: str
+) -> None:
+    scores, labels = arrays(folder)
+    scores[[1, 6]] = np.nan
+    np.savez(tmp_path / "x.npz", scores=scores, labels=labels)
+    result = run(
+        folder,
+        tmp_path / "out",
+        ARRAYS | {"path": str(tmp_path / "x.npz")},
+        metrics=["accuracy"],
+        output={"format": form, "transform": transform},
+    )
+    right = (scores.argmax(1) == labels) & np.isfinite(scores).all(1)
+    assert result.metrics[0].value == pytest.approx(right.mean())
+    assert [one.code for one in result.warnings if one.code == "nonfinite"] == ["nonfinite"]
+    assert gradrun.verify(tmp_path / "out").complete
+
+
 def test_samples_with_the_same_id_are_a_warning(folder: Path, tmp_path: Path) -> None:
     records = {"source": "records", "inputs": {"x": {"columns": ["a", "b", "c"]}}}
     table = {"path": str(folder / "x.csv"), **records}

@@ -27,6 +27,7 @@ from gradrun.output.formats import (
     text_writer,
 )
 from gradrun.output.journal import CommittedRange, JournalHeader, JournalState
+from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.transforms import Outputs
 from gradrun.output.verification import damaged_ranges
 from gradrun.results.result import DamagedRange
@@ -348,6 +349,42 @@ def test_class_names_are_written_and_a_missing_prediction_is_null(
     target.write(numbers, range(3), torch.tensor([True, False, True]))
     target.close()
     assert "".join(contents(tmp_path)[f"predictions.{form}"].decode()) == expected
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("transform", ["argmax", "classify", "topk"])
+@pytest.mark.parametrize("classes", [(), ("a", "b", "c")])
+@pytest.mark.parametrize("nans", [[1], [0], [0, 1, 2]])
+def test_the_class_of_nan_scores_is_empty_in_tables_and_read_as_missing(
+    tmp_path: Path, form: str, transform: str, classes: tuple[str, ...], nans: list[int]
+) -> None:
+    best = torch.tensor([2, 0, 1])
+    best[nans] = MISSING_CLASS
+    scores = torch.tensor([0.5, 0.25, 1.0])
+    scores[nans] = torch.nan
+    second = torch.tensor([[1], [2], [0]])
+    outputs = {
+        "argmax": {DEFAULT_OUTPUT: best},
+        "classify": {"class": best, "score": scores},
+        "topk": {
+            "values": scores[:, None].repeat(1, 2),
+            "indices": torch.cat([best[:, None], second], 1),
+        },
+    }[transform]
+    config = OutputSection(path=tmp_path, format=form, transform=(transform,))
+    target = open_writer(config, 3, classes=classes)
+    target.open(outputs)
+    target.write(outputs, range(3))
+    assert [part.nonfinite for part in target.close()] == [len(nans)]
+    if form != "parquet":
+        text = (tmp_path / f"predictions.{form}").read_text()
+        assert str(MISSING_CLASS) not in text
+        assert text.count("null") == (len(nans) if form == "jsonl" else 0)
+    ((numbers, rows),) = FORMATS[form].read(tmp_path)
+    assert numbers.tolist() == [0, 1, 2]
+    for name, tensor in outputs.items():
+        np.testing.assert_array_equal(rows[name], tensor.numpy())
+    assert {name.rpartition(".")[2] for name in rows} - {"label", "labels"} == {*outputs}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "int64", "uint8", "bool"])

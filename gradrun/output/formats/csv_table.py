@@ -1,7 +1,8 @@
 """One row of comma-separated values per sample: its id and one column per number.
 
 Several numbers of an output are in columns prediction.0, prediction.1, and so on. A float is
-written with enough digits to read back the same bits. A missing prediction is empty cells.
+written with enough digits to read back the same bits. A missing prediction is empty cells, and a
+missing class an empty cell.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chunks
+from gradrun.output.missing import MISSING_CLASS
 
 Array = np.ndarray[Any, Any]
 
@@ -75,18 +77,27 @@ class CsvWriter(TextWriter):
 
 
 def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield the rows without empty cells, some lines at a time."""
+    """Yield the rows, some lines at a time; missing classes as MISSING_CLASS.
+
+    Rows of empty cells are omitted, unless they can be missing classes.
+    """
+    types: dict[str, set[type]] = {}
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
         layout = _layout(next(rows)[1:])
         for chunk in numbered_chunks(rows):
-            # All cells of a missing prediction are empty; the name of a class may be, too.
-            present = [(number, cells[1:]) for number, cells in chunk if any(cells[1:])]
+            for name, (columns, _) in layout.items():
+                filled = (filter(None, [row[1 + i] for _, row in chunk]) for i in columns)
+                types[name] = types.get(name, set()) | _types_of(filled)
+            numbers = {name: _common_type(types[name]) for name in layout}
+            numbers = {name: kind for name, kind in numbers.items() if kind is not str}
+            classes = {*numbers.values()} <= {int}
+            present = [(number, row[1:]) for number, row in chunk if classes or any(row[1:])]
             if present:
                 outputs = {
-                    name: _parse([[cells[i] for i in columns] for _, cells in present], shape)
-                    for name, (columns, shape) in layout.items()
-                    if not any(_is_text(cells[columns[0]]) for _, cells in present)
+                    name: _parse([[row[i] for i in columns] for _, row in present], shape, kind)
+                    for name, kind in numbers.items()
+                    for columns, shape in [layout[name]]
                 }
                 yield np.array([number for number, _ in present]), outputs
 
@@ -124,28 +135,44 @@ def _arrays(name: str, cells: list[tuple[int, _Index]]) -> _Layout:
     return layout
 
 
-def _is_text(cell: str) -> bool:
+def _types_of(columns: Iterable[Iterator[str]]) -> set[type]:
+    """Return the types of the columns of an output: text if any cell of the first is text."""
+    found: set[type] = set()
+    for column, cells in enumerate(columns):
+        found |= {_type_of(cell) for cell in (itertools.islice(cells, 1) if column else cells)}
+    return found
+
+
+def _type_of(cell: str) -> type:
     try:
         float(cell)
     except ValueError:
-        return cell not in _BOOLEANS
-    return False
+        return bool if cell in _BOOLEANS else str
+    return int if cell.lstrip("-").isdecimal() else float
 
 
-def _parse(cells: list[list[str]], shape: list[int]) -> Array:
-    """Parse cells as booleans, integers or float64, whichever all of the first row are."""
-    first = cells[0]
-    if all(cell in _BOOLEANS for cell in first):
-        values = np.array([[cell == "True" for cell in row] for row in cells])
-    elif all(cell.lstrip("-").isdecimal() for cell in first):
-        values = np.array([[int(cell) for cell in row] for row in cells])
-    else:
-        values = np.array([[_number(cell) for cell in row] for row in cells])
-    return values.reshape(len(cells), *shape)
+def _common_type(types: set[type]) -> type:
+    """Return the type of an array; int for columns that were empty so far."""
+    if str in types:
+        return str
+    return next(iter(types), int) if len(types) < 2 else float
+
+
+def _parse(rows: list[list[str]], shape: list[int], kind: type) -> Array:
+    """Parse cells as booleans, integers or float64; empty ones as the missing value."""
+    values = np.array([[_PARSERS[kind](cell) for cell in row] for row in rows])
+    return values.reshape(len(rows), *shape)
 
 
 def _number(cell: str) -> float:
-    return float(cell == "True") if cell in _BOOLEANS else float(cell)
+    return float(cell == "True") if cell in _BOOLEANS else float(cell or "nan")
+
+
+_PARSERS: dict[type, Callable[[str], float]] = {
+    bool: lambda cell: cell == "True",
+    int: lambda cell: int(cell) if cell else MISSING_CLASS,
+    float: _number,
+}
 
 
 def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:

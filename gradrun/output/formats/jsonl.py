@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chunks
+from gradrun.output.missing import MISSING_CLASS
 
 Array = np.ndarray[Any, Any]
 
@@ -32,22 +33,48 @@ class JsonlWriter(TextWriter):
 
 
 def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield the rows without null, some lines at a time.
+    """Yield the rows, some lines at a time; missing classes as MISSING_CLASS.
+
+    Rows of null are omitted, unless they can be missing classes.
 
     Raises:
         ValueError: rows differ in shape.
     """
+    types: dict[str, type] = {}
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         for chunk in numbered_chunks(map(json.loads, file)):
-            present = [(number, line) for number, line in chunk if None not in line.values()]
+            lines = [line for _, line in chunk]
+            for name in lines[0]:
+                leaves = (leaf for line in lines for leaf in _leaves(line[name]))
+                found = next((type(leaf) for leaf in leaves if leaf is not None), None)
+                types |= {name: found} if found else {}
+            numbers = {name: types.get(name, int) for name in lines[0] if name != "id"}
+            numbers = {name: kind for name, kind in numbers.items() if kind is not str}
+            # A map of classes is a list even if all are missing.
+            scalars = not any(isinstance(line[name], list) for line in lines for name in numbers)
+            classes = scalars and {*numbers.values()} <= {int}
+            present = [
+                (number, line)
+                for number, line in chunk
+                if classes or any(line[name] is not None for name in numbers)
+            ]
             if present:
-                names = [name for name, value in present[0][1].items() if not _is_text(name, value)]
-                rows = {name: np.array([line[name] for _, line in present]) for name in names}
+                rows = {name: _parse([line[name] for _, line in present]) for name in numbers}
                 yield np.array([number for number, _ in present]), rows
 
 
-def _is_text(name: str, value: Any) -> bool:
-    """Whether a field is the id or a class name."""
-    while isinstance(value, list) and value:
-        value = value[0]
-    return name == "id" or isinstance(value, str)
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield the items of a nested list."""
+    if not isinstance(value, list):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
+
+
+def _parse(values: list[Any]) -> Array:
+    array = np.array(values)
+    if array.dtype != object:
+        return array
+    array[np.equal(array, None)] = MISSING_CLASS
+    return array.astype(np.int64)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.journal import CommittedRange
-from gradrun.output.missing import count_nonfinite
+from gradrun.output.missing import MISSING_CLASS, count_nonfinite, finite_rows
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +87,9 @@ class TextWriter:
         columns: Columns = {name: tensor.tolist() for name, tensor in outputs.items()}
         for name, label in self.labels.columns(outputs).items():
             columns[label] = self.labels.names_of(columns[name])
+        for name, tensor in outputs.items():
+            if not tensor.is_floating_point() and not finite_rows([tensor]).all():
+                columns[name] = _without_missing(columns[name])
         if valid is not None:
             for row in (~valid).nonzero().flatten().tolist():
                 for values in columns.values():
@@ -133,6 +136,13 @@ class TextWriter:
 
     def files(self) -> list[str]:
         return [self.path.name] if self.written else []
+
+
+def _without_missing(value: Any) -> Any:
+    """Return a number or nested list with None for MISSING_CLASS."""
+    if isinstance(value, list):
+        return [_without_missing(item) for item in value]
+    return None if value == MISSING_CLASS else value
 
 
 def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
