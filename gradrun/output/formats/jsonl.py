@@ -76,5 +76,4 @@ def _parse(values: list[Any]) -> Array:
     array = np.array(values)
     if array.dtype != object:
         return array
-    array[np.equal(array, None)] = MISSING_CLASS
-    return array.astype(np.int64)
+    return np.where(array == np.array(None), MISSING_CLASS, array).astype(np.int64)
