@@ -11,6 +11,7 @@ from gradrun.config.model import PythonModel
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import writes_names
+from gradrun.output.formats import FORMATS
 from gradrun.output.journal import JournalHeader
 
 _BLOCKS, _BLOCK_BYTES = 1024, 64 * 1024
@@ -77,7 +78,7 @@ def fingerprint(
         dumped["run"].pop(key)
     if classes and writes_names(config.output):
         dumped[_CLASS_NAMES] = zlib.crc32("\n".join(classes).encode())
-    if id_type:
+    if id_type and FORMATS[config.output.format].typed_ids:
         dumped[_IDS] = id_type
     dumped["run"].update(resolved or {})
     dumped.update(versions or {})

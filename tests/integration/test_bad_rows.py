@@ -124,29 +124,55 @@ def test_a_stopped_run_resumes_with_quarantine_without_a_change_of_the_data(
     assert np.array_equal(found, expected({21}), equal_nan=True)
 
 
-def test_a_resume_that_would_give_the_ids_another_type_is_refused(tmp_path: Path) -> None:
-    def write(last: str, bad: str) -> None:
-        rows = [f"{i},{i},{bad if i == 21 else 2 * i}" for i in range(ROWS - 1)]
-        (tmp_path / "t.csv").write_text("\n".join(["id,a,b", *rows, f"{last},1,2"]) + "\n")
+def write_ids(path: Path, last: str, bad: str) -> None:
+    """Write rows with the ids 0, 1, ... and a last one, and some text in row 21."""
+    rows = [f"{i},{i},{bad if i == 21 else 2 * i}" for i in range(ROWS - 1)]
+    path.write_text("\n".join(["id,a,b", *rows, f"{last},1,2"]) + "\n")
 
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_resume_that_would_give_the_ids_another_type_is_refused(
+    tmp_path: Path, form: str
+) -> None:
     keys = config(tmp_path, ".csv")
     keys["data"]["id"] = "id"
-    keys["output"]["format"] = "jsonl"
+    keys["output"]["format"] = form
     for before, after, change in (
         ("40", "z40", "from whole numbers to text"),
         ("z40", "40", "from text to whole numbers"),
     ):
-        write(before, bad="")
+        write_ids(tmp_path / "t.csv", before, bad="")
         with pytest.raises(RunFailed, match="is empty"):
             gradrun.infer(keys, overwrite=True)
-        write(after, bad="42")
+        write_ids(tmp_path / "t.csv", after, bad="42")
         with pytest.raises(ConfigError, match=f"the type of the ids changed {change}"):
             gradrun.infer(keys, resume=True)
-        write(before, bad="42")
-        assert gradrun.infer(keys, resume=True).resumed_at == 20
-        lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+        write_ids(tmp_path / "t.csv", before, bad="42")
+        gradrun.infer(keys, resume=True)
+        if form == "jsonl":
+            lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+            found = [json.loads(line)["id"] for line in lines]
+        else:
+            found = pandas.read_parquet(tmp_path / "out" / "predictions")["id"].tolist()
         kind = int if before == "40" else str
-        assert [json.loads(line)["id"] for line in lines] == [*map(kind, range(40)), kind(before)]
+        assert found == [*map(kind, range(40)), kind(before)]
+
+
+@pytest.mark.parametrize("form", ["npy", "csv"])
+def test_a_resume_with_another_id_is_accepted_where_all_ids_are_text(
+    tmp_path: Path, form: str
+) -> None:
+    keys = config(tmp_path, ".csv")
+    keys["data"]["id"] = "id"
+    keys["output"]["format"] = form
+    write_ids(tmp_path / "t.csv", "40", bad="")
+    with pytest.raises(RunFailed, match="is empty"):
+        gradrun.infer(keys)
+    write_ids(tmp_path / "t.csv", "z40", bad="42")
+    assert gradrun.infer(keys, resume=True).resumed_at == 20
+    name = "ids.txt" if form == "npy" else "predictions.csv"
+    lines = (tmp_path / "out" / name).read_text().splitlines()[form == "csv" :]
+    assert [line.split(",")[0] for line in lines] == [*map(str, range(40)), "z40"]
 
 
 @pytest.mark.parametrize("change", ["a predicted row", "a row less", "a quarantined row"])

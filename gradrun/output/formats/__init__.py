@@ -107,6 +107,8 @@ class Format(NamedTuple):
     """Return whether `read` may yield the output of this name as a part of another."""
     stores_ids: bool = True
     """Whether the files contain the ids of the samples; otherwise ids.txt does."""
+    typed_ids: bool = False
+    """Whether the files contain whole numbers as numbers, and other ids as text."""
 
 
 _SHARD = f"predictions-{'[0-9]' * 5}"
@@ -126,7 +128,13 @@ FORMATS = {
         (f"{_SHARD}.safetensors",),
         stores_ids=False,
     ),
-    "jsonl": Format(jsonl.JsonlWriter, jsonl.read, text_writer.checksum, ("predictions.jsonl",)),
+    "jsonl": Format(
+        jsonl.JsonlWriter,
+        jsonl.read,
+        text_writer.checksum,
+        ("predictions.jsonl",),
+        typed_ids=True,
+    ),
     "csv": Format(
         csv_table.CsvWriter,
         csv_table.read,
@@ -139,6 +147,7 @@ FORMATS = {
         parquet.read,
         parquet.checksum,
         (f"{parquet.FOLDER}/{_SHARD}.parquet", f"{_SHARD}.parquet"),
+        typed_ids=True,
     ),
 }
 
