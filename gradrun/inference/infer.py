@@ -259,6 +259,7 @@ def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
         previous = plan.folder.previous and plan.folder.previous.whole_batches(unit)
         evaluation.check_saved(previous.ranges if previous else ())
         evaluation.check_labels()
+        plan.runner.warnings += evaluation.label_warnings()
 
 
 def _with_late_imports(plan: RunPlan) -> RunPlan:

@@ -33,7 +33,7 @@ from gradrun.output.transforms import (
     scored_outputs,
     to_cpu,
 )
-from gradrun.results.result import Metric
+from gradrun.results.result import Metric, Warning
 
 _Chunk = tuple[torch.Tensor, Outputs]
 """Positions [n] of some samples in the input, and outputs or evidence [n, ...]."""
@@ -79,9 +79,20 @@ class Evaluation:
         Raises:
             ConfigError: a label cannot be read, or no metric can compare an output with it.
         """
+        first = 0
         for labels in self.data.labels():
             for scorer in self.scorers:
-                scorer.check_labels(labels.double())
+                scorer.check_labels(labels.double(), first)
+            first += len(labels)
+        for scorer in self.scorers:
+            scorer.check_label_range()
+
+    def label_warnings(self) -> tuple[Warning, ...]:
+        """Warn of numbers of labels, all checked, that may be those of other classes."""
+        if self.data.classes:
+            return ()
+        doubts = [scorer.doubt for scorer in self.scorers if scorer.doubt]
+        return tuple(Warning(code="labels_from_1", text=doubt) for doubt in doubts[:1])
 
     def collect(self, returned: Any, inputs: Inputs) -> Outputs:
         """Return the evidence of a batch, by the names for a writer."""

@@ -79,6 +79,7 @@ class Scorer:
         )
         self._bins = ScoreBins(spec.thresholds) if spec.thresholds else None
         self._metrics: list[Any] = []
+        self._lowest, self._highest, self._whole = torch.inf, -torch.inf, True
 
     # --- before the run --------------------------------------------------------------------------
 
@@ -179,32 +180,71 @@ class Scorer:
                 f"{self.key}.input",
             )
 
-    def check_labels(self, labels: torch.Tensor) -> None:
-        """Check labels [n, ...] of type float64.
+    def check_labels(self, labels: torch.Tensor, first: int) -> None:
+        """Check labels [n, ...] of type float64, of the samples from `first` on.
+
+        Raises:
+            ConfigError: a label is NaN or infinite.
+        """
+        labels = self._select(labels)
+        unknown = ~labels.isfinite().reshape(len(labels), -1).all(1)
+        if unknown.any():
+            row = int(unknown.int().argmax())
+            values = labels[row].reshape(-1)
+            raise ConfigError(
+                f"the label of row {first + row:,}, counted from 0, is "
+                f"{float(values[~values.isfinite()][0]):g}; metrics need a finite number for every "
+                "row, so remove the rows without one",
+                "data.labels",
+            )
+        labels = labels.reshape(-1)
+        if self.spec.ignore is not None:
+            labels = labels[labels != self.spec.ignore]
+        if len(labels):
+            self._lowest = min(self._lowest, float(labels.min()))
+            self._highest = max(self._highest, float(labels.max()))
+            self._whole &= not bool((labels % 1).any())
+
+    def check_label_range(self) -> None:
+        """Check the range of all labels that were checked one by one.
 
         Raises:
             ConfigError: the metric cannot compare the output with them.
         """
-        if self.target.task == "values":
+        lowest, highest = self._lowest, self._highest
+        if self.target.task == "values" or lowest > highest:
             return
-        labels = self._select(labels).reshape(-1)
-        if self.spec.ignore is not None:
-            labels = labels[labels != self.spec.ignore]
-        if not len(labels):
-            return
-        limit = 2 if self.target.task == "multilabel" else self.target.classes
-        lowest, highest = float(labels.min()), float(labels.max())
-        if lowest < 0 or (limit and highest >= limit) or bool((labels % 1).any()):
+        limit = self._limit
+        if lowest < 0 or (limit and highest >= limit) or not self._whole:
             allowed = f"0 to {limit - 1}" if limit else "integers from 0"
             outside = highest if limit and highest >= limit else lowest
-            hint = f"; to leave out {outside:g}, set ignore: {outside:g} in the metric"
+            hint = ""
+            if lowest == 1 and highest == limit:
+                hint = "; labels seem to start at 1: subtract 1, or list data.classes"
+            elif outside % 1 == 0:
+                hint = f"; to leave out {outside:g}, set ignore: {outside:g} in the metric"
             raise ConfigError(
-                f"labels range from {lowest:g} to {highest:g}; allowed classes: {allowed}"
-                + (hint if outside % 1 == 0 else ""),
+                f"labels range from {lowest:g} to {highest:g}; allowed classes: {allowed}{hint}",
                 "data.labels",
             )
         if self.target.task == "classes":
             self.classes = max(self.classes, int(highest) + 1)
+
+    @property
+    def _limit(self) -> int:
+        """The number of classes of a label; 0 if the output does not determine it."""
+        return 2 if self.target.task == "multilabel" else self.target.classes
+
+    @property
+    def doubt(self) -> str:
+        """Why the labels may not be those of the output's classes; empty without a reason."""
+        left_out = self.spec.ignore == 0
+        if self.target.task != "multiclass" or left_out or self._lowest != 1:
+            return ""
+        return (
+            f"the labels of {self.spec.title} range from 1 to {self._highest:g}, and none is class "
+            f"0 of 0 to {self._limit - 1}; if they start at 1, subtract 1"
+        )
 
     # --- after the run ---------------------------------------------------------------------------
 

@@ -554,6 +554,49 @@ def test_classes_without_a_label_do_not_count_in_the_auroc(tmp_path: Path) -> No
     assert np.isnan(per_class[4])
 
 
+def test_a_label_without_a_positive_sample_is_not_counted_in_the_auroc(tmp_path: Path) -> None:
+    y = DRAWN.integers(0, 2, (SAMPLES, 3))
+    y[:, 2] = 0
+    metric = only(infer(tmp_path, SCORES[:, :3], y, metrics=["auroc"]))
+    columns = [sk.roc_auc_score(y[:, c], SCORES[:, c]) for c in range(2)]
+    assert metric.value == pytest.approx(np.mean(columns), abs=1e-6)
+    assert metric.note == "macro over 2 of 3 labels"
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unknown", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("name", "columns"), [("accuracy", 5), ("mae", 1), ("r2", 1)])
+def test_a_nan_or_infinite_label_is_an_error_that_names_its_row(
+    tmp_path: Path, name: str, columns: int, unknown: float
+) -> None:
+    y = CLASSES.astype(np.float64)
+    y[[123, 200]] = unknown
+    with pytest.raises(ConfigError, match=rf"data\.labels.*row 123, .* is {unknown:g};"):
+        infer(tmp_path, SCORES[:, :columns].squeeze(), y, metrics=[name])
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_from_1_to_the_number_of_classes_are_reported_to_start_at_1(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"range from 1 to 4; .* start at 1: subtract 1, or"):
+        infer(tmp_path, SCORES[:, :4], CLASSES + 1, metrics=["accuracy"])
+    with pytest.raises(ConfigError, match=r"range from 0 to 4; .* set ignore: 4"):
+        infer(tmp_path, SCORES[:, :4], np.where(CLASSES == 3, 4, CLASSES), metrics=["accuracy"])
+
+
+def test_labels_without_class_0_are_a_warning(tmp_path: Path) -> None:
+    def warned(y: np.ndarray, **metric: Any) -> list[str]:
+        asked = [{"name": "accuracy", **metric}]
+        result = infer(tmp_path, SCORES, y, metrics=asked, target="Named")
+        return [w.text for w in result.warnings if w.code == "labels_from_1"]
+
+    (text,) = warned(CLASSES + 1 - (CLASSES == 3))
+    assert "range from 1 to 3, and none is class 0 of 0 to 4; if they start at 1" in text
+    assert warned(CLASSES) == []
+    assert warned(CLASSES, ignore=0) == []
+
+
 # --- one run, several forms --------------------------------------------------------------------
 
 SEVERAL = ["accuracy", {"name": "accuracy", "top_k": 2}, "auroc", "confusion_matrix"]
