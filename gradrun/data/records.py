@@ -147,7 +147,7 @@ class _Records:
         shown, more = columns[:_PREVIEW_COLUMNS], ", ..." if columns[_PREVIEW_COLUMNS:] else ""
         with closing(read_table(self.path)) as records:
             for record in at_positions(records, positions):
-                values = (f"{column} {record.fields.get(column)}" for column in shown)
+                values = (f"{column} {_shorten(record.fields.get(column))}" for column in shown)
                 name = f"{self._row_ids([record], 0, {})[0]}: " if self._ids else ""
                 yield Preview(f"{name}{', '.join(values)}{more}")
 
@@ -294,6 +294,16 @@ class _Columns:
 
 def _nested_shape(value: Any) -> tuple[int, ...]:
     return np.shape(np.array(value, object))
+
+
+def _shorten(value: Any) -> str:
+    """Return a field for people, with 4 significant digits of its fractions."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shorten, value))}]"
+    try:
+        return str(value) if _is_digits(value) else f"{_parse_float(value):.4g}"
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _parse_float(item: Any) -> float:

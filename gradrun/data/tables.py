@@ -116,7 +116,11 @@ def check_columns(path: Path, record: Record, columns: Iterable[tuple[str, str]]
     """
     for key, column in columns:
         if column not in record.fields:
-            hint = suggest(column, record.fields)
+            names = [*record.fields]
+            hint = suggest(column, names)
+            for character, name in {";": "';'", "\t": "tabs"}.items():
+                if len(names) == 1 and character in names[0]:
+                    hint = f"the file seems to be separated by {name}; use a .tsv or convert it"
             raise ConfigError(f"{path.name} has no column {column!r}; {hint}", key)
 
 

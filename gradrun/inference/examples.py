@@ -76,6 +76,8 @@ def describe_predictions(
         late = time.monotonic() - started > _SECONDS
         if chunk[-1] >= positions[-1] and (late or not reader.counts):
             break
+    else:
+        reader.count({}, data.samples)  # the files may lack the last samples, if quarantined
     found = sorted(predictions)
     examples = []
     unlike = len(label_names) != len(names)  # their numbers are those of other classes

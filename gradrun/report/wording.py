@@ -43,7 +43,11 @@ def subject(result: AnyResult) -> str:
     match result:
         case InferResult():
             batches = result.measurements[0].batch_sizes
-            count = f"{pluralize(len(batches), 'batch')} of {max(batches, default=0)}"
+            count = (
+                f"{pluralize(len(batches), 'batch')} of {max(batches)}"
+                if batches
+                else "no batch was timed"
+            )
             parts = [result.measurements[0].mode.value, device, threads, count]
         case CompareResult():
             parts = [device, *_rounds(result, threads)]

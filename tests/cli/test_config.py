@@ -180,7 +180,11 @@ def test_explain_prints_what_a_run_of_the_same_config_states(cli, tmp_path, monk
         "output: {path: out, transform: softmax}\n"
     )
     answer = cli("validate", "--explain", "c.yaml", "--trust-code", "--json", "v.json")
+    checked = (
+        "c.yaml: valid; model and data can be opened (infer also checks labels, shapes and outputs)"
+    )
     assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith(checked)
     explained = json.loads(Path("v.json").read_text())["c.yaml"]["interpretation"]
     stated = [s.as_dict() for s in gradrun.infer("c.yaml", trust_code=True).interpretation]
     # Only the run has the shape of the outputs.

@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from gradrun.core.errors import ConfigError, SampleError
-from gradrun.data.source import BatchSource, HasRepeatedIds
+from gradrun.data.source import BatchSource, HasPreviews, HasRepeatedIds
 from tests.support.sources import data, data_problem, joined, read_all
 
 
@@ -387,6 +387,22 @@ def test_the_error_distinguishes_missing_null_and_empty_fields(
     source = records(tmp_path / "t.jsonl", f'{{"k": 0, "a": 1}}\n{line}\n', ["a"], id="k")
     (batch,) = source.batches()
     assert str(batch.errors[1]).endswith(found)
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", "tabs")])
+def test_a_csv_file_with_another_separator_is_named_as_such(
+    tmp_path: Path, mark: str, name: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        records(tmp_path / "t.csv", f"a{mark}b\n1{mark}2\n", ["a"])
+    assert f"seems to be separated by {name}; use a .tsv or convert it" in str(caught.value)
+
+
+def test_examples_of_rows_show_four_digits(tmp_path: Path) -> None:
+    lines = '{"a": 0.123456789, "b": [20261128, 1.5], "c": "2.00004"}\n'
+    source = records(tmp_path / "t.jsonl", lines, ["a", "b", "c"])
+    assert isinstance(source, HasPreviews)
+    assert [one.text for one in source.previews([0])] == ["a 0.1235, b [20261128, 1.5], c 2"]
 
 
 def test_the_last_column_of_a_short_csv_row_is_missing(tmp_path: Path) -> None:

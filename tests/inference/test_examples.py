@@ -121,7 +121,7 @@ def test_rows_of_a_table_are_shown_by_their_columns(folder: Path, tmp_path: Path
         rows = list(csv.DictReader(file))
     for example in result.examples:
         row = rows[example.position]
-        values = ", ".join(f"{name} {row[name]}" for name in "abc")
+        values = ", ".join(f"{name} {float(row[name]):.4g}" for name in "abc")
         assert example.input == f"{row['name']}: {values}"
         assert example.label == row["label"]
 
@@ -203,6 +203,26 @@ def test_a_prediction_of_nan_is_wrong_in_the_metrics_of_every_format(
     assert result.metrics[0].value == pytest.approx(right.mean())
     assert [one.code for one in result.warnings if one.code == "nonfinite"] == ["nonfinite"]
     assert gradrun.verify(tmp_path / "out").complete
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_quarantined_last_sample_does_not_shorten_the_count(
+    folder: Path, tmp_path: Path, form: str
+) -> None:
+    scores, labels = arrays(folder)
+    scores = np.minimum(scores, 0.5)
+    scores[-1] = 2
+    np.savez(tmp_path / "x.npz", scores=scores, labels=labels)
+    result = run(
+        folder,
+        tmp_path / "out",
+        ARRAYS | {"path": str(tmp_path / "x.npz")},
+        model={"source": "python", "target": f"{folder / 'net.py'}:bad"},
+        output={"transform": "classify", "format": form},
+        run={"on_error": "quarantine", "warmup": 0, "device": "cpu"},
+    )
+    (found,) = result.class_distribution
+    assert (found.predictions, found.samples) == (SAMPLES - 1, SAMPLES)
 
 
 def test_samples_with_the_same_id_are_a_warning(folder: Path, tmp_path: Path) -> None:
