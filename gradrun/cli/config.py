@@ -44,7 +44,8 @@ def validate(
                     statements = interpret(loaded, trust_code=trust_code)
                     entry["interpretation"] = [s.as_dict() for s in statements]
                     out.print(
-                        f"{path}: valid; model and data can be opened (infer also checks labels, shapes and outputs)\n"
+                        f"{path}: valid; model and data can be opened "
+                        "(infer also checks labels, shapes and outputs)\n"
                     )
                     show(describe_interpretation(statements), out.console)
                 else:

@@ -43,11 +43,9 @@ def subject(result: AnyResult) -> str:
     match result:
         case InferResult():
             batches = result.measurements[0].batch_sizes
-            count = (
-                f"{pluralize(len(batches), 'batch')} of {max(batches)}"
-                if batches
-                else "no batch was timed"
-            )
+            count = "no batch was timed"
+            if batches:
+                count = f"{pluralize(len(batches), 'batch')} of {max(batches)}"
             parts = [result.measurements[0].mode.value, device, threads, count]
         case CompareResult():
             parts = [device, *_rounds(result, threads)]
