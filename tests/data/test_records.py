@@ -390,7 +390,7 @@ def test_the_error_distinguishes_missing_null_and_empty_fields(
 
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", "tabs")])
-def test_a_csv_file_with_another_separator_is_named_as_such(
+def test_the_error_names_another_separator_of_a_csv_file(
     tmp_path: Path, mark: str, name: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
