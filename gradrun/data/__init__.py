@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
@@ -14,28 +14,35 @@ from gradrun.core.units import format_bytes
 from gradrun.data import arrays, images, records, synthetic, text
 from gradrun.data.source import BatchSource
 
-SOURCES: dict[str, Callable[[Any, int, ModelConfig | None], BatchSource]] = {
+SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
     "text": text.open_data,
     "images": images.open_data,
 }
-"""data.source -> opener of (data section, seed, model section)."""
+"""data.source -> opener of (data section, seed, model section, class names of the model)."""
 
 
-def open_data(config: DataConfig, *, seed: int, model: ModelConfig | None = None) -> BatchSource:
+def open_data(
+    config: DataConfig,
+    *,
+    seed: int,
+    model: ModelConfig | None = None,
+    model_classes: Sequence[str] = (),
+) -> BatchSource:
     """Open a data source; read headers and count samples, not the data.
 
     Args:
         config: the data section.
         seed: of synthetic data.
         model: the model section, which may provide the tokenizer or the preprocessing.
+        model_classes: the class names of the model, which labels may use without data.classes.
 
     Raises:
         ConfigError: a file is missing, damaged or empty, or a batch would not fit in memory.
     """
-    data = SOURCES[config.source](config, seed, model)
+    data = SOURCES[config.source](config, seed, model, model_classes)
     if data.samples == 0:
         raise ConfigError("the data contains no samples", "data.path")
     batch = min(config.batch_size, data.samples) * data.sample_bytes

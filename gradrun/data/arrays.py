@@ -27,7 +27,9 @@ _MAX_EMPTY_ROWS = 1_000_000
 """Limit of rows without values, whose number the size of the file does not bound."""
 
 
-def open_data(config: ArraysData, seed: int, model: ModelConfig | None) -> BatchSource:
+def open_data(
+    config: ArraysData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
     """Open the arrays that a config names as inputs of the model."""
     inputs = config.inputs or {"input": ArrayInput()}
     readers = {

@@ -41,11 +41,14 @@ _MAX_CLASSES = 8
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 
 
-def open_data(config: ImagesData, seed: int, model: ModelConfig | None) -> BatchSource:
+def open_data(
+    config: ImagesData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
     """List the images that a config names, and decode the first one to get their shape."""
     preprocessing = preprocessing_of(config, model)
     decoder = ImageDecoder(config, preprocessing.mode)
-    return _Images(config, list_images(config, decoder.suffixes()), decoder, preprocessing)
+    listed = list_images(config, decoder.suffixes())
+    return _Images(config, listed, decoder, preprocessing, model_classes)
 
 
 class _Page(NamedTuple):
@@ -75,11 +78,12 @@ class _Images:
         listed: ImageList,
         decoder: ImageDecoder,
         preprocessing: Preprocessing,
+        model_classes: Sequence[str],
     ) -> None:
         self.config, self._listed, self._decoder = config, listed, decoder
         self._preprocessing = preprocessing
         self._pages = self._list_pages() if config.page == "all" else None
-        self.classes = config.classes or _class_names(listed.labels)
+        self.classes = config.classes or _class_names(listed.labels, model_classes)
         self.batch_size = config.batch_size
         self.samples = len(listed.names if self._pages is None else self._pages)
         self._new_batch = InputBatcher(config.call, 1)
@@ -236,10 +240,15 @@ class _Images:
             raise SampleError(f"{name} cannot be preprocessed: {first_line(error)}") from error
 
 
-def _class_names(labels: list[str]) -> tuple[str, ...]:
-    """Return the names of labels in alphabetical order, or () if all are numbers."""
+def _class_names(labels: list[str], model_classes: Sequence[str]) -> tuple[str, ...]:
+    """Return the model's class names if they contain all labels, else the labels in sorted order.
+
+    Labels that are numbers have no names: ().
+    """
     names = sorted(set(labels))
-    return () if all(map(_NUMBER.fullmatch, names)) else tuple(names)
+    if all(map(_NUMBER.fullmatch, names)):
+        return ()
+    return tuple(model_classes) if {*names} <= {*model_classes} else tuple(names)
 
 
 def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:

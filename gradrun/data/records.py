@@ -28,6 +28,7 @@ from gradrun.data.tables import (
     Record,
     RowIndex,
     check_columns,
+    classes_of_labels,
     describe_absence,
     describe_order,
     has_fixed_columns,
@@ -46,20 +47,25 @@ _EXACT = 2**53
 """Greatest whole number below which float64 has every whole number."""
 
 
-def open_data(config: RecordsData, seed: int, model: ModelConfig | None) -> BatchSource:
+def open_data(
+    config: RecordsData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
     """Open a file of records and count its rows."""
-    return _Records(config)
+    return _Records(config, model_classes)
 
 
 class _Records:
-    def __init__(self, config: RecordsData) -> None:
+    def __init__(self, config: RecordsData, model_classes: Sequence[str]) -> None:
         if not table_suffix(config.path):
             raise ConfigError(
                 f"{config.path.name} is not a {', '.join(TABLE_SUFFIXES)} file; arrays are read "
                 "with source: arrays",
                 "data.path",
             )
-        self.config, self.path, self.classes = config, config.path, config.classes
+        self.config, self.path = config, config.path
+        self.classes = config.classes or classes_of_labels(
+            config.path, config.labels, model_classes
+        )
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self.samples, self.sample_bytes = 0, 0
         self._new_batch = InputBatcher(config.call, len(config.inputs))
@@ -160,7 +166,7 @@ class _Records:
             yield Statement(topic=f"input {name}", text=columns.describe())
         yield describe_order(self.path, self._ids)
         if self.config.labels:
-            yield describe_labels(f"column {self.config.labels}", self.classes)
+            yield describe_labels(self.config, self.classes)
         text = "empty or null: the row fails (run.on_error)"
         if nans := int(np.count_nonzero(self.flags)):
             text += f"; NaN in {pluralize(nans, 'row')}: passed to the model"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
+from gradrun.config.data import RecordsData, TextData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.batch import Batch
 from gradrun.results.result import Padding, Statement
@@ -288,14 +289,16 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     """
     if name not in classes:
         listed = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-        raise ValueError(f"the label {name!r:.60} is not one of data.classes: {listed}")
+        raise ValueError(f"the label {name!r:.60} is not one of the classes: {listed}")
     return classes.index(name)
 
 
-def describe_labels(origin: str, classes: Sequence[str] | None) -> Statement:
-    """Return the statement of labels from `origin`, with the classes that data.classes lists."""
+def describe_labels(config: RecordsData | TextData, classes: Sequence[str] | None) -> Statement:
+    """Return the statement of the labels in a column, with their names and their origin."""
+    column = f"column {config.labels}"
     if not classes:
-        return Statement(topic="labels", text=f"{origin}, as numbers")
+        return Statement(topic="labels", text=f"{column}, as numbers")
     listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    text = f"{origin}, by name: {listed} ({len(classes)} classes, from data.classes)"
+    origin = "data.classes" if config.classes else "the model"
+    text = f"{column}, by name: {listed} ({len(classes)} classes, from {origin})"
     return Statement(topic="labels", text=text)

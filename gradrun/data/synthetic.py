@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,7 +15,9 @@ from gradrun.data.source import BatchSource, ChunkedSource
 _BLOCK_BYTES = 256 * 1024
 
 
-def open_data(config: SyntheticData, seed: int, model: ModelConfig | None) -> BatchSource:
+def open_data(
+    config: SyntheticData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
     """Return a source that draws random rows when they are read."""
     readers = {
         name: _SyntheticReader(spec, config.samples, f"data.inputs.{name}", (seed, i))

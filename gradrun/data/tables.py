@@ -13,6 +13,7 @@ import zlib
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -259,6 +260,33 @@ class RowIndex:
         if stop == self.rows or self._last is None:
             return self._last
         return self.position(stop).checksum
+
+
+def classes_of_labels(
+    path: Path, column: str | None, model_classes: Sequence[str]
+) -> tuple[str, ...] | None:
+    """Return the class names of the model if the first label of a column is one of them.
+
+    Class names that are numbers do not count, because such labels may also be numbers of classes.
+    """
+    if column is None or not table_suffix(path) or all(map(_is_number, model_classes)):
+        return None
+    with closing(read_table(path)) as records:
+        for record in itertools.islice(records, _LABELS_CHUNK):
+            value = record.fields.get(column)
+            label = value[0] if isinstance(value, list | tuple) and value else value
+            if not record.error and label not in (None, "", []):
+                named = not _is_number(label) and str(label) in model_classes
+                return tuple(model_classes) if named else None
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def read_labels(

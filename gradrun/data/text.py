@@ -24,6 +24,7 @@ from gradrun.data.source import (
 )
 from gradrun.data.tables import (
     RowIndex,
+    classes_of_labels,
     describe_order,
     id_column,
     read_labels,
@@ -62,16 +63,23 @@ class _Chunk(NamedTuple):
         return [len(row) for row in self.tokens["input_ids"]]
 
 
-def open_data(config: TextData, seed: int, model: ModelConfig | None) -> BatchSource:
+def open_data(
+    config: TextData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
     """Count the texts of a file and tokenize the first chunk, which decides on grouping."""
-    return Texts(config, Tokenization(config, model))
+    return Texts(config, Tokenization(config, model), model_classes)
 
 
 class Texts:
     """A LengthGrouped source of texts."""
 
-    def __init__(self, config: TextData, tokenization: Tokenization) -> None:
-        self.config, self.path, self.classes = config, config.path, config.classes
+    def __init__(
+        self, config: TextData, tokenization: Tokenization, model_classes: Sequence[str]
+    ) -> None:
+        self.config, self.path = config, config.path
+        self.classes = config.classes or classes_of_labels(
+            config.path, config.labels, model_classes
+        )
         self.batch_size = config.batch_size
         self.chunk_size = CHUNK_BATCHES * config.batch_size
         self.grouped = False
@@ -137,7 +145,7 @@ class Texts:
         yield from self._tokenization.statements()
         yield describe_order(self.path, self._ids)
         if self.config.labels:
-            yield describe_labels(f"column {self.config.labels}", self.classes)
+            yield describe_labels(self.config, self.classes)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         with closing(read_texts(self.config, self._ids)) as texts:
@@ -146,7 +154,7 @@ class Texts:
     def labels(self) -> Iterator[torch.Tensor]:
         path = self.config.path
         records = read_table(path) if table_suffix(path) else iter(())
-        return read_labels(records, path, self.config.labels, self.config.classes)
+        return read_labels(records, path, self.config.labels, self.classes)
 
     def padding(self, start: int, stop: int) -> Padding:
         batches = (padding for first, padding in self._padding.items() if start <= first < stop)

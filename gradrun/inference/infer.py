@@ -222,7 +222,12 @@ def open_run(
     loaded = time.perf_counter()
     progress(Progress("opening the data"))
     opening = time.perf_counter()
-    data = open_data(config.data, seed=config.run.seed, model=config.model)
+    data = open_data(
+        config.data,
+        seed=config.run.seed,
+        model=config.model,
+        model_classes=model.classes,
+    )
     opened = time.perf_counter()
     check_order(_label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()

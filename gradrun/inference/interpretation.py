@@ -70,7 +70,12 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
         model = load_model(
             config.model, device, data=config.data, trust_code=is_trusted(trust_code)
         )
-        data = open_data(config.data, seed=config.run.seed, model=config.model)
+        data = open_data(
+            config.data,
+            seed=config.run.seed,
+            model=config.model,
+            model_classes=model.classes,
+        )
         output = transforms.resolve_output(config.output, model)
         next(iter(data.batches()), None)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None

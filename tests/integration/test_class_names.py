@@ -281,6 +281,53 @@ def test_labels_with_other_spelling_in_another_order_are_refused(tmp_path: Path)
         run_on_folders(tmp_path, ["White", "Black"])
 
 
+def test_folders_are_matched_by_name_with_the_classes_of_the_model(tmp_path: Path) -> None:
+    result = run_on_folders(tmp_path, ["white", "black"])  # its class 0 is the dark one
+
+    assert label_warnings(result) == []
+    assert {(e.label, e.prediction.split()[0]) for e in result.examples} == {
+        ("black", "white"),
+        ("white", "black"),
+    }
+    assert {example.correct for example in result.examples} == {False}
+
+
+def run_on_records(folder: Path, names: list[str], path: Path) -> gradrun.InferResult:
+    keys = python_config(folder, names)
+    inputs = {"x": {"columns": [*"abcd"]}}
+    keys["data"] = {"source": "records", "path": str(path), "inputs": inputs, "labels": "kind"}
+    return gradrun.infer(keys, trust_code=True, metrics=["accuracy"])
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_column_of_labels_is_matched_by_name_with_the_classes_of_the_model(
+    tmp_path: Path, form: str
+) -> None:
+    labels = np.random.default_rng(1).choice(["emu", "cat", "fox"], 20)  # no dog
+    table = pandas.DataFrame(SCORES.astype(float), columns=[*"abcd"]).assign(kind=labels)
+    path = tmp_path / f"t.{form}"
+    if form == "csv":
+        table.to_csv(path, index=False)
+    elif form == "jsonl":
+        table.to_json(path, orient="records", lines=True, double_precision=15)
+    else:
+        table.to_parquet(path)
+    result = run_on_records(tmp_path, NAMES, path)
+    expected = np.mean(np.array(NAMES)[ORDER[:, 0]] == labels)
+    assert result.metrics[0].value == pytest.approx(expected)
+    stated = {statement.topic: statement.text for statement in result.interpretation}
+    named = "column kind, by name: cat, dog, emu, fox (4 classes, from the model)"
+    assert stated["labels"] == named
+
+
+def test_labels_that_are_numbers_remain_numbers_with_names_in_the_model(tmp_path: Path) -> None:
+    numbers = np.arange(20) % 4
+    table = pandas.DataFrame(SCORES.astype(float), columns=[*"abcd"]).assign(kind=numbers)
+    table.to_csv(tmp_path / "t.csv", index=False)
+    result = run_on_records(tmp_path, ["3", "2", "1", "0"], tmp_path / "t.csv")
+    assert result.metrics[0].value == pytest.approx(np.mean(ORDER[:, 0] == numbers))
+
+
 def test_labels_with_one_name_of_another_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'white' is class 0 of the model"):
         run_on_folders(tmp_path, ["White", "Other"])

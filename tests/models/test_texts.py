@@ -341,3 +341,33 @@ def test_tokens_of_a_half_precision_model_are_pooled_in_float32(tmp_path: Path, 
     mean = states[0].double().numpy().mean(0)
     assert found.dtype == np.float32
     assert np.abs(found[0] - mean / np.linalg.norm(mean)).max() <= 1e-6
+
+
+def test_labels_of_texts_are_matched_by_name_with_id2label(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = ["neg", "neu", "pos"]
+    save_bert(
+        tmp_path / "model",
+        "BertForSequenceClassification",
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+    )
+    texts = sentences(12)
+    labels = ["pos", *(names[(7 * number) % 3] for number in range(11))]
+    rows = [json.dumps({"t": t, "y": y}) for t, y in zip(texts, labels, strict=True)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    path = str(tmp_path / "t.jsonl")
+    result = gradrun.infer(
+        {
+            "model": {"source": "huggingface", "path": str(tmp_path / "model"), "auto_class": HEAD},
+            "data": {"source": "text", "path": path, "field": "t", "labels": "y"},
+            "output": {"path": str(tmp_path / "out"), "transform": "classify"},
+            "run": {"warmup": 0},
+            "measure": {"memory": False},
+            "metrics": ["accuracy"],
+        }
+    )
+    pipeline = import_transformers("").pipeline("text-classification", str(tmp_path / "model"))
+    said = [one["label"] for one in pipeline(texts, truncation=True)]
+    assert result.metrics[0].value == pytest.approx(np.mean(np.array(said) == labels))
+    assert "by name: neg, neu, pos (3 classes, from the model)" in stated(result)
