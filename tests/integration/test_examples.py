@@ -85,8 +85,10 @@ def test_an_example_runs_completely(run: Run, tmp_path: Path, name: str) -> None
     assert samples == getattr(config.data, "samples", COUNTS.get(name, 500))
     folder = tmp_path / name
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    classes = on_disk & {"classes.txt", "ids.txt"}
-    assert on_disk == {*result.files, *classes, "journal.jsonl", "result.json"}
+    evidence = {file for file in on_disk if file.startswith("_metrics.")}
+    assert bool(evidence) == bool(config.metrics)
+    beside = evidence | on_disk & {"classes.txt", "ids.txt"}
+    assert on_disk == {*result.files, *beside, "journal.jsonl", "result.json"}
     counts: dict[str, int] = {}
     for file in result.files:  # shards: one output in several files
         output = file.partition("-0")[0]
