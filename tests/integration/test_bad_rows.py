@@ -219,7 +219,7 @@ def test_a_corrected_parquet_file_is_refused_with_the_reason_and_quarantine_cont
     path = tmp_path / "t.parquet"
     write_table(path, {21: None})
     bad = path.read_bytes()
-    with pytest.raises(RunFailed, match=r"missing; set run\.on_error: quarantine"):
+    with pytest.raises(RunFailed, match=r"null; set run\.on_error: quarantine"):
         gradrun.infer(config(tmp_path, ".parquet"))
     write_table(path, {})
     with pytest.raises(ConfigError, match=r"cannot resume .*t\.parquet changed"):
