@@ -120,7 +120,7 @@ def check_columns(path: Path, record: Record, columns: Iterable[tuple[str, str]]
             names = [*record.fields]
             hint = suggest(column, names)
             for character, name in {";": "';'", "\t": "tabs"}.items():
-                if len(names) == 1 and character in names[0]:
+                if len(names) == 1 and column in names[0].split(character):
                     hint = f"the file seems to be separated by {name}; use a .tsv or convert it"
             raise ConfigError(f"{path.name} has no column {column!r}; {hint}", key)
 
