@@ -25,7 +25,7 @@ from gradrun.engines.messages import (
     unpack_rows,
 )
 from gradrun.engines.range_runner import outputs_checksum
-from gradrun.engines.schedule import Schedule, Span
+from gradrun.engines.schedule import RANGES_AHEAD, Schedule, Span
 from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import RunPlan
 from gradrun.inference.reordering import ReorderBuffer, commit_unit
@@ -47,9 +47,6 @@ SPAN_SECONDS = 1.0
 _SPAN_BYTES = 16 * 1024 * 1024
 _HELD_BYTES = 256 * 1024 * 1024
 """Results that wait for earlier ones."""
-
-_RANGES_HELD = 4
-"""Ranges per worker that may wait, as in Schedule."""
 
 _POLL_SECONDS = 0.2
 _MAX_FAILED_STARTS = 3
@@ -138,10 +135,10 @@ class _Pass:
         self._results: dict[Span, Done] = {}
         self._durations: list[float] = []
         self._failed_starts = 0
-        self._began = self._first_ready = 0.0
+        self._first_ready = 0.0
         self._checksum = outputs_checksum(prepared.outputs)
         row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
-        held = _HELD_BYTES // (_RANGES_HELD * dispatcher.count)
+        held = _HELD_BYTES // (RANGES_AHEAD * dispatcher.count)
         self._max_rows = min(_SPAN_BYTES, held) // max(1, row_bytes)
 
     # --- events --------------------------------------------------------------------------------
@@ -195,7 +192,7 @@ class _Pass:
             return
         worker.samples += span.size
         worker.data += done.data_seconds
-        worker.forward += sum(_doubles(done.batch_seconds))
+        worker.forward += sum(array("d", done.batch_seconds))
         worker.ranges.append(
             WorkerRange(
                 start=span.start,
@@ -372,9 +369,3 @@ def _result(
         error=error,
         resume_options=SKIP_SAMPLES if error else "",
     )
-
-
-def _doubles(data: bytes) -> array[float]:
-    values = array("d")
-    values.frombytes(data)
-    return values

@@ -44,9 +44,6 @@ class Engine(Protocol):
     def stop(self, worker: int) -> None:
         """End a worker at once; it sends no more events."""
 
-    def capacity(self) -> str:
-        """Describe the resources for further workers, for an error message."""
-
     def close(self) -> None:
         """End all workers; closing twice has no effect."""
 

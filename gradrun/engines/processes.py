@@ -122,9 +122,6 @@ class ProcessesEngine:
     def stop(self, worker: int) -> None:
         kill(self._workers.pop(worker).process)
 
-    def capacity(self) -> str:
-        return f"{len(self._workers)} of {len(self._opens)} workers"
-
     def close(self) -> None:
         for number in list(self._workers):
             self.stop(number)

@@ -114,7 +114,7 @@ class RayEngine:
         if self._opened & self._handles.keys():
             self._without_worker_since = now
         elif now - self._without_worker_since > _ROOM_SECONDS and self._handles:
-            text = f"no room for a worker in {_ROOM_SECONDS:g} s: {self.capacity()}"
+            text = f"no room for a worker in {_ROOM_SECONDS:g} s: {self._capacity()}"
             return min(self._handles), Failed(error=text, key="engine.workers", config_error=False)
         return None
 
@@ -124,7 +124,7 @@ class RayEngine:
         self._handles.pop(worker, None)
         self._pending = {ref: number for ref, number in self._pending.items() if number != worker}
 
-    def capacity(self) -> str:
+    def _capacity(self) -> str:
         running = len(self._opened & self._handles.keys())
         return f"{running} of {self._count} workers; {_offer(self._ray)}"
 

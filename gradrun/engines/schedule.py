@@ -13,7 +13,7 @@ from dataclasses import dataclass
 _QUEUED = 2
 """Ranges per worker: one that it runs and one that waits, so that it never idles."""
 
-_AHEAD = 4
+RANGES_AHEAD = 4
 """Ranges per worker between the first unwritten sample and the last assigned one."""
 
 
@@ -145,7 +145,7 @@ class Schedule:
     def _next_fresh(self) -> Span | None:
         workers = len(self._running)
         ahead = sum(len(spans) for spans in self._running.values()) + len(self._finished)
-        if self._fresh >= self.stop or ahead >= _AHEAD * workers:
+        if self._fresh >= self.stop or ahead >= RANGES_AHEAD * workers:
             return None
         # Shorter spans towards the end, so that all workers finish at about the same time.
         share = -(-(self.stop - self._fresh) // (2 * workers))

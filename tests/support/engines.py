@@ -65,9 +65,6 @@ class InlineEngine:
         del self.tasks[worker]
         self.runners.pop(worker).__exit__()
 
-    def capacity(self) -> str:
-        return f"{len(self.tasks)} inline workers"
-
     def close(self) -> None:
         for worker in list(self.runners):
             self.stop(worker)
