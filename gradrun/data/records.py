@@ -25,6 +25,7 @@ from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
 from gradrun.data.tables import (
     TABLE_SUFFIXES,
     IdColumn,
+    IndexedRows,
     Record,
     RowIndex,
     check_columns,
@@ -54,7 +55,7 @@ def open_data(
     return _Records(config, model_classes)
 
 
-class _Records:
+class _Records(IndexedRows):
     def __init__(self, config: RecordsData, model_classes: Sequence[str]) -> None:
         if not table_suffix(config.path):
             raise ConfigError(
@@ -136,17 +137,6 @@ class _Records:
                 if len(rows) < min(self.batch_size, self.samples - first):
                     raise ConfigError(f"{self.path} became shorter while it was read", "data.path")
                 yield self._batch(rows, first)
-
-    @property
-    def repeated_ids(self) -> int:
-        return self._ids.repeated if self._ids else 0
-
-    def checksum(self, stop: int) -> int | None:
-        return self._index.checksum(stop)
-
-    @property
-    def id_type(self) -> str:
-        return self._ids.type if self._ids else ""
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         columns = [column for spec in self.config.inputs.values() for column in spec.columns]

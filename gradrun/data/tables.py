@@ -289,6 +289,24 @@ def _is_number(value: Any) -> bool:
     return True
 
 
+class IndexedRows:
+    """The ids and checksums of a source over the rows of one file."""
+
+    _ids: IdColumn | None
+    _index: RowIndex
+
+    @property
+    def repeated_ids(self) -> int:
+        return self._ids.repeated if self._ids else 0
+
+    def checksum(self, stop: int) -> int | None:
+        return self._index.checksum(stop)
+
+    @property
+    def id_type(self) -> str:
+        return self._ids.type if self._ids else ""
+
+
 def read_labels(
     records: Iterator[Record], path: Path, column: str | None, classes: Sequence[str] | None
 ) -> Iterator[torch.Tensor]:

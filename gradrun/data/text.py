@@ -23,6 +23,7 @@ from gradrun.data.source import (
     describe_labels,
 )
 from gradrun.data.tables import (
+    IndexedRows,
     RowIndex,
     classes_of_labels,
     describe_order,
@@ -70,7 +71,7 @@ def open_data(
     return Texts(config, Tokenization(config, model), model_classes)
 
 
-class Texts:
+class Texts(IndexedRows):
     """A LengthGrouped source of texts."""
 
     def __init__(
@@ -123,17 +124,6 @@ class Texts:
                 last = min(len(rows), end - first)
                 for begin in range(max(start - first, 0), last, self.batch_size):
                     yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
-
-    @property
-    def repeated_ids(self) -> int:
-        return self._ids.repeated if self._ids else 0
-
-    def checksum(self, stop: int) -> int | None:
-        return self._index.checksum(stop)
-
-    @property
-    def id_type(self) -> str:
-        return self._ids.type if self._ids else ""
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
