@@ -27,6 +27,7 @@ from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.batch import Batch
 from gradrun.engines.infer import infer
+from gradrun.inference.allocator import allocator_settings
 from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
@@ -147,9 +148,14 @@ class LoadedVariant(PlannedVariant):
 
 def run_task(job: Job) -> WorkerReport:
     """Run a job; an exception in a variant becomes a Failure and the other variants continue."""
+    planned = _plan(job)
+    with allocator_settings(planned[0].config.run.allocator):
+        return _run_planned(job, planned)
+
+
+def _run_planned(job: Job, planned: Sequence[PlannedVariant]) -> WorkerReport:
     marker = Marker(Path(job.marker))
     failures: list[Failure] = []
-    planned = _plan(job)
     if job.kind == "predict":
         with _record_failure(failures, planned[0], marker):
             _predict(planned[0], marker, job.trust_code)

@@ -83,6 +83,7 @@ class Session:
         """Compare variants; memory is that of a batch number, or of the largest that is timed."""
         for variant in variants:
             check_importable(variant.config.model)
+        _check_allocators(variants)
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         self.threads = max(thread_count(v.config.run.threads) for v in variants)
         self.memory_batch = memory_batch
@@ -283,6 +284,18 @@ class Session:
 
     def _warn(self, code: str, text: str) -> None:
         self.data.warnings.append(Warning(code=code, text=text))
+
+
+def _check_allocators(variants: Sequence[Variant]) -> None:
+    """Check that all variants can run in one process, which has one allocator."""
+    used = {variant.config.run.allocator: variant.name for variant in variants}
+    if len(used) > 1:
+        settings = " and ".join(f"{value} in {name}" for value, name in used.items())
+        raise ConfigError(
+            f"{settings}: this comparison runs both in one process, which has one allocator; set "
+            "the same value in both",
+            "run.allocator",
+        )
 
 
 def is_precise(comparison: Comparison, precision: float) -> bool:

@@ -11,6 +11,8 @@ from gradrun.config.base import Section, Size
 from gradrun.config.output import OutputName
 from gradrun.core.grad_mode import GradMode
 
+Allocator = Literal["retain", "system"]
+
 
 class RunSection(Section):
     """How the model runs."""
@@ -23,6 +25,11 @@ class RunSection(Section):
         "auto",
         description="CPU threads; auto: OMP_NUM_THREADS or MKL_NUM_THREADS, else the CPUs that "
         "affinity and cgroup quota allow",
+    )
+    allocator: Allocator = Field(
+        "retain",
+        description="on CPUs with glibc: retain keeps freed memory for the next batch, which is "
+        "faster and needs a little more; system: as the system's malloc",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of random weights, data and dropout")
     autocast: Literal["float16", "bfloat16"] | None = Field(

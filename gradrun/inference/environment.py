@@ -11,6 +11,7 @@ import torch
 
 from gradrun.core.cpu import available_cpus
 from gradrun.core.version import __version__
+from gradrun.inference.allocator import current_allocator
 from gradrun.results.result import Environment
 
 
@@ -26,6 +27,7 @@ def current_environment(device: torch.device) -> Environment:
         cores=psutil.cpu_count(logical=False) or available_cpus(),
         cpus=available_cpus(),
         threads=torch.get_num_threads(),
+        allocator=current_allocator(),
         memory=psutil.virtual_memory().total,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,

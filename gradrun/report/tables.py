@@ -125,7 +125,8 @@ def of_measurements(result: AnyResult) -> tuple[Table, ...]:
     match result:
         case InferResult():
             measured = result.measurements[0]
-            return _with_rows(timing(measured), workers(measured), peak_memory(measured.memory))
+            memory = peak_memory(measured.memory, result.environment.allocator)
+            return _with_rows(timing(measured), workers(measured), memory)
         case CompareResult():
             return _with_rows(ratios(result), variant_memory(result))
         case AuditResult():
@@ -255,8 +256,11 @@ def _interval(estimate: stats.Estimate, uncertainty: float) -> str:
     return f"{format_seconds(high, uncertainty)} or less (95 %)" if math.isfinite(high) else ""
 
 
-def peak_memory(memory: Memory) -> Table:
+def peak_memory(memory: Memory, allocator: str = "") -> Table:
     """Sizes and peaks, with exact bytes."""
+    process = f"whole process ({memory.process_method})"
+    if allocator == "retain":
+        process = f"process ({memory.process_method}), allocator retain"
     peak_in = f"in {memory.peak_module}" if memory.peak_module else "excluding weights and inputs"
     batch = "one batch"
     if memory.first_batch and memory.batch is not None:
@@ -267,7 +271,7 @@ def peak_memory(memory: Memory) -> Table:
         _bytes("forward peak", memory.forward_peak, peak_in),
         _bytes("retained", memory.retained, "outputs and, in grad mode, their graph"),
         *_first_batch(memory.first_batch),
-        _bytes("process peak", memory.process_peak, f"whole process ({memory.process_method})"),
+        _bytes("process peak", memory.process_peak, process),
     ]
     if memory.device_allocated is None and memory.device_reserved is None:
         rows.append(("device peak", DASH, "no accelerator in use"))

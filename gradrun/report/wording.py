@@ -145,12 +145,13 @@ def _location(finding: Finding) -> str:
 def machine(result: AnyResult) -> list[tuple[str, str]]:
     """Describe hardware, versions and start time as pairs of name and value."""
     environment = result.environment
-    return [
+    rows = [
         ("device", environment.device_name or environment.device),
         ("processor", environment.cpu),
         ("cores", f"{environment.cores} ({environment.cpus} available to this process)"),
         ("threads", str(environment.threads)),
         ("memory", format_bytes(environment.memory)),
+        ("allocator", environment.allocator),
         ("system", environment.platform),
         ("torch", environment.torch),
         ("numpy", environment.numpy),
@@ -158,6 +159,7 @@ def machine(result: AnyResult) -> list[tuple[str, str]]:
         ("gradrun", environment.gradrun),
         ("started", result.started_at),
     ]
+    return [(name, value) for name, value in rows if value]
 
 
 def explain_difference(fact: Fact, torch: str) -> str:
@@ -182,4 +184,4 @@ def count_facts(result: ModeFacts) -> str:
 
 def display_path(path: str | Path) -> str:
     """Shorten a path to its relative form where that is shorter."""
-    return min(os.path.relpath(path), str(path), key=len)
+    return min(os.path.relpath(path or os.curdir), str(path), key=len)

@@ -42,6 +42,8 @@ class Environment(Record, frozen=True, kw_only=True):
     cpus: Count
     threads: Count
     memory: Count
+    allocator: str = ""
+    """Setting of the CPU allocator, as run.allocator; empty in older results."""
     device: str
     device_name: str | None = None
 

@@ -34,6 +34,7 @@ MACHINE = Environment(
     cpus=2,
     threads=2,
     memory=8 * 1024**3,
+    allocator="retain",
     device="cpu",
 )
 PHASES = Phases(
