@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import DType, InputFile, InputPath, Section, Shape, Size
+from gradrun.config.columns import Columns
 from gradrun.config.model import (
     HuggingFaceModel,
     ModelConfig,
@@ -16,6 +17,7 @@ from gradrun.config.model import (
     TimmModel,
     TorchvisionModel,
 )
+from gradrun.core.suggest import suggest
 
 
 class _Data(Section):
@@ -166,9 +168,26 @@ class RecordsData(_Data):
     source: Literal["records"]
     path: InputFile
     inputs: dict[str, RecordInput] = Field(min_length=1)
+    columns: Columns = Field(
+        {},
+        description="column -> its fill, categories, mean and std; a .json or .npz file with them; "
+        "or a list of both",
+    )
     id: str | None = Field(None, description="column with sample ids, for .jsonl outputs")
     labels: str | None = Field(None, description="column with each row's true class or value")
     classes: Classes = None
+
+    def check_model(self, model: ModelConfig) -> None:
+        used = {column for spec in self.inputs.values() for column in spec.columns}
+        if unused := sorted(self.columns.keys() - used):
+            raise PydanticCustomError(
+                "columns",
+                "{text}",
+                {
+                    "text": f"{unused[0]!r} of data.columns is not a column of any input; "
+                    f"{suggest(unused[0], used)}"
+                },
+            )
 
 
 class TextData(_Data):

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradrun.config.columns import ColumnSection
 from gradrun.config.data import RecordInput, RecordsData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
+from gradrun.data.column_encoding import ColumnEncoding
 from gradrun.data.conversion import Conversion
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
 from gradrun.data.tables import (
@@ -44,6 +46,8 @@ _PREVIEW_COLUMNS = 6
 _DECIDING_ROWS = 64
 """Number of readable rows that decide how many values a row has: that of most of them."""
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
+_MAX_NOTED = 63
+"""Filled columns, and columns with unknown categories, whose rows are counted."""
 _EXACT = 2**53
 """Greatest whole number below which float64 has every whole number."""
 
@@ -73,24 +77,36 @@ class _Records(IndexedRows):
         self._ids = IdColumn(config.path, config.id) if config.id is not None else None
         self._index = RowIndex(config.batch_size)
         self._columns: dict[str, _Columns] = {}
-        self.flags = np.zeros(0, np.uint8)
-        """1 for each row with NaN that was read."""
         with closing(read_table(self.path)) as records:
             self._scan(records)
-        self.flags = np.zeros(self.samples, np.uint8)
+        self._encodings = {
+            name: encoding
+            for columns in self._columns.values()
+            for name, encoding in columns.encodings.items()
+        }
+        noted = [(name, test) for name, by in self._encodings.items() for test in by.noted()]
+        self._noted = noted[:_MAX_NOTED]
+        self.flags = np.zeros(self.samples, np.min_scalar_type(2 ** (len(self._noted) + 1) - 1))
+        """Bit 0 for a row with NaN that was read, and one bit for each of `_noted`."""
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
         """Count the rows, and decide which shape a row has."""
         first: Record | None = None
         problem: SampleError | None = None
-        parsers = {name: _Parser(spec, self.path) for name, spec in self.config.inputs.items()}
+        parsers = {
+            name: _Parser(spec, self.path, self.config.columns)
+            for name, spec in self.config.inputs.items()
+        }
+        absent = self._filled_columns() if not has_fixed_columns(self.path) else set()
         shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for record in records:
             self.samples += 1
             self._index.add(record.end)
             if self._ids:
                 self._ids.observe(record)
+            if absent:
+                absent -= record.fields.keys()
             if shapes.total() == _DECIDING_ROWS:
                 continue
             if first is None and not record.error:
@@ -105,6 +121,8 @@ class _Records(IndexedRows):
                 problem = problem or error
             else:
                 shapes[tuple(parser.stored_shape(record) for parser in parsers.values())] += 1
+        if absent and first:  # otherwise a wrong name would be filled in every row
+            check_columns(self.path, first, ((f"data.columns.{n}", n) for n in sorted(absent)))
         if shapes:
             ((usual, _),) = shapes.most_common(1)  # the first rows may be the bad ones
             for (name, parser), shape in zip(parsers.items(), usual, strict=True):
@@ -114,6 +132,9 @@ class _Records(IndexedRows):
             check_columns(self.path, first, self._column_keys())
         if problem:
             raise ConfigError(f"no row can be read, for example: {problem}", "data.path")
+
+    def _filled_columns(self) -> set[str]:
+        return {name for name, spec in self.config.columns.items() if spec.fill is not None}
 
     def _check(self, record: Record) -> None:
         if record.error:
@@ -157,19 +178,41 @@ class _Records(IndexedRows):
         yield describe_order(self.path, self._ids)
         if self.config.labels:
             yield describe_labels(self.config, self.classes)
-        text = "empty or null: the row fails (run.on_error)"
-        if nans := int(np.count_nonzero(self.flags)):
+        yield from self._column_statements()
+        others = " in the other columns" if self._filled_columns() else ""
+        text = f"empty or null{others}: the row fails (run.on_error)"
+        if nans := self._count(0):
             text += f"; NaN in {pluralize(nans, 'row')}: passed to the model"
         yield Statement(topic="missing values", text=text)
 
+    def _column_statements(self) -> Iterator[Statement]:
+        """Yield the steps of each column in `data.columns`, and the columns without any."""
+        bit = 1
+        for name, encoding in self._encodings.items():
+            bits = range(bit, bit := bit + len(encoding.noted()))
+            counts = [self._count(b) if b <= _MAX_NOTED else None for b in bits]
+            yield Statement(topic=f"column {name}", text=encoding.describe(counts))
+        used = [column for spec in self.config.inputs.values() for column in spec.columns]
+        stored = [name for name in dict.fromkeys(used) if name not in self._encodings]
+        if self._encodings and stored:
+            more = ", ..." if len(stored) > _PREVIEW_COLUMNS else ""
+            text = f"{', '.join(stored[:_PREVIEW_COLUMNS])}{more}: as stored"
+            yield Statement(topic="other columns", text=text)
+
+    def _count(self, bit: int) -> int:
+        return int(np.count_nonzero(self.flags & self.flags.dtype.type(1 << bit)))
+
     def _batch(self, records: list[Record], first: int) -> Batch:
         errors: dict[int, SampleError] = {}
+        flags = [0] * len(records)
         rows = {name: columns.zeros(len(records)) for name, columns in self._columns.items()}
         for row, record in enumerate(records):
             try:
                 self._check(record)
                 for name, columns in self._columns.items():
                     rows[name][row] = columns.row(record, f"{self.path}:{record.line}")
+                for bit, (column, applies) in enumerate(self._noted, 1):
+                    flags[row] |= applies(record.fields.get(column)) << bit
             except SampleError as error:
                 errors[row] = error
         ids = self._row_ids(records, first, errors)
@@ -182,7 +225,7 @@ class _Records(IndexedRows):
             for row, problem in problems.items():
                 place = f"{self.path}:{records[row].line}"
                 errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
-        self.flags[first : first + len(records)] = nans
+        self.flags[first : first + len(records)] = np.array(flags, self.flags.dtype) | nans
         for tensor in tensors.values():
             tensor[list(errors)] = 0
         return self._new_batch(tensors, ids, errors)
@@ -205,10 +248,15 @@ class _Records(IndexedRows):
 class _Parser:
     """Reads the columns of one input as numbers."""
 
-    def __init__(self, spec: RecordInput, path: Path) -> None:
+    def __init__(self, spec: RecordInput, path: Path, columns: Mapping[str, ColumnSection]) -> None:
         self.spec, self.path = spec, path
         self.kind = np.int64 if "int" in spec.dtype else np.float64
         self._parse = _number_parser(spec.dtype)
+        self.encodings = {
+            name: ColumnEncoding(name, columns[name], self._parse, spec.dtype)
+            for name in spec.columns
+            if name in columns
+        }
 
     def values(self, record: Record, place: str) -> list[float]:
         """Return the columns of a record as one row of numbers, with lists flattened.
@@ -219,8 +267,12 @@ class _Parser:
         row: list[float] = []
         for column in self.spec.columns:
             value = record.fields.get(column)
+            encoding = self.encodings.get(column)
             try:
-                row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
+                if encoding:
+                    row += encoding.numbers(value)
+                else:
+                    row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
             except (ValueError, TypeError, OverflowError):
                 problem = self._problem(record, column)
                 raise SampleError(f"{place}  column {column!r} is {problem}") from None
@@ -244,6 +296,8 @@ class _Parser:
         value = record.fields.get(column)
         if value is None or value == "":
             return describe_absence(self.path, record, column)
+        if column in self.encodings and (problem := self.encodings[column].problem(value)):
+            return problem
         if isinstance(value, list) and any(isinstance(item, list) for item in value):
             return "a list of lists of different lengths, or contains more than numbers"
         return f"{value!r:.60}, not a number of type {self.spec.dtype}"
@@ -253,7 +307,7 @@ class _Columns:
     """The columns of one input, as rows of one shape."""
 
     def __init__(self, name: str, parser: _Parser, stored: tuple[int, ...]) -> None:
-        self.name, self.spec = name, parser.spec
+        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
         self._parser, self._stored, self._width = parser, stored, math.prod(stored)
         self.convert = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
         self.sample_bytes = self.convert.sample_bytes

@@ -126,8 +126,8 @@ class HasFlags(Protocol):
     A worker that read some samples sends their flags to the process that states them.
     """
 
-    flags: np.ndarray[Any, np.dtype[np.uint8]]
-    """One number per sample, [samples], whose bits only the source knows; 0 for unread ones."""
+    flags: np.ndarray[Any, np.dtype[Any]]
+    """Unsigned numbers, [samples], whose bits only the source interprets; 0 for unread samples."""
 
 
 @runtime_checkable

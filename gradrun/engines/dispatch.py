@@ -312,7 +312,7 @@ class _Pass:
             timed.largest = LargestBatch(*done.largest)
         data = self.plan.runner.data
         if done.flags is not None and isinstance(data, HasFlags):
-            data.flags[done.start : done.stop] = np.frombuffer(done.flags, np.uint8)
+            data.flags[done.start : done.stop] = np.frombuffer(done.flags, data.flags.dtype)
         if done.error is not None:
             raise RunFailed(done.error, resume_options=done.resume_options)
 

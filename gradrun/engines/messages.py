@@ -97,7 +97,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Wall time of the task."""
     padding: Padding | None
     flags: bytes | None
-    """What the data source noted about each sample, one byte each; see HasFlags."""
+    """What the data source noted about each sample, in the dtype of HasFlags.flags."""
     batch_limit: int | None
     limited_from: int
     process_peak: int | None
