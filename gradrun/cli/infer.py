@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradrun.cli.console import command_output, fast_imports
 from gradrun.cli.options import Debug, JsonFile, Quiet, Sets, Trust
 from gradrun.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradrun.config.overrides import OptionValue
 
 
 def infer(
@@ -52,16 +54,15 @@ def infer(
     debug: Debug = False,
 ) -> None:
     """Run inference on all data; write predictions and measure."""
-    sets = [*(sets or []), *_engine_overrides(engine, workers, address)]
-    resume_command = _resume_command(config, example, sets, output, trust_code)
+    options = _options(engine, workers, address, output)
+    resume_command = _resume_command(config, example, sets or [], options, trust_code)
     with command_output(
         debug=debug, json_file=json_file, quiet=quiet, resume_command=resume_command
     ) as out:
         from gradrun.config.load import load_config
 
         path, output_base = _choose_config(config, example)
-        overrides = [*sets, *([f"output.path={_quote(output)}"] if output else [])]
-        loaded = load_config(path, overrides, output_base=output_base)
+        loaded = load_config(path, [*(sets or []), *options], output_base=output_base)
         with fast_imports():
             from gradrun.engines.infer import infer as run
         if overwrite and resume:
@@ -77,26 +78,42 @@ def infer(
         out.show_result(result)
 
 
-def _engine_overrides(engine: str | None, workers: str | None, address: str | None) -> list[str]:
-    """Return the options of the engine as overrides of its section."""
-    given = {"source": engine, "workers": workers, "address": address}
-    if not any(given.values()):
-        return []
-    given["source"] = engine or ("ray" if address else "processes")
-    return [f"engine.{key}={value}" for key, value in given.items() if value]
+def _options(
+    engine: str | None, workers: str | None, address: str | None, output: Path | None
+) -> list[OptionValue]:
+    """Return the options that set keys of the config."""
+    from gradrun.config.overrides import OptionValue
+
+    values = []
+    if engine or workers or address:
+        # Without --engine, the other option decides.
+        source = engine or ("ray" if address else "processes")
+        by = "--engine" if engine else "--address" if address else "--workers"
+        values.append(OptionValue(by, "engine.source", source, engine or address or workers or ""))
+    if workers:
+        number = int(workers) if workers.isascii() and workers.isdecimal() else workers
+        values.append(OptionValue("--workers", "engine.workers", number, workers))
+    if address:
+        values.append(OptionValue("--address", "engine.address", address, address))
+    if output:
+        # Relative to the current folder, not to the config; symbolic links are kept.
+        path = os.path.abspath(output)  # noqa: PTH100
+        values.append(OptionValue("--output", "output.path", path, str(output)))
+    return values
 
 
 def _resume_command(
     config: Path | None,
     example: str | None,
     sets: list[str],
-    output: Path | None,
+    options: list[OptionValue],
     trust_code: bool,
 ) -> str:
     words = ["gradrun", "infer", *([str(config)] if config else [])]
     words += ["--example", example] if example else []
     words += [word for override in sets for word in ("--set", override)]
-    words += ["--output", str(output)] if output else []
+    typed = {given.option: given.typed for given in options}
+    words += [word for pair in typed.items() for word in pair]
     words += ["--trust-code"] if trust_code else []
     return shlex.join([*words, "--resume"])
 
@@ -115,8 +132,3 @@ def _choose_config(config: Path | None, example: str | None) -> tuple[Path, Path
     if example not in examples():
         raise ConfigError(f"unknown example {example!r}; {suggest(example, examples())}")
     return bundled("configs") / f"{example}.yaml", Path.cwd()
-
-
-def _quote(folder: Path) -> str:
-    """Return a YAML string of the path relative to the current folder, not to the config."""
-    return json.dumps(os.path.abspath(folder))  # noqa: PTH100 - keep symbolic links

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gradrun.config.base import PathResolver
-from gradrun.config.overrides import apply_overrides
+from gradrun.config.overrides import Overrides, apply_overrides
 from gradrun.config.schema import RunConfig
 from gradrun.config.validation_errors import config_issue
 from gradrun.config.yaml_reader import Document, SourceMap, dotted, read_yaml
@@ -51,7 +51,7 @@ ConfigSource = LoadedConfig | RunConfig | str | Path | Mapping[str, Any]
 
 def load_config(
     source: str | Path | Mapping[str, Any],
-    overrides: Sequence[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
     output_base: Path | None = None,
     source_name: str = "--set",
@@ -60,8 +60,8 @@ def load_config(
 
     Args:
         source: the path of a YAML file, or its content as a mapping.
-        overrides: "key.path=value" texts, or a mapping of dotted keys (or sections) to values;
-            validated like the file.
+        overrides: "key.path=value" texts and options, or a mapping of dotted keys (or sections)
+            to values; validated like the file.
         output_base: the folder where a relative output.path starts; default: the config's.
         source_name: the name of the overrides in error locations.
 

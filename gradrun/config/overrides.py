@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from gradrun.config.yaml_reader import Document, Key, SourceLocation, dotted, parse_yaml
 
 
-def apply_overrides(
-    document: Document, overrides: Sequence[str] | Mapping[str, Any], source_name: str
-) -> None:
+@dataclass(frozen=True)
+class OptionValue:
+    """A command-line option that sets one key, such as --workers for engine.workers."""
+
+    option: str
+    key: str
+    value: str | int
+    typed: str
+    """The value as the user wrote it."""
+
+
+Overrides = Sequence[str | OptionValue] | Mapping[str, Any]
+
+
+def apply_overrides(document: Document, overrides: Overrides, source_name: str) -> None:
     """Set keys in `document`, and add the problems found to it.
 
     Args:
         document: the config's data.
-        overrides: "key.path=value" texts, or dotted keys (or sections) and values. A mapping
-            as value is merged into its section.
+        overrides: "key.path=value" texts and options, or dotted keys (or sections) and values. A
+            mapping as value is merged into its section.
         source_name: the name of the texts' source in error locations.
     """
     if isinstance(overrides, Mapping):
@@ -26,8 +39,13 @@ def apply_overrides(
             location = SourceLocation("override", 1, 1, f"{name}={value!r:.100}")
             _merge(document, tuple(name.split(".")), data, location)
         return
-    for text in overrides:
-        _apply_text(document, text, source_name)
+    for override in overrides:
+        if isinstance(override, OptionValue):
+            line = f"{override.option} {override.typed}"
+            location = SourceLocation(override.option, 1, len(override.option) + 2, line)
+            _set(document, tuple(override.key.split(".")), override.value, location)
+        else:
+            _apply_text(document, override, source_name)
 
 
 def _apply_text(document: Document, text: str, source_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -12,7 +13,8 @@ import torch
 
 from gradrun.config.engine import EngineConfig
 from gradrun.core.errors import Interrupted, RunFailed
-from gradrun.core.progress import Progress, ProgressCallback
+from gradrun.core.progress import Progress, ProgressCallback, WorkerProgress
+from gradrun.core.units import pluralize
 from gradrun.data.source import HasFlags, LengthGrouped, input_position
 from gradrun.engines.engine import Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
@@ -39,7 +41,7 @@ from gradrun.inference.runner import (
 )
 from gradrun.output.fingerprint import changed_properties
 from gradrun.output.formats import RowWriter
-from gradrun.results.result import Padding, WorkerRange, WorkerStats
+from gradrun.results.result import Padding, Warning, WorkerRange, WorkerStats
 
 SPAN_SECONDS = 1.0
 """Target duration of a range; sending one costs a few milliseconds."""
@@ -49,9 +51,19 @@ _HELD_BYTES = 256 * 1024 * 1024
 """Results that wait for earlier ones."""
 
 _POLL_SECONDS = 0.2
+_PROGRESS_SECONDS = 0.2
 _MAX_FAILED_STARTS = 3
 _LEAST_TIMEOUT = 60.0
 _TIMEOUT_FACTOR = 20
+
+_PROPERTIES = {
+    "gradrun": "version of gradrun is",
+    "torch": "version of torch is",
+    "threads": "number of threads is",
+}
+"""Properties of an Environment that change predictions -> their names in an error."""
+
+_MIXED = "engine.mixed: allow accepts this"
 
 
 @dataclass
@@ -92,16 +104,14 @@ class Dispatcher:
         current = _Pass(self, plan, prepared, writer)
         timed = current.timed
         try:
-            for number, ready in self._ready:
-                current.add_worker(number, ready)
+            current.begin(self._ready)
+            next_progress = 0.0
             while not current.schedule.finished:
                 current.step()
                 commit()
-                if not current.workers:
-                    progress(Progress(f"starting {self.engine.name}"))
-                    continue
-                done = timed.start + timed.done
-                progress(Progress(f"predicting on {self.engine.name}", done, plan.header.samples))
+                if (now := time.perf_counter()) >= next_progress:
+                    progress(current.progress())
+                    next_progress = now + _PROGRESS_SECONDS
         except KeyboardInterrupt:
             timed.stop(Interrupted())
         except BaseException as error:
@@ -134,12 +144,31 @@ class _Pass:
             )
         self._results: dict[Span, Done] = {}
         self._durations: list[float] = []
-        self._failed_starts = 0
+        self._failed_starts = self._starting = 0
         self._first_ready = 0.0
         self._checksum = outputs_checksum(prepared.outputs)
         row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
         held = _HELD_BYTES // (RANGES_AHEAD * dispatcher.count)
         self._max_rows = min(_SPAN_BYTES, held) // max(1, row_bytes)
+
+    def begin(self, ready: Iterable[tuple[int, Ready]]) -> None:
+        """Use the workers that are ready, and end those for which there is nothing to do."""
+        schedule, requested = self.schedule, self.dispatcher.count
+        units = -(-(schedule.stop - schedule.written) // schedule.unit)
+        self._starting = min(requested, units)
+        kept = self.engine.keep(self._starting)
+        if 0 < units < requested:
+            noun, key = "batch", "data.batch_size"
+            if schedule.unit > schedule.batch_size:
+                noun, key = "length group", "data.group_by_length"
+            text = (
+                f"{units:,} of {requested:,} workers used: {pluralize(units, noun)} ({key}) to "
+                "predict, and each runs on one worker"
+            )
+            self.plan.runner.warnings.append(Warning(code="fewer_workers", text=text))
+        for number, message in ready:
+            if number in kept:
+                self.add_worker(number, message)
 
     # --- events --------------------------------------------------------------------------------
 
@@ -165,12 +194,13 @@ class _Pass:
     def add_worker(self, number: int, ready: Ready) -> None:
         """Use a worker, unless it would predict differently."""
         self._failed_starts = 0
+        self._starting -= 1
         self._first_ready = self._first_ready or time.perf_counter()
         self.workers[number] = _Worker(ready)
         if difference := self._difference(ready):
             self.engine.stop(number)
             self._record_loss(number, f"rejected: {difference}")
-            if not self._alive():
+            if not self._alive() and not self._starting:
                 raise RunFailed(
                     f"worker {number} on {ready.node} cannot take part: {difference}",
                     resumable=True,
@@ -208,6 +238,7 @@ class _Pass:
     def _lose(self, number: int, event: Failed | Lost) -> None:
         worker = self.workers.get(number)
         if worker is None:
+            self._starting -= 1
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS or isinstance(event, Failed):
                 raise start_error(number, event)
@@ -218,6 +249,7 @@ class _Pass:
             self._keep_result(sample, self._isolate(sample, cause))
         if self.schedule.unassigned or not self._alive():
             self.engine.start(1)
+            self._starting += 1
 
     def _stop_hanging_workers(self) -> None:
         limit = self.dispatcher.section.timeout
@@ -246,10 +278,10 @@ class _Pass:
         if self.dispatcher.section.mixed == "allow":
             return ""
         here = current_environment(self.plan.runner.device)
-        for name in ("gradrun", "torch", "threads"):
+        for name in _PROPERTIES:
             theirs, ours = getattr(ready.environment, name), getattr(here, name)
             if theirs != ours:
-                return f"{name} is {theirs}, and {ours} in the driver (engine.mixed: allow)"
+                return f"its {_PROPERTIES[name]} {theirs}, and {ours} in the driver; {_MIXED}"
         if ready.checksum != self._checksum:
             if ready.environment.cpu == here.cpu:
                 return (
@@ -258,7 +290,7 @@ class _Pass:
                 )
             return (
                 f"its predictions of the first batch differ; its processor is "
-                f"{ready.environment.cpu}, and {here.cpu} in the driver (engine.mixed: allow)"
+                f"{ready.environment.cpu}, and {here.cpu} in the driver; {_MIXED}"
             )
         return ""
 
@@ -313,8 +345,34 @@ class _Pass:
         data = self.plan.runner.data
         if done.flags is not None and isinstance(data, HasFlags):
             data.flags[done.start : done.stop] = np.frombuffer(done.flags, data.flags.dtype)
+        if done.interrupted:
+            raise KeyboardInterrupt
         if done.error is not None:
             raise RunFailed(done.error, resume_options=done.resume_options)
+
+    def progress(self) -> Progress:
+        """Describe how much of the run is done, and by which workers."""
+        now, name = time.perf_counter(), self.engine.name
+        if not self.workers:
+            return Progress(f"starting {name}")
+        alive = sorted(self._alive())
+        several = len({worker.ready.node for _, worker in alive}) > 1
+        others = {"lost": len(self.workers) - len(alive), "starting": self._starting}
+        return Progress(
+            f"predicting on {name}",
+            self.timed.start + self.timed.done,
+            self.plan.header.samples,
+            workers=tuple(
+                WorkerProgress(
+                    f"worker {number}{f' on {worker.ready.node}' if several else ''}",
+                    worker.samples,
+                    worker.samples / worker.busy if worker.busy else 0.0,
+                    now - worker.busy_since if worker.busy_since else None,
+                )
+                for number, worker in alive
+            ),
+            other_workers=", ".join(f"{n:,} {state}" for state, n in others.items() if n),
+        )
 
     def _take_positions(self, start: int, stop: int) -> list[int]:
         return [self._positions.pop(index) for index in range(start, stop)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -43,6 +44,9 @@ class Engine(Protocol):
 
     def stop(self, worker: int) -> None:
         """End a worker at once; it sends no more events."""
+
+    def keep(self, count: int) -> Collection[int]:
+        """End all but the first `count` workers, ready or not; return the numbers of these."""
 
     def close(self) -> None:
         """End all workers; closing twice has no effect."""

@@ -105,6 +105,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """The error that ended the run at the samples after the last event."""
     resume_options: str
     """Options without which a resume would fail at the same sample."""
+    interrupted: bool = False
+    """Whether a KeyboardInterrupt of the model ended the run."""
     batch_elements: bytes = b""
     """Elements of the inputs of each batch, as int64."""
     largest: tuple[int, int, int] = (0, 0, 0)

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
@@ -121,6 +121,11 @@ class ProcessesEngine:
 
     def stop(self, worker: int) -> None:
         kill(self._workers.pop(worker).process)
+
+    def keep(self, count: int) -> Collection[int]:
+        for number in sorted(self._workers)[count:]:
+            self.stop(number)
+        return self._workers.keys()
 
     def close(self) -> None:
         for number in list(self._workers):

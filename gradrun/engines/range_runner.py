@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from gradrun.config.load import load_config
-from gradrun.core.errors import ConfigError, GradrunError, first_line
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, first_line
 from gradrun.data.source import HasFlags, LengthGrouped
 from gradrun.engines.messages import (
     Done,
@@ -120,6 +120,7 @@ class RangeRunner:
             process_peak=process_memory.peak_resident()[0],
             error=str(timed.stopped) if timed.stopped else None,
             resume_options=timed.stopped.resume_options if timed.stopped else "",
+            interrupted=isinstance(timed.stopped, Interrupted),
         )
 
     @contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -123,6 +124,12 @@ class RayEngine:
             self._ray.kill(self._handles[worker])
         self._handles.pop(worker, None)
         self._pending = {ref: number for ref, number in self._pending.items() if number != worker}
+
+    def keep(self, count: int) -> Collection[int]:
+        for number in sorted(self._handles)[count:]:
+            self.stop(number)
+        self._count = min(count, self._count)
+        return self._handles.keys()
 
     def _capacity(self) -> str:
         running = len(self._opened & self._handles.keys())

@@ -1,4 +1,4 @@
-"""Progress of a command on a terminal: the stage, and a bar where the total is known.
+"""Progress of a command: the stage, a bar where the total is known, and the part of each worker.
 
 It draws in the caller's thread: another thread would take time from the measurement.
 """
@@ -12,10 +12,18 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
+from rich.table import Table
 from rich.text import Text
 
-from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.progress import Progress, ProgressCallback
 from gradrun.core.units import format_number
+from gradrun.report.escaping import escape_control_chars
+
+_MAX_WORKERS = 16
+"""Lines of workers: more may not fit on a screen."""
+
+_LINE_SECONDS = 30.0
+"""Between two lines of a log."""
 
 
 class _Rate(TextColumn):
@@ -34,54 +42,123 @@ class _TimeLeft(TextColumn):
     def render(self, task: RichTask) -> Text:
         if task.time_remaining is None:
             return Text("")
-        minutes, seconds = divmod(int(task.time_remaining), 60)
-        return Text(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+        return Text(_format_left(task.time_remaining))
 
 
 class _Stages(RichProgress):
-    """Draws the current stage; without a bar while its total is unknown."""
+    """Draws the current stage, without a bar while its total is unknown, and its workers."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+            _Rate(),
+            _TimeLeft(),
+        )
+        self._current = Progress("")
+        self._stages: dict[str, TaskID] = {}
+        super().__init__(*columns, console=console, auto_refresh=False, transient=True)
+
+    def set_progress(self, progress: Progress) -> None:
+        """Draw this progress from now on."""
+        if progress.stage not in self._stages:
+            for finished in self._stages.values():
+                self.update(finished, visible=False)
+            self._stages[progress.stage] = self.add_task(progress.stage, total=progress.total)
+        self.update(self._stages[progress.stage], completed=progress.done, total=progress.total)
+        self._current = progress
 
     def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.get_whole()
+        if self._current.workers:
+            yield _worker_table(self._current)
+
+    def get_whole(self) -> RenderableType:
+        """Return the line of the stage, without its workers."""
         for task in self.tasks:
+            if task.visible and task.total:
+                return self.make_tasks_table([task])
             if task.visible:
-                yield self.make_tasks_table([task]) if task.total else Text(f"{task.description} …")
+                return Text(f"{task.description} …")
+        return Text("")
+
+
+def _worker_table(progress: Progress) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    for worker in progress.workers[:_MAX_WORKERS]:
+        busy = "waiting" if worker.busy is None else f"in a range for {worker.busy:.0f} s"
+        rate = f"{format_number(worker.rate)} /s" if worker.rate else ""
+        table.add_row(
+            Text(f"  {escape_control_chars(worker.name)}"), f"{worker.done:,}", rate, busy
+        )
+    more = len(progress.workers) - _MAX_WORKERS
+    rest = [f"{more:,} more" if more > 0 else "", progress.other_workers]
+    if any(rest):
+        table.add_row(f"  {', '.join(filter(None, rest))}")
+    return table
+
+
+class _LogLines:
+    """Prints the whole progress as a line of text, first after a while: for logs of long jobs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._printed = console, console.get_time()
+        self._stage, self._began, self._begin = "", 0.0, 0
+
+    def show(self, progress: Progress) -> None:
+        """Print a line if the last one is old."""
+        now = self._console.get_time()
+        if progress.stage != self._stage:
+            self._stage, self._began, self._begin = progress.stage, now, progress.done
+        if now - self._printed < _LINE_SECONDS:
+            return
+        self._printed = now
+        line = f"{progress.stage} …"
+        if progress.total:
+            share = f"{progress.done / progress.total:.0%}"
+            line = f"{progress.stage}: {share}, {progress.done:,} of {progress.total:,}"
+        if (done := progress.done - self._begin) > 0 and now > self._began:
+            rate = done / (now - self._began)
+            left = _format_left((progress.total - progress.done) / rate)
+            line += f", {format_number(rate)} /s, {left}"
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def _format_left(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02} left"
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[ProgressCallback]:
-    """Yield a callback that draws the progress, erased at the end; on a terminal only."""
+    """Yield a callback that draws the progress on a terminal, and erases it at the end.
+
+    Elsewhere it prints a line every half minute.
+    """
     if not console.is_terminal or console.is_dumb_terminal:
-        yield ignore
+        yield _LogLines(console).show
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
-        _Rate(),
-        _TimeLeft(),
-    )
-    display = _Stages(*columns, console=console, auto_refresh=False, transient=True)
+    display = _Stages(console)
     if console.no_color:  # without escape codes: a line that overwrites itself
         try:
-            yield _updater(display, lambda: _overwrite_line(console, display.get_renderable()))
+            yield _callback(display, lambda: _overwrite_line(console, display.get_whole()))
         finally:
             _overwrite_line(console, Text(""))
             print("", end="\r", file=console.file)
         return
     with display:
-        yield _updater(display, display.refresh)
+        yield _callback(display, display.refresh)
 
 
-def _updater(display: RichProgress, draw: Callable[[], None]) -> ProgressCallback:
-    tasks: dict[str, TaskID] = {}
-
+def _callback(display: _Stages, draw: Callable[[], None]) -> ProgressCallback:
     def show(progress: Progress) -> None:
-        if progress.stage not in tasks:
-            for finished in tasks.values():
-                display.update(finished, visible=False)
-            tasks[progress.stage] = display.add_task(progress.stage, total=progress.total)
-        display.update(tasks[progress.stage], completed=progress.done, total=progress.total)
+        display.set_progress(progress)
         draw()
 
     return show

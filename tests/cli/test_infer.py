@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gradrun.cli.infer import _options, _resume_command
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 
@@ -123,3 +125,34 @@ def test_trusted_code_runs(cli, monkeypatch, how):
     assert cli("infer", "p.yaml", *(["--trust-code"] if how == "option" else [])).code == 0
     assert Path("imported").exists()
     assert np.load("out/predictions.npy").shape == (7,)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--workers", "zero"], "--workers:1:11  engine.workers: unknown value 'zero'"),
+        (["--workers", "0"], "--workers:1:11  engine.workers: unknown value 0"),
+        (["--engine", "spark"], "--engine:1:10  engine.source: unknown source 'spark'"),
+        (["--address", "127.0.0.1:9"], "--address:1:11  engine.address: no Ray cluster answers"),
+    ],
+)
+def test_an_error_names_the_option_that_was_typed(cli, words, line):
+    answer = cli("infer", "c.yaml", *words)
+    assert answer.code == 2
+    first, typed, caret = answer.err.splitlines()
+    assert first.startswith(f"error: {line}")
+    assert typed.strip() == " ".join(words)
+    assert typed[caret.index("^") :] == words[1]
+
+
+def test_the_command_to_resume_has_the_options_that_were_typed():
+    options = _options(None, "2", None, Path("an output"))
+    command = _resume_command(Path("c.yaml"), None, ["run.threads=1"], options, False)
+    assert shlex.split(command) == shlex.split(
+        "gradrun infer c.yaml --set run.threads=1 --workers 2 --output 'an output' --resume"
+    )
+    options = _options("ray", "auto", "auto", None)
+    command = _resume_command(Path("c.yaml"), None, [], options, True)
+    assert command == (
+        "gradrun infer c.yaml --engine ray --workers auto --address auto --trust-code --resume"
+    )

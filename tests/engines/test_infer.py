@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,9 +17,10 @@ from PIL import Image
 import gradrun
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.core.progress import ignore
+from gradrun.core.progress import Progress, ignore
 from gradrun.engines.engine import EngineRequest
 from gradrun.engines.infer import explain
+from gradrun.engines.messages import Ready
 from gradrun.results.result import InferResult, RunResult
 from tests.support.engines import InlineEngines
 from tests.support.small_models import save_bert, save_tokenizer, skewed
@@ -150,7 +153,8 @@ def test_workers_write_the_bytes_of_one_process(
         result = spread(config_for(source, inputs, folder, form), workers)
         assert files(folder) == files(tmp_path / "one")
         (measured,) = result.measurements
-        assert len(measured.workers) == workers
+        # 150 texts in groups of 64 are work for three workers.
+        assert len(measured.workers) == (min(workers, 3) if source == "texts" else workers)
         assert sum(worker.samples for worker in measured.workers) == measured.samples
         assert gradrun.verify(folder).complete
     assert len(inline.engines) == len(counts)
@@ -247,22 +251,41 @@ def test_a_sample_that_ends_its_workers_is_isolated(
     assert result.quarantined == 1
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("form", "workers"),
+    [
+        ("npy", (2, 0)),
+        ("safetensors", (2, 3)),
+        ("jsonl", (0, 2)),
+        ("csv", (3, 1)),
+        ("parquet", (1, 0, 2)),
+    ],
+)
 def test_an_interrupted_run_is_resumed_by_another_number_of_workers_and_by_none(
-    form: str, inputs: Path, tmp_path: Path, inline: InlineEngines
+    form: str,
+    workers: tuple[int, ...],
+    inputs: Path,
+    tmp_path: Path,
+    inline: InlineEngines,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupts() -> Iterator[bool]:
-        yield False
-        raise KeyboardInterrupt
-
+    """0 workers: in one process, without an engine."""
+    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
     gradrun.infer(config_for("texts", inputs, tmp_path / "one", form))
     config = config_for("texts", inputs, tmp_path / "two", form)
-    calls = interrupts()
-    inline.dies = lambda worker, task: next(calls)
-    with pytest.raises(gradrun.Interrupted):
-        spread(config, 2)
-    inline.dies = lambda worker, task: False
-    gradrun.infer(config, resume=True) if form == "npy" else spread(config, 3, resume=True)
+    rows: list[int] = []
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage.startswith("predicting") and progress.done > max(rows, default=0):
+            rows.append(progress.done)
+            raise KeyboardInterrupt
+
+    for attempt, count in enumerate(workers):
+        last = attempt == len(workers) - 1
+        options: dict[str, Any] = {"resume": attempt > 0, "progress": ignore if last else interrupt}
+        with nullcontext() if last else pytest.raises(gradrun.Interrupted):
+            spread(config, count, **options) if count else gradrun.infer(config, **options)
+    assert len(rows) == len(workers) - 1
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
@@ -275,6 +298,125 @@ def test_a_worker_that_predicts_differently_is_refused_by_name(
         spread(config)
     allowed = {"source": "processes", "workers": 2, "mixed": "allow"}
     gradrun.infer(config | {"engine": allowed}, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"gradrun": "0.0.1"}, r"its version of gradrun is 0\.0\.1, and \S+ in the driver"),
+        ({"torch": "1.13.1"}, r"its version of torch is 1\.13\.1, and \S+ in the driver"),
+        ({"threads": 64}, r"its number of threads is 64, and 1 in the driver"),
+        (
+            {"cpu": "another processor"},
+            "its predictions of the first batch differ; its processor is another processor, and",
+        ),
+    ],
+)
+def test_a_worker_of_another_kind_is_refused_by_name_and_the_others_continue(
+    environment: dict[str, Any],
+    sentence: str,
+    inputs: Path,
+    tmp_path: Path,
+    inline: InlineEngines,
+) -> None:
+    everywhere = False
+
+    def change(worker: int, ready: Ready) -> Ready:
+        if worker > 1 and not everywhere:
+            return ready
+        checksum = ready.checksum + ("cpu" in environment)
+        there = ready.environment.replace(**environment)
+        return msgspec.structs.replace(ready, environment=there, checksum=checksum)
+
+    inline.change = change
+    config = config_for("arrays", inputs, tmp_path / "one")
+    gradrun.infer(config)
+    config["output"]["path"] = str(tmp_path / "two")
+    first, second = spread(config, 2).measurements[0].workers
+    assert re.match(f"rejected: {sentence}", first.lost)
+    assert (first.samples, second.samples) == (0, COUNT)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    everywhere = True
+    with pytest.raises(RunFailed, match=rf"worker 2 on \S+ cannot take part: {sentence}") as caught:
+        spread(config, 2, overwrite=True)
+    assert "engine.mixed: allow accepts this" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    engine = {"source": "processes", "workers": 2, "mixed": "allow"}
+    result = gradrun.infer(config | {"engine": engine}, overwrite=True)
+    assert all(w.samples and not w.lost for w in result.measurements[0].workers)
+
+
+def test_a_worker_that_sees_other_files_is_refused_even_if_mixed_workers_are_allowed(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    def change(worker: int, ready: Ready) -> Ready:
+        files = {path: described | {"size": 1} for path, described in ready.files.items()}
+        return msgspec.structs.replace(ready, files=files)
+
+    inline.change = change
+    engine = {"source": "processes", "workers": 2, "mixed": "allow"}
+    with pytest.raises(RunFailed, match=r"cannot take part: its data\.path differs from that of"):
+        gradrun.infer(config_for("arrays", inputs, tmp_path / "out") | {"engine": engine})
+
+
+def test_the_progress_has_the_whole_run_and_each_worker(
+    inputs: Path, tmp_path: Path, inline: InlineEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradrun.engines.dispatch._PROGRESS_SECONDS", 0.0)
+    inline.dies = lambda worker, task: worker == 1 and task.start >= 20
+    shown: list[Progress] = []
+    spread(config_for("arrays", inputs, tmp_path / "out"), 2, progress=shown.append)
+    predicting = [p for p in shown if p.stage == "predicting on inline workers"]
+    assert [p.done for p in predicting] == sorted(p.done for p in predicting)
+    assert {p.total for p in predicting} == {COUNT}
+    assert "1 starting" in {p.other_workers for p in predicting}
+    last = predicting[-1]
+    assert [worker.name for worker in last.workers] == ["worker 2", "worker 3"]
+    assert last.other_workers == "1 lost"
+    assert all(worker.rate > 0 for worker in last.workers if worker.done)
+    assert sum(worker.done for worker in last.workers) <= last.done == COUNT
+
+
+@pytest.mark.parametrize(("source", "batch_size"), [("arrays", 32), ("texts", BATCH)])
+def test_no_more_workers_are_used_than_there_is_work_for(
+    source: str, batch_size: int, inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    config = config_for(source, inputs, tmp_path / "out")
+    config["data"] |= {"batch_size": batch_size}
+    result = spread(config, 6)
+    assert len(result.measurements[0].workers) == 3
+    assert inline.engines[0].started == 6
+    assert len(inline.engines[0].opened) == 3, "the others were ended before they loaded"
+    noun = {"arrays": r"batches \(data.batch_size\)", "texts": "length groups"}[source]
+    (warning,) = [w.text for w in result.warnings if w.code == "fewer_workers"]
+    assert re.match(rf"3 of 6 workers used: 3 {noun}", warning)
+
+
+def test_a_model_that_raises_keyboard_interrupt_interrupts_the_run_as_in_one_process(
+    tmp_path: Path, inline: InlineEngines
+) -> None:
+    found = []
+    for workers in (0, 2):
+        config = net_config(tmp_path / "net", tmp_path / f"of {workers}")
+        net = tmp_path / "net" / "net.py"
+        net.write_text(INTERRUPTING)
+        with pytest.raises(gradrun.Interrupted) as caught:
+            spread(config, workers) if workers else gradrun.infer(config, trust_code=True)
+        text = str(caught.value).replace(f"of {workers}", "FOLDER")
+        found.append((text, caught.value.exit_code, files(tmp_path / f"of {workers}")))
+    assert found[0] == found[1]
+    assert "20 of 40 predictions are saved" in found[0][0]
+
+
+INTERRUPTING = """
+import torch
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        if 20 in x:
+            raise KeyboardInterrupt
+        return x + 1
+"""
 
 
 def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(

@@ -1,4 +1,4 @@
-"""The progress bar: on a terminal only, in the caller's thread, and gone at the end."""
+"""The progress: a bar in the caller's thread, gone at the end; lines where there is no terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gradrun.core.progress import Progress, ignore
+from gradrun.core.progress import Progress, WorkerProgress
 from gradrun.report.progress import progress_bar
 
 
@@ -24,11 +24,41 @@ def console(*, terminal: bool, **settings: Any) -> Console:
     )
 
 
-def test_without_a_terminal_there_is_no_progress_bar() -> None:
-    pipe = console(terminal=False)
+def test_without_a_terminal_a_line_of_the_whole_is_printed_every_half_minute() -> None:
+    now = 0.0
+    pipe = console(terminal=False, get_time=lambda: now)
     with progress_bar(pipe) as progress:
-        assert progress is ignore
-    assert pipe.file.getvalue() == ""
+        for now in (0.0, 10.0, 29.0, 40.0, 50.0, 69.0, 70.0):
+            progress(Progress("predicting", 100 + int(2 * now), 1000, WORKERS))
+        now = 100.0
+        progress(Progress("measuring memory"))
+    assert pipe.file.getvalue().splitlines() == [
+        "predicting: 18%, 180 of 1,000, 2.00 /s, 0:06:50 left",
+        "predicting: 24%, 240 of 1,000, 2.00 /s, 0:06:20 left",
+        "measuring memory …",
+    ]
+
+
+WORKERS = (
+    WorkerProgress("worker 1 on [red]a[/red]", 1234, 12.5, 3.4),
+    WorkerProgress("worker 3 on b\x1b[2J", 7, 0.0, None),
+)
+
+
+def test_each_worker_has_a_line_below_the_bar() -> None:
+    screen = console(terminal=True)
+    many = tuple(WorkerProgress(f"worker {n}", n, 1.0, 0.0) for n in range(20))
+    with progress_bar(screen) as progress:
+        progress(Progress("predicting", 0, 9000, many))
+        assert "  4 more" in screen.file.getvalue()
+        progress(Progress("predicting", 1241, 9000, WORKERS, "2 lost, 1 starting"))
+        drawn = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", screen.file.getvalue())
+    lines = [line.split() for line in drawn.rpartition("predicting")[2].splitlines()]
+    assert lines[1:] == [
+        "worker 1 on [red]a[/red] 1,234 12.5 /s in a range for 3 s".split(),
+        ["worker", "3", "on", "b\\x1b[2J", "7", "waiting"],
+        ["2", "lost,", "1", "starting"],
+    ]
 
 
 def test_the_bar_shows_share_rate_and_time_left() -> None:
@@ -54,7 +84,7 @@ def test_without_colors_the_line_overwrites_itself_without_escape_codes() -> Non
     screen = console(terminal=True, no_color=True, color_system=None)
     with progress_bar(screen) as progress:
         progress(Progress("loading the model"))
-        progress(Progress("predicting", 300, 1000))
+        progress(Progress("predicting", 300, 1000, WORKERS))
     _, loading, predicting, erased, end = screen.file.getvalue().split("\r")
     assert loading.rstrip() == "loading the model …"
     assert predicting.startswith("predicting ━")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -16,18 +16,23 @@ from gradrun.engines.range_runner import RangeRunner, failed
 Dies = Callable[[int, Task], bool]
 """Whether a worker dies when it runs a task."""
 
+Change = Callable[[int, Ready], Ready]
+"""Returns the Ready of a worker as another machine would have sent it."""
+
 
 class InlineEngine:
     """Runs tasks when the driver asks for the next event; messages are encoded and decoded."""
 
     name = "inline workers"
 
-    def __init__(self, opening: Open, dies: Dies = lambda worker, task: False) -> None:
+    def __init__(self, opening: Open, dies: Dies, change: Change) -> None:
         self.opening, self.dies = decode_request(encode(opening)), dies
+        self.change = change
         self.runners: dict[int, RangeRunner] = {}
         self.tasks: dict[int, deque[Task]] = {}
         self.turns: Counter[int] = Counter()
         self.started = 0
+        self.opened: list[int] = []
 
     def start(self, count: int) -> None:
         for _ in range(count):
@@ -56,14 +61,22 @@ class InlineEngine:
     def _open(self, worker: int) -> Event:
         assert isinstance(self.opening, Open)
         self.runners[worker] = RangeRunner(self.opening)
+        self.opened.append(worker)
         try:
-            return decode_reply(bytearray(encode(self.runners[worker].prepare())))
+            ready = self.change(worker, self.runners[worker].prepare())
+            return decode_reply(bytearray(encode(ready)))
         except Exception as error:
             return failed(error)
 
     def stop(self, worker: int) -> None:
         del self.tasks[worker]
-        self.runners.pop(worker).__exit__()
+        if runner := self.runners.pop(worker, None):
+            runner.__exit__()
+
+    def keep(self, count: int) -> Collection[int]:
+        for worker in sorted(self.tasks)[count:]:
+            self.stop(worker)
+        return self.tasks.keys()
 
     def close(self) -> None:
         for worker in list(self.runners):
@@ -75,7 +88,7 @@ class InlineEngines:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.dies: Dies = lambda worker, task: False
-        self.change: Callable[[Ready], Ready] | None = None
+        self.change: Change = lambda worker, ready: ready
         self.engines: list[InlineEngine] = []
         source = infer.ENGINES["processes"]
         monkeypatch.setitem(infer.ENGINES, "processes", source._replace(start=self._start))
@@ -86,7 +99,11 @@ class InlineEngines:
         section: Any = request.config.engine
         config = request.config.replace({"run.threads": request.threads(1)})
         opening = Open(config=config.model_dump(mode="json"), trust_code=request.trust_code)
-        engine = InlineEngine(opening, lambda worker, task: self.dies(worker, task))
+        engine = InlineEngine(
+            opening,
+            lambda worker, task: self.dies(worker, task),
+            lambda worker, ready: self.change(worker, ready),
+        )
         engine.start(section.workers)
         self.engines.append(engine)
         return StartedEngine(engine, config, section.workers)
