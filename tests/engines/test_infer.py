@@ -360,9 +360,8 @@ def test_a_worker_that_sees_other_files_is_refused_even_if_mixed_workers_are_all
 
 
 def test_the_progress_has_the_whole_run_and_each_worker(
-    inputs: Path, tmp_path: Path, inline: InlineEngines, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, inline: InlineEngines
 ) -> None:
-    monkeypatch.setattr("gradrun.engines.dispatch._PROGRESS_SECONDS", 0.0)
     inline.dies = lambda worker, task: worker == 1 and task.start >= 20
     shown: list[Progress] = []
     spread(config_for("arrays", inputs, tmp_path / "out"), 2, progress=shown.append)

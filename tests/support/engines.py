@@ -94,6 +94,7 @@ class InlineEngines:
         monkeypatch.setitem(infer.ENGINES, "processes", source._replace(start=self._start))
         # One unit per range, so that a small run has many.
         monkeypatch.setattr("gradrun.engines.dispatch.SPAN_SECONDS", 0.0)
+        monkeypatch.setattr("gradrun.engines.dispatch._PROGRESS_SECONDS", 0.0)
 
     def _start(self, request: EngineRequest) -> StartedEngine:
         section: Any = request.config.engine
