@@ -76,3 +76,10 @@ def pluralize(count: int, noun: str) -> str:
     """Format (1, "batch") as "1 batch" and (1250, "batch") as "1,250 batches"."""
     ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def count_of(done: int, samples: int | None) -> str:
+    """Format (2, 1250) as "2 of 1,250 samples", and (2, None) as "2 samples"."""
+    if samples is None:
+        return pluralize(done, "sample")
+    return f"{done:,} of {pluralize(samples, 'sample')}"

@@ -45,7 +45,7 @@ def open_data(
     data = SOURCES[config.source](config, seed, model, model_classes)
     if data.samples == 0:
         raise ConfigError("the data contains no samples", "data.path")
-    batch = min(config.batch_size, data.samples) * data.sample_bytes
+    batch = min(data.batch_size, data.samples or data.batch_size) * data.sample_bytes
     free = psutil.virtual_memory().available
     if batch > free:
         raise ConfigError(

@@ -23,8 +23,11 @@ _POLL_SECONDS = 0.05
 
 
 def should_prefetch(data: BatchSource, forward_seconds: float) -> bool:
-    """Return whether reading a batch and its forward pass both take at least MIN_SECONDS."""
-    if forward_seconds < MIN_SECONDS:
+    """Return whether reading a batch and its forward pass both take at least MIN_SECONDS.
+
+    Data of unknown length are read in one thread, because they are read once.
+    """
+    if forward_seconds < MIN_SECONDS or data.samples is None:
         return False
     start = time.perf_counter()
     count = 0

@@ -22,14 +22,20 @@ CHUNK_BYTES = 1024 * 1024
 
 
 class BatchSource(Protocol):
-    """A lazy sequence of batches of which any range can be read again."""
+    """A lazy sequence of batches of which any range can be read again.
 
-    samples: int
+    If the number of samples is unknown, only recent batches can be read again: see StreamedBatches.
+    """
+
     batch_size: int
     sample_bytes: int
     """Size of one sample in memory, over all inputs."""
     has_ids: bool
     """Whether samples have ids of their own; otherwise their ids are row numbers."""
+
+    @property
+    def samples(self) -> int | None:
+        """The number of samples; None if unknown, until the last batch was read."""
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of samples `start` to `stop`, in order; the last may be shorter.
@@ -146,6 +152,32 @@ class LengthGrouped(Protocol):
 
     def padding(self, start: int, stop: int) -> Padding:
         """Count the texts of samples start to stop, which must be whole batches read before."""
+
+
+def read_one(data: BatchSource, start: int) -> Batch | None:
+    """Return the batch that starts at this sample, a multiple of the batch size; None at the end.
+
+    It reads no further, unlike the first of all batches.
+    """
+    stop = start + data.batch_size
+    if data.samples is not None:
+        stop = min(stop, data.samples)
+    return next(data.batches(start, stop), None) if start < stop else None
+
+
+def require_length(data: BatchSource) -> int:
+    """Return the number of samples of data that several processes read.
+
+    Raises:
+        ConfigError: it is unknown.
+    """
+    if data.samples is None:
+        raise ConfigError(
+            "the number of samples is unknown, so the data cannot be divided among workers; remove "
+            "the engine, or use data with a length, such as a map-style Dataset",
+            "engine",
+        )
+    return data.samples
 
 
 def input_position(data: BatchSource, index: int) -> int:

@@ -15,7 +15,7 @@ from gradrun.config.engine import EngineConfig
 from gradrun.core.errors import Interrupted, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback, WorkerProgress
 from gradrun.core.units import pluralize
-from gradrun.data.source import HasFlags, LengthGrouped, input_position
+from gradrun.data.source import HasFlags, LengthGrouped, input_position, require_length
 from gradrun.engines.engine import Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
     Done,
@@ -131,8 +131,9 @@ class _Pass:
         self.dispatcher, self.engine = dispatcher, dispatcher.engine
         self.plan, self.prepared = plan, prepared
         data = plan.runner.data
+        self.samples = require_length(data)
         self.schedule = Schedule(
-            writer.written, data.samples, unit=commit_unit(data), batch_size=data.batch_size
+            writer.written, self.samples, unit=commit_unit(data), batch_size=data.batch_size
         )
         self.timed = TimedPass(writer.written, array("d"))
         self.workers: dict[int, _Worker] = {}
@@ -140,7 +141,7 @@ class _Pass:
         self._writer = writer
         if isinstance(data, LengthGrouped) and data.grouped:
             self._writer = ReorderBuffer(
-                writer, self._take_positions, data.chunk_size, data.samples
+                writer, self._take_positions, data.chunk_size, self.samples
             )
         self._results: dict[Span, Done] = {}
         self._durations: list[float] = []
@@ -361,7 +362,7 @@ class _Pass:
         return Progress(
             f"predicting on {name}",
             self.timed.start + self.timed.done,
-            self.plan.header.samples,
+            self.samples,
             workers=tuple(
                 WorkerProgress(
                     f"worker {number}{f' on {worker.ready.node}' if several else ''}",

@@ -13,7 +13,7 @@ import torch
 
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, first_line
-from gradrun.data.source import HasFlags, LengthGrouped
+from gradrun.data.source import HasFlags, LengthGrouped, require_length
 from gradrun.engines.messages import (
     Done,
     Failed,
@@ -74,6 +74,7 @@ class RangeRunner:
         device = self._stack.enter_context(device_context(self.config.run))
         opened = open_run(self.config, device, trust_code=self._trust_code)
         self._runner, data = opened.runner, opened.runner.data
+        samples = require_length(data)
         grouped = data.input_positions if isinstance(data, LengthGrouped) and data.grouped else None
         self._events = EventLog(grouped)
         self._prepared = self._runner.prepare(self._events)
@@ -86,7 +87,7 @@ class RangeRunner:
             open_seconds=opened.open_seconds,
             first_batch_seconds=self._prepared.first_batch_seconds,
             batch_seconds=self._prepared.batch_seconds,
-            samples=data.samples,
+            samples=samples,
             batch_size=data.batch_size,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import pluralize
-from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_positions
+from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_positions, require_length
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
 from gradrun.output.formats import FORMATS
 from gradrun.output.missing import MISSING_CLASS
@@ -59,7 +59,8 @@ def describe_predictions(
     label_names = (data.classes if isinstance(data, HasLabels) else None) or model_classes
     names = model_classes or label_names
     reader = _Reader(output, names, class_counts)
-    rows = min(data.samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
+    samples = require_length(data)
+    rows = min(samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
     predictions: dict[int, str] = {}
@@ -77,7 +78,7 @@ def describe_predictions(
         if chunk[-1] >= positions[-1] and (late or not reader.counts):
             break
     else:
-        reader.count({}, data.samples)  # the files may lack the last samples, if quarantined
+        reader.count({}, samples)  # the files may lack the last samples, if quarantined
     found = sorted(predictions)
     examples = []
     unlike = len(label_names) != len(names)  # their numbers are those of other classes

@@ -20,7 +20,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
-from gradrun.core.units import pluralize
+from gradrun.core.units import count_of, pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
 from gradrun.data.source import (
@@ -30,6 +30,7 @@ from gradrun.data.source import (
     HasLabels,
     HasRepeatedIds,
     HasRowChecksums,
+    require_length,
 )
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
@@ -153,6 +154,8 @@ def infer(
             resume=resume,
             progress=progress,
         )
+        if run_pass is not run_in_this_process:
+            require_length(plan.runner.data)
         if plan.finished and _has_same_metrics(plan.finished, config):
             return plan.finished
         runner, config = plan.runner, plan.runner.config
@@ -329,13 +332,13 @@ def execute(
             except OSError as error:
                 raise _write_error(error) from error
 
-    progress(Progress("predicting", writer.written, runner.data.samples))
+    progress(Progress("predicting", writer.written, runner.data.samples or 0))
     timed = run_pass(plan, prepared, writer, commit, progress)
     runner.check_training_mode()
     started = time.perf_counter_ns()
     try:
         with shutdown.deferred():
-            checkpointer.close()
+            checkpointer.close(finished=not timed.stopped)
     except OSError as error:
         timed.stop(_write_error(error))
     except KeyboardInterrupt:
@@ -408,12 +411,13 @@ def save(
     reason = str(stopped)
     if files.is_disk_full(stopped):
         reason += f"; {plan.folder.disk_space_hint(committed, samples)}"
-    note = Warning(code="ended_early", text=f"{reason}, after {committed:,} of {samples:,} samples")
+    note = Warning(code="ended_early", text=f"{reason}, after {count_of(committed, samples)}")
     result = result.replace(warnings=(*result.warnings, note))
     # A full disk may also prevent saving the result; report the first error.
     with suppress(RunFailed, KeyboardInterrupt), shutdown.deferred():
         plan.folder.save(result)
-    text = f"{reason}; {committed:,} of {samples:,} predictions are saved in {plan.folder.path}"
+    of_all = "" if samples is None else f" of {samples:,}"
+    text = f"{reason}; {committed:,}{of_all} predictions are saved in {plan.folder.path}"
     raise type(stopped)(
         text, result=result, resumable=True, resume_options=stopped.resume_options
     ) from stopped.__cause__
@@ -424,7 +428,7 @@ def _input_checksum(data: BatchSource) -> InputChecksum:
 
 
 def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
-    if isinstance(data, HasRowChecksums) and data.checksum(data.samples) is not None:
+    if isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None:
         return (data.path,)
     return ()
 
@@ -537,7 +541,7 @@ def _class_warnings(names: Sequence[str], counts: Mapping[str, int]) -> list[War
 def _id_warnings(data: BatchSource) -> Iterator[Warning]:
     if isinstance(data, HasRepeatedIds) and (repeated := data.repeated_ids):
         text = (
-            f"{repeated:,} of {pluralize(data.samples, 'sample')} "
+            f"{count_of(repeated, data.samples)} "
             f"{'has' if repeated == 1 else 'have'} the id of an earlier sample; match predictions "
             "with their inputs by order, or make the ids unique"
         )

@@ -11,7 +11,7 @@ from gradrun.config.run import RunSection
 from gradrun.core.cpu import thread_variable
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasLabels, LengthGrouped
+from gradrun.data.source import BatchSource, HasLabels, LengthGrouped, read_one
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
@@ -77,6 +77,6 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
             model_classes=model.classes,
         )
         output = transforms.resolve_output(config.output, model)
-        next(iter(data.batches()), None)  # counts the texts of the first chunk
+        read_one(data, 0)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
         return interpret(model, data, transforms.statements(output, model=model), texts, config.run)

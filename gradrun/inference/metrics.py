@@ -46,7 +46,6 @@ class Evaluation:
     config: RunConfig
     model: LoadedModel
     data: HasLabels
-    samples: int
     scorers: tuple[Scorer, ...]
 
     @cached_property
@@ -125,8 +124,10 @@ class Evaluation:
         """Yield the evidence of all metrics, keyed by its name."""
         files = {item.name: folder / evidence_file(item.name) for item in self.evidence}
         written = [s.evidence for s in self.scorers if s.evidence.name not in files]
-        chunks = self._predictions(folder) if written else _positions(self.samples)
-        row_bytes = sum(np.load(path, mmap_mode="r")[:1].nbytes for path in files.values())
+        saved_rows = [np.load(path, mmap_mode="r") for path in files.values()]
+        row_bytes = sum(rows[:1].nbytes for rows in saved_rows)
+        chunks = self._predictions(folder) if written else _positions(len(saved_rows[0]))
+        del saved_rows
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
         for all_positions, predictions in chunks:
             rows = {item.name: item.read(predictions) for item in written}
@@ -179,7 +180,7 @@ def plan_metrics(
         _check_class_count(data.classes or (), target, model.classes)
         scorers.append(Scorer(spec, key, target, names))
         scorers[-1].check_scores(output.tensor)
-    return Evaluation(config, model, data, data.samples, tuple(scorers))
+    return Evaluation(config, model, data, tuple(scorers))
 
 
 _MAX_LISTED = 6

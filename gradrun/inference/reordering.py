@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from gradrun.data.source import BatchSource, LengthGrouped
+from gradrun.data.source import BatchSource, LengthGrouped, require_length
 from gradrun.output.formats import RowWriter
 from gradrun.output.transforms import Outputs
 
@@ -22,7 +22,7 @@ def commit_unit(data: BatchSource) -> int:
 def restore_input_order(writer: RowWriter, data: BatchSource) -> RowWriter:
     """Put a buffer that restores the input order before the writer, if batches are grouped."""
     if isinstance(data, LengthGrouped) and data.grouped:
-        return ReorderBuffer(writer, data.input_positions, data.chunk_size, data.samples)
+        return ReorderBuffer(writer, data.input_positions, data.chunk_size, require_length(data))
     return writer
 
 

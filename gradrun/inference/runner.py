@@ -31,7 +31,14 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
-from gradrun.data.source import BatchSource, HasRowChecksums, LengthGrouped, input_position
+from gradrun.data.source import (
+    BatchSource,
+    HasRowChecksums,
+    LengthGrouped,
+    input_position,
+    read_one,
+    require_length,
+)
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.carried_state import carried_state
 from gradrun.inference.compilation import compiled_graphs, is_compiled
@@ -266,7 +273,7 @@ class Runner:
 
         Runs the first samples twice, without writing predictions.
         """
-        if self.data.samples <= self.data.batch_size:
+        if (self.data.samples or self.data.batch_size + 1) <= self.data.batch_size:
             return None
         # A compiled model would be compiled again for a smaller batch.
         few = prepared.first if is_compiled(self.model) else prepared.first.slice(0, 2)
@@ -327,6 +334,7 @@ class Runner:
         start, stop, now = clock.start, clock.stop, time.perf_counter_ns
         check_finite = self.config.run.on_nonfinite != "warn"
         largest, add_elements = 0, timed.elements.append
+        total = self.data.samples or 0
         began = mark = now()
         next_callback = began + _CALLBACK_NS
         try:
@@ -376,7 +384,7 @@ class Runner:
                 if mark > next_callback:
                     commit()
                     committed = now()
-                    progress(Progress("predicting", timed.start + timed.done, self.data.samples))
+                    progress(Progress("predicting", timed.start + timed.done, total))
                     mark = now()
                     began += mark - committed  # progress display is not part of the measured time
                     next_callback = mark + _CALLBACK_NS
@@ -471,7 +479,9 @@ class Runner:
 
     def _first_batch(self) -> Batch:
         """Return a copy of the first batch; with on_error: quarantine, of its readable samples."""
-        for batch in self.data.batches():
+        # The first alone: a source may read ahead for an iterator over all batches.
+        first = iter(filter(None, [read_one(self.data, 0)]))
+        for batch in itertools.chain(first, self.data.batches(self.data.batch_size)):
             rows = [row for row in range(batch.size) if row not in batch.errors]
             error = next(iter(batch.errors.values()), None)
             if error and self.config.run.on_error != "quarantine":
@@ -558,10 +568,11 @@ class Runner:
         pass.
         """
         size, batch = self.data.batch_size, first
-        if isinstance(self.data, LengthGrouped) and self.data.samples >= 2 * size:
+        samples = self.data.samples or 0
+        if isinstance(self.data, LengthGrouped) and samples >= 2 * size:
             batch = self.read_batch(size, size)
             self._forward(batch, clock)
-        last = self.data.samples % size
+        last = samples % size
         if 0 < last < min(first.size, batch.size):
             self._forward(batch.slice(0, last), clock)
         self._forward(first, clock)
@@ -582,7 +593,8 @@ class Runner:
 
     def _batches(self, start: int, stop: int | None, *, ahead: bool) -> Any:
         size = self.data.batch_size
-        if stop is not None and (start % size or (stop % size and stop < self.data.samples)):
+        samples = self.data.samples or 0
+        if stop is not None and (start % size or (stop % size and stop < samples)):
             return (self.read_batch(*part) for part in [(start, stop - start)])
         batches: Iterator[Batch] = self.data.batches(start, stop)
         if ahead:
@@ -593,7 +605,8 @@ class Runner:
         """Read the batch with this first sample and size again."""
         # Read the full batch and slice it, so that texts are padded to the same length.
         offset = start % self.data.batch_size
-        batch = next(self.data.batches(start - offset))
+        batch = read_one(self.data, start - offset)
+        assert batch
         batch = batch if batch.size == size else batch.slice(offset, offset + size)
         return self._transfer(batch) if self._transfer else batch
 
@@ -603,7 +616,7 @@ class Runner:
         found = [*transforms.double_activations(config, returned, first.kwargs, facts)]
         size, samples = self.data.batch_size, self.data.samples
         # A full batch where possible, because few logits may be within 0 to 1 by chance.
-        start = (samples // size - 1) * size
+        start = size if samples is None else (samples // size - 1) * size
         if found and start > 0:
             with suppress(Exception, SystemExit):  # then the first batch decides
                 last = self.read_batch(start, size)
@@ -676,7 +689,7 @@ class Runner:
         """Describe how to continue after an unreadable sample."""
         data = self.data
         # A resume accepts other rows behind the last commit, but no other image or array.
-        if isinstance(data, HasRowChecksums) and data.checksum(data.samples) is not None:
+        if isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None:
             return f"; correct the row and resume, or{QUARANTINE_HINT.removeprefix(';')}"
         return QUARANTINE_HINT
 

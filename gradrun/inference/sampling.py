@@ -8,6 +8,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch, transfer_to
+from gradrun.data.source import read_one
 from gradrun.inference.meters.cpu_memory import storage_bytes
 
 _MAX_BATCHES = 8
@@ -17,8 +18,7 @@ _MAX_BYTES = 64 * 1024 * 1024
 def batch_number(config: RunConfig, device: torch.device, number: int) -> Batch | None:
     """Return a copy of one batch, on `device`; None if the data have no such batch."""
     data = open_data(config.data, seed=config.run.seed, model=config.model)
-    start = number * data.batch_size
-    batch = next(data.batches(start), None) if start < data.samples else None
+    batch = read_one(data, number * data.batch_size)
     if batch is None or batch.errors:
         return None
     move = transfer_to(device, getattr(config.model, "dtype", None))
@@ -38,7 +38,8 @@ def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
     move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     size, error = 0, ""
-    for batch in data.batches():
+    last = _MAX_BATCHES * data.batch_size
+    for batch in data.batches(0, min(last, data.samples or last)):
         if batch.errors:
             error = str(next(iter(batch.errors.values())))
             continue

@@ -69,8 +69,11 @@ class Checkpointer:
             raise
         self._due = time.monotonic() + max(SECONDS, (time.monotonic() - started) / _TIME_SHARE)
 
-    def close(self) -> None:
+    def close(self, *, finished: bool = False) -> None:
         """Close the writer, and commit its last rows.
+
+        Args:
+            finished: all samples of the run are written.
 
         Raises:
             OSError: the files are incomplete; ranges in the journal are valid nevertheless.
@@ -80,6 +83,8 @@ class Checkpointer:
             if not self._failed:
                 self.pending += ranges
                 self._record()
+                if finished:
+                    self.journal.end(self.committed)
         finally:
             self.journal.close()
 

@@ -51,7 +51,7 @@ class EvidenceWriter:
     journal is complete in all files.
     """
 
-    def __init__(self, writer: PredictionWriter, folder: Path, samples: int) -> None:
+    def __init__(self, writer: PredictionWriter, folder: Path, samples: int | None) -> None:
         self.writer, self.folder = writer, folder
         self.evidence = npy.NpyWriter(folder, samples, stem=_STEM)
 

@@ -34,7 +34,7 @@ _ADVICE = {
 
 def fingerprint(
     config: RunConfig,
-    samples: int,
+    samples: int | None,
     version: str,
     *,
     listed: Sequence[Path] = (),
@@ -52,7 +52,7 @@ def fingerprint(
 
     Args:
         config: config of the run.
-        samples: number of samples.
+        samples: number of samples; None if unknown.
         version: version of gradrun.
         listed: input files that no config key names, for example the images of a folder.
         by_rows: input files whose checksums are in the committed ranges instead.
@@ -121,9 +121,13 @@ def differences(before: JournalHeader, now: JournalHeader) -> list[str]:
         if (key, old) != ("run.on_nonfinite", "stop")  # no committed prediction is affected
     ]
     if before.samples != now.samples:
-        text = f"the number of samples changed from {before.samples:,} to {now.samples:,}"
+        old_count, new_count = (
+            "unknown" if count is None else f"{count:,}" for count in (before.samples, now.samples)
+        )
+        text = f"the number of samples changed from {old_count} to {new_count}"
         skip = "to skip a row, keep it and set run.on_error: quarantine"
-        changes.append(text if before.samples < now.samples else f"{text} ({skip})")
+        fewer = (before.samples or 0) > (now.samples or 0)
+        changes.append(f"{text} ({skip})" if fewer else text)
     for name, described in now.files.items():
         known = before.files.get(name)
         if known is None:

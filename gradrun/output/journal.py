@@ -44,7 +44,8 @@ class JournalHeader(_Line):
 
     journal: int = FORMAT
     gradrun: str
-    samples: NonNegativeInt
+    samples: NonNegativeInt | None = None
+    """None if their number is unknown before the end."""
     config: dict[str, Any]
     files: dict[str, dict[str, Any]]
     """Path of each input file to its size in bytes, modification time and checksum."""
@@ -75,6 +76,12 @@ class CommittedRange(_Line):
     """CRC-32 of the input from its start to sample `stop`, if the data source provides one."""
 
 
+class JournalEnd(_Line):
+    """Last line of a finished run whose header lacks the number of samples."""
+
+    samples: NonNegativeInt
+
+
 class JournalState:
     """The content of a journal."""
 
@@ -84,17 +91,24 @@ class JournalState:
         ranges: Sequence[CommittedRange],
         ends: Sequence[int],
         torn: bool,
+        end: JournalEnd | None = None,
     ) -> None:
         """Store the parsed lines.
 
         Args:
             header: first line.
-            ranges: the other lines.
-            ends: offset of the end of each line, in bytes.
+            ranges: the lines of ranges.
+            ends: offset of the end of the header and of each range, in bytes.
             torn: the file ends with an incomplete line.
+            end: the line after them, if any.
         """
         self.header, self.ranges, self.torn = header, list(ranges), torn
-        self._ends = list(ends)
+        self._ends, self._end = list(ends), end
+
+    @property
+    def samples(self) -> int | None:
+        """Number of samples of the run; None if it is unknown, because the run is unfinished."""
+        return self._end.samples if self._end else self.header.samples
 
     @property
     def size(self) -> int:
@@ -109,7 +123,7 @@ class JournalState:
     @property
     def complete(self) -> bool:
         """Whether all samples are committed."""
-        return self.committed == self.header.samples
+        return self.committed == self.samples
 
     def whole_batches(self, batch_size: int) -> JournalState:
         """The state up to the last range that ends with a whole batch.
@@ -119,7 +133,9 @@ class JournalState:
         count = len(self.ranges)
         while count and self.ranges[count - 1].stop % batch_size and not self.complete:
             count -= 1
-        return JournalState(self.header, self.ranges[:count], self._ends[: count + 1], self.torn)
+        return JournalState(
+            self.header, self.ranges[:count], self._ends[: count + 1], self.torn, self._end
+        )
 
 
 def read(path: Path) -> JournalState:
@@ -143,8 +159,7 @@ def read(path: Path) -> JournalState:
             data = json.loads(line)
             if not parsed:
                 _check_format(data, path)
-            kind: type[_Line] = CommittedRange if parsed else JournalHeader
-            parsed.append(kind.model_validate(data))
+            parsed.append(_kind_of(data, parsed).model_validate(data))
             _check_order(parsed)
         except (ValueError, RecursionError) as error:
             if number == len(lines) - 1 and number > 0:
@@ -155,7 +170,17 @@ def read(path: Path) -> JournalState:
         ends.append((ends[-1] if ends else 0) + len(line))
     if not parsed:
         raise GradrunError(f"{path} is not a journal of a run: its first line is incomplete")
-    return JournalState(parsed[0], parsed[1:], ends, torn=ends[-1] < size)
+    torn = ends[-1] < size
+    end = parsed.pop() if isinstance(parsed[-1], JournalEnd) else None
+    return JournalState(parsed[0], parsed[1:], ends[: len(parsed)], torn=torn, end=end)
+
+
+def _kind_of(data: Any, parsed: list[Any]) -> type[_Line]:
+    """Return the type of the next line."""
+    if not parsed:
+        return JournalHeader
+    grows = parsed[0].samples is None and isinstance(data, dict) and "samples" in data
+    return JournalEnd if grows else CommittedRange
 
 
 def _check_format(header: Any, path: Path) -> None:
@@ -170,9 +195,14 @@ def _check_format(header: Any, path: Path) -> None:
 def _check_order(parsed: list[Any]) -> None:
     if len(parsed) == 1:
         return
-    before = parsed[-2].stop if len(parsed) > 2 else 0
-    last = parsed[-1]
-    if last.start != before or last.stop <= last.start or last.stop > parsed[0].samples:
+    before = getattr(parsed[-2], "stop", None) if len(parsed) > 2 else 0
+    last, samples = parsed[-1], parsed[0].samples
+    if isinstance(last, JournalEnd):
+        ordered = last.samples == before
+    else:
+        ordered = last.start == before and last.stop > last.start
+        ordered = ordered and (samples is None or last.stop <= samples)
+    if not ordered:
         parsed.pop()
         raise ValueError("the ranges are not consecutive")
 
@@ -188,7 +218,7 @@ class Journal:
         Raises:
             OSError: the file cannot be written.
         """
-        self.path = path
+        self.path, self._header = path, header
         # The header is written under another name, so that a journal always has one.
         target = path if previous else path.with_name(DRAFT_NAME)
         flags = os.O_WRONLY | os.O_APPEND | (0 if previous else os.O_CREAT)
@@ -211,6 +241,15 @@ class Journal:
             OSError: the line was not written; append nothing more.
         """
         self._append(committed)
+
+    def end(self, samples: int) -> None:
+        """Append the number of samples of the finished run, if the header lacks it.
+
+        Raises:
+            OSError: the line was not written.
+        """
+        if self._header.samples is None:
+            self._append(JournalEnd(samples=samples))
 
     def _append(self, line: _Line) -> None:
         # pydantic's JSON writer rejects file names that are not UTF-8.

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
-from gradrun.core.units import format_bytes, pluralize
+from gradrun.core.units import count_of, format_bytes
 from gradrun.output import class_labels, evidence_writer, journal, lock, quarantine
 from gradrun.output.fingerprint import differences
 from gradrun.output.formats import FORMATS, ids_file
@@ -117,9 +117,8 @@ class RunFolder:
             return state
         if state and unfinished:
             raise ConfigError(
-                f"{path} has an unfinished run ({state.committed:,} of "
-                f"{pluralize(state.header.samples, 'sample')}); use --resume to continue it, or "
-                "--overwrite to replace it",
+                f"{path} has an unfinished run ({count_of(state.committed, state.samples)}); "
+                "use --resume to continue it, or --overwrite to replace it",
                 "output.path",
             )
         raise ConfigError(
@@ -151,7 +150,7 @@ class RunFolder:
         # The result has fewer if a resume was killed between its last commit and its result.
         if not isinstance(result, InferResult):
             return None
-        return result if result.predictions == self.previous.header.samples else None
+        return result if result.predictions == self.previous.samples else None
 
     def check_resumable(
         self, header: JournalHeader, input_checksum: InputChecksum = no_checksum
@@ -243,12 +242,12 @@ class RunFolder:
         with suppress(OSError):  # it is absent, or has files of other programs
             (self.path / journal.SUBFOLDER).rmdir()
 
-    def disk_space_hint(self, committed: int, samples: int) -> str:
+    def disk_space_hint(self, committed: int, samples: int | None) -> str:
         """Free disk space, and an estimate for the other samples based on the committed ones."""
         free = format_bytes(shutil.disk_usage(self.path).free)
         predictions = (file for file in self._run_files() if file.name.startswith("predictions"))
         used = sum(file.stat().st_size for file in predictions)
-        if not committed:
+        if not committed or samples is None:
             return f"{free} are free"
         needed = format_bytes(used * (samples - committed) // committed)
         return f"{free} are free, and the run needs about {needed} more"

@@ -26,7 +26,7 @@ def verify(folder: str | Path) -> Verification:
     state = journal.read(path)
     return Verification(
         folder=folder,
-        samples=state.header.samples,
+        samples=state.samples,
         committed=state.committed,
         ranges=len(state.ranges),
         damaged=tuple(damaged_ranges(folder, state)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradrun.core.units import pluralize
+from gradrun.core.units import count_of, pluralize
 from gradrun.report import tables, wording
 from gradrun.report.tables import Cell, Status, Table, Tone
 from gradrun.report.wording import Note, display_path
@@ -126,11 +126,11 @@ def describe_verification(result: Verification) -> Document:
         notes.append(Note(f"and {damaged - _MAX_RANGES:,} more", "bad"))
     if result.torn:
         notes.append(Note("the last line of the journal is incomplete and was ignored"))
-    count = f"{result.committed:,} of {pluralize(result.samples, 'sample')} verified"
+    count = f"{count_of(result.committed, result.samples)} verified"
     tone: Tone = "bad"
     if damaged:
         text = f"{pluralize(damaged, 'range')} damaged; to predict again: infer --overwrite"
-    elif result.committed < result.samples:
+    elif result.committed != result.samples:
         remedy = "to resume: infer --resume"
         if not result.resumable:
             remedy = "this version cannot resume it; to predict again: infer --overwrite"

@@ -66,8 +66,9 @@ class _Stages(RichProgress):
         if progress.stage not in self._stages:
             for finished in self._stages.values():
                 self.update(finished, visible=False)
-            self._stages[progress.stage] = self.add_task(progress.stage, total=progress.total)
-        self.update(self._stages[progress.stage], completed=progress.done, total=progress.total)
+            self._stages[progress.stage] = self.add_task(progress.stage, total=None)
+        total = progress.total or None
+        self.update(self._stages[progress.stage], completed=progress.done, total=total)
         self._current = progress
 
     def get_renderables(self) -> Iterator[RenderableType]:
@@ -81,8 +82,18 @@ class _Stages(RichProgress):
             if task.visible and task.total:
                 return self.make_tasks_table([task])
             if task.visible:
-                return Text(f"{task.description} …")
+                return _without_total(task)
         return Text("")
+
+
+def _without_total(task: RichTask) -> Text:
+    """Describe a stage of unknown length: "predicting … 1,250 (410 /s)"."""
+    text = f"{task.description} …"
+    if task.completed:
+        text += f" {task.completed:,.0f}"
+    if task.speed and task.speed >= 1:
+        text += f" ({format_number(task.speed)} /s)"
+    return Text(text)
 
 
 def _worker_table(progress: Progress) -> Table:
@@ -119,14 +130,15 @@ class _LogLines:
         if now - self._printed < _LINE_SECONDS:
             return
         self._printed = now
-        line = f"{progress.stage} …"
+        line = f"{progress.stage} …" + (f" {progress.done:,}" if progress.done else "")
         if progress.total:
             share = f"{progress.done / progress.total:.0%}"
             line = f"{progress.stage}: {share}, {progress.done:,} of {progress.total:,}"
         if (done := progress.done - self._begin) > 0 and now > self._began:
             rate = done / (now - self._began)
-            left = _format_left((progress.total - progress.done) / rate)
-            line += f", {format_number(rate)} /s, {left}"
+            line += f", {format_number(rate)} /s"
+            if progress.total:
+                line += f", {_format_left((progress.total - progress.done) / rate)}"
         self._console.print(Text(line), soft_wrap=True)
 
 

@@ -697,8 +697,8 @@ class Verification:
     """Result of comparing the files of a run with the checksums in its journal."""
 
     folder: Path
-    samples: int
-    """Samples of the run."""
+    samples: int | None
+    """Samples of the run; None if unknown, because it is unfinished."""
     committed: int
     """Samples in the journal."""
     ranges: int

@@ -35,7 +35,7 @@ from gradrun.results.result import DamagedRange
 SAMPLES, BATCH = 23, 5
 
 
-def new_writer(folder: Path, form: str, samples: int = SAMPLES) -> PredictionWriter:
+def new_writer(folder: Path, form: str, samples: int | None = SAMPLES) -> PredictionWriter:
     folder.mkdir(exist_ok=True)
     return open_writer(OutputSection(path=folder, format=form), samples)
 
@@ -509,6 +509,65 @@ def test_a_shard_has_a_64th_of_the_run_within_limits(
     samples: int, row_bytes: int, batch_size: int, rows: int
 ) -> None:
     assert sharded_writer.shard_rows(samples, row_bytes, batch_size) == rows
+
+
+@pytest.mark.usefixtures("_windows")
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_grow_to_the_same_rows_if_the_number_of_samples_is_unknown(
+    tmp_path: Path, form: str
+) -> None:
+    rows = numbered(2, 2)
+    fill(new_writer(tmp_path / "known", form), {DEFAULT_OUTPUT: rows})
+    target = new_writer(tmp_path / "unknown", form, None)
+    fill(target, {DEFAULT_OUTPUT: rows})
+    assert torch.equal(stored(tmp_path / "unknown", form), rows)
+    assert sorted(target.files()) == sorted(contents(tmp_path / "unknown"))
+    assert contents(tmp_path / "unknown") == contents(tmp_path / "known")
+
+
+def test_shards_of_a_run_of_unknown_length_double_after_every_64() -> None:
+    layout = sharded_writer.shard_layout(None, 40, 32)
+    start = 0
+    for number in range(64 * 4):
+        rows = 1024 * 2 ** (number // 64)
+        for sample in (start, start + rows - 1):
+            assert layout.locate(sample) == (number, start, rows)
+        start += rows
+
+
+def test_shards_of_a_run_of_unknown_length_stay_within_64_mib() -> None:
+    layout = sharded_writer.shard_layout(None, 20_000, 32)
+    assert layout.locate(10**9).rows * 20_000 <= sharded_writer.SHARD_BYTES
+    assert layout.locate(10**9).rows == 2048
+
+
+@pytest.mark.parametrize("form", ["safetensors", "parquet"])
+@pytest.mark.parametrize("written", [10, 40, 65, 90])
+def test_a_run_of_unknown_length_is_resumed_in_shards_of_any_size(
+    tmp_path: Path, form: str, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharded_writer, "LEAST_ROWS", 5)
+    monkeypatch.setattr(sharded_writer, "SHARDS", 3)
+    rows = numbered(2, rows=103)
+    whole = open_writer(OutputSection(path=tmp_path / "whole", format=form), None, BATCH)
+    (tmp_path / "whole").mkdir()
+    fill(whole, {DEFAULT_OUTPUT: rows}, 103)
+    assert len(whole.files()) == 9, "15 samples in 3 shards, 30 in 3, then 58 in 3"
+    (tmp_path / "cut").mkdir()
+    cut = open_writer(OutputSection(path=tmp_path / "cut", format=form), None, BATCH)
+    cut.open({DEFAULT_OUTPUT: rows[:BATCH]})
+    for start in range(0, written, BATCH):
+        cut.write({DEFAULT_OUTPUT: rows[start : start + BATCH]}, range(start, start + BATCH))
+    ranges = cut.close()
+    resumed = open_writer(OutputSection(path=tmp_path / "cut", format=form), None, BATCH)
+    resumed.open({DEFAULT_OUTPUT: rows[:BATCH]}, ranges)
+    assert resumed.written == written
+    for start in range(written, 103, BATCH):
+        ids = range(start, min(start + BATCH, 103))
+        resumed.write({DEFAULT_OUTPUT: rows[start : ids.stop]}, ids)
+    resumed.close()
+    assert resumed.files() == whole.files()
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("_windows")

@@ -148,3 +148,50 @@ def test_a_removed_journal_is_an_error_of_the_next_commit(tmp_path: Path) -> Non
     with pytest.raises(FileNotFoundError, match="the output folder was removed while"):
         journal.append(CommittedRange(start=0, stop=4, files={}))
     journal.close()
+
+
+def grown(folder: Path, *stops: int, end: int | None = None) -> Path:
+    lines = Journal(folder / "journal.jsonl", HEAD.model_copy(update={"samples": None}))
+    for committed in commits(*stops):
+        lines.append(committed)
+    if end is not None:
+        lines.end(end)
+    lines.close()
+    return lines.path
+
+
+def test_a_run_of_unknown_length_is_complete_once_its_journal_has_the_number(
+    tmp_path: Path,
+) -> None:
+    state = journal.read(grown(tmp_path, 10, 33))
+    assert (state.samples, state.committed, state.complete) == (None, 33, False)
+    assert state.whole_batches(10).committed == 10, "the last batch may have been cut short"
+    (tmp_path / "ended").mkdir()
+    state = journal.read(grown(tmp_path / "ended", 10, 33, end=33))
+    assert (state.samples, state.committed, state.complete) == (33, 33, True)
+    assert state.whole_batches(10).committed == 33
+
+
+def test_the_end_of_a_run_is_written_again_by_a_resume(tmp_path: Path) -> None:
+    path = grown(tmp_path, 10, 33, end=33)
+    expected, state = path.read_bytes(), journal.read(path)
+    again = Journal(path, state.header, state)
+    again.end(33)
+    again.close()
+    assert path.read_bytes() == expected
+
+
+@pytest.mark.parametrize("end", [20, 40])
+def test_an_end_that_does_not_match_the_ranges_is_ignored(tmp_path: Path, end: int) -> None:
+    state = journal.read(grown(tmp_path, 10, 33, end=end))
+    assert (state.samples, state.complete, state.torn) == (None, False, True)
+
+
+def test_the_number_of_samples_is_written_once_if_it_is_known(tmp_path: Path) -> None:
+    lines = Journal(tmp_path / "journal.jsonl", HEAD)
+    for committed in commits(100):
+        lines.append(committed)
+    lines.end(100)
+    lines.close()
+    assert len(lines.path.read_text().splitlines()) == 2
+    assert journal.read(lines.path).complete

@@ -80,6 +80,16 @@ def test_a_stage_of_unknown_length_has_neither_a_bar_nor_a_share() -> None:
     assert set(drawn.split("\r")) - {""} == {"loading the model …"}
 
 
+def test_a_stage_of_unknown_length_shows_its_count_and_rate() -> None:
+    done = 0
+    screen = console(terminal=True, get_time=lambda: done / 400)
+    with progress_bar(screen) as progress:
+        for done in (0, 400, 800, 1200):
+            progress(Progress("predicting", done))
+        drawn = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", screen.file.getvalue())
+    assert drawn.split("\r")[-1] == "predicting … 1,200 (400 /s)"
+
+
 def test_without_colors_the_line_overwrites_itself_without_escape_codes() -> None:
     screen = console(terminal=True, no_color=True, color_system=None)
     with progress_bar(screen) as progress:

@@ -89,8 +89,8 @@ Rows = tuple[npy.Array, dict[str, npy.Array]]
 class Format(NamedTuple):
     """Functions of an output format, and the names of its files."""
 
-    writer: Callable[[Path, int, int, ClassLabels], PredictionWriter]
-    """Called with folder, samples, batch size and class labels."""
+    writer: Callable[[Path, int | None, int, ClassLabels], PredictionWriter]
+    """Called with folder, samples (None if unknown), batch size and class labels."""
     read: Callable[[Path], Iterator[Rows]]
     """Yield the rows of a run folder, in chunks of about a MiB.
 
@@ -161,7 +161,7 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
 
 def open_writer(
     config: OutputSection,
-    samples: int,
+    samples: int | None,
     batch_size: int = 1,
     classes: Sequence[str] = (),
     *,
@@ -172,7 +172,7 @@ def open_writer(
 
     Args:
         config: the output section.
-        samples: number of samples of the run.
+        samples: number of samples of the run; None if unknown, which makes the files grow.
         batch_size: samples between two points at which a run can be resumed.
         classes: class names of the model, which text and table formats write.
         has_ids: whether samples have ids of their own, not row numbers.

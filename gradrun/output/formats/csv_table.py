@@ -35,7 +35,11 @@ class CsvWriter(TextWriter):
     suffix = "csv"
 
     def __init__(
-        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+        self,
+        folder: Path,
+        samples: int | None,
+        batch_size: int = 1,
+        labels: ClassLabels | None = None,
     ) -> None:
         super().__init__(folder, samples, batch_size, labels)
         self._cells: dict[str, list[str]] = {}

@@ -1,4 +1,7 @@
-"""One .npy file per output, allocated in full at the start and written some rows at a time."""
+"""One .npy file per output, written some rows at a time.
+
+It is allocated in full at the start, unless the number of samples is unknown.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class NpyWriter:
     def __init__(
         self,
         folder: Path,
-        samples: int,
+        samples: int | None,
         batch_size: int = 1,
         labels: ClassLabels | None = None,
         stem: str = _STEM,
@@ -137,24 +140,25 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
 
 
 class _NpyFile:
-    def __init__(self, path: Path, samples: int, first: torch.Tensor) -> None:
+    def __init__(self, path: Path, samples: int | None, first: torch.Tensor) -> None:
         self.path, self.samples = path, samples
         self.widen = not has_numpy_dtype(first)
         like = (first[:0].float() if self.widen else first[:0]).numpy()
         self.row_shape, self.dtype = like.shape[1:], like.dtype
         self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
         self.step = max(1, BUFFER_BYTES // max(1, self.row_bytes))
-        self.buffer = np.empty((min(self.step, samples), *self.row_shape), self.dtype)
+        buffered = self.step if samples is None else min(self.step, samples)
+        self.buffer = np.empty((buffered, *self.row_shape), self.dtype)
         self.begin = 0
         """Row number of the first row in the buffer; earlier rows are in the file."""
-        self.header = self._header(samples)
+        self.header = self._header(samples or 0)
         self.descriptor = -1
 
     def _offset(self, row: int) -> int:
         return len(self.header) + row * self.row_bytes
 
     def open(self, written: int) -> None:
-        """Create the file, or open one with some rows, and allocate its full size."""
+        """Create the file, or open one with some rows, and allocate its full size if known."""
         self.begin = written
         flags = os.O_RDWR if written else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.descriptor = files.open_regular(self.path, flags)
@@ -164,7 +168,8 @@ class _NpyFile:
             else:
                 # With a count of 0, so that after a kill no allocated zeros look like predictions.
                 files.write_all(self.descriptor, self._header(0))
-            self._allocate(self._offset(self.samples))
+            if self.samples is not None:
+                self._allocate(self._offset(self.samples))
         except OSError:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -242,8 +247,7 @@ class _NpyFile:
             return
         try:
             files.write_at(self.descriptor, self._header(written), 0)
-            if written < self.samples:
-                os.ftruncate(self.descriptor, self._offset(written))
+            os.ftruncate(self.descriptor, self._offset(written))
         finally:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -45,7 +45,11 @@ class ParquetWriter(ShardedWriter):
     stores_ids = True
 
     def __init__(
-        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+        self,
+        folder: Path,
+        samples: int | None,
+        batch_size: int = 1,
+        labels: ClassLabels | None = None,
     ) -> None:
         _pyarrow("parquet")  # fails before anything is written if pyarrow is missing
         super().__init__(folder, samples, batch_size, labels)

@@ -1,7 +1,8 @@
 """Predictions in numbered files, each of which is complete or does not exist.
 
 A shard is committed when it is sealed, so a kill costs at most one shard. It has at most 1/64 of
-the run's samples (but at least 1,024) and at most 64 MiB, rounded down to whole batches. Its size
+the run's samples (but at least 1,024) and at most 64 MiB, rounded down to whole batches. If the
+number of samples is unknown, shards of 1,024 samples double in size after every 64 shards. The size
 depends on the run only and not on the clock, so a resumed run writes the same files.
 """
 
@@ -43,6 +44,42 @@ class Shard(NamedTuple):
     """Mask [n] of the rows with a prediction; None if the format does not store it."""
 
 
+class ShardPlace(NamedTuple):
+    """The shard of a sample."""
+
+    number: int
+    start: int
+    """Its first sample."""
+    rows: int
+    """Its samples if it is complete."""
+
+
+class ShardLayout(NamedTuple):
+    """How samples are divided into shards."""
+
+    rows: int
+    """Samples of the first shard."""
+    doublings: int = 0
+    """How often the size doubles, each time after SHARDS shards; 0 if all have the same size."""
+
+    def locate(self, sample: int) -> ShardPlace:
+        """Return the shard of a sample."""
+        first_group = SHARDS * self.rows
+        group = min(self.doublings, (sample // first_group + 1).bit_length() - 1)
+        rows, begin = self.rows << group, first_group * ((1 << group) - 1)
+        number, before = divmod(sample - begin, rows)
+        return ShardPlace(SHARDS * group + number, sample - before, rows)
+
+
+def shard_layout(samples: int | None, row_bytes: int, batch_size: int) -> ShardLayout:
+    """Divide `samples` into shards; None if their number is unknown."""
+    rows = shard_rows(samples or 1, row_bytes, batch_size)
+    if samples is not None:
+        return ShardLayout(rows)
+    most = max(1, SHARD_BYTES // max(1, row_bytes) // rows)
+    return ShardLayout(rows, most.bit_length() - 1)
+
+
 def shard_rows(samples: int, row_bytes: int, batch_size: int) -> int:
     """Number of samples per shard: a multiple of the batch size."""
     rows = min(max(LEAST_ROWS, math.ceil(samples / SHARDS)), SHARD_BYTES // max(1, row_bytes))
@@ -61,12 +98,16 @@ class ShardedWriter(ABC):
     stores_ids = False
 
     def __init__(
-        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+        self,
+        folder: Path,
+        samples: int | None,
+        batch_size: int = 1,
+        labels: ClassLabels | None = None,
     ) -> None:
         self.folder, self.samples, self.batch_size = folder / self.subfolder, samples, batch_size
         self.labels = labels or ClassLabels()
         self.written = 0
-        self._rows = 1
+        self._layout = ShardLayout(1)
         self._buffers: Outputs = {}
         self._valid: torch.Tensor
         self._ids: list[int | str] = []
@@ -100,20 +141,25 @@ class ShardedWriter(ABC):
         outputs = self.convert(outputs)
         row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
         row_bytes += ID_BYTES if self.stores_ids else 0
-        self._rows = shard_rows(self.samples, row_bytes, self.batch_size)
+        self._layout = shard_layout(self.samples, row_bytes, self.batch_size)
         if self.subfolder:
             self.folder.mkdir(exist_ok=True)
             files.sync_folder(self.folder.parent)
-        left = self.samples - (committed[-1].stop if committed else 0)
-        files.ensure_free_space(self.folder, left * row_bytes, "predictions")
-        rows = min(self._rows, self.samples)
+        stop = committed[-1].stop if committed else 0
+        rows = self._layout.locate(stop).rows
+        if self.samples is not None:
+            files.ensure_free_space(self.folder, (self.samples - stop) * row_bytes, "predictions")
+            rows = min(rows, self.samples)
+        self._allocate(outputs, rows)
+        if committed:
+            self._resume(committed)
+
+    def _allocate(self, outputs: Outputs, rows: int) -> None:
         self._buffers = {
             name: tensor.new_empty((rows, *tensor.shape[1:]), requires_grad=False)
             for name, tensor in sorted(outputs.items())
         }
         self._valid = next(iter(outputs.values())).new_empty(rows).bool()
-        if committed:
-            self._resume(committed)
 
     def write(
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
@@ -131,8 +177,11 @@ class ShardedWriter(ABC):
                 )
         done = 0
         while done < len(ids):
-            at = self.written % self._rows
-            count = min(len(ids) - done, self._rows - at)
+            shard = self._layout.locate(self.written)
+            at = self.written - shard.start
+            if at == 0 and self.samples is None and len(self._valid) < shard.rows:
+                self._allocate(self._buffers, shard.rows)
+            count = min(len(ids) - done, shard.rows - at)
             for name, tensor in outputs.items():
                 self._buffers[name][at : at + count] = tensor[done : done + count]
             self._valid[at : at + count] = True if valid is None else valid[done : done + count]
@@ -140,7 +189,7 @@ class ShardedWriter(ABC):
                 self._ids[at:] = ids[done : done + count]
             done += count
             self.written += count
-            if at + count == self._rows:
+            if at + count == shard.rows:
                 self._seal()
 
     def commit(self) -> list[CommittedRange]:
@@ -158,8 +207,9 @@ class ShardedWriter(ABC):
         return self.commit()
 
     def files(self) -> list[str]:
-        shards = range(math.ceil(self._committed / self._rows))
-        return [self._relative(self._name(shard)) for shard in shards]
+        committed = self._committed
+        shards = self._layout.locate(committed - 1).number + 1 if committed else 0
+        return [self._relative(self._name(shard)) for shard in range(shards)]
 
     # --- shards --------------------------------------------------------------------------------
 
@@ -178,11 +228,11 @@ class ShardedWriter(ABC):
 
         All state follows from `_ranges`, so repeating it after Ctrl-C is harmless.
         """
-        begin = self._committed % self._rows
-        start, rows = self._committed - begin, self.written - self._committed + begin
+        number, start, _ = self._layout.locate(self._committed)
+        begin, rows = self._committed - start, self.written - start
         columns = {name: buffer[:rows] for name, buffer in self._buffers.items()}
         new = [tensor[begin:] for tensor in columns.values()]
-        file = self._name(start // self._rows)
+        file = self._name(number)
         committed = CommittedRange(
             start=self._committed,
             stop=self.written,
@@ -196,14 +246,14 @@ class ShardedWriter(ABC):
     def _resume(self, committed: Sequence[CommittedRange]) -> None:
         """Check that the sealed shards exist, and read an incomplete last one."""
         stop = committed[-1].stop
-        shards, rows = divmod(stop, self._rows)
+        shards, start, _ = self._layout.locate(stop)
         for shard in range(shards):
             (self.folder / self._name(shard)).stat()
-        if rows:
+        if rows := stop - start:
             self._load(self.folder / self._name(shards), rows)
         # Later shards were not committed.
         for path in self.folder.glob(f"predictions-{'[0-9]' * 5}.{self.suffix}*"):
-            if path.name >= self._name(math.ceil(stop / self._rows)):
+            if path.name >= self._name(shards + (rows > 0)):
                 path.unlink()
         self._ranges, self._reported, self.written = [*committed], len(committed), stop
 

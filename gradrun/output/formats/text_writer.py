@@ -33,7 +33,11 @@ class TextWriter:
     suffix = ""
 
     def __init__(
-        self, folder: Path, samples: int, batch_size: int = 1, labels: ClassLabels | None = None
+        self,
+        folder: Path,
+        samples: int | None,
+        batch_size: int = 1,
+        labels: ClassLabels | None = None,
     ) -> None:
         self.path, self.samples = folder / f"predictions.{self.suffix}", samples
         self.labels = labels or ClassLabels()
@@ -52,8 +56,9 @@ class TextWriter:
         header = self.header(columns).encode()
         rows = max((len(values) for values in columns.values()), default=0)
         row_bytes = len(self.lines(columns, range(rows))) / max(1, rows)
-        left = self.samples - (committed[-1].stop if committed else 0)
-        files.ensure_free_space(self.path.parent, int(row_bytes * left), self.path.name)
+        if self.samples is not None:
+            left = self.samples - (committed[-1].stop if committed else 0)
+            files.ensure_free_space(self.path.parent, int(row_bytes * left), self.path.name)
         # Unbuffered: after write() the lines are in the kernel, and survive the process.
         flags = os.O_RDWR if committed else os.O_RDWR | os.O_CREAT | os.O_EXCL
         self._descriptor = files.open_regular(self.path, flags | os.O_APPEND)
