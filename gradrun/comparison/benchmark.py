@@ -25,6 +25,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.imports import ImportSpace
 from gradrun.data.batch import Batch
 from gradrun.engines.infer import infer
 from gradrun.inference.allocator import allocator_settings
@@ -43,7 +44,6 @@ from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
-from gradrun.models.imports import ImportSpace
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Phases
 

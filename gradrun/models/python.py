@@ -11,14 +11,14 @@ from torch import nn
 
 from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError
-from gradrun.core.suggest import suggest
-from gradrun.models.imports import (
+from gradrun.core.imports import (
     describe_user_error,
     import_file,
     imported_files,
     imports_from,
     require_trust,
 )
+from gradrun.core.suggest import suggest
 from gradrun.models.initialization import RandomOrigins, describe_random
 from gradrun.models.loaded import LoadedModel
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradrun.config.model import TorchScriptModel
 from gradrun.core.errors import ConfigError
-from gradrun.models.imports import require_trust
+from gradrun.core.imports import require_trust
 from gradrun.models.loaded import LoadedModel
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gradrun.config.model import ZooModel
+from gradrun.core.imports import import_file
 from gradrun.core.resources import bundled
-from gradrun.models.imports import import_file
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.python import build_module
 from gradrun.models.weights import load_weights

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import gradrun
+from gradrun.core.imports import import_file
 from gradrun.core.resources import bundled
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
@@ -24,7 +25,6 @@ from gradrun.inference.meters import (
     device_memory,
     process_memory,
 )
-from gradrun.models.imports import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import RunResult
 

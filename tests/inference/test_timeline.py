@@ -12,10 +12,10 @@ from torch import nn
 
 import gradrun
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.imports import import_file
 from gradrun.core.resources import bundled
 from gradrun.inference.meters.cpu_memory import forward_memory
 from gradrun.inference.meters.timeline import downsample
-from gradrun.models.imports import import_file
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory
 
