@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -135,10 +136,16 @@ def files(folder: Path) -> dict[str, bytes]:
     quarantine = folder / "quarantine.jsonl"
     if quarantine.exists():
         lines = [json.loads(line) for line in quarantine.read_text().splitlines()]
-        found["quarantine"] = json.dumps(
-            [{key: line[key] for key in ("sample", "id", "error")} for line in lines]
-        ).encode()
+        found["quarantine"] = json.dumps([_without_stack(line) for line in lines]).encode()
     return found
+
+
+def _without_stack(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a quarantine, with the last line of its traceback only."""
+    return {
+        key: value.splitlines()[-1] if key == "traceback" and value else value
+        for key, value in line.items()
+    }
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -180,9 +187,27 @@ def test_failing_samples_are_handled_as_in_one_process(
     two = spread(config, 3)
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert two.quarantined == one.quarantined
+    assert _failure_warnings(two, "two") == _failure_warnings(one, "one")
+
+
+def _failure_warnings(result: InferResult, folder: str) -> dict[str, str]:
     codes = {"out_of_memory", "quarantined", "nonfinite"}
-    found = [{warning.code for warning in result.warnings} & codes for result in (one, two)]
-    assert found[0] == found[1]
+    return {w.code: w.text.replace(folder, "FOLDER") for w in result.warnings if w.code in codes}
+
+
+def test_unreadable_images_are_quarantined_as_in_one_process(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    shutil.copytree(inputs / "images", tmp_path / "images")
+    for number in (0, 33, 34, COUNT - 1):
+        (tmp_path / "images" / f"{number:03}.png").write_bytes(b"not an image")
+    for name in ("one", "two"):
+        config = config_for("images", tmp_path, tmp_path / name, "csv")
+        config["run"] |= {"on_error": "quarantine"}
+        spread(config, 3) if name == "two" else gradrun.infer(config)
+    found = files(tmp_path / "one")
+    assert [line["sample"] for line in json.loads(found["quarantine"])] == [0, 33, 34, COUNT - 1]
+    assert files(tmp_path / "two") == found
 
 
 @pytest.mark.parametrize(

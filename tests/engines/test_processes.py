@@ -10,15 +10,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 
 import gradrun
 from gradrun.core.errors import RunFailed
+from gradrun.core.progress import Progress
+from gradrun.results.result import WorkerStats
 from tests.conftest import ROOT
 
 COUNT, BATCH = 48, 4
@@ -91,6 +94,86 @@ def test_samples_that_exit_crash_or_hang_are_quarantined_alone(
     assert np.isnan(found[[*reasons]]).all()
     lost = [worker.lost for worker in result.measurements[0].workers if worker.lost]
     assert sum("SIGSEGV" in cause for cause in lost) >= 2
+
+
+WEIGHTED = """
+import time
+from pathlib import Path
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        time.sleep(0 if Path(__file__).with_name("fast").exists() else 0.1)
+        return x * self.factor
+"""
+
+
+class Eventful(NamedTuple):
+    """A run in which a worker was stopped and the weights changed, and its predictions."""
+
+    workers: tuple[WorkerStats, ...]
+    predictions: np.ndarray[Any, Any]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def eventful(tmp_path_factory: pytest.TempPathFactory) -> Eventful:
+    """Stop a worker; its replacement starts after the weights were replaced."""
+    folder = tmp_path_factory.mktemp("eventful")
+    (folder / "net.py").write_text(WEIGHTED)
+    np.save(folder / "n.npy", np.arange(300, dtype=np.float32)[:, None])
+    torch.save({"factor": torch.full((1,), 2.0)}, folder / "w.pt")
+    config = {
+        "model": {
+            "source": "python",
+            "target": str(folder / "net.py") + ":Net",
+            "weights": str(folder / "w.pt"),
+        },
+        "data": {"source": "arrays", "path": str(folder / "n.npy"), "batch_size": 1},
+        "run": {"threads": 1, "warmup": 0},
+        "output": {"path": str(folder / "out")},
+        "measure": {"memory": False},
+        "engine": {"source": "processes", "workers": 2, "timeout": 3},
+    }
+    stopped: list[psutil.Process] = []
+
+    def act(progress: Progress) -> None:
+        if not stopped and len(progress.workers) == 2 and progress.done:
+            stopped.append(_worker_processes()[0])
+            stopped[0].suspend()
+            torch.save({"factor": torch.full((1,), 3.0)}, folder / "w.pt")
+        if progress.other_workers == "2 lost":
+            (folder / "fast").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradrun.engines.dispatch.SPAN_SECONDS", 0.0)
+        result = gradrun.infer(config, trust_code=True, progress=act)
+    predictions = np.load(folder / "out" / "predictions.npy")
+    return Eventful(result.measurements[0].workers, predictions, folder)
+
+
+def test_a_worker_that_stops_is_ended_by_the_timeout_and_costs_no_row(eventful: Eventful) -> None:
+    lost = [worker.lost for worker in eventful.workers]
+    assert lost.count("did not finish a range in 3 s (engine.timeout)") == 1
+    assert np.array_equal(eventful.predictions, np.arange(300, dtype=np.float32)[:, None] * 2)
+    assert sum(worker.samples for worker in eventful.workers) == 300
+    assert not _worker_processes()
+
+
+def _worker_processes() -> list[psutil.Process]:
+    children = psutil.Process().children()
+    return [child for child in children if "gradrun.engines.worker" in child.cmdline()]
+
+
+def test_a_replacement_that_finds_other_weights_is_refused_by_name(eventful: Eventful) -> None:
+    *_, replacement = eventful.workers
+    assert replacement.worker == 3
+    assert replacement.samples == 0
+    assert replacement.lost == "rejected: its model.weights differs from that of the driver"
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_output(
