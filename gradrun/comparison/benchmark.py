@@ -26,9 +26,12 @@ from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.imports import ImportSpace
+from gradrun.data import open_data
 from gradrun.data.batch import Batch
+from gradrun.data.source import BatchSource
 from gradrun.engines.infer import infer
 from gradrun.inference.allocator import allocator_settings
+from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
@@ -44,6 +47,7 @@ from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
+from gradrun.models.loaded import LoadedModel
 from gradrun.results import stats
 from gradrun.results.result import Measurement, Memory, Phases
 
@@ -76,7 +80,8 @@ class LoadedVariant(PlannedVariant):
     marker: Marker
     device: torch.device
     threads: int
-    model: nn.Module
+    loaded: LoadedModel
+    data: BatchSource
     batches: list[Batch]
     load_seconds: float
     open_seconds: float
@@ -86,6 +91,11 @@ class LoadedVariant(PlannedVariant):
     """Time per batch at the end of the warm-up."""
     rounds: list[float] = field(default_factory=list)
     """Seconds per batch in each timed round."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
+        return self.loaded.module
 
     @contextmanager
     def execution_context(self) -> Iterator[None]:
@@ -246,27 +256,33 @@ def _load(
     seed = config.run.seed  # determines both weights and data
     key = (device, seed, config.model)
     alike = [v for v in loaded if (v.device, v.config.run.seed, v.config.model) == key]
+    if config.model.compile:  # for the shapes of its batches
+        alike = [v for v in alike if v.config.data == config.data]
     twin = next((v for v in alike if v.imports is imports), None)
     with imports.entered():
         if twin:
-            model, load_seconds = twin.model, twin.load_seconds
+            model, load_seconds = twin.loaded, twin.load_seconds
         else:
             began = time.perf_counter()
             torch.manual_seed(seed)
-            model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
+            model = load_model(config.model, device, data=config.data, trust_code=trust_code)
             load_seconds = time.perf_counter() - began
         if twin and twin.config.data == config.data:
-            batches, open_seconds = twin.batches, twin.open_seconds
+            data, batches, open_seconds = twin.data, twin.batches, twin.open_seconds
         else:
             began = time.perf_counter()
-            batches = first_batches(config, device)
+            data = open_data(
+                config.data, seed=seed, model=config.model, model_classes=model.classes
+            )
+            batches = first_batches(config, device, data)
             open_seconds = time.perf_counter() - began
         if not twin:
-            compile_without_gradients(model, batches[0])
+            compile_without_gradients(model.module, batches[0])
+            model = compile_model(model, config.model.compile, data)
     threads = thread_count(config.run.threads)
     ready = LoadedVariant(
-        variant.index, variant.name, config, imports, marker, device, threads, model, batches,
-        load_seconds, open_seconds,
+        variant.index, variant.name, config, imports, marker, device, threads, model, data,
+        batches, load_seconds, open_seconds,
     )  # fmt: skip
     ready.warm_up()
     imports.check()

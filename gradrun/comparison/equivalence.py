@@ -30,8 +30,11 @@ class ComparableModel(Protocol):
 
     name: str
     config: RunConfig
-    model: nn.Module
     batches: list[Batch]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
 
     def execution_context(self) -> AbstractContextManager[None]:
         """Set the variant's gradient mode, autocast and threads."""

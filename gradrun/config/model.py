@@ -5,9 +5,17 @@ from __future__ import annotations
 import re
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import FloatType, InputFile, InputFolder, Section
@@ -33,8 +41,59 @@ Pretrained = Annotated[Path | str, AfterValidator(_folder_or_hub_name)]
 """A folder written by save_pretrained (a Path), or a name on the hub (text)."""
 
 
+class CompileSection(Section):
+    """How torch.compile compiles the model; a map, or true for the defaults."""
+
+    example: ClassVar[str] = "{backend: inductor, freezing: true}"
+
+    backend: str = Field("inductor", description="a backend that is registered with torch")
+    mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = Field(None, description="optimization mode of inductor; default: torch's")
+    freezing: bool = Field(
+        False,
+        description="inductor: make the weights constants of the program; needs run.mode no_grad "
+        "or inference_mode",
+    )
+    dynamic: bool | None = Field(
+        None,
+        description="compile one program for all shapes (true) or one for each shape (false); "
+        "default: true if batches differ in shape",
+    )
+
+    @model_validator(mode="after")
+    def _check_backend_options(self) -> CompileSection:
+        set_keys = [key for key in ("mode", "freezing") if getattr(self, key)]
+        if set_keys and self.backend != "inductor":
+            raise PydanticCustomError(
+                "inductor_only",
+                "{key} is an option of the backend inductor, not of {backend}",
+                {"key": set_keys[0], "backend": self.backend},
+            )
+        return self
+
+
+def _expand_compile(given: object) -> object:
+    if isinstance(given, bool) or given is None:
+        return {} if given else None
+    if isinstance(given, dict | CompileSection):
+        return given
+    example = CompileSection.example
+    raise ValueError(f"{given!r:.60} is not true, false or a map, such as {example}")
+
+
+Compile = Annotated[
+    CompileSection | None,
+    BeforeValidator(_expand_compile, json_schema_input_type=bool | CompileSection),
+    PlainSerializer(lambda section: section.model_dump() if section else False),
+]
+"""A CompileSection, or None for an eager model; false in JSON."""
+
+
 class _Model(Section):
-    compile: bool = Field(False, description="run the model through torch.compile")
+    compile: Compile = Field(
+        None, description="run the model through torch.compile: true, or a map of options"
+    )
 
 
 class EagerModel(_Model):

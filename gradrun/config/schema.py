@@ -17,6 +17,7 @@ from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig
 from gradrun.config.output import OutputSection
 from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
+from gradrun.core.grad_mode import GradMode
 
 
 class RunConfig(Section):
@@ -60,6 +61,18 @@ class RunConfig(Section):
         if "model" in info.data:
             data.check_model(info.data["model"])
         return data
+
+    @field_validator("run")
+    @classmethod
+    def _check_mode_for_freezing(cls, run: RunSection, info: ValidationInfo) -> RunSection:
+        compiled = info.data["model"].compile if "model" in info.data else None
+        if compiled and compiled.freezing and run.mode is GradMode.GRAD:
+            raise PydanticCustomError(
+                "freezing",
+                "mode grad cannot be combined with model.compile.freezing, which makes constants "
+                "of the weights; use no_grad or inference_mode",
+            )
+        return run
 
     def replace(self, changes: Mapping[str, Any]) -> Self:
         """Return a validated copy with changed sections or keys, such as {"run.mode": "grad"}."""

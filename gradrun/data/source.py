@@ -146,6 +146,8 @@ class LengthGrouped(Protocol):
 
     grouped: bool
     chunk_size: int
+    varying: bool
+    """Whether batches differ in the length of their samples."""
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         """Return the input positions of samples that are run as start to stop, within a chunk."""

@@ -83,7 +83,7 @@ class Texts(IndexedRows):
         )
         self.batch_size = config.batch_size
         self.chunk_size = CHUNK_BATCHES * config.batch_size
-        self.grouped = False
+        self.grouped, self.varying = False, config.padding == "longest"
         self._tokenization = tokenization
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}

@@ -21,6 +21,7 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.data.batch import Batch
+from gradrun.inference.compilation import eager_model
 from gradrun.inference.device import seed_generators
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
@@ -136,10 +137,9 @@ def batch_dependence(
     """
     if not reference or not _is_tested(batch, config):
         return None
-    eager: nn.Module = getattr(model, "_orig_mod", model)
     # A model may raise anything, and its warnings about small batches do not concern the run.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), _without_compilation():
-        return _BatchTest(eager, batch, config, device).run(reference)
+        return _BatchTest(eager_model(model), batch, config, device).run(reference)
     return None
 
 

@@ -32,6 +32,7 @@ from gradrun.data.source import (
     HasRowChecksums,
     require_length,
 )
+from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
@@ -232,6 +233,8 @@ def open_run(
         model_classes=model.classes,
     )
     opened = time.perf_counter()
+    model = compile_model(model, config.model.compile, data)
+    compiled = time.perf_counter()
     check_order(_label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()
     by_rows = _files_with_row_checksums(data)
@@ -255,7 +258,7 @@ def open_run(
         header=header,
         model=model,
         runner=Runner(model.module, data, config, device, model, metrics),
-        load_seconds=loaded - started,
+        load_seconds=loaded - started + compiled - opened,
         open_seconds=opened - opening,
     )
 

@@ -12,6 +12,7 @@ from gradrun.core.cpu import thread_variable
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource, HasLabels, LengthGrouped, read_one
+from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
@@ -76,6 +77,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
             model=config.model,
             model_classes=model.classes,
         )
+        model = compile_model(model, config.model.compile, data)
         output = transforms.resolve_output(config.output, model)
         read_one(data, 0)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,15 @@ from gradrun.data.source import (
 )
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.carried_state import carried_state
-from gradrun.inference.compilation import compiled_graphs, is_compiled
+from gradrun.inference.compilation import (
+    CompiledModel,
+    check_dtypes,
+    compile_error,
+    compiled_graphs,
+    is_compiled,
+    recompilation_limit_hits,
+    runs_in_full_precision,
+)
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -70,6 +79,7 @@ from gradrun.output.transforms import (
 )
 from gradrun.results import stats
 from gradrun.results.result import (
+    Compilation,
     FirstBatch,
     Measurement,
     Memory,
@@ -82,6 +92,10 @@ from gradrun.results.result import (
 
 WARM_UP_SECONDS = 0.3
 """Limit of an automatic warm-up, which ends earlier once the batch time is steady."""
+
+_EAGER_SECONDS = 1.0
+_EAGER_BATCHES = 5
+"""Limits of the forwards without torch.compile, by which its gain is measured."""
 
 _CALLBACK_NS = 200_000_000
 """Interval of commit and progress callbacks."""
@@ -118,6 +132,8 @@ class PreparedRun:
     recovery: BatchRecovery
     prefetch: bool
     """Whether batches are read ahead in a thread."""
+    compilation: Compilation | None
+    """What model.compile cost and gains."""
     first_batch_seconds: float
     warm_up_seconds: float
     batch_seconds: float
@@ -186,6 +202,7 @@ class Runner:
         plan_metrics: PlanMetrics | None = None,
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
+        self._eager = model.eager if isinstance(model, CompiledModel) else model
         self.mode = config.run.mode
         self.warnings: list[Warning] = []
         self._facts, self._select = facts, output_selector(config.output, facts)
@@ -206,8 +223,14 @@ class Runner:
         """
         started = time.perf_counter()
         batch, clock = self._first_batch(), clock_for(self.device)
+        # The first batch runs without model.compile too: to show what it gains, and for errors.
+        compiling = isinstance(self.model, CompiledModel)
+        eager, graphs = clock_for(self.device) if compiling else clock, compiled_graphs()
         with execution_context(self.config.run, self.device), preserve_module_state(self.model):
-            first, returned, limit = self._first_forward(batch, clock)
+            first, returned, limit = self._first_forward(batch, eager)
+            if isinstance(self.model, CompiledModel):
+                self._time_eager(first, eager)
+                returned = self._compile(self.model, first, returned, clock)
             self._check_graph(returned)
             outputs = self._first_outputs(first, returned)
             first_batch_seconds = time.perf_counter() - started
@@ -228,6 +251,7 @@ class Runner:
             try:
                 if self.config.run.warmup != 0 and is_compiled(self.model):
                     self._compile_other_shapes(first, clock)
+                compile_seconds = sum(clock.seconds)
                 self._warm_up(first, clock)
                 ahead = should_prefetch(self.data, forward_seconds=clock.seconds[-1])
             except (Exception, SystemExit) as error:  # a model may raise anything
@@ -254,7 +278,15 @@ class Runner:
             evaluation=evaluation,
             recovery=recovery,
             prefetch=ahead,
-            first_batch_seconds=first_batch_seconds,
+            compilation=Compilation(
+                seconds=compile_seconds,
+                graphs=compiled_graphs() - graphs,
+                eager=median(eager.seconds[1:]),
+                compiled=clock.seconds[-1],
+            )
+            if compiling
+            else None,
+            first_batch_seconds=first_batch_seconds - (sum(eager.seconds) if compiling else 0.0),
             warm_up_seconds=warm_up_seconds,
             batch_seconds=clock.seconds[-1],
         )
@@ -299,8 +331,12 @@ class Runner:
         clock = clock_for(self.device)
         timed = TimedPass(writer.written, clock.seconds)
         batches = self._batches(writer.written, stop, ahead=prepared.prefetch)
+        hits: list[str] = []
         try:
-            with execution_context(self.config.run, self.device):
+            with (
+                execution_context(self.config.run, self.device),
+                recompilation_limit_hits() as hits,
+            ):
                 self._loop(batches, writer, timed, clock, prepared.recovery, commit, progress)
         except KeyboardInterrupt:
             timed.stop(Interrupted())
@@ -316,6 +352,12 @@ class Runner:
             timed.padding = self.data.padding(timed.start, timed.start + timed.done)
         if compiled := compiled_graphs() - graphs:
             self._warn_of_compilation(compiled)
+        if hits:
+            self._warn(
+                "recompilation_limit",
+                f"{hits[0].splitlines()[0]}: batches of further shapes ran eagerly; set "
+                "model.compile.dynamic: true, or keep the shapes of the inputs the same",
+            )
         return timed
 
     def _loop(
@@ -473,6 +515,7 @@ class Runner:
                 output=max(0.0, total - data - forward),
             ),
             memory=memory,
+            compilation=prepared.compilation,
         )
 
     # --- prepare -------------------------------------------------------------------------------
@@ -506,8 +549,9 @@ class Runner:
         Returns:
             The batch, the model's output, and the batch limit after an out-of-memory error.
         """
+        model = self._eager
         try:
-            return batch, self._forward(batch, clock), None
+            return batch, self._forward(batch, clock, model), None
         except GradrunError:
             raise
         except (Exception, SystemExit) as error:  # a model may raise anything
@@ -516,9 +560,50 @@ class Runner:
                 subset, limit = runnable_subset(self.config.run, self._predict, batch, error)
             if subset is None:
                 raise explain_first_batch_failure(
-                    self.model, batch.args, batch.kwargs, error, self.mode
+                    model, batch.args, batch.kwargs, error, self.mode
                 ) from error
-        return subset, self._forward(subset, clock), limit
+        return subset, self._forward(subset, clock, model), limit
+
+    def _time_eager(self, batch: Batch, clock: Clock) -> None:
+        """Repeat the first batch without model.compile: once, or more often if it is fast."""
+        deadline = time.perf_counter() + _EAGER_SECONDS
+        while len(clock.seconds) < 2 or (
+            len(clock.seconds) <= _EAGER_BATCHES and time.perf_counter() < deadline
+        ):
+            self._forward(batch, clock, self._eager)
+            clock.finish()
+
+    def _compile(self, model: CompiledModel, batch: Batch, eager_output: Any, clock: Clock) -> Any:
+        """Run the first batch through torch.compile; warn if this has no effect.
+
+        Raises:
+            ConfigError: the model cannot be compiled.
+        """
+        graphs = compiled_graphs()
+        try:
+            returned = self._forward(batch, clock)
+        except GradrunError:
+            raise
+        except (Exception, SystemExit) as error:  # a compiler may raise anything
+            raise compile_error(error, model.backend) from error
+        clock.finish()
+        check_dtypes(returned, eager_output)
+        if compiled_graphs() == graphs and model.compiles(batch.args, batch.kwargs):
+            self._warn(
+                "not_compiled",
+                "torch.compile compiled no part of the model, which runs eagerly; gradrun audit "
+                "shows why, and model.compile: false starts faster",
+            )
+        if self.config.run.autocast:
+            with torch.autocast(self.device.type, enabled=False):
+                full = self._forward(batch, clock_for(self.device), model.eager)
+            if runs_in_full_precision(returned, reduced=eager_output, full=full):
+                self._warn(
+                    "autocast_ignored",
+                    "run.autocast has no effect on the compiled model: its outputs are those of "
+                    "full precision; use model.dtype instead, or model.compile: false",
+                )
+        return returned
 
     def _first_outputs(self, first: Batch, returned: Any) -> Outputs:
         try:
@@ -579,11 +664,11 @@ class Runner:
 
     # --- shared --------------------------------------------------------------------------------
 
-    def _forward(self, batch: Batch, clock: Clock) -> Any:
+    def _forward(self, batch: Batch, clock: Clock, model: nn.Module | None = None) -> Any:
         """Run the model on a copy of the batch, because it may change its input in place."""
-        batch = batch.map(torch.clone)
+        batch, model = batch.map(torch.clone), self.model if model is None else model
         clock.start()
-        returned = self.model(*batch.args, **batch.kwargs)
+        returned = model(*batch.args, **batch.kwargs)
         clock.stop()
         return returned
 

@@ -8,7 +8,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch, transfer_to
-from gradrun.data.source import read_one
+from gradrun.data.source import BatchSource, read_one
 from gradrun.inference.meters.cpu_memory import storage_bytes
 
 _MAX_BATCHES = 8
@@ -25,16 +25,24 @@ def batch_number(config: RunConfig, device: torch.device, number: int) -> Batch 
     return (move(batch) if move else batch).map(torch.clone)
 
 
-def first_batches(config: RunConfig, device: torch.device) -> list[Batch]:
+def first_batches(
+    config: RunConfig, device: torch.device, data: BatchSource | None = None
+) -> list[Batch]:
     """Return copies of the first full batches, on `device`.
 
     Batches with unreadable samples are skipped. At most 8 batches are returned, and fewer if they
     exceed 64 MiB.
 
+    Args:
+        config: the config.
+        device: where the batches are needed.
+        data: the opened data of the config; default: open it.
+
     Raises:
         ConfigError: every batch has a sample that cannot be read.
     """
-    data = open_data(config.data, seed=config.run.seed, model=config.model)
+    if data is None:
+        data = open_data(config.data, seed=config.run.seed, model=config.model)
     move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     size, error = 0, ""

@@ -94,7 +94,7 @@ def load_model(
     model = with_class_names(model.replace(classes=model.classes or names_of(module)), data)
     if data is not None and data.call == "dict":
         module = DictInput(module)
-    return model.replace(module=_compiled(module) if config.compile else module)
+    return model.replace(module=module)
 
 
 class DictInput(nn.Module):
@@ -107,8 +107,3 @@ class DictInput(nn.Module):
     def forward(self, **inputs: torch.Tensor) -> Any:
         """Call the module with the inputs, each [n, ...], by name."""
         return self.module(inputs)
-
-
-def _compiled(module: nn.Module) -> nn.Module:
-    compiled: Any = torch.compile(module)
-    return compiled  # type: ignore[no-any-return]

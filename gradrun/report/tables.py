@@ -26,6 +26,7 @@ from gradrun.results.result import (
     ClassDistribution,
     CompareResult,
     Comparison,
+    Compilation,
     Equivalence,
     Example,
     Fact,
@@ -177,6 +178,8 @@ def timing(measured: Measurement) -> Table:
     rows = [("batch size", f"{limit}", "reduced after an out-of-memory error")] if limit else []
     details = f"model {load}, data {opened}, first batch {first}"
     rows.append(("cold start", format_seconds(measured.cold_start), details))
+    if measured.compilation:
+        rows.append(_compilation(measured, measured.compilation))
     if measured.workers:
         slowest = max(worker.cold_start for worker in measured.workers)
         rows.append(("workers", format_seconds(slowest), "cold start of the slowest worker"))
@@ -217,6 +220,14 @@ def workers(measured: Measurement) -> Table:
         Column(kind="text"),
     )
     return Table("Worker", columns, tuple(rows))
+
+
+def _compilation(measured: Measurement, compilation: Compilation) -> tuple[str, str, str]:
+    """Time of compiling, which is part of cold start and warm-up, and when it is repaid."""
+    speedup = f"{format_number(compilation.speedup)} x as fast as eager on the first batch"
+    repaid = measured.samples_to_repay_compilation
+    after = "does not pay" if repaid is None else f"pays after {pluralize(repaid, 'sample')}"
+    return "compile", format_seconds(compilation.seconds), f"{speedup}: {after}"
 
 
 def _padding(padding: Padding) -> tuple[str, str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -172,6 +173,24 @@ class WorkerStats(Record, frozen=True, kw_only=True):
     """Seconds since the start of the timed pass."""
 
 
+class Compilation(Record, frozen=True, kw_only=True):
+    """What torch.compile cost before the timed pass, and what it saves on the first batch."""
+
+    seconds: Seconds
+    """Of the first forward of each shape, which compiles it."""
+    graphs: Count
+    """Compiled in these forwards."""
+    eager: Seconds
+    """Forward time of the first batch without torch.compile, the median of a few."""
+    compiled: Seconds
+    """Forward time of the same batch at the end of the warm-up."""
+
+    @property
+    def speedup(self) -> float:
+        """Eager time over compiled time; above 1, compiling is faster."""
+        return self.eager / self.compiled if self.compiled else 1.0
+
+
 class Measurement(Record, frozen=True, kw_only=True):
     """One pass over the data in one mode and one process, with one entry per batch."""
 
@@ -188,6 +207,8 @@ class Measurement(Record, frozen=True, kw_only=True):
     batch_limit: Count | None = None
     """Largest batch that fits in memory, if the configured one does not."""
     padding: Padding | None = None
+    compilation: Compilation | None = None
+    """None if model.compile is off."""
     workers: tuple[WorkerStats, ...] = ()
     """The workers of an engine; the seconds in `phases` are then the mean over those that ran
     samples."""
@@ -222,6 +243,19 @@ class Measurement(Record, frozen=True, kw_only=True):
     def throughput(self) -> float:
         """Samples per second over the timed pass."""
         return self.samples / self.seconds if self.seconds else 0.0
+
+    @property
+    def samples_to_repay_compilation(self) -> int | None:
+        """Samples after which compiling has saved the time that it took; None if it never does.
+
+        Assumes that all batches gain as much as the first one. Workers compile at the same time.
+        """
+        compilation, forward = self.compilation, sum(self.batch_seconds, 0.0)
+        if not compilation or not self.samples or compilation.speedup <= 1 or not forward:
+            return None
+        saved = forward / self.samples * (compilation.speedup - 1)
+        workers = sum(bool(worker.samples) for worker in self.workers) or 1
+        return math.ceil(workers * compilation.seconds / saved)
 
     def latency(self, quantile: float) -> stats.Estimate | None:
         """Estimate a quantile of the forward seconds per batch; None with too few batches."""

@@ -150,3 +150,51 @@ def test_transforms_survive_a_dump(transform: Any) -> None:
     assert load_config(dumped).config == config
     if isinstance(transform, dict):
         assert dumped["output"]["transform"].keys() == transform.keys()
+
+
+# --- model.compile -----------------------------------------------------------------------------
+
+
+def with_compile(value: object, **sections: object) -> RunConfig:
+    return make(model=GOOD["model"] | {"compile": value}, **sections)
+
+
+def test_true_compiles_with_the_defaults_and_false_and_null_do_not():
+    section = with_compile(True).model.compile
+    assert section is not None
+    assert section.model_dump() == {
+        "backend": "inductor",
+        "mode": None,
+        "freezing": False,
+        "dynamic": None,
+    }
+    assert with_compile({}).model.compile == section
+    assert with_compile(False).model.compile is with_compile(None).model.compile is None
+
+
+@pytest.mark.parametrize("value", [False, True, {"freezing": True, "dynamic": False}])
+def test_the_compile_options_survive_json_and_a_replaced_key(value):
+    config = with_compile(value)
+    dumped = config.model_dump(mode="json")
+    assert RunConfig.model_validate(dumped, strict=False) == config
+    assert config.replace({"run.seed": 3}).model.compile == config.model.compile
+    if not value:
+        assert dumped["model"]["compile"] is False
+
+
+@pytest.mark.parametrize("mode", ["mode", "freezing"])
+def test_options_of_inductor_are_refused_for_other_backends(mode):
+    value = {"mode": "max-autotune", "freezing": True}[mode]
+    with pytest.raises(ValidationError, match=f"{mode} is an option of the backend inductor"):
+        with_compile({"backend": "eager", mode: value})
+
+
+def test_freezing_is_refused_in_grad_mode():
+    with pytest.raises(ValidationError, match=r"mode grad cannot be combined with .*freezing"):
+        with_compile({"freezing": True}, run={"mode": "grad"})
+    assert with_compile({"freezing": True}, run={"mode": "no_grad"}).model.compile.freezing
+
+
+def test_another_value_of_compile_is_refused_with_an_example():
+    with pytest.raises(ValidationError, match="'yes' is not true, false or a map, such as"):
+        with_compile("yes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import InvalidCxxCompiler
 
 import gradrun
-from gradrun.inference.compilation import is_compiled
+from gradrun.core.errors import ConfigError
+from gradrun.inference.compilation import is_compiled, recompilation_limit_hits
 from gradrun.results.result import InferResult
 
 NET = """
@@ -76,3 +79,180 @@ def test_compiled_modules_are_found_at_any_depth() -> None:
     assert is_compiled(torch.compile(nn.ReLU()))  # type: ignore[arg-type]
     inner.compile()
     assert is_compiled(nn.Sequential(inner))
+
+
+# --- model.compile -----------------------------------------------------------------------------
+
+CALLS: list[tuple[int, ...]] = []
+"""Shapes of the input of each call of a program of the backend `counting`."""
+
+
+def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+    def program(*args: Any) -> Any:
+        CALLS.append(tuple(args[-1].shape))
+        return graph.forward(*args)
+
+    return program
+
+
+def without_autocast(graph: torch.fx.GraphModule, _: Any) -> Any:
+    return torch.autocast("cpu", enabled=False)(graph.forward)
+
+
+def without_compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+    try:
+        raise InvalidCxxCompiler
+    except InvalidCxxCompiler as error:
+        raise RuntimeError("the backend failed") from error
+
+
+def failing(graph: torch.fx.GraphModule, _: Any) -> Any:
+    raise ValueError("no kernel for this")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _backends() -> Iterator[None]:
+    backends = (counting, without_autocast, without_compiler, failing)
+    for backend in backends:
+        torch._dynamo.register_backend(backend, name=backend.__name__)
+    yield
+    registry = torch._dynamo.backends.registry
+    for backend in backends:
+        registry._BACKENDS.pop(backend.__name__, None)
+        registry._COMPILER_FNS.pop(backend.__name__, None)
+
+
+LAYERS: dict[str, Any] = {"source": "layers", "layers": [{"Linear": [4, 3]}]}
+
+RETURNS_FLOAT32 = """
+from torch import nn
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return super().forward(x).float()
+"""
+
+
+def infer(folder: Path, model: Any, **sections: Any) -> InferResult:
+    torch._dynamo.reset()
+    CALLS.clear()
+    np.save(folder / "x.npy", ROWS)
+    config: dict[str, Any] = {
+        "model": model if "source" in model else LAYERS | {"compile": model},
+        "data": {"source": "arrays", "path": f"{folder}/x.npy", "batch_size": 4},
+        "output": {"path": str(folder / "out")},
+    }
+    return gradrun.infer(config, overwrite=True, trust_code=True, **sections)
+
+
+def by_hand() -> np.ndarray[Any, Any]:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        return nn.Linear(4, 3)(torch.from_numpy(ROWS)).numpy()
+
+
+def texts(result: InferResult, code: str) -> list[str]:
+    return [warning.text for warning in result.warnings if warning.code == code]
+
+
+def test_full_batches_run_compiled_and_a_shorter_last_one_eagerly(tmp_path: Path) -> None:
+    result = infer(tmp_path, {"backend": "counting"})
+    assert np.allclose(np.load(tmp_path / "out" / "predictions.npy"), by_hand(), atol=1e-6)
+    assert set(CALLS) == {(4, 4)}
+    (stated,) = [s.text for s in result.interpretation if s.topic == "compile"]
+    assert stated == "counting, batches of 4; others, such as a shorter last one, run eagerly"
+    compilation = result.measurements[0].compilation
+    assert compilation is not None
+    assert compilation.graphs == 1
+    assert compilation.seconds > compilation.compiled > 0
+    assert compilation.eager > 0
+    assert not texts(result, "recompiled")
+
+
+def test_a_dynamic_program_runs_a_shorter_last_batch_too(tmp_path: Path) -> None:
+    result = infer(tmp_path, {"backend": "counting", "dynamic": True})
+    assert set(CALLS) == {(4, 4), (2, 4)}
+    assert not texts(result, "recompiled")
+
+
+def test_data_of_less_than_a_batch_run_compiled(tmp_path: Path) -> None:
+    infer(tmp_path, {"backend": "counting"}, **{"data.batch_size": 64})
+    assert set(CALLS) == {(10, 4)}
+
+
+def test_an_unknown_backend_is_an_error_with_a_suggestion(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.compile\.backend: .*did you mean inductor\?"):
+        infer(tmp_path, {"backend": "inducto"})
+
+
+def test_a_missing_compiler_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        infer(tmp_path, {"backend": "without_compiler"})
+    assert str(raised.value).endswith(
+        "model.compile: torch.compile needs a C++ compiler and finds none; install g++ or "
+        "clang++, set the environment variable CXX to one, or set model.compile: false"
+    )
+
+
+def test_a_failing_backend_is_distinguished_from_a_failing_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"runs, but .* the backend failing fails: .*kernel"):
+        infer(tmp_path, {"backend": "failing"})
+    too_wide = LAYERS | {"layers": [{"Linear": [5, 3]}], "compile": {"backend": "failing"}}
+    with pytest.raises(ConfigError, match=r"module 0 is Linear.* got \[4, 4\]"):
+        infer(tmp_path, too_wide)
+
+
+def test_autocast_that_a_program_ignores_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(RETURNS_FLOAT32)
+    target = f"{tmp_path}/net.py:Net"
+
+    def ignored(backend: str) -> list[str]:
+        model = {"source": "python", "target": target, "compile": {"backend": backend}}
+        result = infer(tmp_path, model, run={"autocast": "bfloat16"})
+        return texts(result, "autocast_ignored")
+
+    (text,) = ignored("without_autocast")
+    assert "no effect on the compiled model" in text
+    assert ignored("counting") == []
+
+
+def test_a_program_whose_outputs_have_another_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is float32 if it is compiled and bfloat16 if not"):
+        infer(tmp_path, {"backend": "without_autocast"}, run={"autocast": "bfloat16"})
+
+
+def test_a_model_of_which_nothing_is_compiled_is_a_warning(tmp_path: Path) -> None:
+    with torch._dynamo.config.patch(disable=True):
+        (text,) = texts(infer(tmp_path, {"backend": "counting"}), "not_compiled")
+    assert "compiled no part of the model" in text
+    assert CALLS == []
+
+
+def test_another_compilation_cannot_resume_a_run(tmp_path: Path) -> None:
+    infer(tmp_path, {"backend": "counting"})
+    journal = tmp_path / "out" / "journal.jsonl"
+    header, first, *_ = journal.read_text().splitlines(keepends=True)
+    journal.write_text(header + first)
+    (tmp_path / "out" / "result.json").unlink()
+    with pytest.raises(ConfigError, match=r"model\.compile.* changed from"):
+        gradrun.infer(
+            {
+                "model": LAYERS,
+                "data": {"source": "arrays", "path": f"{tmp_path}/x.npy", "batch_size": 4},
+                "output": {"path": str(tmp_path / "out")},
+            },
+            resume=True,
+        )
+
+
+def test_the_limit_of_recompilations_is_reported_once_it_is_hit() -> None:
+    torch._dynamo.reset()
+    double: Any = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
+    with recompilation_limit_hits() as hits:
+        for size in range(2, 12):
+            double(torch.ones(size))
+    assert len(hits) == 1
+    assert "hit config.recompile_limit" in hits[0]

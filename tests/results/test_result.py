@@ -13,15 +13,18 @@ import pytest
 
 from gradrun.core.errors import GradrunError
 from gradrun.core.grad_mode import GradMode
+from gradrun.report import tables
 from gradrun.results.result import (
     AuditResult,
     CompareResult,
+    Compilation,
     Memory,
     Phases,
     RunInfo,
     RunResult,
     SavedForBackward,
     Warning,
+    WorkerStats,
 )
 from tests.support.run_results import MEMORY, PHASES, measurement, run_result
 
@@ -154,7 +157,7 @@ def test_the_json_has_the_documented_keys() -> None:
     (measured,) = data["measurements"]
     assert measured.keys() == {
         "mode", "process", "variant", "batch_seconds", "batch_sizes", "batch_elements",
-        "phases", "memory", "batch_limit", "padding", "workers",
+        "phases", "memory", "batch_limit", "padding", "compilation", "workers",
     }  # fmt: skip
     assert {
         "load_model", "open_data", "first_batch", "data", "forward", "output"
@@ -214,3 +217,31 @@ def test_results_are_immutable() -> None:
         run_result().kind = "infer"  # type: ignore[misc]
     with pytest.raises(AttributeError, match="immutable"):
         MEMORY.weights = 0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "workers", "samples"),
+    [
+        # 0.1 s per sample; eager would take 0.15 s, so 10 s are saved after 200 samples.
+        (0.375, 0.25, 1, 200),
+        (0.375, 0.25, 2, 400),
+        (0.2, 0.2, 1, None),
+        (0.1, 0.2, 1, None),
+    ],
+)
+def test_compiling_is_repaid_once_the_saved_time_exceeds_it(
+    eager: float, compiled: float, workers: int, samples: int | None
+) -> None:
+    measured = measurement().replace(
+        batch_seconds=(1.0, 1.0),
+        batch_sizes=(10, 10),
+        compilation=Compilation(seconds=10.0, graphs=1, eager=eager, compiled=compiled),
+        workers=tuple(
+            WorkerStats(worker=i, node="a", cold_start=1.0, samples=10) for i in range(workers)
+        ),
+    )
+    assert measured.samples_to_repay_compilation == samples
+    timing = {row[0]: [*map(str, row[1:])] for row in tables.timing(measured).rows}
+    pays = f"pays after {samples} samples" if samples else "does not pay"
+    gain = f"{eager / compiled:.2f} x" if eager != 0.1 else "0.500 x"
+    assert timing["compile"] == ["10.0 s", f"{gain} as fast as eager on the first batch: {pays}"]
