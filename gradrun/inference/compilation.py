@@ -87,7 +87,10 @@ def compile_model(
         return model
     varying = isinstance(data, LengthGrouped) and data.varying
     compiled = CompiledModel(
-        model.module, section, min(data.batch_size, data.samples), varying=varying
+        model.module,
+        section,
+        min(data.batch_size, data.samples or data.batch_size),
+        varying=varying,
     )
     text = "one program for all shapes"
     if not compiled.dynamic:
