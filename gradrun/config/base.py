@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+from gradrun.core.input_files import is_pattern
 
 
 class Section(BaseModel):
@@ -54,6 +56,20 @@ class PathResolver:
         """Return the absolute path of an existing file or folder; raise ValueError otherwise."""
         return resolved if (resolved := _join(self._base, path)).is_dir() else self.input_file(path)
 
+    def input_files(self, paths: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
+        """Return the absolute paths of existing files, folders and glob patterns.
+
+        Raises:
+            ValueError: one of them names no file.
+        """
+        if not isinstance(paths, Path):
+            return tuple(self._input_files(path) for path in paths)
+        return self._input_files(paths)
+
+    def _input_files(self, path: Path) -> Path:
+        resolved = _join(self._base, path)
+        return resolved if is_pattern(resolved) else self.input_path(path)
+
     def output_path(self, path: Path) -> Path:
         """Return the absolute path of an output; raise ValueError if it contains `..`."""
         if ".." in path.parts:
@@ -79,16 +95,19 @@ def _join(base: Path, path: Path) -> Path:
     return joined
 
 
-def resolved_by(resolve: Callable[[PathResolver, Path], Path]) -> AfterValidator:
+def resolved_by(resolve: Callable[[PathResolver, Any], Any]) -> AfterValidator:
     """Return a validator that applies a PathResolver method if the validation has a resolver."""
 
-    def validate(path: Path, info: ValidationInfo) -> Path:
+    def validate(path: Any, info: ValidationInfo) -> Any:
         return resolve(info.context, path) if info.context else path
 
     return AfterValidator(validate)
 
 
 InputFile = Annotated[Path, resolved_by(PathResolver.input_file)]
+InputFiles = Annotated[
+    Path | Annotated[tuple[Path, ...], Field(min_length=1)], resolved_by(PathResolver.input_files)
+]
 InputFolder = Annotated[Path, resolved_by(PathResolver.input_folder)]
 InputPath = Annotated[Path, resolved_by(PathResolver.input_path)]
 OutputPath = Annotated[Path, resolved_by(PathResolver.output_path)]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from gradrun.config.base import DType, InputFile, InputPath, Section, Shape, Size
+from gradrun.config.base import DType, InputFiles, InputPath, Section, Shape, Size
 from gradrun.config.columns import Columns
 from gradrun.config.model import (
     HuggingFaceModel,
@@ -104,6 +104,14 @@ Classes = Annotated[
 ]
 
 
+_FILES = "a file, a folder, a glob pattern, or a list of them; in natural order: 2 before 10"
+
+Separator = Annotated[
+    Annotated[str, Field(min_length=1, max_length=1)] | None,
+    Field(description="character between the columns of a csv; default: a comma, or tab for .tsv"),
+]
+
+
 class SyntheticInput(Section):
     """One random input."""
 
@@ -131,7 +139,7 @@ class ArrayLabels(Section):
 
     example: ClassVar[str] = "{key: labels}"
 
-    path: InputFile | None = Field(None, description="a separate file; default: data.path")
+    path: InputFiles | None = Field(None, description="separate files; default: data.path")
     key: str | None = Field(None, description="the array's name in an .npz or .safetensors file")
 
 
@@ -145,7 +153,7 @@ class ArraysData(_Data):
     """Arrays whose first dimension counts the samples: .npy, .npz or .safetensors."""
 
     source: Literal["arrays"]
-    path: InputFile | None = None
+    path: InputFiles | None = Field(None, description=_FILES)
     inputs: dict[str, ArrayInput] = Field({}, description="default: the one array in data.path")
     labels: ArrayLabels | None = Field(None, description="true classes or values, for metrics")
     classes: Classes = None
@@ -166,7 +174,8 @@ class RecordsData(_Data):
     """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
-    path: InputFile
+    path: InputFiles = Field(description=_FILES)
+    separator: Separator = None
     inputs: dict[str, RecordInput] = Field(min_length=1)
     columns: Columns = Field(
         {},
@@ -194,7 +203,8 @@ class TextData(_Data):
     """Tokenized texts: the lines of a .txt file, or a field of .csv, .jsonl or .parquet."""
 
     source: Literal["text"]
-    path: InputFile
+    path: InputFiles = Field(description=_FILES)
+    separator: Separator = None
     field: str | tuple[str, str] | None = Field(
         None, description="column of the text, or [first, second] for pairs; not for .txt"
     )

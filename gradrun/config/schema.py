@@ -94,6 +94,8 @@ class RunConfig(Section):
             value = pending.pop()
             if isinstance(value, dict):
                 pending += value.values()
+            elif isinstance(value, tuple):
+                pending += value
             elif isinstance(value, Path):
                 paths.append(value)
         return paths

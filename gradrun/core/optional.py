@@ -21,6 +21,7 @@ EXTRAS = {
     "timm": ("timm", "timm"),
     "torchvision": ("torchvision", "timm"),
     "ray": ("Ray", "ray"),
+    "backports": ("backports.zstd", "zstd"),
 }
 """import name -> package name, and the extra that installs it."""
 

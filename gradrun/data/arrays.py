@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import zipfile
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -16,9 +19,17 @@ import torch
 from gradrun.config.data import ArrayInput, ArraysData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.input_files import (
+    InputPaths,
+    compression,
+    format_name,
+    format_suffix,
+    list_files,
+    open_input,
+)
 from gradrun.core.suggest import suggest
 from gradrun.data.conversion import Conversion, Problems
-from gradrun.data.source import BatchSource, ChunkedSource, Preview, RowReader
+from gradrun.data.source import BatchSource, ChunkedSource, Preview
 from gradrun.data.thumbnails import thumbnail_of_array
 
 _MAX_HEADER = 64 * 1024
@@ -43,6 +54,16 @@ def open_data(
 
 
 class _Arrays(ChunkedSource):
+    def __init__(
+        self,
+        readers: Mapping[str, _ConvertedReader],
+        batch_size: int,
+        call: str,
+        labels: _ConvertedReader | None,
+    ) -> None:
+        super().__init__(readers, batch_size, call, labels)
+        self.files = [file for reader in readers.values() for file in reader.listed]
+
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         reader = next(iter(self.readers.values()))
         for position in positions:
@@ -50,25 +71,40 @@ class _Arrays(ChunkedSource):
             yield Preview(f"row {position:,}", thumbnail_of_array(rows[0]))
 
 
-def _open_input(spec: ArrayInput, default: Path | None, key: str) -> RowReader:
-    path = spec.path or default
-    if path is None:
+def _open_input(spec: ArrayInput, default: InputPaths | None, key: str) -> _ConvertedReader:
+    paths = spec.path or default
+    if paths is None:
         raise ConfigError("no file is set; set data.path, or a path for each input", "data")
     path_key = f"{key}.path" if spec.path else "data.path"
-    suffix = path.suffix.lower()
-    if suffix not in _OPENERS:
-        raise ConfigError(
-            f"{path.name} is not a .npy, .npz or .safetensors file; "
-            "text files are read with source: records",
-            path_key,
-        )
+    files = list_files(paths, path_key, _OPENERS).files
     try:
-        array = _OPENERS[suffix](path, spec.key, key)
+        arrays = [_open_array(file, spec.key, key) for file in files]
+        array = arrays[0] if len(arrays) == 1 else _JoinedReader(arrays)
     except ConfigError as error:
         if error.key != "data.path":
             raise
         raise ConfigError(str(error), path_key) from error.__cause__
-    return _ConvertedReader(array, spec, key)
+    return _ConvertedReader(array, spec, key, files)
+
+
+def _open_array(path: Path, name: str | None, key: str) -> _ArrayReader:
+    suffix = format_suffix(path)
+    if suffix not in _OPENERS:
+        raise ConfigError(
+            f"{path.name} is not a .npy, .npz or .safetensors file; "
+            "text files are read with source: records",
+            "data.path",
+        )
+    if compression(path) and suffix != ".npy":
+        raise ConfigError(
+            f"{path.name}: {suffix} files cannot be read from a {path.suffix} file; decompress it",
+            "data.path",
+        )
+    try:
+        return _OPENERS[suffix](path, name, key)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{path} cannot be read: {reason}", "data.path") from error
 
 
 class _ArrayReader:
@@ -84,16 +120,63 @@ class _ArrayReader:
     def chunk(self, start: int, stop: int) -> torch.Tensor:
         raise NotImplementedError
 
+    def release(self) -> None:
+        """Close what is kept open between two chunks."""
+
+
+class _JoinedReader(_ArrayReader):
+    """Reads the rows of several files one after the other; their rows have one shape and dtype."""
+
+    def __init__(self, parts: Sequence[_ArrayReader]) -> None:
+        first = parts[0]
+        for part in parts:
+            if (part.shape, part.dtype) != (first.shape, first.dtype):
+                raise ConfigError(
+                    f"{part.path.name} has rows of {_describe_rows(part)}, but those of "
+                    f"{first.path.name} are {_describe_rows(first)}; convert one of the files",
+                    "data.path",
+                )
+        self._parts = parts
+        self._starts = [0, *itertools.accumulate(part.samples for part in parts)]
+        self._current = first
+        super().__init__(first.path, (self._starts[-1], *first.shape), first.dtype)
+
+    def chunk(self, start: int, stop: int) -> torch.Tensor:
+        number = max(0, bisect_right(self._starts, start) - 1)
+        chunks = []
+        while start < stop:
+            part, begin, end = self._parts[number], self._starts[number], self._starts[number + 1]
+            if part is not self._current:
+                self._current.release()
+                self._current = part
+            if start < (last := min(stop, end)):
+                chunks.append(part.chunk(start - begin, last - begin))
+            start, number = last, number + 1
+        return torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+
+
+def _describe_rows(array: _ArrayReader) -> str:
+    return f"{str(array.dtype).removeprefix('torch.')} {list(array.shape)}"
+
 
 class _ConvertedReader:
     """Reads rows in the dtype, scale, axis order and shape of the config."""
 
-    def __init__(self, array: _ArrayReader, spec: ArrayInput, key: str) -> None:
+    def __init__(
+        self, array: _ArrayReader, spec: ArrayInput, key: str, files: Sequence[Path]
+    ) -> None:
         self.array, self.samples = array, array.samples
+        self.listed = files if len(files) > 1 else ()
+        """The files, if there are several."""
         self.convert = Conversion(spec, array.shape, array.dtype, key)
         self.sample_bytes = self.convert.sample_bytes
         named = f" {spec.key}" if spec.key else ""
         self._origin = f"{array.path.name}{named}"
+        if len(files) > 1:
+            self._origin = (
+                f"{len(files):,} files, {format_name(files[0])}{named}, {self.samples:,} rows, "
+                f"first {files[0].name}, last {files[-1].name}"
+            )
 
     def chunk(self, start: int, stop: int) -> tuple[torch.Tensor, Problems]:
         return self.convert(self.array.chunk(start, stop))
@@ -104,7 +187,7 @@ class _ConvertedReader:
 
 class _NpyReader(_ArrayReader):
     def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             self.header = _NpyHeader(file, path)
         super().__init__(path, self.header.shape, self.header.torch_dtype)
         self.header.check_size(path.stat().st_size, path)
@@ -114,54 +197,60 @@ class _NpyReader(_ArrayReader):
         # first access, and a model may write to its input.
         header = self.header
         offset = header.offset + start * header.row_bytes
-        count = (stop - start) * math.prod(self.shape)
-        rows = np.fromfile(self.path, header.dtype, count, offset=offset)
-        if rows.size < count:  # the file was truncated after it was opened
-            header.check_size(offset + rows.nbytes, self.path)
-        return torch.from_numpy(rows.reshape(stop - start, *self.shape))
+        rows = np.empty((stop - start, *self.shape), header.dtype)
+        with open_input(self.path) as file:
+            file.seek(offset)
+            read = file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+        if read < rows.nbytes:  # the file was truncated after it was opened
+            header.check_size(offset + read, self.path)
+        return torch.from_numpy(rows)
 
 
-class _NpzReader(_ArrayReader):
-    """Reads a member of an .npz archive as a stream, so a compressed one is not expanded whole."""
+class _StreamReader(_ArrayReader):
+    """Reads a compressed array as a stream, so that it is not expanded whole.
 
-    def __init__(self, path: Path, member: str) -> None:
-        self.path, self.member = path, member
+    The stream stays open between chunks; going back needs a new one.
+    """
+
+    def __init__(self, path: Path, name: str, open_stream: Callable[[], IO[bytes]]) -> None:
+        self.path, self._name, self._open_stream = path, name, open_stream
         with self._open() as file:
             self.header = _NpyHeader(file, path)
         super().__init__(path, self.header.shape, self.header.torch_dtype)
-        with zipfile.ZipFile(path) as archive:
-            self.header.check_size(archive.getinfo(member).file_size, path)
-        self.file: IO[bytes] | None = None
-        self.position = 0
+        self._file: IO[bytes] | None = None
+        self._position = 0
 
     def _open(self) -> IO[bytes]:
         try:
-            return zipfile.ZipFile(self.path).open(self.member)
+            return self._open_stream()
+        except ConfigError:
+            raise
         except Exception as error:  # encryption, unknown compression, damage
-            raise ConfigError(
-                f"{self.path}: {self.member} cannot be read: {error}", "data.path"
-            ) from error
+            raise ConfigError(f"{self._name} cannot be read: {error}", "data.path") from error
+
+    def release(self) -> None:
+        if self._file:
+            self._file.close()
+        self._file, self._position = None, 0
 
     def chunk(self, start: int, stop: int) -> torch.Tensor:
-        # The stream stays open between chunks; going back needs a new one.
         offset = self.header.offset + start * self.header.row_bytes
-        if self.file is None or offset < self.position:
-            self.file, self.position = self._open(), 0
+        if self._file is None or offset < self._position:
+            self.release()
+            self._file = self._open()
         rows = np.empty((stop - start, *self.shape), self.header.dtype)
         try:
-            while self.position < offset:
-                skipped = len(self.file.read(min(offset - self.position, 1024 * 1024)))
+            while self._position < offset:
+                skipped = len(self._file.read(min(offset - self._position, 1024 * 1024)))
                 if not skipped:
                     break
-                self.position += skipped
-            read = self.file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+                self._position += skipped
+            read = self._file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
         except Exception as error:  # each compression has its own types of error
-            raise ConfigError(f"{self.path}: {self.member} is damaged: {error}", "data.path") from (
-                error
-            )
+            raise ConfigError(f"{self._name} is damaged: {error}", "data.path") from error
         if read != rows.nbytes:
-            raise ConfigError(f"{self.path}: {self.member} is truncated", "data.path")
-        self.position += read
+            raise ConfigError(f"{self._name} is truncated", "data.path")
+        self._position += read
         return torch.from_numpy(rows)
 
 
@@ -248,6 +337,8 @@ class _NpyHeader:
 def _open_npy(path: Path, name: str | None, key: str) -> _ArrayReader:
     if name is not None:
         raise ConfigError("a .npy file contains one array without a key", f"{key}.key")
+    if compression(path):
+        return _StreamReader(path, str(path), partial(open_input, path))
     return _NpyReader(path)
 
 
@@ -257,7 +348,15 @@ def _open_npz(path: Path, name: str | None, key: str) -> _ArrayReader:
             names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     except Exception as error:  # zipfile raises many types of error for a damaged archive
         raise ConfigError(f"{path} is not an .npz archive: {error}", "data.path") from error
-    return _NpzReader(path, f"{_choose(name, names, path, key)}.npy")
+    member = f"{_choose(name, names, path, key)}.npy"
+
+    def open_member() -> IO[bytes]:
+        return zipfile.ZipFile(path).open(member)
+
+    array = _StreamReader(path, f"{path}: {member}", open_member)
+    with zipfile.ZipFile(path) as archive:
+        array.header.check_size(archive.getinfo(member).file_size, path)
+    return array
 
 
 def _open_safetensors(path: Path, name: str | None, key: str) -> _ArrayReader:

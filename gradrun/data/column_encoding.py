@@ -11,7 +11,7 @@ import numpy as np
 
 from gradrun.config.columns import ColumnSection
 from gradrun.core.errors import ConfigError
-from gradrun.data.tables import parse_number
+from gradrun.data.rows import parse_number
 
 _BOOLEANS = {"true": True, "false": False}
 _LISTED = 6

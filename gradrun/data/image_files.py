@@ -12,10 +12,8 @@ from typing import Any
 
 from gradrun.config.data import FolderLabels, ImagesData
 from gradrun.core.errors import ConfigError
+from gradrun.core.input_files import describe_left_out, files_below
 from gradrun.core.suggest import suggest
-from gradrun.core.units import pluralize
-
-_MAX_SUFFIXES = 4
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,13 @@ def _in_folder(config: ImagesData, suffixes: Collection[str]) -> ImageList:
     path, left_out = config.path, ""
     if config.pattern is None:
         names, others = [], Counter[str]()
-        for name in _files_below(path):
+        for name in (file.relative_to(path).as_posix() for file in files_below(path)):
             suffix = PurePosixPath(name).suffix.lower()
             if suffix in suffixes:
                 names.append(name)
             else:
                 others[suffix or "no suffix"] += 1
-        left_out = _describe_others(others)
+        left_out = describe_left_out(others)
     else:
         names = [*_matches(path, config.pattern)]
     names.sort()
@@ -95,39 +93,12 @@ def _in_folder(config: ImagesData, suffixes: Collection[str]) -> ImageList:
     return ImageList(path, names, "sorted by path as text", labels, left_out)
 
 
-def _files_below(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files that are not hidden, relative to a folder, in no order.
-
-    Links to folders are followed, except to a folder that contains the link.
-    """
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        here = Path(parent)
-        folders[:] = [
-            name for name in folders if not name.startswith(".") and not _is_loop(here / name)
-        ]
-        relative = here.relative_to(folder)
-        yield from ((relative / name).as_posix() for name in files if not name.startswith("."))
-
-
-def _is_loop(folder: Path) -> bool:
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
-
-
 def _matches(folder: Path, pattern: str) -> Iterator[str]:
     try:
         found = [path for path in folder.glob(pattern) if path.is_file()]
     except (ValueError, NotImplementedError, IndexError) as error:
         raise ConfigError(f"invalid pattern {pattern!r:.60}: {error}", "data.pattern") from error
     yield from (path.relative_to(folder).as_posix() for path in found)
-
-
-def _describe_others(others: Counter[str]) -> str:
-    if not others:
-        return ""
-    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    listed = ", ".join(f"{count} {suffix}" for suffix, count in ordered[:_MAX_SUFFIXES])
-    more = ", ..." if len(others) > _MAX_SUFFIXES else ""
-    return f"{pluralize(others.total(), 'other file')} ({listed}{more})"
 
 
 # --- labels ------------------------------------------------------------------------------------

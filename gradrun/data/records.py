@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,22 +21,21 @@ from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.column_encoding import ColumnEncoding
 from gradrun.data.conversion import Conversion
-from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
-from gradrun.data.tables import (
-    TABLE_SUFFIXES,
-    IdColumn,
-    IndexedRows,
+from gradrun.data.rows import (
+    TABLE_READERS,
     Record,
-    RowIndex,
-    check_columns,
-    classes_of_labels,
     describe_absence,
-    describe_order,
     has_fixed_columns,
     parse_number,
+)
+from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
+from gradrun.data.tables import (
+    IdColumn,
+    IndexedRows,
+    RowIndex,
+    Table,
+    classes_of_labels,
     read_labels,
-    read_table,
-    table_suffix,
 )
 from gradrun.results.result import Statement
 
@@ -61,23 +58,17 @@ def open_data(
 
 class _Records(IndexedRows):
     def __init__(self, config: RecordsData, model_classes: Sequence[str]) -> None:
-        if not table_suffix(config.path):
-            raise ConfigError(
-                f"{config.path.name} is not a {', '.join(TABLE_SUFFIXES)} file; arrays are read "
-                "with source: arrays",
-                "data.path",
-            )
-        self.config, self.path = config, config.path
+        self.config, self._table = config, Table(config, TABLE_READERS)
         self.classes = config.classes or classes_of_labels(
-            config.path, config.labels, model_classes
+            self._table, config.labels, model_classes
         )
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self.samples, self.sample_bytes = 0, 0
         self._new_batch = InputBatcher(config.call, len(config.inputs))
-        self._ids = IdColumn(config.path, config.id) if config.id is not None else None
+        self._ids = IdColumn(self._table, config.id) if config.id is not None else None
         self._index = RowIndex(config.batch_size)
         self._columns: dict[str, _Columns] = {}
-        with closing(read_table(self.path)) as records:
+        with closing(self._table.read()) as records:
             self._scan(records)
         self._encodings = {
             name: encoding
@@ -93,12 +84,12 @@ class _Records(IndexedRows):
     def _scan(self, records: Iterator[Record]) -> None:
         """Count the rows, and decide which shape a row has."""
         first: Record | None = None
+        checked = -1
         problem: SampleError | None = None
         parsers = {
-            name: _Parser(spec, self.path, self.config.columns)
-            for name, spec in self.config.inputs.items()
+            name: _Parser(spec, self.config.columns) for name, spec in self.config.inputs.items()
         }
-        absent = self._filled_columns() if not has_fixed_columns(self.path) else set()
+        absent = self._filled_columns() if not has_fixed_columns(self._table.files[0]) else set()
         shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for record in records:
             self.samples += 1
@@ -107,29 +98,30 @@ class _Records(IndexedRows):
                 self._ids.observe(record)
             if absent:
                 absent -= record.fields.keys()
+            if not record.error and record.end.file != checked:
+                first, checked = first or record, record.end.file
+                if has_fixed_columns(record.path):
+                    self._table.check_columns(record, self._column_keys())
             if shapes.total() == _DECIDING_ROWS:
                 continue
-            if first is None and not record.error:
-                first = record
-                if has_fixed_columns(self.path):
-                    check_columns(self.path, record, self._column_keys())
             try:
                 self._check(record)
                 for parser in parsers.values():
-                    parser.values(record, f"{self.path}:{record.line}")
+                    parser.values(record)
             except SampleError as error:
                 problem = problem or error
             else:
                 shapes[tuple(parser.stored_shape(record) for parser in parsers.values())] += 1
         if absent and first:  # otherwise a wrong name would be filled in every row
-            check_columns(self.path, first, ((f"data.columns.{n}", n) for n in sorted(absent)))
+            missing = ((f"data.columns.{name}", name) for name in sorted(absent))
+            self._table.check_columns(first, missing)
         if shapes:
             ((usual, _),) = shapes.most_common(1)  # the first rows may be the bad ones
             for (name, parser), shape in zip(parsers.items(), usual, strict=True):
                 self._columns[name] = _Columns(name, parser, shape)
             return
         if first:
-            check_columns(self.path, first, self._column_keys())
+            self._table.check_columns(first, self._column_keys())
         if problem:
             raise ConfigError(f"no row can be read, for example: {problem}", "data.path")
 
@@ -138,7 +130,7 @@ class _Records(IndexedRows):
 
     def _check(self, record: Record) -> None:
         if record.error:
-            raise SampleError(f"{self.path}:{record.line}  {record.error}")
+            raise SampleError(f"{record.place}  {record.error}")
 
     def _column_keys(self) -> Iterator[tuple[str, str]]:
         """Yield the config keys and the names of all columns."""
@@ -150,32 +142,27 @@ class _Records(IndexedRows):
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
-        at = self._index.position(start)
-        with closing(read_table(self.path, at)) as records:
-            remaining = itertools.islice(records, start - at.rows, None)
-            for first in range(start, end, self.batch_size):
-                rows = list(itertools.islice(remaining, self.batch_size))
-                if len(rows) < min(self.batch_size, self.samples - first):
-                    raise ConfigError(f"{self.path} became shorter while it was read", "data.path")
-                yield self._batch(rows, first)
+        for first, rows in self._groups(self._table.read, start, end, self.batch_size):
+            yield self._batch(rows, first)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         columns = [column for spec in self.config.inputs.values() for column in spec.columns]
         shown, more = columns[:_PREVIEW_COLUMNS], ", ..." if columns[_PREVIEW_COLUMNS:] else ""
-        with closing(read_table(self.path)) as records:
+        with closing(self._table.read()) as records:
             for record in at_positions(records, positions):
                 values = (f"{column} {_shorten(record.fields.get(column))}" for column in shown)
                 name = f"{self._row_ids([record], 0, {})[0]}: " if self._ids else ""
                 yield Preview(f"{name}{', '.join(values)}{more}")
 
     def labels(self) -> Iterator[torch.Tensor]:
-        with closing(read_table(self.path)) as records:
-            yield from read_labels(records, self.path, self.config.labels, self.classes)
+        with closing(self._table.read()) as records:
+            yield from read_labels(records, self.config.labels, self.classes)
 
     def statements(self) -> Iterator[Statement]:
         for name, columns in self._columns.items():
             yield Statement(topic=f"input {name}", text=columns.describe())
-        yield describe_order(self.path, self._ids)
+        yield from self._table.describe(self._index)
+        yield self._table.describe_order(self._ids)
         if self.config.labels:
             yield describe_labels(self.config, self.classes)
         yield from self._column_statements()
@@ -210,7 +197,7 @@ class _Records(IndexedRows):
             try:
                 self._check(record)
                 for name, columns in self._columns.items():
-                    rows[name][row] = columns.row(record, f"{self.path}:{record.line}")
+                    rows[name][row] = columns.row(record)
                 for bit, (column, applies) in enumerate(self._noted, 1):
                     flags[row] |= applies(record.fields.get(column)) << bit
             except SampleError as error:
@@ -223,7 +210,7 @@ class _Records(IndexedRows):
             nans |= np.isnan(values).any(axis=1) if values.dtype.kind == "f" else False
             tensors[name], problems = columns.convert(torch.from_numpy(values))
             for row, problem in problems.items():
-                place = f"{self.path}:{records[row].line}"
+                place = records[row].place
                 errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
         self.flags[first : first + len(records)] = np.array(flags, self.flags.dtype) | nans
         for tensor in tensors.values():
@@ -248,8 +235,8 @@ class _Records(IndexedRows):
 class _Parser:
     """Reads the columns of one input as numbers."""
 
-    def __init__(self, spec: RecordInput, path: Path, columns: Mapping[str, ColumnSection]) -> None:
-        self.spec, self.path = spec, path
+    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
+        self.spec = spec
         self.kind = np.int64 if "int" in spec.dtype else np.float64
         self._parse = _number_parser(spec.dtype)
         self.encodings = {
@@ -258,7 +245,7 @@ class _Parser:
             if name in columns
         }
 
-    def values(self, record: Record, place: str) -> list[float]:
+    def values(self, record: Record) -> list[float]:
         """Return the columns of a record as one row of numbers, with lists flattened.
 
         Raises:
@@ -275,7 +262,7 @@ class _Parser:
                     row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
             except (ValueError, TypeError, OverflowError):
                 problem = self._problem(record, column)
-                raise SampleError(f"{place}  column {column!r} is {problem}") from None
+                raise SampleError(f"{record.place}  column {column!r} is {problem}") from None
         return row
 
     def stored_shape(self, record: Record) -> tuple[int, ...]:
@@ -284,7 +271,7 @@ class _Parser:
             nested = _nested_shape(record.fields.get(self.spec.columns[0]))
             if nested:
                 return nested
-        return (len(self.values(record, "")),)
+        return (len(self.values(record)),)
 
     def _flatten(self, value: list[Any]) -> list[float]:
         nested = np.array(value, object).ravel().tolist()
@@ -295,7 +282,7 @@ class _Parser:
     def _problem(self, record: Record, column: str) -> str:
         value = record.fields.get(column)
         if value is None or value == "":
-            return describe_absence(self.path, record, column)
+            return describe_absence(record, column)
         if column in self.encodings and (problem := self.encodings[column].problem(value)):
             return problem
         if isinstance(value, list) and any(isinstance(item, list) for item in value):
@@ -320,24 +307,24 @@ class _Columns:
         more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
         return f"{columns}{more}, {self.convert.describe(origin=False)}"
 
-    def row(self, record: Record, place: str) -> list[float]:
+    def row(self, record: Record) -> list[float]:
         """Return the columns of a record as one row of numbers.
 
         Raises:
             SampleError: a value is missing or not a number, or the row has another shape.
         """
-        row = self._parser.values(record, place)
+        row = self._parser.values(record)
         if len(row) != self._width:
             raise SampleError(
-                f"{place}  {len(row)} values for input {self.name!r}, but most rows have "
+                f"{record.place}  {len(row)} values for input {self.name!r}, but most rows have "
                 f"{self._width}; the rows of an input have one length, so pad or cut the lists in "
                 "the file"
             )
         shape = self._parser.stored_shape(record) if self.spec.permute else self._stored
         if shape != self._stored:
             raise SampleError(
-                f"{place}  input {self.name!r} has the shape {list(shape)}, but permute needs that "
-                f"of most rows, {list(self._stored)}"
+                f"{record.place}  input {self.name!r} has the shape {list(shape)}, but permute "
+                f"needs that of most rows, {list(self._stored)}"
             )
         return row
 

@@ -93,9 +93,11 @@ class HasPreviews(Protocol):
 
 @runtime_checkable
 class HasFileList(Protocol):
-    """A data source that reads files which the config does not name."""
+    """A data source that reads files which the config need not name."""
 
-    files: Sequence[Path]
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files, in the order of their samples."""
 
 
 @runtime_checkable
@@ -105,14 +107,11 @@ class HasRowChecksums(Protocol):
     Such a run can be resumed after rows behind the committed ones changed.
     """
 
-    path: Path
-    """The file with the rows."""
-
     def checksum(self, stop: int) -> int | None:
         """Return a checksum of the rows before `stop` as they are stored.
 
         `stop` is a multiple of the batch size or the number of samples. None if the format of the
-        file provides no checksums of rows.
+        files provides no checksums of rows.
         """
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +12,9 @@ import torch
 
 from gradrun.config.data import TextData
 from gradrun.config.model import ModelConfig
-from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
+from gradrun.data.rows import BEGINNING, READERS, Position
 from gradrun.data.source import (
     BatchSource,
     InputBatcher,
@@ -25,12 +25,10 @@ from gradrun.data.source import (
 from gradrun.data.tables import (
     IndexedRows,
     RowIndex,
+    Table,
     classes_of_labels,
-    describe_order,
     id_column,
     read_labels,
-    read_table,
-    table_suffix,
 )
 from gradrun.data.text_files import Text, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
@@ -77,9 +75,9 @@ class Texts(IndexedRows):
     def __init__(
         self, config: TextData, tokenization: Tokenization, model_classes: Sequence[str]
     ) -> None:
-        self.config, self.path = config, config.path
+        self.config, self._table = config, Table(config, READERS)
         self.classes = config.classes or classes_of_labels(
-            config.path, config.labels, model_classes
+            self._table, config.labels, model_classes
         )
         self.batch_size = config.batch_size
         self.chunk_size = CHUNK_BATCHES * config.batch_size
@@ -87,11 +85,11 @@ class Texts(IndexedRows):
         self._tokenization = tokenization
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
-        self._ids = id_column(config.path, config.id)
+        self._ids = id_column(self._table, config.id)
         self.has_ids = self._ids is not None
         self._index = RowIndex(config.batch_size)
         first = []
-        with closing(read_texts(config, self._ids)) as texts:
+        with closing(self._texts()) as texts:
             for number, text in enumerate(texts):
                 self._index.add(text.end)
                 if number < self.chunk_size:
@@ -110,20 +108,12 @@ class Texts(IndexedRows):
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
         first_chunk = start - start % self.chunk_size
-        at = self._index.position(first_chunk)
-        with closing(read_texts(self.config, self._ids, at)) as texts:
-            remaining = itertools.islice(texts, first_chunk - at.rows, None)
-            for first in range(first_chunk, end, self.chunk_size):
-                rows = list(itertools.islice(remaining, self.chunk_size))
-                if len(rows) < min(self.chunk_size, self.samples - first):
-                    raise ConfigError(
-                        f"{self.config.path} became shorter while it was read", "data.path"
-                    )
-                chunk = self._tokenize(rows)
-                self._remember(first, chunk)
-                last = min(len(rows), end - first)
-                for begin in range(max(start - first, 0), last, self.batch_size):
-                    yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
+        for first, rows in self._groups(self._texts, first_chunk, end, self.chunk_size):
+            chunk = self._tokenize(rows)
+            self._remember(first, chunk)
+            last = min(len(rows), end - first)
+            for begin in range(max(start - first, 0), last, self.batch_size):
+                yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
@@ -133,22 +123,25 @@ class Texts(IndexedRows):
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
-        yield describe_order(self.path, self._ids)
+        yield from self._table.describe(self._index)
+        yield self._table.describe_order(self._ids)
         if self.config.labels:
             yield describe_labels(self.config, self.classes)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
-        with closing(read_texts(self.config, self._ids)) as texts:
+        with closing(self._texts()) as texts:
             yield from (Preview(" | ".join(text.parts)) for text in at_positions(texts, positions))
 
     def labels(self) -> Iterator[torch.Tensor]:
-        path = self.config.path
-        records = read_table(path) if table_suffix(path) else iter(())
-        return read_labels(records, path, self.config.labels, self.classes)
+        records = self._table.read() if self._table.has_columns else iter(())
+        return read_labels(records, self.config.labels, self.classes)
 
     def padding(self, start: int, stop: int) -> Padding:
         batches = (padding for first, padding in self._padding.items() if start <= first < stop)
         return sum(batches, Padding())
+
+    def _texts(self, start: Position = BEGINNING) -> Generator[Text]:
+        return read_texts(self.config, self._table, self._ids, start)
 
     # --- chunks --------------------------------------------------------------------------------
 

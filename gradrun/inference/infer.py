@@ -237,14 +237,13 @@ def open_run(
     compiled = time.perf_counter()
     check_order(_label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()
-    by_rows = _files_with_row_checksums(data)
     metrics = partial(plan_metrics, config, data, model=model)
     header = fingerprint(
         config,
         data.samples,
         __version__,
         listed=file_list,
-        by_rows=by_rows,
+        by_rows=_has_row_checksums(data),
         classes=model.classes,
         id_type=data.id_type if isinstance(data, HasIdColumn) else "",
         code=source_files(config.model),
@@ -430,10 +429,8 @@ def _input_checksum(data: BatchSource) -> InputChecksum:
     return data.checksum if isinstance(data, HasRowChecksums) else no_checksum
 
 
-def _files_with_row_checksums(data: BatchSource) -> tuple[Path, ...]:
-    if isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None:
-        return (data.path,)
-    return ()
+def _has_row_checksums(data: BatchSource) -> bool:
+    return isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None
 
 
 def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:

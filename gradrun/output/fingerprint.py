@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from gradrun.config.model import PythonModel
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.input_files import is_pattern
 from gradrun.output.class_labels import writes_names
 from gradrun.output.formats import FORMATS
 from gradrun.output.journal import JournalHeader
@@ -18,7 +20,8 @@ _BLOCKS, _BLOCK_BYTES = 1024, 64 * 1024
 """Blocks of a file for its checksum; a file of up to 64 MiB is read whole."""
 
 _LISTED_FILES, _LISTED_BLOCKS, _LISTED_BLOCK_BYTES = 1024, 16, 4096
-"""Of a list of files, and blocks of each, for the checksum of their content."""
+"""Of a list of files, and blocks of each, for the checksum of their content; of fewer files more
+blocks are read, up to the same total."""
 
 _MISSING = "missing"
 _UNCOMPARED = {"path", "time", "sampled"}
@@ -38,7 +41,7 @@ def fingerprint(
     version: str,
     *,
     listed: Sequence[Path] = (),
-    by_rows: Sequence[Path] = (),
+    by_rows: bool = False,
     classes: Sequence[str] = (),
     id_type: str = "",
     code: Mapping[str, Path] | None = None,
@@ -55,7 +58,7 @@ def fingerprint(
         samples: number of samples; None if unknown.
         version: version of gradrun.
         listed: input files that no config key names, for example the images of a folder.
-        by_rows: input files whose checksums are in the committed ranges instead.
+        by_rows: whether the committed ranges have checksums of the rows in data.path instead.
         classes: class names, which some formats write.
         id_type: type of the ids in data.id, which may change with a row behind the committed ones.
         code: name and path of each file of the user's code.
@@ -86,18 +89,20 @@ def fingerprint(
     if isinstance(config.model, PythonModel):
         dumped["model"].pop("root")
         dumped["model"]["target"] = Path(config.model.target).name
+    folders = {file.parent for file in listed}
     files = {
         name: _describe(file)
         for key, path in paths.items()
         if not key.startswith(("output.", "data.labels", "data.classes", "check.", "model.root"))
-        if path not in by_rows
+        if not (by_rows and key == "data.path")
         # The listed files cover a folder that contains them.
-        if not (listed and listed[0].is_relative_to(path))
+        if not any(folder.is_relative_to(path) for folder in folders)
         for name, file in _files_in(key, path)
     }
     files |= describe_code(code or {})
-    if listed:
-        files["the files in data.path"] = _describe_list(listed, paths["data.path"])
+    if listed and not by_rows and [*listed] != [paths.get("data.path")]:
+        folder = paths.get("data.path") or Path(os.path.commonpath([f.parent for f in listed]))
+        files["the files in data.path"] = _describe_list(listed, folder)
     return JournalHeader(gradrun=version, samples=samples, config=dumped, files=files)
 
 
@@ -167,7 +172,14 @@ def _change(key: str, old: Any, new: Any) -> str:
 
 
 def _take_paths(dumped: Any, typed: Any, key: str, paths: dict[str, Path]) -> Any:
-    """Return a dumped config without its paths, which are added to `paths` by their dotted key."""
+    """Return a dumped config without its paths, which are added to `paths` by their dotted key.
+
+    Lists and glob patterns are not added: their files are listed by the data source.
+    """
+    if isinstance(typed, tuple) and typed and isinstance(typed[0], Path):
+        return "files"
+    if isinstance(typed, Path) and is_pattern(typed):
+        return "files"
     if isinstance(typed, Path):
         paths[key] = typed
         return "a folder" if typed.is_dir() else "a file"
@@ -214,6 +226,7 @@ def _describe_list(files: Sequence[Path], path: Path) -> dict[str, Any]:
     """
     folder = str(path if path.is_dir() else path.parent)
     step = -(-len(files) // _LISTED_FILES)
+    blocks = max(_LISTED_BLOCKS, _LISTED_BLOCKS * _LISTED_FILES // len(files))
     names = times = content = 0
     sampled = step > 1
     for number, file in enumerate(files):
@@ -223,9 +236,9 @@ def _describe_list(files: Sequence[Path], path: Path) -> dict[str, Any]:
             size, time = status.st_size, status.st_mtime_ns
             times = zlib.crc32(b"%d " % time, times)
             if number % step == 0:
-                part = _checksum(file, size, _LISTED_BLOCKS, _LISTED_BLOCK_BYTES)
+                part = _checksum(file, size, blocks, _LISTED_BLOCK_BYTES)
                 content = zlib.crc32(b"%d " % part, content)
-                sampled |= size > _LISTED_BLOCKS * _LISTED_BLOCK_BYTES
+                sampled |= size > blocks * _LISTED_BLOCK_BYTES
         except (OSError, ValueError):
             pass
         line = f"{str(file).removeprefix(folder)}\0{size}\n"

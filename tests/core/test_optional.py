@@ -25,10 +25,12 @@ def config(case: str, folder: Path) -> dict[str, Any]:
     }
     labelled = base["data"] | {"labels": {"key": "y"}}  # type: ignore[operator]
     (folder / "rows.parquet").touch()
+    (folder / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     records = {"source": "records", "path": "rows.parquet", "inputs": {"x": {"columns": ["x"]}}}
     needs: dict[str, dict[str, Any]] = {
         "torchmetrics": {"data": labelled, "metrics": ["accuracy"]},
         "pyarrow": {"data": records},
+        "backports": {"data": records | {"path": "rows.jsonl.zst"}},
         "PIL": {"data": {"source": "images", "path": "."}},
         "transformers": {"model": {"source": "huggingface", "path": "some/model"}},
         "timm": {

@@ -78,7 +78,7 @@ def test_reading_starts_at_any_batch_of_a_file(
     else:
         frame = pandas.DataFrame({"a": np.arange(COUNT, dtype=np.float32)})
         frame.to_parquet(path, row_group_size=5)
-    monkeypatch.setattr("gradrun.data.tables._PARQUET_ROWS", 3)
+    monkeypatch.setattr("gradrun.data.rows._PARQUET_ROWS", 3)
     inputs = {"x": {"columns": ["a"]}}
     source = data("records", path=path, inputs=inputs, batch_size=SIZE)
     for start in range(0, COUNT, SIZE):

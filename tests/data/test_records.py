@@ -389,13 +389,13 @@ def test_the_error_distinguishes_missing_null_and_empty_fields(
     assert str(batch.errors[1]).endswith(found)
 
 
-@pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", "tabs")])
+@pytest.mark.parametrize(("mark", "name"), [(";", '";"'), ("\t", '"\\t"')])
 def test_the_error_names_another_separator_of_a_csv_file(
     tmp_path: Path, mark: str, name: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         records(tmp_path / "t.csv", f"a{mark}b\n1{mark}2\n", ["a"])
-    assert f"seems to be separated by {name}; use a .tsv or convert it" in str(caught.value)
+    assert f"seem to be separated by {name}; set data.separator: {name}" in str(caught.value)
 
 
 def test_examples_of_rows_show_four_digits(tmp_path: Path) -> None:

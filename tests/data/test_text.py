@@ -143,7 +143,7 @@ def test_only_the_inputs_of_the_config_are_passed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "keys", "message"),
     [
-        ("t.pdf", b"x", {}, "is not a text file; allowed: .txt, .csv, .tsv, .jsonl"),
+        ("t.pdf", b"x", {}, "t.pdf is not a .csv, .tsv, .jsonl, .ndjson, .parquet, .txt file"),
         ("t.txt", b"caf\xe9\n", {}, "t.txt:1  the row is not UTF-8 text"),
         ("t.txt", b"", {}, "contains no samples"),
         ("t.txt", b"a\n", {"field": "body"}, "a .txt file has no columns"),
