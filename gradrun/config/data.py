@@ -297,13 +297,12 @@ class FolderLabels(Section):
     )
 
 
-class ImagesData(_Data):
-    """Image files: those below a folder, or those in a list."""
+class FilesData(_Data):
+    """Files below a folder, or those in a list, each one sample."""
 
-    source: Literal["images"]
-    path: InputPath = Field(description="a folder, or a .txt, .csv or .tsv file that lists images")
+    path: InputPath = Field(description="a folder, or a .txt, .csv or .tsv file that lists files")
     pattern: str | None = Field(
-        None, description='files of the folder: "*/*.jpg"; default: every image below it'
+        None, description='files of the folder: "*/*.jpg"; default: every readable file below it'
     )
     column: str | None = Field(
         None, description="column of a .csv or .tsv list with the paths; default: first"
@@ -314,6 +313,12 @@ class ImagesData(_Data):
         "one; or a column of a .csv list",
     )
     classes: Classes = None
+
+
+class ImagesData(FilesData):
+    """Image files: those below a folder, or those in a list."""
+
+    source: Literal["images"]
     input: str = Field("image", description="the input's name, if passed by keyword")
     page: Literal["all"] | Size = Field(
         1, description="which page of a TIFF, or frame of a GIF, PNG or WEBP; all: each is a sample"
@@ -400,6 +405,68 @@ class ImagesData(_Data):
         return found  # type: ignore[no-any-return]
 
 
+class AudioData(FilesData):
+    """Audio files: those below a folder, or those in a list."""
+
+    source: Literal["audio"]
+    input: str = Field("audio", description="the input's name, if passed by keyword")
+    preprocess: Literal["none", "processor"] | None = Field(
+        None,
+        description="processor: the feature extractor of a huggingface model, which is the default "
+        "if it has one; none: samples from -1 to 1",
+    )
+    processor: InputPath | None = Field(
+        None, description="the folder of a feature extractor; default: the model's"
+    )
+    sample_rate: Annotated[int, Field(gt=0, le=1_000_000)] | None = Field(
+        None,
+        description="samples per second; other files are resampled; default: the processor's, or "
+        "that of the files, which must have the same one",
+    )
+    channels: Literal["mean", "first", "all"] = Field(
+        "mean", description="mean: one channel, the mean of all; first: only that; all: each"
+    )
+    channel_axis: bool = Field(
+        False, description="[n, 1, samples] instead of [n, samples]; always with channels: all"
+    )
+    seconds: Annotated[float, Field(gt=0, le=86_400)] | None = Field(
+        None, description="cut or pad every file to this length; default: padded to the longest"
+    )
+    lengths: str | None = Field(
+        None, description="name of an input with the number of samples of each file"
+    )
+
+    def check_model(self, model: ModelConfig) -> None:
+        try:
+            self.processor_source(model)
+        except ValueError as error:
+            raise PydanticCustomError("preprocess", "{text}", {"text": str(error)}) from error
+
+    def processor_source(self, model: ModelConfig | None) -> str | Path | None:
+        """Return the folder or the hub name of the feature extractor, if one is used.
+
+        Raises:
+            ValueError: neither the section nor the model has one, or a key has no effect.
+        """
+        found: str | Path | None = self.processor
+        if found is None and isinstance(model, HuggingFaceModel):
+            path = model.path
+            if isinstance(path, str) or any((path / name).is_file() for name in PROCESSOR_FILES):
+                found = path
+        uses = self.preprocess == "processor" or (self.preprocess is None and found is not None)
+        if uses and found is None:
+            raise ValueError("preprocess: processor needs data.processor, or a huggingface model")
+        if self.processor and not uses:
+            raise ValueError("data.processor is not used by preprocess: none")
+        for key in ("channel_axis", "lengths"):
+            if uses and getattr(self, key):
+                raise ValueError(f"data.{key} is not used by preprocess: processor")
+        if uses and self.channels == "all":
+            raise ValueError("a processor takes one channel; set data.channels: mean or first")
+        return found if uses else None
+
+
 DataConfig = Annotated[
-    SyntheticData | ArraysData | RecordsData | TextData | ImagesData, Field(discriminator="source")
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData | AudioData,
+    Field(discriminator="source"),
 ]

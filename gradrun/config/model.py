@@ -202,6 +202,7 @@ AutoClass = Literal[
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
     "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
 ]
 _TYPO = 0.93
 """Similarity of a mistyped name with the intended one; other classes reach 0.89."""

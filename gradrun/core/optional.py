@@ -22,6 +22,8 @@ EXTRAS = {
     "torchvision": ("torchvision", "timm"),
     "ray": ("Ray", "ray"),
     "backports": ("backports.zstd", "zstd"),
+    "soundfile": ("soundfile", "audio"),
+    "soxr": ("soxr", "audio"),
 }
 """import name -> package name, and the extra that installs it."""
 

@@ -11,7 +11,7 @@ from gradrun.config.data import DataConfig
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import format_bytes
-from gradrun.data import arrays, images, records, synthetic, text
+from gradrun.data import arrays, audio, images, records, synthetic, text
 from gradrun.data.source import BatchSource
 
 SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], BatchSource]] = {
@@ -20,6 +20,7 @@ SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], Batch
     "records": records.open_data,
     "text": text.open_data,
     "images": images.open_data,
+    "audio": audio.open_data,
 }
 """data.source -> opener of (data section, seed, model section, class names of the model)."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,14 +20,13 @@ from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
-from gradrun.data.image_files import ImageList, list_images
 from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
+from gradrun.data.sample_files import SampleFiles, list_samples
 from gradrun.data.source import (
     BatchSource,
     InputBatcher,
     Preview,
-    class_number,
     missing_labels,
 )
 from gradrun.data.thumbnails import thumbnail_of_image
@@ -37,8 +35,6 @@ from gradrun.results.result import Statement
 _BATCHES_AHEAD = 2
 _IMAGES_PER_TASK = 8
 _LABELS_CHUNK = 4096
-_MAX_CLASSES = 8
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 
 
 def open_data(
@@ -47,7 +43,7 @@ def open_data(
     """List the images that a config names, and decode the first one to get their shape."""
     preprocessing = preprocessing_of(config, model)
     decoder = ImageDecoder(config, preprocessing.mode)
-    listed = list_images(config, decoder.suffixes())
+    listed = list_samples(config, decoder.suffixes(), "images")
     return _Images(config, listed, decoder, preprocessing, model_classes)
 
 
@@ -75,7 +71,7 @@ class _Images:
     def __init__(
         self,
         config: ImagesData,
-        listed: ImageList,
+        listed: SampleFiles,
         decoder: ImageDecoder,
         preprocessing: Preprocessing,
         model_classes: Sequence[str],
@@ -83,7 +79,7 @@ class _Images:
         self.config, self._listed, self._decoder = config, listed, decoder
         self._preprocessing = preprocessing
         self._pages = self._list_pages() if config.page == "all" else None
-        self.classes = config.classes or _class_names(listed.labels, model_classes)
+        self.classes = config.classes or listed.class_names(model_classes)
         self.batch_size = config.batch_size
         self.samples = len(listed.names if self._pages is None else self._pages)
         self._new_batch = InputBatcher(config.call, 1)
@@ -93,7 +89,7 @@ class _Images:
 
     @property
     def files(self) -> list[Path]:
-        return [self._listed.root / name for name in self._listed.names]
+        return self._listed.paths
 
     @property
     def repeated_ids(self) -> int:
@@ -147,19 +143,15 @@ class _Images:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def statements(self) -> Iterator[Statement]:
-        listed, files = self._listed, len(self._listed.names)
-        distinct = f" ({files - listed.repeated:,} distinct)" if listed.repeated else ""
-        text = f"{pluralize(files, 'image')}{distinct}, {listed.order}"
-        yield Statement(topic="files", text=text)
-        if listed.left_out:
-            yield Statement(topic="files", text=f"{listed.left_out} not read")
+        files = len(self._listed.names)
+        yield from self._listed.statements("image")
         yield from self._preprocessing.statements
         yield from trait_statements(self.flags, self.config)
         if self.samples > files:
             text = f"{self.samples:,} pages of {pluralize(files, 'file')}, each is a sample"
             yield Statement(topic="pages", text=text)
         if self.config.labels:
-            yield Statement(topic="labels", text=_describe_labels(listed.labels, self.classes))
+            yield self._listed.describe_labels(self.classes)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         for position in positions:
@@ -175,18 +167,8 @@ class _Images:
             raise missing_labels()
         for start in range(0, self.samples, _LABELS_CHUNK):
             numbers = range(start, min(start + _LABELS_CHUNK, self.samples))
-            yield torch.tensor([self._label(number) for number in numbers])
-
-    def _label(self, number: int) -> float:
-        text = self._listed.labels[self._page(number).file]
-        try:
-            return class_number(text, self.classes) if self.classes else float(text)
-        except ValueError:
-            raise ConfigError(
-                f"{self._page(number).id}: the label {text!r:.60} is neither a number nor one of "
-                "data.classes",
-                "data.labels",
-            ) from None
+            files = [self._page(number).file for number in numbers]
+            yield self._listed.label_numbers(files, self.classes)
 
     # --- decoding ------------------------------------------------------------------------------
 
@@ -238,24 +220,3 @@ class _Images:
         except Exception as error:  # the libraries raise many types of error for odd sizes
             name = self._page(number).id
             raise SampleError(f"{name} cannot be preprocessed: {first_line(error)}") from error
-
-
-def _class_names(labels: list[str], model_classes: Sequence[str]) -> tuple[str, ...]:
-    """Return the model's class names if they contain all labels, else the labels in sorted order.
-
-    Labels that are numbers have no names: ().
-    """
-    names = sorted(set(labels))
-    if all(map(_NUMBER.fullmatch, names)):
-        return ()
-    return tuple(model_classes) if {*names} <= {*model_classes} else tuple(names)
-
-
-def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:
-    if not classes:
-        numbers = {float(label) for label in labels}
-        return f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
-    listed = ", ".join(classes[:_MAX_CLASSES]) + (", ..." if len(classes) > _MAX_CLASSES else "")
-    found = len(set(labels))
-    missing = f" ({found} found)" if found != len(classes) else ""
-    return f"{len(classes):,} classes{missing}: {listed}"

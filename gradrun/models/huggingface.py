@@ -27,7 +27,11 @@ _WEIGHT_FILES = (
 )
 _MULTI_LABEL = "multi_label_classification"
 _ENCODERS = {"AutoModel", "AutoModelForTextEncoding"}
-_CLASSIFIERS = {"AutoModelForSequenceClassification", "AutoModelForImageClassification"}
+_CLASSIFIERS = {
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+}
 
 
 def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:

@@ -1,24 +1,33 @@
-"""List the images of a config, with the labels that their folders or a table give."""
+"""List the files of a config, with the labels that their folders or a table give."""
 
 from __future__ import annotations
 
 import csv
 import os
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gradrun.config.data import FolderLabels, ImagesData
+import torch
+
+from gradrun.config.data import FilesData, FolderLabels
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import describe_left_out, files_below
 from gradrun.core.suggest import suggest
+from gradrun.core.units import pluralize
+from gradrun.data.source import class_number
+from gradrun.results.result import Statement
+
+_MAX_CLASSES = 8
+_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class ImageList:
-    """Image files in the order of the samples."""
+class SampleFiles:
+    """Files in the order of the samples."""
 
     root: Path
     """The folder that the names are relative to."""
@@ -26,29 +35,76 @@ class ImageList:
     order: str
     """A description of the order."""
     labels: list[str]
-    """The label of each image as text; empty without `data.labels`."""
+    """The label of each file as text; empty without `data.labels`."""
     left_out: str = ""
     """A description of the folder's files whose suffix is not read."""
 
     @property
     def repeated(self) -> int:
-        """Number of images that are listed before with the same name."""
+        """Number of files that are listed before with the same name."""
         return len(self.names) - len(set(self.names))
 
+    @property
+    def paths(self) -> list[Path]:
+        """The path of each file."""
+        return [self.root / name for name in self.names]
 
-def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
-    """Find the images that a config names; open none of them.
+    def class_names(self, model_classes: Sequence[str]) -> tuple[str, ...]:
+        """Return the model's class names if they contain all labels, else the labels, sorted.
+
+        Labels that are numbers have no names: ().
+        """
+        names = sorted(set(self.labels))
+        if all(map(_NUMBER.fullmatch, names)):
+            return ()
+        return tuple(model_classes) if {*names} <= {*model_classes} else tuple(names)
+
+    def label_numbers(self, samples: Sequence[int], classes: Sequence[str]) -> torch.Tensor:
+        """Return the labels of some files as numbers [n], in float64 unless they are classes.
+
+        Raises:
+            ConfigError: a label is neither a number nor one of the classes.
+        """
+        return torch.tensor([self._label_number(number, classes) for number in samples])
+
+    def _label_number(self, number: int, classes: Sequence[str]) -> float:
+        text = self.labels[number]
+        try:
+            return class_number(text, classes) if classes else float(text)
+        except ValueError:
+            raise ConfigError(
+                f"{self.names[number]}: the label {text!r:.60} is neither a number nor one of "
+                "data.classes",
+                "data.labels",
+            ) from None
+
+    def statements(self, noun: str) -> Iterator[Statement]:
+        """Yield the number of files, their order, and the files that were left out."""
+        count = len(self.names)
+        distinct = f" ({count - self.repeated:,} distinct)" if self.repeated else ""
+        yield Statement(topic="files", text=f"{pluralize(count, noun)}{distinct}, {self.order}")
+        if self.left_out:
+            yield Statement(topic="files", text=f"{self.left_out} not read")
+
+    def describe_labels(self, classes: Sequence[str]) -> Statement:
+        """Return the statement of the classes or of the numbers."""
+        return Statement(topic="labels", text=_describe_labels(self.labels, classes))
+
+
+def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> SampleFiles:
+    """Find the files that a config names; open none of them.
 
     Args:
         config: the data section.
-        suffixes: the lower-case suffixes of images, used below a folder without `data.pattern`.
+        suffixes: the lower-case suffixes of such files, used below a folder without `data.pattern`.
+        kind: the plural noun of the files.
 
     Raises:
-        ConfigError: the list cannot be read, contains no images, or lacks a column or a label.
+        ConfigError: the list cannot be read, contains no files, or lacks a column or a label.
     """
     path = config.path
     if path.is_dir():
-        return _in_folder(config, suffixes)
+        return _in_folder(config, suffixes, kind)
     try:
         match path.suffix.lower():
             case ".csv" | ".tsv":
@@ -59,20 +115,20 @@ def list_images(config: ImagesData, suffixes: Collection[str]) -> ImageList:
                 labels = _folder_labels(config, names, PurePosixPath(_common_folder(names)))
             case _:
                 raise ConfigError(
-                    f"{path.name} is not a folder, or a .txt, .csv or .tsv list of images",
+                    f"{path.name} is not a folder, or a .txt, .csv or .tsv list of {kind}",
                     "data.path",
                 )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} cannot be read: {error}", "data.path") from error
     if not names:
-        raise ConfigError(f"{path} contains no images", "data.path")
-    return ImageList(path.parent, names, f"in the order of {path.name}", labels)
+        raise ConfigError(f"{path} contains no {kind}", "data.path")
+    return SampleFiles(path.parent, names, f"in the order of {path.name}", labels)
 
 
 # --- folders -----------------------------------------------------------------------------------
 
 
-def _in_folder(config: ImagesData, suffixes: Collection[str]) -> ImageList:
+def _in_folder(config: FilesData, suffixes: Collection[str], kind: str) -> SampleFiles:
     path, left_out = config.path, ""
     if config.pattern is None:
         names, others = [], Counter[str]()
@@ -89,8 +145,8 @@ def _in_folder(config: ImagesData, suffixes: Collection[str]) -> ImageList:
     labels = _folder_labels(config, names, PurePosixPath())
     if not names:
         rest = f"; it has {left_out}" if left_out else ""
-        raise ConfigError(f"{path} contains no images{rest}", "data.path")
-    return ImageList(path, names, "sorted by path as text", labels, left_out)
+        raise ConfigError(f"{path} contains no {kind}{rest}", "data.path")
+    return SampleFiles(path, names, "sorted by path as text", labels, left_out)
 
 
 def _matches(folder: Path, pattern: str) -> Iterator[str]:
@@ -104,13 +160,13 @@ def _matches(folder: Path, pattern: str) -> Iterator[str]:
 # --- labels ------------------------------------------------------------------------------------
 
 
-def _folder_labels(config: ImagesData, names: list[str], root: PurePosixPath) -> list[str]:
-    """Return the name of one folder in the path of each image, counted from `root`."""
+def _folder_labels(config: FilesData, names: list[str], root: PurePosixPath) -> list[str]:
+    """Return the name of one folder in the path of each file, counted from `root`."""
     if config.labels is None:
         return []
     if isinstance(config.labels, str) and config.labels != "folder":
         raise ConfigError(
-            "images in a folder or a .txt list can only have the label of their folder (labels: "
+            "files in a folder or a .txt list can only have the label of their folder (labels: "
             "folder); use a .csv list for columns",
             "data.labels",
         )
@@ -118,7 +174,7 @@ def _folder_labels(config: ImagesData, names: list[str], root: PurePosixPath) ->
     labels = [_folder_name(name, root, level) for name in names]
     if config.classes is None and len(set(labels)) == 1 and not labels[0].isdecimal():
         raise ConfigError(
-            f"all images are in the folder {labels[0]!r:.60}, which gives a single class; set "
+            f"all files are in the folder {labels[0]!r:.60}, which gives a single class; set "
             "labels: {folder: N} to use the N-th folder of the path, or data.classes",
             "data.labels",
         )
@@ -133,13 +189,13 @@ def _folder_name(name: str, root: PurePosixPath, level: int) -> str:
     except IndexError:
         raise ConfigError(
             f"{name} has no label, because it has no folder number {level}; move it into the "
-            "folder of its class, or choose images with data.pattern",
+            "folder of its class, or choose files with data.pattern",
             "data.labels",
         ) from None
 
 
 def _common_folder(names: list[str]) -> str:
-    """Return the folder that contains the folders of all images of a list."""
+    """Return the folder that contains the folders of all files of a list."""
     parents = {str(PurePosixPath(name).parent) for name in names}
     common = (
         os.path.commonpath(parents) if len({name.startswith("/") for name in names}) == 1 else ""
@@ -147,7 +203,7 @@ def _common_folder(names: list[str]) -> str:
     return str(PurePosixPath(common).parent) if common in parents else common
 
 
-def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
+def _read_table(config: FilesData) -> tuple[list[str], list[str]]:
     if isinstance(config.labels, FolderLabels):
         raise ConfigError("the labels of a .csv list are a column; set its name", "data.labels")
     with config.path.open(encoding="utf-8-sig", newline="") as file:
@@ -169,3 +225,13 @@ def _read_table(config: ImagesData) -> tuple[list[str], list[str]]:
             f"{config.path.name} has no label for {names[labels.index('')]}", "data.labels"
         )
     return names, labels
+
+
+def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:
+    if not classes:
+        numbers = {float(label) for label in labels}
+        return f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
+    listed = ", ".join(classes[:_MAX_CLASSES]) + (", ..." if len(classes) > _MAX_CLASSES else "")
+    found = len(set(labels))
+    missing = f" ({found} found)" if found != len(classes) else ""
+    return f"{len(classes):,} classes{missing}: {listed}"

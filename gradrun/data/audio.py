@@ -1,0 +1,256 @@
+"""Audio files, decoded by threads ahead of the model, in the order of their names."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from gradrun.config.data import AudioData
+from gradrun.config.model import HuggingFaceModel, ModelConfig
+from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import ConfigError, SampleError, first_line
+from gradrun.core.units import pluralize
+from gradrun.data.audio_decoding import SUFFIXES, AudioDecoder, Samples, Trait
+from gradrun.data.audio_processor import AudioProcessor
+from gradrun.data.batch import Batch
+from gradrun.data.sample_files import SampleFiles, list_samples
+from gradrun.data.source import BatchSource, InputBatcher, Preview, missing_labels
+from gradrun.results.result import Statement
+
+_BATCHES_AHEAD = 2
+_LABELS_CHUNK = 4096
+
+
+def open_data(
+    config: AudioData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+) -> BatchSource:
+    """List the files of a config, and decode the first one."""
+    decoder, processor = AudioDecoder(config), None
+    if (source := config.processor_source(model)) is not None:
+        own = config.processor is None and isinstance(model, HuggingFaceModel)
+        processor = AudioProcessor(source, model.revision if own else None, config.seconds)  # type: ignore[union-attr]
+    listed = list_samples(config, SUFFIXES, "audio files")
+    return _Audio(config, listed, decoder, processor, model_classes)
+
+
+class _Decoding(NamedTuple):
+    """A batch that is being decoded."""
+
+    numbers: range
+    files: list[Future[Samples | SampleError]]
+
+
+class _Audio:
+    has_ids = True
+
+    def __init__(
+        self,
+        config: AudioData,
+        listed: SampleFiles,
+        decoder: AudioDecoder,
+        processor: AudioProcessor | None,
+        model_classes: Sequence[str],
+    ) -> None:
+        self.config, self._listed, self._decoder = config, listed, decoder
+        self._processor = processor
+        self.classes = config.classes or listed.class_names(model_classes)
+        self.batch_size, self.samples = config.batch_size, len(listed.names)
+        self.flags = np.zeros(self.samples, np.uint8)
+        self._rate = self._choose_rate()
+        self._length = None if config.seconds is None else round(config.seconds * self._rate)
+        call = "keyword" if processor and config.call == "auto" else config.call
+        self._new_batch = InputBatcher(call, 2 if config.lengths else 1)
+        self._channels = 0
+        first = self._first()
+        self._channels = len(first)
+        inputs, _ = self._inputs([first])
+        self.sample_bytes = sum(tensor.nbytes for tensor in inputs.values())
+
+    @property
+    def files(self) -> list[Path]:
+        return self._listed.paths
+
+    @property
+    def repeated_ids(self) -> int:
+        return self._listed.repeated
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        firsts = iter(range(start, self.samples if stop is None else stop, self.batch_size))
+        ahead: deque[_Decoding] = deque()
+        wanted = 1  # often only the first batch is read, for example after an error
+        pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
+        try:
+            while True:
+                for first in itertools.islice(firsts, wanted - len(ahead)):
+                    numbers = range(first, min(first + self.batch_size, self.samples))
+                    files = [pool.submit(self._try_read, number) for number in numbers]
+                    ahead.append(_Decoding(numbers, files))
+                if not ahead:
+                    return
+                numbers, files = ahead.popleft()
+                inputs, errors = self._inputs([file.result() for file in files])
+                ids = [self._listed.names[number] for number in numbers]
+                yield self._new_batch(inputs, ids, errors)
+                wanted = 1 + _BATCHES_AHEAD
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
+        yield from (Preview(self._listed.names[position]) for position in positions)
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        if self.config.labels is None:
+            raise missing_labels()
+        for start in range(0, self.samples, _LABELS_CHUNK):
+            numbers = range(start, min(start + _LABELS_CHUNK, self.samples))
+            yield self._listed.label_numbers(numbers, self.classes)
+
+    def statements(self) -> Iterator[Statement]:
+        config = self.config
+        yield from self._listed.statements("audio file")
+        if config.channels == "all":
+            channels = pluralize(self._channels, "channel")
+        else:
+            how = "the first" if config.channels == "first" else "the mean"
+            channels = f"1 channel{self._share(Trait.MIXED, f', {how} of several')}"
+        resampled = self._share(Trait.RESAMPLED, ", resampled with soxr")
+        text = f"float32, {channels}; {self._rate} Hz{resampled}"
+        loud = self._share(Trait.LOUD, "; values beyond [-1, 1]")
+        yield Statement(topic="samples", text=text + loud)
+        if self._processor:
+            yield from self._processor.statements()
+        else:
+            to = "the longest of the batch" if self._length is None else f"{config.seconds:g} s"
+            given = f"lengths as input {config.lengths}" if config.lengths else "lengths not passed"
+            text = f"zeros at the end, to {to}; {given}"
+            yield Statement(topic="padding", text=text)
+        if cut := self._share(Trait.CUT, "longer files are cut"):
+            yield Statement(topic="length", text=cut)
+        if config.labels:
+            yield self._listed.describe_labels(self.classes)
+
+    def _share(self, trait: Trait, text: str) -> str:
+        """Return the text with the number of files that have a trait, "" if none has it."""
+        count = int(np.count_nonzero(self.flags & trait))
+        read = int(np.count_nonzero(self.flags))
+        return f"{text} ({count:,} of {pluralize(read, 'file')})" if count else ""
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def _choose_rate(self) -> int:
+        """Return the sample rate of the inputs.
+
+        Raises:
+            ConfigError: no rate is set and the files have several, or the processor needs another.
+        """
+        config, processor = self.config, self._processor
+        if processor:
+            if config.sample_rate not in {None, processor.rate}:
+                raise ConfigError(
+                    f"{processor.name} needs {processor.rate} samples per second",
+                    "data.sample_rate",
+                )
+            return processor.rate
+        if config.sample_rate:
+            return config.sample_rate
+        found: dict[int, str] = {}
+        problem: SampleError | None = None
+        for path, name in zip(self._listed.paths, self._listed.names, strict=True):
+            try:
+                found.setdefault(self._decoder.header(path, name).rate, name)
+            except SampleError as error:
+                problem = error
+                continue
+            if len(found) > 1:
+                listed = " and ".join(f"{file} has {rate} Hz" for rate, file in found.items())
+                raise ConfigError(
+                    f"the files have different sample rates: {listed}; set data.sample_rate to the "
+                    "rate of the training, to which other files are resampled",
+                    "data.path",
+                )
+        if not found:
+            raise _unreadable(problem) from problem
+        return next(iter(found))
+
+    def _first(self) -> Samples:
+        problem: SampleError | None = None
+        for number in range(self.samples):
+            try:
+                return self._read(number)
+            except SampleError as error:
+                problem = error
+        raise _unreadable(problem) from problem
+
+    def _try_read(self, number: int) -> Samples | SampleError:
+        try:
+            return self._read(number)
+        except SampleError as error:
+            return error
+
+    def _read(self, number: int) -> Samples:
+        """Return the samples of one file [channels, samples], cut to `seconds`.
+
+        Raises:
+            SampleError: the file cannot be decoded, or has another number of channels.
+        """
+        name = self._listed.names[number]
+        samples, traits = self._decoder.decode(self._listed.root / name, name, self._rate)
+        limit = self._processor.limit if self._processor else self._length
+        if limit is not None and samples.shape[1] > limit:
+            traits |= Trait.CUT
+        self.flags[number] = traits
+        if self._channels and len(samples) != self._channels:
+            raise SampleError(
+                f"{name} has {pluralize(len(samples), 'channel')}, but the first file has "
+                f"{self._channels}; set data.channels: mean"
+            )
+        return samples[:, : self._length]
+
+    def _inputs(
+        self, files: Sequence[Samples | SampleError]
+    ) -> tuple[dict[str, torch.Tensor], dict[int, SampleError]]:
+        """Return the inputs of some files, each [n, ...], and the errors by row."""
+        errors = {row: file for row, file in enumerate(files) if isinstance(file, SampleError)}
+        read = [file for file in files if not isinstance(file, SampleError)]
+        # Silence in place of unreadable files, which makes no batch longer.
+        length = min((file.shape[1] for file in read), default=self._length or self._rate)
+        silence = np.zeros((max(self._channels, 1), length), np.float32)
+        samples = [silence if isinstance(file, SampleError) else file for file in files]
+        inputs = self._process(samples) if self._processor else self._pad(samples)
+        if errors:
+            for tensor in inputs.values():
+                tensor[list(errors)] = 0
+        return inputs, errors
+
+    def _process(self, samples: Sequence[Samples]) -> dict[str, torch.Tensor]:
+        assert self._processor
+        try:
+            return self._processor([file[0] for file in samples])
+        except Exception as error:  # the libraries raise many types of error
+            raise ConfigError(
+                f"{self._processor.name} fails on a batch: {first_line(error)}", "data.processor"
+            ) from error
+
+    def _pad(self, samples: Sequence[Samples]) -> dict[str, torch.Tensor]:
+        config = self.config
+        longest = max(file.shape[1] for file in samples) if self._length is None else self._length
+        padded = np.zeros((len(samples), len(samples[0]), longest), np.float32)
+        for row, file in enumerate(samples):
+            padded[row, :, : file.shape[1]] = file
+        if not config.channel_axis and config.channels != "all":
+            padded = padded[:, 0]
+        inputs = {config.input: torch.from_numpy(padded)}
+        if config.lengths:
+            inputs[config.lengths] = torch.tensor([file.shape[1] for file in samples])
+        return inputs
+
+
+def _unreadable(problem: SampleError | None) -> ConfigError:
+    return ConfigError(f"no audio file can be read; the last error: {problem}", "data.path")
