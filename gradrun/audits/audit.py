@@ -19,14 +19,17 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.inference.device import device_context, seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
+from gradrun.inference.interpretation import describe
 from gradrun.inference.meters import measure_forward_memory
 from gradrun.inference.sampling import first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
+from gradrun.models.loaded import LoadedModel
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.result import (
     AuditResult,
@@ -36,6 +39,7 @@ from gradrun.results.result import (
     Phases,
     RunInfo,
     SavedForBackward,
+    Statement,
 )
 
 
@@ -82,12 +86,19 @@ def audit(
     whole = loaded.config.replace({"model.compile": False, "output.path": folder.path})
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     found, base = _Audited(), None
+    interpretation: tuple[Statement, ...] = ()
     with loaded.error_locations(), device_context(whole.run) as device:
-        batches = first_batches(whole, device)
+        data = open_data(whole.data, seed=whole.run.seed, model=whole.model)
+        batches = first_batches(whole, device, data)
         modes = list(GradMode)
         for step, mode in enumerate(modes):
             progress(Progress(f"auditing {mode}", step, len(modes) + compile))
-            subject, load_seconds = _load(whole, mode, device, batches, is_trusted(trust_code))
+            began = time.perf_counter()
+            model = _load(whole, device, batches, trust_code=is_trusted(trust_code))
+            load_seconds = time.perf_counter() - began
+            interpretation = interpretation or describe(whole, model, data)
+            in_mode = whole.replace({"run.mode": mode})
+            subject = AuditTarget(mode.value, in_mode, device, model.module, batches)
             try:
                 last = base is None and mode is modes[-1]
                 if _run_passes(subject, found, load_seconds, last=last):
@@ -109,6 +120,7 @@ def audit(
         environment=environment,
         measurements=tuple(found.measurements),
         equivalence=tuple(found.equivalence),
+        interpretation=interpretation,
         findings=_merge(found.findings),
         saved_for_backward=found.saved_for_backward,
     )
@@ -118,16 +130,13 @@ def audit(
 
 
 def _load(
-    config: RunConfig, mode: GradMode, device: torch.device, batches: list[Batch], trust_code: bool
-) -> tuple[AuditTarget, float]:
+    config: RunConfig, device: torch.device, batches: list[Batch], *, trust_code: bool
+) -> LoadedModel:
     """Load a new model: tensors created lazily in another mode must not hide findings."""
-    in_mode = config.replace({"run.mode": mode})
-    began = time.perf_counter()
     seed_generators(config.run.seed, device)
-    model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
-    load_seconds = time.perf_counter() - began
-    compile_without_gradients(model, batches[0])
-    return AuditTarget(mode.value, in_mode, device, model, batches), load_seconds
+    model = load_model(config.model, device, data=config.data, trust_code=trust_code)
+    compile_without_gradients(model.module, batches[0])
+    return model
 
 
 def _run_passes(subject: AuditTarget, found: _Audited, load_seconds: float, *, last: bool) -> bool:

@@ -12,7 +12,6 @@ from gradrun.checks import evaluate, golden
 from gradrun.checks.reference import Reference, checked_config, measurements_in, open_reference
 from gradrun.comparison.protocol import Failure
 from gradrun.comparison.session import Session, SessionData, Variant
-from gradrun.config.check import CheckSection
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
@@ -25,16 +24,16 @@ from gradrun.inference.device import resolve_device
 from gradrun.inference.environment import current_environment
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder, locked_check_folder
-from gradrun.results.ratios import time_ratio
+from gradrun.results.ratios import metric_changes, time_ratio
 from gradrun.results.result import (
     CheckResult,
     Equivalence,
     InferResult,
     Metric,
+    MetricChange,
     Outcome,
     Output,
     RunInfo,
-    RunResult,
     Warning,
 )
 
@@ -171,6 +170,7 @@ class CheckRun:
         self.variants = [self._variant(self.mode)]
         self.other_sizes: list[str] = []
         self.other_conditions: list[str] = []
+        self.metric_changes: tuple[MetricChange, ...] = ()
         if reference and (earlier := reference.result):
             old = measurements_in(earlier.measurements, self.mode)
             self.other_sizes = evaluate.batch_size_difference(old, predicted.measurements)
@@ -235,6 +235,7 @@ class CheckRun:
             predictions=predicted.predictions,
             quarantined=predicted.quarantined,
             metrics=predicted.metrics,
+            metric_changes=self.metric_changes,
             interpretation=predicted.interpretation,
             **fields,
         )
@@ -316,7 +317,7 @@ class CheckRun:
         modules = [e.first_module for e in compared.equivalence if e.candidate == variant]
         differences: dict[str, str] = {}
         scores: tuple[Metric, ...] = ()
-        if section.regression.outputs or section.regression.of_metrics():
+        if section.regression.outputs or self.config.metrics:
             differences, scores = self._run_reference()
         return [
             *evaluate.time_regression(section, name, slowdown),
@@ -327,6 +328,7 @@ class CheckRun:
 
     def _metric_regression(self, name: str, before: Sequence[Metric]) -> Iterator[Outcome]:
         now, metrics = self.predicted.metrics, self.config.metrics
+        self.metric_changes = metric_changes(name, before, "this run", now)
         return evaluate.metric_regression(self.section, name, before, now, metrics)
 
     def _run_reference(self) -> tuple[dict[str, str], tuple[Metric, ...]]:
@@ -337,25 +339,10 @@ class CheckRun:
         """
         own, other = self.config.output, self.variants[1]
         with TemporaryDirectory(prefix=f"{own.path.name}-against-", dir=own.path.parent) as folder:
-            config = other.config.replace(
-                {
-                    "output.path": Path(folder),
-                    "output.format": own.format,
-                    "measure.memory": False,
-                    "metrics": tuple(
-                        metric
-                        for metric in self.config.metrics
-                        if metric.title in self.section.regression.of_metrics()
-                    ),
-                    "check": CheckSection(),
-                }
-            )
             self.progress(Progress("predicting with the reference"))
-            variant = Variant(other.name, config, other.worktree)
-            session = Session([variant], self.config, trust_code=self.trust_code)
-            for failure in session.predict():
-                raise RunFailed(failure.message)
-            result, section = RunResult.load(folder), self.section
+            session = Session([other], self.config, trust_code=self.trust_code)
+            changes = {"output.format": own.format, "metrics": self.config.metrics}
+            result, section = session.predict(Path(folder), changes), self.section
             differences = (
                 golden.compare_runs(
                     Path(folder), own.path, self.predicted.files, section.rtol, section.atol
@@ -363,7 +350,7 @@ class CheckRun:
                 if section.regression.outputs
                 else {}
             )
-            return differences, result.metrics if isinstance(result, InferResult) else ()
+            return differences, result.metrics
 
     def _expected(self, predictions: dict[str, golden.Array], update: bool) -> list[Outcome]:
         file, section = self.section.expected, self.section

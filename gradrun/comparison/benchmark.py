@@ -35,6 +35,7 @@ from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
+from gradrun.inference.interpretation import describe
 from gradrun.inference.meters import (
     device_memory,
     measure_forward_memory,
@@ -49,7 +50,7 @@ from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
 from gradrun.results import stats
-from gradrun.results.result import Measurement, Memory, Phases
+from gradrun.results.result import Measurement, Memory, Phases, Statement
 
 BLOCK_SECONDS = 0.01
 """Minimum length of a timing block, which makes clock overhead and jitter negligible."""
@@ -197,6 +198,7 @@ def _run_planned(job: Job, planned: Sequence[PlannedVariant]) -> WorkerReport:
         failures=tuple(failures),
         noise=load.noise(),
         environment=current_environment(loaded[0].device) if loaded else None,
+        interpretation=_interpretation(loaded) if job.kind == "time" else (),
     )
 
 
@@ -313,6 +315,25 @@ def _time_rounds(
         done += 1
         order = [variant for variant in order if len(variant.rounds) == done]
     return [variant for variant in loaded if variant in order]
+
+
+def _interpretation(variants: Sequence[LoadedVariant]) -> tuple[Statement, ...]:
+    """Return the statements of the first variant, and those in which others differ from it."""
+    statements: list[Statement] = []
+    for variant in variants:
+        try:
+            with variant.execution_context():
+                own = describe(variant.config, variant.loaded, variant.data)
+        except ConfigError:  # of the output section, which a comparison does not use
+            continue
+        named = f" ({variant.name})" if statements else ""
+        known = set(statements)
+        statements += [
+            statement.replace(topic=f"{statement.topic}{named}")
+            for statement in own
+            if statement not in known
+        ]
+    return tuple(statements)
 
 
 def _memory_batch(variant: LoadedVariant, number: int | None) -> tuple[int, Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gradrun.comparison.session import Session, Variant
@@ -12,10 +13,17 @@ from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_c
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.progress import ProgressCallback, ignore
+from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
-from gradrun.results.result import CompareResult, Comparison, RunInfo
+from gradrun.results.ratios import metric_changes
+from gradrun.results.result import (
+    CompareResult,
+    Comparison,
+    InferResult,
+    MetricChange,
+    RunInfo,
+)
 
 if TYPE_CHECKING:
     from gradrun.comparison.whole_runs import WholeRuns
@@ -51,7 +59,8 @@ def compare(
 
     Returns:
         One Comparison for each variant but the first; a ratio above 1 means faster. `.result` has
-        the complete result, which is also saved as result.json in the folder next to output.path
+        the complete result, with the metrics of each variant over all data if the config names
+        metrics. It is also saved as result.json in the folder next to output.path
         whose name ends in -compare.
 
     Raises:
@@ -76,6 +85,9 @@ def compare(
             data = session.finalize()
             interrupted = True
     failures = tuple(failure.message for failure in data.failures)
+    changes: tuple[MetricChange, ...] = ()
+    if whole.metrics and not (failures or interrupted):
+        changes = _metric_changes(variants, target, is_trusted(trust_code), progress)
     if data.environment is None:
         if interrupted and not failures:
             raise Interrupted
@@ -90,6 +102,8 @@ def compare(
         measurements=tuple(data.measurements),
         comparisons=tuple(data.comparisons),
         equivalence=tuple(data.equivalence),
+        interpretation=data.interpretation,
+        metric_changes=changes,
         failures=failures,
         warnings=tuple(data.warnings),
     )
@@ -100,6 +114,27 @@ def compare(
     if interrupted:
         raise Interrupted(result=result)
     return Comparisons(result)
+
+
+def _metric_changes(
+    variants: Sequence[Variant], target: Path, trust_code: bool, progress: ProgressCallback
+) -> tuple[MetricChange, ...]:
+    """Compute the metrics of each variant over all data, each in a worker process."""
+    results: list[InferResult] = []
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for number, variant in enumerate(variants):
+        progress(Progress("computing metrics", number, len(variants)))
+        session = Session([variant], variant.config, trust_code=trust_code)
+        with TemporaryDirectory(prefix=f"{target.name}-", dir=target.parent) as folder:
+            results.append(session.predict(Path(folder), {}))
+    baseline, *others = results
+    return tuple(
+        change
+        for variant, other in zip(variants[1:], others, strict=True)
+        for change in metric_changes(
+            variants[0].name, baseline.metrics, variant.name, other.metrics
+        )
+    )
 
 
 def _session(

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradrun.core.record import Record
-from gradrun.results.result import Environment, Equivalence, Measurement, SystemNoise
+from gradrun.results.result import (
+    Environment,
+    Equivalence,
+    Measurement,
+    Statement,
+    SystemNoise,
+)
 
 JobKind = Literal["time", "measure_memory", "predict"]
 
@@ -67,6 +73,8 @@ class WorkerReport(Record, frozen=True, kw_only=True):
     failures: tuple[Failure, ...] = ()
     noise: SystemNoise = SystemNoise()
     environment: Environment | None = None
+    interpretation: tuple[Statement, ...] = ()
+    """Of the baseline, and what other variants interpret otherwise."""
 
 
 class Marker:

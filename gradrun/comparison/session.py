@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import geometric_mean, median
+from typing import Any
 
 from gradrun.comparison.protocol import Failure, Job, JobKind, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
+from gradrun.config.check import CheckSection
 from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.results.ratios import compare_measured
@@ -21,8 +24,11 @@ from gradrun.results.result import (
     Comparison,
     Environment,
     Equivalence,
+    InferResult,
     Measurement,
     Memory,
+    RunResult,
+    Statement,
     SystemNoise,
     Warning,
 )
@@ -67,6 +73,7 @@ class SessionData:
     warnings: list[Warning] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     environment: Environment | None = None
+    interpretation: tuple[Statement, ...] = ()
 
 
 class Session:
@@ -115,16 +122,40 @@ class Session:
             self._record_failures(report)
             if report.measurements:
                 self.data.environment = report.environment
+                self.data.interpretation = report.interpretation
                 self.data.equivalence = list(report.equivalence)
                 self._add_measurements(0, report)
                 break
             # A variant that killed the process took the others with it: run those again.
         return self.data
 
-    def predict(self) -> list[Failure]:
-        """Write the predictions of the only variant to its output folder, without a timeout."""
-        (report,) = self._run_jobs([self._job("predict", self.variants, 0)], timeout=None)
-        return list(report.failures)
+    def predict(self, folder: Path, changes: Mapping[str, Any]) -> InferResult:
+        """Predict all data with the only variant in a worker, without a timeout.
+
+        Args:
+            folder: for the predictions.
+            changes: to the variant's config.
+
+        Raises:
+            RunFailed: the variant fails.
+        """
+        (variant,) = self.variants
+        config = variant.config.replace(
+            {
+                "output.path": folder,
+                "measure.memory": False,
+                "measure.batch_independence": False,
+                "check": CheckSection(),
+                **changes,
+            }
+        )
+        job = self._job("predict", [replace(variant, config=config)], 0)
+        (report,) = self._run_jobs([job], timeout=None)
+        for failure in report.failures:
+            raise RunFailed(failure.message)
+        result = RunResult.load(folder)
+        assert isinstance(result, InferResult)
+        return result
 
     def finalize(self) -> SessionData:
         """Return the collected data with comparisons and warnings."""
@@ -209,6 +240,7 @@ class Session:
             self.discarded.append(report.noise)
             return
         self.data.environment = self.data.environment or report.environment
+        self.data.interpretation = self.data.interpretation or report.interpretation
         self.data.equivalence = self.data.equivalence or list(report.equivalence)
         self._add_measurements(process, report)
         for slow in self._slow_processes():

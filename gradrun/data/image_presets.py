@@ -31,6 +31,9 @@ from gradrun.results.result import Statement
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+NOT_APPLIED = "not applied"
+"""Topic of the statement about a model's own preprocessing that the config replaces."""
+
 _KEYS = (
     "preprocess", "architecture", "processor", "mode", "resize", "crop", "interpolation", "scale",
     "mean", "std",
@@ -57,7 +60,7 @@ def preprocessing_of(config: ImagesData, model: ModelConfig | None) -> Preproces
     if own == chosen.statements:
         return chosen
     text = f"the model's own preprocessing: {', '.join(part.text for part in own)}"
-    differing = Statement(topic="not applied", text=text)
+    differing = Statement(topic=NOT_APPLIED, text=text)
     return chosen._replace(statements=(*chosen.statements, differing))
 
 

@@ -23,6 +23,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import count_of, pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
+from gradrun.data.image_presets import NOT_APPLIED
 from gradrun.data.source import (
     BatchSource,
     HasFileList,
@@ -391,6 +392,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         ),
         warnings=tuple(warnings),
     )
+    result = result.replace(warnings=(*result.warnings, *_preprocessing_warnings(result)))
     if timed.stopped:
         return result
     scored = _add_metrics(result, prepared.evaluation, plan.folder)
@@ -577,6 +579,14 @@ def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
     if hasattr(config.model, "pretrained"):
         text += ", or model.pretrained: true"
     return [*warnings, Warning(code="random_weights", text=text)]
+
+
+def _preprocessing_warnings(result: InferResult) -> Iterator[Warning]:
+    """Warn if the config replaces the preprocessing that the model was trained with."""
+    for statement in result.interpretation:
+        if statement.topic == NOT_APPLIED:
+            text = f"data.preprocess replaces {statement.text}; without it, that is used"
+            yield Warning(code="other_preprocessing", text=text)
 
 
 def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFolder) -> InferResult:

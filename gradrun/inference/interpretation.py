@@ -8,6 +8,7 @@ import torch
 
 from gradrun.config.load import LoadedConfig, is_trusted
 from gradrun.config.run import RunSection
+from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_variable
 from gradrun.core.units import pluralize
 from gradrun.data import open_data
@@ -78,7 +79,18 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
             model_classes=model.classes,
         )
         model = compile_model(model, config.model.compile, data)
-        output = transforms.resolve_output(config.output, model)
         read_one(data, 0)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
-        return interpret(model, data, transforms.statements(output, model=model), texts, config.run)
+        return describe(config, model, data, texts)
+
+
+def describe(
+    config: RunConfig, model: LoadedModel, data: BatchSource, texts: Padding | None = None
+) -> tuple[Statement, ...]:
+    """Return the statements of a config, with the counts of the batches read so far.
+
+    Raises:
+        ConfigError: a transform does not fit the model.
+    """
+    output = transforms.resolve_output(config.output, model)
+    return interpret(model, data, transforms.statements(output, model=model), texts, config.run)

@@ -35,6 +35,7 @@ from gradrun.results.result import (
     Measurement,
     Memory,
     Metric,
+    MetricChange,
     ModeFacts,
     Padding,
     Statement,
@@ -147,7 +148,13 @@ def of_predictions(result: AnyResult) -> tuple[Table, ...]:
                 example_predictions(result.examples),
             )
         case CheckResult():
-            return _with_rows(metrics(result.metrics), *map(confusion, with_matrix(result.metrics)))
+            return _with_rows(
+                metrics(result.metrics),
+                metric_changes(result.metric_changes),
+                *map(confusion, with_matrix(result.metrics)),
+            )
+        case CompareResult():
+            return _with_rows(metric_changes(result.metric_changes))
         case _:
             return ()
 
@@ -322,6 +329,28 @@ def metrics(values: Sequence[Metric]) -> Table:
         if more := len(metric.per_class) - len(shown):
             rows.append((f"  {more} more", "", "classes; result.json has all"))
     return _figures("Metrics", rows)
+
+
+def metric_changes(changes: Sequence[MetricChange]) -> Table:
+    """The metrics of each variant beside those of the baseline."""
+    rows: list[tuple[Cell, ...]] = []
+    for name in dict.fromkeys(change.name for change in changes):
+        of_metric = [change for change in changes if change.name == name]
+        first = of_metric[0]
+        rows.append((name, first.baseline, _score(first.before), "", Status("baseline", "quiet")))
+        for change in of_metric:
+            difference = change.value - change.before
+            text = "equal" if change.value == change.before else ""
+            rows.append(
+                ("", change.candidate, _score(change.value), f"{difference:+.2g}", Status(text))
+            )
+    columns = (
+        Column("variant", "text"),
+        Column("value", emphasis="strong"),
+        Column("difference"),
+        Column(kind="status"),
+    )
+    return Table("Metric", columns, tuple(rows), note="Metrics are over all data.")
 
 
 def with_matrix(values: Sequence[Metric]) -> list[Metric]:

@@ -11,6 +11,8 @@ from gradrun.results.result import (
     CompareResult,
     Comparison,
     Measurement,
+    Metric,
+    MetricChange,
 )
 
 
@@ -54,3 +56,21 @@ def recompute(result: AnyResult) -> AnyResult:
         return result
     comparisons = compare_measured(result.measurements, result.info.precision)
     return result.replace(comparisons=tuple(comparisons))
+
+
+def metric_changes(
+    baseline: str, before: Sequence[Metric], candidate: str, now: Sequence[Metric]
+) -> tuple[MetricChange, ...]:
+    """Pair the metrics of two runs over the same data by name."""
+    values = {metric.name: metric.value for metric in before}
+    return tuple(
+        MetricChange(
+            name=metric.name,
+            baseline=baseline,
+            candidate=candidate,
+            before=values[metric.name],
+            value=metric.value,
+        )
+        for metric in now
+        if metric.name in values
+    )

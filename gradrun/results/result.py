@@ -418,6 +418,18 @@ class Metric(Record, frozen=True, kw_only=True):
     matrix: ConfusionMatrix | None = None
 
 
+class MetricChange(Record, frozen=True, kw_only=True):
+    """A metric of a variant beside that of the baseline, over the same data."""
+
+    name: str
+    baseline: str
+    candidate: str
+    before: float
+    """The baseline's value."""
+    value: float
+    """The candidate's value."""
+
+
 class Example(Record, frozen=True, kw_only=True):
     """A prediction with its input, as short texts."""
 
@@ -603,6 +615,7 @@ class CompareResult(RunResult, frozen=True, kw_only=True, tag="compare"):
     kind = "compare"
     comparisons: tuple[Comparison, ...] = ()
     equivalence: tuple[Equivalence, ...] = ()
+    metric_changes: tuple[MetricChange, ...] = ()
     failures: tuple[str, ...] = ()
     """One sentence per variant that failed."""
 
@@ -627,6 +640,8 @@ class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
     predictions: Count | None = None
     quarantined: Count = 0
     metrics: tuple[Metric, ...] = ()
+    metric_changes: tuple[MetricChange, ...] = ()
+    """Against the reference."""
     outputs: tuple[Output, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     """In the order of the config."""

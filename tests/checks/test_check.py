@@ -666,4 +666,6 @@ def test_a_metric_may_not_become_worse_than_that_of_the_reference(tmp_path, monk
         (found,) = [o for o in result.outcomes if o.check.startswith("accuracy vs")]
         assert (found.status, found.value) == ("fail", "0.9000, was 1.0000")
         assert found.reason == "worse by 10.0%"
+        (change,) = result.metric_changes
+        assert (change.before, change.value) == (1.0, pytest.approx(0.9))
     assert gradrun.check("good.yaml", against="poor.yaml").status == "pass"

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gradrun
 from gradrun.comparison import session
 from gradrun.comparison.session import SessionData
 from gradrun.core.errors import ConfigError
+from gradrun.report.document import describe
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
@@ -429,3 +431,58 @@ def test_ctrl_c_shows_and_saves_the_data_so_far(
     assert "in 2 fresh processes" in answer.out
     saved = RunResult.load(next(folder.rglob("result.json")))
     assert len(saved.comparisons) == 1
+
+
+def test_metrics_of_each_variant_are_computed_over_all_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics")
+    monkeypatch.chdir(tmp_path)
+    labels = np.random.default_rng(0).integers(0, 3, 60)
+    poor = np.eye(3, dtype=np.float32)[labels]
+    poor[:6] = poor[:6, [1, 2, 0]]  # 6 of 60 wrong
+    np.savez("good.npz", x=np.eye(3, dtype=np.float32)[labels], y=labels)
+    np.savez("poor.npz", x=poor, y=labels)
+    data = {"source": "arrays", "path": "good.npz", "inputs": {"x": {"key": "x"}}}
+    with in_process_workers():
+        result = gradrun.compare(
+            {
+                "model": {"source": "layers", "layers": ["Identity"]},
+                "data": data | {"labels": {"key": "y"}, "batch_size": 4},
+                "run": {"threads": 1},
+                "metrics": ["accuracy"],
+                "measure": {"processes": 2, "budget": 0.1},
+                "output": {"path": "out"},
+            },
+            over=("data.path", ["good.npz", "poor.npz"]),
+        ).result
+    (change,) = result.metric_changes
+    assert (change.name, change.before, change.value) == ("accuracy", 1.0, pytest.approx(54 / 60))
+    assert {s.topic for s in result.interpretation} >= {"weights", "input x", "labels", "threads"}
+    text = describe(result)
+    assert "accuracy" in str(text.predictions)
+    assert "-0.1" in str(text.predictions)
+    assert not list(tmp_path.glob("out-compare-*")), "the predictions are removed"
+
+
+def test_a_variant_that_reads_its_data_otherwise_states_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((8, 2, 3), dtype=np.float32))
+    data = {"source": "arrays", "path": "x.npy", "batch_size": 4}
+    with in_process_workers():
+        result = gradrun.compare(
+            {
+                "model": {"source": "layers", "layers": ["Identity"]},
+                "data": data | {"inputs": {"x": {"permute": [0, 1]}}},
+                "measure": {"processes": 2, "budget": 0.1},
+                "output": {"path": "out"},
+            },
+            over=("data.inputs.x.permute", ["[0, 1]", "[1, 0]"]),
+        ).result
+    topics = [s.topic for s in result.interpretation]
+    assert topics.count("input x") == 1
+    assert [t for t in topics if t.startswith("input x (")] == [
+        "input x (data.inputs.x.permute=[1, 0])"
+    ]

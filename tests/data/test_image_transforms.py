@@ -356,6 +356,8 @@ def test_the_processor_of_an_image_classifier_is_the_default_and_gives_its_predi
         "the model's own preprocessing: ViTImageProcessor: resize 32x32 bilinear, RGB, x 1/255, "
         "mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
     ]
+    codes = [w.code for w in result.warnings], [w.code for w in plain.warnings]
+    assert ["other_preprocessing" in found for found in codes] == [False, True]
     (tmp_path / "vit/preprocessor_config.json").unlink()
     small = gradrun.infer(given, overwrite=True, data={"resize": (32, 32)})
     stated = {statement.topic: statement.text for statement in small.interpretation}
