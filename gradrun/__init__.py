@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradrun.core.grad_mode import GradMode
     from gradrun.engines.infer import infer
     from gradrun.output.verification import verify
+    from gradrun.profiling.profile import profile
     from gradrun.results.result import Comparison, Measurement, RunResult
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "load_config",
     "mode_behavior",
     "modes",
+    "profile",
     "verify",
 ]
 
@@ -50,6 +52,7 @@ _MODULES = {
     "compare": "comparison.compare",
     "audit": "audits.audit",
     "check": "checks.check",
+    "profile": "profiling.profile",
     "verify": "output.verification",
     "mode_behavior": "audits.mode_behavior",
     "Comparison": "results.result",

@@ -13,6 +13,7 @@ from gradrun.cli.check import check
 from gradrun.cli.compare import BareModesCommand, compare
 from gradrun.cli.config import init, schema, validate
 from gradrun.cli.infer import infer
+from gradrun.cli.profile import profile
 from gradrun.cli.report import PlainPathsCommand, report, verify
 from gradrun.core.errors import Interrupted
 from gradrun.core.version import __version__
@@ -44,6 +45,7 @@ def root(
 
 app.command()(infer)
 app.command(cls=BareModesCommand)(compare)
+app.command()(profile)
 app.command()(audit)
 app.command()(check)
 app.command()(modes)

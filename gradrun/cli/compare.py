@@ -72,14 +72,14 @@ def compare(
             comparisons = run(
                 loaded,
                 names,
-                over=_parse_over(over[0]) if over else None,
+                over=parse_over(over[0]) if over else None,
                 trust_code=trust_code,
                 progress=progress,
             )
         out.show_result(comparisons.result)
 
 
-def _parse_over(over: str) -> tuple[str, list[str]]:
+def parse_over(over: str) -> tuple[str, list[str]]:
     """Split `"run.threads=1,2"` into the key and its values."""
     key, equals, values = over.partition("=")
     if not equals or "," not in values:

@@ -73,7 +73,7 @@ def compare(
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
     axis = over or ("run.mode", listed)
-    variants = _variants(whole, axis, target)
+    variants = make_variants(whole, axis, target)
     folder = RunFolder(target, overwrite=True)  # raises before anything runs
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted = False
@@ -148,7 +148,9 @@ def _session(
     return WholeRuns(variants, config, trust_code=trust_code)
 
 
-def _variants(config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path) -> list[Variant]:
+def make_variants(
+    config: RunConfig, axis: tuple[str, Sequence[Any]], target: Path
+) -> list[Variant]:
     """Return the config with each value of a key, under unique names."""
     key, values = axis
     if key.partition(".")[0] in {"output", "measure"}:

@@ -83,3 +83,12 @@ def count_of(done: int, samples: int | None) -> str:
     if samples is None:
         return pluralize(done, "sample")
     return f"{done:,} of {pluralize(samples, 'sample')}"
+
+
+def format_count(value: float) -> str:
+    """Format 3638059008 as "3.64 G": three digits and a decimal prefix."""
+    prefixes = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    for scale, prefix in prefixes:
+        if abs(value) >= scale * 0.9995:
+            return f"{format_number(value / scale)} {prefix}"
+    return format_number(value) if value % 1 else f"{value:.0f}"

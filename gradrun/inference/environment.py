@@ -12,6 +12,7 @@ import torch
 from gradrun.core.cpu import available_cpus
 from gradrun.core.version import __version__
 from gradrun.inference.allocator import current_allocator
+from gradrun.results.peaks_cache import Machine
 from gradrun.results.result import Environment
 
 
@@ -31,6 +32,19 @@ def current_environment(device: torch.device) -> Environment:
         memory=psutil.virtual_memory().total,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    )
+
+
+def current_machine(device: torch.device) -> Machine:
+    """Return the properties of the machine on which the peaks of a device depend."""
+    environment = current_environment(device)
+    return Machine(
+        cpu=environment.cpu,
+        cores=environment.cores,
+        cpus=environment.cpus,
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        torch=environment.torch,
+        device=" ".join(filter(None, (device.type, environment.device_name))),
     )
 
 

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.core.units import count_of, pluralize
-from gradrun.report import tables, wording
+from gradrun.report import profile_tables, tables, wording
 from gradrun.report.tables import Cell, Status, Table, Tone
 from gradrun.report.wording import Note, display_path
+from gradrun.results.peaks_cache import CachedPeaks, cache_path
 from gradrun.results.result import (
     AnyResult,
     AuditResult,
     CheckResult,
     InferResult,
     ModeFacts,
+    ProfileResult,
     Statement,
     Verification,
 )
@@ -65,7 +67,7 @@ def describe(result: AnyResult) -> Document:
         subject=wording.subject(result),
         verdict=wording.verdict(result),
         tone=tables.OUTCOME_TONES.get(status, ""),
-        tables=tables.of_measurements(result),
+        tables=_tables(result),
         predictions=tables.of_predictions(result),
         interpretation=tables.of_interpretation(result),
         findings=tuple(wording.findings(result)) if isinstance(result, AuditResult) else (),
@@ -73,6 +75,12 @@ def describe(result: AnyResult) -> Document:
         machine=tuple(wording.machine(result)),
         files=tuple(_files(result)),
     )
+
+
+def _tables(result: AnyResult) -> tuple[Table, ...]:
+    if isinstance(result, ProfileResult):
+        return profile_tables.tables_of(result)
+    return tables.of_measurements(result)
 
 
 def _files(result: AnyResult) -> list[tuple[Cell, str]]:
@@ -107,6 +115,21 @@ def describe_modes(result: ModeFacts) -> Document:
             *(Note(wording.explain_difference(f, machine.torch), "bad") for f in result.differing),
             *(Note(f"not available: {reason}") for reason in unavailable),
         ),
+    )
+
+
+def describe_machine(measured: CachedPeaks) -> Document:
+    """Build the report on the peaks of a machine."""
+    machine = measured.machine
+    best = max(measured.peaks, key=lambda peaks: peaks.rate("float32") or 0.0)
+    path = display_path(cache_path(machine))
+    return Document(
+        title=machine.cpu or machine.device,
+        subject=f"{machine.device}, {machine.instructions}, torch {machine.torch}",
+        verdict=profile_tables.summarize_peaks(best),
+        tables=(profile_tables.peaks(measured.peaks),),
+        notes=tuple(Note(text) for text in measured.notes),
+        files=() if measured.notes else (("kept in", path),),
     )
 
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal
 
 from gradrun.results import stats
+from gradrun.results.profile import Profile, ProfileFigures
 from gradrun.results.result import (
     AnyResult,
     AuditResult,
@@ -18,6 +19,7 @@ from gradrun.results.result import (
     Equivalence,
     InferResult,
     Measurement,
+    ProfileResult,
 )
 
 Unit = Literal[
@@ -57,7 +59,7 @@ def figures(result: AnyResult) -> list[Figure]:
     found: list[Figure] = []
     if isinstance(result, CompareResult | CheckResult):
         comparisons = {c.candidate: c for c in result.comparisons}
-    if not isinstance(result, InferResult):
+    if isinstance(result, CompareResult | AuditResult | CheckResult):
         equivalence = {e.candidate: e for e in result.equivalence}
     if isinstance(result, CheckResult):
         found += (
@@ -75,6 +77,8 @@ def figures(result: AnyResult) -> list[Figure]:
         found += _memory(mode, first)
         if name in equivalence:
             found.append(_outputs(equivalence[name]))
+    if isinstance(result, ProfileResult):
+        found += (figure for profile in result.profiles for figure in _of_profile(profile, result))
     return found + list(_of_audit(result)) if isinstance(result, AuditResult) else found
 
 
@@ -131,6 +135,28 @@ def _of_audit(result: AuditResult) -> Iterator[Figure]:
     for f in result.findings:
         modes = ", ".join(f.modes) or "all modes"
         yield Figure(modes, f.code, "words", status=f.severity, text=f.text)
+
+
+def _of_profile(profile: Profile, result: ProfileResult) -> Iterator[Figure]:
+    """Yield times, shares and work of each module, per batch; times exclude the cost of hooks."""
+    figures, mode = ProfileFigures(profile), profile.variant or result.info.mode.value
+    yield _estimate(mode, "forward", figures.forward)
+    yield Figure(mode, "hooks", "seconds", figures.overhead, text="subtracted from the times")
+    yield Figure(mode, "sum_of_self_times", "ratio", figures.sum_of_self_times)
+    for module in figures.modules:
+        name = " in ".join(figures.chain(module))
+        yield _estimate(mode, f"time of {name}", module.time)
+        yield _estimate(mode, f"self time of {name}", module.self_time)
+        yield _estimate(mode, f"share of {name}", module.share, "ratio")
+        yield Figure(mode, f"memory of {name}", "bytes", module.calls.peak)
+        yield Figure(mode, f"parameters of {name}", "count", module.calls.parameters)
+        if module.work is None:
+            continue
+        found = module.reach(profile.peaks)
+        yield Figure(mode, f"operations of {name}", "count", module.work.total_flops)
+        yield Figure(mode, f"bytes moved by {name}", "bytes", module.work.bytes)
+        if found and (found.flops or found.bytes):
+            yield Figure(mode, f"peak of {name}", "ratio", found.share, status=found.bound)
 
 
 def _estimate(

@@ -135,6 +135,8 @@ def of_measurements(result: AnyResult) -> tuple[Table, ...]:
             return _with_rows(mode_safety(result), saved_for_backward(result))
         case CheckResult():
             return _with_rows(outcomes(result))
+        case _:
+            return ()
 
 
 def of_predictions(result: AnyResult) -> tuple[Table, ...]:
@@ -447,7 +449,7 @@ def ratios(result: CompareResult) -> Table:
         )
         rate = format_number(size / time.value, size / time.value * time.relative)
         comparison = comparisons.get(name)
-        rows.append((name, _time(time), *_ratio(comparison), rate, _verdict(comparison)))
+        rows.append((name, seconds_or_about(time), *_ratio(comparison), rate, _verdict(comparison)))
     unit = "per run" if result.of_whole_runs else "per batch" if per_batch else "per sample"
     columns = (
         Column(unit, emphasis="strong"),
@@ -462,7 +464,8 @@ def ratios(result: CompareResult) -> Table:
     return Table("Time", columns, tuple(rows), note=note if comparisons else "")
 
 
-def _time(time: stats.Estimate) -> str:
+def seconds_or_about(time: stats.Estimate) -> str:
+    """Format a time with its interval, or as a rough value if the interval is wide."""
     if 2 * time.uncertainty < time.value:
         return seconds_within(time.value, time.uncertainty)
     return f"about {format_seconds(time.value, time.value)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
+from gradrun.report import profile_tables
 from gradrun.report.tables import OUTCOME_TONES, Tone
 from gradrun.results.result import (
     AnyResult,
@@ -18,6 +19,7 @@ from gradrun.results.result import (
     InferResult,
     Measurement,
     ModeFacts,
+    ProfileResult,
     Status,
 )
 from gradrun.results.summary import summarize_audit, summarize_comparison
@@ -51,9 +53,17 @@ def subject(result: AnyResult) -> str:
             parts = [device, *_rounds(result, threads)]
         case AuditResult():
             parts = ["audit", device, f"torch {machine.torch}"]
+        case ProfileResult():
+            rounds = pluralize(len(result.measurements[0].batch_seconds), "round")
+            size = f"batches of {max(result.batch_sizes)}"
+            parts = ["profile", *_mode(result), device, threads, size, rounds]
         case CheckResult():
             parts = [result.info.mode.value, "check", device, threads, f"torch {machine.torch}"]
     return ", ".join(filter(None, parts))
+
+
+def _mode(result: ProfileResult) -> list[str]:
+    return [] if result.key == "run.mode" else [result.info.mode.value]
 
 
 def _rounds(result: CompareResult, threads: str) -> list[str]:
@@ -81,6 +91,8 @@ def verdict(result: AnyResult) -> str:
             return summarize_comparison(result)
         case AuditResult():
             return summarize_audit(result)
+        case ProfileResult():
+            return profile_tables.verdict(result)
         case CheckResult():
             statuses = [outcome.status for outcome in result.outcomes]
             counts = ((statuses.count(status), word) for status, word in _OUTCOMES.items())
@@ -115,6 +127,8 @@ def notes(result: AnyResult) -> list[Note]:
         ]
     if isinstance(result, CompareResult):
         found += [Note(failure, "bad") for failure in result.failures]
+    if isinstance(result, ProfileResult):
+        found += [Note(text) for text in profile_tables.doubts(result)]
     return found + [Note(warning.text) for warning in result.warnings]
 
 

@@ -17,12 +17,9 @@ from gradrun.core.files import replace_file
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.record import Record
 from gradrun.results import stats
-
-# Result files may be damaged or hostile: impossible values are rejected when a file is read.
-Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-Count = Annotated[int, Meta(ge=0, le=2**62)]
-ByteChange = Annotated[int, Meta(ge=-(2**62), le=2**62)]
-"""Negative if more memory was freed than allocated."""
+from gradrun.results.bounds import ByteChange, Count, Seconds
+from gradrun.results.profile import Profile
+from gradrun.results.work import MachinePeaks, Work
 
 _MAX_FILE_BYTES = 2**30
 
@@ -212,6 +209,10 @@ class Measurement(Record, frozen=True, kw_only=True):
     workers: tuple[WorkerStats, ...] = ()
     """The workers of an engine; the seconds in `phases` are then the mean over those that ran
     samples."""
+    work: Work | None = None
+    """Of the batch whose memory was measured; None if it was not counted."""
+    peaks: MachinePeaks | None = None
+    """Peaks of the machine with the threads of the run, if they were known."""
 
     def __post_init__(self) -> None:
         if len(self.batch_seconds) != len(self.batch_sizes):
@@ -500,7 +501,7 @@ class RunInfo(Record, frozen=True, kw_only=True):
 class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
     """Base of the results of all commands."""
 
-    kind: ClassVar[Literal["infer", "compare", "audit", "check"]]
+    kind: ClassVar[Literal["infer", "compare", "audit", "check", "profile"]]
     format: Literal[2] = 2
     gradrun: str
     started_at: str
@@ -654,7 +655,30 @@ class CheckResult(RunResult, frozen=True, kw_only=True, tag="check"):
         return next((status for status in order if status in statuses), "pass")
 
 
-AnyResult = InferResult | CompareResult | AuditResult | CheckResult
+class ProfileResult(RunResult, frozen=True, kw_only=True, tag="profile"):
+    """Result of `gradrun profile`, with one measurement and one profile per variant."""
+
+    kind = "profile"
+    measurements: Annotated[tuple[Measurement, ...], Meta(min_length=1)]
+    """Times without hooks, one entry per round."""
+    profiles: Annotated[tuple[Profile, ...], Meta(min_length=1)]
+    key: str = ""
+    """The config key whose values are the variants."""
+    depth: Count = 0
+    """Levels of modules that a report shows; 0: all."""
+    top: Count = 0
+    """Modules that a report shows; 0: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.profiles) != len(self.measurements):
+            raise ValueError("profiles and measurements differ in length")
+        for measured, profile in zip(self.measurements, self.profiles, strict=True):
+            if len(measured.batch_seconds) != len(profile.hooked_seconds):
+                raise ValueError("rounds with and without hooks differ in number")
+
+
+AnyResult = InferResult | CompareResult | AuditResult | CheckResult | ProfileResult
 
 # --- format 1 ----------------------------------------------------------------------------------
 

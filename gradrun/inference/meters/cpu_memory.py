@@ -70,7 +70,7 @@ def forward_memory(call: Callable[[], Any], model: nn.Module | None = None) -> F
     profile: Any = torch_profiler.profile  # not typed in torch
     profiler = profile(use_cpu=True, profile_memory=True, acc_events=False)
     # stderr stays quiet during the call: torch's allocator logs each older block that is freed.
-    with _quiet_stderr(), _module_marks(model) as labels, profiler:
+    with quiet_stderr(), _module_marks(model) as labels, profiler:
         returned = call()
     live, timeline, running = 0, [0], -1
     peak, at_peak = 0, -1
@@ -118,7 +118,7 @@ def _module_marks(model: nn.Module | None) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _quiet_stderr() -> Iterator[None]:
+def quiet_stderr() -> Iterator[None]:
     """Drop the log lines of kineto's C++ code, and nothing that Python writes.
 
     KINETO_LOG_LEVEL is not an option, because torch reads it only on import.

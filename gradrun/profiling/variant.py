@@ -1,0 +1,170 @@
+"""One variant of a profile: a loaded model with its batches and its call tree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradrun.config.schema import RunConfig
+from gradrun.core.cpu import thread_count
+from gradrun.core.errors import GradrunError
+from gradrun.data.batch import Batch
+from gradrun.inference.compilation import is_compiled
+from gradrun.inference.device import seed_generators
+from gradrun.inference.diagnosis import explain_first_batch_failure
+from gradrun.inference.module_state import preserve_module_state
+from gradrun.inference.runner import execution_context
+from gradrun.inference.sampling import first_batches
+from gradrun.inference.torchscript import compile_without_gradients
+from gradrun.models import load_model
+from gradrun.profiling.call_tree import CallNode, CallTree, Clock
+from gradrun.results import stats
+
+_WARM_UP_SECONDS = 0.5
+
+
+@dataclass
+class ProfiledVariant:
+    """A model with batches of different shapes, and the times of its rounds."""
+
+    name: str
+    config: RunConfig
+    device: torch.device
+    model: nn.Module
+    batches: Sequence[Batch]
+    tree: CallTree
+    hooks: bool
+    """Whether modules can be timed: hooks would recompile a compiled model."""
+    load_seconds: float = 0.0
+    open_seconds: float = 0.0
+    first_seconds: float = 0.0
+    batch_seconds: float = 0.0
+    """Per batch, at the end of the warm-up."""
+    plain: list[float] = field(default_factory=list)
+    """Seconds per batch of the rounds without hooks."""
+    hooked: list[float] = field(default_factory=list)
+    """Seconds per batch of the rounds with hooks."""
+
+    @property
+    def threads(self) -> int:
+        """The number of CPU threads."""
+        return thread_count(self.config.run.threads)
+
+    def execution_context(self) -> AbstractContextManager[None]:
+        """Set the threads; return a context with the gradient mode and autocast of the config."""
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        return execution_context(self.config.run, self.device)
+
+    def run(self, batch: Batch) -> Any:
+        """Return the model's output for a batch."""
+        return self.model(*batch.args, **batch.kwargs)
+
+    def running_node(self) -> AbstractContextManager[Callable[[], CallNode | None]]:
+        """Return a context with a function for the node of the module that is running."""
+        if self.hooks:
+            return self.tree.tracked(lambda _: None, lambda *_: None)
+        return nullcontext(lambda: None)
+
+    @property
+    def largest(self) -> Batch:
+        """A copy of the batch with the most elements."""
+        return max(self.batches, key=lambda batch: batch.elements).map(torch.clone)
+
+    def warm_up(self) -> None:
+        """Run batches until their time is steady.
+
+        Raises:
+            ConfigError: the model failed on the first batch.
+        """
+        seconds: list[float] = []
+        with self.execution_context(), preserve_module_state(self.model):
+            began = time.perf_counter()
+            try:
+                self.run(self.batches[0])
+            except GradrunError:
+                raise
+            except Exception as error:  # user code can raise anything
+                first = self.batches[0]
+                raise explain_first_batch_failure(
+                    self.model, first.args, first.kwargs, error, self.config.run.mode
+                ) from error
+            self.first_seconds = time.perf_counter() - began
+            while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_UP_SECONDS:
+                started = time.perf_counter()
+                for batch in self.batches:
+                    self.run(batch)
+                seconds.append((time.perf_counter() - started) / len(self.batches))
+        self.batch_seconds = min(seconds, default=self.first_seconds)
+
+    def time_block(self, repeats: int, now: Clock, *, hooks: bool) -> None:
+        """Time `repeats` passes over the batches and store the seconds per batch."""
+        model, batches, count = self.model, list(self.batches) * repeats, 0
+        with ExitStack() as stack:
+            stack.enter_context(self.execution_context())
+            if hooks and self.hooks:
+                stack.enter_context(self.tree.timed(now))
+            began = now()
+            for args, kwargs, _, _, _ in batches:
+                model(*args, **kwargs)
+            seconds = max((now() - began) * 1e-9, 1e-9)
+        count = len(batches)
+        if not hooks:
+            self.plain.append(seconds / count)
+            return
+        number = len(self.hooked)
+        self.hooked.append(seconds / count)
+        if not self.hooks:
+            root = self.tree.enter(self.model, None)
+            root.nanoseconds, root.count = round(seconds * 1e9), count
+        self.tree.end_round(number, count)
+
+
+def load_variant(
+    name: str,
+    config: RunConfig,
+    device: torch.device,
+    earlier: Sequence[ProfiledVariant],
+    *,
+    trust_code: bool,
+) -> ProfiledVariant:
+    """Load the model and batches of a config, shared with an equal earlier variant."""
+    key = (config.run.seed, config.model)
+    twin = next((v for v in earlier if (v.config.run.seed, v.config.model) == key), None)
+    began = time.perf_counter()
+    if twin:
+        model = twin.model
+    else:
+        seed_generators(config.run.seed, device)
+        model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
+    loaded = time.perf_counter()
+    if twin and twin.config.data == config.data:
+        batches = twin.batches
+    else:
+        batches = _of_different_shapes(first_batches(config, device))
+    opened = time.perf_counter()
+    if not twin:
+        compile_without_gradients(model, batches[0])
+    return ProfiledVariant(
+        name=name,
+        config=config,
+        device=device,
+        model=model,
+        batches=batches,
+        tree=CallTree(model),
+        hooks=not is_compiled(model),
+        load_seconds=loaded - began,
+        open_seconds=opened - loaded,
+    )
+
+
+def _of_different_shapes(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first batch of each combination of shapes: others take the same time."""
+    shapes = {tuple(tensor.shape for tensor in batch.tensors()): batch for batch in batches[::-1]}
+    return list(shapes.values())[::-1]
