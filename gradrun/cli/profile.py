@@ -31,6 +31,10 @@ def profile(
         Path | None,
         typer.Option(metavar="FILE", help="Write a trace of some batches for Perfetto or Chrome."),
     ] = None,
+    peaks: Annotated[
+        bool,
+        typer.Option("--peaks/--no-peaks", help="Measure the machine's peaks if not yet known."),
+    ] = True,
     machine: Annotated[
         bool, typer.Option("--machine", help="Measure and show the peaks of this machine.")
     ] = False,
@@ -75,6 +79,7 @@ def profile(
                 depth=depth,
                 top=top,
                 trace=trace,
+                peaks=peaks,
                 trust_code=trust_code,
                 progress=progress,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from gradrun.core.files import replace_file
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.inference.device import device_context
 from gradrun.inference.diagnosis import describe_model_error
-from gradrun.inference.environment import current_environment
+from gradrun.inference.environment import current_environment, current_machine
 from gradrun.inference.meters import measure_forward_memory
 from gradrun.inference.meters.work import counting
 from gradrun.inference.module_state import preserve_module_state
@@ -28,6 +29,7 @@ from gradrun.profiling.operators import OperatorPass, profile_operators
 from gradrun.profiling.peaks import kept_peaks
 from gradrun.profiling.rounds import time_rounds
 from gradrun.profiling.variant import ProfiledVariant, load_variant
+from gradrun.results.peaks_cache import cached_peaks
 from gradrun.results.profile import ModuleCalls, Profile
 from gradrun.results.result import (
     Measurement,
@@ -46,13 +48,12 @@ def profile(
     depth: int = 0,
     top: int = 20,
     trace: str | Path | None = None,
+    peaks: bool = True,
     trust_code: bool = False,
     progress: ProgressCallback = ignore,
     **overrides: Any,
 ) -> ProfileResult:
     """Measure where the time of a forward pass goes, and how far it is from the machine's peaks.
-
-    Peaks that are not in the cache are measured first, which takes a few seconds.
 
     Args:
         config: the path of a YAML file, its content as a mapping, or a loaded config.
@@ -61,6 +62,7 @@ def profile(
         depth: levels of modules that reports show; 0: all.
         top: modules that reports show, longest first; 0: all.
         trace: a file for a trace of some batches in the JSON format of Chrome and Perfetto.
+        peaks: measure peaks of the machine that are not in the cache, which takes a few seconds.
         trust_code: allow the code that the config names to run.
         progress: called before each step.
         overrides: config values to change, as for `infer`.
@@ -81,32 +83,30 @@ def profile(
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     configs = _configs(whole, over) if over else {"": whole}
     with loaded.error_locations(), device_context(whole.run) as device:
-        now = host_clock(device)
         variants: list[ProfiledVariant] = []
         for name, one in configs.items():
             progress(Progress("loading the model"))
             trusted = is_trusted(trust_code)
             variants.append(load_variant(name, one, device, variants, trust_code=trusted))
-            variants[-1].warm_up()
-        peaks, warnings = _peaks(device, [variant.threads for variant in variants], progress)
+            variants[-1].run_first_batch()
+        threads = {variant.threads for variant in variants}
+        known, warnings = _peaks(device, threads, progress if peaks else None)
+        now = host_clock(device)
         cost = hook_cost(now)
-        time_rounds(variants, now, whole.measure.budget, progress)
         passes = []
-        for variant in variants:
-            progress(Progress("counting operations"))
-            try:
+        with _failures(whole):  # the first batch succeeded
+            for variant in variants:
+                variant.warm_up()
+            time_rounds(variants, now, whole.measure.budget, progress)
+            for variant in variants:
+                progress(Progress("counting operations"))
                 _count_work(variant)
                 progress(Progress("profiling operators"))
                 passes.append(profile_operators(variant))
-            except GradrunError:
-                raise
-            except Exception as error:  # the first batch succeeded
-                reason = describe_model_error(error, variant.config.run.mode)
-                raise RunFailed(f"the model failed during the profile: {reason}") from error
-            warnings += limitations(variant)
-        environment = current_environment(device)
-        measurements = [_measurement(variant) for variant in variants]
+                warnings += limitations(variant)
+            measurements = [_measurement(variant) for variant in variants]
         statements = [one for variant in variants for one in statements_of(variant)]
+        environment = current_environment(device)
     dumped = whole.model_dump(mode="json")
     result = ProfileResult(
         gradrun=environment.gradrun,
@@ -116,7 +116,7 @@ def profile(
         environment=environment,
         measurements=tuple(measurements),
         profiles=tuple(
-            _profile(variant, cost, found, peaks[variant.threads])
+            _profile(variant, cost, found, known[variant.threads])
             for variant, found in zip(variants, passes, strict=True)
         ),
         interpretation=tuple(dict.fromkeys(statements)),
@@ -130,6 +130,18 @@ def profile(
     if trace is not None:
         _write_trace(Path(trace), passes[0], result.info.model)
     return result
+
+
+@contextmanager
+def _failures(config: RunConfig) -> Iterator[None]:
+    """Turn an error of the model into a RunFailed."""
+    try:
+        yield
+    except GradrunError:
+        raise
+    except Exception as error:  # user code can raise anything
+        reason = describe_model_error(error, config.run.mode)
+        raise RunFailed(f"the model failed during the profile: {reason}") from error
 
 
 def _configs(config: RunConfig, over: tuple[str, Sequence[Any]]) -> dict[str, RunConfig]:
@@ -148,14 +160,17 @@ def _configs(config: RunConfig, over: tuple[str, Sequence[Any]]) -> dict[str, Ru
 
 
 def _peaks(
-    device: torch.device, threads: Sequence[int], progress: ProgressCallback
-) -> tuple[dict[int, MachinePeaks], list[Warning]]:
-    """Return the peaks for each number of threads."""
-    found: dict[int, MachinePeaks] = {}
+    device: torch.device, threads: Iterable[int], progress: ProgressCallback | None
+) -> tuple[dict[int, MachinePeaks | None], list[Warning]]:
+    """Return the peaks for each number of threads; without `progress`, those in the cache."""
+    found: dict[int, MachinePeaks | None] = {}
     warnings: list[Warning] = []
-    for count in dict.fromkeys(threads):
-        found[count], noted = kept_peaks(device, count, progress)
-        warnings += noted
+    for count in threads:
+        if progress is None:
+            found[count] = cached_peaks(current_machine(device), count)
+        else:
+            found[count], noted = kept_peaks(device, count, progress)
+            warnings += noted
     return found, warnings
 
 
@@ -167,9 +182,10 @@ def _count_work(variant: ProfiledVariant) -> None:
         def record(work: Work) -> None:
             parts.setdefault(running() or tree.enter(variant.model, None), []).append(work)
 
+        copies = [batch.map(torch.clone) for batch in variant.batches]
         with preserve_module_state(variant.model), counting(record):
-            for batch in variant.batches:
-                variant.run(batch.map(torch.clone))
+            for batch in copies:
+                variant.run(batch)
     for node in tree.nodes:
         node.work = sum(parts.get(node, []), Work()).divided(len(variant.batches))
 
@@ -198,7 +214,7 @@ def _profile(
     variant: ProfiledVariant,
     cost: tuple[float, float],
     found: OperatorPass,
-    peaks: MachinePeaks,
+    peaks: MachinePeaks | None,
 ) -> Profile:
     inside, outside = cost if variant.hooks else (0.0, 0.0)
     rounds = len(variant.hooked)

@@ -77,25 +77,30 @@ class ProfiledVariant:
         """A copy of the batch with the most elements."""
         return max(self.batches, key=lambda batch: batch.elements).map(torch.clone)
 
-    def warm_up(self) -> None:
-        """Run batches until their time is steady.
+    def run_first_batch(self) -> None:
+        """Run the first batch.
 
         Raises:
-            ConfigError: the model failed on the first batch.
+            ConfigError: the model failed.
         """
-        seconds: list[float] = []
+        first = self.batches[0].map(torch.clone)
         with self.execution_context(), preserve_module_state(self.model):
             began = time.perf_counter()
             try:
-                self.run(self.batches[0])
+                self.run(first)
             except GradrunError:
                 raise
             except Exception as error:  # user code can raise anything
-                first = self.batches[0]
                 raise explain_first_batch_failure(
                     self.model, first.args, first.kwargs, error, self.config.run.mode
                 ) from error
             self.first_seconds = time.perf_counter() - began
+
+    def warm_up(self) -> None:
+        """Run batches until their time is steady."""
+        seconds: list[float] = []
+        began = time.perf_counter()
+        with self.execution_context(), preserve_module_state(self.model):
             while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_UP_SECONDS:
                 started = time.perf_counter()
                 for batch in self.batches:
@@ -147,7 +152,7 @@ def load_variant(
     if twin and twin.config.data == config.data:
         batches = twin.batches
     else:
-        batches = _of_different_shapes(first_batches(config, device))
+        batches = of_different_shapes(first_batches(config, device))
     opened = time.perf_counter()
     if not twin:
         compile_without_gradients(model, batches[0])
@@ -164,7 +169,9 @@ def load_variant(
     )
 
 
-def _of_different_shapes(batches: Sequence[Batch]) -> list[Batch]:
+def of_different_shapes(batches: Sequence[Batch]) -> list[Batch]:
     """Return the first batch of each combination of shapes: others take the same time."""
-    shapes = {tuple(tensor.shape for tensor in batch.tensors()): batch for batch in batches[::-1]}
-    return list(shapes.values())[::-1]
+    found: dict[tuple[torch.Size, ...], Batch] = {}
+    for batch in batches:
+        found.setdefault(tuple(tensor.shape for tensor in batch.tensors()), batch)
+    return list(found.values())

@@ -30,7 +30,13 @@ _LABELS = {
     "device_allocated": "device peak",
     "max_abs_diff": "outputs",
 }
-_TITLES = {"infer": "Run", "compare": "Comparison", "audit": "Audit", "check": "Check", "profile": "Profile"}
+_TITLES = {
+    "infer": "Run",
+    "compare": "Comparison",
+    "audit": "Audit",
+    "check": "Check",
+    "profile": "Profile",
+}
 
 
 def side_by_side(results: Sequence[Named]) -> list[Table]:

@@ -122,7 +122,9 @@ def test_views_move_no_bytes_and_copies_do() -> None:
     assert work_of(Copies(), torch.ones(4, 4)).bytes == 2 * 64
 
 
-@pytest.mark.parametrize("build", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2, 4))])
+@pytest.mark.parametrize(
+    "build", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(2, 4))]
+)
 def test_operations_inside_torchscript_count(build: Any) -> None:
     model = build(nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval())
     assert work_of(model, torch.ones(2, 4)).total_flops == 2 * 2 * 4 * 3

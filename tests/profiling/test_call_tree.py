@@ -69,7 +69,12 @@ def profile_of(model: nn.Module, clock: FakeClock, rounds: int = 1) -> ProfileFi
 
 def rows(figures: ProfileFigures) -> list[tuple[str, float, float, float]]:
     return [
-        (m.calls.path, m.calls.calls, round(m.time.value * 1e3, 6), round(m.self_time.value * 1e3, 6))
+        (
+            m.calls.path,
+            m.calls.calls,
+            round(m.time.value * 1e3, 6),
+            round(m.self_time.value * 1e3, 6),
+        )
         for m in figures.in_tree_order()
     ]
 
@@ -205,6 +210,6 @@ def test_the_cost_of_a_hook_is_a_few_microseconds() -> None:
     import time
 
     inside, outside = hook_cost(time.perf_counter_ns)
-    assert 0 < inside
-    assert 0 <= outside
+    assert inside > 0
+    assert outside >= 0
     assert inside + outside < 1e-3

@@ -32,7 +32,9 @@ def calls(path: str, parent: int, *seconds: float, **changes: Any) -> ModuleCall
     return ModuleCalls(path=path, parent=parent, seconds=seconds, **(given | changes))
 
 
-def profile(*modules: ModuleCalls, plain: Any = None, hooked: Any = None, **changes: Any) -> Profile:
+def profile(
+    *modules: ModuleCalls, plain: Any = None, hooked: Any = None, **changes: Any
+) -> Profile:
     whole = modules[0].seconds
     given: dict[str, Any] = {"inside": 0.0, "outside": 0.0}
     return Profile(
@@ -140,7 +142,9 @@ def test_the_sentence_names_share_rates_and_the_advice_for_the_bound() -> None:
         "forward reaches 34% of this machine's float32 peak (68.0 of 200 GFLOP/s); it is bound by "
         "compute: run.autocast: bfloat16 can help, whose peak here is 3.0 times as high"
     )
-    assert "bound by memory (80% of the copy bandwidth): a larger batch" in sentence(1e6, 16_000_000)
+    assert "bound by memory (80% of the copy bandwidth): a larger batch" in sentence(
+        1e6, 16_000_000
+    )
     assert "bound by overhead: a larger batch or model.compile" in sentence(1e6, 1000)
     assert "bfloat16 can help" not in sentence(300e6, 1000, "bfloat16")
     assert describe_reach(Work(bytes=5), 1e-3, PEAKS) == ""
@@ -192,6 +196,4 @@ def test_a_module_that_calls_other_children_is_compared_with_them() -> None:
 )
 def test_an_impossible_tree_is_an_error(modules: Any) -> None:
     with pytest.raises(ValueError, match=r"modul|differ|without"):
-        Profile(
-            plain_seconds=(1.0,), hooked_seconds=(1.0,), inside=0, outside=0, modules=modules
-        )
+        Profile(plain_seconds=(1.0,), hooked_seconds=(1.0,), inside=0, outside=0, modules=modules)
