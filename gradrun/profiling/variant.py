@@ -14,8 +14,9 @@ from torch import nn
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import GradrunError
+from gradrun.data import open_data
 from gradrun.data.batch import Batch
-from gradrun.inference.compilation import is_compiled
+from gradrun.inference.compilation import compile_model, is_compiled
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import explain_first_batch_failure
 from gradrun.inference.module_state import preserve_module_state
@@ -23,6 +24,7 @@ from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
+from gradrun.models.loaded import LoadedModel
 from gradrun.profiling.call_tree import CallNode, CallTree, Clock
 from gradrun.results import stats
 
@@ -36,7 +38,7 @@ class ProfiledVariant:
     name: str
     config: RunConfig
     device: torch.device
-    model: nn.Module
+    loaded: LoadedModel
     batches: Sequence[Batch]
     tree: CallTree
     hooks: bool
@@ -50,6 +52,11 @@ class ProfiledVariant:
     """Seconds per batch of the rounds without hooks."""
     hooked: list[float] = field(default_factory=list)
     """Seconds per batch of the rounds with hooks."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, compiled if the config asks for it."""
+        return self.loaded.module
 
     @property
     def threads(self) -> int:
@@ -141,29 +148,36 @@ def load_variant(
 ) -> ProfiledVariant:
     """Load the model and batches of a config, shared with an equal earlier variant."""
     key = (config.run.seed, config.model)
-    twin = next((v for v in earlier if (v.config.run.seed, v.config.model) == key), None)
+    alike = [v for v in earlier if (v.config.run.seed, v.config.model) == key]
+    if config.model.compile:  # for the shapes of its batches
+        alike = [v for v in alike if v.config.data == config.data]
+    twin = alike[0] if alike else None
     began = time.perf_counter()
     if twin:
-        model = twin.model
+        model = twin.loaded
     else:
         seed_generators(config.run.seed, device)
-        model = load_model(config.model, device, data=config.data, trust_code=trust_code).module
+        model = load_model(config.model, device, data=config.data, trust_code=trust_code)
     loaded = time.perf_counter()
     if twin and twin.config.data == config.data:
         batches = twin.batches
     else:
-        batches = of_different_shapes(first_batches(config, device))
+        data = open_data(
+            config.data, seed=config.run.seed, model=config.model, model_classes=model.classes
+        )
+        batches = of_different_shapes(first_batches(config, device, data))
+        if not twin:
+            compile_without_gradients(model.module, batches[0])
+            model = compile_model(model, config.model.compile, data)
     opened = time.perf_counter()
-    if not twin:
-        compile_without_gradients(model, batches[0])
     return ProfiledVariant(
         name=name,
         config=config,
         device=device,
-        model=model,
+        loaded=model,
         batches=batches,
-        tree=CallTree(model),
-        hooks=not is_compiled(model),
+        tree=CallTree(model.module),
+        hooks=not is_compiled(model.module),
         load_seconds=loaded - began,
         open_seconds=opened - loaded,
     )

@@ -251,8 +251,10 @@ def test_modules_inside_torchscript_are_stated(profiled: Profiled) -> None:
     assert work.total_flops == 2 * (2 * 4 * 4 * 8)
 
 
-def test_a_compiled_model_is_timed_as_a_whole_without_hooks(profiled: Profiled) -> None:
-    found = profiled("compiled")
+@pytest.mark.parametrize("build", ["compiled", "Block"])
+def test_a_compiled_model_is_timed_as_a_whole_without_hooks(profiled: Profiled, build: str) -> None:
+    model = {"args": {"width": 8}, "compile": {"backend": "eager"}} if build == "Block" else {}
+    found = profiled(build, model=model)
     (profile,) = found.profiles
     assert [m.path for m in profile.modules] == [""]
     assert [w.code for w in found.warnings] == ["compiled"]
