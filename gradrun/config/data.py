@@ -168,6 +168,14 @@ class RecordInput(_Input):
         min_length=1, description="numeric columns (or fields that contain lists), in order"
     )
     dtype: DType = "float32"
+    pad: float | None = Field(
+        None,
+        description="for lists of different length: the value that fills them, at their end, to "
+        "the longest of the batch; `shape` is then that of one item",
+    )
+    lengths: str | None = Field(
+        None, description="name of a further input with the length of each list, for `pad`"
+    )
 
 
 class RecordsData(_Data):

@@ -297,7 +297,8 @@ class _NpyHeader:
         if dtype.hasobject:
             raise ConfigError(
                 f"{path} contains pickled Python objects, and unpickling them could run code; "
-                "save an array of numbers",
+                "save an array of numbers, or lists of different length as a column of Parquet or "
+                "JSON lines file for source: records",
                 "data.path",
             )
         if fortran and len(self.shape) > 1:

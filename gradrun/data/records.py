@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 
-from gradrun.config.columns import ColumnSection
-from gradrun.config.data import RecordInput, RecordsData
+from gradrun.config.data import RecordsData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.data.column_encoding import ColumnEncoding
-from gradrun.data.conversion import Conversion
-from gradrun.data.rows import (
-    TABLE_READERS,
-    Record,
-    describe_absence,
-    has_fixed_columns,
-    parse_number,
-)
+from gradrun.data.record_inputs import Columns, open_parser, short_number
+from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
 from gradrun.data.tables import (
     IdColumn,
@@ -39,14 +28,11 @@ from gradrun.data.tables import (
 )
 from gradrun.results.result import Statement
 
-_PREVIEW_COLUMNS = 6
+_PREVIEW_COLUMNS = _PREVIEW_ITEMS = 6
 _DECIDING_ROWS = 64
 """Number of readable rows that decide how many values a row has: that of most of them."""
-_DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
 _MAX_NOTED = 63
 """Filled columns, and columns with unknown categories, whose rows are counted."""
-_EXACT = 2**53
-"""Greatest whole number below which float64 has every whole number."""
 
 
 def open_data(
@@ -64,10 +50,9 @@ class _Records(IndexedRows):
         )
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self.samples, self.sample_bytes = 0, 0
-        self._new_batch = InputBatcher(config.call, len(config.inputs))
         self._ids = IdColumn(self._table, config.id) if config.id is not None else None
         self._index = RowIndex(config.batch_size)
-        self._columns: dict[str, _Columns] = {}
+        self._columns: dict[str, Columns] = {}
         with closing(self._table.read()) as records:
             self._scan(records)
         self._encodings = {
@@ -79,6 +64,9 @@ class _Records(IndexedRows):
         self._noted = noted[:_MAX_NOTED]
         self.flags = np.zeros(self.samples, np.min_scalar_type(2 ** (len(self._noted) + 1) - 1))
         """Bit 0 for a row with NaN that was read, and one bit for each of `_noted`."""
+        names = [name for columns in self._columns.values() for name in columns.names]
+        self._check_unique(names)
+        self._new_batch = InputBatcher(config.call, len(names))
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
@@ -87,7 +75,8 @@ class _Records(IndexedRows):
         checked = -1
         problem: SampleError | None = None
         parsers = {
-            name: _Parser(spec, self.config.columns) for name, spec in self.config.inputs.items()
+            name: open_parser(name, spec, self.config.columns)
+            for name, spec in self.config.inputs.items()
         }
         absent = self._filled_columns() if not has_fixed_columns(self._table.files[0]) else set()
         shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
@@ -102,6 +91,8 @@ class _Records(IndexedRows):
                 first, checked = first or record, record.end.file
                 if has_fixed_columns(record.path):
                     self._table.check_columns(record, self._column_keys())
+            for parser in parsers.values():
+                parser.observe(record)
             if shapes.total() == _DECIDING_ROWS:
                 continue
             try:
@@ -118,12 +109,20 @@ class _Records(IndexedRows):
         if shapes:
             ((usual, _),) = shapes.most_common(1)  # the first rows may be the bad ones
             for (name, parser), shape in zip(parsers.items(), usual, strict=True):
-                self._columns[name] = _Columns(name, parser, shape)
+                self._columns[name] = parser.columns(name, shape)
             return
         if first:
             self._table.check_columns(first, self._column_keys())
         if problem:
             raise ConfigError(f"no row can be read, for example: {problem}", "data.path")
+
+    def _check_unique(self, names: Sequence[str]) -> None:
+        for name, spec in self.config.inputs.items():
+            if spec.lengths is not None and names.count(spec.lengths) > 1:
+                raise ConfigError(
+                    f"there is another input {spec.lengths!r}; choose another name",
+                    f"data.inputs.{name}.lengths",
+                )
 
     def _filled_columns(self) -> set[str]:
         return {name for name, spec in self.config.columns.items() if spec.fill is not None}
@@ -192,7 +191,7 @@ class _Records(IndexedRows):
     def _batch(self, records: list[Record], first: int) -> Batch:
         errors: dict[int, SampleError] = {}
         flags = [0] * len(records)
-        rows = {name: columns.zeros(len(records)) for name, columns in self._columns.items()}
+        rows = {name: columns.buffer(len(records)) for name, columns in self._columns.items()}
         for row, record in enumerate(records):
             try:
                 self._check(record)
@@ -204,12 +203,12 @@ class _Records(IndexedRows):
                 errors[row] = error
         ids = self._row_ids(records, first, errors)
         nans = np.zeros(len(records), bool)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, columns in self._columns.items():
-            values = rows[name]
-            nans |= np.isnan(values).any(axis=1) if values.dtype.kind == "f" else False
-            tensors[name], problems = columns.convert(torch.from_numpy(values))
-            for row, problem in problems.items():
+            converted = columns.convert(rows[name])
+            nans |= converted.nans
+            tensors |= converted.tensors
+            for row, problem in converted.problems.items():
                 place = records[row].place
                 errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
         self.flags[first : first + len(records)] = np.array(flags, self.flags.dtype) | nans
@@ -232,142 +231,12 @@ class _Records(IndexedRows):
         return ids
 
 
-class _Parser:
-    """Reads the columns of one input as numbers."""
-
-    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
-        self.spec = spec
-        self.kind = np.int64 if "int" in spec.dtype else np.float64
-        self._parse = _number_parser(spec.dtype)
-        self.encodings = {
-            name: ColumnEncoding(name, columns[name], self._parse, spec.dtype)
-            for name in spec.columns
-            if name in columns
-        }
-
-    def values(self, record: Record) -> list[float]:
-        """Return the columns of a record as one row of numbers, with lists flattened.
-
-        Raises:
-            SampleError: a value is missing or not a number.
-        """
-        row: list[float] = []
-        for column in self.spec.columns:
-            value = record.fields.get(column)
-            encoding = self.encodings.get(column)
-            try:
-                if encoding:
-                    row += encoding.numbers(value)
-                else:
-                    row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
-            except (ValueError, TypeError, OverflowError):
-                problem = self._problem(record, column)
-                raise SampleError(f"{record.place}  column {column!r} is {problem}") from None
-        return row
-
-    def stored_shape(self, record: Record) -> tuple[int, ...]:
-        """Return the shape of a row of `values`: that of nested lists if the axes matter."""
-        if len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute):
-            nested = _nested_shape(record.fields.get(self.spec.columns[0]))
-            if nested:
-                return nested
-        return (len(self.values(record)),)
-
-    def _flatten(self, value: list[Any]) -> list[float]:
-        nested = np.array(value, object).ravel().tolist()
-        if self.kind is np.float64 and set(map(type, nested)) <= {float, int}:
-            return np.array(nested, np.float64).tolist()  # type: ignore[no-any-return]
-        return [self._parse(item) for item in nested]
-
-    def _problem(self, record: Record, column: str) -> str:
-        value = record.fields.get(column)
-        if value is None or value == "":
-            return describe_absence(record, column)
-        if column in self.encodings and (problem := self.encodings[column].problem(value)):
-            return problem
-        if isinstance(value, list) and any(isinstance(item, list) for item in value):
-            return "a list of lists of different lengths, or contains more than numbers"
-        return f"{value!r:.60}, not a number of type {self.spec.dtype}"
-
-
-class _Columns:
-    """The columns of one input, as rows of one shape."""
-
-    def __init__(self, name: str, parser: _Parser, stored: tuple[int, ...]) -> None:
-        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
-        self._parser, self._stored, self._width = parser, stored, math.prod(stored)
-        self.convert = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
-        self.sample_bytes = self.convert.sample_bytes
-
-    def zeros(self, rows: int) -> np.ndarray[Any, Any]:
-        return np.zeros((rows, self._width), self._parser.kind)
-
-    def describe(self) -> str:
-        columns = ", ".join(self.spec.columns[:6])
-        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
-        return f"{columns}{more}, {self.convert.describe(origin=False)}"
-
-    def row(self, record: Record) -> list[float]:
-        """Return the columns of a record as one row of numbers.
-
-        Raises:
-            SampleError: a value is missing or not a number, or the row has another shape.
-        """
-        row = self._parser.values(record)
-        if len(row) != self._width:
-            raise SampleError(
-                f"{record.place}  {len(row)} values for input {self.name!r}, but most rows have "
-                f"{self._width}; the rows of an input have one length, so pad or cut the lists in "
-                "the file"
-            )
-        shape = self._parser.stored_shape(record) if self.spec.permute else self._stored
-        if shape != self._stored:
-            raise SampleError(
-                f"{record.place}  input {self.name!r} has the shape {list(shape)}, but permute "
-                f"needs that of most rows, {list(self._stored)}"
-            )
-        return row
-
-
-def _nested_shape(value: Any) -> tuple[int, ...]:
-    return np.shape(np.array(value, object))
-
-
 def _shorten(value: Any) -> str:
-    """Return a field for people, with 4 significant digits of its fractions."""
+    """Return a field for people, with the first items of a long list."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_shorten, value))}]"
+        more = f", ... ({len(value):,})" if value[_PREVIEW_ITEMS:] else ""
+        return f"[{', '.join(map(_shorten, value[:_PREVIEW_ITEMS]))}{more}]"
     try:
-        return str(value) if _is_digits(value) else f"{_parse_float(value):.4g}"
+        return short_number(value)
     except (TypeError, ValueError):
         return str(value)
-
-
-def _parse_float(item: Any) -> float:
-    return parse_number(item) if isinstance(item, str) else float(item)
-
-
-def _parse_boolean(item: Any) -> float:
-    known = {"true": 1.0, "false": 0.0}.get(item.lower()) if isinstance(item, str) else None
-    return _parse_float(item) if known is None else known
-
-
-@functools.cache
-def _number_parser(dtype: str) -> Callable[[Any], float]:
-    """Return a parser of numbers that raises ValueError if the dtype cannot store one."""
-    if "int" not in dtype:
-        return _parse_boolean if dtype == "bool" else _parse_float
-    limits = torch.iinfo(getattr(torch, dtype))
-
-    def integer(item: Any) -> int:
-        value = int(item) if _is_digits(item) else _parse_float(item)
-        exact = isinstance(value, int) or (value == int(value) and abs(value) < _EXACT)
-        if not (exact and limits.min <= value <= limits.max):
-            raise ValueError(item)
-        return int(value)
-
-    return integer
-
-
-def _is_digits(item: Any) -> bool:
-    return isinstance(item, int) or (isinstance(item, str) and bool(_DIGITS.fullmatch(item)))

@@ -300,7 +300,7 @@ def test_rows_are_those_of_most_even_if_the_first_one_differs(tmp_path: Path) ->
     assert [*batch.errors] == [0, 6]
     message = str(batch.errors[6])
     assert "t.jsonl:7  3 values for input 'x', but most rows have 2" in message
-    assert "pad or cut the lists" in message
+    assert "set data.inputs.x.pad to pad lists" in message
 
 
 # --- labels ------------------------------------------------------------------------------------

@@ -1,0 +1,337 @@
+"""The columns of one input of records as tensors: rows of one shape, or padded lists."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from gradrun.config.columns import ColumnSection
+from gradrun.config.data import RecordInput
+from gradrun.core.errors import ConfigError, SampleError
+from gradrun.data.column_encoding import ColumnEncoding
+from gradrun.data.conversion import Conversion, Problems
+from gradrun.data.rows import Record, describe_absence, parse_number
+
+_DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
+_EXACT = 2**53
+"""Greatest whole number below which float64 has every whole number."""
+
+
+class Converted(NamedTuple):
+    """The rows of one input in a batch."""
+
+    tensors: dict[str, torch.Tensor]
+    """The input, and the lengths of its lists if they are an input."""
+    problems: Problems
+    nans: np.ndarray[Any, np.dtype[np.bool_]]
+    """Whether each row has NaN."""
+
+
+def open_parser(name: str, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> Parser:
+    """Return the parser of an input, for rows of one shape or for lists.
+
+    Raises:
+        ConfigError: keys of the input exclude each other.
+    """
+    key = f"data.inputs.{name}"
+    if spec.pad is None:
+        if spec.lengths is not None:
+            raise ConfigError("lengths needs pad, the value that fills shorter lists", key)
+        return Parser(spec, columns)
+    if spec.shape and spec.permute:
+        raise ConfigError("with pad, set either shape (of one item) or permute", f"{key}.shape")
+    return ListParser(spec, columns)
+
+
+class Parser:
+    """Reads the columns of one input as numbers."""
+
+    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
+        self.spec = spec
+        self.kind = np.int64 if "int" in spec.dtype else np.float64
+        self._parse = _number_parser(spec.dtype)
+        self.encodings = {
+            name: ColumnEncoding(name, columns[name], self._parse, spec.dtype)
+            for name in spec.columns
+            if name in columns
+        }
+
+    def columns(self, name: str, shape: tuple[int, ...]) -> Columns:
+        """Return the columns as rows of a shape that `stored_shape` returned."""
+        return Columns(name, self, shape)
+
+    def observe(self, record: Record) -> None:
+        """Take a row into account that is not parsed yet."""
+
+    def values(self, record: Record) -> list[float]:
+        """Return the columns of a record as one row of numbers, with lists flattened.
+
+        Raises:
+            SampleError: a value is missing or not a number.
+        """
+        row: list[float] = []
+        for column in self.spec.columns:
+            value = record.fields.get(column)
+            encoding = self.encodings.get(column)
+            try:
+                if encoding:
+                    row += encoding.numbers(value)
+                else:
+                    row += self._flatten(value) if isinstance(value, list) else [self._parse(value)]
+            except (ValueError, TypeError, OverflowError):
+                problem = self._problem(record, column)
+                raise SampleError(f"{record.place}  column {column!r} is {problem}") from None
+        return row
+
+    def stored_shape(self, record: Record) -> tuple[int, ...]:
+        """Return the shape of a row of `values`: that of nested lists if the axes matter."""
+        if len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute):
+            nested = _nested_shape(record.fields.get(self.spec.columns[0]))
+            if nested:
+                return nested
+        return (len(self.values(record)),)
+
+    def _flatten(self, value: list[Any]) -> list[float]:
+        nested = np.array(value, object).ravel().tolist()
+        if self.kind is np.float64 and set(map(type, nested)) <= {float, int}:
+            return np.array(nested, np.float64).tolist()  # type: ignore[no-any-return]
+        return [self._parse(item) for item in nested]
+
+    def _problem(self, record: Record, column: str) -> str:
+        value = record.fields.get(column)
+        if value is None or value == "":
+            return describe_absence(record, column)
+        if column in self.encodings and (problem := self.encodings[column].problem(value)):
+            return problem
+        if isinstance(value, list) and any(isinstance(item, list) for item in value):
+            return "a list of lists of different lengths, or contains more than numbers"
+        return f"{value!r:.60}, not a number of type {self.spec.dtype}"
+
+
+class ListParser(Parser):
+    """Reads columns of lists, whose lengths differ from row to row."""
+
+    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
+        super().__init__(spec, columns)
+        self.shortest, self.longest = 0, 0
+        """Numbers of items of all lists that were observed, except empty ones."""
+
+    def columns(self, name: str, shape: tuple[int, ...]) -> Columns:
+        return ListColumns(name, self, shape)
+
+    def observe(self, record: Record) -> None:
+        value = record.fields.get(self.spec.columns[0])
+        if isinstance(value, list) and value:
+            self.shortest = min(self.shortest or len(value), len(value))
+            self.longest = max(self.longest, len(value))
+
+    def stored_shape(self, record: Record) -> tuple[int, ...]:
+        """Return the shape of one item: that of a nested list, or the number of columns."""
+        if len(self.spec.columns) > 1:
+            return (len(self.spec.columns),)
+        return _nested_shape(record.fields.get(self.spec.columns[0]))[1:]
+
+    def values(self, record: Record) -> list[float]:
+        lengths = [self._length(record, column) for column in self.spec.columns]
+        if len(set(lengths)) > 1:
+            found = ", ".join(map(str, lengths))
+            raise SampleError(
+                f"{record.place}  the lists in {', '.join(self.spec.columns)} have different "
+                f"lengths: {found}"
+            )
+        return super().values(record)
+
+    def _length(self, record: Record, column: str) -> int:
+        value = record.fields.get(column)
+        if isinstance(value, list) and value:
+            return len(value)
+        absent = value is None or value == ""
+        problem = describe_absence(record, column) if absent else f"{value!r:.60}, not a list"
+        problem = "an empty list" if value == [] else problem
+        raise SampleError(f"{record.place}  column {column!r} is {problem}")
+
+
+class Columns:
+    """The columns of one input, as rows of one shape."""
+
+    def __init__(self, name: str, parser: Parser, stored: tuple[int, ...]) -> None:
+        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
+        self._parser, self._stored, self._width = parser, stored, math.prod(stored)
+        self._conversion = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
+        self.sample_bytes = self._conversion.sample_bytes
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors."""
+        return [self.name]
+
+    def buffer(self, rows: int) -> Any:
+        """Return a sequence whose items are set to `row(...)`, for `convert`."""
+        return np.zeros((rows, self._width), self._parser.kind)
+
+    def convert(self, rows: Any) -> Converted:
+        """Return the tensors of a buffer; rows that were not set are zero."""
+        nans = _rows_with_nan(rows)
+        tensor, problems = self._conversion(torch.from_numpy(rows))
+        return Converted({self.name: tensor}, problems, nans)
+
+    def describe(self) -> str:
+        return f"{self._listed()}, {self._conversion.describe(origin=False)}"
+
+    def _listed(self) -> str:
+        columns = ", ".join(self.spec.columns[:6])
+        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
+        return f"{columns}{more}"
+
+    def row(self, record: Record) -> Any:
+        """Return the columns of a record as one row of numbers.
+
+        Raises:
+            SampleError: a value is missing or not a number, or the row has another shape.
+        """
+        row = self._parser.values(record)
+        if len(row) != self._width:
+            raise SampleError(
+                f"{record.place}  {len(row)} values for input {self.name!r}, but most rows have "
+                f"{self._width}; set data.inputs.{self.name}.pad to pad lists of different "
+                "length"
+            )
+        shape = self._parser.stored_shape(record) if self.spec.permute else self._stored
+        if shape != self._stored:
+            raise SampleError(
+                f"{record.place}  input {self.name!r} has the shape {list(shape)}, but permute "
+                f"needs that of most rows, {list(self._stored)}"
+            )
+        return row
+
+
+class ListColumns(Columns):
+    """Columns of lists, padded at their end to the longest list of each batch."""
+
+    def __init__(self, name: str, parser: ListParser, item: tuple[int, ...]) -> None:
+        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
+        self._parser, self._item, self._lists = parser, item, parser
+        self._key = f"data.inputs.{name}"
+        self.sample_bytes = self._converter(parser.longest).sample_bytes
+        self._check_pad()
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name] if self.spec.lengths is None else [self.name, self.spec.lengths]
+
+    def buffer(self, rows: int) -> Any:
+        return [None] * rows
+
+    def row(self, record: Record) -> Any:
+        """Return the lists of a record as an array [length, *item].
+
+        Raises:
+            SampleError: a column has no list of numbers, or its items have another shape.
+        """
+        values = self._parser.values(record)
+        item = self._parser.stored_shape(record)
+        if item != self._item:
+            raise SampleError(
+                f"{record.place}  an item of input {self.name!r} has the shape {list(item)}, but "
+                f"those of most rows {list(self._item)}"
+            )
+        array = np.array(values, self._parser.kind)
+        if len(self.spec.columns) > 1:  # one column after the other
+            return array.reshape(len(self.spec.columns), -1).T
+        return array.reshape(-1, *item)
+
+    def convert(self, rows: Any) -> Converted:
+        lengths = [0 if row is None else len(row) for row in rows]
+        shape = (len(rows), max(lengths), *self._item)
+        padded = np.full(shape, self.spec.pad, self._parser.kind)
+        for target, row in zip(padded, rows, strict=True):
+            if row is not None:
+                target[: len(row)] = row
+        tensor, problems = self._converter(max(lengths))(torch.from_numpy(padded))
+        tensors = {self.name: tensor}
+        if self.spec.lengths is not None:
+            tensors[self.spec.lengths] = torch.tensor(lengths)
+        return Converted(tensors, problems, _rows_with_nan(padded))
+
+    def describe(self) -> str:
+        spec, lists = self.spec, self._lists
+        dtype, item = spec.dtype, ", ".join(map(str, ("length", *(spec.shape or self._item))))
+        scale = f", x {spec.scale:g}" if spec.scale is not None else ""
+        axes = f", axes {list(spec.permute)}" if spec.permute else ""
+        lengths = f"input {spec.lengths}" if spec.lengths is not None else "not passed to the model"
+        return (
+            f"{self._listed()}, {dtype} [{item}]{scale}{axes}, lists of {lists.shortest:,} to "
+            f"{lists.longest:,} items, padded at the end with {spec.pad:g} to the longest of each "
+            f"batch; lengths: {lengths}"
+        )
+
+    def _converter(self, length: int) -> Conversion:
+        """Return the conversion of lists of a length."""
+        shape = None if self.spec.shape is None else (length, *self.spec.shape)
+        spec = self.spec.model_copy(update={"shape": shape})
+        return Conversion(spec, (length, *self._item), torch.float64, self._key)
+
+    def _check_pad(self) -> None:
+        try:
+            _number_parser(self.spec.dtype)(self.spec.pad)
+        except ValueError:
+            raise ConfigError(
+                f"{self.spec.pad:g} is not a number of type {self.spec.dtype}", f"{self._key}.pad"
+            ) from None
+
+
+def _rows_with_nan(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    if rows.dtype.kind != "f":
+        return np.zeros(len(rows), bool)
+    found: np.ndarray[Any, np.dtype[np.bool_]] = np.isnan(rows).reshape(len(rows), -1).any(axis=1)
+    return found
+
+
+def short_number(value: Any) -> str:
+    """Return a number for people, with 4 significant digits of a fraction.
+
+    Raises:
+        ValueError: it is not a number.
+        TypeError: it is not a number.
+    """
+    return str(value) if _is_digits(value) else f"{_parse_float(value):.4g}"
+
+
+def _nested_shape(value: Any) -> tuple[int, ...]:
+    return np.shape(np.array(value, object))
+
+
+def _parse_float(item: Any) -> float:
+    return parse_number(item) if isinstance(item, str) else float(item)
+
+
+def _parse_boolean(item: Any) -> float:
+    known = {"true": 1.0, "false": 0.0}.get(item.lower()) if isinstance(item, str) else None
+    return _parse_float(item) if known is None else known
+
+
+@functools.cache
+def _number_parser(dtype: str) -> Callable[[Any], float]:
+    """Return a parser of numbers that raises ValueError if the dtype cannot store one."""
+    if "int" not in dtype:
+        return _parse_boolean if dtype == "bool" else _parse_float
+    limits = torch.iinfo(getattr(torch, dtype))
+
+    def integer(item: Any) -> int:
+        value = int(item) if _is_digits(item) else _parse_float(item)
+        exact = isinstance(value, int) or (value == int(value) and abs(value) < _EXACT)
+        if not (exact and limits.min <= value <= limits.max):
+            raise ValueError(item)
+        return int(value)
+
+    return integer
+
+
+def _is_digits(item: Any) -> bool:
+    return isinstance(item, int) or (isinstance(item, str) and bool(_DIGITS.fullmatch(item)))
