@@ -84,6 +84,8 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/faults.py
 	$(BIN)/python tests/soak/engines.py --kills 100
+	$(BIN)/python tests/soak/engine_matrix.py
+	$(BIN)/python tests/soak/engine_memory.py
 	$(BIN)/python tests/soak/ray_cluster.py
 	$(BIN)/python tests/soak/fuzz.py
 

@@ -30,7 +30,6 @@ from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
 from gradrun.engines.infer import infer
-from gradrun.inference.allocator import allocator_settings
 from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
@@ -44,6 +43,7 @@ from gradrun.inference.meters import (
     system_load,
 )
 from gradrun.inference.module_state import preserve_module_state
+from gradrun.inference.process_settings import process_settings
 from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
@@ -160,7 +160,7 @@ class LoadedVariant(PlannedVariant):
 def run_task(job: Job) -> WorkerReport:
     """Run a job; an exception in a variant becomes a Failure and the other variants continue."""
     planned = _plan(job)
-    with allocator_settings(planned[0].config.run.allocator):
+    with process_settings(planned[0].config.run):
         return _run_planned(job, planned)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from gradrun.comparison.session import Session, Variant
+from gradrun.comparison.session import Session, Variant, need_own_processes
 from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
@@ -26,6 +26,7 @@ from gradrun.results.result import (
 )
 
 if TYPE_CHECKING:
+    from gradrun.comparison.turns import TurnSession
     from gradrun.comparison.whole_runs import WholeRuns
 
 
@@ -139,8 +140,12 @@ def _metric_changes(
 
 def _session(
     key: str, variants: list[Variant], config: RunConfig, trust_code: bool
-) -> Session | WholeRuns:
+) -> Session | WholeRuns | TurnSession:
     """Return the session that can measure values of a config key."""
+    if key.partition(".")[0] != "engine" and need_own_processes(variants):
+        from gradrun.comparison.turns import turn_session
+
+        return turn_session(variants, config, trust_code=trust_code)
     if key.partition(".")[0] != "engine":
         return Session(variants, config, trust_code=trust_code)
     from gradrun.comparison.whole_runs import WholeRuns  # needs torch in this process

@@ -90,7 +90,7 @@ class Session:
         """Compare variants; memory is that of a batch number, or of the largest that is timed."""
         for variant in variants:
             check_importable(variant.config.model)
-        _check_allocators(variants)
+        _check_process_settings(variants)
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         self.threads = max(thread_count(v.config.run.threads) for v in variants)
         self.memory_batch = memory_batch
@@ -318,15 +318,20 @@ class Session:
         self.data.warnings.append(Warning(code=code, text=text))
 
 
-def _check_allocators(variants: Sequence[Variant]) -> None:
-    """Check that all variants can run in one process, which has one allocator."""
-    used = {variant.config.run.allocator: variant.name for variant in variants}
-    if len(used) > 1:
-        settings = " and ".join(f"{value} in {name}" for value, name in used.items())
+def need_own_processes(variants: Sequence[Variant]) -> str:
+    """Return the first key that prevents variants from running in one process, or ""."""
+    settings = [variant.config.run.process_settings for variant in variants]
+    return next((key for key in settings[0] if len({s[key] for s in settings}) > 1), "")
+
+
+def _check_process_settings(variants: Sequence[Variant]) -> None:
+    """Check that all variants can run in one process."""
+    if key := need_own_processes(variants):
         raise ConfigError(
-            f"{settings}: this comparison runs both in one process, which has one allocator; set "
-            "the same value in both",
-            "run.allocator",
+            f"{' and '.join(v.name for v in variants)} have different values, and this comparison "
+            "runs them in one process, which has one; set the same value, or use gradrun compare "
+            f"--over {key}=...",
+            key,
         )
 
 

@@ -32,6 +32,14 @@ class RunSection(Section):
         "faster and needs a little more; system: as the system's malloc",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of random weights, data and dropout")
+    float32_precision: Literal["ieee", "bf16", "tf32"] | None = Field(
+        None,
+        description="precision inside float32 matrix products and convolutions: ieee is full; "
+        "bf16 and tf32 are faster on CPUs or GPUs that have them; default: as torch is set",
+    )
+    fast_path: bool = Field(
+        True, description="let torch use its fused path for transformer encoder layers"
+    )
     autocast: Literal["float16", "bfloat16"] | None = Field(
         None, description="run the forward pass under torch.autocast with this type"
     )
@@ -48,6 +56,15 @@ class RunSection(Section):
     on_nonfinite: Literal["warn", "quarantine", "stop"] = Field(
         "warn", description="action for predictions with NaN or infinity"
     )
+
+    @property
+    def process_settings(self) -> dict[str, object]:
+        """The values of keys that hold for a whole process, by dotted key."""
+        return {f"run.{name}": getattr(self, name) for name in PROCESS_SETTINGS}
+
+
+PROCESS_SETTINGS = ("allocator", "float32_precision", "fast_path")
+"""Keys of `run` that hold for a whole process."""
 
 
 class MeasureSection(Section):

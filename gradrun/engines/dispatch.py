@@ -71,6 +71,8 @@ class _Worker:
     """What the driver knows about a worker that is ready."""
 
     ready: Ready
+    span_size: int = 1
+    """Samples that it predicts in about SPAN_SECONDS."""
     busy_since: float = 0.0
     """When it began its current range; 0 if it has none."""
     samples: int = 0
@@ -176,7 +178,7 @@ class _Pass:
     def step(self) -> None:
         """Assign ranges, handle the next event, and write the results whose turn it is."""
         for number, worker in self._alive():
-            while span := self.schedule.assign(number):
+            while span := self.schedule.assign(number, worker.span_size):
                 worker.busy_since = worker.busy_since or time.perf_counter()
                 self.engine.send(number, Task(start=span.start, stop=span.stop))
         if event := self.engine.next(_POLL_SECONDS):
@@ -208,7 +210,7 @@ class _Pass:
                 )
             return
         self.schedule.add_worker(number)
-        self._set_span_size(ready.batch_seconds / self.prepared.first.size)
+        self._set_span_size(number, ready.batch_seconds / self.prepared.first.size)
 
     def _complete(self, number: int, done: Done) -> None:
         now, worker = time.perf_counter(), self.workers[number]
@@ -233,7 +235,7 @@ class _Pass:
             )
         )
         self._durations.append(now - began)
-        self._set_span_size(done.seconds / span.size)
+        self._set_span_size(number, done.seconds / span.size)
         self._keep_result(span, done)
 
     def _lose(self, number: int, event: Failed | Lost) -> None:
@@ -297,9 +299,9 @@ class _Pass:
 
     # --- results -------------------------------------------------------------------------------
 
-    def _set_span_size(self, seconds_per_sample: float) -> None:
+    def _set_span_size(self, number: int, seconds_per_sample: float) -> None:
         rows = int(SPAN_SECONDS / max(seconds_per_sample, 1e-9))
-        self.schedule.span_size = max(1, min(rows, self._max_rows))
+        self.workers[number].span_size = max(1, min(rows, self._max_rows))
 
     def _keep_result(self, span: Span, done: Done) -> None:
         self._results[span] = done

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gradrun.output.transforms import Outputs
-from gradrun.results.result import Environment, Padding
+from gradrun.results.result import Environment, Memory, Padding
 
 
 class TensorData(msgspec.Struct, frozen=True, array_like=True):
@@ -45,6 +45,14 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Forward seconds of the first batch when it ran again."""
     samples: int
     batch_size: int
+    unit: int = 0
+    """Samples at whose multiples a task may start: a batch, or a chunk of grouped batches."""
+    varies: bool = False
+    """Whether the work per sample depends on its length."""
+    memory: Memory = Memory(weights=0, inputs=0)
+    """Bytes of the weights and of the first batch."""
+    modules: dict[str, int] = {}
+    """Number of modules of the model by type, including base classes, such as Linear."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
@@ -54,6 +62,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
     stop: int
     threads: int | None = None
     """Run on all CPUs with this many threads, to measure; default: as the config says."""
+    rows: bool = True
+    """Return the outputs; False if the task is only timed."""
 
 
 class Rows(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
@@ -111,6 +121,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Elements of the inputs of each batch, as int64."""
     largest: tuple[int, int, int] = (0, 0, 0)
     """Elements, first sample and size of the largest batch."""
+    waited: float = 0.0
+    """Share of the time in which a thread could run and waited for a CPU; that of the longest."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):

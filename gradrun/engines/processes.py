@@ -74,16 +74,17 @@ class _Worker:
 class ProcessesEngine:
     """Workers as subprocesses of this one."""
 
-    def __init__(self, opens: list[Open], threads: int) -> None:
+    def __init__(self, opens: list[Open], threads: int, *, pin: bool = True) -> None:
         """Prepare one slot per worker.
 
         Args:
             opens: the first message to the worker in each slot.
             threads: CPU threads of each worker.
+            pin: give each worker CPUs of its own, if there are enough.
         """
         self.name = pluralize(len(opens), "process")
         self._opens, self._threads = opens, threads
-        self._cpus = _divide_cpus(len(opens), threads)
+        self._cpus = _divide_cpus(len(opens), threads) if pin else None
         self._numbers = itertools.count(1)
         self._workers: dict[int, _Worker] = {}
         self._events: SimpleQueue[tuple[int, Event]] = SimpleQueue()

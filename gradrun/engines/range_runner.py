@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, first_line
@@ -30,7 +32,8 @@ from gradrun.engines.messages import (
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.infer import open_run
-from gradrun.inference.meters import process_memory
+from gradrun.inference.meters import model_memory, process_memory, system_load
+from gradrun.inference.reordering import commit_unit
 from gradrun.inference.runner import PreparedRun, Runner
 from gradrun.output.transforms import Outputs
 
@@ -89,14 +92,22 @@ class RangeRunner:
             batch_seconds=self._prepared.batch_seconds,
             samples=samples,
             batch_size=data.batch_size,
+            unit=commit_unit(data),
+            varies=isinstance(data, LengthGrouped),
+            memory=model_memory(self._runner.model, self._prepared.first),
+            modules=_count_types(opened.model.module),
         )
 
     def run(self, task: Task) -> Done:
         """Run samples task.start to task.stop; an error of the run is in the result."""
         runner, recovery = self._runner, self._prepared.recovery
         self._events.reset(task.start, task.stop)
+        waiting = system_load.waiting_threads()
         with self._threads(task.threads):
             timed = runner.run_timed_pass(self._prepared, self._events, stop=task.stop)
+        waited = system_load.waited(waiting, timed.total_ns)
+        if not task.rows:
+            self._events.reset(task.start, task.stop)
         batches, data = len(timed.sizes), runner.data
         return Done(
             start=task.start,
@@ -111,6 +122,7 @@ class RangeRunner:
             padding=data.padding(task.start, task.stop)
             if isinstance(data, LengthGrouped)
             else None,
+            waited=waited,
             batch_elements=timed.elements[:batches].tobytes(),
             largest=timed.largest,
             flags=data.flags[task.start : task.stop].tobytes()
@@ -229,6 +241,12 @@ class EventLog:
         rows = {name: buffer[self._begin : self._end] for name, buffer in self._buffers.items()}
         self._events.append(pack_rows(rows, _joined(self._ids), None))
         self._begin, self._ids = self._end, []
+
+
+def _count_types(model: nn.Module) -> dict[str, int]:
+    """Count the modules of a model by the names of their classes and base classes."""
+    kinds = (kind for module in model.modules() for kind in type(module).__mro__)
+    return dict(Counter(kind.__name__ for kind in kinds if issubclass(kind, nn.Module)))
 
 
 def outputs_checksum(outputs: Outputs) -> int:

@@ -48,8 +48,6 @@ class Schedule:
         """
         self.written, self.stop = start, stop
         self.unit, self.batch_size = unit, batch_size
-        self.span_size = unit
-        """Samples per new span; rounded to whole units."""
         self._fresh = start
         self._open: set[Span] = set()
         """Spans that are assigned or wait to be repeated, and have no result."""
@@ -82,12 +80,19 @@ class Schedule:
         """Add a worker that can run spans."""
         self._running[worker] = []
 
-    def assign(self, worker: int) -> Span | None:
-        """Return the next span for a worker, or None if it should wait."""
+    def assign(self, worker: int, size: int = 1) -> Span | None:
+        """Return the next span for a worker, or None if it should wait.
+
+        Args:
+            worker: a worker that was added.
+            size: samples of a new span, which has whole units, and at least one.
+        """
         mine = self._running[worker]
         if len(mine) >= _QUEUED:
             return None
-        span = self._next_retry() or self._next_fresh() or (None if mine else self._oldest_open())
+        span = (
+            self._next_retry() or self._next_fresh(size) or (None if mine else self._oldest_open())
+        )
         if span:
             mine.append(span)
         return span
@@ -142,14 +147,14 @@ class Schedule:
                 return span
         return None
 
-    def _next_fresh(self) -> Span | None:
+    def _next_fresh(self, size: int) -> Span | None:
         workers = len(self._running)
         ahead = sum(len(spans) for spans in self._running.values()) + len(self._finished)
         if self._fresh >= self.stop or ahead >= RANGES_AHEAD * workers:
             return None
         # Shorter spans towards the end, so that all workers finish at about the same time.
         share = -(-(self.stop - self._fresh) // (2 * workers))
-        units = max(1, min(self.span_size, share) // self.unit)
+        units = max(1, min(size, share) // self.unit)
         span = Span(self._fresh, min(self._fresh + units * self.unit, self.stop))
         self._fresh = span.stop
         self._open.add(span)

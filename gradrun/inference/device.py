@@ -12,7 +12,7 @@ from gradrun.config.run import RunSection
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library_settings
-from gradrun.inference.allocator import allocator_settings
+from gradrun.inference.process_settings import process_settings
 
 
 def resolve_device(name: str) -> torch.device:
@@ -51,7 +51,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 @contextmanager
 def device_context(run: RunSection) -> Iterator[torch.device]:
-    """Apply allocator, threads, determinism and seed of a config, and restore them at the end.
+    """Apply process settings, threads, determinism and seed of a config; restore them at the end.
 
     Settings of libraries are restored too.
 
@@ -62,14 +62,14 @@ def device_context(run: RunSection) -> Iterator[torch.device]:
         ConfigError: the device is not available.
     """
     device = resolve_device(run.device)
-    allocator = allocator_settings(run.allocator)  # before the first large allocation
+    settings = process_settings(run)  # before the first large allocation
     threads = torch.get_num_threads()
     cuda = device.type == "cuda"
     # Events and new tensors use the current device, which is the first one by default.
     current = torch.cuda.device(device) if cuda else nullcontext()
     random_state = torch.random.fork_rng(devices=[device] if cuda else [])
     deterministic = _deterministic_algorithms(run.deterministic)
-    with allocator, library_settings(), current, random_state, deterministic:
+    with settings, library_settings(), current, random_state, deterministic:
         try:
             torch.set_num_threads(thread_count(run.threads))
             seed_generators(run.seed, device)

@@ -13,7 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from PIL import Image
 
 import gradrun
 from gradrun.config.load import load_config
@@ -23,12 +22,8 @@ from gradrun.engines.engine import EngineRequest
 from gradrun.engines.infer import explain
 from gradrun.engines.messages import Ready
 from gradrun.results.result import InferResult, RunResult
+from tests.support.engine_runs import BATCH, COUNT, DATA, FORMATS, config_for, write_inputs
 from tests.support.engines import InlineEngines
-from tests.support.small_models import save_bert, save_tokenizer, skewed
-
-BATCH = 4
-FORMATS = ["npy", "safetensors", "jsonl", "csv", "parquet"]
-COUNT = 70
 
 NET = """
 import torch
@@ -58,54 +53,8 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> InlineEngines:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of all data sources."""
     folder = tmp_path_factory.mktemp("inputs")
-    values = np.arange(COUNT * 3, dtype=np.float32).reshape(COUNT, 3) / 7
-    np.save(folder / "x.npy", values)
-    values[::9, 1] = np.nan
-    lines = ["a,b,c", *(",".join(map(str, row)) for row in values.tolist())]
-    (folder / "x.csv").write_text("\n".join(lines) + "\n")
-    rows = (json.dumps({"name": f"row {i}", "x": row}) for i, row in enumerate(values.tolist()))
-    (folder / "x.jsonl").write_text("\n".join(rows) + "\n")
-    (folder / "images").mkdir()
-    for number in range(COUNT):
-        pixels = np.full((4, 5, 4 if number % 5 == 0 else 3), number, np.uint8)
-        Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
-    save_tokenizer(folder / "bert")
-    save_bert(folder / "bert")
-    (folder / "t.txt").write_text("\n".join(skewed(150)) + "\n")
+    write_inputs(folder)
     return folder
-
-
-LAYERS = {"source": "layers", "layers": [{"Linear": [3, 2]}, "Tanh"]}
-DATA: dict[str, dict[str, Any]] = {
-    "arrays": {"source": "arrays", "path": "x.npy"},
-    "csv": {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": ["a", "b", "c"]}}},
-    "jsonl": {
-        "source": "records", "path": "x.jsonl", "inputs": {"x": {"columns": ["x"]}}, "id": "name",
-    },
-    "synthetic": {"source": "synthetic", "inputs": {"x": {"shape": [3]}}, "samples": COUNT},
-    "images": {"source": "images", "path": "images"},
-    "texts": {"source": "text", "path": "t.txt", "group_by_length": True},
-}  # fmt: skip
-
-
-def config_for(source: str, inputs: Path, folder: Path, form: str = "npy") -> dict[str, Any]:
-    data = dict(DATA[source])
-    if "path" in data:
-        data["path"] = str(inputs / data["path"])
-    model: dict[str, Any] = LAYERS
-    output: dict[str, Any] = {"path": str(folder), "format": form}
-    if source == "images":
-        model = {"source": "layers", "layers": ["Flatten", {"Linear": [60, 2]}]}
-    if source == "texts":
-        model = {"source": "huggingface", "path": str(inputs / "bert")}
-        output |= {"select": "last_hidden_state", "transform": "mean_pool"}
-    return {
-        "model": model,
-        "data": data | {"batch_size": BATCH},
-        "run": {"threads": 1},
-        "output": output,
-        "measure": {"memory": False},
-    }
 
 
 def net_config(folder: Path, output: Path, **net: Any) -> dict[str, Any]:

@@ -49,10 +49,9 @@ def test_no_span_is_assigned_far_ahead_of_a_slow_worker() -> None:
 
 def test_spans_become_shorter_towards_the_end() -> None:
     schedule = Schedule(0, 1000, unit=10, batch_size=10)
-    schedule.span_size = 400
     schedule.add_worker(1)
     sizes = []
-    while span := schedule.assign(1):
+    while span := schedule.assign(1, 400):
         schedule.complete(1, span)
         list(schedule.release())
         sizes.append(span.size)
@@ -60,6 +59,14 @@ def test_spans_become_shorter_towards_the_end() -> None:
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 10
     assert sum(sizes) == 1000
+
+
+def test_a_slow_worker_gets_shorter_spans() -> None:
+    schedule = Schedule(0, 10_000, unit=10, batch_size=10)
+    schedule.add_worker(1)
+    schedule.add_worker(2)
+    assert schedule.assign(1, 1000) == Span(0, 1000)
+    assert schedule.assign(2, 25) == Span(1000, 1020)
 
 
 def test_the_spans_of_a_lost_worker_are_repeated_first() -> None:
@@ -104,13 +111,12 @@ def test_nothing_after_a_failing_span_is_assigned_and_everything_before_it_is_wr
 def test_a_sample_that_ends_two_workers_is_isolated() -> None:
     """Every worker that runs sample 13 dies; all other samples get a result."""
     schedule = Schedule(0, 40, unit=8, batch_size=4)
-    schedule.span_size = 16
     results: Counter[int] = Counter()
     poisonous: list[Span] = []
     worker = deaths = 0
     schedule.add_worker(worker)
     while not schedule.finished:
-        span = schedule.assign(worker)
+        span = schedule.assign(worker, 16)
         assert span is not None
         if 13 in range(span.start, span.stop):
             poisonous += schedule.lose_worker(worker)
@@ -133,7 +139,7 @@ def test_every_sample_is_written_once_and_in_order(data: st.DataObject) -> None:
     stop = start + data.draw(st.integers(1, 60), "samples")
     killers = data.draw(st.sets(st.integers(start, stop - 1), max_size=2), "killing samples")
     schedule = Schedule(start, stop, unit=unit, batch_size=batch_size)
-    schedule.span_size = unit * data.draw(st.integers(1, 4), "units per span")
+    size = unit * data.draw(st.integers(1, 4), "units per span")
     alive = list(range(data.draw(st.integers(1, 3), "workers")))
     for worker in alive:
         schedule.add_worker(worker)
@@ -145,7 +151,7 @@ def test_every_sample_is_written_once_and_in_order(data: st.DataObject) -> None:
         if schedule.finished:
             break
         for worker in alive:
-            while schedule.assign(worker):
+            while schedule.assign(worker, size):
                 pass
         busy = [worker for worker in alive if schedule.running(worker)]
         assert busy, "no worker has work, but samples are left"

@@ -96,7 +96,7 @@ def _run_with_kills(config: Path, chance: random.Random, most: int) -> tuple[dic
     kills = 0
     journal = config.with_suffix("") / "journal.jsonl"
     while kills < most:
-        workers = chance.choice([1, 2, 3])
+        workers = chance.choice([0, 1, 2, 3])
         driver = _start(config, workers)
         ranges = _lines(journal)
         while driver.poll() is None and _lines(journal) <= max(1, ranges):

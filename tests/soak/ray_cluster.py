@@ -7,6 +7,7 @@ loopback. Without the right to create one, the scenarios are skipped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_USAGE_STATS_ENABLED": "0"}
 
 import numpy as np
@@ -26,18 +28,31 @@ from ray.cluster_utils import Cluster
 
 import gradrun
 from gradrun.config.engine import RayEngine
+from gradrun.core.progress import Progress
 from gradrun.engines import ray as engine
 from gradrun.results.result import InferResult
+from tests.support.engine_runs import config_for, write_inputs
 
 NET = """
-import time, torch
+import os, time, torch
 
 class Net(torch.nn.Module):
     def forward(self, x):
+        if (x < 0).any():
+            os._exit(1)
         time.sleep(0.01 * len(x))
         return x * 3 + 1
 """
-SECONDS_PER_SAMPLE = 0.01
+RAY_CELLS = [
+    ("arrays", "safetensors"),
+    ("csv", "csv"),
+    ("jsonl", "jsonl"),
+    ("images", "npy"),
+    ("synthetic", "parquet"),
+    ("texts", "parquet"),
+]
+"""Data sources and output formats that are compared with one process."""
+
 READY_SECONDS = 180.0
 ROOT = Path(__file__).resolve().parents[2]
 IN_NAMESPACE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -56,6 +71,81 @@ class Scenarios:
         )
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(2)]
 
+    def config(self, folder: Path, samples: int, engine: dict[str, Any] | None) -> dict[str, Any]:
+        """A slow model over the numbers from 0."""
+        np.save(self.folder / "n.npy", np.arange(samples, dtype=np.float32)[:, None])
+        config = {
+            "model": {"source": "python", "target": f"{self.folder / 'net.py'}:Net"},
+            "data": {"source": "arrays", "path": str(self.folder / "n.npy"), "batch_size": 4},
+            "run": {"threads": 1, "warmup": 0, "on_error": "quarantine"},
+            "output": {"path": str(folder)},
+            "measure": {"memory": False},
+        }
+        return config | ({"engine": engine} if engine else {})
+
+    def ray(self, workers: int | str, **section: Any) -> dict[str, Any]:
+        """An engine section for the cluster."""
+        return {"source": "ray", "address": self.cluster.address, "workers": workers, **section}
+
+    def resume(self, name: str, *engines: dict[str, Any] | None, samples: int = 600) -> None:
+        """Interrupt a run on each engine but the last; None is one process."""
+        folder, rows, found = self.folder / name, [0], {"scenario": name}
+
+        def interrupt(progress: Progress) -> None:
+            if progress.stage.startswith("predicting") and progress.done > rows[-1] + 50:
+                rows.append(progress.done)
+                raise KeyboardInterrupt
+
+        for number, section in enumerate(engines):
+            config, last = self.config(folder, samples, section), number == len(engines) - 1
+            options: dict[str, Any] = {"trust_code": True, "resume": number > 0}
+            if last:
+                result = gradrun.infer(config, **options)
+                found |= self._describe(result, folder, samples) | {"resumed": rows[1:]}
+            else:
+                try:
+                    gradrun.infer(config, progress=interrupt, **options)
+                except gradrun.Interrupted:
+                    continue
+                raise AssertionError(f"{name}: not interrupted")
+        self.found[name] = found
+        print(json.dumps(found), flush=True)
+
+    def quarantine(self, name: str, sample: int, samples: int = 100) -> None:
+        """Run with a sample that ends its process."""
+        folder = self.folder / name
+        config = self.config(folder, samples, self.ray(2))
+        values = np.arange(samples, dtype=np.float32)[:, None]
+        expected = values * 3 + 1
+        values[sample], expected[sample] = -1, np.nan
+        np.save(self.folder / "n.npy", values)
+        gradrun.infer(config, trust_code=True)
+        lines = (folder / "quarantine.jsonl").read_text().splitlines()
+        self.found[name] = {
+            "scenario": name,
+            "equal": bool(np.array_equal(np.load(folder / "predictions.npy"), expected, True)),
+            "quarantined": [json.loads(line)["sample"] for line in lines],
+        }
+        print(json.dumps(self.found[name]), flush=True)
+
+    def equal(self, source: str, form: str) -> None:
+        """Compare a run on Ray with one in this process."""
+        name = f"{source} to {form}"
+        inputs = self.folder / "inputs"
+        if not inputs.exists():
+            inputs.mkdir()
+            write_inputs(inputs)
+        checksums = []
+        for section in (None, self.ray(2)):
+            folder = self.folder / f"{source}-{form}-{'ray' if section else 'one'}"
+            config = config_for(source, inputs, folder, form)
+            gradrun.infer(config | ({"engine": section} if section else {}))
+            files = sorted(path for path in folder.rglob("predictions*") if path.is_file())
+            checksums.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+        one, spread = checksums
+        self.found[name] = {"scenario": name, "equal": bool(one) and one == spread, "sha256": one}
+        print(json.dumps(self.found[name]), flush=True)
+
     def run(
         self,
         name: str,
@@ -66,15 +156,7 @@ class Scenarios:
     ) -> None:
         """Run a config; call `act` with its output folder meanwhile; print what happened."""
         folder = self.folder / name
-        np.save(self.folder / "n.npy", np.arange(samples, dtype=np.float32)[:, None])
-        config = {
-            "model": {"source": "python", "target": f"{self.folder / 'net.py'}:Net"},
-            "data": {"source": "arrays", "path": str(self.folder / "n.npy"), "batch_size": 4},
-            "run": {"threads": 1, "warmup": 0},
-            "output": {"path": str(folder)},
-            "measure": {"memory": False},
-            "engine": {"source": "ray", "address": self.cluster.address, "workers": 2, **section},
-        }
+        config = self.config(folder, samples, self.ray(**{"workers": 2, **section}))
         found: dict[str, Any] = {"scenario": name}
 
         def infer() -> None:
@@ -147,6 +229,13 @@ def run_scenarios(folder: Path) -> None:
     assert offer.startswith("room for 2 workers of 1 CPU; the cluster has 3 nodes"), offer
     scenarios.run("plain", samples=200)
     scenarios.run("too large", workers="auto", cpus=64)
+    for source, form in RAY_CELLS:
+        scenarios.equal(source, form)
+    processes = {"source": "processes", "workers": 3}
+    scenarios.resume("ray, then one process", scenarios.ray(2), None)
+    scenarios.resume("processes, then ray", processes, scenarios.ray(2))
+    scenarios.resume("one process, ray, processes", None, scenarios.ray(1), processes)
+    scenarios.quarantine("a sample ends its worker", sample=30)
     scenarios.run("node lost", lose_a_node)
     scenarios.run("node replaced", replace_the_only_node, workers=1)
     scenarios.run("no node left", lose_the_only_node, workers=1)
@@ -160,9 +249,12 @@ def check(found: dict[str, dict[str, Any]]) -> None:
     Raises:
         AssertionError: an answer differs.
     """
-    for name in ("plain", "node lost", "node replaced"):
-        assert found[name].get("equal"), found[name]
+    for scenario in found.values():
+        assert scenario.get("equal", "error" in scenario), scenario
+        assert scenario.get("complete", True), scenario
+    for name in ("plain", "node lost", "node replaced", "ray, then one process"):
         assert found[name]["complete"], found[name]
+    assert found["a sample ends its worker"]["quarantined"] == [30]
     plain = found["plain"]
     assert len(plain["samples"]) == 2, plain
     assert plain["engine"][0].startswith("2 Ray workers of 1 CPU at 127.0.0.1:"), plain

@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from gradrun.results.result import SystemNoise
@@ -33,6 +34,25 @@ class SystemLoadMeter:
             others=max(0.0, busy - own) / seconds,
             preemptions=switches / seconds,
         )
+
+
+def waiting_threads() -> dict[str, int]:
+    """Return the nanoseconds that each thread of this process could run but waited for a CPU.
+
+    The second field of schedstat (Linux kernel documentation, "Scheduler Statistics"); empty
+    except on Linux.
+    """
+    waits = {}
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(OSError, ValueError, IndexError):  # the thread ended; no such statistics
+            waits[task.name] = int((task / "schedstat").read_text().split()[1])
+    return waits
+
+
+def waited(before: dict[str, int], nanoseconds: int) -> float:
+    """Return the share of a duration that the thread which waited longest was waiting."""
+    longest = max((ns - before.get(task, 0) for task, ns in waiting_threads().items()), default=0)
+    return longest / nanoseconds if nanoseconds else 0.0
 
 
 def _counters() -> tuple[float, float, float, float, float]:

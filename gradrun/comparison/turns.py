@@ -1,0 +1,290 @@
+"""Time variants in turns, each in processes of its own, until their ratios are known precisely."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+from gradrun.comparison.lanes import Block, Lane, deviation, open_lane
+from gradrun.comparison.protocol import Failure
+from gradrun.comparison.session import SessionData, Variant, is_precise
+from gradrun.config.run import MeasureSection
+from gradrun.config.schema import RunConfig
+from gradrun.core.errors import GradrunError
+from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.units import pluralize
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Equivalence, Measurement, Phases, Warning
+
+BLOCK_SECONDS = 0.2
+"""Duration of a block; switching to another process costs a few milliseconds of cold caches."""
+
+MAX_WAITED = 0.04
+"""A block is repeated if a thread waited for a CPU for more than this share of it."""
+
+ROUNDS = 7
+"""Blocks of each variant in one process."""
+
+_MAX_REPEATED = 2
+_MAX_TASKS = 50
+_MAX_COMPARED = 256
+
+OpenLane = Callable[[RunConfig, float], Lane]
+"""Opens a lane for a config within some seconds."""
+
+
+@dataclass
+class Turn:
+    """A lane with its share of a window of samples, and the blocks that it ran."""
+
+    lane: Lane
+    window: tuple[int, int]
+    count: int = 0
+    """Samples of one task."""
+    tasks: int = 1
+    """Tasks of one block; several if the window is short."""
+    blocks: list[Block] = field(default_factory=list)
+    peak: int | None = None
+
+    @property
+    def seconds_per_sample(self) -> list[float]:
+        """One entry per block."""
+        return [block.seconds_per_sample for block in self.blocks]
+
+    def run(self, number: int) -> Block:
+        """Run the tasks of block `number`, each from its own place in the window."""
+        parts = [self._run_task(number * self.tasks + i) for i in range(self.tasks)]
+        self.peak = parts[-1].process_peak
+        if len(parts) == 1:
+            return parts[0]
+        return Block(
+            samples=sum(part.samples for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            waited=max(part.waited for part in parts),
+            batch_seconds=tuple(s for part in parts for s in part.batch_seconds),
+            process_peak=self.peak,
+        )
+
+    def _run_task(self, number: int) -> Block:
+        first, last = self.window
+        places = max(1, (last - first) // self.count)
+        start = first + number % places * self.count
+        return self.lane.run(start, min(last, start + self.count))
+
+    def plan(self, count: int, seconds: float, per_sample: float) -> None:
+        """Set the samples of a task, rounded up to the unit, and the tasks of a block."""
+        first, last = self.window
+        unit = self.lane.ready.unit
+        self.count = min(last - first, -(-count // unit) * unit)
+        self.tasks = min(_MAX_TASKS, max(1, math.ceil(seconds / (self.count * per_sample) - 0.5)))
+
+
+def take_turns(
+    lanes: Sequence[Lane],
+    window: tuple[int, int],
+    rounds: int = ROUNDS,
+    *,
+    seed: int = 0,
+    seconds: float = BLOCK_SECONDS,
+) -> list[Turn]:
+    """Run blocks of all lanes in random order, after one that is not kept.
+
+    Texts of unequal length: all lanes run the same samples. Others: each as many as fill a block.
+
+    Args:
+        lanes: the variants.
+        window: the first sample and the end of the samples to use; every lane can start there.
+        rounds: blocks of each lane.
+        seed: of the order.
+        seconds: duration of a block.
+    """
+    turns = [Turn(lane, window) for lane in lanes]
+    for turn in turns:
+        turn.count = min(window[1] - window[0], turn.lane.ready.unit)
+        # The first run after another process finds cold caches and sleeping threads.
+        turn.run(0)
+    speeds = [max(turn.run(0).seconds_per_sample, 1e-9) for turn in turns]
+    counts = [math.ceil(seconds / speed) for speed in speeds]
+    if any(lane.ready.varies for lane in lanes):
+        unit = math.lcm(*(lane.ready.unit for lane in lanes))
+        counts = [-(-min(counts) // unit) * unit] * len(lanes)
+        seconds = 0.0
+    for turn, count, speed in zip(turns, counts, speeds, strict=True):
+        turn.plan(count, seconds, speed)
+    order = random.Random(seed)  # noqa: S311
+    for number in range(rounds):
+        for turn in order.sample(turns, len(turns)):
+            turn.blocks.append(_quiet_block(turn, number))
+    return turns
+
+
+def _quiet_block(turn: Turn, number: int) -> Block:
+    """Run a block; repeat one whose threads waited for a CPU, and return the quietest."""
+    best = turn.run(number)
+    for _ in range(_MAX_REPEATED):
+        if best.waited <= MAX_WAITED:
+            break
+        best = min(best, turn.run(number), key=lambda block: block.waited)
+    return best
+
+
+def common_samples(lanes: Sequence[Lane], wanted: int, start: int = 0) -> tuple[int, int]:
+    """Return a window of about `wanted` samples from `start` that all lanes can cut.
+
+    Its length is a multiple of every lane's unit, or it ends with the data.
+    """
+    samples = lanes[0].ready.samples
+    unit = math.lcm(*(lane.ready.unit for lane in lanes))
+    first = min(start // unit * unit, max(0, samples - 1) // unit * unit)
+    return first, min(samples, first + -(-wanted // unit) * unit)
+
+
+class TurnSession:
+    """A comparison of variants that need processes of their own; as Session otherwise."""
+
+    def __init__(
+        self, variants: Sequence[Variant], measure: MeasureSection, open_variant: OpenLane
+    ) -> None:
+        self.variants, self.measure, self.open_variant = list(variants), measure, open_variant
+        self.data = SessionData()
+        self.processes = 0
+        self.deadline = time.monotonic() + measure.budget
+        self.waited: list[float] = []
+
+    def run(self, progress: ProgressCallback = ignore) -> SessionData:
+        """Start all variants anew and time them in turns, until the intervals are narrow."""
+        while len(self.variants) > 1:
+            total = max(self.processes + 1, self.measure.processes)
+            progress(Progress("timing processes in turns", self.processes, total))
+            began = time.monotonic()
+            with self._lanes() as lanes:
+                if len(lanes) == len(self.variants):
+                    self._measure(lanes)
+            if self.processes and self._is_done(time.monotonic() - began):
+                break
+        return self.finalize()
+
+    @contextmanager
+    def _lanes(self) -> Iterator[list[Lane]]:
+        """Open the lanes of all variants; one that fails is dropped from the session."""
+        lanes: list[Lane] = []
+        try:
+            for variant in list(self.variants):
+                try:
+                    lanes.append(self.open_variant(variant.config, self.measure.timeout))
+                except GradrunError as error:
+                    self._drop(variant, error)
+            yield lanes
+        finally:
+            for lane in lanes:
+                lane.close()
+
+    def _drop(self, variant: Variant, error: GradrunError) -> None:
+        self.data.failures.append(Failure(variant=variant.name, batch=0, error=str(error)))
+        self.variants.remove(variant)
+
+    def _measure(self, lanes: Sequence[Lane]) -> None:
+        window = common_samples(lanes, lanes[0].ready.samples)
+        try:
+            if not self.processes:
+                self._compare_outputs(lanes)
+            turns = take_turns(lanes, window, seed=self.processes)
+        except GradrunError as error:  # the model failed on a later batch, in every variant
+            for variant in self.variants[1:]:
+                self._drop(variant, error)
+            return
+        self.data.environment = self.data.environment or lanes[0].ready.environment
+        self.waited += (block.waited for turn in turns for block in turn.blocks)
+        for variant, turn in zip(self.variants, turns, strict=True):
+            self.data.measurements.append(lane_measurement(variant.name, self.processes, turn))
+        self.processes += 1
+
+    def _compare_outputs(self, lanes: Sequence[Lane]) -> None:
+        start, stop = common_samples(lanes, min(_MAX_COMPARED, lanes[0].ready.samples))
+        base, *others = (lane.run(start, stop, rows=True).rows for lane in lanes)
+        for variant, rows in zip(self.variants[1:], others, strict=True):
+            found = deviation(base, rows, rtol=self.measure.rtol, atol=self.measure.atol)
+            self.data.equivalence.append(
+                Equivalence(
+                    baseline=self.variants[0].name,
+                    candidate=variant.name,
+                    bitwise=found.bitwise,
+                    max_abs_diff=found.max_abs,
+                    equal=found.bitwise or found.close,
+                )
+            )
+
+    def _is_done(self, cost: float) -> bool:
+        left = self.deadline - time.monotonic()
+        if self.processes < self.measure.processes:
+            return left < cost and self.processes > 1
+        precision = self.measure.precision
+        comparisons = compare_measured(self.data.measurements, precision)
+        return left < cost or all(is_precise(c, precision) for c in comparisons)
+
+    def finalize(self) -> SessionData:
+        """Return the collected data with comparisons and warnings."""
+        data, measure = self.data, self.measure
+        data.comparisons = compare_measured(data.measurements, measure.precision)
+        widest = max((c.relative_width for c in data.comparisons), default=0.0)
+        if data.comparisons and widest > measure.precision:
+            data.warnings.append(
+                Warning(
+                    code="not_precise",
+                    text=f"the budget of {measure.budget:g} s was spent after "
+                    f"{pluralize(self.processes, 'process')} of each variant, before the intervals "
+                    f"were as narrow as {measure.precision:.1%}; raise measure.budget",
+                )
+            )
+        if self.waited and median(self.waited) > MAX_WAITED:
+            data.warnings.append(
+                Warning(
+                    code="noisy_machine",
+                    text=f"threads waited for a CPU for {median(self.waited):.0%} of half of the "
+                    "blocks or more; close other programs",
+                )
+            )
+        return data
+
+
+def lane_measurement(variant: str, process: int, turn: Turn) -> Measurement:
+    """Return the blocks of a lane as the rounds of a measurement."""
+    lane, ready = turn.lane, turn.lane.ready
+    size = ready.batch_size
+    return Measurement(
+        mode=lane.config.run.mode,
+        variant=variant,
+        process=process,
+        batch_seconds=tuple(size * seconds for seconds in turn.seconds_per_sample),
+        batch_sizes=(size,) * len(turn.blocks),
+        phases=Phases(
+            load_model=ready.load_seconds,
+            open_data=ready.open_seconds,
+            first_batch=ready.first_batch_seconds,
+            warm_up=max(
+                0.0,
+                lane.start_seconds
+                - ready.load_seconds
+                - ready.open_seconds
+                - ready.first_batch_seconds,
+            ),
+            forward=sum(block.seconds for block in turn.blocks),
+        ),
+        memory=ready.memory.replace(process_peak=turn.peak, process_method="VmHWM"),
+    )
+
+
+def turn_session(
+    variants: Sequence[Variant], config: RunConfig, *, trust_code: bool
+) -> TurnSession:
+    """Return a session whose lanes are processes."""
+
+    def open_variant(variant: RunConfig, timeout: float) -> Lane:
+        return open_lane(variant, trust_code=trust_code, timeout=timeout)
+
+    return TurnSession(variants, config.measure, open_variant)
