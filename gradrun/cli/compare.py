@@ -46,6 +46,10 @@ def compare(
         list[str] | None,
         typer.Option(metavar="KEY=A,B", help="Compare values of a config key: run.threads=1,2."),
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Compare with another config, which is the baseline."),
+    ] = None,
     sets: Sets = None,
     trust_code: Trust = False,
     json_file: JsonFile = None,
@@ -61,6 +65,8 @@ def compare(
             raise ConfigError("--over and --modes cannot be combined; choose one")
         if over and len(over) > 1:
             raise ConfigError("--over can be given only once")
+        if against and (over or modes):
+            raise ConfigError("--against cannot be combined with --over or --modes")
         if config is None:
             out.print("no config given; using the bundled example digits.yaml")
         path = config or bundled("configs") / "digits.yaml"
@@ -73,6 +79,7 @@ def compare(
                 loaded,
                 names,
                 over=parse_over(over[0]) if over else None,
+                against=load_config(against) if against else None,
                 trust_code=trust_code,
                 progress=progress,
             )

@@ -9,7 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from gradrun.comparison.session import Session, Variant, need_own_processes
-from gradrun.config.load import ConfigSource, is_trusted, load_config, resolve_config
+from gradrun.config.load import (
+    ConfigSource,
+    LoadedConfig,
+    is_trusted,
+    load_config,
+    resolve_config,
+)
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
@@ -43,6 +49,7 @@ def compare(
     modes: Sequence[GradMode | str] | str = tuple(GradMode),
     *,
     over: tuple[str, Sequence[Any]] | None = None,
+    against: ConfigSource | None = None,
     trust_code: bool = False,
     progress: ProgressCallback = ignore,
     **overrides: Any,
@@ -54,6 +61,8 @@ def compare(
         modes: the modes to compare; the first is the baseline. A mode listed twice gives an A/A
             comparison, which shows the noise of the machine.
         over: compare values of another key instead, such as `("run.threads", [1, 2])`.
+        against: compare with another config instead, which is the baseline. Both run in processes
+            of their own, because they may differ in settings of a process.
         trust_code: allow a `python` model to run the code that the config names.
         progress: called before each process.
         overrides: config values to change, as for `infer`.
@@ -74,12 +83,16 @@ def compare(
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
     axis = over or ("run.mode", listed)
-    variants = make_variants(whole, axis, target)
+    if against is None:
+        variants = make_variants(whole, axis, target)
+    else:
+        variants = _two_configs(loaded, resolve_config(against), target)
     folder = RunFolder(target, overwrite=True)  # raises before anything runs
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     interrupted = False
     with loaded.error_locations():
-        session = _session(axis[0], variants, whole, is_trusted(trust_code))
+        own = against is not None
+        session = _session(axis[0], variants, whole, is_trusted(trust_code), own_processes=own)
         try:
             data = session.run(progress)
         except KeyboardInterrupt:
@@ -139,10 +152,10 @@ def _metric_changes(
 
 
 def _session(
-    key: str, variants: list[Variant], config: RunConfig, trust_code: bool
+    key: str, variants: list[Variant], config: RunConfig, trust_code: bool, *, own_processes: bool
 ) -> Session | WholeRuns | TurnSession:
     """Return the session that can measure values of a config key."""
-    if key.partition(".")[0] != "engine" and need_own_processes(variants):
+    if own_processes or (key.partition(".")[0] != "engine" and need_own_processes(variants)):
         from gradrun.comparison.turns import turn_session
 
         return turn_session(variants, config, trust_code=trust_code)
@@ -151,6 +164,17 @@ def _session(
     from gradrun.comparison.whole_runs import WholeRuns  # needs torch in this process
 
     return WholeRuns(variants, config, trust_code=trust_code)
+
+
+def _two_configs(loaded: LoadedConfig, against: LoadedConfig, target: Path) -> list[Variant]:
+    """Return the config that is compared with, under its file name, and the config."""
+    variants = []
+    for one, default in ((against, "baseline"), (loaded, "config")):
+        name = Path(one.locations.name).name if one.locations else default
+        if any(known.name == name for known in variants):
+            name = str(one.locations.name) if one.locations else f"{name} again"
+        variants.append(Variant(name, one.config.replace({"output.path": target})))
+    return variants
 
 
 def make_variants(

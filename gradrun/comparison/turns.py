@@ -161,9 +161,9 @@ class TurnSession:
         while len(self.variants) > 1:
             total = max(self.processes + 1, self.measure.processes)
             progress(Progress("timing processes in turns", self.processes, total))
-            began = time.monotonic()
+            began, count = time.monotonic(), len(self.variants)
             with self._lanes() as lanes:
-                if len(lanes) == len(self.variants):
+                if len(lanes) == count:
                     self._measure(lanes)
             if self.processes and self._is_done(time.monotonic() - began):
                 break

@@ -1,0 +1,216 @@
+"""Variants in processes of their own: differences of outputs, blocks in turns, comparisons."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.functional import cosine_similarity
+
+import gradrun
+from gradrun.comparison.lanes import _divide, deviation, lane_workers, open_lane
+from gradrun.comparison.turns import common_samples, take_turns
+from gradrun.config.load import load_config
+from gradrun.config.schema import RunConfig
+from gradrun.core.errors import ConfigError, RunFailed
+from tests.support.lanes import Clock, Planted, PlantedLane, inline_lanes, planted_ready
+
+BASE: dict[str, Any] = {
+    "model": {"source": "layers", "layers": [{"Linear": [8, 4]}]},
+    "data": {
+        "source": "synthetic", "inputs": {"x": {"shape": [8]}}, "samples": 96, "batch_size": 8,
+    },
+    "output": {"path": "out"},
+}  # fmt: skip
+
+
+def _config(**changes: Any) -> RunConfig:
+    return load_config(BASE, changes).config
+
+
+def _rows(*values: list[float]) -> list[dict[str, torch.Tensor]]:
+    return [{"y": torch.tensor(value)} for value in values]
+
+
+def _compare(one: Any, two: Any) -> Any:
+    return deviation(one, two, rtol=1.3e-6, atol=1e-5)
+
+
+def test_equal_outputs_are_bitwise_equal_even_with_nan() -> None:
+    found = _compare(_rows([1.0, float("nan")]), _rows([1.0, float("nan")]))
+    assert found.bitwise
+    assert (found.max_abs, found.max_rel, found.cosine, found.top1) == (0, 0, 1, 1)
+
+
+def test_differences_are_those_of_a_plain_loop() -> None:
+    one, two = [[3.0, -4.0], [1.0, 2.0]], [[3.0, -4.5], [2.5, 2.0]]
+    found = _compare(_rows(*one), _rows(*two))
+    assert not found.bitwise
+    assert not found.close
+    assert found.max_abs == 1.5
+    assert found.max_rel == 1.5 / 4.0
+    expected = min(
+        float(cosine_similarity(torch.tensor(a), torch.tensor(b), dim=0))
+        for a, b in zip(one, two, strict=True)
+    )
+    assert found.cosine == pytest.approx(expected)
+    assert found.top1 == 0.5
+
+
+def test_a_new_nan_is_an_infinite_difference() -> None:
+    found = _compare(_rows([1.0, 2.0]), _rows([1.0, float("nan")]))
+    assert found.max_abs == float("inf")
+    assert not found.close
+
+
+def test_negative_zero_is_close_but_not_bitwise_equal() -> None:
+    found = _compare(_rows([0.0, 1.0]), _rows([-0.0, 1.0]))
+    assert not found.bitwise
+    assert found.close
+
+
+def test_another_dtype_is_never_bitwise_equal() -> None:
+    two = [{"y": torch.tensor([1.0, 2.0], dtype=torch.bfloat16)}]
+    found = _compare(_rows([1.0, 2.0]), two)
+    assert not found.bitwise
+    assert found.max_abs == 0
+
+
+def test_padding_of_texts_is_left_out_but_another_shape_is_an_error() -> None:
+    padded = _compare(_rows([1.0, 2.0], [3.0, 4.0, 0.0]), _rows([1.0, 2.0, 9.0], [3.0, 4.0, 9.0]))
+    assert padded.max_abs == 9.0  # of the second sample, whose third value both have
+    assert _compare(_rows([1.0], [3.0, 4.0]), _rows([1.0, 9.0], [3.0, 4.0])).max_abs == 0
+    with pytest.raises(RunFailed, match=r"shape \[3\], not \[2\]"):
+        _compare(_rows([1.0, 2.0]), _rows([1.0, 2.0, 3.0]))
+
+
+@given(st.integers(0, 20), st.integers(1, 400), st.integers(1, 8), st.integers(1, 32))
+def test_parts_of_workers_cover_a_range_at_multiples_of_the_unit(
+    first: int, length: int, workers: int, unit: int
+) -> None:
+    start = first * unit
+    parts = _divide(start, start + length, workers, unit)
+    assert [n for a, b in parts for n in range(a, b)] == [*range(start, start + length)]
+    assert all(a % unit == 0 and a < b for a, b in parts)
+    assert len(parts) <= workers
+
+
+def _lane(config: RunConfig, clock: Clock, planted: Planted, **ready: Any) -> PlantedLane:
+    made = planted_ready(config, **ready)
+    return PlantedLane(config, planted, made, clock, random.Random(1))
+
+
+@given(st.integers(1, 7), st.integers(1, 7), st.booleans())
+def test_lanes_of_other_batch_sizes_run_whole_batches(one: int, two: int, varies: bool) -> None:
+    clock = Clock()
+    lanes = [
+        _lane(_config(**{"data.batch_size": size}), clock, Planted(seconds), varies=varies)
+        for size, seconds in ((one, 0.001), (two, 0.0001))
+    ]
+    window = common_samples(lanes, 40, start=10)
+    turns = take_turns(lanes, window, rounds=3, seconds=0.02)
+    ratio = turns[0].seconds_per_sample[0] / turns[1].seconds_per_sample[0]
+    assert ratio == pytest.approx(10)
+    assert all(len(turn.blocks) == 3 for turn in turns)
+    if varies:
+        assert len({block.samples for turn in turns for block in turn.blocks}) <= 2
+
+
+def test_a_lane_gives_the_rows_of_a_plain_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_lanes(monkeypatch)
+    config = _config(**{"output.path": str(tmp_path / "out")})
+    expected = gradrun.infer(config).predictions
+    import numpy as np
+
+    saved = np.load(tmp_path / "out" / "predictions.npy")
+    lane = open_lane(config, trust_code=False, timeout=60)
+    try:
+        block = lane.run(0, 96, rows=True)
+    finally:
+        lane.close()
+    assert expected == block.samples == 96
+    assert np.array_equal(torch.stack([row["prediction"] for row in block.rows]).numpy(), saved)
+    assert block.process_peak
+    assert lane.ready.modules["Linear"] == 1
+    assert lane.ready.memory.weights == (8 * 4 + 4) * 4
+
+
+def test_lanes_with_workers_give_the_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    inline_lanes(monkeypatch)
+    alone = open_lane(_config(), trust_code=False, timeout=60)
+    both = open_lane(
+        _config(engine={"source": "processes", "workers": 2}, **{"run.threads": 1}),
+        trust_code=False,
+        timeout=60,
+    )
+    try:
+        one, two = (lane.run(8, 88, rows=True).rows for lane in (alone, both))
+    finally:
+        alone.close()
+        both.close()
+    assert len(both.workers) == 2
+    assert deviation(one, two, rtol=1e-6, atol=1e-6).close
+
+
+def test_a_cluster_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"other machines.*engine\.source: processes"):
+        lane_workers(_config(engine={"source": "ray"}))
+
+
+def test_a_setting_of_the_process_is_compared_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = inline_lanes(monkeypatch)
+    config = _config(**{"output.path": str(tmp_path / "out"), "measure.processes": 2})
+    found = gradrun.compare(
+        config, over=("run.allocator", ["system", "retain"]), **{"measure.budget": 0.01}
+    )
+    assert [engine.opening.config["run"]["allocator"] for engine in engines] == [
+        "system", "retain", "system", "retain",
+    ]  # fmt: skip
+    assert [c.candidate for c in found] == ["run.allocator=retain"]
+    (equivalence,) = found.result.equivalence
+    assert equivalence.bitwise
+    assert {m.process for m in found.result.measurements} == {0, 1}
+    assert all(m.memory.process_peak for m in found.result.measurements)
+
+
+def test_a_variant_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inline_lanes(monkeypatch)
+    config = _config(**{"output.path": str(tmp_path / "out"), "data.inputs": {"x": {"shape": [9]}}})
+    with pytest.raises(RunFailed, match=r"run\.allocator=system"):
+        gradrun.compare(config, over=("run.allocator", ["system", "retain"]))
+
+
+def test_two_configs_are_compared_by_their_file_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = inline_lanes(monkeypatch)
+    (tmp_path / "base.yaml").write_text(_yaml("batch_size: 8"))
+    (tmp_path / "fast.yaml").write_text(_yaml("batch_size: 32"))
+    found = gradrun.compare(
+        tmp_path / "fast.yaml",
+        against=tmp_path / "base.yaml",
+        **{"measure.processes": 2, "measure.budget": 0.01},
+    )
+    assert [(c.baseline, c.candidate) for c in found] == [("base.yaml", "fast.yaml")]
+    sizes = [engine.opening.config["data"]["batch_size"] for engine in engines]
+    assert sizes == [8, 32, 8, 32]
+    (equivalence,) = found.result.equivalence
+    assert equivalence.equal
+    assert not engines[0].runners
+
+
+def _yaml(size: str) -> str:
+    return f"""
+model: {{source: layers, layers: [{{Linear: [8, 4]}}]}}
+data: {{source: synthetic, inputs: {{x: {{shape: [8]}}}}, samples: 96, {size}}}
+output: {{path: out}}
+"""
