@@ -168,7 +168,7 @@ def _session(
 
 def _two_configs(loaded: LoadedConfig, against: LoadedConfig, target: Path) -> list[Variant]:
     """Return the config that is compared with, under its file name, and the config."""
-    variants = []
+    variants: list[Variant] = []
     for one, default in ((against, "baseline"), (loaded, "config")):
         name = Path(one.locations.name).name if one.locations else default
         if any(known.name == name for known in variants):

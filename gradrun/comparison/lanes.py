@@ -171,7 +171,7 @@ def lane_workers(config: RunConfig) -> int:
 
 
 def _divide(start: int, stop: int, parts: int, unit: int) -> list[tuple[int, int]]:
-    """Cut a range at multiples of the unit into at most `parts` parts of like size."""
+    """Cut a range at multiples of the unit into at most `parts` parts of similar size."""
     units = -(-(stop - start) // unit)
     parts = min(parts, units)
     cuts = [min(stop, start + units * part // parts * unit) for part in range(parts + 1)]

@@ -1,4 +1,4 @@
-"""Time variants in turns, each in processes of its own, until their ratios are known precisely."""
+"""Time variants alternately, each in processes of its own, until their ratios are precise."""
 
 from __future__ import annotations
 
@@ -157,10 +157,10 @@ class TurnSession:
         self.waited: list[float] = []
 
     def run(self, progress: ProgressCallback = ignore) -> SessionData:
-        """Start all variants anew and time them in turns, until the intervals are narrow."""
+        """Start all variants again and time them alternately, until the intervals are narrow."""
         while len(self.variants) > 1:
             total = max(self.processes + 1, self.measure.processes)
-            progress(Progress("timing processes in turns", self.processes, total))
+            progress(Progress("timing processes alternately", self.processes, total))
             began, count = time.monotonic(), len(self.variants)
             with self._lanes() as lanes:
                 if len(lanes) == count:

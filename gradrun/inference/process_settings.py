@@ -37,14 +37,12 @@ def _float32_precision(precision: str | None) -> Iterator[None]:
     if precision is None:
         yield
         return
-    operators = [
-        operator
+    named: list[Any] = [
+        getattr(getattr(torch.backends, backend), name, None)
         for backend in _BACKENDS
         for name in _OPERATORS
-        if hasattr(
-            operator := getattr(getattr(torch.backends, backend), name, None), "fp32_precision"
-        )
     ]
+    operators = [operator for operator in named if hasattr(operator, "fp32_precision")]
     if not operators:
         raise ConfigError(
             f"torch {torch.__version__} has no fp32_precision; it needs 2.9 or newer",

@@ -1,4 +1,4 @@
-"""Variants in processes of their own: differences of outputs, blocks in turns, comparisons."""
+"""Variants in processes of their own: differences of outputs, alternating blocks, comparisons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
@@ -89,6 +89,7 @@ def test_padding_of_texts_is_left_out_but_another_shape_is_an_error() -> None:
         _compare(_rows([1.0, 2.0]), _rows([1.0, 2.0, 3.0]))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 20), st.integers(1, 400), st.integers(1, 8), st.integers(1, 32))
 def test_parts_of_workers_cover_a_range_at_multiples_of_the_unit(
     first: int, length: int, workers: int, unit: int
@@ -105,6 +106,7 @@ def _lane(config: RunConfig, clock: Clock, planted: Planted, **ready: Any) -> Pl
     return PlantedLane(config, planted, made, clock, random.Random(1))
 
 
+@settings(max_examples=15, deadline=None)
 @given(st.integers(1, 7), st.integers(1, 7), st.booleans())
 def test_lanes_of_other_batch_sizes_run_whole_batches(one: int, two: int, varies: bool) -> None:
     clock = Clock()
