@@ -39,6 +39,8 @@ _WIDTH = 4.4
 _MAX_DOTS = 400
 _MAX_MATRIX = 30
 """Most classes of a confusion matrix whose names can be read."""
+_MAX_RANGES = 100
+"""Most ranges of a worker whose ends can be seen."""
 _MAX_NUMBERS = 8
 """Most classes of a confusion matrix with numbers in its cells."""
 _INK, _SOFT, _GRID = "#0a0b00", "#0a0b01", "#0a0b02"
@@ -298,11 +300,18 @@ def workers(result: AnyResult, prefix: str) -> Plot | None:
     if not lanes:
         return None
 
+    ended = max((span.ended for worker in lanes for span in worker.ranges), default=0.0)
+    single = max(len(worker.ranges) for worker in lanes) <= _MAX_RANGES
+
     def draw(axes: Any) -> None:
         for y, worker in enumerate(lanes):
-            spans = [(span.began, span.ended - span.began) for span in worker.ranges]
-            colours = [_placeholder(1 + number % 2) for number in range(len(spans))]
-            axes.broken_barh(spans, (y - 0.3, 0.6), facecolors=colours)
+            spans = [(span.began, span.ended) for span in worker.ranges]
+            spans = spans if single else _merge(spans, ended / _MAX_RANGES)
+            bars = [(began, end - began) for began, end in spans]
+            for first, alpha in ((0, 1.0), (1, 0.6)):
+                # Merged spans need no second shade: a gap separates them.
+                style = {"facecolors": _placeholder(1), "alpha": alpha if single else 1.0}
+                axes.broken_barh(bars[first::2], (y - 0.3, 0.6), linewidth=0, **style)
             if worker.lost_at is not None:
                 axes.plot([worker.lost_at], [y], "x", color=_INK, markersize=9)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
@@ -310,9 +319,21 @@ def workers(result: AnyResult, prefix: str) -> Plot | None:
         axes.set_xlabel("seconds since the first worker was ready")
 
     lost = " × marks the loss of a worker." if any(worker.lost for worker in lanes) else ""
-    note = f"Bars are ranges of samples, in alternating colours.{lost}"
+    bars = "ranges of samples, in alternating shades" if single else "the time of work"
+    note = f"Bars are {bars}.{lost}"
     height = 1.0 + 0.3 * len(lanes)
     return Plot("Workers", _draw_svg(draw, height, f"{prefix}workers"), (), note)
+
+
+def _merge(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
+    """Join spans between which there is less than `gap`."""
+    merged: list[tuple[float, float]] = []
+    for began, ended in spans:
+        if merged and began - merged[-1][1] < gap:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], ended))
+        else:
+            merged.append((began, ended))
+    return merged
 
 
 # --- shared by the plots -----------------------------------------------------------------------

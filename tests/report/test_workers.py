@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gradrun.report import plots, tables
 from gradrun.results.result import WorkerRange, WorkerStats
 from gradrun.results.run_warnings import run_warnings
@@ -41,6 +43,18 @@ def test_the_plot_has_a_lane_per_worker_and_marks_a_loss() -> None:
     assert "worker 2" in plot.svg
     assert "× marks the loss" in plot.note
     assert plots.workers(run_result(), "") is None
+
+
+def test_the_ranges_of_a_long_run_become_bars_with_its_pauses() -> None:
+    before = [WorkerRange(start=n, stop=n + 1, began=float(n), ended=n + 0.99) for n in range(3000)]
+    after = [span.replace(began=span.began + 4000, ended=span.ended + 4000) for span in before]
+    busy = WORKERS[0].replace(ranges=(*before, *after))
+    result = run_result().replace(measurements=(MEASURED.replace(workers=(busy,)),))
+    plot = plots.workers(result, "")
+    assert plot
+    bars = re.findall(r'<path d="[^"]*" clip-path', plot.svg)
+    assert len(bars) == 2
+    assert plot.note == "Bars are the time of work."
 
 
 def test_a_loss_is_a_warning_with_its_cause() -> None:
