@@ -53,6 +53,7 @@ class _Records(IndexedRows):
         self._ids = IdColumn(self._table, config.id) if config.id is not None else None
         self._index = RowIndex(config.batch_size)
         self._columns: dict[str, Columns] = {}
+        self._table.check_kinds(self._column_keys())
         with closing(self._table.read()) as records:
             self._scan(records)
         self._encodings = {

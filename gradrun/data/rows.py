@@ -23,6 +23,7 @@ _PARQUET_BUFFER = 256 * 1024
 _MAX_LINE = 16 * 1024 * 1024
 _BOM = "\ufeff"
 _KEPT_FILES = 2
+WHOLE_NUMBERS, NUMBERS = "whole numbers", "numbers with fractions"
 
 
 class Position(NamedTuple):
@@ -299,6 +300,39 @@ def _read_parquet(_: LineFiles, path: Path, start: Position, __: str) -> Iterato
         raise
     except Exception as error:  # pyarrow raises many types of error for a damaged file
         raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+
+
+def column_kinds(path: Path, columns: Sequence[str]) -> dict[str, str]:
+    """Return what the columns of a Parquet file contain: "text", "whole numbers", "lists of ...".
+
+    A column whose values are all null has the kind "".
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    parquet = import_optional("pyarrow", "data.path", "parquet")
+    try:
+        with open_input(path) as opened, parquet.ParquetFile(opened) as file:
+            schema = file.schema_arrow
+    except Exception as error:  # pyarrow raises many types of error for a damaged file
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+    return {name: _kind(schema.field(name).type) for name in columns if name in schema.names}
+
+
+def _kind(kind: Any) -> str:
+    types = import_optional("pyarrow", "data.path", "types")
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return f"lists of {_kind(kind.value_type)}"
+    kinds = {
+        "": types.is_null,
+        WHOLE_NUMBERS: types.is_integer,
+        NUMBERS: lambda kind: types.is_floating(kind) or types.is_decimal(kind),
+        "text": lambda kind: types.is_string(kind) or types.is_large_string(kind),
+        "booleans": types.is_boolean,
+    }
+    return next((name for name, test in kinds.items() if test(kind)), str(kind))
 
 
 def _check_unique(names: Sequence[str], place: str) -> None:

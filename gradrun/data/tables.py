@@ -29,13 +29,16 @@ from gradrun.core.suggest import suggest
 from gradrun.core.units import pluralize
 from gradrun.data.rows import (
     BEGINNING,
+    NUMBERS,
     PARQUET,
     SEPARATORS,
     TABLE_READERS,
+    WHOLE_NUMBERS,
     LineFiles,
     Position,
     Reader,
     Record,
+    column_kinds,
     describe_absence,
     parse_number,
 )
@@ -79,6 +82,7 @@ class Table:
                 "data.separator",
             )
         self._versions: dict[int, FileVersion] = {}
+        self._mixed: list[Statement] = []
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -110,6 +114,38 @@ class Table:
                 reason = getattr(error, "strerror", None) or error
                 raise ConfigError(f"{path} cannot be read: {reason}", "data.path") from error
 
+    def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
+        """Check that the columns of a config have one kind in all Parquet files.
+
+        Whole numbers in one file and fractions in another are read as numbers, and stated; not in
+        an id, whose text would depend on it.
+
+        Args:
+            columns: pairs of config key and column.
+
+        Raises:
+            ConfigError: a column has several kinds.
+        """
+        if self.suffix != PARQUET or len(self.files) == 1:
+            return
+        keys = {column: key for key, column in columns}
+        known: dict[str, dict[str, Path]] = {column: {} for column in keys}
+        for path in self.files:
+            for column, kind in column_kinds(path, [*keys]).items():
+                known[column].setdefault(kind, path)
+        for column, by_kind in known.items():
+            by_kind.pop("", None)
+            found = ", ".join(f"{kind} in {path.name}" for kind, path in by_kind.items())
+            numbers = {kind.replace(WHOLE_NUMBERS, NUMBERS) for kind in by_kind}
+            if len(by_kind) > 1 and (len(numbers) > 1 or keys[column] == "data.id"):
+                raise ConfigError(
+                    f"the column {column!r} has {found}; convert the column of one of the files",
+                    keys[column],
+                )
+            if len(by_kind) > 1:
+                text = f"column {column} has {found}: all are read as numbers"
+                self._mixed.append(Statement(topic="files", text=text))
+
     def describe(self, index: RowIndex) -> Iterator[Statement]:
         """Yield the statements of the files: how many, of which format, and those left out."""
         if len(self.files) > 1:
@@ -123,6 +159,7 @@ class Table:
             yield Statement(topic="files", text=text)
         if self._listed.left_out:
             yield Statement(topic="files", text=f"{self._listed.left_out} not read")
+        yield from self._mixed
 
     def describe_order(self, ids: IdColumn | None) -> Statement:
         """Return the statement of the order of the samples and of their ids."""

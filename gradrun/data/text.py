@@ -30,7 +30,7 @@ from gradrun.data.tables import (
     id_column,
     read_labels,
 )
-from gradrun.data.text_files import Text, read_texts
+from gradrun.data.text_files import Text, column_keys, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
 
@@ -85,6 +85,7 @@ class Texts(IndexedRows):
         self._tokenization = tokenization
         self._orders: dict[int, Sequence[int]] = {}
         self._padding: dict[int, Padding] = {}
+        self._table.check_kinds(column_keys(config))
         self._ids = id_column(self._table, config.id)
         self.has_ids = self._ids is not None
         self._index = RowIndex(config.batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 from gradrun.config.data import TextData
@@ -98,6 +98,13 @@ def _check_columns(
             f"{suggest('', record.fields)}",
             "data.field",
         )
-    named = [("field", column) for column in columns]
-    named += [(key, column) for key in ("id", "labels") if (column := getattr(config, key))]
-    table.check_columns(record, ((f"data.{key}", column) for key, column in named))
+    table.check_columns(record, column_keys(config))
+
+
+def column_keys(config: TextData) -> Iterator[tuple[str, str]]:
+    """Yield the config keys and the names of all columns."""
+    columns = (config.field,) if isinstance(config.field, str) else config.field or ()
+    yield from (("data.field", column) for column in columns)
+    for key in ("id", "labels"):
+        if column := getattr(config, key):
+            yield f"data.{key}", column

@@ -151,6 +151,38 @@ def test_a_file_without_a_column_of_the_others_is_an_error(tmp_path: Path, form:
     assert f"part-9.{form} has no column 'b', unlike part-7.{form}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("other", "keys", "message"),
+    [
+        ({"a": ["1"]}, {}, "column 'a' has whole numbers in 1.parquet, text in 2.parquet"),
+        ({"a": [[1]]}, {}, "'a' has whole numbers in 1.parquet, lists of whole numbers in 2.par"),
+        ({"a": [True]}, {}, "whole numbers in 1.parquet, booleans in 2.parquet"),
+        ({"k": [1.0]}, {"id": "k"}, "column 'k' has whole numbers in 1.parquet, numbers with frac"),
+        ({"k": ["x"]}, {"labels": "k"}, "column 'k' has whole numbers in 1.parquet, text in 2"),
+    ],
+)
+def test_parquet_columns_of_several_kinds_are_an_error(
+    tmp_path: Path, other: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
+    row: dict[str, Any] = {"a": [1], "b": [2.5], "k": [3]}
+    pandas.DataFrame(row).to_parquet(tmp_path / "1.parquet")
+    pandas.DataFrame(row | other).to_parquet(tmp_path / "2.parquet")
+    with pytest.raises(ConfigError) as caught:
+        opened(tmp_path, "parquet", **keys)
+    assert message in str(caught.value)
+
+
+def test_whole_numbers_and_fractions_of_parquet_files_are_numbers(tmp_path: Path) -> None:
+    pandas.DataFrame({"a": [1, 2], "b": [None, None]}).to_parquet(tmp_path / "1.parquet")
+    pandas.DataFrame({"a": [0.5], "b": [3]}).to_parquet(tmp_path / "2.parquet")
+    source = data(
+        "records", path=tmp_path, inputs={"x": {"columns": ["a"]}}, labels="b", batch_size=SIZE
+    )
+    assert joined(source.batches()).tolist() == [[1], [2], [0.5]]
+    text = "column a has whole numbers in 1.parquet, numbers with fractions in 2.parquet"
+    assert f"{text}: all are read as numbers" in [s.text for s in source.statements()]
+
+
 def test_a_file_without_a_header_is_an_error(tmp_path: Path) -> None:
     shards(tmp_path, "csv", [3])
     (tmp_path / "part-8.csv").write_text("0.5,1.5,k\n2.5,3.5,m\n")
