@@ -308,7 +308,10 @@ class FolderLabels(Section):
 class FilesData(_Data):
     """Files below a folder, or those in a list, each one sample."""
 
-    path: InputPath = Field(description="a folder, or a .txt, .csv or .tsv file that lists files")
+    path: InputFiles = Field(
+        description="a folder; a .txt, .csv or .tsv file that lists files; or, for images, .tar "
+        "files: a folder, a pattern or a list"
+    )
     pattern: str | None = Field(
         None, description='files of the folder: "*/*.jpg"; default: every readable file below it'
     )

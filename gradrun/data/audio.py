@@ -37,6 +37,8 @@ def open_data(
         own = config.processor is None and isinstance(model, HuggingFaceModel)
         processor = AudioProcessor(source, model.revision if own else None, config.seconds)  # type: ignore[union-attr]
     listed = list_samples(config, SUFFIXES, "audio files")
+    if listed.members:
+        raise ConfigError("audio files are not read from .tar files; extract them", "data.path")
     return _Audio(config, listed, decoder, processor, model_classes)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntFlag
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +24,9 @@ _FORMATS = (
 For EPS it starts Ghostscript, controlled by the file; GRIB, BUFR, HDF5, WMF and MPEG need other
 libraries. .pcd is usually a point cloud.
 """
+
+OpenFile = Callable[[], IO[bytes]]
+"""Opens a file, at its beginning, for reading."""
 
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 0x0102, 0x0106, 0x0153
@@ -83,25 +85,25 @@ class ImageDecoder:
         registered = self._pillow.registered_extensions().items()
         return {suffix for suffix, name in registered if name in {*self._formats, "MPO"}}
 
-    def pages(self, path: Path) -> int:
+    def pages(self, open_file: OpenFile) -> int:
         """Return the number of pages or frames of a file; 1 if it cannot be opened."""
         try:
-            with self._pillow.open(path, formats=self._formats) as image:
+            with open_file() as file, self._pillow.open(file, formats=self._formats) as image:
                 return int(getattr(image, "n_frames", 1))
         except Exception:  # reported when the file is decoded
             return 1
 
-    def decode(self, path: Path, name: str, page: int) -> tuple[Any, Trait]:
+    def decode(self, open_file: OpenFile, name: str, page: int) -> tuple[Any, Trait]:
         """Return a page of an image, counted from 1, and its traits.
 
         Raises:
             SampleError: the file cannot be decoded.
         """
         try:
-            with self._pillow.open(path, formats=self._formats) as image:
+            with open_file() as file, self._pillow.open(file, formats=self._formats) as image:
                 return self._convert(image, page)
         except self._pillow.UnidentifiedImageError as error:
-            raise SampleError(f"{name} {self._describe_unknown(path)}") from error
+            raise SampleError(f"{name} {self._describe_unknown(open_file, name)}") from error
         except self._pillow.DecompressionBombError as error:
             raise SampleError(f"{name} {self._too_large()}") from error
         except MemoryError:
@@ -194,9 +196,9 @@ class ImageDecoder:
             "memory, raise data.max_pixels"
         )
 
-    def _describe_unknown(self, path: Path) -> str:
+    def _describe_unknown(self, open_file: OpenFile, file_name: str) -> str:
         """Say why a file was not identified: another format, or an unusual form of a known one."""
-        with path.open("rb") as file:
+        with open_file() as file:
             start = file.read(16)
             for name in self._formats:
                 factory, accepts = self._pillow.OPEN[name]
@@ -204,7 +206,7 @@ class ImageDecoder:
                     continue
                 try:
                     file.seek(0)
-                    factory(file, str(path))
+                    factory(file, file_name)
                 except Exception as error:
                     return (
                         f"is a {name} file that Pillow cannot decode: {first_line(error)}; convert "

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class _Images:
         """Open all files, and return their pages."""
         pages = []
         for number, name in enumerate(self._listed.names):
-            count = self._decoder.pages(self._listed.root / name)
+            count = self._decoder.pages(partial(self._listed.open, number))
             pages += [
                 _Page(number, page, f"{name}#{page}" if count > 1 else name)
                 for page in range(1, count + 1)
@@ -204,7 +205,7 @@ class _Images:
     def _open(self, number: int) -> tuple[Any, Trait]:
         """Return the decoded image of a sample, and what had to be interpreted."""
         file, page, name = self._page(number)
-        return self._decoder.decode(self._listed.root / self._listed.names[file], name, page)
+        return self._decoder.decode(partial(self._listed.open, file), name, page)
 
     def _read(self, number: int) -> Pixels:
         """Return one image, float32 [channels, height, width].

@@ -9,16 +9,26 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from gradrun.config.data import FilesData, FolderLabels
 from gradrun.core.errors import ConfigError
-from gradrun.core.input_files import describe_left_out, files_below
+from gradrun.core.input_files import (
+    InputPaths,
+    describe_left_out,
+    files_below,
+    format_suffix,
+    is_pattern,
+    list_files,
+    open_input,
+)
 from gradrun.core.suggest import suggest
 from gradrun.core.units import pluralize
+from gradrun.data import tar_files
 from gradrun.data.source import class_number
+from gradrun.data.tar_files import TarMembers
 from gradrun.results.result import Statement
 
 _MAX_CLASSES = 8
@@ -38,6 +48,8 @@ class SampleFiles:
     """The label of each file as text; empty without `data.labels`."""
     left_out: str = ""
     """A description of the folder's files whose suffix is not read."""
+    members: TarMembers | None = None
+    """The places of the files if they are in archives."""
 
     @property
     def repeated(self) -> int:
@@ -46,8 +58,20 @@ class SampleFiles:
 
     @property
     def paths(self) -> list[Path]:
-        """The path of each file."""
+        """The path of each file, or of the archives."""
+        if self.members:
+            return [*self.members.archives]
         return [self.root / name for name in self.names]
+
+    def open(self, number: int) -> IO[bytes]:
+        """Open a file for reading.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        if self.members:
+            return self.members.open(number)
+        return open_input(self.root / self.names[number])
 
     def class_names(self, model_classes: Sequence[str]) -> tuple[str, ...]:
         """Return the model's class names if they contain all labels, else the labels, sorted.
@@ -103,12 +127,14 @@ def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
         ConfigError: the list cannot be read, contains no files, or lacks a column or a label.
     """
     path = config.path
+    if not isinstance(path, Path) or is_pattern(path) or format_suffix(path) == tar_files.SUFFIX:
+        return _in_archives(config, path, suffixes, kind)
     if path.is_dir():
-        return _in_folder(config, suffixes, kind)
+        return _in_folder(config, path, suffixes, kind)
     try:
         match path.suffix.lower():
             case ".csv" | ".tsv":
-                names, labels = _read_table(config)
+                names, labels = _read_table(config, path)
             case ".txt":
                 lines = path.read_text(encoding="utf-8-sig").splitlines()
                 names = [line for line in map(str.strip, lines) if line]
@@ -128,8 +154,8 @@ def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
 # --- folders -----------------------------------------------------------------------------------
 
 
-def _in_folder(config: FilesData, suffixes: Collection[str], kind: str) -> SampleFiles:
-    path, left_out = config.path, ""
+def _in_folder(config: FilesData, path: Path, suffixes: Collection[str], kind: str) -> SampleFiles:
+    left_out = ""
     if config.pattern is None:
         names, others = [], Counter[str]()
         for name in (file.relative_to(path).as_posix() for file in files_below(path)):
@@ -139,6 +165,14 @@ def _in_folder(config: FilesData, suffixes: Collection[str], kind: str) -> Sampl
             else:
                 others[suffix or "no suffix"] += 1
         left_out = describe_left_out(others)
+        if others[tar_files.SUFFIX]:
+            if not names:
+                return _in_archives(config, path, suffixes, kind)
+            raise ConfigError(
+                f"{path} has {pluralize(len(names), 'file')} of {kind} and .tar files; select "
+                f"those with data.pattern, or these with path: {path}/*.tar",
+                "data.path",
+            )
     else:
         names = [*_matches(path, config.pattern)]
     names.sort()
@@ -147,6 +181,28 @@ def _in_folder(config: FilesData, suffixes: Collection[str], kind: str) -> Sampl
         rest = f"; it has {left_out}" if left_out else ""
         raise ConfigError(f"{path} contains no {kind}{rest}", "data.path")
     return SampleFiles(path, names, "sorted by path as text", labels, left_out)
+
+
+def _in_archives(
+    config: FilesData, path: InputPaths, suffixes: Collection[str], kind: str
+) -> SampleFiles:
+    listed = list_files(path, "data.path", (tar_files.SUFFIX,))
+    for file in listed.files:
+        if format_suffix(file) != tar_files.SUFFIX:
+            raise ConfigError(
+                f"{file.name} is not a .tar file; to select files of a folder, set data.pattern, "
+                "or list them in a .txt or .csv file",
+                "data.path",
+            )
+    for key in ("pattern", "column"):
+        if getattr(config, key) is not None:
+            raise ConfigError("it does not apply to .tar files", f"data.{key}")
+    members, names, left_out = tar_files.list_members(listed.files, suffixes, kind)
+    labels = _folder_labels(config, names, PurePosixPath())
+    order = f"as in {pluralize(len(listed.files), 'archive')}"
+    if listed.order:
+        order += f", {listed.order}, first {listed.files[0].name}, last {listed.files[-1].name}"
+    return SampleFiles(listed.files[0].parent, names, order, labels, left_out, members)
 
 
 def _matches(folder: Path, pattern: str) -> Iterator[str]:
@@ -203,27 +259,25 @@ def _common_folder(names: list[str]) -> str:
     return str(PurePosixPath(common).parent) if common in parents else common
 
 
-def _read_table(config: FilesData) -> tuple[list[str], list[str]]:
+def _read_table(config: FilesData, path: Path) -> tuple[list[str], list[str]]:
     if isinstance(config.labels, FolderLabels):
         raise ConfigError("the labels of a .csv list are a column; set its name", "data.labels")
-    with config.path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if config.path.suffix[1:2] in "tT" else ",")
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix[1:2] in "tT" else ",")
         columns = list(reader.fieldnames or [])
         if not columns:
-            raise ConfigError(f"{config.path} is empty", "data.path")
+            raise ConfigError(f"{path} is empty", "data.path")
         for key, column in (("column", config.column), ("labels", config.labels)):
             if column is not None and column not in columns:
                 raise ConfigError(
-                    f"{config.path.name} has no column {column!r}; {suggest(column, columns)}",
+                    f"{path.name} has no column {column!r}; {suggest(column, columns)}",
                     f"data.{key}",
                 )
         rows: list[dict[str, Any]] = list(reader)
     names = [row[config.column or columns[0]] or "" for row in rows]
     labels = [row[config.labels] or "" for row in rows] if config.labels else []
     if "" in labels:
-        raise ConfigError(
-            f"{config.path.name} has no label for {names[labels.index('')]}", "data.labels"
-        )
+        raise ConfigError(f"{path.name} has no label for {names[labels.index('')]}", "data.labels")
     return names, labels
 
 
