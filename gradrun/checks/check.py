@@ -17,6 +17,7 @@ from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.options import option
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.version import __version__
 from gradrun.engines.infer import infer
@@ -74,7 +75,9 @@ def check(
         RunFailed: the reference cannot run.
     """
     if baseline and against:
-        raise ConfigError("--baseline and --against cannot be combined")
+        raise ConfigError(
+            f"{option('baseline', 'PATH')} and {option('against', 'REFERENCE')} cannot be combined"
+        )
     if sets and overrides:
         raise TypeError("sets and overrides cannot be combined")
     changes = sets or overrides
@@ -125,9 +128,9 @@ def _validate(
     if expected and any(parent.is_file() for parent in expected.parents):
         raise ConfigError(f"a parent folder of {expected} is a file", "check.expected")
     if update_expected and expected is None:
-        raise ConfigError("--update-expected requires check.expected, the file to write")
+        raise ConfigError(f"{option('update_expected')} requires check.expected, the file to write")
     if expected and not update_expected and not expected.exists():
-        text = f"{expected} does not exist; --update-expected creates it"
+        text = f"{expected} does not exist; {option('update_expected')} creates it"
         raise ConfigError(text, "check.expected")
     if not (evaluate.has_checks(config.check) or reference or saves):
         text = "nothing to check: smoke tests are off and no limit, baseline or reference is set"

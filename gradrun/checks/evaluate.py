@@ -14,6 +14,7 @@ from gradrun.config.check import CheckSection
 from gradrun.config.limits import Limit, Status, byte_limit, number_limit, percentage
 from gradrun.config.run import MetricSection
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.options import option
 from gradrun.core.units import format_bytes, pluralize
 from gradrun.results import stats
 from gradrun.results.ratios import time_ratio
@@ -245,7 +246,7 @@ def time_regression(
     if differences:
         verdict = _inconclusive(
             f"the reference was measured under other conditions ({'; '.join(differences)}), so "
-            "times cannot be compared; --against measures both here"
+            f"times cannot be compared; {option('against', 'REFERENCE')} measures both here"
         )
     elif slowdown is None:
         verdict = _inconclusive("time could not be measured")
@@ -253,7 +254,10 @@ def time_regression(
         limit = Limit(1 + percentage(allowed), at_least=False)
         verdict = _interval_verdict(limit, slowdown, *_format_change(slowdown))
         if math.isinf(slowdown.high):
-            reason = "one process gives no confidence interval; --save-baseline measures several"
+            reason = (
+                "one process gives no confidence interval; "
+                f"{option('save_baseline', 'PATH')} measures several"
+            )
             verdict = verdict._replace(reason=reason)
     yield _outcome(f"time vs {reference}", f"at most +{allowed}", "regression.time", verdict)
 
@@ -276,7 +280,7 @@ def memory_regression(
         if differences:
             verdict = _inconclusive(
                 f"measured with {'; '.join(differences)}; create a new baseline with "
-                "--save-baseline"
+                f"{option('save_baseline', 'PATH')}"
             )
         elif old is None or new is None or old < 0:
             verdict = _inconclusive("not measured on both sides")
@@ -327,7 +331,9 @@ def outputs_regression(
         reasons += _output_differences(section, old[name], new[name])
     verdict = _passed_unless("; ".join(reasons), "unchanged", "changed")
     if not before:
-        verdict = _inconclusive("the baseline has no outputs; create one with --save-baseline")
+        verdict = _inconclusive(
+            f"the baseline has no outputs; create one with {option('save_baseline', 'PATH')}"
+        )
     check, limit = f"outputs vs {reference}", "same dtypes, shapes, means"
     yield _outcome(check, limit, "regression.outputs", verdict)
 
@@ -367,7 +373,7 @@ def golden(file: str, differences: Mapping[str, str] | None) -> Outcome:
         limit, verdict = f"written to {file}", _Verdict("written", "pass")
     else:
         reason = _format_differences(differences)
-        hint = "; if this is intended, run with --update-expected" if reason else ""
+        hint = f"; if this is intended, run with {option('update_expected')}" if reason else ""
         limit = f"equal to {file}"
         verdict = _passed_unless(f"{reason}{hint}", "equal", "different")
     return _outcome("expected outputs", limit, "expected", verdict)

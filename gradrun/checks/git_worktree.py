@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.core.errors import ConfigError
+from gradrun.core.options import option
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def git_worktree(
     repository = Path(_git(folder, "rev-parse", "--show-toplevel")).resolve()
     commit = _git(
         folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}",
-        error=f"--against {revision} is neither a file nor a git revision",
+        error=f"{option('against', revision)}: {revision} is neither a file nor a git revision",
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="gradrun-") as temporary:
         path = Path(temporary).resolve() / "tree"
@@ -86,7 +87,9 @@ def _git(folder: Path, *words: str, error: str = "") -> str:
             env={key: value for key, value in os.environ.items() if not key.startswith("GIT_")},
         )
     except OSError as failure:
-        raise ConfigError(f"--against a revision requires git: {failure.strerror}") from failure
+        raise ConfigError(
+            f"{option('against', 'REVISION')} requires git: {failure.strerror}"
+        ) from failure
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         command = next(word for word in words if word[0] != "-" and "=" not in word)

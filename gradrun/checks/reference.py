@@ -14,6 +14,7 @@ from gradrun.config.run import MetricSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.options import option
 from gradrun.results.result import Measurement, RunResult
 
 
@@ -55,7 +56,8 @@ def open_reference(
     """
     if baseline:
         if not Path(baseline).exists():
-            raise ConfigError(f"--baseline {baseline} does not exist; --save-baseline creates it")
+            save = option("save_baseline", "PATH")
+            raise ConfigError(f"the baseline {baseline} does not exist; {save} creates it")
         yield Reference(Path(baseline).name, result=RunResult.load(baseline))
     elif against is None:
         yield None
@@ -65,7 +67,7 @@ def open_reference(
     else:
         file = Path(loaded.locations.name) if loaded.locations else None
         if file is None or not file.is_file():
-            raise ConfigError("--against a revision requires a config that is a file")
+            raise ConfigError(f"{option('against', 'REVISION')} requires a config that is a file")
         folder = file.parent.resolve()
         with git_worktree(str(against), folder, loaded.config.input_files()) as worktree:
             moved = worktree.path_of(folder) / file.name

@@ -16,6 +16,7 @@ from gradrun.cli.infer import infer
 from gradrun.cli.profile import profile
 from gradrun.cli.report import PlainPathsCommand, report, verify
 from gradrun.core.errors import Interrupted
+from gradrun.core.options import command_line
 from gradrun.core.version import __version__
 
 app = typer.Typer(
@@ -35,9 +36,11 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Options of gradrun itself."""
+    context.with_resource(command_line())
     if version:
         typer.echo(f"gradrun {__version__}")
         raise typer.Exit

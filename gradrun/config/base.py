@@ -75,7 +75,7 @@ class PathResolver:
         if ".." in path.parts:
             raise ValueError(
                 f"{str(path)!r} contains '..'; use a path below the config's folder or an absolute "
-                "path. On the command line, --output FOLDER accepts any path"
+                "path"
             )
         return _join(self._output_base, path)
 

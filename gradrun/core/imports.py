@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from gradrun.core.errors import ConfigError
+from gradrun.core.options import option
 
 
 def require_trust(trust_code: bool, source: str, key: str) -> None:
@@ -27,7 +28,7 @@ def require_trust(trust_code: bool, source: str, key: str) -> None:
     if not trust_code:
         raise ConfigError(
             f"{source} and was not loaded, because it could run anything with your rights; if you "
-            "trust it, pass --trust-code or set GRADRUN_TRUST_CODE=1",
+            f"trust it, pass {option('trust_code')} or set GRADRUN_TRUST_CODE=1",
             key,
         )
 

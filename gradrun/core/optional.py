@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.options import option
 
 EXTRAS = {
     "torchmetrics": ("torchmetrics", "metrics"),
@@ -29,7 +30,11 @@ EXTRAS = {
 
 _MAX_PIXELS = 1024**3 // 4 // 3
 """Pillow's own limit of pixels."""
-NEEDS_TRUST = "which was not run; if you trust it, pass --trust-code"
+
+
+def needs_trust() -> str:
+    """Return the end of an error about code that was not run."""
+    return f"which was not run; if you trust it, pass {option('trust_code')}"
 
 
 def import_optional(name: str, key: str, submodule: str = "") -> Any:
@@ -105,7 +110,7 @@ def _set_transformers_logging(transformers: Any, level: int, *, progress_bar: bo
 
 
 @contextmanager
-def hub_errors(source: Path | str, key: str, advice: str = NEEDS_TRUST) -> Iterator[None]:
+def hub_errors(source: Path | str, key: str, advice: str = "") -> Iterator[None]:
     """Convert errors of transformers to a ConfigError for `key`.
 
     Args:
@@ -118,7 +123,7 @@ def hub_errors(source: Path | str, key: str, advice: str = NEEDS_TRUST) -> Itera
     except ConfigError:
         raise
     except Exception as error:  # a damaged folder may raise anything
-        raise ConfigError(_hub_message(source, error, advice), key) from error
+        raise ConfigError(_hub_message(source, error, advice or needs_trust()), key) from error
 
 
 def _hub_message(source: Path | str, error: Exception, advice: str) -> str:
@@ -129,7 +134,7 @@ def _hub_message(source: Path | str, error: Exception, advice: str) -> str:
     if isinstance(error, OSError) and "safetensors" in text:
         return (
             f"{source} has no .safetensors weights; save them with save_pretrained, or, if you "
-            "trust its other files, pass --trust-code"
+            f"trust its other files, pass {option('trust_code')}"
         )
     if isinstance(source, str):
         return f"{source!r} is neither a folder relative to the config nor on the hub: {line:.300}"

@@ -19,6 +19,7 @@ from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed, first_line
+from gradrun.core.options import option
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import count_of, pluralize
 from gradrun.core.version import __version__
@@ -295,7 +296,7 @@ def _check_stateless(plan: RunPlan, prepared: PreparedRun, run_pass: RunPass) ->
     if previous and previous.committed:
         raise ConfigError(
             f"cannot resume {plan.folder.path}: {text}, and the state after the committed batches "
-            "is lost. Start over with --overwrite, or reset the state in forward",
+            f"is lost. Start over with {option('overwrite')}, or reset the state in forward",
             "output.path",
         )
     if run_pass is not run_in_this_process:

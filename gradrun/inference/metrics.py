@@ -15,6 +15,7 @@ from gradrun.config.run import MetricSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
+from gradrun.core.options import option
 from gradrun.core.units import pluralize
 from gradrun.data.source import CHUNK_BYTES, BatchSource, HasLabels
 from gradrun.inference.evidence import Evidence, Target, find_target
@@ -68,7 +69,7 @@ class Evaluation:
                 raise ConfigError(
                     f"{scorer.spec.title} needs {scorer.needs} of output "
                     f"{scorer.target.source!r}, which the run in this folder did not save; run "
-                    "again with --overwrite, or remove the metric",
+                    f"again with {option('overwrite')}, or remove the metric",
                     scorer.key,
                 )
 

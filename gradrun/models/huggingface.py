@@ -10,7 +10,7 @@ import torch
 
 from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import NEEDS_TRUST, hub_errors, import_transformers
+from gradrun.core.optional import hub_errors, import_transformers, needs_trust
 from gradrun.core.pretrained import SentenceFolder, read_sentence_folder
 from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
@@ -141,7 +141,7 @@ def _check_kernels(config: HuggingFaceModel, settings: dict[str, Any], transform
     for name in _attention_names(raw):
         if "/" in name:
             raise ConfigError(
-                f"{config.path} requires the kernel {name!r} from the hub, {NEEDS_TRUST}, or "
+                f"{config.path} requires the kernel {name!r} from the hub, {needs_trust()}, or "
                 "choose model.attention",
                 _KEY,
             )

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.options import option
 from gradrun.results.result import Statement
 
 State = dict[str, Any]
@@ -230,7 +231,7 @@ def _load_checkpoint(path: Path, trust_code: bool) -> Any:
         raise ConfigError(
             f"{path} contains Python objects besides tensors, and unpickling them could run code; "
             "save a .safetensors file, or torch.save(model.state_dict(), ...), or pass "
-            "--trust-code if you trust the file",
+            f"{option('trust_code')} if you trust the file",
             _KEY,
         ) from error
 

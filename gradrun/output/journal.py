@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt
 
 from gradrun.core import files
 from gradrun.core.errors import GradrunError
+from gradrun.core.options import option
 
 FILE_NAME = "journal.jsonl"
 DRAFT_NAME = f"{FILE_NAME}.tmp"
@@ -165,7 +166,8 @@ def read(path: Path) -> JournalState:
             if number == len(lines) - 1 and number > 0:
                 break  # a torn sector may contain any bytes
             raise GradrunError(
-                f"{path}:{number + 1}  the journal is damaged; start over with --overwrite"
+                f"{path}:{number + 1}  the journal is damaged; start over with "
+                f"{option('overwrite')}"
             ) from error
         ends.append((ends[-1] if ends else 0) + len(line))
     if not parsed:
@@ -188,7 +190,8 @@ def _check_format(header: Any, path: Path) -> None:
     if not isinstance(number, int) or number not in _READABLE:
         raise GradrunError(
             f"{path} has journal format {number!r:.60}; this version of gradrun reads formats up "
-            f"to {FORMAT}. Use the version that started the run, or start over with --overwrite"
+            f"to {FORMAT}. Use the version that started the run, or start over with "
+            f"{option('overwrite')}"
         )
 
 

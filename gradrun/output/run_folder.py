@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
+from gradrun.core.options import option
 from gradrun.core.units import count_of, format_bytes
 from gradrun.output import class_labels, evidence_writer, journal, lock, quarantine
 from gradrun.output.fingerprint import differences
@@ -67,8 +68,8 @@ class RunFolder:
         removed = {file.resolve() for file in self._run_files()} if overwrite else set()
         if needed := [file for file in inputs if file.resolve() in removed]:
             raise ConfigError(
-                f"--overwrite would remove {needed[0]}, which is an input of this run; choose "
-                "another output.path",
+                f"{option('overwrite')} would remove {needed[0]}, which is an input of this run; "
+                "choose another output.path",
                 "output.path",
             )
 
@@ -110,7 +111,7 @@ class RunFolder:
             raise ConfigError(
                 f"{path} has a run of an earlier version of gradrun (journal format "
                 f"{state.header.journal}), which this version cannot resume; choose another "
-                "output.path, or start over with --overwrite",
+                f"output.path, or start over with {option('overwrite')}",
                 "output.path",
             )
         if state and self.resume:
@@ -118,12 +119,12 @@ class RunFolder:
         if state and unfinished:
             raise ConfigError(
                 f"{path} has an unfinished run ({count_of(state.committed, state.samples)}); "
-                "use --resume to continue it, or --overwrite to replace it",
+                f"use {option('resume')} to continue it, or {option('overwrite')} to replace it",
                 "output.path",
             )
         raise ConfigError(
-            f"output folder {path} already exists; use --overwrite to replace it, or choose "
-            "another output.path",
+            f"output folder {path} already exists; use {option('overwrite')} to replace it, or "
+            "choose another output.path",
             "output.path",
         )
 
@@ -139,13 +140,13 @@ class RunFolder:
             result = RunResult.load(self.path)
         except GradrunError as error:
             raise GradrunError(
-                f"{error}; the predictions are complete: remove this file, and --resume writes it "
-                "again"
+                f"{error}; the predictions are complete: remove this file, and "
+                f"{option('resume')} writes it again"
             ) from error
         if damaged := next(damaged_ranges(self.path, self.previous), None):
             raise GradrunError(
                 f"{self.path / damaged.file} changed after the run finished ({damaged.problem}); "
-                "list the damage with gradrun verify, or start over with --overwrite"
+                f"list the damage with gradrun verify, or start over with {option('overwrite')}"
             )
         # The result has fewer if a resume was killed between its last commit and its result.
         if not isinstance(result, InferResult):
@@ -176,7 +177,7 @@ class RunFolder:
         if changes:
             raise ConfigError(
                 f"cannot resume {self.path}: since the run started, {'; '.join(changes)}. Undo the "
-                "change, or start over with --overwrite",
+                f"change, or start over with {option('overwrite')}",
                 "output.path",
             )
 

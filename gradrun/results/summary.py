@@ -22,7 +22,7 @@ _MIN_SAVED_BYTES = 1024
 _MIN_SAVED_SHARE = 0.01
 _SMALL_DIFFERENCE = 0.05
 _MAX_DIGITS = 4
-_MORE_TIME = "raise measure.budget (--set measure.budget=120)"
+_MORE_TIME = "raise measure.budget"
 
 
 # --- compare -----------------------------------------------------------------------------------

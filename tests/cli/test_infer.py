@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gradrun
 from gradrun.cli.infer import _options, _resume_command
 from gradrun.results.result import RunResult
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Command
 
 
 def test_infer_writes_predictions_and_prints_both_tables(cli):
@@ -88,7 +89,7 @@ def test_example_runs_in_an_empty_folder(process, tmp_path):
 def test_an_unknown_example_lists_the_available_ones(cli):
     answer = cli("infer", "--example", "digit")
     assert answer.code == 2
-    assert "unknown example 'digit'; did you mean digits? (allowed: digits" in answer.err
+    assert "unknown example 'digit'; did you mean digits? (allowed: audio, digits" in answer.err
 
 
 @pytest.mark.parametrize("words", [[], ["c.yaml", "--example", "digits"]])
@@ -156,3 +157,22 @@ def test_the_command_to_resume_has_the_options_that_were_typed():
     assert command == (
         "gradrun infer c.yaml --engine ray --workers auto --address auto --trust-code --resume"
     )
+
+
+def test_errors_name_flags_on_the_command_line_and_arguments_in_python(
+    cli: Command, tmp_path: Path
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "model: {source: layers, layers: [Identity]}\n"
+        "data: {source: synthetic, inputs: {x: {shape: [2]}}, samples: 4}\n"
+        "output: {path: out}\n"
+    )
+    assert cli("infer", config).code == 0
+    answer = cli("infer", config)
+    assert answer.code == 2
+    assert "use --overwrite to replace it" in answer.err
+    assert "overwrite=True" not in answer.err
+    with pytest.raises(gradrun.ConfigError, match="use overwrite=True to replace it") as caught:
+        gradrun.infer(config)
+    assert "--" not in str(caught.value)

@@ -317,7 +317,7 @@ def test_measurement_settings_and_the_folder_may_change_before_a_resume(
 def test_without_resume_an_unfinished_run_is_an_error_with_a_hint(
     stopped: dict[str, Any],
 ) -> None:
-    with pytest.raises(ConfigError, match=r"40 of 60 samples\); use --resume .* --overwrite"):
+    with pytest.raises(ConfigError, match=r"40 of 60 samples\); use resume=True .* overwrite=True"):
         gradrun.infer(stopped, trust_code=True)
 
 
@@ -370,10 +370,10 @@ def test_a_missing_result_is_written_again_and_a_damaged_one_is_reported(tmp_pat
     }
     gradrun.infer(config)
     (tmp_path / "run" / "result.json").write_text("{}")
-    with pytest.raises(GradrunError, match=r"result\.json is not a gradrun result: .* --resume"):
+    with pytest.raises(GradrunError, match=r"result\.json is not a gradrun result: .* resume=True"):
         gradrun.infer(config, resume=True)
     (tmp_path / "run" / "result.json").unlink()
-    with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); use --resume"):
+    with pytest.raises(ConfigError, match=r"unfinished run \(8 of 8 samples\); use resume=True"):
         gradrun.infer(config)
     before = (tmp_path / "run" / "predictions.npy").read_bytes()
     assert gradrun.infer(config, resume=True).predictions == 8

@@ -127,7 +127,7 @@ def test_progress_receives_each_stage_and_the_samples_done(
 
 def test_only_overwrite_replaces_an_earlier_run(written: dict[str, Any]) -> None:
     gradrun.infer(written)
-    with pytest.raises(ConfigError, match="--overwrite"):
+    with pytest.raises(ConfigError, match="use overwrite=True"):
         gradrun.infer(written)
     Path("out/notes.txt").write_text("mine")
     gradrun.infer(written, overwrite=True, output={"transform": "argmax"})
@@ -220,7 +220,7 @@ def test_code_runs_only_if_it_is_trusted(
     written["model"] = {"source": "python", "target": "loud.py:Net"}
     for untrusting in ("", "0", "yes"):
         monkeypatch.setenv("GRADRUN_TRUST_CODE", untrusting)
-        with pytest.raises(ConfigError, match="--trust-code or set GRADRUN_TRUST_CODE=1"):
+        with pytest.raises(ConfigError, match="trust_code=True or set GRADRUN_TRUST_CODE=1"):
             gradrun.infer(written)
     assert not Path("ran").exists()
     assert not Path("out").exists()

@@ -151,7 +151,7 @@ def test_only_examples_with_programs_need_trust_and_their_first_lines_mention_it
         head = (CONFIGS / f"{name}.yaml").read_text().splitlines()[:3]
         assert any("--trust-code" in line for line in head) == (name in programs)
     for name in programs:
-        with pytest.raises(ConfigError, match="--trust-code"):
+        with pytest.raises(ConfigError, match="pass trust_code=True"):
             gradrun.infer(CONFIGS / f"{name}.yaml", **{"output.path": str(tmp_path / "out")})
 
 

@@ -64,7 +64,7 @@ def test_a_program_needs_trust_and_is_not_loaded_without_it(
         patch.setattr(torch.export, "load", loaded)
         error = load_error(source, path=files[source])
     assert re.search(r"contains an? .* program and was not loaded, because it could", str(error))
-    assert "pass --trust-code or set GRADRUN_TRUST_CODE=1" in str(error)
+    assert "pass trust_code=True or set GRADRUN_TRUST_CODE=1" in str(error)
     assert error.key == "model.path"
     assert load(source, path=files[source], trust_code=True)(X[:3]).shape == (3, 2)
 

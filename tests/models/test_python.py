@@ -129,7 +129,7 @@ def test_without_trust_nothing_is_imported(
 ) -> None:
     monkeypatch.chdir(mine.parent)
     error = load_error("python", target=target.format(mine=mine))
-    assert "--trust-code or set GRADRUN_TRUST_CODE=1" in str(error)
+    assert "trust_code=True or set GRADRUN_TRUST_CODE=1" in str(error)
     assert not (mine.parent / "imported").exists()
     load("python", target=target.format(mine=mine), trust_code=True)
     assert (mine.parent / "imported").exists(), "importing it creates the file"
@@ -145,7 +145,7 @@ def test_the_environment_variable_grants_trust(
     }
     for value in ("0", "", "true"):
         monkeypatch.setenv("GRADRUN_TRUST_CODE", value)
-        with pytest.raises(ConfigError, match="--trust-code"):
+        with pytest.raises(ConfigError, match="trust_code=True"):
             gradrun.infer(config)
     monkeypatch.setenv("GRADRUN_TRUST_CODE", "1")
     assert gradrun.infer(config).files == ("predictions.npy",)

@@ -389,7 +389,7 @@ def test_objects_in_a_checkpoint_are_loaded_with_trust_only(
 ) -> None:
     path = tmp_path / "w.pt"
     torch.save(checkpoint(trained), path)
-    assert "pass --trust-code" in str(load_error(path))
+    assert "pass trust_code=True" in str(load_error(path))
     module = net()
     load_weights(module, path, None, trust_code=True)
     assert_loaded(module.state_dict(), trained)

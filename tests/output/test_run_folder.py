@@ -37,7 +37,7 @@ def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
 
 def test_a_folder_with_files_is_an_error_that_suggests_overwrite(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ConfigError, match="--overwrite") as caught:
+    with pytest.raises(ConfigError, match="overwrite=True") as caught:
         RunFolder(tmp_path, overwrite=False)
     assert str(tmp_path) in str(caught.value)
     assert caught.value.key == "output.path"
@@ -136,14 +136,14 @@ def resumed_ranges(path: Path, head: JournalHeader = HEAD) -> list[int]:
 @pytest.mark.parametrize(
     ("stops", "result", "message"),
     [
-        ((), None, r"has an unfinished run \(0 of 498 samples\); use --resume .*, or --overwrite"),
+        ((), None, r"has an unfinished run \(0 of 498 samples\); use resume=True .*, or overwrite"),
         (
             (8, 16),
             16,
-            r"has an unfinished run \(16 of 498 samples\); use --resume",
+            r"has an unfinished run \(16 of 498 samples\); use resume=True",
         ),
-        ((8, 498), None, r"has an unfinished run \(498 of 498 samples\); use --resume"),
-        ((8, 498), 498, r"already exists; use --overwrite to replace it"),
+        ((8, 498), None, r"has an unfinished run \(498 of 498 samples\); use resume=True"),
+        ((8, 498), 498, r"already exists; use overwrite=True to replace it"),
     ],
 )
 def test_an_earlier_run_is_an_error_that_suggests_resume_or_overwrite(
@@ -240,7 +240,7 @@ def test_a_run_with_an_incomplete_journal_is_unfinished(tmp_path: Path) -> None:
 def test_a_damaged_result_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     earlier(tmp_path, 498, result=498)
     (tmp_path / "result.json").write_text('{"format": 1')
-    message = r"result\.json .*; .* remove this file, and --resume"
+    message = r"result\.json .*; .* remove this file, and resume=True"
     with pytest.raises(GradrunError, match=message):
         RunFolder(tmp_path, resume=True).finished_result()
     (tmp_path / "result.json").unlink()
@@ -254,7 +254,7 @@ def test_a_different_run_is_not_resumed(tmp_path: Path) -> None:
     other = HEAD.model_copy(update={"config": {"run": {"seed": 3}}, "samples": 500})
     message = (
         r"cannot resume .*: since the run started, run\.seed changed from 0 to 3; the number of "
-        r"samples changed from 498 to 500\. Undo the change, .* --overwrite"
+        r"samples changed from 498 to 500\. Undo the change, .* overwrite=True"
     )
     with pytest.raises(ConfigError, match=message):
         folder.check_resumable(other)
