@@ -92,6 +92,7 @@ class Session:
             check_importable(variant.config.model)
         _check_process_settings(variants)
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
+        # Each variant sets its own number; the bits depend on it alone, not on the variables.
         self.threads = max(thread_count(v.config.run.threads) for v in variants)
         self.memory_batch = memory_batch
         self.data = SessionData()

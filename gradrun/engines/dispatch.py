@@ -240,19 +240,27 @@ class _Pass:
 
     def _lose(self, number: int, event: Failed | Lost) -> None:
         worker = self.workers.get(number)
-        if worker is None:
-            self._starting -= 1
-            self._failed_starts += 1
-            if self._failed_starts >= _MAX_FAILED_STARTS or isinstance(event, Failed):
-                raise start_error(number, event)
         cause = event.cause if isinstance(event, Lost) else event.error
         if worker:
             self._record_loss(number, cause)
+        else:
+            self._fail_start(number, event, cause)
         for sample in self.schedule.lose_worker(number):
             self._keep_result(sample, self._isolate(sample, cause))
-        if self.schedule.unassigned or not self._alive():
+        idle = self.schedule.unassigned and self._failed_starts < _MAX_FAILED_STARTS
+        if idle or not self._alive():
             self.engine.start(1)
             self._starting += 1
+
+    def _fail_start(self, number: int, event: Failed | Lost, cause: str) -> None:
+        """Warn of a worker that ended before it was ready; fail if none is left."""
+        self._starting -= 1
+        self._failed_starts += 1
+        if self._alive():
+            text = f"worker {number} could not start, and the others continued: {cause}"
+            self.plan.runner.warnings.append(Warning(code="worker_failed", text=text))
+        elif self._failed_starts >= _MAX_FAILED_STARTS or isinstance(event, Failed):
+            raise start_error(number, event)
 
     def _stop_hanging_workers(self) -> None:
         limit = self.dispatcher.section.timeout

@@ -403,6 +403,27 @@ def test_a_worker_that_cannot_start_ends_the_run_with_its_reason(
         spread(config_for("arrays", inputs, tmp_path / "out"))
 
 
+def test_a_replacement_that_cannot_start_is_a_warning_while_others_run(
+    inputs: Path, tmp_path: Path, inline: InlineEngines
+) -> None:
+    def change(worker: int, ready: Ready) -> Ready:
+        if worker > 2:
+            raise OSError("the accelerator is full")
+        return ready
+
+    inline.change = change
+    inline.dies = lambda worker, task: worker == 1
+    gradrun.infer(config_for("arrays", inputs, tmp_path / "one"))
+    result = spread(config_for("arrays", inputs, tmp_path / "two"), 2)
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert inline.engines[0].opened == [1, 2, 3, 4, 5], "three attempts"
+    assert [w.text for w in result.warnings if w.code == "worker_failed"] == [
+        f"worker {number} could not start, and the others continued: OSError: the accelerator is "
+        "full"
+        for number in (3, 4, 5)
+    ]
+
+
 def test_the_result_has_the_ranges_of_each_worker(
     inputs: Path, tmp_path: Path, inline: InlineEngines
 ) -> None:
