@@ -138,7 +138,10 @@ class LoadedVariant(PlannedVariant):
         self.batch_seconds = min(seconds, default=self.first_seconds)
 
     def time_block(self, count: int, first: int) -> float:
-        """Run `count` batches from number `first` and return the seconds per batch."""
+        """Run `count` batches from number `first` and return the seconds per batch.
+
+        Batches of other sizes than the first one count by their samples.
+        """
         model, batches = self.model, self.batches
         block = [batches[(first + i) % len(batches)] for i in range(count)]
         self.marker.set(self.index, first % len(batches))
@@ -148,7 +151,8 @@ class LoadedVariant(PlannedVariant):
             for args, kwargs, _, _, _ in block:
                 model(*args, **kwargs)
             self._synchronize()
-            return (time.perf_counter_ns() - began) * 1e-9 / count
+            seconds = (time.perf_counter_ns() - began) * 1e-9
+            return seconds * batches[0].size / sum(batch.size for batch in block)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -248,8 +248,15 @@ class TextData(_Data):
     group_by_length: Literal["auto"] | bool = Field(
         "auto", description="batch texts of similar length; auto: if it saves 10 % of the tokens"
     )
+    batch_tokens: Size | None = Field(
+        None,
+        description="most tokens of a batch, with padding: more short texts or fewer long ones, at "
+        "most batch_size; texts are grouped by length",
+    )
 
     def check_model(self, model: ModelConfig) -> None:
+        if self.batch_tokens is not None:
+            self._check_batch_tokens(model)
         if self.padding == "max_length" and self.max_length is None:
             raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
         if self.prompt is not None and self.prompt_name is not None:
@@ -260,6 +267,26 @@ class TextData(_Data):
                 "data.tokenizer is missing: set a folder or a hub name; only huggingface models "
                 "include a tokenizer",
             )
+
+    def _check_batch_tokens(self, model: ModelConfig) -> None:
+        problems = {
+            "group_by_length: false; batch_tokens groups texts by length": (
+                self.group_by_length is False
+            ),
+            "padding: max_length, which gives all texts the same length; set batch_size": (
+                self.padding == "max_length"
+            ),
+            "model.compile.dynamic: false, because batches differ in size": (
+                model.compile is not None and model.compile.dynamic is False
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise PydanticCustomError(
+                    "batch_tokens",
+                    "batch_tokens cannot be combined with {problem}",
+                    {"problem": problem},
+                )
 
     def tokenizer_source(self, model: ModelConfig | None) -> tuple[Path | str, str | None]:
         """Return the tokenizer's folder or hub name, and its revision.

@@ -147,16 +147,35 @@ class LengthGrouped(Protocol):
     chunk_size: int
     varying: bool
     """Whether batches differ in the length of their samples."""
+    variable: bool
+    """Whether batches differ in their number of samples, of which batch_size is the greatest."""
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         """Return the input positions of samples that are run as start to stop, within a chunk."""
+
+    def batch_start(self, index: int) -> int:
+        """Return the first sample of the batch that has the sample run as number `index`."""
 
     def padding(self, start: int, stop: int) -> Padding:
         """Count the texts of samples start to stop, which must be whole batches read before."""
 
 
+def batch_start(data: BatchSource, index: int) -> int:
+    """Return the first sample of the batch that has the sample run as number `index`."""
+    if isinstance(data, LengthGrouped):
+        return data.batch_start(index)
+    return index - index % data.batch_size
+
+
+def whole_batches(data: BatchSource) -> int:
+    """Return the number of samples of which every multiple is the start of a batch."""
+    if isinstance(data, LengthGrouped) and data.variable:
+        return data.chunk_size
+    return data.batch_size
+
+
 def read_one(data: BatchSource, start: int) -> Batch | None:
-    """Return the batch that starts at this sample, a multiple of the batch size; None at the end.
+    """Return the batch that starts at this sample; None at the end.
 
     It reads no further, unlike the first of all batches.
     """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -40,7 +42,20 @@ CHUNK_BATCHES = 16
 _MIN_SAVING = 0.1
 """group_by_length: auto groups texts if this saves at least this share of the tokens."""
 
-_CACHED_ORDERS = 8
+_CACHED_LAYOUTS = 8
+
+
+class _Layout(NamedTuple):
+    """The order of the texts of a chunk, and their batches."""
+
+    order: Sequence[int]
+    """Position in the chunk of each text that is run."""
+    starts: Sequence[int]
+    """The first row of each batch."""
+
+    def batches(self) -> Iterator[tuple[int, int]]:
+        """Yield the first row of each batch, and the row behind its last one."""
+        return itertools.pairwise((*self.starts, len(self.order)))
 
 
 class _Chunk(NamedTuple):
@@ -48,8 +63,7 @@ class _Chunk(NamedTuple):
 
     tokens: Tokens
     ids: Sequence[int | str]
-    order: Sequence[int]
-    """Position in the chunk of each text that is run."""
+    layout: _Layout
     errors: dict[int, SampleError]
     """Row -> why its text cannot be run."""
     full_lengths: list[int]
@@ -81,9 +95,12 @@ class Texts(IndexedRows):
         )
         self.batch_size = config.batch_size
         self.chunk_size = CHUNK_BATCHES * config.batch_size
-        self.grouped, self.varying = False, config.padding == "longest"
+        self.grouped = self.variable = config.batch_tokens is not None
+        self.varying = config.padding == "longest"
         self._tokenization = tokenization
-        self._orders: dict[int, Sequence[int]] = {}
+        self._layouts: dict[int, _Layout] = {}
+        self._recent: tuple[int, _Chunk] | None = None
+        """The first text of the chunk that was read last, and the chunk."""
         self._padding: dict[int, Padding] = {}
         self._table.check_kinds(column_keys(config))
         self._ids = id_column(self._table, config.id)
@@ -100,7 +117,9 @@ class Texts(IndexedRows):
         lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
         self._new_batch = InputBatcher(config.call, inputs)
         self.sample_bytes = 8 * inputs * max(lengths, default=0)
-        if config.group_by_length == "auto":
+        if self.variable:
+            pass
+        elif config.group_by_length == "auto":
             grouped, ungrouped = self._padded(sorted(lengths)), self._padded(lengths)
             self.grouped = grouped <= (1 - _MIN_SAVING) * ungrouped
         else:
@@ -108,24 +127,33 @@ class Texts(IndexedRows):
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop
-        first_chunk = start - start % self.chunk_size
-        for first, rows in self._groups(self._texts, first_chunk, end, self.chunk_size):
-            chunk = self._tokenize(rows)
-            self._remember(first, chunk)
-            last = min(len(rows), end - first)
-            for begin in range(max(start - first, 0), last, self.batch_size):
-                yield self._batch(chunk, begin, min(begin + self.batch_size, len(rows)))
+        for first, chunk in self._chunks(start, end):
+            for begin, behind in chunk.layout.batches():
+                if start - first <= begin < end - first:
+                    yield self._batch(chunk, begin, behind)
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
-        if first not in self._orders:
-            next(self.batches(first))
-        return [first + position for position in self._orders[first][start - first : stop - first]]
+        order = self._layout(first).order
+        return [first + position for position in order[start - first : stop - first]]
+
+    def batch_start(self, index: int) -> int:
+        if not self.variable:
+            return index - index % self.batch_size
+        first = index - index % self.chunk_size
+        starts = self._layout(first).starts
+        return first + starts[bisect_right(starts, index - first) - 1]
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
         yield from self._table.describe(self._index)
         yield self._table.describe_order(self._ids)
+        if self.config.batch_tokens:
+            text = (
+                f"at most {self.config.batch_tokens:,} tokens with padding and {self.batch_size:,} "
+                f"texts, a longer text alone; by length within {self.chunk_size:,} texts"
+            )
+            yield Statement(topic="batches", text=text)
         if self.config.labels:
             yield describe_labels(self.config, self.classes)
 
@@ -146,35 +174,71 @@ class Texts(IndexedRows):
 
     # --- chunks --------------------------------------------------------------------------------
 
+    def _chunks(self, start: int, end: int) -> Iterator[tuple[int, _Chunk]]:
+        """Yield the chunks with samples `start` to `end`, each after the number of its first."""
+        first = start - start % self.chunk_size
+        recent = self._recent
+        if recent and recent[0] == first and end <= first + self.chunk_size:
+            yield recent
+            return
+        for begin, rows in self._groups(self._texts, first, end, self.chunk_size):
+            chunk = self._tokenize(rows)
+            self._remember(begin, chunk)
+            yield begin, chunk
+
+    def _layout(self, first: int) -> _Layout:
+        """Return the layout of the chunk that begins at a text."""
+        if first not in self._layouts:
+            next(self._chunks(first, min(first + self.chunk_size, self.samples)))
+        return self._layouts[first]
+
     def _tokenize(self, texts: list[Text]) -> _Chunk:
         tokens, full_lengths, errors = self._tokenization.tokenize(texts)
         order: Sequence[int] = range(len(texts))
+        starts: Sequence[int] = range(0, len(texts), self.batch_size)
         if self.grouped:
-            order = self._order_by_length([len(row) for row in tokens["input_ids"]])
+            batches = self._by_length([len(row) for row in tokens["input_ids"]])
+            order = [i for batch in batches for i in batch]
+            starts = [0, *itertools.accumulate(map(len, batches))][:-1]
             tokens = {name: [rows[i] for i in order] for name, rows in tokens.items()}
         errors = {row: errors[i] for row, i in enumerate(order) if i in errors}
         return _Chunk(
             tokens=tokens,
             ids=[texts[i].id for i in order],
-            order=order,
+            layout=_Layout(order, starts),
             errors=errors,
             full_lengths=[full_lengths[i] for i in order],
             repaired=[Path(texts[i].place).name if texts[i].repaired else "" for i in order],
         )
 
-    def _order_by_length(self, lengths: list[int]) -> list[int]:
-        """Put texts of similar length into batches, and the batches into random order.
+    def _by_length(self, lengths: list[int]) -> list[list[int]]:
+        """Divide texts into batches of similar length, in random order.
 
         The longest batch comes first, because it may not fit into memory. With the others
         shuffled, the first batches are a sample of all lengths, as in the order of the input.
+
+        Returns:
+            The numbers of the texts of each batch.
         """
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        size = self.batch_size
-        longest, *others = [order[i : i + size] for i in range(0, len(order), size)]
-        # An incomplete batch stays the last.
-        last = [others.pop()] if others and len(others[-1]) < size else []
+        batches: list[list[int]] = []
+        fits = 0
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            if not batches or len(batches[-1]) >= fits:
+                batches.append([])
+                fits = self._fitting(lengths[i])
+            batches[-1].append(i)
+        if not batches:
+            return []
+        longest, *others = batches
+        # With batches of one size, an incomplete one stays the last.
+        last = [] if self.variable or not others or len(others[-1]) == fits else [others.pop()]
         random.Random(0).shuffle(others)  # noqa: S311
-        return [i for batch in (longest, *others, *last) for i in batch]
+        return [longest, *others, *last]
+
+    def _fitting(self, length: int) -> int:
+        """Return the number of texts of at most this length in a batch."""
+        limit = self.config.batch_tokens
+        return min(self.batch_size, max(1, limit // max(1, length))) if limit else self.batch_size
 
     def _batch(self, chunk: _Chunk, start: int, stop: int) -> Batch:
         rows = {name: rows[start:stop] for name, rows in chunk.tokens.items()}
@@ -182,16 +246,20 @@ class Texts(IndexedRows):
         return self._new_batch(self._tokenization.pad(rows), chunk.ids[start:stop], errors)
 
     def _remember(self, first: int, chunk: _Chunk) -> None:
-        self._orders.pop(first, None)  # a chunk that is read again becomes the newest
-        self._orders[first] = chunk.order
-        while len(self._orders) > _CACHED_ORDERS:
-            del self._orders[next(iter(self._orders))]
+        self._recent = first, chunk
+        self._layouts.pop(first, None)  # a chunk that is read again becomes the newest
+        self._layouts[first] = chunk.layout
+        while len(self._layouts) > _CACHED_LAYOUTS:
+            del self._layouts[next(iter(self._layouts))]
         if first in self._padding:
             return
         lengths, limit = chunk.lengths, self._tokenization.limit or 0
-        in_file = [length for _, length in sorted(zip(chunk.order, lengths, strict=True))]
-        for start in range(0, len(lengths), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+        in_file = [length for _, length in sorted(zip(chunk.layout.order, lengths, strict=True))]
+        # In the order of the input, batches of one size may have other texts than these, so the
+        # first batch counts for all of the chunk.
+        ungrouped = itertools.chain((self._padded(in_file),), itertools.repeat(0))
+        for start, stop in chunk.layout.batches():
+            rows = slice(start, stop)
             full = chunk.full_lengths[rows]
             repaired = [place for place in chunk.repaired[rows] if place]
             self._padding[first + start] = Padding(
@@ -203,7 +271,7 @@ class Texts(IndexedRows):
                 first_repaired=repaired[0] if repaired else "",
                 tokens=sum(lengths[rows]),
                 run=self._padded(lengths[rows]),
-                ungrouped=self._padded(in_file[rows]),
+                ungrouped=next(ungrouped),
             )
 
     def _padded(self, lengths: Sequence[int]) -> int:

@@ -15,7 +15,13 @@ from gradrun.config.engine import EngineConfig
 from gradrun.core.errors import Interrupted, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback, WorkerProgress
 from gradrun.core.units import pluralize
-from gradrun.data.source import HasFlags, LengthGrouped, input_position, require_length
+from gradrun.data.source import (
+    HasFlags,
+    LengthGrouped,
+    input_position,
+    require_length,
+    whole_batches,
+)
 from gradrun.engines.engine import Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
     Done,
@@ -135,7 +141,7 @@ class _Pass:
         data = plan.runner.data
         self.samples = require_length(data)
         self.schedule = Schedule(
-            writer.written, self.samples, unit=commit_unit(data), batch_size=data.batch_size
+            writer.written, self.samples, unit=commit_unit(data), batch_size=whole_batches(data)
         )
         self.timed = TimedPass(writer.written, array("d"))
         self.workers: dict[int, _Worker] = {}
@@ -161,9 +167,11 @@ class _Pass:
         self._starting = min(requested, units)
         kept = self.engine.keep(self._starting)
         if 0 < units < requested:
-            noun, key = "batch", "data.batch_size"
-            if schedule.unit > schedule.batch_size:
+            noun, key, data = "batch", "data.batch_size", self.plan.runner.data
+            if isinstance(data, LengthGrouped) and data.grouped:
                 noun, key = "length group", "data.group_by_length"
+            if isinstance(data, LengthGrouped) and data.variable:
+                key = "data.batch_size"
             text = (
                 f"{units:,} of {requested:,} workers used: {pluralize(units, noun)} ({key}) to "
                 "predict, and each runs on one worker"

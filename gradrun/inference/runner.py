@@ -36,9 +36,11 @@ from gradrun.data.source import (
     BatchSource,
     HasRowChecksums,
     LengthGrouped,
+    batch_start,
     input_position,
     read_one,
     require_length,
+    whole_batches,
 )
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
 from gradrun.inference.carried_state import carried_state
@@ -475,7 +477,7 @@ class Runner:
             batch = self.read_batch(largest.start, largest.size).map(torch.clone)
             measured = measure_forward_memory(self.model, batch, self.device)
         return measured.replace(
-            batch=largest.start // self.data.batch_size,
+            batch=None if _variable(self.data) else largest.start // self.data.batch_size,
             first_batch=FirstBatch(
                 shape=memory.shape,
                 inputs=memory.inputs,
@@ -523,8 +525,9 @@ class Runner:
     def _first_batch(self) -> Batch:
         """Return a copy of the first batch; with on_error: quarantine, of its readable samples."""
         # The first alone: a source may read ahead for an iterator over all batches.
-        first = iter(filter(None, [read_one(self.data, 0)]))
-        for batch in itertools.chain(first, self.data.batches(self.data.batch_size)):
+        first = [*filter(None, [read_one(self.data, 0)])]
+        others = self.data.batches(sum(batch.size for batch in first))
+        for batch in itertools.chain(first, others):
             rows = [row for row in range(batch.size) if row not in batch.errors]
             error = next(iter(batch.errors.values()), None)
             if error and self.config.run.on_error != "quarantine":
@@ -655,7 +658,7 @@ class Runner:
         size, batch = self.data.batch_size, first
         samples = self.data.samples or 0
         if isinstance(self.data, LengthGrouped) and samples >= 2 * size:
-            batch = self.read_batch(size, size)
+            batch = self._batch_with(size)
             self._forward(batch, clock)
         last = samples % size
         if 0 < last < min(first.size, batch.size):
@@ -677,7 +680,7 @@ class Runner:
         return self._select(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
 
     def _batches(self, start: int, stop: int | None, *, ahead: bool) -> Any:
-        size = self.data.batch_size
+        size = whole_batches(self.data)
         samples = self.data.samples or 0
         if stop is not None and (start % size or (stop % size and stop < samples)):
             return (self.read_batch(*part) for part in [(start, stop - start)])
@@ -689,10 +692,13 @@ class Runner:
     def read_batch(self, start: int, size: int) -> Batch:
         """Read the batch with this first sample and size again."""
         # Read the full batch and slice it, so that texts are padded to the same length.
-        offset = start % self.data.batch_size
-        batch = read_one(self.data, start - offset)
+        batch, offset = self._batch_with(start), start - batch_start(self.data, start)
+        return batch if batch.size == size else batch.slice(offset, offset + size)
+
+    def _batch_with(self, index: int) -> Batch:
+        """Read the batch that has the sample run as number `index`."""
+        batch = read_one(self.data, batch_start(self.data, index))
         assert batch
-        batch = batch if batch.size == size else batch.slice(offset, offset + size)
         return self._transfer(batch) if self._transfer else batch
 
     def _check_activations(self, first: Batch, returned: Any) -> None:
@@ -704,7 +710,7 @@ class Runner:
         start = size if samples is None else (samples // size - 1) * size
         if found and start > 0:
             with suppress(Exception, SystemExit):  # then the first batch decides
-                last = self.read_batch(start, size)
+                last = self._batch_with(start)
                 last.raise_errors()
                 again = self.model(*last.args, **last.kwargs)
                 also = [*transforms.double_activations(config, again, last.kwargs, facts)]
@@ -745,8 +751,9 @@ class Runner:
             text = f"the predictions cannot be written: {error.strerror}"
         else:
             sample = timed.start + timed.done
+            number = f"batch {sample // self.data.batch_size}, which"
             text = (
-                f"batch {sample // self.data.batch_size}, which starts at sample "
+                f"{'the batch that' if _variable(self.data) else number} starts at sample "
                 f"{input_position(self.data, sample):,}, failed: "
                 f"{describe_model_error(error, self.mode)}"
             )
@@ -791,6 +798,11 @@ def _with_evidence(
         return select(returned, size, inputs) | evaluation.collect(returned, inputs)
 
     return select_with_evidence
+
+
+def _variable(data: BatchSource) -> bool:
+    """Return whether batches differ in their number of samples."""
+    return whole_batches(data) != data.batch_size
 
 
 def _uneven(elements: array[int], sizes: array[int]) -> tuple[int, ...]:

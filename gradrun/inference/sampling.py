@@ -8,7 +8,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch, transfer_to
-from gradrun.data.source import BatchSource, read_one
+from gradrun.data.source import BatchSource, read_one, whole_batches
 from gradrun.inference.meters.cpu_memory import storage_bytes
 
 _MAX_BATCHES = 8
@@ -46,12 +46,12 @@ def first_batches(
     move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     size, error = 0, ""
-    last = _MAX_BATCHES * data.batch_size
+    last, variable = _MAX_BATCHES * data.batch_size, whole_batches(data) != data.batch_size
     for batch in data.batches(0, min(last, data.samples or last)):
         if batch.errors:
             error = str(next(iter(batch.errors.values())))
             continue
-        if batches and batch.size < batches[0].size:
+        if batches and batch.size < batches[0].size and not variable:
             break
         batches.append((move(batch) if move else batch).map(torch.clone))
         size += storage_bytes(batches[-1].tensors())

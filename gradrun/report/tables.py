@@ -283,8 +283,9 @@ def peak_memory(memory: Memory, allocator: str = "") -> Table:
         process = f"process ({memory.process_method}), allocator retain"
     peak_in = f"in {memory.peak_module}" if memory.peak_module else "excluding weights and inputs"
     batch = "one batch"
-    if memory.first_batch and memory.batch is not None:
-        batch = f"largest batch (number {memory.batch + 1}: {_shape(memory.shape)})"
+    if memory.first_batch:
+        number = "" if memory.batch is None else f"number {memory.batch + 1}: "
+        batch = f"largest batch ({number}{_shape(memory.shape)})"
     rows = [
         _bytes("weights", memory.weights),
         _bytes("inputs", memory.inputs, batch),

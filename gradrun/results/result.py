@@ -83,7 +83,8 @@ class Memory(Record, frozen=True, kw_only=True):
     timeline: tuple[ByteChange, ...] | None = None
     """Live bytes during the forward pass, thinned; the maximum is `forward_peak`."""
     batch: Count | None = None
-    """Number of the batch measured, from 0, in the order of the run; None if none was."""
+    """Number of the batch measured, from 0, in the order of the run; None if none was, or if it is
+    unknown because batches differ in their number of samples."""
     shape: tuple[Count, ...] = ()
     """Shape of the largest input of that batch."""
     first_batch: FirstBatch | None = None

@@ -281,6 +281,66 @@ def test_padding_is_counted(folder: Path) -> None:
     assert other.run == other.ungrouped == computed["plain"]
 
 
+# --- batches of tokens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("limit", "size"), [(64, 8), (64, 64), (200, 16), (5, 8)])
+def test_batches_have_at_most_the_tokens_and_the_texts_that_are_allowed(
+    folder: Path, limit: int, size: int
+) -> None:
+    data, expected = opened(folder, batch_tokens=limit, batch_size=size), tokenize(LINES, folder)
+    batches = list(data.batches())
+    positions = [input_position(data, at) for at in range(data.samples)]
+    assert [name for batch in batches for name in batch.ids] == positions
+    assert [expected[position] for position in positions] == tokens(batches)
+    computed = [batch.kwargs["input_ids"].numel() for batch in batches]
+    assert all(batch.size <= size for batch in batches)
+    assert all(
+        found <= limit or batch.size == 1 for found, batch in zip(computed, batches, strict=True)
+    )
+    if limit == 64:
+        assert max(computed) > limit - 8, "batches are full"
+        assert len({batch.size for batch in batches}) > 1
+    for first in range(0, data.samples, data.chunk_size):
+        stop = min(first + data.chunk_size, data.samples)
+        assert sorted(positions[first:stop]) == list(range(first, stop))
+    found = data.padding(0, data.samples)
+    assert (found.texts, found.run) == (data.samples, sum(computed))
+    plain = opened(folder, group_by_length=False, batch_size=size)
+    assert found.ungrouped == sum(b.kwargs["input_ids"].numel() for b in plain.batches())
+
+
+def test_any_batch_of_tokens_can_be_read_again(folder: Path) -> None:
+    data = opened(folder, batch_tokens=64)
+    start = 0
+    for batch in data.batches():
+        again = opened(folder, batch_tokens=64) if start % 50 == 0 else data
+        assert {again.batch_start(start + row) for row in range(batch.size)} == {start}
+        (same,) = again.batches(start, start + batch.size)
+        assert torch.equal(same.kwargs["input_ids"], batch.kwargs["input_ids"])
+        start += batch.size
+    assert start == data.samples
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"group_by_length": False}, "group_by_length: false; batch_tokens groups texts"),
+        ({"padding": "max_length", "max_length": 9}, "padding: max_length, which gives all"),
+    ],
+)
+def test_batches_of_tokens_are_refused_where_they_have_no_meaning(
+    folder: Path, keys: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"batch_tokens cannot be combined with {problem}"):
+        config(folder, {"source": "zoo", "name": "mlp"}, batch_tokens=64, **keys)
+    fixed = {"source": "zoo", "name": "mlp", "compile": {"dynamic": False}}
+    with pytest.raises(
+        ConfigError, match=r"cannot be combined with model\.compile\.dynamic: false"
+    ):
+        config(folder, fixed, batch_tokens=64)
+
+
 def test_sentences_of_the_readme_are_tokenized(folder: Path) -> None:
     lines = sentences(200)
     assert len(lines) == 200

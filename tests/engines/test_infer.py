@@ -110,7 +110,8 @@ def test_workers_write_the_bytes_of_one_process(
         assert files(folder) == files(tmp_path / "one")
         (measured,) = result.measurements
         # 150 texts in groups of 64 are work for three workers.
-        assert len(measured.workers) == (min(workers, 3) if source == "texts" else workers)
+        grouped = DATA[source]["source"] == "text"
+        assert len(measured.workers) == (min(workers, 3) if grouped else workers)
         assert sum(worker.samples for worker in measured.workers) == measured.samples
         assert gradrun.verify(folder).complete
     assert len(inline.engines) == len(counts)

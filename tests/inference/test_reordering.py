@@ -86,7 +86,11 @@ Config = Callable[..., dict[str, Any]]
 @pytest.fixture
 def config(tokenizer: Path, tmp_path: Path) -> Config:
     def make(
-        bad: list[int] | None = None, fits: int = 99, kill: int = 0, **output: Any
+        bad: list[int] | None = None,
+        fits: int = 99,
+        kill: int = 0,
+        batch_tokens: int | None = None,
+        **output: Any,
     ) -> dict[str, Any]:
         net = tmp_path / "net.py"
         net.write_text(NET.format(bad=bad or [-1], fits=fits, kill=kill))
@@ -98,6 +102,7 @@ def config(tokenizer: Path, tmp_path: Path) -> Config:
                 "tokenizer": str(tokenizer),
                 "inputs": ["input_ids", "attention_mask"],
                 "batch_size": BATCH,
+                "batch_tokens": batch_tokens,
             },
             "run": {"warmup": 0},
             "measure": {"memory": False},
@@ -135,9 +140,9 @@ def embeddings(folder: Path, lines: list[str], batch: int) -> torch.Tensor:
     return normalize(torch.cat(pooled))
 
 
-@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("grouped", "limit"), [(True, None), (False, None), (True, 200)])
 def test_embeddings_of_real_sentences_equal_those_of_a_plain_loop(
-    tmp_path: Path, grouped: bool
+    tmp_path: Path, grouped: bool, limit: int | None
 ) -> None:
     lines = sentences(200)
     (tmp_path / "t.txt").write_text("\n".join(lines) + "\n")
@@ -150,6 +155,7 @@ def test_embeddings_of_real_sentences_equal_those_of_a_plain_loop(
                 "path": str(tmp_path / "t.txt"),
                 "batch_size": 8,
                 "group_by_length": grouped,
+                "batch_tokens": limit,
             },
             "output": {
                 "path": str(tmp_path / "out"),
@@ -169,13 +175,21 @@ def test_embeddings_of_real_sentences_equal_those_of_a_plain_loop(
 # --- order -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["npy", "jsonl", "safetensors"])
+TOKENS = 40
+"""Most tokens of a batch: fewer than BATCH texts of most lengths have."""
+
+
+@pytest.mark.parametrize(
+    ("form", "limit"), [("npy", None), ("npy", TOKENS), ("jsonl", None), ("safetensors", None)]
+)
 def test_predictions_are_in_the_order_of_the_input(
-    config: Config, tmp_path: Path, sums: list[int], form: str
+    config: Config, tmp_path: Path, sums: list[int], form: str, limit: int | None
 ) -> None:
     assert len(set(sums)) > SAMPLES // 2, "most texts have different sums"
-    result = infer(config(format=form))
+    result = infer(config(format=form, batch_tokens=limit))
     assert result.predictions == SAMPLES
+    sizes = result.measurements[0].batch_sizes
+    assert set(sizes) == ({BATCH, SAMPLES % BATCH} if limit is None else {1, 2, 3, 4})
     if form == "npy":
         assert found(tmp_path).tolist() == sums
     elif form == "jsonl":
@@ -218,12 +232,15 @@ def test_rows_as_long_as_their_batch_can_only_be_written_as_jsonl(
 # --- failures ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("limit", [None, TOKENS])
 def test_a_bad_text_is_reported_by_its_position_in_the_input(
-    config: Config, tmp_path: Path, sums: list[int]
+    config: Config, tmp_path: Path, sums: list[int], limit: int | None
 ) -> None:
     bad = [i for i in (70, 71, 150) if sums.count(sums[i]) == 1]
     assert bad
-    asked = config([sums[i] for i in bad]) | {"run": {"warmup": 0, "on_error": "quarantine"}}
+    asked = config([sums[i] for i in bad], batch_tokens=limit) | {
+        "run": {"warmup": 0, "on_error": "quarantine"}
+    }
     result = infer(asked)
     assert result.predictions == SAMPLES
     lines = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
@@ -236,21 +253,23 @@ def test_a_bad_text_is_reported_by_its_position_in_the_input(
     assert values[good].tolist() == [sums[i] for i in good]
 
 
+@pytest.mark.parametrize("limit", [None, TOKENS])
 def test_a_batch_that_does_not_fit_in_memory_is_split_and_stays_in_order(
-    config: Config, tmp_path: Path, sums: list[int]
+    config: Config, tmp_path: Path, sums: list[int], limit: int | None
 ) -> None:
-    result = infer(config(fits=3))
+    result = infer(config(fits=3, batch_tokens=limit))
     assert found(tmp_path).tolist() == sums
     assert "out_of_memory" in {warning.code for warning in result.warnings}
 
 
+@pytest.mark.parametrize("limit", [None, TOKENS])
 def test_a_stopped_run_has_complete_chunks_and_a_resume_writes_the_same_bytes(
-    config: Config, tmp_path: Path, sums: list[int]
+    config: Config, tmp_path: Path, sums: list[int], limit: int | None
 ) -> None:
-    infer(config())
+    infer(config(batch_tokens=limit))
     whole = (tmp_path / "out/predictions.npy").read_bytes()
     at = next(i for i in range(2 * WINDOW + 5, SAMPLES) if sums.count(sums[i]) == 1)
-    asked = config([sums[at]])
+    asked = config([sums[at]], batch_tokens=limit)
     with pytest.raises(RunFailed, match="a bad text") as caught:
         infer(asked, overwrite=True)
     assert f"{2 * WINDOW} of {SAMPLES} predictions are saved" in str(caught.value)

@@ -46,6 +46,7 @@ DATA: dict[str, dict[str, Any]] = {
     "synthetic": {"source": "synthetic", "inputs": {"x": {"shape": [3]}}, "samples": COUNT},
     "images": {"source": "images", "path": "images"},
     "texts": {"source": "text", "path": "t.txt", "group_by_length": True},
+    "token batches": {"source": "text", "path": "t.txt", "batch_tokens": 40},
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def config_for(source: str, inputs: Path, folder: Path, form: str = "npy") -> di
     output: dict[str, Any] = {"path": str(folder), "format": form}
     if source == "images":
         model = {"source": "layers", "layers": ["Flatten", {"Linear": [60, 2]}]}
-    if source == "texts":
+    if data["source"] == "text":
         model = {"source": "huggingface", "path": str(inputs / "bert")}
         output |= {"select": "last_hidden_state", "transform": "mean_pool"}
     return {
