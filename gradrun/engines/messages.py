@@ -45,6 +45,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     """Forward seconds of the first batch when it ran again."""
     samples: int
     batch_size: int
+    whole_batches: int = 0
+    """Samples of which every multiple is the start of a batch."""
     unit: int = 0
     """Samples at whose multiples a task may start: a batch, or a chunk of grouped batches."""
     varies: bool = False

@@ -210,8 +210,8 @@ def _rates(engine: Engine, ready: Mapping[int, Ready], cpus: int) -> tuple[float
     first = min(ready)
     worker = ready[first]
     batches = max(1, round(_MEASURE_SECONDS / max(worker.batch_seconds, 1e-6)))
-    units = math.ceil(batches * worker.batch_size / worker.unit)
-    stop = min(units * worker.unit, worker.samples)
+    step = worker.whole_batches
+    stop = min(math.ceil(batches * worker.batch_size / step) * step, worker.samples)
     one, own = Task(start=0, stop=stop, threads=cpus), Task(start=0, stop=stop)
     _run_tasks(engine, [first], one)  # starts the threads, and fills the page cache
     return _run_tasks(engine, [first], one), _run_tasks(engine, list(ready), own)

@@ -15,7 +15,7 @@ from torch import nn
 
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, first_line
-from gradrun.data.source import HasFlags, LengthGrouped, require_length
+from gradrun.data.source import HasFlags, LengthGrouped, require_length, whole_batches
 from gradrun.engines.messages import (
     Done,
     Failed,
@@ -92,6 +92,7 @@ class RangeRunner:
             batch_seconds=self._prepared.batch_seconds,
             samples=samples,
             batch_size=data.batch_size,
+            whole_batches=whole_batches(data),
             unit=commit_unit(data),
             varies=isinstance(data, LengthGrouped),
             memory=model_memory(self._runner.model, self._prepared.first),
