@@ -16,7 +16,9 @@ from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.output.transforms import iter_tensors
+from gradrun.output.columns import ValueColumn
+from gradrun.output.structure import OutputReader
+from gradrun.output.transforms import iter_columns, iter_tensors
 from gradrun.results.result import Equivalence
 
 _NamedTensors = list[tuple[str, torch.Tensor]]
@@ -51,7 +53,10 @@ def equivalence(base: ComparableModel, candidate: ComparableModel) -> Equivalenc
         for one, other in zip(base.batches, candidate.batches, strict=False)
     )
     common = range(min(len(base.batches), len(candidate.batches)))
-    by_batch = ((_outputs(base, number), _outputs(candidate, number)) for number in common)
+    by_batch = (
+        (_entries_of(_outputs(base, number)), _entries_of(_outputs(candidate, number)))
+        for number in common
+    )
     pairs = by_batch if aligned else _pairs_by_sample(base, candidate)
     for base_outputs, outputs in pairs:
         compared = True
@@ -100,9 +105,14 @@ def _pairs_by_sample(
     shared = [sample for sample in base_rows if sample in rows]
     if not shared:
         return
-    for name in next(iter(base_rows.values())):
+    for name, first in next(iter(base_rows.values())).items():
+        if not isinstance(first, torch.Tensor):
+            for sample in shared:
+                row, other = base_rows[sample][name], rows[sample].get(name)
+                yield _entries(name, row), _entries(name, other)
+            continue
         if any(name not in rows[sample] for sample in shared):
-            yield [(name, base_rows[shared[0]][name])], []
+            yield [(name, first)], []
             continue
         pairs = [_crop_padding(base_rows[sample][name], rows[sample][name]) for sample in shared]
         if len({row.shape for pair in pairs for row in pair}) == 1:
@@ -111,16 +121,21 @@ def _pairs_by_sample(
             yield [(name, one)], [(name, other)]
 
 
-def _rows_by_sample(variant: ComparableModel) -> dict[Any, dict[str, torch.Tensor]]:
-    """Map (id, occurrence) of each sample to its row of every output."""
-    rows: dict[Any, dict[str, torch.Tensor]] = {}
+def _rows_by_sample(variant: ComparableModel) -> dict[Any, dict[str, Any]]:
+    """Map (id, occurrence) of each sample to its row, or list with its value, of every output."""
+    rows: dict[Any, dict[str, Any]] = {}
     occurrences: Counter[int | str] = Counter()
     for number, batch in enumerate(variant.batches):
         outputs = _outputs(variant, number)
         for row, sample in enumerate(batch.ids):
             occurrences[sample] += 1
             rows[sample, occurrences[sample]] = {
-                name: tensor[row] if tensor.ndim else tensor for name, tensor in outputs
+                name: [column.values[row]]
+                if isinstance(column, ValueColumn)
+                else column[row]
+                if column.ndim
+                else column
+                for name, column in outputs
             }
     return rows
 
@@ -133,17 +148,44 @@ def _crop_padding(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor,
     return one[common], other[common]
 
 
-def _outputs(variant: ComparableModel, number: int) -> _NamedTensors:
+def _outputs(variant: ComparableModel, number: int) -> list[tuple[str, Any]]:
+    """Run a batch and return copies of its outputs: tensors, or columns of values."""
     torch.manual_seed(variant.config.run.seed)  # the same dropout for both variants
     batch = variant.batches[number]
     with preserve_module_state(variant.model), _preserve_inputs(batch), variant.execution_context():
         returned = variant.run_batch(number)
         # Copy before the inputs are restored: an output can share memory with an input.
-        outputs = [(name, _copy_to_cpu(tensor)) for name, tensor in iter_tensors(returned)]
+        structured = OutputReader()(returned, batch.size)
+        outputs = [
+            (name, column if isinstance(column, ValueColumn) else _copy_to_cpu(column))
+            for name, column in iter_columns(structured)
+        ]
     if not outputs:
         kind = type(returned).__name__
         raise ConfigError(f"the model returned {kind} instead of one or more tensors", "model")
     return outputs
+
+
+def _entries_of(outputs: list[tuple[str, Any]]) -> _NamedTensors:
+    """Return the tensors of outputs, and those in the values of each sample."""
+    entries: _NamedTensors = []
+    for name, column in outputs:
+        if isinstance(column, ValueColumn):
+            entries += _entries(name, column.values)
+        else:
+            entries.append((name, column))
+    return entries
+
+
+def _entries(name: str, value: Any) -> _NamedTensors:
+    """Return the tensors and numbers in a value; their names contain the rest, such as texts."""
+    if isinstance(value, list | dict):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        parts = [entry for key, item in items for entry in _entries(f"{name}.{key}", item)]
+        return [(f"{name} has {len(value)}", torch.empty(0)), *parts]
+    if value is None or isinstance(value, str):
+        return [(f"{name} is {value!r}", torch.empty(0))]
+    return [(name, torch.as_tensor(value))]
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from gradrun.core.units import pluralize
 from gradrun.engines.engine import start_error
 from gradrun.engines.messages import Done, Open, Ready, Rows, Task, unpack_rows
 from gradrun.engines.processes import ProcessesEngine
-from gradrun.output.transforms import Outputs
+from gradrun.output.columns import as_tensors
+from gradrun.output.transforms import Tensors
 
 _POLL_SECONDS = 0.5
 
@@ -40,7 +41,7 @@ class Block:
     batch_seconds: tuple[float, ...] = ()
     process_peak: int | None = None
     """Of all processes of the lane together, in bytes."""
-    rows: tuple[Outputs, ...] = ()
+    rows: tuple[Tensors, ...] = ()
     """The outputs of each sample in the order of the input, if they were asked for."""
 
     @property
@@ -178,18 +179,19 @@ def _divide(start: int, stop: int, parts: int, unit: int) -> list[tuple[int, int
     return list(itertools.pairwise(cuts))
 
 
-def _rows(done: Done) -> list[Outputs]:
+def _rows(done: Done) -> list[Tensors]:
     """Return the outputs of each sample in the order of the input.
 
     Raises:
         RunFailed: a sample has no prediction.
     """
-    rows: list[Outputs] = []
+    rows: list[Tensors] = []
     for event in done.events:
         if not isinstance(event, Rows) or event.valid is not None:
             raise RunFailed("a sample has no prediction; see gradrun infer")
         outputs, _, _ = unpack_rows(event)
-        rows += ({name: tensor[i] for name, tensor in outputs.items()} for i in range(event.size))
+        tensors = as_tensors(outputs)
+        rows += ({name: tensor[i] for name, tensor in tensors.items()} for i in range(event.size))
     if done.positions is None:
         return rows
     order = sorted(range(len(rows)), key=done.positions.__getitem__)
@@ -217,7 +219,7 @@ class Deviation:
 
 
 def deviation(
-    base: Sequence[Outputs], other: Sequence[Outputs], *, rtol: float, atol: float
+    base: Sequence[Tensors], other: Sequence[Tensors], *, rtol: float, atol: float
 ) -> Deviation:
     """Compare the outputs of the same samples; texts are compared without their padding.
 

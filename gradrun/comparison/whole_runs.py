@@ -85,7 +85,7 @@ class WholeRuns:
         form = baseline.config.output.format
         for number, variant in enumerate(others, 1):
             bitwise, difference, close = True, 0.0, True
-            chunks = (FORMATS[form].read(folder / str(i)) for i in (0, number))
+            chunks = (FORMATS[form].read(folder / str(i), ()) for i in (0, number))
             for (_, rows), (_, other_rows) in zip(*chunks, strict=True):
                 for name, values in rows.items():
                     ours, theirs = torch.from_numpy(values), torch.from_numpy(other_rows[name])

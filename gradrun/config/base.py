@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from gradrun.core.input_files import is_pattern
 
@@ -78,6 +79,23 @@ class PathResolver:
                 "path"
             )
         return _join(self._output_base, path)
+
+
+def resolve_target(target: str, info: ValidationInfo) -> str:
+    """Return "file.py:name" with the absolute path, or "package.module:name".
+
+    Raises:
+        PydanticCustomError: the target has another form.
+        ValueError: the file does not exist.
+    """
+    module, colon, name = target.rpartition(":")
+    if not colon or not module or not name.isidentifier():
+        raise PydanticCustomError(
+            "target", "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
+        )
+    if module.endswith(".py") and info.context:
+        return f"{info.context.input_file(Path(module))}:{name}"
+    return target
 
 
 def _join(base: Path, path: Path) -> Path:

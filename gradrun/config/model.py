@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gradrun.config.base import FloatType, InputFile, InputFolder, Section
+from gradrun.config.base import FloatType, InputFile, InputFolder, Section, resolve_target
 from gradrun.core.errors import ConfigError
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -141,22 +141,11 @@ class LayersModel(WeightedModel):
     )
 
 
-def _resolve_target(target: str, info: ValidationInfo) -> str:
-    module, colon, name = target.rpartition(":")
-    if not colon or not module or not name.isidentifier():
-        raise PydanticCustomError(
-            "target", "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
-        )
-    if module.endswith(".py") and info.context:
-        return f"{info.context.input_file(Path(module))}:{name}"
-    return target
-
-
 class PythonModel(WeightedModel):
     """A class, function or module in Python code; needs --trust-code."""
 
     source: Literal["python"]
-    target: Annotated[str, AfterValidator(_resolve_target)] = Field(
+    target: Annotated[str, AfterValidator(resolve_target)] = Field(
         description="nets/mine.py:Net or package.module:build"
     )
     root: InputFolder | None = Field(

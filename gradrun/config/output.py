@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from gradrun.config.base import OutputPath, Section, Size
+from gradrun.config.base import OutputPath, Section, Size, resolve_target
 
 
 def _check_output_name(name: str) -> str:
@@ -27,6 +36,10 @@ def _as_tuple(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
+def _schema_of(kind: Any) -> dict[str, Any]:
+    return TypeAdapter(kind).json_schema()
+
+
 def _unwrap_single(
     transforms: tuple[str, ...] | dict[str, tuple[str, ...]],
 ) -> str | list[str] | dict[str, Any]:
@@ -35,7 +48,7 @@ def _unwrap_single(
     return transforms[0] if len(transforms) == 1 else list(transforms)
 
 
-Transform = Literal[
+BuiltinTransform = Literal[
     "auto",
     "none",
     "softmax",
@@ -51,6 +64,24 @@ Transform = Literal[
     "sentence_embedding",
     "normalize",
 ]
+
+
+def _check_transform(name: str, info: ValidationInfo) -> str:
+    """Return a transform of gradrun, or the resolved target of a function."""
+    if ":" in name:
+        return resolve_target(name, info)
+    if name not in get_args(BuiltinTransform):
+        expected = ", ".join(map(repr, get_args(BuiltinTransform)))
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return name
+
+
+Target = Annotated[str, Field(pattern=".:[^:]+$")]
+Transform = Annotated[
+    str, AfterValidator(_check_transform), WithJsonSchema(_schema_of(BuiltinTransform | Target))
+]
+"""A transform of gradrun, or FILE.py:FUNCTION."""
+
 OutputName = Annotated[str, AfterValidator(_check_output_name)]
 Transforms = Annotated[
     tuple[Transform, ...],
@@ -75,8 +106,17 @@ class OutputSection(Section):
     ] = Field(
         ("auto",),
         description="one or several, applied in order: [mean_pool, normalize]; or a map from "
-        "outputs to transforms: {sentiment: softmax, topic: topk}; auto: sentence_embedding for a "
+        "outputs to transforms: {sentiment: softmax, topic: topk}; FILE.py:FUNCTION: your function "
+        "of the model's output for a batch (needs --trust-code); auto: sentence_embedding for a "
         "sentence-transformers folder unless select is set, else none",
+    )
+    keep: Annotated[
+        tuple[str, ...],
+        BeforeValidator(_as_tuple, json_schema_input_type=str | tuple[str, ...]),
+    ] = Field(
+        (),
+        description="columns of the input file to write beside the predictions: [id, title]; for "
+        "csv, jsonl and parquet",
     )
     dim: int | None = Field(
         None,
@@ -97,14 +137,20 @@ class OutputSection(Section):
         "contains no input",
     )
 
-    def transforms_of(self, name: str) -> tuple[Transform, ...]:
-        """Return the transforms of the output with this name, without `auto` and `none`."""
+    def transforms_of(self, name: str) -> tuple[str, ...]:
+        """Return gradrun's transforms of the output with this name, without `auto` and `none`."""
         steps = self.transform
         if isinstance(steps, dict):
             steps = steps.get(name, ())
-        return tuple(step for step in steps if step not in {"auto", "none"})
+        return tuple(step for step in steps if step not in {"auto", "none"} and ":" not in step)
 
-    def transforms_as(self, name: str) -> tuple[Transform, ...]:
+    @property
+    def decoder(self) -> str:
+        """The user's function, FILE.py:FUNCTION, which comes before gradrun's transforms; or ""."""
+        first = "" if isinstance(self.transform, dict) else self.transform[0]
+        return first if ":" in first else ""
+
+    def transforms_as(self, name: str) -> tuple[str, ...]:
         """Return the transforms of the output that is written under this name."""
         if isinstance(self.transform, dict) and name not in self.transform:
             sources = self.select or tuple(self.transform)
@@ -115,6 +161,19 @@ class OutputSection(Section):
     def transforms(self) -> bool:
         """Whether any output is transformed."""
         return isinstance(self.transform, dict) or bool(self.transforms_of(""))
+
+    @model_validator(mode="after")
+    def _check_decoder(self) -> OutputSection:
+        every = self.transform.values() if isinstance(self.transform, dict) else [self.transform]
+        later = [step for steps in every for step in steps if ":" in step]
+        if later != ([self.decoder] if self.decoder else []):
+            raise PydanticCustomError(
+                "decoder",
+                "{name} must be the first transform and not belong to one output: it gets the "
+                "model's output of a batch; write output.transform: {name}, or [{name}, softmax]",
+                {"name": later[-1].rpartition("/")[2]},
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_threshold(self) -> OutputSection:

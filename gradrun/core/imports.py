@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from gradrun.core.errors import ConfigError
 from gradrun.core.options import option
+from gradrun.core.suggest import suggest
 
 
 def require_trust(trust_code: bool, source: str, key: str) -> None:
@@ -67,6 +71,17 @@ _added: set[Path] = set()
 """Root folders that this module added to sys.path."""
 
 
+@dataclass
+class _Beside:
+    """The modules that the last function of the user imported, and the folders for it."""
+
+    modules: set[str] = field(default_factory=set)
+    folders: set[str] = field(default_factory=set)
+
+
+_beside = _Beside()
+
+
 @contextmanager
 def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
     """Add a folder to sys.path and forget modules that were imported from other roots.
@@ -98,6 +113,53 @@ def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
         imported |= {
             name for name in sys.modules.keys() - before if _is_user_module(sys.modules[name])
         }
+
+
+def import_function(target: str, key: str) -> tuple[Callable[..., Any], dict[str, Path]]:
+    """Import a function beside the model, whose modules stay imported.
+
+    Args:
+        target: "file.py:name", or "package.module:name" from the current folder.
+        key: the config key in errors.
+
+    Returns:
+        The function, and the name and path of each file of the user's code that was imported.
+
+    Raises:
+        ConfigError: the import fails, or the name is not a function.
+    """
+    location, _, name = target.rpartition(":")
+    is_file = location.endswith(".py")
+    root = (Path(location).parent if is_file else Path.cwd()).resolve()
+    # Files may have changed since an earlier run of this process, or belong to another folder.
+    for earlier in _beside.modules:
+        sys.modules.pop(earlier, None)
+    sys.path[:] = [entry for entry in sys.path if entry not in _beside.folders]
+    _beside.modules.clear()
+    _beside.folders.clear()
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+        _beside.folders.add(str(root))
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    try:
+        module = import_file(Path(location)) if is_file else importlib.import_module(location)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"importing {location} failed: {describe_user_error(error)}", key
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        public = [known for known, value in vars(module).items() if inspect.isfunction(value)]
+        raise ConfigError(f"{location} has no function {name!r}; {suggest(name, public)}", key)
+    names = {n for n in sys.modules.keys() - before if _is_user_module(sys.modules[n])}
+    _beside.modules |= names - {module.__name__}
+    paths = {path for n in {*names, module.__name__} if (path := _location(sys.modules[n]))}
+    return function, {_name_below(path, root): path for path in sorted(paths)}
+
+
+def _name_below(path: Path, root: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def imported_files(root: Path) -> dict[str, Path]:

@@ -28,6 +28,7 @@ from gradrun.engines.messages import (
     Failed,
     Quarantined,
     Ready,
+    Rows,
     Task,
     pack_rows,
     unpack_rows,
@@ -45,6 +46,7 @@ from gradrun.inference.runner import (
     PreparedRun,
     TimedPass,
 )
+from gradrun.output.columns import blank, row_bytes
 from gradrun.output.fingerprint import changed_properties
 from gradrun.output.formats import RowWriter
 from gradrun.results.result import Padding, Warning, WorkerRange, WorkerStats
@@ -156,9 +158,9 @@ class _Pass:
         self._failed_starts = self._starting = 0
         self._first_ready = 0.0
         self._checksum = outputs_checksum(prepared.outputs)
-        row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
         held = _HELD_BYTES // (RANGES_AHEAD * dispatcher.count)
-        self._max_rows = min(_SPAN_BYTES, held) // max(1, row_bytes)
+        self._max_bytes = min(_SPAN_BYTES, held)
+        self._row_bytes = row_bytes(prepared.outputs)
 
     def begin(self, ready: Iterable[tuple[int, Ready]]) -> None:
         """Use the workers that are ready, and end those for which there is nothing to do."""
@@ -243,6 +245,9 @@ class _Pass:
             )
         )
         self._durations.append(now - began)
+        # The values of other samples may be larger than those of the first batch.
+        used = sum(event.nbytes for event in done.events if isinstance(event, Rows))
+        self._row_bytes = max(self._row_bytes, used // span.size)
         self._set_span_size(number, done.seconds / span.size)
         self._keep_result(span, done)
 
@@ -317,7 +322,8 @@ class _Pass:
 
     def _set_span_size(self, number: int, seconds_per_sample: float) -> None:
         rows = int(SPAN_SECONDS / max(seconds_per_sample, 1e-9))
-        self.workers[number].span_size = max(1, min(rows, self._max_rows))
+        most = self._max_bytes // max(1, self._row_bytes)
+        self.workers[number].span_size = max(1, min(rows, most))
 
     def _keep_result(self, span: Span, done: Done) -> None:
         self._results[span] = done
@@ -332,10 +338,7 @@ class _Pass:
         if runner.config.run.on_error != "quarantine":
             return _result(sample, error=f"sample {position:,} failed: {text}{QUARANTINE_HINT}")
         sample_id = runner.read_batch(index, 1).ids[0]
-        outputs = {
-            name: torch.zeros((1, *tensor.shape[1:]), dtype=tensor.dtype)
-            for name, tensor in self.prepared.outputs.items()
-        }
+        outputs = {name: blank(column, 1) for name, column in self.prepared.outputs.items()}
         line = Quarantined(sample=position, id=sample_id, error=text, details="")
         row = pack_rows(outputs, [sample_id], torch.zeros(1, dtype=torch.bool))
         return _result(sample, events=[line, row], positions=[position])

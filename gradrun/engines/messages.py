@@ -9,17 +9,24 @@ import msgspec
 import numpy as np
 import torch
 
+from gradrun.output.columns import ValueColumn, value_bytes
 from gradrun.output.transforms import Outputs
 from gradrun.results.result import Environment, Memory, Padding
 
 
-class TensorData(msgspec.Struct, frozen=True, array_like=True):
+class TensorData(msgspec.Struct, frozen=True, array_like=True, tag="tensor"):
     """A tensor as its dtype, shape and bytes."""
 
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
     """Of the message when it is decoded, so that rows are not copied."""
+
+
+class ValueData(msgspec.Struct, frozen=True, array_like=True, tag="values"):
+    """A column of values; tensors are extensions of the message format."""
+
+    values: list[Any]
 
 
 class Open(msgspec.Struct, frozen=True, kw_only=True, tag="open"):
@@ -71,13 +78,23 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task"):
 class Rows(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
     """Outputs of consecutive samples."""
 
-    outputs: dict[str, TensorData]
+    outputs: dict[str, TensorData | ValueData]
     size: int
     """Number of samples."""
     ids: list[int | str] | int
     """The ids, or the first one if they are consecutive numbers."""
     valid: TensorData | None
     """Mask of the samples with a prediction; None if all have one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the outputs in memory."""
+        return sum(
+            sum(map(value_bytes, packed.values))
+            if isinstance(packed, ValueData)
+            else len(packed.data)
+            for packed in self.outputs.values()
+        )
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True, tag="quarantined"):
@@ -139,13 +156,28 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 Request = Open | Task
 Reply = Ready | Done | Failed
 
+_TENSOR = 1
+"""Code of the extension for tensors in a column of values."""
+
+
+def _encode_tensor(value: Any) -> msgspec.msgpack.Ext:
+    return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode(pack_tensor(value)))
+
+
+def _decode_tensor(code: int, data: memoryview) -> torch.Tensor:
+    # A copy, so that a single value does not keep the whole message.
+    return unpack_tensor(msgspec.msgpack.decode(bytearray(data), type=TensorData))
+
+
+_ENCODER: Any = msgspec.msgpack.Encoder(enc_hook=_encode_tensor)
 _REQUESTS: Any = msgspec.msgpack.Decoder(Request)
-_REPLIES: Any = msgspec.msgpack.Decoder(Reply)
+_REPLIES: Any = msgspec.msgpack.Decoder(Reply, ext_hook=_decode_tensor)
 
 
 def encode(message: Request | Reply) -> bytes:
     """Return a message as bytes."""
-    return msgspec.msgpack.encode(message)
+    data: bytes = _ENCODER.encode(message)
+    return data
 
 
 def decode_request(data: bytes | bytearray) -> Request:
@@ -190,10 +222,22 @@ def unpack_tensor(packed: TensorData) -> torch.Tensor:
     return values.view(dtype).reshape(packed.shape)
 
 
+def pack_column(column: torch.Tensor | ValueColumn) -> TensorData | ValueData:
+    """Encode a column."""
+    if isinstance(column, ValueColumn):
+        return ValueData(column.values)
+    return pack_tensor(column)
+
+
+def unpack_column(packed: TensorData | ValueData) -> torch.Tensor | ValueColumn:
+    """Decode a column; a tensor shares the memory of the message."""
+    return ValueColumn(packed.values) if isinstance(packed, ValueData) else unpack_tensor(packed)
+
+
 def pack_rows(outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None) -> Rows:
     """Encode the arguments of PredictionWriter.write()."""
     return Rows(
-        outputs={name: pack_tensor(tensor) for name, tensor in outputs.items()},
+        outputs={name: pack_column(column) for name, column in outputs.items()},
         size=len(ids),
         ids=ids.start if isinstance(ids, range) else list(ids),
         valid=None if valid is None else pack_tensor(valid),
@@ -202,7 +246,7 @@ def pack_rows(outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | 
 
 def unpack_rows(rows: Rows) -> tuple[Outputs, Sequence[int | str], torch.Tensor | None]:
     """Decode the arguments of PredictionWriter.write()."""
-    outputs = {name: unpack_tensor(packed) for name, packed in rows.outputs.items()}
+    outputs = {name: unpack_column(packed) for name, packed in rows.outputs.items()}
     first = rows.ids
     ids = range(first, first + rows.size) if isinstance(first, int) else first
     return outputs, ids, None if rows.valid is None else unpack_tensor(rows.valid)

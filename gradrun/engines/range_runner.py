@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ from gradrun.inference.infer import open_run
 from gradrun.inference.meters import model_memory, process_memory, system_load
 from gradrun.inference.reordering import commit_unit
 from gradrun.inference.runner import PreparedRun, Runner
+from gradrun.output.columns import ValueColumn, blank, layout
 from gradrun.output.transforms import Outputs
 
 InputPositions = Callable[[int, int], Sequence[int]]
@@ -203,8 +205,9 @@ class EventLog:
                 self._allocate(outputs)
             end = self._end + count
             # A copy, because a model may return the same memory with every batch.
-            for name, tensor in outputs.items():
-                self._buffers[name][self._end : end] = tensor
+            buffers: Any = self._buffers
+            for name, column in outputs.items():
+                buffers[name][self._end : end] = column
             self._end = end
             self._ids.append(ids)
         else:
@@ -222,18 +225,13 @@ class EventLog:
         """Return whether the buffers have the layout of these rows, and room for them."""
         if outputs.keys() != self._buffers.keys():
             return False
-        for name, tensor in outputs.items():
-            buffer = self._buffers[name]
-            if tensor.shape[1:] != buffer.shape[1:] or tensor.dtype != buffer.dtype:
-                return False
+        if any(layout(column) != layout(self._buffers[name]) for name, column in outputs.items()):
+            return False
         return self._end + count <= len(next(iter(self._buffers.values())))
 
     def _allocate(self, outputs: Outputs) -> None:
         rows = self._stop - self.written
-        self._buffers = {
-            name: torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
-            for name, tensor in outputs.items()
-        }
+        self._buffers = {name: blank(column, rows) for name, column in outputs.items()}
         self._begin = self._end = 0
 
     def _flush(self) -> None:
@@ -253,9 +251,12 @@ def _count_types(model: nn.Module) -> dict[str, int]:
 def outputs_checksum(outputs: Outputs) -> int:
     """Return the CRC-32 of the names, dtypes, shapes and values of some outputs."""
     crc = 0
-    for name, tensor in outputs.items():
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(), crc)
-        crc = zlib.crc32(tensor_bytes(tensor), crc)
+    for name, column in outputs.items():
+        if isinstance(column, ValueColumn):
+            crc = column.checksum(zlib.crc32(f"{name}\n".encode(), crc))
+        else:
+            crc = zlib.crc32(f"{name} {column.dtype} {list(column.shape)}\n".encode(), crc)
+            crc = zlib.crc32(tensor_bytes(column), crc)
     return crc
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from gradrun.inference.compilation import eager_model
 from gradrun.inference.device import seed_generators
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.output.transforms import iter_tensors
+from gradrun.output.columns import ValueColumn, as_tensors
+from gradrun.output.transforms import iter_columns, iter_tensors
 
 _NEIGHBORS = 4
 """Samples of the other batch, which is small because the test must cost little."""
@@ -53,6 +54,9 @@ _ADVICE: tuple[tuple[type[nn.Module], str], ...] = (
 
 Rows = dict[str, torch.Tensor]
 """Output name to a tensor [samples, ...]."""
+
+ReadOutput = Callable[[Any, int], Any]
+"""Returns the model's output for a batch of a size with columns in place of lists of samples."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,13 @@ class BatchDependence:
 
 
 def reference_rows(returned: Any, batch: Batch, config: RunConfig) -> Rows:
-    """Copy the rows of a batch's outputs that `batch_dependence` compares with."""
+    """Copy the rows of a batch's outputs that `batch_dependence` compares with.
+
+    Args:
+        returned: the model's output for the batch, after the ReadOutput.
+        batch: the batch.
+        config: names the outputs.
+    """
     if not _is_tested(batch, config):
         return {}
     outputs = _outputs_of(returned, config)
@@ -120,7 +130,12 @@ def reference_rows(returned: Any, batch: Batch, config: RunConfig) -> Rows:
 
 
 def batch_dependence(
-    model: nn.Module, batch: Batch, reference: Rows, config: RunConfig, device: torch.device
+    model: nn.Module,
+    batch: Batch,
+    reference: Rows,
+    config: RunConfig,
+    device: torch.device,
+    read: ReadOutput = lambda returned, _: returned,
 ) -> BatchDependence | None:
     """Find a sample whose outputs depend on its batch; call this inside the execution context.
 
@@ -130,6 +145,7 @@ def batch_dependence(
         reference: `reference_rows` of the outputs for this batch, from the present state.
         config: names the outputs, the seed and the precision.
         device: the device of the model.
+        read: finds lists of samples in the model's output.
 
     Returns:
         The sample with the greatest difference; None if no sample depends on its batch, or if that
@@ -139,7 +155,7 @@ def batch_dependence(
         return None
     # A model may raise anything, and its warnings about small batches do not concern the run.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), _without_compilation():
-        return _BatchTest(eager_model(model), batch, config, device).run(reference)
+        return _BatchTest(eager_model(model), batch, config, device, read).run(reference)
     return None
 
 
@@ -243,6 +259,7 @@ class _BatchTest:
     batch: Batch
     config: RunConfig
     device: torch.device
+    read: ReadOutput
 
     def run(self, reference: Rows) -> BatchDependence | None:
         """Try samples in other batches and confirm the greatest difference."""
@@ -250,7 +267,7 @@ class _BatchTest:
         failed = True
         for trial in _trials(self.batch):
             with suppress(Exception):  # a model may need batches of one size
-                outputs = _outputs_of(self._forward(trial.batch), self.config)
+                outputs = self._outputs(self._forward(trial.batch), trial.batch)
                 suspects += self._suspects(trial, reference, outputs)
                 failed = False
         if failed:  # only neighbors at the same size can be tested
@@ -321,6 +338,9 @@ class _BatchTest:
         with preserve_module_state(self.model):
             return self.model(*copy.args, **copy.kwargs)
 
+    def _outputs(self, returned: Any, batch: Batch) -> Rows:
+        return _outputs_of(self.read(returned, batch.size), self.config)
+
     def _record(self, batch: Batch, row: int) -> _Recorded:
         paths = {module: path for path, module in self.model.named_modules()}
         calls: list[tuple[str, nn.Module, list[_Parts]]] = []
@@ -334,7 +354,7 @@ class _BatchTest:
             returned = self._forward(batch)
         random = self._generator_state()
         seed_generators(self.config.run.seed, self.device)
-        outputs = _outputs_of(returned, self.config)
+        outputs = self._outputs(returned, batch)
         return _Recorded(
             {name: _parts(tensor, batch.size, row) for name, tensor in outputs.items()},
             calls,
@@ -394,14 +414,16 @@ class _BatchTest:
 
 
 def _outputs_of(returned: Any, config: RunConfig) -> Rows:
-    """Return the selected outputs that are dense tensors."""
-    wanted = config.output.select
-    return {
-        name: tensor.detach()
-        for name, tensor in iter_tensors(returned)
-        if (not wanted or name in wanted) and tensor.layout == torch.strided
-        if not tensor.is_nested
+    """Return the selected outputs that are dense tensors or values, as tensors."""
+    wanted = () if config.output.decoder else config.output.select
+    outputs = {
+        name: column if isinstance(column, ValueColumn) else column.detach()
+        for name, column in iter_columns(returned)
+        if not wanted or name in wanted
+        if isinstance(column, ValueColumn)
+        or (column.layout == torch.strided and not column.is_nested)
     }
+    return as_tensors(outputs)
 
 
 def _parts(tensor: torch.Tensor, size: int, row: int) -> _Parts:

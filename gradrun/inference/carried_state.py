@@ -9,6 +9,7 @@ from torch import nn
 
 from gradrun.data.batch import Batch
 from gradrun.inference.module_state import preserve_module_state
+from gradrun.output.columns import close
 from gradrun.output.transforms import Outputs
 
 _MAX_LISTED = 3
@@ -39,10 +40,7 @@ def carried_state(
         first = {name: rows.clone() for name, rows in predict(batch.map(torch.clone)).items()}
         second = predict(batch.map(torch.clone))
         tolerance = 0.0 if all(tensor.is_cpu for tensor in batch.tensors()) else 1e-3
-        same = all(
-            torch.allclose(rows, second[name], rtol=tolerance, atol=tolerance, equal_nan=True)
-            for name, rows in first.items()
-        )
+        same = all(close(rows, second[name], tolerance) for name, rows in first.items())
         if same or not torch.equal(random_state, _random_state(batch)):
             return None
         names = changed()

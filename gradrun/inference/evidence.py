@@ -12,7 +12,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.formats import FORMATS
 from gradrun.output.missing import is_finite
-from gradrun.output.transforms import ModelFacts, Outputs, SelectedOutput, split_steps, widened
+from gradrun.output.transforms import ModelFacts, SelectedOutput, Tensors, split_steps, widened
 
 Task = Literal["binary", "multiclass", "multilabel", "classes", "values"]
 """An output is one score, scores of classes that exclude each other, scores of labels that may
@@ -204,7 +204,7 @@ class Evidence:
             return above or steps == ("sigmoid",)
         return False
 
-    def read(self, rows: Outputs) -> torch.Tensor:
+    def read(self, rows: Tensors) -> torch.Tensor:
         """Return this evidence from predictions [n, ...] that contain it."""
         target, steps, name = self.target, self._written_steps(), self.target.name
         if not steps or steps == ("sigmoid",):

@@ -14,9 +14,11 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.units import pluralize
 from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_positions, require_length
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
+from gradrun.output.columns import ValueColumn, row_bytes
 from gradrun.output.formats import FORMATS
 from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.quarantine import quarantined_positions
+from gradrun.output.transforms import Outputs
 from gradrun.results.result import ClassDistribution, Example, PredictedClass
 
 _EXAMPLE_ROWS, _EXAMPLE_BYTES = 10_000, 4 * 1024**2
@@ -41,7 +43,7 @@ def describe_predictions(
     output: OutputSection,
     data: BatchSource,
     model_classes: Sequence[str],
-    row_bytes: int,
+    outputs: Outputs,
     class_counts: Mapping[str, int] | None = None,
 ) -> tuple[tuple[ClassDistribution, ...], tuple[Example, ...]]:
     """Read saved predictions: count the classes, and select examples.
@@ -50,7 +52,7 @@ def describe_predictions(
         output: the config section of the run, which is complete.
         data: its data source; without previews of inputs, the result is empty.
         model_classes: class names of the model; if it has none, those of the labels are used.
-        row_bytes: size of one prediction in memory.
+        outputs: those of a batch, for the size of one prediction.
         class_counts: number of classes of outputs, which get names only if they have as many.
     """
     if not output.examples or not isinstance(data, HasPreviews):
@@ -59,14 +61,17 @@ def describe_predictions(
     label_names = (data.classes if isinstance(data, HasLabels) else None) or model_classes
     names = model_classes or label_names
     reader = _Reader(output, names, class_counts)
+    most = _EXAMPLE_BYTES // max(1, row_bytes(outputs))
     samples = require_length(data)
-    rows = min(samples, _EXAMPLE_ROWS, max(1, _EXAMPLE_BYTES // max(1, row_bytes)))
+    rows = min(samples, _EXAMPLE_ROWS, max(1, most))
+    skip = {name for name, column in outputs.items() if isinstance(column, ValueColumn)}
+    skip |= {*output.keep}
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
     predictions: dict[int, str] = {}
     numbers: dict[int, int | None] = {}
     started = time.monotonic()
-    for chunk, values in FORMATS[output.format].read(output.path):
+    for chunk, values in FORMATS[output.format].read(output.path, skip):
         wanted = [p for p in positions if chunk[0] <= p <= chunk[-1] and p not in excluded]
         for position in wanted:
             row = {name: array[chunk == position][:1] for name, array in values.items()}

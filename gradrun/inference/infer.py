@@ -35,6 +35,7 @@ from gradrun.data.source import (
     require_length,
 )
 from gradrun.inference.compilation import compile_model
+from gradrun.inference.decoding import open_decoder
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
@@ -51,9 +52,10 @@ from gradrun.models.python import source_files
 from gradrun.output import class_labels
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
+from gradrun.output.columns import row_bytes
 from gradrun.output.evidence_writer import EvidenceWriter, is_evidence
 from gradrun.output.fingerprint import assumed_unchanged, describe_code, fingerprint
-from gradrun.output.formats import PredictionWriter, open_writer
+from gradrun.output.formats import PredictionWriter, check_columns, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
@@ -225,6 +227,11 @@ def open_run(
     started = time.perf_counter()
     model = load_model(config.model, device, data=config.data, trust_code=is_trusted(trust_code))
     config = config.replace({"output": resolve_output(config.output, model)})
+    code = source_files(config.model)
+    decode = None
+    if target := config.output.decoder:
+        decode, files_of_decoder = open_decoder(target, trust_code=is_trusted(trust_code))
+        code |= files_of_decoder
     loaded = time.perf_counter()
     progress(Progress("opening the data"))
     opening = time.perf_counter()
@@ -248,7 +255,7 @@ def open_run(
         by_rows=_has_row_checksums(data),
         classes=model.classes,
         id_type=data.id_type if isinstance(data, HasIdColumn) else "",
-        code=source_files(config.model),
+        code=code,
         resolved={"device": device.type, "threads": torch.get_num_threads()},
         versions={
             "torch": str(torch.__version__),
@@ -258,7 +265,7 @@ def open_run(
     return OpenedRun(
         header=header,
         model=model,
-        runner=Runner(model.module, data, config, device, model, metrics),
+        runner=Runner(model.module, data, config, device, model, metrics, decode),
         load_seconds=loaded - started + compiled - opened,
         open_seconds=opened - opening,
     )
@@ -438,6 +445,7 @@ def _has_row_checksums(data: BatchSource) -> bool:
 
 def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
     data, output = plan.runner.data, plan.runner.config.output
+    check_columns(output, prepared.outputs)
     writer = open_writer(
         output,
         data.samples,
@@ -462,7 +470,6 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
     folder, unit = plan.folder, commit_unit(plan.runner.data)
     checksum = _input_checksum(plan.runner.data)
-    row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     try:
         journal, committed = folder.open_journal(plan.header, unit, checksum)
         try:
@@ -482,7 +489,7 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
     except Exception as error:
         resumable = bool(folder.previous and folder.previous.committed)
         raise _write_error(error, resumable=resumable) from error
-    return Checkpointer(writer, journal, unit, row_bytes, checksum)
+    return Checkpointer(writer, journal, unit, row_bytes(prepared.outputs), checksum)
 
 
 def _write_error(error: Exception, *, resumable: bool = False) -> RunFailed:
@@ -603,11 +610,10 @@ def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFol
 
 def _add_examples(result: InferResult, plan: RunPlan, prepared: PreparedRun) -> InferResult:
     """Describe predictions for reports; a failure becomes a warning."""
-    row_bytes = sum(tensor[:1].nbytes for tensor in prepared.outputs.values())
     output, data = plan.runner.config.output, plan.runner.data
     try:
         classes, examples = describe_predictions(
-            output, data, plan.model.classes, row_bytes, prepared.class_counts
+            output, data, plan.model.classes, prepared.outputs, prepared.class_counts
         )
     except Exception as error:
         text = f"the report has no examples: {type(error).__name__}: {first_line(error)}"

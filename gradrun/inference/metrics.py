@@ -21,14 +21,15 @@ from gradrun.data.source import CHUNK_BYTES, BatchSource, HasLabels
 from gradrun.inference.evidence import Evidence, Target, find_target
 from gradrun.inference.scorers import Scorer
 from gradrun.models.loaded import LoadedModel
+from gradrun.output.columns import ValueColumn
 from gradrun.output.evidence_writer import evidence_file, evidence_key, lacks_evidence
 from gradrun.output.formats import FORMATS
 from gradrun.output.journal import CommittedRange
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.transforms import (
     Inputs,
-    Outputs,
     SelectedOutput,
+    Tensors,
     check_rows,
     is_safe_name,
     scored_outputs,
@@ -36,7 +37,7 @@ from gradrun.output.transforms import (
 )
 from gradrun.results.result import Metric, Warning
 
-_Chunk = tuple[torch.Tensor, Outputs]
+_Chunk = tuple[torch.Tensor, Tensors]
 """Positions [n] of some samples in the input, and outputs or evidence [n, ...]."""
 
 
@@ -48,6 +49,8 @@ class Evaluation:
     model: LoadedModel
     data: HasLabels
     scorers: tuple[Scorer, ...]
+    unread: frozenset[str]
+    """Columns of the predictions that are not tensors."""
 
     @cached_property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -94,7 +97,7 @@ class Evaluation:
         doubts = [scorer.doubt for scorer in self.scorers if scorer.doubt]
         return tuple(Warning(code="labels_from_1", text=doubt) for doubt in doubts[:1])
 
-    def collect(self, returned: Any, inputs: Inputs) -> Outputs:
+    def collect(self, returned: Any, inputs: Inputs) -> Tensors:
         """Return the evidence of a batch, by the names for a writer."""
         sources = {item.target.source for item in self.evidence}
         outputs = {
@@ -142,7 +145,7 @@ class Evaluation:
                 yield positions, {name: row[part] for name, row in rows.items()} | saved
 
     def _predictions(self, folder: Path) -> Iterator[_Chunk]:
-        for positions, rows in FORMATS[self.config.output.format].read(folder):
+        for positions, rows in FORMATS[self.config.output.format].read(folder, self.unread):
             outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
             yield torch.from_numpy(positions), outputs
 
@@ -181,7 +184,9 @@ def plan_metrics(
         _check_class_count(data.classes or (), target, model.classes)
         scorers.append(Scorer(spec, key, target, names))
         scorers[-1].check_scores(output.tensor)
-    return Evaluation(config, model, data, tuple(scorers))
+    unread = {output.name for output in outputs if isinstance(output.column, ValueColumn)}
+    unread |= {*config.output.keep}
+    return Evaluation(config, model, data, tuple(scorers), frozenset(unread))
 
 
 _MAX_LISTED = 6
@@ -234,7 +239,7 @@ def _find_output(
     if len(matches) != 1 or not is_safe_name(matches[0].source):
         choices = ", ".join(output.source for output in outputs)
         raise ConfigError(f"set `output` to one of the outputs: {choices}", key)
-    check_rows(matches[0].source, matches[0].tensor, len(outputs[0].tensor))
+    check_rows(matches[0].source, matches[0].tensor, len(outputs[0].column))
     return matches[0]
 
 
@@ -247,7 +252,7 @@ def _positions(samples: int) -> Iterator[_Chunk]:
 
 def _pairs(
     chunks: Iterator[_Chunk], data: HasLabels, quarantined: set[int]
-) -> Iterator[tuple[Outputs, torch.Tensor]]:
+) -> Iterator[tuple[Tensors, torch.Tensor]]:
     """Yield outputs and labels of the same samples, without the quarantined ones."""
     excluded = torch.tensor(sorted(quarantined), dtype=torch.int64)
     # float64, because torch supports few operations on the smaller integer types.

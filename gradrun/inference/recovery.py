@@ -14,6 +14,7 @@ from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
+from gradrun.output.columns import blank
 from gradrun.output.evidence_writer import is_evidence
 from gradrun.output.missing import finite_rows
 from gradrun.output.quarantine import SampleLog
@@ -39,7 +40,7 @@ class BatchRecovery:
     run: RunSection
     quarantine: SampleLog
     template: Outputs
-    """Outputs of any batch, for names, shapes and dtypes."""
+    """Outputs of any batch, for names and layouts."""
     predict: Callable[[Batch], Outputs]
     read_batch: Callable[[int, int], Batch]
     """Reads the batch with this first sample and size again: a failed forward may alter it."""
@@ -89,15 +90,19 @@ class BatchRecovery:
         }
         return self._assemble(start, batch.size, pieces, failures)
 
-    def check_finite(self, start: int, batch: Batch, outputs: Outputs) -> Recovered:
-        """Apply `run.on_nonfinite` to outputs with NaN or infinity.
+    def check_finite(
+        self, start: int, batch: Batch, outputs: Outputs, valid: torch.Tensor | None = None
+    ) -> Recovered:
+        """Apply `run.on_nonfinite` to outputs with NaN or infinity of valid samples.
 
         Raises:
             RunFailed: the policy is stop, or too many samples failed.
         """
         finite = finite_rows(t for name, t in outputs.items() if not is_evidence(name))
+        if valid is not None:
+            finite |= ~valid
         if finite.all():
-            return outputs, None
+            return outputs, valid
         for row in (~finite).nonzero().flatten().tolist():
             text = f"the output of sample {batch.ids[row]} contains NaN or infinity"
             if self.run.on_nonfinite == "stop":
@@ -106,7 +111,7 @@ class BatchRecovery:
                     resume_options="--set run.on_nonfinite=quarantine",
                 )
             self._quarantine(start + row, SampleFailure(batch.ids[row], text))
-        return outputs, finite
+        return outputs, finite if valid is None else finite & valid
 
     def _bisect(
         self, start: int, size: int, error: Exception
@@ -171,13 +176,10 @@ class BatchRecovery:
         for sample, failure in sorted(failures.items()):
             self._quarantine(sample, failure)
         template = next(iter(pieces.values()), self.template)
-        outputs = {
-            name: torch.zeros((size, *tensor.shape[1:]), dtype=tensor.dtype)
-            for name, tensor in template.items()
-        }
+        outputs: Any = {name: blank(column, size) for name, column in template.items()}
         for first, piece in pieces.items():
-            for name, tensor in piece.items():
-                outputs[name][first - start : first - start + len(tensor)] = tensor
+            for name, column in piece.items():
+                outputs[name][first - start : first - start + len(column)] = column
         if not failures:
             return outputs, None
         valid = torch.tensor([start + row not in failures for row in range(size)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
 from gradrun.data.source import BatchSource, LengthGrouped, require_length
+from gradrun.output.columns import join, layout
 from gradrun.output.formats import RowWriter
 from gradrun.output.transforms import Outputs
 
@@ -58,7 +59,7 @@ class ReorderBuffer:
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         # A copy, because a model may return the same memory with every batch.
-        self._outputs.append({name: tensor.clone() for name, tensor in outputs.items()})
+        self._outputs.append({name: column.clone() for name, column in outputs.items()})
         self._valid.append(torch.ones(len(ids), dtype=torch.bool) if valid is None else valid)
         self._ids += ids
         stop = self.written + len(self._ids)
@@ -70,13 +71,13 @@ class ReorderBuffer:
         order = sorted(range(len(positions)), key=positions.__getitem__)
         ids, valid = [self._ids[i] for i in order], torch.cat(self._valid)[order]
         batches, self._outputs, self._ids, self._valid = self._outputs, [], [], []
-        if all(_row_shapes(batch) == _row_shapes(batches[0]) for batch in batches):
-            outputs = {name: torch.cat([b[name] for b in batches])[order] for name in batches[0]}
+        if all(_layouts(batch) == _layouts(batches[0]) for batch in batches):
+            outputs = {name: join([b[name] for b in batches])[order] for name in batches[0]}
             self.writer.write(outputs, ids, None if valid.all() else valid)
             return
         # Sequences are as long as the longest of their batch, so rows are written one by one.
         rows = [
-            {name: tensor[i : i + 1] for name, tensor in batch.items()}
+            {name: column[i : i + 1] for name, column in batch.items()}
             for batch in batches
             for i in range(len(next(iter(batch.values()))))
         ]
@@ -84,5 +85,5 @@ class ReorderBuffer:
             self.writer.write(rows[old], [sample_id], valid[new : new + 1])
 
 
-def _row_shapes(outputs: Outputs) -> list[tuple[str, torch.Size]]:
-    return [(name, tensor.shape[1:]) for name, tensor in outputs.items()]
+def _layouts(outputs: Outputs) -> list[tuple[str, Hashable]]:
+    return [(name, layout(column)) for name, column in outputs.items()]

@@ -53,6 +53,7 @@ from gradrun.inference.compilation import (
     recompilation_limit_hits,
     runs_in_full_precision,
 )
+from gradrun.inference.decoding import Decoder
 from gradrun.inference.device import seed_generators
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.meters import (
@@ -74,9 +75,9 @@ from gradrun.output.transforms import (
     Inputs,
     ModelFacts,
     Outputs,
+    OutputSelector,
     SelectedOutput,
     iter_tensors,
-    output_selector,
     scored_outputs,
 )
 from gradrun.results import stats
@@ -202,12 +203,14 @@ class Runner:
         device: torch.device,
         facts: ModelFacts | None = None,
         plan_metrics: PlanMetrics | None = None,
+        decode: Decoder | None = None,
     ) -> None:
         self.model, self.data, self.config, self.device = model, data, config, device
         self._eager = model.eager if isinstance(model, CompiledModel) else model
         self.mode = config.run.mode
         self.warnings: list[Warning] = []
-        self._facts, self._select = facts, output_selector(config.output, facts)
+        self._facts, self._selector = facts, OutputSelector(config.output, facts, decode)
+        self._select: Callable[..., Outputs] = self._selector
         self._plan_metrics = plan_metrics
         dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
         self._transfer = transfer_to(device, dtype)
@@ -234,19 +237,21 @@ class Runner:
                 self._time_eager(first, eager)
                 returned = self._compile(self.model, first, returned, clock)
             self._check_graph(returned)
-            outputs = self._first_outputs(first, returned)
+            rows = reference_rows(
+                self._selector.as_returned(returned, first.size), first, self.config
+            )
+            returned, outputs = self._first_outputs(first, returned)
             first_batch_seconds = time.perf_counter() - started
             statements = tuple(
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
             self._check_activations(first, returned)
-            rows = reference_rows(returned, first, self.config)
             counts = transforms.class_counts(
                 self.config.output, returned, first.kwargs, self._facts
             )
             evaluation = self._prepare_metrics(first, returned)
             if evaluation and evaluation.evidence:
-                self._select = _with_evidence(self._select, evaluation)
+                self._select = _with_evidence(self._selector, evaluation)
                 outputs |= evaluation.collect(returned, first.kwargs)
             del returned
             warm_up_started = time.perf_counter()
@@ -297,7 +302,12 @@ class Runner:
         """Warn if predictions depend on the other samples of their batch; restores the model."""
         with execution_context(self.config.run, self.device):
             found = batch_dependence(
-                self.model, prepared.first, prepared.rows, self.config, self.device
+                self.model,
+                prepared.first,
+                prepared.rows,
+                self.config,
+                self.device,
+                self._selector.as_returned,
             )
         if found:
             self._warn("batch_dependent", f"{found.text}; {found.advice}")
@@ -415,10 +425,14 @@ class Runner:
                 # other order could lose a written batch.
                 sizes.append(size)
                 add_elements(elements)
-                outputs, valid = select(returned, size, kwargs), None
+                try:
+                    outputs, valid = select(returned, size, kwargs), None
+                except Exception as error:  # a user's function may raise anything
+                    at = timed.start + timed.done
+                    outputs, valid = recovery.recover(at, size, error)
                 if check_finite:
                     at = timed.start + timed.done
-                    outputs, valid = recovery.check_finite(at, batch, outputs)
+                    outputs, valid = recovery.check_finite(at, batch, outputs, valid)
                 write(outputs, ids, valid)
                 # In grad mode, the graph must be freed before the next forward.
                 del returned, outputs
@@ -554,13 +568,19 @@ class Runner:
         """
         model = self._eager
         try:
-            return batch, self._forward(batch, clock, model), None
+            returned = self._forward(batch, clock, model)
+            if self.config.output.decoder:
+                self._selector.structured(returned, batch.size)  # the user's function may fail
+            return batch, returned, None
         except GradrunError:
             raise
         except (Exception, SystemExit) as error:  # a model may raise anything
             subset, limit = None, None
             if isinstance(error, Exception):
                 subset, limit = runnable_subset(self.config.run, self._predict, batch, error)
+            if subset is None and isinstance(error, SampleError):
+                text = f"{error}{QUARANTINE_HINT}"
+                raise ConfigError(text, self._selector.key) from error
             if subset is None:
                 raise explain_first_batch_failure(
                     model, batch.args, batch.kwargs, error, self.mode
@@ -608,9 +628,12 @@ class Runner:
                 )
         return returned
 
-    def _first_outputs(self, first: Batch, returned: Any) -> Outputs:
+    def _first_outputs(self, first: Batch, returned: Any) -> tuple[Any, Outputs]:
+        """Return the structure of the model's output, and the outputs to write."""
         try:
-            return self._select(returned, first.size, first.kwargs)
+            structured = self._selector.structured(returned, first.size)
+            outputs = self._selector.select(structured, first.size, first.kwargs, returned)
+            return structured, outputs
         except GradrunError:
             raise
         except Exception as error:  # torch raises many types
@@ -712,7 +735,7 @@ class Runner:
             with suppress(Exception, SystemExit):  # then the first batch decides
                 last = self._batch_with(start)
                 last.raise_errors()
-                again = self.model(*last.args, **last.kwargs)
+                again = self._selector.structured(self.model(*last.args, **last.kwargs), last.size)
                 also = [*transforms.double_activations(config, again, last.kwargs, facts)]
                 found = [item for item in found if item in also]
         for output, activation in found:
@@ -789,13 +812,13 @@ class Runner:
         self.warnings.append(Warning(code=code, text=text))
 
 
-def _with_evidence(
-    select: Callable[..., Outputs], evaluation: Evaluation
-) -> Callable[..., Outputs]:
+def _with_evidence(selector: OutputSelector, evaluation: Evaluation) -> Callable[..., Outputs]:
     """Add what the metrics need to the selected outputs."""
 
     def select_with_evidence(returned: Any, size: int, inputs: Inputs) -> Outputs:
-        return select(returned, size, inputs) | evaluation.collect(returned, inputs)
+        structured = selector.structured(returned, size)
+        outputs = selector.select(structured, size, inputs, returned)
+        return outputs | evaluation.collect(structured, inputs)
 
     return select_with_evidence
 

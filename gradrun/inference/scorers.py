@@ -13,7 +13,7 @@ from gradrun.core.optional import import_optional
 from gradrun.inference.evidence import Evidence, Target
 from gradrun.inference.r2 import R2
 from gradrun.inference.score_bins import ScoreBins
-from gradrun.output.transforms import Outputs
+from gradrun.output.transforms import Tensors
 from gradrun.results.result import ClassValue, ConfusionMatrix, Metric
 
 _VALUES = {"mse": "MeanSquaredError", "mae": "MeanAbsoluteError"}
@@ -253,7 +253,7 @@ class Scorer:
         """Whether all evidence must be read once before the metric is computed."""
         return self.target.task == "classes" or self._unknown_scale or self._bins is not None
 
-    def survey(self, rows: Outputs) -> None:
+    def survey(self, rows: Tensors) -> None:
         """Count class numbers, sample scores, or find out whether scores are probabilities.
 
         Scores of several classes are probabilities if those of every sample are from 0 to 1 and
@@ -331,7 +331,7 @@ class Scorer:
             options["top_k"] = spec.top_k
         return getattr(classification, _TASKS[task] + _CLASSES[spec.name])(**options)
 
-    def update(self, rows: Outputs, labels: torch.Tensor) -> None:
+    def update(self, rows: Tensors, labels: torch.Tensor) -> None:
         """Add evidence and labels [n, ...] of some samples."""
         values, labels = rows[self.evidence.name], self._select(labels)
         if self.target.task == "values":

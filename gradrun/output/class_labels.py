@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradrun.config.output import OutputSection
+from gradrun.output.columns import ValueColumn, tensors_of
 from gradrun.output.missing import MISSING_CLASS
 
 if TYPE_CHECKING:
+    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 FILE_NAME = "classes.txt"
@@ -41,10 +43,13 @@ class ClassLabels:
         """Store the names; `counts` maps outputs of class numbers to their number of classes."""
         self.config, self.classes, self.counts = config, classes, counts or {}
 
-    def columns(self, names: Iterable[str]) -> dict[str, str]:
+    def columns(self, outputs: Outputs) -> dict[str, str]:
         """Map each output of class numbers to the name of its label column."""
-        named = [name for name in names if self.classes and self.fits(name)]
-        labels = {name: self._label_of(name) for name in named}
+        named = [name for name in outputs if self.classes and self.fits(name)]
+        labels = {
+            name: self._label_of(name) or _label_of_detections(name, outputs[name])
+            for name in named
+        }
         return {name: label for name, label in labels.items() if label}
 
     def fits(self, name: str) -> bool:
@@ -69,8 +74,10 @@ class ClassLabels:
     def names_of(self, numbers: Any) -> Any:
         """Class names for a nested list of numbers.
 
-        A number without a name becomes its decimal text, MISSING_CLASS an empty string.
+        A number without a name becomes its decimal text, MISSING_CLASS an empty string. None stays.
         """
+        if numbers is None:
+            return None
         if isinstance(numbers, list):
             return [self.names_of(number) for number in numbers]
         if numbers == MISSING_CLASS:
@@ -83,13 +90,21 @@ class ClassLabels:
         count = len(self.classes)
         scores = (
             self.counts[name] == count if name in self.counts else count in tensor.shape[1:]
-            for name, tensor in outputs.items()
+            for name, tensor in tensors_of(outputs).items()
         )
         return count > 0 and (bool(self.columns(outputs)) or any(scores))
 
     def text(self) -> str:
         """The content of classes.txt; line breaks in names are escaped."""
         return "".join(f"{as_line(name)}\n" for name in self.classes)
+
+
+def _label_of_detections(name: str, column: Column) -> str:
+    """Return the name of the label column of class numbers that a detector calls labels, or ""."""
+    prefix, dot, last = name.rpartition(".")
+    if last != "labels" or not isinstance(column, ValueColumn) or not column.has_integers:
+        return ""
+    return f"{prefix}{dot}label_names"
 
 
 def as_line(value: int | str) -> str:

@@ -76,6 +76,9 @@ def fingerprint(
         dumped["data"].pop(key, None)
     dumped["output"].pop("path")  # a folder may be moved
     dumped["output"].pop("examples")
+    if target := config.output.decoder:  # the content of the file is compared
+        steps = config.output.transforms_of("")
+        dumped["output"]["transform"] = [Path(target).name, *steps]
     # Error handling may change: samples after the last commit run again. The allocator changes no
     # prediction.
     for key in ("allocator", "warmup", "on_error", "max_errors"):

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from gradrun.output.columns import ValueColumn
+from gradrun.output.kept_columns import is_kept
+
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 MISSING_CLASS = -(2**63)
@@ -15,18 +19,22 @@ MISSING_CLASS = -(2**63)
 
 
 def fill_missing(outputs: Outputs, valid: torch.Tensor | None) -> Outputs:
-    """Set the rows of invalid samples to the missing value of each output's type.
+    """Set the rows of invalid samples to the missing value of each output's type, or to None.
 
     Args:
-        outputs: tensors [n, ...]; not changed in place.
+        outputs: columns of n samples; not changed in place.
         valid: mask [n], false for samples without a prediction; None if all have one.
     """
     if valid is None:
         return outputs
-    filled = {name: tensor.clone() for name, tensor in outputs.items()}
+    filled = {name: column.clone() for name, column in outputs.items()}
+    predicted = [column for name, column in filled.items() if not is_kept(name)]
     for row in (~valid).nonzero().flatten().tolist():
-        for tensor in filled.values():
-            tensor[row].fill_(missing_value(tensor.dtype))
+        for column in predicted:
+            if isinstance(column, ValueColumn):
+                column.values[row] = None
+            else:
+                column[row].fill_(missing_value(column.dtype))
     return filled
 
 
@@ -41,16 +49,18 @@ def missing_value(dtype: torch.dtype) -> Any:
     return torch.iinfo(dtype).min or torch.iinfo(dtype).max
 
 
-def finite_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Mask [n] of the rows without NaN, infinity or MISSING_CLASS in any of the tensors [n, ...].
+def finite_rows(columns: Iterable[Column]) -> torch.Tensor:
+    """Mask [n] of the rows without NaN, infinity or MISSING_CLASS in any of the columns.
 
     Integers other than int64 and booleans are always finite.
     """
     import torch
 
     mask: torch.Tensor | None = None
-    for tensor in tensors:
-        if tensor.dtype == torch.int64:
+    for tensor in columns:
+        if isinstance(tensor, ValueColumn):
+            finite = torch.tensor(tensor.finite(), dtype=torch.bool)
+        elif tensor.dtype == torch.int64:
             finite = tensor != MISSING_CLASS
         elif tensor.dtype.is_floating_point or tensor.dtype.is_complex:
             finite = is_finite(tensor)
@@ -61,9 +71,9 @@ def finite_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.ones(0, dtype=torch.bool) if mask is None else mask
 
 
-def count_nonfinite(tensors: Iterable[torch.Tensor], valid: torch.Tensor | None = None) -> int:
-    """Number of rows that are not finite, among the valid ones."""
-    nonfinite = ~finite_rows(tensors)
+def count_nonfinite(outputs: Outputs, valid: torch.Tensor | None = None) -> int:
+    """Number of rows that are not finite, among the valid ones; kept columns do not count."""
+    nonfinite = ~finite_rows(column for name, column in outputs.items() if not is_kept(name))
     return int((nonfinite if valid is None else nonfinite & valid).sum())
 
 

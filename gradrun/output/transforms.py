@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -15,11 +15,16 @@ from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.output.class_labels import DEFAULT_OUTPUT
+from gradrun.output.columns import ValueColumn, describe_values
 from gradrun.output.missing import MISSING_CLASS, is_finite
+from gradrun.output.structure import OutputReader, fields_of
 from gradrun.results.result import Statement
 
-Outputs = dict[str, torch.Tensor]
-"""Output name to a tensor [n, ...] on the CPU without a gradient."""
+Outputs = dict[str, torch.Tensor | ValueColumn]
+"""Output name to a tensor [n, ...] on the CPU without a gradient, or to n values."""
+
+Tensors = dict[str, torch.Tensor]
+"""Name to a tensor [n, ...]: outputs read back from files, or evidence of metrics."""
 
 _NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
@@ -35,7 +40,18 @@ class SelectedOutput(NamedTuple):
     """Its name in the model's output."""
     name: str
     """Its name in the predictions; empty if it is not written."""
-    tensor: torch.Tensor
+    column: torch.Tensor | ValueColumn
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The output as a tensor [n, ...].
+
+        Raises:
+            ConfigError: it consists of values of any size.
+        """
+        if isinstance(self.column, ValueColumn):
+            raise values_error(self.source, self.column)
+        return self.column
 
 
 class ModelFacts(Protocol):
@@ -55,6 +71,7 @@ class ModelFacts(Protocol):
 
 _Named = list[tuple[str, torch.Tensor]]
 _Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
+_Columns = list[tuple[str, torch.Tensor | ValueColumn]]
 
 
 def resolve_output(config: OutputSection, model: ModelFacts) -> OutputSection:
@@ -68,33 +85,71 @@ def resolve_output(config: OutputSection, model: ModelFacts) -> OutputSection:
     return config
 
 
-def output_selector(
-    config: OutputSection, model: ModelFacts | None = None
-) -> Callable[..., Outputs]:
-    """A function (model output, batch size, keyword inputs) -> selected and transformed outputs.
+class OutputSelector:
+    """Selects and transforms the outputs of a batch: (model output, size, inputs) -> outputs.
 
-    It raises ConfigError if a selected output is missing or lacks one row per sample.
+    The first batch decides how lists in the model's output are read; see `OutputReader`.
     """
-    functions = _TRANSFORMS | _transforms_of(model)
 
-    def select_all(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        outputs: Outputs = {}
-        for output in select_outputs(returned, config):
-            check_rows(output.source, output.tensor, size, returned)
-            steps = config.transforms_of(output.source)
-            written = _apply(functions, steps, output, config, inputs)
-            outputs |= {name: to_cpu(tensor) for name, tensor in written}
-        return outputs
+    def __init__(
+        self,
+        config: OutputSection,
+        model: ModelFacts | None = None,
+        decode: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Store the section, the model's facts and the user's function of output.transform."""
+        self._config, self._decode = config, decode
+        self._functions = _TRANSFORMS | _transforms_of(model)
+        self._changed = bool(config.select or config.name or config.transforms or decode)
+        self._reader = (
+            OutputReader(Path(config.decoder).name, "output.transform")
+            if decode
+            else OutputReader()
+        )
 
-    def select_one(returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        # The most common case; the loops above would add noticeable time per batch.
-        if not isinstance(returned, torch.Tensor):
-            return select_all(returned, size, inputs)
+    @property
+    def key(self) -> str:
+        """The config key that decides on the structure of the outputs."""
+        return self._reader.key
+
+    def structured(self, returned: Any, size: int) -> Any:
+        """Return the model's output as tensors and columns, after the user's function if any.
+
+        Raises:
+            ConfigError: a list can be read in two ways, or its items cannot be written.
+        """
+        return self._reader(self._decode(returned) if self._decode else returned, size)
+
+    def as_returned(self, returned: Any, size: int) -> Any:
+        """Return the model's output before the user's function, if any, else `structured`."""
+        return returned if self._decode else self._reader(returned, size)
+
+    def __call__(self, returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
+        """Return the selected and transformed outputs of a batch.
+
+        Raises:
+            ConfigError: a selected output is missing or lacks one row per sample.
+        """
+        # The most common case first: the general one would add noticeable time per batch.
+        if self._changed or not isinstance(returned, torch.Tensor) or returned.is_nested:
+            return self.select(self.structured(returned, size), size, inputs, returned)
         check_rows(DEFAULT_OUTPUT, returned, size)
         return {DEFAULT_OUTPUT: to_cpu(returned)}
 
-    changed = config.select or config.name or config.transforms
-    return select_all if changed else select_one
+    def select(
+        self, structured: Any, size: int, inputs: Inputs = _NO_INPUTS, returned: Any = None
+    ) -> Outputs:
+        """Return the outputs of what `structured` returned; `returned` serves error messages."""
+        outputs: Outputs = {}
+        for output in select_outputs(structured, self._config):
+            check_rows(output.source, output.column, size, returned)
+            steps = self._config.transforms_of(output.source)
+            written = _apply(self._functions, steps, output, self._config, inputs)
+            outputs |= {
+                name: column if isinstance(column, ValueColumn) else to_cpu(column)
+                for name, column in written
+            }
+        return outputs
 
 
 def to_cpu(value: torch.Tensor) -> torch.Tensor:
@@ -127,16 +182,16 @@ def scored_outputs(
     """
     selected = select_outputs(returned, config)
     known = {output.source for output in selected}
-    if not isinstance(returned, torch.Tensor):
-        more = [(name, tensor) for name, tensor in iter_tensors(returned) if name not in known]
-        selected += [SelectedOutput(name, "", tensor) for name, tensor in more]
+    if not isinstance(returned, torch.Tensor | ValueColumn):
+        more = [(name, column) for name, column in iter_columns(returned) if name not in known]
+        selected += [SelectedOutput(name, "", column) for name, column in more]
     functions = _TRANSFORMS | _transforms_of(model)
     scored = []
     for output in selected:
         if sources is None or output.source in sources:
             steps, _ = split_steps(config, output, model)
-            tensor = _apply(functions, steps, output, config, inputs)[0][1]
-            scored.append(output._replace(tensor=tensor))
+            column = _apply(functions, steps, output, config, inputs)[0][1]
+            scored.append(output._replace(column=column))
     return scored
 
 
@@ -162,11 +217,13 @@ def _apply(
     output: SelectedOutput,
     config: OutputSection,
     inputs: Inputs,
-) -> _Named:
+) -> _Columns:
+    if not steps:
+        return [(output.name, output.column)]
     named = [(output.name, output.tensor)]
     for step in steps:
         named = [new for old in named for new in functions[step](*old, config, inputs)]
-    return named
+    return [*named]
 
 
 def select_outputs(returned: Any, config: OutputSection) -> list[SelectedOutput]:
@@ -175,7 +232,8 @@ def select_outputs(returned: Any, config: OutputSection) -> list[SelectedOutput]
     Raises:
         ConfigError: the model returned no tensors, or none with a name in the config.
     """
-    if isinstance(returned, torch.Tensor) and not config.select:
+    selected: _Columns
+    if isinstance(returned, torch.Tensor | ValueColumn) and not config.select:
         selected = [(DEFAULT_OUTPUT, returned)]
     else:
         selected = _named_outputs(returned, config.select)
@@ -193,16 +251,16 @@ def select_outputs(returned: Any, config: OutputSection) -> list[SelectedOutput]
             "one with output.select",
             "output.name",
         )
-    return [SelectedOutput(name, name, tensor) for name, tensor in selected]
+    return [SelectedOutput(name, name, column) for name, column in selected]
 
 
-def _named_outputs(returned: Any, wanted: tuple[str, ...]) -> _Named:
-    named = list(iter_tensors(returned))
+def _named_outputs(returned: Any, wanted: tuple[str, ...]) -> _Columns:
+    named = list(iter_columns(returned))
     outputs = dict(named)
     if not outputs:
         raise ConfigError(
-            f"the model returned {type(returned).__name__}; it must return a tensor, or a tuple, "
-            "dict or dataclass of tensors",
+            f"the model returned {type(returned).__name__}; it must return a tensor, a tuple, dict "
+            "or dataclass of tensors, or a list with one item per sample",
             "model",
         )
     if len(outputs) < len(named):
@@ -231,24 +289,36 @@ def is_safe_name(name: str) -> bool:
 
 def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor in a nested structure with its path: "0", "logits", "states.1"."""
-    if isinstance(value, torch.Tensor):
+    for path, column in iter_columns(value, name):
+        if isinstance(column, torch.Tensor):
+            yield path, column
+
+
+def iter_columns(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor | ValueColumn]]:
+    """Yield every tensor and column in a nested structure with its path."""
+    if isinstance(value, torch.Tensor | ValueColumn):
         yield name or "0", value
         return
-    if isinstance(value, Mapping):
-        items = list(value.items())
-    elif dataclasses.is_dataclass(value):
-        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif hasattr(value, "_fields"):
-        items = list(zip(value._fields, value, strict=True))
-    elif isinstance(value, tuple | list):
-        items = list(enumerate(value))
-    else:
-        return
+    items: Iterable[tuple[Any, Any]] | None = fields_of(value)
+    if items is None:
+        items = enumerate(value) if isinstance(value, tuple | list) else ()
     for key, item in items:
-        yield from iter_tensors(item, f"{name}.{key}" if name else str(key))
+        yield from iter_columns(item, f"{name}.{key}" if name else str(key))
 
 
-def check_rows(name: str, tensor: torch.Tensor, size: int, returned: Any = None) -> None:
+def values_error(name: str, column: ValueColumn) -> ConfigError:
+    """Return the error for values of any size where a tensor [n, ...] is needed."""
+    return ConfigError(
+        f"output {name!r} has one value per sample ({describe_values(column)}), and transforms and "
+        "metrics need one tensor with a row per sample; convert it in output.transform: "
+        "FILE.py:FUNCTION",
+        "output.transform",
+    )
+
+
+def check_rows(
+    name: str, tensor: torch.Tensor | ValueColumn, size: int, returned: Any = None
+) -> None:
     """Check that an output is dense and has one row per sample.
 
     Args:
@@ -260,12 +330,14 @@ def check_rows(name: str, tensor: torch.Tensor, size: int, returned: Any = None)
     Raises:
         ConfigError: it is not, or has not.
     """
-    if tensor.is_nested:
-        raise ConfigError(
-            f"output {name!r} is a nested tensor, whose samples differ in shape; return one shape "
-            "for all: torch.nested.to_padded_tensor(output, 0.0), or the mean of each sample",
-            "model",
-        )
+    if isinstance(tensor, ValueColumn):
+        if len(tensor) != size:
+            raise ConfigError(
+                f"output {name!r} has {len(tensor)} items for a batch of {size}; return one per "
+                "sample",
+                "model",
+            )
+        return
     if tensor.layout != torch.strided:
         raise ConfigError(
             f"output {name!r} is a {str(tensor.layout).removeprefix('torch.')} tensor; only dense "
@@ -283,9 +355,8 @@ def _row_error(name: str, tensor: torch.Tensor, size: int, returned: Any) -> Con
         if all(type(item).__name__ == kind for item in returned):
             items = "tensors" if isinstance(returned[0], torch.Tensor) else f"{kind} items"
             return ConfigError(
-                f"the model returns a list of {size} {items}, one per sample; return tensors with "
-                "one row per sample, for example torch.nn.utils.rnn.pad_sequence(outputs, "
-                "batch_first=True). Detectors, which return boxes per picture, are not supported",
+                f"the model returns a tuple of {size} {items}; if each belongs to a sample, return "
+                "them as a list",
                 "model",
             )
     problem = (
@@ -321,18 +392,21 @@ def statements(
     """
     if text := _describe_embedding(config, model):
         yield Statement(topic="embedding", text=text)
-    if not config.transforms:
-        return
     if returned is None:
         every = config.transform if isinstance(config.transform, dict) else {"": config.transform}
-        for name, steps in every.items():
+        for name, steps in every.items() if config.transforms else ():
             yield Statement(topic=f"output {name}".rstrip(), text=", ".join(steps))
         return
     outputs = select_outputs(returned, config)
-    for source, _, tensor in outputs:
-        topic = "output" if len(outputs) == 1 else f"output {source}"
-        text = _describe_steps(source, tensor, config, inputs, _transforms_of(model))
-        yield Statement(topic=topic, text=text)
+    for output in outputs:
+        topic = "output" if len(outputs) == 1 else f"output {output.source}"
+        if isinstance(output.column, ValueColumn):
+            text = f"{describe_values(output.column)}, one per sample"
+            yield Statement(topic=topic, text=text)
+        elif config.transforms:
+            own = _transforms_of(model)
+            text = _describe_steps(output.source, output.tensor, config, inputs, own)
+            yield Statement(topic=topic, text=text)
 
 
 def other_pooling(config: OutputSection, model: ModelFacts) -> str:
@@ -384,22 +458,18 @@ def class_counts(
 ) -> dict[str, int]:
     """Return the number of classes of each written output that has class numbers or scores."""
     own = _transforms_of(model)
+    functions = _TRANSFORMS | own
     counts: dict[str, int] = {}
     for output in select_outputs(returned, config):
-        named = [(output.name, output.tensor)]
         steps = config.transforms_of(output.source)
         for i, step in enumerate(steps):
             if step in _CLASS_STEPS and step not in own:
-                tensor = named[0][1]
-                dim = _class_dim(step, output.name, tensor, config, inputs)
-                written = _apply(
-                    _TRANSFORMS | own, steps[i:], output._replace(tensor=tensor), config, inputs
-                )
-                counts |= {name: tensor.shape[dim] for name, _ in written}
+                dim = _class_dim(step, output.name, output.tensor, config, inputs)
+                written = _apply(functions, steps[i:], output, config, inputs)
+                counts |= {name: output.tensor.shape[dim] for name, _ in written}
                 break
-            named = _apply(
-                _TRANSFORMS | own, [step], output._replace(tensor=named[0][1]), config, inputs
-            )
+            column = _apply(functions, [step], output, config, inputs)[0][1]
+            output = output._replace(column=column)
     return counts
 
 
@@ -418,17 +488,16 @@ def double_activations(
     own = _transforms_of(model)
     functions = _TRANSFORMS | own
     for output in select_outputs(returned, config):
-        named = [(output.name, output.tensor)]
         for step in config.transforms_of(output.source):
             if step in _ACTIVATIONS and own.get(step) is not _no_classes:
                 activation = "sigmoid" if step == "sigmoid" or step in own else "softmax"
-                name, tensor = named[0]
                 dim = None
                 if activation == "softmax":
-                    dim = _class_dim(step, name, tensor, config, inputs)
-                if _are_probabilities(tensor, dim):
+                    dim = _class_dim(step, output.name, output.tensor, config, inputs)
+                if _are_probabilities(output.tensor, dim):
                     yield output.source, activation
-            named = _apply(functions, [step], output._replace(tensor=named[0][1]), config, inputs)
+            column = _apply(functions, [step], output, config, inputs)[0][1]
+            output = output._replace(column=column)
 
 
 _FEW_VALUES = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from gradrun.config.output import OutputSection
 from gradrun.output.class_labels import ClassLabels
@@ -29,12 +30,13 @@ def labels(transform: str, **keys: int) -> ClassLabels:
 def test_outputs_of_class_numbers_have_a_label_column(
     transform: str, outputs: list[str], columns: dict[str, str]
 ) -> None:
-    assert labels(transform).columns(outputs) == columns
+    tensors = dict.fromkeys(outputs, torch.zeros(2))
+    assert labels(transform).columns(tensors) == columns
 
 
 def test_without_class_names_there_are_no_labels() -> None:
     config = OutputSection(path=Path("x"), transform="argmax")
-    assert ClassLabels(config).columns(["prediction"]) == {}
+    assert ClassLabels(config).columns({"prediction": torch.zeros(2)}) == {}
 
 
 def test_numbers_without_a_name_stay_numbers() -> None:

@@ -37,11 +37,12 @@ def test_without_a_mask_nothing_is_filled() -> None:
 
 
 def test_a_row_is_finite_if_all_outputs_are() -> None:
-    outputs = [
+    columns = [
         torch.tensor([[1.0, 2.0], [math.nan, 1.0], [1.0, 1.0], [math.inf, 1.0]]),
         torch.tensor([0, 0, MISSING_CLASS, 0]),
         torch.tensor([-128, -128, -128, -128], dtype=torch.int8),
     ]
-    assert finite_rows(outputs).tolist() == [True, False, False, False]
+    outputs = dict(zip("abc", columns, strict=True))
+    assert finite_rows(columns).tolist() == [True, False, False, False]
     assert count_nonfinite(outputs) == 3
     assert count_nonfinite(outputs, torch.tensor([True, False, True, True])) == 2

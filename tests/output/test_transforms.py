@@ -14,10 +14,11 @@ import torch
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import DEFAULT_OUTPUT
+from gradrun.output.columns import ValueColumn
 from gradrun.output.missing import MISSING_CLASS, count_nonfinite
 from gradrun.output.transforms import (
     Outputs,
-    output_selector,
+    OutputSelector,
     statements,
 )
 
@@ -38,7 +39,7 @@ class Pair(NamedTuple):
 
 
 def outputs_of(returned: Any, size: int = SIZE, **keys: Any) -> Outputs:
-    return output_selector(OutputSection(path=Path("x"), **keys))(returned, size)
+    return OutputSelector(OutputSection(path=Path("x"), **keys))(returned, size)
 
 
 def refused(returned: Any, size: int = SIZE, **keys: Any) -> ConfigError:
@@ -126,8 +127,7 @@ def test_outputs_without_a_row_per_sample_are_refused(shape: tuple[int, ...]) ->
         ({"states": torch.zeros(2, 4, 3), "logits": torch.zeros(4, 3)}, "Choose logits"),
         (torch.zeros(3, 4), "dimension 1 may be the batch: transpose the output"),
         (torch.zeros(3, 5), "return one row per sample"),
-        ([torch.zeros(n, 2) for n in (1, 2, 3, 5)], "a list of 4 tensors, one per sample"),
-        ([{"boxes": torch.zeros(n, 4)} for n in range(4)], "Detectors, which return boxes"),
+        (tuple(torch.zeros(n, 2) for n in (1, 2, 3, 5)), "return them as a list"),
     ],
 )
 def test_the_error_for_other_rows_gives_a_way(returned: Any, way: str) -> None:
@@ -136,11 +136,11 @@ def test_the_error_for_other_rows_gives_a_way(returned: Any, way: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
-def test_a_nested_output_is_refused(layout: torch.layout) -> None:
-    rows = [torch.zeros(n, 2) for n in (1, 2, 3, 4)]
-    error = refused(torch.nested.nested_tensor(rows, layout=layout))
-    assert "a nested tensor, whose samples differ in shape" in str(error)
-    assert "to_padded_tensor" in str(error)
+def test_the_samples_of_a_nested_tensor_are_values(layout: torch.layout) -> None:
+    rows = [torch.full((n, 2), float(n)) for n in (1, 2, 3, 4)]
+    column = outputs_of(torch.nested.nested_tensor(rows, layout=layout))[DEFAULT_OUTPUT]
+    assert isinstance(column, ValueColumn)
+    assert all(map(torch.equal, column.values, rows))
 
 
 def test_a_sparse_output_is_refused() -> None:
@@ -175,7 +175,7 @@ def test_nonfinite_scores_have_no_class(odd: float, dtype: torch.dtype) -> None:
     values = torch.tensor([[1.0, 2.0], [odd, 1.0], [-math.inf, 0.0]], dtype=dtype)
     outputs = outputs_of(values, size=3, transform="argmax")[DEFAULT_OUTPUT]
     assert outputs.tolist() == [1, MISSING_CLASS, 1], "-inf excludes a class"
-    assert count_nonfinite([outputs]) == 1
+    assert count_nonfinite({DEFAULT_OUTPUT: outputs}) == 1
 
 
 def test_classify_returns_the_most_likely_class_and_its_probability() -> None:
@@ -227,7 +227,7 @@ MASK = torch.tensor([[int(i < length) for i in range(5)] for length in LENGTHS])
 
 
 def of_tokens(returned: Any, mask: torch.Tensor, *words: str) -> torch.Tensor:
-    read = output_selector(OutputSection(path=Path("x"), transform=words))
+    read = OutputSelector(OutputSection(path=Path("x"), transform=words))
     return read(returned, SIZE, {"attention_mask": mask})[DEFAULT_OUTPUT]
 
 
@@ -253,7 +253,7 @@ def test_last_token_takes_the_last_token_before_any_padding() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_tokens_are_pooled_and_normalized_in_float32(dtype: torch.dtype) -> None:
     states = torch.randn(2, 400, 16, generator=torch.Generator().manual_seed(2)).to(dtype)
-    read = output_selector(OutputSection(path=Path("x"), transform=("mean_pool", "normalize")))
+    read = OutputSelector(OutputSection(path=Path("x"), transform=("mean_pool", "normalize")))
     outputs = read(states, 2, {"attention_mask": torch.ones(2, 400)})[DEFAULT_OUTPUT]
     assert outputs.dtype == torch.float32
     mean = states.double().numpy().mean(1)

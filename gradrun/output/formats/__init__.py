@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from gradrun.config.output import OutputSection
+from gradrun.core.errors import ConfigError
+from gradrun.core.value_types import TypeMismatch
 from gradrun.output.class_labels import ClassLabels
+from gradrun.output.columns import ValueColumn, describe_values
 from gradrun.output.formats import (
     csv_table,
     ids_file,
@@ -18,6 +21,7 @@ from gradrun.output.formats import (
     text_writer,
 )
 from gradrun.output.journal import CommittedRange
+from gradrun.output.kept_columns import kept_key, title_of
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +42,13 @@ class RowWriter(Protocol):
         """Add a batch.
 
         Args:
-            outputs: tensors [n, ...].
+            outputs: columns of n samples.
             ids: ids of the n samples.
             valid: mask [n], false for samples without a prediction; None if all have one.
 
         Raises:
             OSError: the disk is full; earlier rows are not affected.
-            ValueError: an output has another shape or dtype than before.
+            ValueError: an output has another shape, dtype or type than before.
         """
 
 
@@ -59,7 +63,7 @@ class PredictionWriter(RowWriter, Protocol):
         """Create the files, or continue those of an earlier run after its last range.
 
         Args:
-            outputs: tensors [size, ...] of some batch, for names, shapes and dtypes.
+            outputs: those of some batch, for names, shapes, dtypes and types.
             committed: ranges of the earlier run; anything after them in the files is discarded.
 
         Raises:
@@ -91,10 +95,11 @@ class Format(NamedTuple):
 
     writer: Callable[[Path, int | None, int, ClassLabels], PredictionWriter]
     """Called with folder, samples (None if unknown), batch size and class labels."""
-    read: Callable[[Path], Iterator[Rows]]
-    """Yield the rows of a run folder, in chunks of about a MiB.
+    read: Callable[[Path, Container[str]], Iterator[Rows]]
+    """Yield the rows of a run folder, in chunks of about a MiB, without some columns.
 
-    Rows of quarantined samples are omitted, or have the missing value of their dtype.
+    Those are the columns of values that are not one tensor, which no reader needs. Rows of
+    quarantined samples are omitted, or have the missing value of their dtype.
     """
     checksum: Callable[[Path, CommittedRange, int], int]
     """Return the CRC-32 of a range, given the file and the offset of the range in a text file.
@@ -109,6 +114,9 @@ class Format(NamedTuple):
     """Whether the files contain the ids of the samples; otherwise ids.txt does."""
     typed_ids: bool = False
     """Whether the files contain whole numbers as numbers, and other ids as text."""
+    values: Literal["none", "scalars", "any"] = "none"
+    """Which values a sample may have besides rows of a tensor: none; a text or a number; or also
+    lists, records, and tensors of any shape."""
 
 
 _SHARD = f"predictions-{'[0-9]' * 5}"
@@ -134,6 +142,7 @@ FORMATS = {
         text_writer.checksum,
         ("predictions.jsonl",),
         typed_ids=True,
+        values="any",
     ),
     "csv": Format(
         csv_table.CsvWriter,
@@ -141,6 +150,7 @@ FORMATS = {
         text_writer.checksum,
         ("predictions.csv",),
         csv_table.joins_outputs,
+        values="scalars",
     ),
     "parquet": Format(
         parquet.ParquetWriter,
@@ -148,6 +158,7 @@ FORMATS = {
         parquet.checksum,
         (f"{parquet.FOLDER}/{_SHARD}.parquet", f"{_SHARD}.parquet"),
         typed_ids=True,
+        values="any",
     ),
 }
 
@@ -157,6 +168,45 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
     if path.name == ids_file.FILE_NAME:
         return text_writer.checksum(path, committed, begin)
     return FORMATS[path.suffix.removeprefix(".")].checksum(path, committed, begin)
+
+
+def check_columns(config: OutputSection, outputs: Outputs) -> None:
+    """Check that the format of a config can store the outputs of a batch.
+
+    Raises:
+        ConfigError: it cannot, or two columns have the same title.
+    """
+    titles = ["id", *map(title_of, outputs)]
+    if repeated := next((title for title in titles if titles.count(title) > 1), None):
+        raise ConfigError(
+            f"the predictions have two columns {repeated!r}: a column of output.keep cannot have "
+            "the name of an output or of the ids; set output.name, or remove it from output.keep",
+            "output.keep",
+        )
+    for name in config.keep:
+        if kept_key(name) not in outputs:
+            raise ConfigError(
+                f"the data have no column {name!r} to keep; columns are kept of .csv, .jsonl and "
+                ".parquet files (source: records or text)",
+                "output.keep",
+            )
+    allowed = FORMATS[config.format].values
+    able = [name for name, form in FORMATS.items() if form.values == "any"]
+    for name, column in outputs.items():
+        if not isinstance(column, ValueColumn) or allowed == "any":
+            continue
+        try:
+            scalar = column.type.scalar
+        except TypeMismatch:
+            scalar = False
+        if allowed == "scalars" and scalar:
+            continue
+        able += [form for form, f in FORMATS.items() if scalar and f.values == "scalars"]
+        raise ConfigError(
+            f"{config.format} cannot store column {title_of(name)!r}, which has one value per "
+            f"sample ({describe_values(column)}); set output.format: {' or '.join(able)}",
+            "output.format",
+        )
 
 
 def open_writer(

@@ -11,7 +11,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +80,18 @@ class CsvWriter(TextWriter):
             yield from (number for _, number in cells)
 
 
-def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield the rows, some lines at a time; missing classes as MISSING_CLASS.
+def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the rows without the columns in `skip`, some lines at a time.
+
+    A missing class is MISSING_CLASS.
 
     Rows of empty cells are omitted, unless they can be missing classes.
     """
     types: dict[str, set[type]] = {}
     with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        layout = _layout(next(rows)[1:])
+        layout = _layout(next(rows)[1:], skip)
+        cells = [1 + i for columns, _ in layout.values() for i in columns]
         for chunk in numbered_chunks(rows):
             for name, (columns, _) in layout.items():
                 filled = (filter(None, [row[1 + i] for _, row in chunk]) for i in columns)
@@ -96,10 +99,12 @@ def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
             numbers = {name: _common_type(types[name]) for name in layout}
             numbers = {name: kind for name, kind in numbers.items() if kind is not str}
             classes = {*numbers.values()} <= {int}
-            present = [(number, row[1:]) for number, row in chunk if classes or any(row[1:])]
+            present = [
+                (number, row) for number, row in chunk if classes or any(row[i] for i in cells)
+            ]
             if present:
                 outputs = {
-                    name: _parse([[row[i] for i in columns] for _, row in present], shape, kind)
+                    name: _parse([[row[1 + i] for i in columns] for _, row in present], shape, kind)
                     for name, kind in numbers.items()
                     for columns, shape in [layout[name]]
                 }
@@ -117,12 +122,12 @@ def _split(title: str) -> tuple[str, _Index]:
     return name, tuple(map(int, numbers))
 
 
-def _layout(titles: Sequence[str]) -> _Layout:
-    """Output name to its column numbers and the shape of a sample.
+def _layout(titles: Sequence[str], skip: Container[str] = ()) -> _Layout:
+    """Output name to its column numbers and the shape of a sample, without titles in `skip`.
 
     Columns that do not form one array are those of several outputs, such as h.0 and h.1.
     """
-    cells = [(column, *_split(title)) for column, title in enumerate(titles)]
+    cells = [(i, *_split(title)) for i, title in enumerate(titles) if title not in skip]
     layout: _Layout = {}
     for (name, _), group in itertools.groupby(cells, lambda cell: (cell[1], len(cell[2]))):
         layout |= _arrays(name, [(column, index) for column, _, index in group])

@@ -7,7 +7,7 @@ Python's json module reads them (NaN, Infinity); JSON itself lacks them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ class JsonlWriter(TextWriter):
         return "\n".join(lines) + "\n"
 
 
-def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield the rows, some lines at a time; missing classes as MISSING_CLASS.
+def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the rows without the columns in `skip`, some lines at a time.
+
+    A missing class is MISSING_CLASS.
 
     Rows of null are omitted, unless they can be missing classes.
 
@@ -44,11 +46,12 @@ def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         for chunk in numbered_chunks(map(json.loads, file)):
             lines = [line for _, line in chunk]
-            for name in lines[0]:
+            names = [name for name in lines[0] if name != "id" and name not in skip]
+            for name in names:
                 leaves = (leaf for line in lines for leaf in _leaves(line[name]))
                 found = next((type(leaf) for leaf in leaves if leaf is not None), None)
                 types |= {name: found} if found else {}
-            numbers = {name: types.get(name, int) for name in lines[0] if name != "id"}
+            numbers = {name: types.get(name, int) for name in names}
             numbers = {name: kind for name, kind in numbers.items() if kind is not str}
             # A map of classes is a list even if all are missing.
             scalars = not any(isinstance(line[name], list) for line in lines for name in numbers)

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 from gradrun.core import files
 from gradrun.core.units import format_bytes
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
+from gradrun.output.columns import tensors_of
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import MISSING_CLASS, fill_missing
 
@@ -59,7 +60,7 @@ class NpyWriter:
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         self.written = self._committed = committed[-1].stop if committed else 0
         self.nonfinite = sum(part.nonfinite for part in committed)
-        for name, tensor in outputs.items():
+        for name, tensor in tensors_of(outputs).items():
             file = f"{self.stem}{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
             array = _NpyFile(self.folder / file, self.samples, tensor)
             self._arrays[name] = array
@@ -75,7 +76,7 @@ class NpyWriter:
         if valid is not None:
             outputs = fill_missing(outputs, valid)
             self._invalid += (self.written + np.flatnonzero(~valid.numpy())).tolist()
-        for name, tensor in outputs.items():
+        for name, tensor in tensors_of(outputs).items():
             self._arrays[name].write(self.written, tensor)
         self.written += len(ids)
 
@@ -112,7 +113,7 @@ def output_name(file: str) -> str:
     return file.removeprefix("predictions").removesuffix(".npy")[1:] or DEFAULT_OUTPUT
 
 
-def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield all rows, about a MiB at a time."""
     paths = {output_name(path.name): path for path in sorted(folder.glob("predictions*.npy"))}
     first = [np.load(path, mmap_mode="r") for path in paths.values()]

@@ -9,29 +9,38 @@ missing classes are null.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradrun.core import files
+from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
+from gradrun.core.value_types import TypeMismatch, ValueType
 from gradrun.output.class_labels import ClassLabels
+from gradrun.output.columns import ValueColumn, is_complex, tensors_of
+from gradrun.output.formats.arrow_values import content_of, values_from_arrow, values_to_arrow
 from gradrun.output.formats.npy import has_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter, row_checksum
 from gradrun.output.journal import SUBFOLDER, CommittedRange
+from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.output.missing import MISSING_CLASS
 
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 Array = np.ndarray[Any, Any]
 
 FOLDER = SUBFOLDER
 """Folder of the shards in the run folder; earlier versions wrote them beside the journal."""
+
+_VALUES = "values."
+"""Starts the metadata with the title of a column of values."""
 
 _ROWS = 16 * 1024
 """Number of rows read at once."""
@@ -53,12 +62,23 @@ class ParquetWriter(ShardedWriter):
     ) -> None:
         _pyarrow("parquet")  # fails before anything is written if pyarrow is missing
         super().__init__(folder, samples, batch_size, labels)
+        self._labelled: dict[str, str] = {}
+        """Output of class numbers to the column with their names."""
+        self._types: dict[str, ValueType] = {}
+        """The types of the columns of values."""
 
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
-        if any(tensor.is_complex() for tensor in outputs.values()):
+        if any(is_complex(column) for column in outputs.values()):
             raise ValueError("Parquet has no complex numbers; use format: npy")
+        outputs = self.convert(outputs)
+        self._types = {
+            name: _known_type(name, column)
+            for name, column in outputs.items()
+            if isinstance(column, ValueColumn)
+        }
+        self._labelled = self.labels.columns(outputs)
         super().open(outputs, committed)
 
     def write(
@@ -66,23 +86,38 @@ class ParquetWriter(ShardedWriter):
     ) -> None:
         if not isinstance(ids, range):
             ids = [_as_utf8(name) if isinstance(name, str) else name for name in ids]
+        for name, declared in self._types.items():
+            _check_type(title_of(name), declared, outputs.get(name))
         super().write(outputs, ids, valid)
 
     def convert(self, outputs: Outputs) -> Outputs:
-        if all(has_numpy_dtype(tensor) for tensor in outputs.values()):
-            return outputs
-        return {n: t if has_numpy_dtype(t) else t.float() for n, t in outputs.items()}
+        return {name: _converted(column) for name, column in outputs.items()}
+
+    def content(self, name: str, column: Column) -> bytes | memoryview:
+        if not isinstance(column, ValueColumn):
+            return super().content(name, column)
+        arrow = _pyarrow()
+        return b"".join(content_of(arrow, values_to_arrow(arrow, column.values, self._types[name])))
 
     def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         arrow, parquet = _pyarrow(), _pyarrow("parquet")
         numbered = all(isinstance(sample_id, int) for sample_id in ids)
         fields = {"id": list(ids) if numbered else [*map(str, ids)]}
         valid = self._valid[: len(ids)].numpy()
-        fields |= {name: _to_arrow(arrow, rows, valid) for name, rows in columns.items()}
-        for name, label in self.labels.columns(columns).items():
+        kept = [name for name in columns if is_kept(name)]
+        tensors, metadata = tensors_of(columns), {"start": str(start)}
+        for name in (*kept, *(name for name in columns if name not in kept)):
+            if name in tensors:
+                fields[name] = _to_arrow(arrow, tensors[name], valid)
+                metadata[f"shape.{name}"] = " ".join(map(str, tensors[name].shape[1:]))
+            else:
+                column: Any = columns[name]
+                values = values_to_arrow(arrow, column.values, self._types[name])
+                fields[title_of(name)] = values
+                metadata[f"{_VALUES}{name}"] = title_of(name)
+        for name, label in self._labelled.items():
             fields[label] = self.labels.names_of(columns[name].tolist())
-        shapes = {f"shape.{n}": " ".join(map(str, t.shape[1:])) for n, t in columns.items()}
-        table = arrow.table(fields).replace_schema_metadata({"start": str(start), **shapes})
+        table = arrow.table(fields).replace_schema_metadata(metadata)
         buffer = arrow.BufferOutputStream()
         parquet.write_table(table, buffer)
         return bytes(buffer.getvalue())
@@ -91,12 +126,14 @@ class ParquetWriter(ShardedWriter):
         from torch import from_numpy
 
         table = _read_table(path)
-        columns = {name: from_numpy(rows) for name, rows in _to_numpy(table).items()}
+        columns: Outputs = {name: from_numpy(rows) for name, rows in _to_numpy(table).items()}
+        for name, values in _value_columns(table):
+            columns[name] = ValueColumn(values_from_arrow(values, self._types[name]))
         return Shard(columns, table.column("id").to_pylist(), from_numpy(_valid_rows(table)))
 
 
-def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
-    """Yield all rows, some at a time."""
+def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
+    """Yield the tensors of all rows, some at a time."""
     first = 0
     shards = "predictions-*.parquet"
     for path in sorted((folder / FOLDER).glob(shards)) or sorted(folder.glob(shards)):
@@ -117,9 +154,59 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
     if start + count > table.num_rows:
         raise ValueError("the shard has fewer rows")
     rows = table.slice(start, count)
-    columns = _to_numpy(rows)
-    values = (columns[name].tobytes() for name in sorted(columns))
-    return row_checksum(values, rows.column("id").to_pylist())
+    content = {name: [column.tobytes()] for name, column in _to_numpy(rows).items()}
+    content |= {name: [*content_of(_pyarrow(), values)] for name, values in _value_columns(rows)}
+    columns = (b"".join(content[name]) for name in sorted(content))
+    return row_checksum(columns, rows.column("id").to_pylist())
+
+
+def _known_type(name: str, column: ValueColumn) -> ValueType:
+    """Return the type of a column.
+
+    Raises:
+        ConfigError: its values have several types, or the first batch does not determine it.
+    """
+    try:
+        kind = column.type
+    except TypeMismatch as error:
+        raise ConfigError(
+            f"Parquet needs one type for column {title_of(name)!r}, which has {error}; set "
+            "output.format: jsonl",
+            "output.format",
+        ) from error
+    if not (kind.known or is_kept(name)):
+        raise ConfigError(
+            f"Parquet needs the type of output {name!r}, and the first batch does not determine "
+            f"it ({kind}); return tensors, which have a dtype, or set output.format: jsonl",
+            "output.format",
+        )
+    return kind
+
+
+def _check_type(title: str, declared: ValueType, column: Column | None) -> None:
+    """Raise ValueError unless the values of a batch have the type of the column."""
+    if not isinstance(column, ValueColumn):
+        return  # another error follows
+    try:
+        kind = _converted(column).type
+    except TypeMismatch as error:
+        raise ValueError(f"output {title!r} has {error}; use format: jsonl") from error
+    if not declared.covers(kind):
+        raise ValueError(
+            f"output {title!r} had the type {declared} in the first batch, and now has {kind}; "
+            "use format: jsonl for values of several types"
+        )
+
+
+def _converted(column: Any) -> Any:
+    """Return a column in dtypes that NumPy has."""
+    if not isinstance(column, ValueColumn):
+        return column if has_numpy_dtype(column) else column.float()
+    values = [
+        value.float() if hasattr(value, "dtype") and not has_numpy_dtype(value) else value
+        for value in column.values
+    ]
+    return column.replaced(values)
 
 
 def _as_utf8(name: str) -> str:
@@ -177,6 +264,9 @@ def _valid_rows(table: Any) -> Array:
     for _, values, shape in _flat_columns(table):
         present = values.is_valid().to_numpy(zero_copy_only=False)
         valid |= present.reshape(table.num_rows, math.prod(shape)).any(axis=1)
+    for name, values in _value_columns(table):
+        if not is_kept(name):
+            valid |= values.is_valid().to_numpy(zero_copy_only=False)
     return valid
 
 
@@ -185,9 +275,17 @@ def _flat_columns(table: Any) -> Iterator[tuple[str, Any, list[int]]]:
     for name in table.column_names:
         shape_text = table.schema.metadata.get(f"shape.{name}".encode())
         if shape_text is None:
-            continue  # ids or class names
+            continue  # ids, values or class names
         shape = [int(size) for size in shape_text.split()]
         values = table.column(name).combine_chunks()
         for _ in shape:
             values = values.flatten()
         yield name, values, shape
+
+
+def _value_columns(table: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the arrow array of each column of values."""
+    for key, title in table.schema.metadata.items():
+        if key.startswith(_VALUES.encode()):
+            name = key.decode().removeprefix(_VALUES)
+            yield name, table.column(title.decode()).combine_chunks()

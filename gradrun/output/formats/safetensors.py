@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import safe_open
 
 from gradrun.core import files
+from gradrun.output.columns import tensors_of
 from gradrun.output.formats.npy import has_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter
 from gradrun.output.journal import CommittedRange
@@ -39,7 +40,7 @@ class SafetensorsWriter(ShardedWriter):
                 "the output name '__metadata__' is reserved in safetensors; use format: npy"
             )
         # Fails now and not at the first shard if the format lacks a dtype.
-        save({name: tensor[:0].contiguous() for name, tensor in outputs.items()})
+        save({name: tensor[:0].contiguous() for name, tensor in tensors_of(outputs).items()})
         super().open(outputs, committed)
 
     def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
@@ -47,15 +48,15 @@ class SafetensorsWriter(ShardedWriter):
 
         stop = start + len(next(iter(columns.values())))
         # One entry only: the library writes several in an order that varies from file to file.
-        return save(columns, {"samples": f"{start}:{stop}"})
+        return save(tensors_of(columns), {"samples": f"{start}:{stop}"})
 
     def decode(self, path: Path) -> Shard:
         from safetensors.torch import load_file
 
-        return Shard(load_file(path))
+        return Shard({**load_file(path)})
 
 
-def read(folder: Path) -> Iterator[tuple[Array, dict[str, Array]]]:
+def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield all rows, about a MiB at a time; bfloat16 and float8 as float32."""
     first = 0
     for path in sorted(folder.glob("predictions-*.safetensors")):

@@ -15,16 +15,18 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
+from gradrun.output.columns import blank, describe, layout, row_bytes
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import count_nonfinite, fill_missing
 
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 SHARD_BYTES = 64 * 1024 * 1024
@@ -124,6 +126,15 @@ class ShardedWriter(ABC):
         """
         return outputs
 
+    def content(self, name: str, column: Column) -> bytes | memoryview:
+        """The content of some rows, for their checksum."""
+        import torch
+
+        assert isinstance(column, torch.Tensor)
+        if not column.numel():
+            return b""
+        return column.contiguous().view(-1).view(torch.uint8).numpy().data
+
     @abstractmethod
     def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         """Bytes of the shard with the rows from sample `start` on."""
@@ -139,27 +150,25 @@ class ShardedWriter(ABC):
 
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         outputs = self.convert(outputs)
-        row_bytes = sum(tensor[:1].nbytes for tensor in outputs.values())
-        row_bytes += ID_BYTES if self.stores_ids else 0
-        self._layout = shard_layout(self.samples, row_bytes, self.batch_size)
+        size = row_bytes(outputs) + (ID_BYTES if self.stores_ids else 0)
+        self._layout = shard_layout(self.samples, size, self.batch_size)
         if self.subfolder:
             self.folder.mkdir(exist_ok=True)
             files.sync_folder(self.folder.parent)
         stop = committed[-1].stop if committed else 0
         rows = self._layout.locate(stop).rows
         if self.samples is not None:
-            files.ensure_free_space(self.folder, (self.samples - stop) * row_bytes, "predictions")
+            files.ensure_free_space(self.folder, (self.samples - stop) * size, "predictions")
             rows = min(rows, self.samples)
         self._allocate(outputs, rows)
         if committed:
             self._resume(committed)
 
     def _allocate(self, outputs: Outputs, rows: int) -> None:
-        self._buffers = {
-            name: tensor.new_empty((rows, *tensor.shape[1:]), requires_grad=False)
-            for name, tensor in sorted(outputs.items())
-        }
-        self._valid = next(iter(outputs.values())).new_empty(rows).bool()
+        import torch
+
+        self._buffers = {name: blank(column, rows) for name, column in sorted(outputs.items())}
+        self._valid = torch.zeros(rows, dtype=torch.bool)
 
     def write(
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
@@ -167,13 +176,12 @@ class ShardedWriter(ABC):
         if outputs.keys() != self._buffers.keys():
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
         outputs = self.convert(fill_missing(outputs, valid))
-        for name, tensor in outputs.items():
+        for name, column in outputs.items():
             buffer = self._buffers[name]
-            if tensor.shape[1:] != buffer.shape[1:] or tensor.dtype != buffer.dtype:
+            if layout(column) != layout(buffer):
                 raise ValueError(
-                    f"output {name!r} has {buffer.dtype} rows of shape {list(buffer.shape[1:])}, "
-                    f"but the next batch has {tensor.dtype} rows of shape "
-                    f"{list(tensor.shape[1:])}; use format: jsonl for rows of any shape"
+                    f"output {name!r} has {describe(buffer)}, but the next batch has "
+                    f"{describe(column)}; use format: jsonl for rows of any shape"
                 )
         done = 0
         while done < len(ids):
@@ -182,8 +190,9 @@ class ShardedWriter(ABC):
             if at == 0 and self.samples is None and len(self._valid) < shard.rows:
                 self._allocate(self._buffers, shard.rows)
             count = min(len(ids) - done, shard.rows - at)
-            for name, tensor in outputs.items():
-                self._buffers[name][at : at + count] = tensor[done : done + count]
+            buffers: Any = self._buffers
+            for name, column in outputs.items():
+                buffers[name][at : at + count] = column[done : done + count]
             self._valid[at : at + count] = True if valid is None else valid[done : done + count]
             if self.stores_ids:
                 self._ids[at:] = ids[done : done + count]
@@ -231,12 +240,17 @@ class ShardedWriter(ABC):
         number, start, _ = self._layout.locate(self._committed)
         begin, rows = self._committed - start, self.written - start
         columns = {name: buffer[:rows] for name, buffer in self._buffers.items()}
-        new = [tensor[begin:] for tensor in columns.values()]
+        new = {name: column[begin:] for name, column in columns.items()}
         file = self._name(number)
         committed = CommittedRange(
             start=self._committed,
             stop=self.written,
-            files={self._relative(file): row_checksum(map(_raw_bytes, new), self._ids[begin:rows])},
+            files={
+                self._relative(file): row_checksum(
+                    (self.content(name, column) for name, column in new.items()),
+                    self._ids[begin:rows],
+                )
+            },
             nonfinite=count_nonfinite(new, self._valid[begin:rows]),
         )
         files.replace_file(self.folder / file, self.encode(columns, self._ids[:rows], start))
@@ -261,7 +275,8 @@ class ShardedWriter(ABC):
         try:
             shard = self.decode(path)
             complete = all(len(shard.columns[name]) >= rows for name in self._buffers)
-            for name, buffer in self._buffers.items():
+            buffers: Any = self._buffers
+            for name, buffer in buffers.items():
                 buffer[:rows] = shard.columns[name][:rows]
             self._valid[:rows] = True if shard.valid is None else shard.valid[:rows]
             self._ids = list(shard.ids[:rows])
@@ -281,11 +296,3 @@ def row_checksum(columns: Iterable[bytes | memoryview], ids: Sequence[int | str]
     for sample_id in ids:
         crc = zlib.crc32(json.dumps(sample_id).encode() + b"\n", crc)
     return crc
-
-
-def _raw_bytes(tensor: torch.Tensor) -> bytes | memoryview:
-    import torch
-
-    if not tensor.numel():
-        return b""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

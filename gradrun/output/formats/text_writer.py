@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
+from gradrun.output.columns import ValueColumn, is_complex
 from gradrun.output.journal import CommittedRange
+from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.output.missing import MISSING_CLASS, count_nonfinite, finite_rows
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ T = TypeVar("T")
 _CHUNK_LINES = 1024
 
 Columns = dict[str, list[Any]]
-"""Column name to a number, a nested list, a text or None for each sample."""
+"""Column name to a JSON value for each sample: a number, a nested list, a text or None."""
 
 
 class TextWriter:
@@ -43,6 +45,8 @@ class TextWriter:
         self.labels = labels or ClassLabels()
         self.written = 0
         self.nonfinite = self._nonfinite_written = 0
+        self._labelled: dict[str, str] = {}
+        """Output of class numbers to the column with their names."""
         self._descriptor = -1
         self._size = 0
         self._committed, self._checksum = 0, 0
@@ -50,8 +54,9 @@ class TextWriter:
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         if "id" in outputs:
             raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
-        if any(tensor.is_complex() for tensor in outputs.values()):
+        if any(is_complex(column) for column in outputs.values()):
             raise ValueError(f"{self.suffix} has no complex numbers; use format: npy")
+        self._labelled = self.labels.columns(outputs)
         columns = self._columns(outputs, None)
         header = self.header(columns).encode()
         rows = max((len(values) for values in columns.values()), default=0)
@@ -80,7 +85,7 @@ class TextWriter:
         # An id may be a file name, and so contain any bytes.
         data = self.lines(self._columns(outputs, valid), ids).encode("utf-8", "backslashreplace")
         checksum, size = zlib.crc32(data, self._checksum), self._size + len(data)
-        nonfinite = self._nonfinite_written + count_nonfinite(outputs.values(), valid)
+        nonfinite = self._nonfinite_written + count_nonfinite(outputs, valid)
         written = self.written + len(ids)
         files.write_all(self._descriptor, data)
         # One statement without calls, which Ctrl-C does not interrupt halfway.
@@ -89,15 +94,18 @@ class TextWriter:
         )  # fmt: skip
 
     def _columns(self, outputs: Outputs, valid: torch.Tensor | None) -> Columns:
-        columns: Columns = {name: tensor.tolist() for name, tensor in outputs.items()}
-        for name, label in self.labels.columns(outputs).items():
+        columns: Columns = {title_of(name): column.tolist() for name, column in outputs.items()}
+        for name, label in self._labelled.items():
             columns[label] = self.labels.names_of(columns[name])
-        for name, tensor in outputs.items():
-            if not tensor.is_floating_point() and not finite_rows([tensor]).all():
+        for name, column in outputs.items():
+            integers = not (isinstance(column, ValueColumn) or column.is_floating_point())
+            if integers and not finite_rows([column]).all():
                 columns[name] = _without_missing(columns[name])
         if valid is not None:
+            kept = {title_of(name) for name in outputs if is_kept(name)}
+            predicted = [values for name, values in columns.items() if name not in kept]
             for row in (~valid).nonzero().flatten().tolist():
-                for values in columns.values():
+                for values in predicted:
                     values[row] = None
         return columns
 
