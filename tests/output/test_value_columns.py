@@ -173,7 +173,7 @@ def test_values_travel_between_processes() -> None:
     rows = messages.pack_rows(ROWS, [*"abcdefg"], VALID)
     packed = messages._ENCODER.encode(rows)
     decoder = messages.msgspec.msgpack.Decoder(messages.Rows, ext_hook=messages._decode_tensor)
-    outputs, ids, valid = messages.unpack_rows(decoder.decode(packed))
+    outputs, ids, valid = messages.unpack_rows(decoder.decode(bytearray(packed)))
     assert ids == [*"abcdefg"]
     assert valid is not None
     for name, column in ROWS.items():
