@@ -42,6 +42,7 @@ from gradrun.inference.meters import (
     process_memory,
     system_load,
 )
+from gradrun.inference.meters.work import UNKNOWN, KnownWork, known_work
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.process_settings import process_settings
 from gradrun.inference.runner import execution_context
@@ -191,7 +192,8 @@ def _run_planned(job: Job, planned: Sequence[PlannedVariant]) -> WorkerReport:
             alone = job.kind == "measure_memory"
             measure = _measure_process_memory if alone else _measure_tensor_memory
             memory = measure(measured, *_memory_batch(measured, job.memory_batch))
-            measurements.append(_measurement(measured, memory))
+            known = UNKNOWN if alone else _known_work(measured)
+            measurements.append(_measurement(measured, memory, known))
     if job.kind == "time":
         for candidate in loaded[1:]:
             with _record_failure(failures, candidate, marker):
@@ -378,7 +380,16 @@ def _measure_tensor_memory(variant: LoadedVariant, number: int, batch: Batch) ->
     return memory.replace(batch=number)
 
 
-def _measurement(variant: LoadedVariant, memory: Memory) -> Measurement:
+def _known_work(variant: LoadedVariant) -> KnownWork:
+    """Count the operations of a batch, if all batches are alike and the machine's peaks known."""
+    first, *others = variant.batches
+    if not variant.config.measure.memory or any(b.shape != first.shape for b in others):
+        return UNKNOWN
+    with variant.execution_context():
+        return known_work(variant.model, first, variant.device)
+
+
+def _measurement(variant: LoadedVariant, memory: Memory, known: KnownWork) -> Measurement:
     rounds = tuple(variant.rounds)
     return Measurement(
         mode=variant.config.run.mode,
@@ -395,4 +406,6 @@ def _measurement(variant: LoadedVariant, memory: Memory) -> Measurement:
             output=0.0,
         ),
         memory=memory,
+        work=known.work,
+        peaks=known.peaks,
     )

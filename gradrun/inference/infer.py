@@ -40,6 +40,7 @@ from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
 from gradrun.inference.interpretation import interpret
+from gradrun.inference.meters.work import KnownWork
 from gradrun.inference.metrics import Evaluation, plan_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
@@ -95,6 +96,7 @@ class Execution:
 
     timed: TimedPass
     memory: Memory
+    known_work: KnownWork
     checkpointer: Checkpointer
 
 
@@ -358,7 +360,7 @@ def execute(
     timed.trim(writer.written - timed.start)
     progress(Progress("measuring memory"))
     memory = runner.measure_memory(prepared, timed)
-    return Execution(timed, memory, checkpointer)
+    return Execution(timed, memory, runner.count_work(prepared, timed), checkpointer)
 
 
 def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> InferResult:
@@ -366,7 +368,12 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
     runner, timed, writer = plan.runner, execution.timed, execution.checkpointer.writer
     environment = current_environment(runner.device)
     measurement = runner.measurement(
-        prepared, timed, execution.memory, plan.load_seconds, plan.open_seconds
+        prepared,
+        timed,
+        execution.memory,
+        plan.load_seconds,
+        plan.open_seconds,
+        execution.known_work,
     )
     # An unfinished batch may have more quarantined samples than the files have rows.
     positions = quarantined_positions(plan.folder.path)

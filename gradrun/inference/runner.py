@@ -64,6 +64,7 @@ from gradrun.inference.meters import (
     process_memory,
 )
 from gradrun.inference.meters.clock import Clock, clock_for
+from gradrun.inference.meters.work import UNKNOWN, KnownWork, known_work
 from gradrun.inference.metrics import Evaluation
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
@@ -481,6 +482,20 @@ class Runner:
             device_reserved=reserved,
         )
 
+    def count_work(self, prepared: PreparedRun, timed: TimedPass) -> KnownWork:
+        """Count the operations of the first batch, if the peaks of the machine are known.
+
+        Skipped after a stop, if `measure.memory` is off, and with workers, which share the peaks.
+        """
+        if timed.stopped or timed.workers or not self.config.measure.memory:
+            return UNKNOWN
+        try:
+            with execution_context(self.config.run, self.device):
+                return known_work(self.model, prepared.first, self.device)
+        except KeyboardInterrupt:
+            timed.stop(Interrupted("interrupted while operations were counted"))
+            return UNKNOWN
+
     def _measure_forward(self, first: Batch, largest: LargestBatch) -> Memory:
         """Measure the first batch and, if that is another one, the largest."""
         with execution_context(self.config.run, self.device):
@@ -507,6 +522,7 @@ class Runner:
         memory: Memory,
         load_seconds: float,
         open_seconds: float,
+        known: KnownWork = UNKNOWN,
     ) -> Measurement:
         """Combine the measurements of all passes."""
         seconds = tuple(timed.seconds[: len(timed.sizes)])
@@ -531,6 +547,8 @@ class Runner:
                 output=max(0.0, total - data - forward),
             ),
             memory=memory,
+            work=known.work,
+            peaks=known.peaks,
             compilation=prepared.compilation,
         )
 

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from gradrun.report import profile_plots
 from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
 from gradrun.report.side_by_side import Named, side_by_side
 from gradrun.report.tables import Cell, Column, Picture, Share, Status, Table
 from gradrun.report.wording import Note
-from gradrun.results.result import AnyResult
+from gradrun.results.result import AnyResult, ProfileResult
 
 _STYLE = Path(__file__).with_name("html_page.css")
 _UNIT = re.compile(r"(?<=\d) (?=[nµm]?s\b|[KMGT]?i?B\b)")
@@ -66,7 +67,7 @@ def render(results: Sequence[Named]) -> str:
 
 
 def _article(document: Document, name: str, result: AnyResult, prefix: str) -> str:
-    drawn = "\n".join(map(_figure, plots(result, prefix)))
+    drawn = "\n".join(map(_figure, _plots(result, prefix)))
     figures = f'<div class="plots">\n{drawn}\n</div>' if drawn else ""
     text = _UNIT.sub("&nbsp;", _text(document.verdict))
     verdict = f"<p{_class('verdict', document.tone)}>{text}</p>"
@@ -88,6 +89,12 @@ def _article(document: Document, name: str, result: AnyResult, prefix: str) -> s
         f"<section><h2>Machine</h2><dl>\n{machine}\n</dl></section>",
     ]
     return "<article>\n" + "\n".join(filter(None, parts)) + "\n</article>"
+
+
+def _plots(result: AnyResult, prefix: str) -> list[Plot]:
+    if isinstance(result, ProfileResult):
+        return profile_plots.plots(result, prefix)
+    return plots(result, prefix)
 
 
 def _figure(plot: Plot) -> str:

@@ -43,8 +43,9 @@ _MAX_RANGES = 100
 """Most ranges of a worker whose ends can be seen."""
 _MAX_NUMBERS = 8
 """Most classes of a confusion matrix with numbers in its cells."""
-_INK, _SOFT, _GRID = "#0a0b00", "#0a0b01", "#0a0b02"
-_PAGE_COLOURS = {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--line)"} | {
+INK, SOFT, GRID = "#0a0b00", "#0a0b01", "#0a0b02"
+"""Placeholders of the colours of text, axes and grid."""
+_PAGE_COLOURS = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)"} | {
     f"#0a0c0{i}": f"var(--series-{i})" for i in range(SERIES)
 }
 """Placeholder colours for matplotlib -> CSS variables of the page."""
@@ -52,13 +53,13 @@ _RC_PARAMS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _SOFT,
-    "axes.edgecolor": _GRID,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "axes.axisbelow": True,
     "lines.solid_capstyle": "butt",  # a bar ends exactly at the end of its interval
     "axes.formatter.useoffset": False,
@@ -101,7 +102,7 @@ def ratios(result: AnyResult, prefix: str) -> Plot | None:
     match result:
         case CompareResult(comparisons=(first, *_)):
             rows = [_Ratio(c.candidate, *_speed(c)) for c in result.comparisons]
-            title, axis = "Speed", f"times as fast as {_shorten(first.baseline)}"
+            title, axis = "Speed", f"times as fast as {shorten(first.baseline)}"
             meaning = "Right of 1 is faster."
         case CheckResult(comparisons=(_, *_)):
             rows = [_checked_ratio(c) for c in result.comparisons]
@@ -111,9 +112,9 @@ def ratios(result: AnyResult, prefix: str) -> Plot | None:
     colours = _colours(result)
 
     def draw(axes: Any) -> None:
-        axes.axvline(1, color=_SOFT, linewidth=1)
+        axes.axvline(1, color=SOFT, linewidth=1)
         for y, row in enumerate(rows):
-            colour = _placeholder(colours.get(row.candidate, 1))
+            colour = placeholder(colours.get(row.candidate, 1))
             if row.low > 0 and row.high < 100 * row.value:
                 axes.plot([row.low, row.high], [y, y], color=colour, linewidth=3)
             axes.plot([row.value], [y], "o", color=colour, markersize=7)
@@ -124,7 +125,7 @@ def ratios(result: AnyResult, prefix: str) -> Plot | None:
 
     note = f"Dots: ratios. Bars: 95 % confidence intervals over processes. {meaning}"
     height = 0.9 + 0.35 * len(rows)
-    return Plot(title, _draw_svg(draw, height, f"{prefix}speed"), note=note)
+    return Plot(title, draw_svg(draw, height, f"{prefix}speed"), note=note)
 
 
 def _speed(c: Comparison) -> tuple[str, float, float, float]:
@@ -162,9 +163,9 @@ def distribution(result: AnyResult, prefix: str) -> Plot | None:
                 [edge / scale for edge in edges],
                 baseline=row,
                 fill=True,
-                color=_placeholder(colours[name]),
+                color=placeholder(colours[name]),
             )
-            axes.plot([median(series) / scale] * 2, [row, row + 0.8], color=_INK, linewidth=1)
+            axes.plot([median(series) / scale] * 2, [row, row + 0.8], color=INK, linewidth=1)
         axes.set_ylim(-0.05, len(times))
         _label_rows(axes, range(len(times)), [*reversed(times)])
         axes.set_xlabel(f"{unit} per {_work_unit(result)}")
@@ -175,7 +176,7 @@ def distribution(result: AnyResult, prefix: str) -> Plot | None:
         note += f"{format_seconds(everything[-1])}."
     title = "Batch times" if _work_unit(result) == "batch" else "Times per sample"
     height = max(1.8, 0.9 + 0.5 * len(times))
-    return Plot(title, _draw_svg(draw, height, f"{prefix}distribution"), note=note)
+    return Plot(title, draw_svg(draw, height, f"{prefix}distribution"), note=note)
 
 
 def _histogram(
@@ -200,7 +201,7 @@ def latency(result: AnyResult, prefix: str) -> Plot | None:
 
     def draw(axes: Any) -> None:
         for name, series in times.items():
-            _draw_series(axes, [s / scale for s in series], _placeholder(colours[name]))
+            _draw_series(axes, [s / scale for s in series], placeholder(colours[name]))
         if min(everything) > 0 and max(everything) > 10 * median(everything):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(lambda value, _: format_number(value))
@@ -208,12 +209,12 @@ def latency(result: AnyResult, prefix: str) -> Plot | None:
         axes.set_xlabel("batch" if result.kind == "infer" else "round, one process after another")
         axes.set_ylabel(f"{unit} per {_work_unit(result)}")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
 
     thinned = any(len(series) > _MAX_DOTS for series in times.values())
     note = "Lines: medians of neighbours. Bands: minimum to maximum." if thinned else ""
     key = tuple((colours[name], name, "") for name in times) if len(times) > 1 else ()
-    return Plot("Over the run", _draw_svg(draw, 2.4, f"{prefix}latency"), key, note)
+    return Plot("Over the run", draw_svg(draw, 2.4, f"{prefix}latency"), key, note)
 
 
 def _draw_series(axes: Any, series: Sequence[float], colour: str) -> None:
@@ -245,13 +246,13 @@ def memory(result: AnyResult, prefix: str) -> Plot | None:
         for i, ((line, _), names) in enumerate(lines.items()):
             y = [count / scale for count in line]
             x = [i / max(1, len(y) - 1) for i in range(len(y))]
-            colour, peak = _placeholder(colours[names[0]]), y.index(max(y))
+            colour, peak = placeholder(colours[names[0]]), y.index(max(y))
             above = len(lines) - 1 - i  # wider than the lines drawn above it, which may be close
             axes.step(x, y, where="post", color=colour, linewidth=1.6 + 2 * above)
             axes.plot([x[peak]], [y[peak]], "o", color=colour, markersize=6 + 2 * above)
         axes.set_xticks([0, 1], ["call", "return"])
         axes.set_ylabel(unit)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
 
     key = tuple(
         (
@@ -262,7 +263,7 @@ def memory(result: AnyResult, prefix: str) -> Plot | None:
         for (line, module), names in lines.items()
     )
     note = "Tensor bytes of one batch after each allocation, excluding weights and inputs."
-    return Plot("Memory over a forward pass", _draw_svg(draw, 2.4, f"{prefix}memory"), key, note)
+    return Plot("Memory over a forward pass", draw_svg(draw, 2.4, f"{prefix}memory"), key, note)
 
 
 def confusion(result: AnyResult, prefix: str) -> Plot | None:
@@ -271,16 +272,16 @@ def confusion(result: AnyResult, prefix: str) -> Plot | None:
     matrix = next((m.matrix for m in metrics if m.matrix), None)
     if matrix is None or len(matrix.classes) > _MAX_MATRIX:
         return None
-    count, names = len(matrix.classes), [_shorten(name) for name in matrix.classes]
+    count, names = len(matrix.classes), [shorten(name) for name in matrix.classes]
 
     def draw(axes: Any) -> None:
         for true, counts in enumerate(matrix.counts):
             for predicted, number in enumerate(counts):
                 share = number / (sum(counts) or 1)
                 place = {"left": predicted - 0.5, "height": 1.0, "alpha": share, "linewidth": 0}
-                axes.barh(true, 1.0, color=_placeholder(0), **place)
+                axes.barh(true, 1.0, color=placeholder(0), **place)
                 if number and count <= _MAX_NUMBERS:
-                    text = {"ha": "center", "va": "center", "fontsize": 8, "color": _INK}
+                    text = {"ha": "center", "va": "center", "fontsize": 8, "color": INK}
                     axes.text(predicted, true, f"{number:,}", **text)
         axes.set_xlim(-0.5, count - 0.5)
         axes.set_ylim(count - 0.5, -0.5)
@@ -291,7 +292,7 @@ def confusion(result: AnyResult, prefix: str) -> Plot | None:
 
     note = "Darker: a larger share of the true class."
     height = min(4.4, 1.2 + 0.4 * count)
-    return Plot("Confusion matrix", _draw_svg(draw, height, f"{prefix}confusion"), (), note)
+    return Plot("Confusion matrix", draw_svg(draw, height, f"{prefix}confusion"), (), note)
 
 
 def workers(result: AnyResult, prefix: str) -> Plot | None:
@@ -310,10 +311,10 @@ def workers(result: AnyResult, prefix: str) -> Plot | None:
             bars = [(began, end - began) for began, end in spans]
             for first, alpha in ((0, 1.0), (1, 0.6)):
                 # Merged spans need no second shade: a gap separates them.
-                style = {"facecolors": _placeholder(1), "alpha": alpha if single else 1.0}
+                style = {"facecolors": placeholder(1), "alpha": alpha if single else 1.0}
                 axes.broken_barh(bars[first::2], (y - 0.3, 0.6), linewidth=0, **style)
             if worker.lost_at is not None:
-                axes.plot([worker.lost_at], [y], "x", color=_INK, markersize=9)
+                axes.plot([worker.lost_at], [y], "x", color=INK, markersize=9)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
         _label_rows(axes, range(len(lanes)), [f"worker {worker.worker}" for worker in lanes])
         axes.set_xlabel("seconds since the first worker was ready")
@@ -322,7 +323,7 @@ def workers(result: AnyResult, prefix: str) -> Plot | None:
     bars = "ranges of samples, in alternating shades" if single else "the time of work"
     note = f"Bars are {bars}.{lost}"
     height = 1.0 + 0.3 * len(lanes)
-    return Plot("Workers", _draw_svg(draw, height, f"{prefix}workers"), (), note)
+    return Plot("Workers", draw_svg(draw, height, f"{prefix}workers"), (), note)
 
 
 def _merge(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float, float]]:
@@ -373,7 +374,8 @@ def _colours(result: AnyResult) -> dict[str, int]:
     return {name: (i + first) % SERIES for i, name in enumerate(names)}
 
 
-def _placeholder(number: int) -> str:
+def placeholder(number: int) -> str:
+    """Return the colour that stands for a series."""
     return f"#0a0c0{number % SERIES}"
 
 
@@ -382,17 +384,18 @@ def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]
 
 
 def _label_rows(axes: Any, positions: Sequence[float], names: Sequence[str]) -> None:
-    axes.set_yticks(positions, [_shorten(name) for name in names])
+    axes.set_yticks(positions, [shorten(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """Shorten a name to fit beside an axis."""
     line = escape_control_chars(name)
     return line if len(line) <= 24 else f"{line[:23]}…"
 
 
-def _draw_svg(draw: Callable[[Any], None], height: float, salt: str) -> str:
+def draw_svg(draw: Callable[[Any], None], height: float, salt: str) -> str:
     """Draw on one pair of axes; the same input gives the same SVG."""
     try:
         import matplotlib

@@ -179,7 +179,7 @@ def work(figures: ProfileFigures, shown: Sequence[ModuleFigures]) -> Table:
                 format_count(counted.total_flops) if counted.flops else DASH,
                 format_count(counted.bytes) if counted.bytes else DASH,
                 format_number(counted.intensity) if counted.flops else DASH,
-                *_rates(found),
+                *_rates(module, found),
             )
         )
     columns = (
@@ -214,12 +214,13 @@ def work(figures: ProfileFigures, shown: Sequence[ModuleFigures]) -> Table:
     return Table("Work", columns, tuple(rows), note=" ".join(parts), brief=len(rows))
 
 
-def _rates(found: Reach | None) -> tuple[Cell, ...]:
-    if found is None or not (found.flops or found.bytes):
-        return DASH, DASH, DASH, Status(DASH)
-    share = f"{found.share:.0%}"
-    flops = format_count(found.flops) if found.flops else DASH
-    return flops, format_count(found.bytes), share, Status(found.bound, _BOUNDS[found.bound])
+def _rates(module: ModuleFigures, found: Reach | None) -> tuple[Cell, ...]:
+    seconds, work = module.time.value, module.work
+    counts = (work.total_flops, work.bytes) if work and seconds > 0 else (0, 0)
+    rates = [format_count(count / seconds) if count else DASH for count in counts]
+    if found is None or not any(counts):
+        return *rates, DASH, Status(DASH)
+    return *rates, f"{found.share:.0%}", Status(found.bound, _BOUNDS[found.bound])
 
 
 def operators(profile: Profile) -> Table:
@@ -285,6 +286,8 @@ def difference(base: Profile, other: Profile, key: str) -> Table:
 
 def _signed(one: ModuleDifference) -> str:
     change = one.difference
+    if not change.value:
+        return "0 s"
     sign = "+" if change.value > 0 else "-"
     if change.uncertainty <= 0 or abs(change.value) <= change.uncertainty / 2:
         return f"{sign}{format_seconds(abs(change.value))}"

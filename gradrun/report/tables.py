@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -204,7 +204,11 @@ def timing(measured: Measurement) -> Table:
             ("throughput", f"{format_number(measured.throughput)} /s", f"{total}, end to end")
         )
         rows.append(("bound by", bound, split))
-    return _figures("Time", rows)
+    return replace(_figures("Time", rows), note=_sentence(measured.reach))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def workers(measured: Measurement) -> Table:
@@ -462,7 +466,19 @@ def ratios(result: CompareResult) -> Table:
     note = "Intervals are over processes; ratios are paired within each process."
     if result.of_whole_runs:
         note = "Intervals are over runs; each run is compared with the one before or after it."
-    return Table("Time", columns, tuple(rows), note=note if comparisons else "")
+    notes = [note if comparisons else "", *_reach_of_fastest(result)]
+    return Table("Time", columns, tuple(rows), note=" ".join(filter(None, notes)))
+
+
+def _reach_of_fastest(result: CompareResult) -> Iterator[str]:
+    """Yield the distance to the machine's peak of the variant with the least time per sample."""
+    fastest = min(
+        (measured[0] for measured in result.by_variant().values()),
+        key=lambda measured: median(measured.seconds_per_sample),
+        default=None,
+    )
+    if fastest and fastest.reach:
+        yield _sentence(f"{fastest.variant}: {fastest.reach}")
 
 
 def seconds_or_about(time: stats.Estimate) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
+from statistics import median
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ from gradrun.core.record import Record
 from gradrun.results import stats
 from gradrun.results.bounds import ByteChange, Count, Seconds
 from gradrun.results.profile import Profile
-from gradrun.results.work import MachinePeaks, Work
+from gradrun.results.work import MachinePeaks, Work, describe_reach
 
 _MAX_FILE_BYTES = 2**30
 
@@ -262,6 +263,24 @@ class Measurement(Record, frozen=True, kw_only=True):
     def latency(self, quantile: float) -> stats.Estimate | None:
         """Estimate a quantile of the forward seconds per batch; None with too few batches."""
         return stats.quantile(self.batch_seconds, quantile)
+
+    @property
+    def reach(self) -> str:
+        """Return the distance of the forward pass to the peak of the machine, with advice.
+
+        Empty if the work or the peaks are unknown, or no batch like the counted one was timed.
+        """
+        if self.work is None or self.peaks is None:
+            return ""
+        elements = self.batch_elements or (self.work.elements,) * len(self.batch_sizes)
+        alike = [
+            seconds
+            for seconds, size, count in zip(
+                self.batch_seconds, self.batch_sizes, elements, strict=True
+            )
+            if (size, count) == (self.work.batch_size, self.work.elements)
+        ]
+        return describe_reach(self.work, median(alike), self.peaks) if alike else ""
 
     @property
     def bound_by(self) -> tuple[str, dict[str, float]]:

@@ -176,17 +176,15 @@ def advice(found: Reach, dtype: str, peaks: MachinePeaks) -> str:
     match found.bound:
         case "compute":
             remedy = lower or "a smaller model or fewer tokens or pixels are the remaining options"
-            return f"it is bound by compute: {remedy}"
+            return f"its nearest limit is compute: {remedy}"
         case "memory":
-            remedies = "a larger batch, model.channels_last for images or lower precision can help"
-            return f"it is bound by memory ({found.memory:.0%} of the copy bandwidth): {remedies}"
+            limit = f"its nearest limit is memory ({found.memory:.0%} of the copy bandwidth)"
+            return f"{limit}: a larger batch, model.channels_last or lower precision can help"
         case "cache":
-            remedies = (
-                "a batch that fits in the caches, or fewer operators (model.compile) can help"
-            )
-            return f"it is bound by small operators whose tensors are in caches: {remedies}"
+            remedies = "fewer and larger operators (model.compile) can help"
+            return f"its tensors are in caches: {remedies}"
         case _:
-            return "it is bound by overhead: a larger batch or model.compile can help"
+            return "far from both limits: a larger batch or model.compile can reduce the overhead"
 
 
 def _lower_precision(dtype: str, peaks: MachinePeaks) -> str:

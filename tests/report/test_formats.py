@@ -47,9 +47,12 @@ def rows(*names: str) -> list[dict[str, str]]:
     ("group", "format"),
     [
         *((group, "markdown") for group in GROUPS),
-        *((group, "csv") for group in ("run", "noisy", "audit", "check")),
+        *((group, "csv") for group in ("run", "noisy", "audit", "check", "profile")),
         *((group, "json") for group in ("one process", "check")),
-        *((group, "html") for group in ("run", "comparison", "audit", "check", "every kind")),
+        *(
+            (group, "html")
+            for group in ("run", "comparison", "audit", "check", "profile", "every kind")
+        ),
     ],
 )
 def test_text_matches_the_golden_file(group: str, format: str) -> None:
@@ -236,7 +239,7 @@ class Tags(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-KINDS = ("run", "comparison", "audit", "check")
+KINDS = ("run", "comparison", "audit", "check", "profile", "profiled modes")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,7 +271,7 @@ def test_text_is_escaped_in_markdown(kind: str) -> None:
     widths = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines()]
     tables = "".join("x" if width else " " for width in widths).split()
     assert tables, "there are tables, none of them cut by a bar in a name"
-    assert {width for width in widths if width} <= {3, 4, 5, 6, 7}
+    assert {width for width in widths if width} <= set(range(3, 10))
 
 
 @pytest.mark.parametrize("kind", KINDS)

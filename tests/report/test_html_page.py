@@ -33,12 +33,14 @@ PAGES = {
     "comparison": ["comparison"],
     "audit": ["audit"],
     "check": ["check"],
+    "profile": ["profile"],
     "all": list(RESULTS),
 }
 TITLES = {
     "run": ["Batch times", "Over the run", "Memory over a forward pass", "stage2.0 (Conv2d)"],
     "comparison": ["Speed", "times as fast as grad", "Use inference_mode", "bitwise equal"],
     "audit": ["Use no_grad", "Saved for backward in grad", "mine.py:41"],
+    "profile": ["Time by module", "Roofline", "blocks.1.first", "GFLOP/s in float32"],
     "check": ["2 passed, 1 failed, 1 inconclusive", "at most 500 µs"],
     "all": ["Side by side", "Machine", "AMD EPYC"],
 }
@@ -176,7 +178,7 @@ def test_examples_are_shown_with_thumbnails_and_texts(
     assert re.search(rf"3 more\s+{400 - shown}", rendered.text)
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check"])
+@pytest.mark.parametrize("kind", ["run", "comparison", "audit", "check", "profile"])
 def test_a_malicious_result_runs_no_script_and_makes_no_request(
     browser: Browser, tmp_path: Path, kind: str
 ) -> None:

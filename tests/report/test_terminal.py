@@ -38,6 +38,7 @@ RESULTS: dict[str, AnyResult] = {
     **{f"comparison-{name}": result for name, result in saved.COMPARISONS.items()},
     **{f"audit-{name}": result for name, result in saved.AUDITS.items()},
     **{f"check-{name}": result for name, result in saved.CHECKS.items()},
+    **{f"profile-{name}": result for name, result in saved.PROFILES.items()},
 }
 DOCUMENTS: dict[str, Document] = {
     **{name: describe(result) for name, result in RESULTS.items()},

@@ -139,13 +139,13 @@ def test_the_sentence_names_share_rates_and_the_advice_for_the_bound() -> None:
         return describe_reach(work, 1e-3, PEAKS)
 
     assert sentence(68e6, 1000).startswith(
-        "forward reaches 34% of this machine's float32 peak (68.0 of 200 GFLOP/s); it is bound by "
-        "compute: run.autocast: bfloat16 can help, whose peak here is 3.0 times as high"
+        "forward reaches 34% of this machine's float32 peak (68.0 of 200 GFLOP/s); its nearest "
+        "limit is compute: run.autocast: bfloat16 can help, whose peak here is 3.0 times as high"
     )
-    assert "bound by memory (80% of the copy bandwidth): a larger batch" in sentence(
+    assert "nearest limit is memory (80% of the copy bandwidth): a larger batch" in sentence(
         1e6, 16_000_000
     )
-    assert "bound by overhead: a larger batch or model.compile" in sentence(1e6, 1000)
+    assert "far from both limits: a larger batch or model.compile" in sentence(1e6, 1000)
     assert "bfloat16 can help" not in sentence(300e6, 1000, "bfloat16")
     assert describe_reach(Work(bytes=5), 1e-3, PEAKS) == ""
 

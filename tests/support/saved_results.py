@@ -26,6 +26,7 @@ from gradrun.results.result import (
     Statement,
     Warning,
 )
+from tests.support.profile_results import PROFILES
 from tests.support.reporting import EVIL
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement, run_result
 
@@ -400,6 +401,8 @@ RESULTS = {
     "unsafe": AUDITS["no safe mode"],
     "check": check(*OUTCOMES, measurements=(measurement(memory=WATCHED),)),
     "empty check": check(measurements=(measurement(memory=WATCHED),)),
+    "profile": PROFILES["modules"],
+    "profiled modes": PROFILES["modes"],
 }
 
 TAGS = f"<script>document.title='no'</script>\"'--></style><img src=x onerror=alert(1)>{EVIL}"
@@ -460,6 +463,16 @@ def hostile(kind: str) -> AnyResult:
             ),
         ),
         "interpretation": (Statement(topic=NASTY, text=NASTY),),
+        "profiles": tuple(
+            p.replace(
+                variant=variants.get(p.variant, ""),
+                modules=tuple(m.replace(path=NASTY, type=NASTY) for m in p.modules),
+                operators=tuple(
+                    o.replace(name=NASTY, shapes=NASTY, modules=(NASTY,)) for o in p.operators
+                ),
+            )
+            for p in getattr(base, "profiles", ())
+        ),
         "failures": (NASTY,),
         "files": (NASTY,),
         "warnings": (Warning(code=NASTY, text=NASTY),),

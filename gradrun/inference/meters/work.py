@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
 
@@ -19,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from gradrun.data.batch import Batch
+from gradrun.inference.environment import current_machine
 from gradrun.inference.meters.cpu_memory import storages
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.results.work import Flops, Work
+from gradrun.results.peaks_cache import cached_peaks
+from gradrun.results.work import Flops, MachinePeaks, Work
 
 Key = TypeVar("Key")
 
@@ -164,6 +167,31 @@ def counting(record: Callable[[Work], None]) -> Iterator[None]:
         eager = torch.compiler.set_stance("force_eager")
     with eager, _Counter(record):
         yield
+
+
+@dataclass(frozen=True)
+class KnownWork:
+    """The work of a batch and the peaks of the machine; None if the peaks are not cached."""
+
+    work: Work | None = None
+    peaks: MachinePeaks | None = None
+
+
+UNKNOWN = KnownWork()
+
+
+def known_work(model: nn.Module, batch: Batch, device: torch.device) -> KnownWork:
+    """Count the work of a batch if the peaks for the current threads are cached.
+
+    Call this inside the execution context. A model that cannot be counted has no work.
+    """
+    peaks = cached_peaks(current_machine(device), torch.get_num_threads())
+    if peaks is None:
+        return UNKNOWN
+    try:
+        return KnownWork(forward_work(model, batch.map(torch.clone)), peaks)
+    except Exception:  # a model may depend on types of tensors that counting replaces
+        return UNKNOWN
 
 
 def forward_work(model: nn.Module, batch: Batch) -> Work:
