@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -30,6 +31,10 @@ class _Data(Section):
 
     def check_model(self, model: ModelConfig) -> None:
         """Raise PydanticCustomError if a key is missing that this model does not provide."""
+
+    def folders(self) -> Iterator[Path]:
+        """Yield the folders below which all files of a format are data."""
+        yield from ()
 
 
 class _Input(Section):
@@ -112,6 +117,11 @@ Separator = Annotated[
 ]
 
 
+def _folders(paths: Path | tuple[Path, ...] | None) -> Iterator[Path]:
+    listed = (paths,) if isinstance(paths, Path) else paths or ()
+    yield from (path for path in listed if path.is_dir())
+
+
 class SyntheticInput(Section):
     """One random input."""
 
@@ -158,6 +168,10 @@ class ArraysData(_Data):
     labels: ArrayLabels | None = Field(None, description="true classes or values, for metrics")
     classes: Classes = None
 
+    def folders(self) -> Iterator[Path]:
+        for paths in (self.path, *(spec.path for spec in self.inputs.values())):
+            yield from _folders(paths)
+
 
 class RecordInput(_Input):
     """One input from one or several columns."""
@@ -193,6 +207,9 @@ class RecordsData(_Data):
     id: str | None = Field(None, description="column with sample ids, for .jsonl outputs")
     labels: str | None = Field(None, description="column with each row's true class or value")
     classes: Classes = None
+
+    def folders(self) -> Iterator[Path]:
+        return _folders(self.path)
 
     def check_model(self, model: ModelConfig) -> None:
         used = {column for spec in self.inputs.values() for column in spec.columns}
@@ -253,6 +270,9 @@ class TextData(_Data):
         description="most tokens of a batch, with padding: more short texts or fewer long ones, at "
         "most batch_size; texts are grouped by length",
     )
+
+    def folders(self) -> Iterator[Path]:
+        return _folders(self.path)
 
     def check_model(self, model: ModelConfig) -> None:
         if self.batch_tokens is not None:

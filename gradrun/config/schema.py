@@ -62,6 +62,21 @@ class RunConfig(Section):
             data.check_model(info.data["model"])
         return data
 
+    @field_validator("output")
+    @classmethod
+    def _check_output_outside_of_data(
+        cls, output: OutputSection, info: ValidationInfo
+    ) -> OutputSection:
+        for folder in info.data["data"].folders() if "data" in info.data else ():
+            if output.path.is_relative_to(folder):
+                raise PydanticCustomError(
+                    "output_in_data",
+                    "{path} is inside of data.path, {folder}, so that the next run would read its "
+                    "files as data; choose another folder, or a pattern for data.path",
+                    {"path": str(output.path), "folder": str(folder)},
+                )
+        return output
+
     @field_validator("run")
     @classmethod
     def _check_mode_for_freezing(cls, run: RunSection, info: ValidationInfo) -> RunSection:

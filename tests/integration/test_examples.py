@@ -24,7 +24,14 @@ from tests.support.torch_version import needs_torch_2_13
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-COUNTS = {"records": 50, "parquet": 50, "images": 20, "embeddings": 20, "sentiment": 20}
+COUNTS = {
+    "records": 50,
+    "shards": 50,
+    "parquet": 50,
+    "images": 20,
+    "embeddings": 20,
+    "sentiment": 20,
+}
 MADE = ("digits.pt", "digits.pt2")  # by models/export_digits.py
 EXPORTED = pytest.param("exported", marks=needs_torch_2_13)
 LABELS = np.load(CONFIGS / "digits.npz")["labels"]

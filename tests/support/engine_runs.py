@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,20 @@ def write_inputs(folder: Path) -> None:
     (folder / "x.csv").write_text("\n".join(lines) + "\n")
     rows = (json.dumps({"name": f"row {i}", "x": row}) for i, row in enumerate(values.tolist()))
     (folder / "x.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "shards").mkdir()
+    for number, part in zip((2, 9, 10), np.split(values, [31, 33]), strict=True):
+        lines = ["a,b,c", *(",".join(map(str, row)) for row in part.tolist())]
+        (folder / "shards" / f"{number}.csv.gz").write_bytes(
+            gzip.compress("\n".join(lines).encode())
+        )
     (folder / "images").mkdir()
     for number in range(COUNT):
         pixels = np.full((4, 5, 4 if number % 5 == 0 else 3), number, np.uint8)
         Image.fromarray(pixels).save(folder / "images" / f"{number:03}.png")
+    for number, last in [(9, 23), (10, COUNT)]:
+        with tarfile.open(folder / f"part-{number}.tar", "w") as archive:
+            for image in range(23 if last == COUNT else 0, last):
+                archive.add(folder / "images" / f"{image:03}.png", f"{image}.png")
     save_tokenizer(folder / "bert")
     save_bert(folder / "bert")
     (folder / "t.txt").write_text("\n".join(skewed(150)) + "\n")
@@ -43,6 +55,10 @@ DATA: dict[str, dict[str, Any]] = {
     "jsonl": {
         "source": "records", "path": "x.jsonl", "inputs": {"x": {"columns": ["x"]}}, "id": "name",
     },
+    "shards": {
+        "source": "records", "path": "shards", "inputs": {"x": {"columns": ["a", "b", "c"]}},
+    },
+    "tar": {"source": "images", "path": "part-*.tar"},
     "synthetic": {"source": "synthetic", "inputs": {"x": {"shape": [3]}}, "samples": COUNT},
     "images": {"source": "images", "path": "images"},
     "texts": {"source": "text", "path": "t.txt", "group_by_length": True},
@@ -56,7 +72,7 @@ def config_for(source: str, inputs: Path, folder: Path, form: str = "npy") -> di
         data["path"] = str(inputs / data["path"])
     model: dict[str, Any] = LAYERS
     output: dict[str, Any] = {"path": str(folder), "format": form}
-    if source == "images":
+    if source in {"images", "tar"}:
         model = {"source": "layers", "layers": ["Flatten", {"Linear": [60, 2]}]}
     if data["source"] == "text":
         model = {"source": "huggingface", "path": str(inputs / "bert")}
