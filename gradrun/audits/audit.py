@@ -88,7 +88,12 @@ def audit(
     found, base = _Audited(), None
     interpretation: tuple[Statement, ...] = ()
     with loaded.error_locations(), device_context(whole.run) as device:
-        data = open_data(whole.data, seed=whole.run.seed, model=whole.model)
+        data = open_data(
+            whole.data,
+            seed=whole.run.seed,
+            model=whole.model,
+            trust_code=is_trusted(trust_code),
+        )
         batches = first_batches(whole, device, data)
         modes = list(GradMode)
         for step, mode in enumerate(modes):

@@ -13,7 +13,6 @@ from gradrun.checks.reference import Reference, checked_config, measurements_in,
 from gradrun.comparison.protocol import Failure
 from gradrun.comparison.session import Session, SessionData, Variant
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
-from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
 from gradrun.core.grad_mode import GradMode
@@ -117,7 +116,7 @@ def _validate(
     config: RunConfig, reference: Reference | None, *, update_expected: bool, saves: bool
 ) -> None:
     """Raise a ConfigError for a request that would fail, or check nothing, after a long run."""
-    check_importable(config.model)
+    config.check_importable()
     expected, mode = config.check.expected, config.run.mode
     earlier = reference.result if reference else None
     if earlier and not measurements_in(earlier.measurements, mode):

@@ -149,7 +149,7 @@ class LoadedVariant(PlannedVariant):
         with self.execution_context():
             self._synchronize()
             began = time.perf_counter_ns()
-            for args, kwargs, _, _, _ in block:
+            for args, kwargs, *_ in block:
                 model(*args, **kwargs)
             self._synchronize()
             seconds = (time.perf_counter_ns() - began) * 1e-9
@@ -191,7 +191,7 @@ def _run_planned(job: Job, planned: Sequence[PlannedVariant]) -> WorkerReport:
         with _record_failure(failures, measured, marker):
             alone = job.kind == "measure_memory"
             measure = _measure_process_memory if alone else _measure_tensor_memory
-            memory = measure(measured, *_memory_batch(measured, job.memory_batch))
+            memory = measure(measured, *_memory_batch(measured, job))
             known = UNKNOWN if alone else _known_work(measured)
             measurements.append(_measurement(measured, memory, known))
     if job.kind == "time":
@@ -280,7 +280,11 @@ def _load(
         else:
             began = time.perf_counter()
             data = open_data(
-                config.data, seed=seed, model=config.model, model_classes=model.classes
+                config.data,
+                seed=seed,
+                model=config.model,
+                model_classes=model.classes,
+                trust_code=trust_code,
             )
             batches = first_batches(config, device, data)
             open_seconds = time.perf_counter() - began
@@ -342,11 +346,11 @@ def _interpretation(variants: Sequence[LoadedVariant]) -> tuple[Statement, ...]:
     return tuple(statements)
 
 
-def _memory_batch(variant: LoadedVariant, number: int | None) -> tuple[int, Batch]:
-    """Return the batch of a number, or the largest of those that are timed, and its number."""
-    if number is not None:
+def _memory_batch(variant: LoadedVariant, job: Job) -> tuple[int, Batch]:
+    """Return the batch of the job, or the largest of those that are timed, and its number."""
+    if (number := job.memory_batch) is not None:
         with variant.imports.entered():
-            batch = batch_number(variant.config, variant.device, number)
+            batch = batch_number(variant.config, variant.device, number, trust_code=job.trust_code)
         if batch is not None:
             return number, batch
     numbers = range(len(variant.batches))

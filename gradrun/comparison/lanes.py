@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus, thread_count
 from gradrun.core.errors import ConfigError, RunFailed
@@ -123,7 +122,7 @@ def open_lane(config: RunConfig, *, trust_code: bool, timeout: float) -> Process
         ConfigError: the config cannot run on lanes.
         RunFailed: the model or the data cannot be opened, or `timeout` seconds have passed.
     """
-    check_importable(config.model)
+    config.check_importable()
     count = lane_workers(config)
     threads = thread_count(config.run.threads)
     if count > 1 and config.run.threads == "auto":

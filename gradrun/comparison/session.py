@@ -13,7 +13,6 @@ from typing import Any
 from gradrun.comparison.protocol import Failure, Job, JobKind, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.check import CheckSection
-from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError, RunFailed
@@ -89,7 +88,7 @@ class Session:
     ) -> None:
         """Compare variants; memory is that of a batch number, or of the largest that is timed."""
         for variant in variants:
-            check_importable(variant.config.model)
+            variant.config.check_importable()
         _check_process_settings(variants)
         self.variants, self.measure, self.trust_code = list(variants), config.measure, trust_code
         # Each variant sets its own number; the bits depend on it alone, not on the variables.

@@ -98,6 +98,10 @@ def resolve_target(target: str, info: ValidationInfo) -> str:
     return target
 
 
+Target = Annotated[str, AfterValidator(resolve_target)]
+"""Python code: file.py:name or package.module:name."""
+
+
 def _join(base: Path, path: Path) -> Path:
     """Join and expand `~`; raise ValueError if the system cannot have a file of this name."""
     try:

@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from gradrun.config.base import DType, InputFiles, InputPath, Section, Shape, Size
+from gradrun.config.base import (
+    DType,
+    InputFiles,
+    InputFolder,
+    InputPath,
+    Section,
+    Shape,
+    Size,
+    Target,
+)
 from gradrun.config.columns import Columns
 from gradrun.config.model import (
     HuggingFaceModel,
@@ -21,8 +30,10 @@ from gradrun.config.model import (
 from gradrun.core.suggest import suggest
 
 
-class _Data(Section):
-    batch_size: Size = Field(64, description="samples per batch; the last batch may be shorter")
+class _DataSection(Section):
+    location: ClassVar[str] = "data.path"
+    """The key that names the data, for errors."""
+
     call: Literal["auto", "positional", "keyword", "dict"] = Field(
         "auto",
         description="how inputs are passed; auto: one by position, several by keyword; dict: all "
@@ -35,6 +46,14 @@ class _Data(Section):
     def folders(self) -> Iterator[Path]:
         """Yield the folders below which all files of a format are data."""
         yield from ()
+
+    def targets(self) -> dict[str, str]:
+        """Return key -> target of the user's Python code, which needs trust."""
+        return {}
+
+
+class _Data(_DataSection):
+    batch_size: Size = Field(64, description="samples per batch; the last batch may be shorter")
 
 
 class _Input(Section):
@@ -138,6 +157,8 @@ class SyntheticInput(Section):
 
 class SyntheticData(_Data):
     """Seeded random inputs; sample i does not depend on the batch size."""
+
+    location: ClassVar[str] = "data"
 
     source: Literal["synthetic"]
     inputs: dict[str, SyntheticInput] = Field(min_length=1)
@@ -524,7 +545,55 @@ class AudioData(FilesData):
         return found if uses else None
 
 
+ItemKey = int | str
+"""A position in a tuple or list, or a key of a dict."""
+
+
+class PythonData(_DataSection):
+    """A Dataset, DataLoader, iterable or sequence of your own code; needs --trust-code."""
+
+    location: ClassVar[str] = "data.target"
+
+    source: Literal["python"]
+    target: Target = Field(
+        description="data.py:make_dataset or package.module:name: a Dataset, DataLoader, iterable, "
+        "array or list, or a function or class that returns one"
+    )
+    root: InputFolder | None = Field(
+        None, description="folder to import from; default: the file's folder, or the current one"
+    )
+    args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
+    collate: Target | None = Field(
+        None,
+        description="data.py:fn: a list of items to a batch; default: that of a DataLoader, "
+        "otherwise torch's default_collate",
+    )
+    batch_size: Size | None = Field(
+        None,
+        description="samples per batch; the last batch may be shorter; default: that of a "
+        "DataLoader, otherwise 64",
+    )
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = Field(
+        None,
+        description="processes that read items and collate them; 0: this one; default: that of a "
+        "DataLoader, otherwise 0",
+    )
+    inputs: tuple[ItemKey, ...] | dict[str, ItemKey] | None = Field(
+        None,
+        description="positions or keys in an item: [0], or {series: x, lengths: n} with the "
+        "names for the model; default: all but labels and id",
+    )
+    labels: ItemKey | None = Field(
+        None, description="position or key of the true class or value, for metrics"
+    )
+    classes: Classes = None
+    id: ItemKey | None = Field(None, description="position or key of the sample's id")
+
+    def targets(self) -> dict[str, str]:
+        return {"target": self.target} | ({"collate": self.collate} if self.collate else {})
+
+
 DataConfig = Annotated[
-    SyntheticData | ArraysData | RecordsData | TextData | ImagesData | AudioData,
+    SyntheticData | ArraysData | RecordsData | TextData | ImagesData | AudioData | PythonData,
     Field(discriminator="source"),
 ]

@@ -18,8 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from gradrun.config.base import FloatType, InputFile, InputFolder, Section, resolve_target
-from gradrun.core.errors import ConfigError
+from gradrun.config.base import FloatType, InputFile, InputFolder, Section, Target
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -145,28 +144,11 @@ class PythonModel(WeightedModel):
     """A class, function or module in Python code; needs --trust-code."""
 
     source: Literal["python"]
-    target: Annotated[str, AfterValidator(resolve_target)] = Field(
-        description="nets/mine.py:Net or package.module:build"
-    )
+    target: Target = Field(description="nets/mine.py:Net or package.module:build")
     root: InputFolder | None = Field(
         None, description="folder to import from; default: the file's folder, or the current one"
     )
     args: dict[str, JsonValue] = Field({}, description="keyword arguments of the target")
-
-
-def check_importable(model: ModelConfig) -> None:
-    """Check that another process can import the model.
-
-    Raises:
-        ConfigError: it is defined in the running program itself.
-    """
-    if isinstance(model, PythonModel) and model.target.startswith("__main__:"):
-        name = model.target.removeprefix("__main__:")
-        raise ConfigError(
-            f"{model.target} exists only in the running program, and this command starts other "
-            f"processes; define it in a separate file and set model.target to net.py:{name}",
-            "model.target",
-        )
 
 
 class TorchScriptModel(EagerModel):

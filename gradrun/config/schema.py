@@ -14,10 +14,14 @@ from gradrun.config.base import Section
 from gradrun.config.check import CheckSection
 from gradrun.config.data import DataConfig
 from gradrun.config.engine import EngineConfig
-from gradrun.config.model import ModelConfig
+from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.config.output import OutputSection
 from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
+from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+
+_FILES = {"model": "net", "data": "data"}
+"""Section -> name of a Python file, for examples."""
 
 
 class RunConfig(Section):
@@ -101,10 +105,34 @@ class RunConfig(Section):
                 sections[section] = value
         return self.model_validate(sections)
 
+    def targets(self) -> dict[str, str]:
+        """Return config key -> target of the user's Python code."""
+        model = {"target": self.model.target} if isinstance(self.model, PythonModel) else {}
+        return {
+            f"{section}.{key}": target
+            for section, targets in (("model", model), ("data", self.data.targets()))
+            for key, target in targets.items()
+        }
+
+    def check_importable(self) -> None:
+        """Check that another process can import the user's code.
+
+        Raises:
+            ConfigError: it is defined in the running program itself.
+        """
+        for key, target in self.targets().items():
+            if target.startswith("__main__:"):
+                name, file = target.removeprefix("__main__:"), _FILES[key.partition(".")[0]]
+                raise ConfigError(
+                    f"{target} exists only in the running program, and this command starts other "
+                    f"processes; define it in a separate file and set {key} to {file}.py:{name}",
+                    key,
+                )
+
     def input_files(self) -> list[Path]:
         """Return all files and folders that the run reads."""
         paths: list[Path] = []
-        pending: list[Any] = [self.model.model_dump(exclude={"root"}), self.data.model_dump()]
+        pending = [section.model_dump(exclude={"root"}) for section in (self.model, self.data)]
         while pending:
             value = pending.pop()
             if isinstance(value, dict):

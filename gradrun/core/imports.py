@@ -9,7 +9,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,57 @@ from typing import Any
 from gradrun.core.errors import ConfigError
 from gradrun.core.options import option
 from gradrun.core.suggest import suggest
+
+
+def target_root(target: str, root: Path | None) -> Path:
+    """Return the absolute path of the folder that a target is imported from.
+
+    Args:
+        target: file.py:name or package.module:name.
+        root: the folder in the config, if any; default: the file's, or the current one.
+    """
+    location = target.rpartition(":")[0]
+    is_file = location.endswith(".py")
+    return (root or (Path(location).parent if is_file else Path.cwd())).resolve()
+
+
+def import_target(
+    target: str, root: Path | None, key: str, *, beside: Collection[Path] = ()
+) -> Any:
+    """Import the object that a target names; the caller has checked the trust in it.
+
+    Args:
+        target: file.py:name or package.module:name.
+        root: the folder to import from, as for `target_root`.
+        key: the config key of the target, for errors.
+        beside: root folders of other code in use, which is neither forgotten nor read again.
+
+    Raises:
+        ConfigError: the import fails, or there is no such name.
+    """
+    location, _, name = target.rpartition(":")
+    is_file, folder = location.endswith(".py"), target_root(target, root)
+    reload = is_file and folder not in beside
+    try:
+        with imports_from(folder, reload=reload, first=root is not None, beside=beside):
+            if is_file:
+                path = Path(location)
+                module = (None if reload else _imported_file(path)) or import_file(path)
+            else:
+                module = importlib.import_module(location)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"importing {location} failed: {describe_user_error(error)}", key
+        ) from error
+    if not hasattr(module, name):
+        public = [known for known in vars(module) if not known.startswith("_")]
+        raise ConfigError(f"{location} has no {name!r}; {suggest(name, public)}", key)
+    return getattr(module, name)
+
+
+def _imported_file(path: Path) -> ModuleType | None:
+    module = sys.modules.get(f"{_FILE_PREFIX}{path.stem}")
+    return module if module and _location(module) == path else None
 
 
 def require_trust(trust_code: bool, source: str, key: str) -> None:
@@ -83,7 +134,9 @@ _beside = _Beside()
 
 
 @contextmanager
-def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
+def imports_from(
+    root: Path, *, reload: bool, first: bool, beside: Collection[Path] = ()
+) -> Iterator[None]:
     """Add a folder to sys.path and forget modules that were imported from other roots.
 
     Two revisions of one model can be loaded in one process; neither may get the helper modules of
@@ -93,8 +146,11 @@ def imports_from(root: Path, *, reload: bool, first: bool) -> Iterator[None]:
         root: an absolute path.
         reload: also forget modules from `root`, so that they are read again.
         first: put the folder before installed packages instead of after them.
+        beside: other roots whose modules stay.
     """
     for other, names in _imported.items():
+        if other != root and other in beside:
+            continue
         if other != root and other in _added:
             sys.path[:] = [entry for entry in sys.path if entry != str(other)]
         if other != root or reload:

@@ -10,8 +10,9 @@ import psutil
 from gradrun.config.data import DataConfig
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.imports import require_trust
 from gradrun.core.units import format_bytes
-from gradrun.data import arrays, audio, images, records, synthetic, text
+from gradrun.data import arrays, audio, images, python, records, synthetic, text
 from gradrun.data.source import BatchSource
 
 SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], BatchSource]] = {
@@ -21,6 +22,7 @@ SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], Batch
     "text": text.open_data,
     "images": images.open_data,
     "audio": audio.open_data,
+    "python": python.open_data,
 }
 """data.source -> opener of (data section, seed, model section, class names of the model)."""
 
@@ -31,6 +33,7 @@ def open_data(
     seed: int,
     model: ModelConfig | None = None,
     model_classes: Sequence[str] = (),
+    trust_code: bool = False,
 ) -> BatchSource:
     """Open a data source; read headers and count samples, not the data.
 
@@ -39,13 +42,17 @@ def open_data(
         seed: of synthetic data.
         model: the model section, which may provide the tokenizer or the preprocessing.
         model_classes: the class names of the model, which labels may use without data.classes.
+        trust_code: allow code of the config to run.
 
     Raises:
-        ConfigError: a file is missing, damaged or empty, or a batch would not fit in memory.
+        ConfigError: the data need trust, a file is missing, damaged or empty, or a batch would not
+            fit in memory.
     """
+    for key, target in config.targets().items():
+        require_trust(trust_code, f"{target} is Python code", f"data.{key}")
     data = SOURCES[config.source](config, seed, model, model_classes)
     if data.samples == 0:
-        raise ConfigError("the data contains no samples", "data.path")
+        raise ConfigError("the data contains no samples", config.location)
     batch = min(data.batch_size, data.samples or data.batch_size) * data.sample_bytes
     free = psutil.virtual_memory().available
     if batch > free:

@@ -20,6 +20,8 @@ class Batch(NamedTuple):
     ids: Sequence[int | str]
     errors: Mapping[int, SampleError] = MappingProxyType({})
     """Row -> the error for a sample that could not be read; its rows in the tensors are zero."""
+    labels: torch.Tensor | None = None
+    """The true classes or values [size, ...], if the data source reads them with the inputs."""
 
     def raise_errors(self) -> None:
         """Raise the first SampleError, if any."""
@@ -30,13 +32,17 @@ class Batch(NamedTuple):
         """Return a batch of the given rows, which must be free of errors."""
         index = torch.tensor(rows, dtype=torch.int64)
         selected = self.map(lambda tensor: tensor[index.to(tensor.device)])
-        return selected._replace(size=len(rows), ids=[self.ids[row] for row in rows], errors={})
+        labels = None if self.labels is None else self.labels[index]
+        ids = [self.ids[row] for row in rows]
+        return selected._replace(size=len(rows), ids=ids, errors={}, labels=labels)
 
     def slice(self, start: int, stop: int) -> Batch:
         """Return a batch of the rows from `start` up to but excluding `stop`."""
         errors = {row - start: error for row, error in self.errors.items() if start <= row < stop}
         sliced = self.map(lambda tensor: tensor[start:stop])
-        return sliced._replace(size=stop - start, ids=self.ids[start:stop], errors=errors)
+        labels = None if self.labels is None else self.labels[start:stop]
+        ids = self.ids[start:stop]
+        return sliced._replace(size=stop - start, ids=ids, errors=errors, labels=labels)
 
     @property
     def elements(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from gradrun.core.errors import GradrunError
 from gradrun.data.batch import Batch
-from gradrun.data.source import BatchSource
+from gradrun.data.source import BatchSource, ReadByMainThread
 
 MIN_SECONDS = 0.001
 """Passing a batch between threads costs about a tenth of this."""
@@ -25,9 +25,11 @@ _POLL_SECONDS = 0.05
 def should_prefetch(data: BatchSource, forward_seconds: float) -> bool:
     """Return whether reading a batch and its forward pass both take at least MIN_SECONDS.
 
-    Data of unknown length are read in one thread, because they are read once.
+    Data of unknown length are read in one thread, because they are read once; so are those that
+    run the user's code.
     """
-    if forward_seconds < MIN_SECONDS or data.samples is None:
+    once = data.samples is None or isinstance(data, ReadByMainThread)
+    if forward_seconds < MIN_SECONDS or once:
         return False
     start = time.perf_counter()
     count = 0

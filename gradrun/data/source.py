@@ -66,6 +66,16 @@ class HasLabels(Protocol):
         """
 
 
+@runtime_checkable
+class HasBatchLabels(Protocol):
+    """A data source whose labels are read with the inputs, once, and saved by the run.
+
+    Its `labels()` yields those of the first batch only.
+    """
+
+    labels_in_batches: bool
+
+
 class Preview(NamedTuple):
     """What a person sees of an input."""
 
@@ -122,6 +132,22 @@ class HasIdColumn(Protocol):
     @property
     def id_type(self) -> str:
         """The type of all ids, "whole numbers" or "text"; empty if they are row numbers."""
+
+
+@runtime_checkable
+class HasIdentity(Protocol):
+    """A data source that is not identified by its config and files alone."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Name -> value of the properties that a resume compares; they go to JSON."""
+
+
+@runtime_checkable
+class ReadByMainThread(Protocol):
+    """A data source that only the main thread may read, because it runs the user's code."""
+
+    main_thread_only: bool
 
 
 @runtime_checkable

@@ -86,7 +86,7 @@ class StreamedBatches:
     def _next(self, *, keep: bool) -> Batch | None:
         batch = next(self._iterator, None)
         if batch is None:
-            self.samples = self._read
+            self._end()
             return None
         if keep:
             copy = batch.map(torch.clone)
@@ -97,5 +97,9 @@ class StreamedBatches:
                 self._largest = (self._read, copy)
         self._read += batch.size
         if batch.size < self.batch_size:
-            self.samples = self._read
+            self._end()
         return batch
+
+    def _end(self) -> None:
+        self.samples = self._read
+        self._iterator = iter(())  # ends the processes that an iterator may have started

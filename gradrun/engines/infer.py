@@ -7,7 +7,6 @@ from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_config
-from gradrun.config.model import check_importable
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError
 from gradrun.core.progress import ProgressCallback, ignore
@@ -77,7 +76,7 @@ def infer(
     if section is None:
         return infer_here(loaded, **options)
     with loaded.error_locations():
-        check_importable(loaded.config.model)
+        loaded.config.check_importable()
         threads = _threads_of(loaded.config) if resume else None
         request = EngineRequest(loaded.config, threads, options["trust_code"], progress)
         started = ENGINES[section.source].start(request)

@@ -19,6 +19,7 @@ from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed, first_line
+from gradrun.core.imports import imported_files, target_root
 from gradrun.core.options import option
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import count_of, pluralize
@@ -29,6 +30,7 @@ from gradrun.data.source import (
     BatchSource,
     HasFileList,
     HasIdColumn,
+    HasIdentity,
     HasLabels,
     HasRepeatedIds,
     HasRowChecksums,
@@ -242,6 +244,7 @@ def open_run(
         seed=config.run.seed,
         model=config.model,
         model_classes=model.classes,
+        trust_code=is_trusted(trust_code),
     )
     opened = time.perf_counter()
     model = compile_model(model, config.model.compile, data)
@@ -257,7 +260,8 @@ def open_run(
         by_rows=_has_row_checksums(data),
         classes=model.classes,
         id_type=data.id_type if isinstance(data, HasIdColumn) else "",
-        code=code,
+        identity=data.identity if isinstance(data, HasIdentity) else {},
+        code=code | _data_code(config),
         resolved={"device": device.type, "threads": torch.get_num_threads()},
         versions={
             "torch": str(torch.__version__),
@@ -273,6 +277,16 @@ def open_run(
     )
 
 
+def _data_code(config: RunConfig) -> dict[str, Path]:
+    """Return name and path of each file that the data source imported."""
+    files: dict[str, Path] = {}
+    root = getattr(config.data, "root", None)
+    for target in config.data.targets().values():
+        imported = imported_files(target_root(target, root))
+        files |= {f"data: {name}": path for name, path in imported.items()}
+    return files
+
+
 def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
     """Check the labels, and that an earlier run to resume saved what the metrics need."""
     if evaluation := prepared.evaluation:
@@ -285,7 +299,7 @@ def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
 
 def _with_late_imports(plan: RunPlan) -> RunPlan:
     """Add the files of code that the first batch imported to the fingerprint."""
-    late = describe_code(source_files(plan.runner.config.model))
+    late = describe_code(source_files(plan.runner.config.model) | _data_code(plan.runner.config))
     header = plan.header.model_copy(update={"files": plan.header.files | late})
     return replace(plan, header=header)
 
@@ -461,7 +475,7 @@ def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:
         has_ids=data.has_ids,
         class_counts=prepared.class_counts,
     )
-    if prepared.evaluation and prepared.evaluation.evidence:
+    if any(map(is_evidence, prepared.outputs)):
         return EvidenceWriter(writer, output.path, data.samples)
     return writer
 

@@ -77,6 +77,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
             seed=config.run.seed,
             model=config.model,
             model_classes=model.classes,
+            trust_code=is_trusted(trust_code),
         )
         model = compile_model(model, config.model.compile, data)
         read_one(data, 0)  # counts the texts of the first chunk

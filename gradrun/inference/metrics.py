@@ -17,12 +17,12 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.options import option
 from gradrun.core.units import pluralize
-from gradrun.data.source import CHUNK_BYTES, BatchSource, HasLabels
+from gradrun.data.source import CHUNK_BYTES, BatchSource, HasBatchLabels, HasLabels
 from gradrun.inference.evidence import Evidence, Target, find_target
 from gradrun.inference.scorers import Scorer
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.columns import ValueColumn
-from gradrun.output.evidence_writer import evidence_file, evidence_key, lacks_evidence
+from gradrun.output.evidence_writer import LABELS, evidence_file, evidence_key, lacks_evidence
 from gradrun.output.formats import FORMATS
 from gradrun.output.journal import CommittedRange
 from gradrun.output.quarantine import quarantined_positions
@@ -52,6 +52,11 @@ class Evaluation:
     unread: frozenset[str]
     """Columns of the predictions that are not tensors."""
 
+    @property
+    def saves_labels(self) -> bool:
+        """Whether the run saves the labels, which are read with the inputs."""
+        return isinstance(self.data, HasBatchLabels)
+
     @cached_property
     def evidence(self) -> tuple[Evidence, ...]:
         """What the run must write, because the predictions do not contain it."""
@@ -65,6 +70,12 @@ class Evaluation:
         Raises:
             ConfigError: it did not.
         """
+        if self.saves_labels and lacks_evidence(LABELS, committed):
+            raise ConfigError(
+                "metrics need labels, which the run in this folder did not save; run again with "
+                f"{option('overwrite')}",
+                "metrics",
+            )
         written = {item.name for item in self.evidence}
         for scorer in self.scorers:
             name = scorer.evidence.name
@@ -79,11 +90,17 @@ class Evaluation:
     def check_labels(self) -> None:
         """Check all labels, because after the run an error would be too late.
 
+        Those that are read with the inputs are checked after the run.
+
         Raises:
             ConfigError: a label cannot be read, or no metric can compare an output with it.
         """
+        if not self.saves_labels:
+            self._check_labels(self.data.labels())
+
+    def _check_labels(self, chunks: Iterator[torch.Tensor]) -> None:
         first = 0
-        for labels in self.data.labels():
+        for labels in chunks:
             for scorer in self.scorers:
                 scorer.check_labels(labels.double(), first)
             first += len(labels)
@@ -111,6 +128,9 @@ class Evaluation:
 
     def compute(self, folder: Path) -> tuple[Metric, ...]:
         """Compute the metrics of the predictions in a run folder."""
+        quarantined = quarantined_positions(folder)
+        if self.saves_labels:
+            self._check_labels(_zeroed(self._labels(folder), quarantined))
         if any(scorer.surveys for scorer in self.scorers):
             for _, rows in self._read(folder):
                 for scorer in self.scorers:
@@ -118,11 +138,21 @@ class Evaluation:
         for scorer in self.scorers:
             scorer.start()
         samples = 0
-        for rows, labels in _pairs(self._read(folder), self.data, quarantined_positions(folder)):
+        for rows, labels in _pairs(self._read(folder), self._labels(folder), quarantined):
             samples += len(labels)
             for scorer in self.scorers:
                 scorer.update(rows, labels)
         return tuple(scorer.result(samples) for scorer in self.scorers) if samples else ()
+
+    def _labels(self, folder: Path) -> Iterator[torch.Tensor]:
+        """Yield the labels of all samples, in chunks."""
+        if not self.saves_labels:
+            yield from self.data.labels()
+            return
+        saved = np.load(folder / evidence_file(LABELS), mmap_mode="r")
+        step = max(1, CHUNK_BYTES // max(1, saved[:1].nbytes))
+        for begin in range(0, len(saved), step):
+            yield torch.from_numpy(np.array(saved[begin : begin + step]))
 
     def _read(self, folder: Path) -> Iterator[_Chunk]:
         """Yield the evidence of all metrics, keyed by its name."""
@@ -250,13 +280,23 @@ def _positions(samples: int) -> Iterator[_Chunk]:
         yield torch.arange(begin, min(begin + step, samples)), {}
 
 
+def _zeroed(chunks: Iterator[torch.Tensor], positions: set[int]) -> Iterator[torch.Tensor]:
+    """Yield labels in chunks, with 0 at some positions, such as those without a label."""
+    first = 0
+    for labels in chunks:
+        numbers = torch.arange(first, first + len(labels))
+        labels[torch.isin(numbers, torch.tensor(sorted(positions), dtype=torch.int64))] = 0
+        yield labels
+        first += len(labels)
+
+
 def _pairs(
-    chunks: Iterator[_Chunk], data: HasLabels, quarantined: set[int]
+    chunks: Iterator[_Chunk], labels_of_all: Iterator[torch.Tensor], quarantined: set[int]
 ) -> Iterator[tuple[Tensors, torch.Tensor]]:
     """Yield outputs and labels of the same samples, without the quarantined ones."""
     excluded = torch.tensor(sorted(quarantined), dtype=torch.int64)
     # float64, because torch supports few operations on the smaller integer types.
-    label_chunks = (labels.double() for labels in data.labels())
+    label_chunks = (labels.double() for labels in labels_of_all)
     labels, first = next(label_chunks), 0  # unused labels, and the position of the first of them
     for positions, rows in chunks:
         stop = int(positions[-1]) + 1

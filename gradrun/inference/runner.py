@@ -70,6 +70,7 @@ from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
+from gradrun.output.evidence_writer import LABELS, evidence_key
 from gradrun.output.formats import RowWriter
 from gradrun.output.quarantine import Quarantine, SampleLog
 from gradrun.output.transforms import (
@@ -212,7 +213,7 @@ class Runner:
         self.warnings: list[Warning] = []
         self._facts, self._selector = facts, OutputSelector(config.output, facts, decode)
         self._select: Callable[..., Outputs] = self._selector
-        self._plan_metrics = plan_metrics
+        self._plan_metrics, self._saves_labels = plan_metrics, False
         dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
         self._transfer = transfer_to(device, dtype)
 
@@ -254,6 +255,8 @@ class Runner:
             if evaluation and evaluation.evidence:
                 self._select = _with_evidence(self._selector, evaluation)
                 outputs |= evaluation.collect(returned, first.kwargs)
+            self._saves_labels = evaluation is not None and evaluation.saves_labels
+            outputs = self._with_labels(outputs, first.labels)
             del returned
             warm_up_started = time.perf_counter()
             try:
@@ -385,6 +388,7 @@ class Runner:
     ) -> None:
         # Only local names, and no object per batch that a hand-written loop would not create:
         # this keeps the overhead within a few percent of such a loop.
+        with_labels = self._with_labels
         model, select, write, sizes = self.model, self._select, writer.write, timed.sizes
         start, stop, now = clock.start, clock.stop, time.perf_counter_ns
         check_finite = self.config.run.on_nonfinite != "warn"
@@ -394,7 +398,7 @@ class Runner:
         next_callback = began + _CALLBACK_NS
         try:
             for batch in recovery.split_to_fit(batches):
-                args, kwargs, size, ids, errors = batch
+                args, kwargs, size, ids, errors, labels = batch
                 read_ns = now() - mark
                 try:
                     if errors:
@@ -428,6 +432,8 @@ class Runner:
                 add_elements(elements)
                 try:
                     outputs, valid = select(returned, size, kwargs), None
+                    if labels is not None:
+                        outputs = with_labels(outputs, labels)
                 except Exception as error:  # a user's function may raise anything
                     at = timed.start + timed.done
                     outputs, valid = recovery.recover(at, size, error)
@@ -556,6 +562,7 @@ class Runner:
 
     def _first_batch(self) -> Batch:
         """Return a copy of the first batch; with on_error: quarantine, of its readable samples."""
+        location = self.config.data.location
         # The first alone: a source may read ahead for an iterator over all batches.
         first = [*filter(None, [read_one(self.data, 0)])]
         others = self.data.batches(sum(batch.size for batch in first))
@@ -563,11 +570,11 @@ class Runner:
             rows = [row for row in range(batch.size) if row not in batch.errors]
             error = next(iter(batch.errors.values()), None)
             if error and self.config.run.on_error != "quarantine":
-                raise ConfigError(f"{error}{QUARANTINE_HINT}", "data.path") from error
+                raise ConfigError(f"{error}{QUARANTINE_HINT}", location) from error
             if rows:
                 break
         else:
-            raise ConfigError(f"every sample is unreadable; the last error: {error}", "data.path")
+            raise ConfigError(f"every sample is unreadable; the last error: {error}", location)
         batch = batch.select(rows) if error else batch
         try:
             # A copy, so that the source can release the chunk of the batch.
@@ -718,7 +725,15 @@ class Runner:
 
     def _predict(self, batch: Batch) -> Outputs:
         batch.raise_errors()
-        return self._select(self.model(*batch.args, **batch.kwargs), batch.size, batch.kwargs)
+        returned = self.model(*batch.args, **batch.kwargs)
+        outputs = self._select(returned, batch.size, batch.kwargs)
+        return self._with_labels(outputs, batch.labels)
+
+    def _with_labels(self, outputs: Outputs, labels: torch.Tensor | None) -> Outputs:
+        """Add the labels of a batch to its outputs, if metrics need them."""
+        if labels is None or not self._saves_labels:
+            return outputs
+        return outputs | {evidence_key(LABELS): labels}
 
     def _batches(self, start: int, stop: int | None, *, ahead: bool) -> Any:
         size = whole_batches(self.data)

@@ -15,9 +15,11 @@ _MAX_BATCHES = 8
 _MAX_BYTES = 64 * 1024 * 1024
 
 
-def batch_number(config: RunConfig, device: torch.device, number: int) -> Batch | None:
+def batch_number(
+    config: RunConfig, device: torch.device, number: int, *, trust_code: bool = False
+) -> Batch | None:
     """Return a copy of one batch, on `device`; None if the data have no such batch."""
-    data = open_data(config.data, seed=config.run.seed, model=config.model)
+    data = _open(config, trust_code)
     batch = read_one(data, number * data.batch_size)
     if batch is None or batch.errors:
         return None
@@ -58,5 +60,10 @@ def first_batches(
         if len(batches) == _MAX_BATCHES or size > _MAX_BYTES:
             break
     if not batches:
-        raise ConfigError(f"every batch has a sample that cannot be read: {error}", "data.path")
+        text = f"every batch has a sample that cannot be read: {error}"
+        raise ConfigError(text, config.data.location)
     return batches
+
+
+def _open(config: RunConfig, trust_code: bool) -> BatchSource:
+    return open_data(config.data, seed=config.run.seed, model=config.model, trust_code=trust_code)

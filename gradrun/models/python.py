@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.imports import (
     describe_user_error,
-    import_file,
+    import_target,
     imported_files,
-    imports_from,
     require_trust,
+    target_root,
 )
-from gradrun.core.suggest import suggest
 from gradrun.models.initialization import RandomOrigins, describe_random
 from gradrun.models.loaded import LoadedModel
 
@@ -29,20 +27,10 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
     """Import the target and return it, or the module that it returns for model.args."""
     require_trust(trust_code, f"{config.target} is Python code", _KEY)
     location, _, name = config.target.rpartition(":")
-    is_file, root = location.endswith(".py"), _root(config)
     origins = RandomOrigins()
-    try:
-        with origins, imports_from(root, reload=is_file, first=config.root is not None):
-            module = import_file(Path(location)) if is_file else importlib.import_module(location)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ConfigError(
-            f"importing {location} failed: {describe_user_error(error)}", _KEY
-        ) from error
-    if not hasattr(module, name):
-        public = [known for known in vars(module) if not known.startswith("_")]
-        raise ConfigError(f"{location} has no {name!r}; {suggest(name, public)}", _KEY)
     with origins:
-        model = build_module(getattr(module, name), config.args, config.target)
+        target = import_target(config.target, config.root, _KEY)
+        model = build_module(target, config.args, config.target)
     return LoadedModel(
         model,
         weights=f"set by {Path(location).name}:{name}",
@@ -52,14 +40,9 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
 
 def source_files(config: ModelConfig) -> dict[str, Path]:
     """Return the name and path of each file of the user's code that the model has imported."""
-    return imported_files(_root(config)) if isinstance(config, PythonModel) else {}
-
-
-def _root(config: PythonModel) -> Path:
-    """Return the absolute path of the folder to import from."""
-    location = config.target.rpartition(":")[0]
-    is_file = location.endswith(".py")
-    return (config.root or (Path(location).parent if is_file else Path.cwd())).resolve()
+    if not isinstance(config, PythonModel):
+        return {}
+    return imported_files(target_root(config.target, config.root))
 
 
 def build_module(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:

@@ -24,6 +24,10 @@ FILES = f"{_STEM}.*.npy"
 """Pattern of the file names."""
 
 
+LABELS = "labels"
+"""Name of the evidence with the labels that were read with the inputs."""
+
+
 def evidence_key(name: str) -> str:
     """Return the name of some evidence among the outputs of a batch."""
     return f"{_KEY}{name}"

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gradrun.config.model import PythonModel
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import is_pattern
@@ -27,6 +26,12 @@ _MISSING = "missing"
 _UNCOMPARED = {"path", "time", "sampled"}
 """Of the description of a file: its content decides."""
 
+_UNREAD = (
+    *("output.", "check.", "data.labels", "data.classes"),
+    *("model.root", "data.root"),
+)
+"""Keys of files that do not affect predictions, or of folders that contain other files."""
+
 _IDS, _CLASS_NAMES = "the type of the ids", "class names"
 
 _ADVICE = {
@@ -44,6 +49,7 @@ def fingerprint(
     by_rows: bool = False,
     classes: Sequence[str] = (),
     id_type: str = "",
+    identity: Mapping[str, Any] | None = None,
     code: Mapping[str, Path] | None = None,
     resolved: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -61,6 +67,7 @@ def fingerprint(
         by_rows: whether the committed ranges have checksums of the rows in data.path instead.
         classes: class names, which some formats write.
         id_type: type of the ids in data.id, which may change with a row behind the committed ones.
+        identity: properties of the data source that the config and files do not determine.
         code: name and path of each file of the user's code.
         resolved: values of the section `run` that replace "auto".
         versions: versions of libraries, and of weights that are not in a file.
@@ -72,8 +79,9 @@ def fingerprint(
     dumped = _take_paths(config.model_dump(mode="json"), config.model_dump(), "", paths)
     for key in ("engine", "measure", "check", "metrics"):  # do not affect predictions
         dumped.pop(key)
-    for key in ("labels", "classes"):
+    for key in ("labels", "classes", "workers"):
         dumped["data"].pop(key, None)
+    dumped["data"].update(identity or {})
     dumped["output"].pop("path")  # a folder may be moved
     dumped["output"].pop("examples")
     if target := config.output.decoder:  # the content of the file is compared
@@ -89,14 +97,15 @@ def fingerprint(
         dumped[_IDS] = id_type
     dumped["run"].update(resolved or {})
     dumped.update(versions or {})
-    if isinstance(config.model, PythonModel):
-        dumped["model"].pop("root")
-        dumped["model"]["target"] = Path(config.model.target).name
+    for key, target in config.targets().items():
+        section, _, name = key.partition(".")
+        dumped[section].pop("root", None)
+        dumped[section][name] = Path(target).name
     folders = {file.parent for file in listed}
     files = {
         name: _describe(file)
         for key, path in paths.items()
-        if not key.startswith(("output.", "data.labels", "data.classes", "check.", "model.root"))
+        if not key.startswith(_UNREAD)
         if not (by_rows and key == "data.path")
         # The listed files cover a folder that contains them.
         if not any(folder.is_relative_to(path) for folder in folders)

@@ -123,7 +123,7 @@ class ProfiledVariant:
             if hooks and self.hooks:
                 stack.enter_context(self.tree.timed(now))
             began = now()
-            for args, kwargs, _, _, _ in batches:
+            for args, kwargs, *_ in batches:
                 model(*args, **kwargs)
             seconds = max((now() - began) * 1e-9, 1e-9)
         count = len(batches)
@@ -163,7 +163,11 @@ def load_variant(
         batches = twin.batches
     else:
         data = open_data(
-            config.data, seed=config.run.seed, model=config.model, model_classes=model.classes
+            config.data,
+            seed=config.run.seed,
+            model=config.model,
+            model_classes=model.classes,
+            trust_code=trust_code,
         )
         batches = of_different_shapes(first_batches(config, device, data))
         if not twin:

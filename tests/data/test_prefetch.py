@@ -22,7 +22,7 @@ class Source:
     """A source of slow batches that counts reads and records the reading threads."""
 
     def __init__(self, count: int = 8, seconds: float = 0.0, fails_at: int | None = None) -> None:
-        self.count, self.seconds, self.fails_at = count, seconds, fails_at
+        self.count, self.samples, self.seconds, self.fails_at = count, count, seconds, fails_at
         self.read = 0
         self.readers: set[str] = set()
 
