@@ -91,6 +91,7 @@ class _Worker:
     ranges: list[WorkerRange] = field(default_factory=list)
     lost: str = ""
     lost_at: float | None = None
+    rejected: bool = False
 
 
 class Dispatcher:
@@ -212,7 +213,7 @@ class _Pass:
         self.workers[number] = _Worker(ready)
         if difference := self._difference(ready):
             self.engine.stop(number)
-            self._record_loss(number, f"rejected: {difference}")
+            self._record_loss(number, difference, rejected=True)
             if not self._alive() and not self._starting:
                 raise RunFailed(
                     f"worker {number} on {ready.node} cannot take part: {difference}",
@@ -289,9 +290,10 @@ class _Pass:
     def _alive(self) -> list[tuple[int, _Worker]]:
         return [(number, worker) for number, worker in self.workers.items() if not worker.lost]
 
-    def _record_loss(self, number: int, cause: str) -> None:
+    def _record_loss(self, number: int, cause: str, *, rejected: bool = False) -> None:
         worker = self.workers[number]
         worker.lost, worker.lost_at = cause, time.perf_counter() - self._first_ready
+        worker.rejected = rejected
 
     def _difference(self, ready: Ready) -> str:
         """Say how a worker differs from the driver in what changes predictions."""
@@ -379,7 +381,9 @@ class _Pass:
             return Progress(f"starting {name}")
         alive = sorted(self._alive())
         several = len({worker.ready.node for _, worker in alive}) > 1
-        others = {"lost": len(self.workers) - len(alive), "starting": self._starting}
+        rejected = sum(worker.rejected for worker in self.workers.values())
+        lost = len(self.workers) - len(alive) - rejected
+        others = {"lost": lost, "rejected": rejected, "starting": self._starting}
         return Progress(
             f"predicting on {name}",
             self.timed.start + self.timed.done,
@@ -418,6 +422,8 @@ class _Pass:
                 ranges=tuple(worker.ranges),
                 lost=worker.lost,
                 lost_at=worker.lost_at,
+                rejected=worker.rejected,
+                repeated=self.schedule.repeated[number],
             )
             for number, worker in self.workers.items()
         )

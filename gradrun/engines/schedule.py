@@ -57,6 +57,8 @@ class Schedule:
         self._finished: dict[int, Span] = {}
         """Spans with a result, by first sample, until the samples before them are written."""
         self._deaths: Counter[Span] = Counter()
+        self.repeated: Counter[int] = Counter()
+        """Spans of each worker that another one had before."""
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -90,11 +92,13 @@ class Schedule:
         mine = self._running[worker]
         if len(mine) >= _QUEUED:
             return None
-        span = (
-            self._next_retry() or self._next_fresh(size) or (None if mine else self._oldest_open())
-        )
+        begin = self._fresh
+        span = self._next_retry() or self._next_fresh(size)
+        if span is None and not mine:
+            span = self._oldest_open()
         if span:
             mine.append(span)
+            self.repeated[worker] += span.start < begin
         return span
 
     def complete(self, worker: int, span: Span) -> bool:

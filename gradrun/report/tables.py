@@ -213,7 +213,7 @@ def _sentence(text: str) -> str:
 
 def workers(measured: Measurement) -> Table:
     """The part of each worker of an engine, and how lost ones ended."""
-    total = measured.samples or 1
+    total, repeats = measured.samples or 1, any(worker.repeated for worker in measured.workers)
     rows: list[tuple[Cell, ...]] = []
     for worker in measured.workers:
         seconds = sum(span.ended - span.began for span in worker.ranges)
@@ -221,15 +221,18 @@ def workers(measured: Measurement) -> Table:
         forward = f"{worker.forward / worker.busy:.0%}" if worker.busy else DASH
         peak = DASH if worker.process_peak is None else format_bytes(worker.process_peak)
         share = f"{worker.samples / total:.0%}"
-        fate = Status("lost", "bad") if worker.lost else Status("")
+        ending = "rejected" if worker.rejected else "lost" if worker.lost else ""
+        fate = Status(ending, "bad") if ending else Status("")
         name = f"{worker.worker} on {worker.node}"
-        rows.append((name, f"{worker.samples:,}", share, rate, forward, peak, fate))
+        again = [f"{worker.repeated:,}" if worker.repeated else DASH] if repeats else []
+        rows.append((name, f"{worker.samples:,}", share, rate, forward, peak, *again, fate))
     columns = (
         Column("samples", emphasis="strong"),
         Column("share"),
         Column("samples/s"),
         Column("forward"),
         Column("process peak"),
+        *([Column("repeated")] if repeats else []),
         Column(kind="text"),
     )
     return Table("Worker", columns, tuple(rows))

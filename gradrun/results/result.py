@@ -170,6 +170,10 @@ class WorkerStats(Record, frozen=True, kw_only=True):
     """How the worker ended before the run did; empty if it stayed."""
     lost_at: Seconds | None = None
     """Seconds since the start of the timed pass."""
+    rejected: bool = False
+    """Whether it was refused when it was ready, for the reason in `lost`."""
+    repeated: Count = 0
+    """Ranges that it ran again, after the loss of another worker or beside a slow one."""
 
 
 class Compilation(Record, frozen=True, kw_only=True):

@@ -46,12 +46,19 @@ def run_warnings(measured: Measurement, machine: Environment, *, training: bool)
             f"{machine.threads} threads share {pluralize(machine.cpus, 'processor')}; "
             "run.threads: auto uses one thread per processor",
         )
-    if lost := [worker for worker in measured.workers if worker.lost]:
+    if lost := [worker for worker in measured.workers if worker.lost and not worker.rejected]:
         first = lost[0]
         warn(
             "workers_lost",
             f"{pluralize(len(lost), 'worker')} lost, and their samples were run again: worker "
             f"{first.worker} on {first.node} {first.lost}",
+        )
+    if rejected := [worker for worker in measured.workers if worker.rejected]:
+        first = rejected[0]
+        warn(
+            "workers_rejected",
+            f"{pluralize(len(rejected), 'worker')} rejected, and the others did the work: worker "
+            f"{first.worker} on {first.node}, because {first.lost}",
         )
     texts = measured.padding
     if texts and texts.truncated:

@@ -146,7 +146,7 @@ def eventful(tmp_path_factory: pytest.TempPathFactory) -> Eventful:
             stopped.append(_worker_processes()[0])
             stopped[0].suspend()
             torch.save({"factor": torch.full((1,), 3.0)}, folder / "w.pt")
-        if progress.other_workers == "2 lost":
+        if progress.other_workers == "1 lost, 1 rejected":
             (folder / "fast").touch()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -173,7 +173,8 @@ def test_a_replacement_that_finds_other_weights_is_refused_by_name(eventful: Eve
     *_, replacement = eventful.workers
     assert replacement.worker == 3
     assert replacement.samples == 0
-    assert replacement.lost == "rejected: its model.weights differs from that of the driver"
+    assert replacement.rejected
+    assert replacement.lost == "its model.weights differs from that of the driver"
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_output(

@@ -77,6 +77,7 @@ def test_the_spans_of_a_lost_worker_are_repeated_first() -> None:
     assert schedule.assign(2) == Span(10, 20)
     assert schedule.lose_worker(1) == []
     assert schedule.assign(2) == Span(0, 10)
+    assert schedule.repeated == {1: 0, 2: 1}
 
 
 def test_an_idle_worker_repeats_the_oldest_span_and_the_first_result_counts() -> None:
@@ -86,6 +87,7 @@ def test_an_idle_worker_repeats_the_oldest_span_and_the_first_result_counts() ->
     span = schedule.assign(1)
     assert span is not None
     assert schedule.assign(2) == span
+    assert schedule.repeated[2] == 1
     assert schedule.complete(2, span)
     assert not schedule.complete(1, span)
     assert list(schedule.release()) == [span]

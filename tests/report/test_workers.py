@@ -20,8 +20,12 @@ WORKERS = (
         busy=2.0,
         process_peak=2**20,
         ranges=(SPAN,),
+        repeated=2,
     ),
     WorkerStats(worker=2, node="b", cold_start=2.0, lost="was killed by SIGKILL", lost_at=1.0),
+    WorkerStats(
+        worker=3, node="c", cold_start=2.0, lost="its torch differs", lost_at=0.0, rejected=True
+    ),
 )
 MEASURED = measurement().replace(batch_seconds=(0.1,) * 3, batch_sizes=(100,) * 3, workers=WORKERS)
 
@@ -29,9 +33,13 @@ MEASURED = measurement().replace(batch_seconds=(0.1,) * 3, batch_sizes=(100,) * 
 def test_a_worker_that_was_lost_is_named_with_its_end() -> None:
     rows = [[str(cell) for cell in row] for row in tables.workers(MEASURED).rows]
     assert rows == [
-        ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", ""],
-        ["2 on b", "0", "0%", "–", "–", "–", "lost"],
+        ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", "2", ""],
+        ["2 on b", "0", "0%", "–", "–", "–", "–", "lost"],
+        ["3 on c", "0", "0%", "–", "–", "–", "–", "rejected"],
     ]
+    undisturbed = MEASURED.replace(workers=(WORKERS[0].replace(repeated=0),))
+    (row,) = tables.workers(undisturbed).rows
+    assert [*map(str, row)] == ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", ""]
     timing = {row[0]: [*map(str, row[1:])] for row in tables.timing(MEASURED).rows}
     assert timing["workers"] == ["2.50 s", "cold start of the slowest worker"]
 
@@ -59,9 +67,8 @@ def test_the_ranges_of_a_long_run_become_bars_with_its_pauses() -> None:
 
 def test_a_loss_is_a_warning_with_its_cause() -> None:
     environment = run_result().environment
-    (warning,) = [
-        w for w in run_warnings(MEASURED, environment, training=False) if w.code == "workers_lost"
+    warnings = run_warnings(MEASURED, environment, training=False)
+    assert [w.text for w in warnings if w.code.startswith("workers_")] == [
+        "1 worker lost, and their samples were run again: worker 2 on b was killed by SIGKILL",
+        "1 worker rejected, and the others did the work: worker 3 on c, because its torch differs",
     ]
-    assert warning.text == (
-        "1 worker lost, and their samples were run again: worker 2 on b was killed by SIGKILL"
-    )
