@@ -79,6 +79,7 @@ docs-serve: .venv/.docs ## serve the documentation at http://127.0.0.1:8000 and 
 bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/compare_bench.py
+	$(BIN)/python benchmarks/profile_bench.py
 
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from html import escape
@@ -21,6 +23,8 @@ _LEAST_WIDTH = 0.5
 """Narrower modules are not drawn."""
 _MAX_FLAMES = 3
 _NAMED_DOTS = 3
+_NEAR = 0.2
+"""Decades of the rate within which the names of two dots would overlap."""
 _DECADES = 2
 """The roofline plot extends this many decades to each side of the dots, at most."""
 
@@ -128,6 +132,8 @@ def roofline(figures: ProfileFigures, prefix: str) -> Plot | None:
     if not roofs:
         return None
 
+    named = _apart(dots)
+
     def draw(axes: Any) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -142,13 +148,13 @@ def roofline(figures: ProfileFigures, prefix: str) -> Plot | None:
             colour = placeholder(colours[module.calls.type])
             share = max(0.0, module.self_time.value) / (figures.modules[0].time.value or 1.0)
             axes.plot([intensity], [rate], "o", color=colour, markersize=4 + 10 * share**0.5)
-            if rank < _NAMED_DOTS:
+            if rank in named:
                 name = shorten(module.calls.path or module.calls.type)
-                at = {"xytext": (6, -9 - 2 * rank), "textcoords": "offset points", "fontsize": 7.5}
+                at = {"xytext": (6, -9), "textcoords": "offset points", "fontsize": 7.5}
                 axes.annotate(name, (intensity, rate), color=INK, **at)
         axes.set_xlim(left, right)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: format_count(value))
+            axis.set_major_formatter(lambda value, _: _round(value))
             axis.set_minor_formatter("")
         axes.set_xlabel("FLOP per byte")
         axes.set_ylabel("FLOP/s")
@@ -172,6 +178,24 @@ def _dots(figures: ProfileFigures) -> list[tuple[ModuleFigures, float, float]]:
         for module in ordered
         if (work := module.calls.work) and work.intensity and module.self_time.value > 0
     ]
+
+
+def _apart(dots: list[tuple[ModuleFigures, float, float]]) -> list[int]:
+    """Return the ranks of the dots to name: the first ones that are far from each other."""
+    named: list[int] = []
+    for rank, (_, intensity, rate) in enumerate(dots):
+        near = any(
+            abs(math.log10(rate / dots[other][2])) < _NEAR
+            and abs(math.log10(intensity / dots[other][1])) < 4 * _NEAR
+            for other in named
+        )
+        if not near and len(named) < _NAMED_DOTS:
+            named.append(rank)
+    return named
+
+
+def _round(value: float) -> str:
+    return re.sub(r"\.0+(?= |$)", "", format_count(value))
 
 
 def _flops(module: ModuleFigures) -> Any:

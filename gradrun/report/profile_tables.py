@@ -29,6 +29,7 @@ from gradrun.results.work import MachinePeaks, Reach, describe_reach
 _INDENT = "· "
 _MAX_DIFFERENCES = 10
 _MAX_TYPES = 6
+_CALLER_WIDTH = 24
 _DOUBTFUL = 0.03
 _MAX_NAMED = 8
 """Operators without a formula that a note names."""
@@ -91,9 +92,7 @@ def times(title: str, figures: ProfileFigures, shown: Sequence[ModuleFigures]) -
                 seconds_or_about(module.time) if module.time.value > 0 else "about 0 s",
                 Share(max(0.0, module.share.value), min(1.0, max(0.0, module.share.value))),
                 f"{max(0.0, own / whole):.0%}",
-                format_number(module.calls.calls)
-                if module.calls.calls % 1
-                else f"{module.calls.calls:.0f}",
+                _count(module.calls.calls),
                 DASH if peak is None else format_bytes(peak),
                 format_count(module.calls.parameters),
             )
@@ -150,20 +149,31 @@ def doubts(result: ProfileResult) -> Iterator[str]:
 
 def by_type(figures: ProfileFigures) -> Table:
     """Self times by type of module, longest first."""
-    seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, float] = defaultdict(float)
     for module in figures.modules:
-        seconds[module.calls.type] += max(0.0, module.self_time.value)
         calls[module.calls.type] += module.calls.calls
-    total = sum(seconds.values()) or 1.0
-    ordered = sorted(seconds.items(), key=lambda item: -item[1])[:_MAX_TYPES]
-    longest = ordered[0][1] or 1.0
+    total = figures.modules[0].time.value
+    shares = _shares_by_type(figures)[:_MAX_TYPES]
+    longest = shares[0][1] or 1.0
     rows = [
-        (name, format_seconds(own), Share(own / total, own / longest), format_count(calls[name]))
-        for name, own in ordered
+        (name, format_seconds(share * total), Share(share, share / longest), _count(calls[name]))
+        for name, share in shares
     ]
     columns = (Column("self"), Column("share"), Column("calls"))
     return Table("Type", columns, tuple(rows))
+
+
+def _shares_by_type(figures: ProfileFigures) -> list[tuple[str, float]]:
+    """Return the types of modules with the shares of their self times, longest first."""
+    seconds: dict[str, float] = defaultdict(float)
+    for module in figures.modules:
+        seconds[module.calls.type] += max(0.0, module.self_time.value)
+    total = sum(seconds.values()) or 1.0
+    return [(name, seconds[name] / total) for name in sorted(seconds, key=lambda n: -seconds[n])]
+
+
+def _count(calls: float) -> str:
+    return format_number(calls) if calls % 1 else f"{calls:,.0f}"
 
 
 def work(figures: ProfileFigures, shown: Sequence[ModuleFigures]) -> Table:
@@ -231,7 +241,7 @@ def operators(profile: Profile) -> Table:
             " ".join(filter(None, (one.name, one.shapes))),
             format_seconds(one.seconds),
             f"{one.seconds / total:.0%}",
-            f"{one.calls:.0f}" if one.calls >= 1 else format_number(one.calls),
+            _count(one.calls),
             _callers(one),
         )
         for one in profile.operators
@@ -243,7 +253,9 @@ def operators(profile: Profile) -> Table:
 
 def _callers(operator: OperatorTime) -> str:
     first, *more = [label.rpartition(" (")[0] or label for label in operator.modules]
-    return f"{first} and {len(more)} more" if more else first
+    if len(first) > _CALLER_WIDTH:
+        first = f"…{first[1 - _CALLER_WIDTH :]}"
+    return f"{first} +{len(more)}" if more else first
 
 
 def difference(base: Profile, other: Profile, key: str) -> Table:
@@ -306,11 +318,12 @@ def _sentences(result: ProfileResult) -> Iterator[str]:
             yield _summarize_difference(base, other)
         return
     figures = ProfileFigures(base)
-    ranked = sorted(figures.modules, key=lambda m: -m.self_time.value)
-    total = figures.modules[0].time.value or 1.0
-    parts = [f"{m.calls.label} takes {max(0.0, m.self_time.value) / total:.0%}" for m in ranked[:1]]
-    parts += [f"{m.calls.label} {m.self_time.value / total:.0%}" for m in ranked[1:3]]
-    yield f"By self time, {', '.join(parts)} of {format_seconds(figures.forward.value)}."
+    (first, share), *rest = _shares_by_type(figures)
+    parts = [f"{first} takes {share:.0%} of {format_seconds(figures.forward.value)} per batch"]
+    parts += [f"{name} {part:.0%}" for name, part in rest[:2]]
+    longest = max(figures.modules, key=lambda m: m.self_time.value)
+    alone = max(0.0, longest.self_time.value) / (figures.modules[0].time.value or 1.0)
+    yield f"{', '.join(parts)}. The longest module is {longest.calls.label} with {alone:.0%}."
     whole = figures.modules[0].work
     if whole and base.peaks:
         text = describe_reach(whole, figures.forward.value, base.peaks)

@@ -19,6 +19,9 @@ _OVERHEAD = 0.1
 _CACHE = 1.05
 """Above this share of the copy bandwidth, the tensors come from caches."""
 
+_IMPOSSIBLE = 1.05
+"""Above this share of the compute peak, the peak was measured too low."""
+
 _SHORTEST = 1e-12
 
 
@@ -157,10 +160,10 @@ def reach(work: Work, seconds: float, peaks: MachinePeaks) -> Reach | None:
 def describe_reach(work: Work, seconds: float, peaks: MachinePeaks) -> str:
     """Return the distance of a forward pass to the machine's peak, and the advice that follows.
 
-    Empty if the work has no counted operations, or types without a measured peak.
+    Empty if the work has no counted operations, types without a measured peak, or more than that.
     """
     found = reach(work, seconds, peaks)
-    if found is None or not work.flops or not found.compute:
+    if found is None or not 0 < found.compute <= _IMPOSSIBLE:
         return ""
     main = max(work.flops, key=lambda one: one.count).dtype
     mixed = "" if len(work.flops) == 1 else " and other types'"

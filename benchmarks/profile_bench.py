@@ -1,0 +1,186 @@
+"""Check profiles against planted models and against themselves: `make bench`.
+
+1. Shares of modules in a model with planted parts (a sleep, one and ten units of arithmetic, a pass
+   over memory) against clocks in the model itself: within 2 points, and ranked alike.
+2. The sum of all self times of five models against their forward pass without hooks: within 3 %.
+3. The float32 peak of this machine, measured five times: within 5 %, and possible for its clock.
+
+Other programs disturb all three: close them first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+import gradrun
+from gradrun.core.cpu import available_cpus
+from gradrun.profiling.peaks import measure_peaks
+from gradrun.results.profile import ProfileFigures
+
+ROOT = Path(__file__).parent.parent
+ZOO = ("mlp", "digits", "resnet18", "transformer_encoder")
+FASTEST = 64 * 6e9
+"""Operations per second that no core exceeds in float32: two AVX-512 units at 6 GHz."""
+
+
+class Sleeps(nn.Module):
+    """Sleeps for 5 ms."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005)
+        return x
+
+
+class Multiplies(nn.Module):
+    """Multiplies matrices a number of times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times, self.weight = times, nn.Parameter(torch.eye(256))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = x @ self.weight
+        return x
+
+
+class Streams(nn.Module):
+    """Reads and writes 64 MiB, which no cache keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(16 * 1024 * 1024))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.memory.neg_()
+        return x
+
+
+class Planted(nn.Module):
+    """Runs its parts one after the other; with `clocks`, appends the time of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeps, self.once, self.ten, self.streams = (
+            Sleeps(), Multiplies(2), Multiplies(20), Streams(),
+        )  # fmt: skip
+        self.clocks: list[list[float]] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        times = [time.perf_counter()]
+        for part in (self.sleeps, self.once, self.ten, self.streams):
+            x = part(x)
+            times.append(time.perf_counter())
+        if self.clocks is not None:
+            self.clocks.append([b - a for a, b in pairwise(times)])
+        return x
+
+
+def planted(folder: Path, threads: int) -> tuple[list[str], list[str], float]:
+    """Return the parts ranked by the profile and by the model's clocks, and the largest error."""
+    config = {
+        "model": {"source": "python", "target": f"{Path(__file__)}:Planted"},
+        "data": {
+            "source": "synthetic",
+            "inputs": {"x": {"shape": [256]}},
+            "samples": 512,
+            "batch_size": 256,
+        },
+        "run": {"threads": threads},
+        "output": {"path": str(folder / "planted")},
+    }
+    result = gradrun.profile(config, trust_code=True, peaks=False)
+    figures = ProfileFigures(result.profiles[0])
+    shares = {m.calls.path: m.share.value for m in figures.modules[1:]}
+    model = Planted()
+    model.clocks = []
+    with torch.inference_mode():
+        for _ in range(60):
+            model(torch.randn(256, 256))
+    rounds = [[t / sum(times) for t in times] for times in model.clocks[10:]]
+    true = {
+        name: median(column) for name, column in zip(shares, zip(*rounds, strict=True), strict=True)
+    }
+    error = max(abs(shares[name] - true[name]) for name in true)
+    print("   " + ", ".join(f"{n} {shares[n]:.1%} (true {true[n]:.1%})" for n in true))
+    return sorted(shares, key=lambda n: -shares[n]), sorted(true, key=lambda n: -true[n]), error
+
+
+def sums(folder: Path) -> Iterator[tuple[str, float, float]]:
+    """Yield each model with the sum of its self times and the share of the hooks."""
+    configs: dict[str, Any] = {name: ROOT / "configs" / f"{name}.yaml" for name in ZOO}
+    if bert := _bert(folder):
+        configs["bert"] = bert
+    for name, config in configs.items():
+        result = gradrun.profile(config, peaks=False, output={"path": str(folder / name)})
+        figures = ProfileFigures(result.profiles[0])
+        yield name, figures.sum_of_self_times, figures.overhead / figures.forward.value
+
+
+def _bert(folder: Path) -> dict[str, Any] | None:
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError:
+        return None
+    settings = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4}
+    BertModel(BertConfig(intermediate_size=1024, **settings)).save_pretrained(folder / "model")
+    return {
+        "model": {
+            "source": "huggingface",
+            "path": str(folder / "model"),
+            "auto_class": "AutoModel",
+        },
+        "data": {
+            "source": "synthetic",
+            "inputs": {"input_ids": {"shape": [64], "dtype": "int64", "high": 30_000}},
+            "samples": 32,
+            "batch_size": 8,
+        },
+        "output": {"path": str(folder / "bert"), "select": "pooler_output"},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=10, help="profiles of the planted model")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    args = parser.parse_args()
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for run in range(args.runs):
+            ranked, true, error = planted(folder, args.threads)
+            print(f"planted {run + 1}: {error * 100:.1f} points, ranked {', '.join(ranked)}")
+            if error > 0.02 or ranked != true:
+                failures.append(f"planted {run + 1}: {error * 100:.1f} points")
+        for model, total, hooks in sums(folder):
+            print(f"{model}: self times add up to {total:.1%}; hooks {hooks:.1%}")
+            if abs(total - 1) > 0.03:
+                failures.append(f"{model}: {total:.1%}")
+    rates = []
+    for _ in range(5):
+        peaks, noise = measure_peaks(torch.device("cpu"), args.threads)
+        rates.append(peaks.rate("float32") or 0.0)
+        others = f"other programs used {noise.others:.1f} CPUs"
+        print(f"float32 {rates[-1] / 1e9:.1f} GFLOP/s, copy {peaks.copy / 1e9:.1f} GB/s; {others}")
+    spread = max(rates) / min(rates) - 1
+    print(f"peaks within {spread:.1%}")
+    if spread > 0.05 or max(rates) > FASTEST * args.threads:
+        failures.append(f"peaks within {spread:.1%}, up to {max(rates) / 1e9:.0f} GFLOP/s")
+    print("\n".join(failures) or "passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
