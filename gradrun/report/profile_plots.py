@@ -153,6 +153,7 @@ def roofline(figures: ProfileFigures, prefix: str) -> Plot | None:
                 at = {"xytext": (6, -9), "textcoords": "offset points", "fontsize": 7.5}
                 axes.annotate(name, (intensity, rate), color=INK, **at)
         axes.set_xlim(left, right)
+        axes.set_ylim(bottom=min(rate for _, _, rate in dots) / 2)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: _round(value))
             axis.set_minor_formatter("")
