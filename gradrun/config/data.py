@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import (
@@ -141,6 +148,47 @@ def _folders(paths: Path | tuple[Path, ...] | None) -> Iterator[Path]:
     yield from (path for path in listed if path.is_dir())
 
 
+class DatasetSection(Section):
+    """A Hugging Face dataset; it is read as stored, by rows, in place of files."""
+
+    example: ClassVar[str] = "{path: reviews, split: test}"
+
+    path: Pretrained = Field(description="a folder written by save_to_disk, or a hub name")
+    split: str | None = Field(None, description="such as test; not needed if there is only one")
+    name: str | None = Field(None, description="the configuration of a dataset on the hub")
+    revision: str | None = Field(None, description="the hub's branch, tag or commit")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.path, str) and self.split is None:
+            raise ValueError("split is missing: a dataset on the hub needs one, such as test")
+        for key in ("name", "revision"):
+            if isinstance(self.path, Path) and getattr(self, key):
+                raise ValueError(f"{key} has no effect for a folder")
+        return self
+
+
+class _RowsData(_Data):
+    """Data in files or in a dataset."""
+
+    path: Any = None
+    dataset: DatasetSection | None = Field(
+        None, description="a Hugging Face dataset, in place of `path`"
+    )
+
+    @model_validator(mode="after")
+    def _check_origin(self) -> Self:
+        if self.path is None and self.dataset is None:
+            raise ValueError("path is missing; set it to files, or set dataset")
+        for key in ("path", *self._of_files):
+            if self.dataset and getattr(self, key) is not None:
+                raise ValueError(f"{key} and dataset cannot be combined")
+        return self
+
+    _of_files: ClassVar[tuple[str, ...]] = ()
+    """Keys that apply to files only."""
+
+
 class SyntheticInput(Section):
     """One random input."""
 
@@ -213,12 +261,13 @@ class RecordInput(_Input):
     )
 
 
-class RecordsData(_Data):
+class RecordsData(_RowsData):
     """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
-    path: InputFiles = Field(description=_FILES)
+    path: InputFiles | None = Field(None, description=_FILES)
     separator: Separator = None
+    _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     inputs: dict[str, RecordInput] = Field(min_length=1)
     columns: Columns = Field(
         {},
@@ -245,12 +294,13 @@ class RecordsData(_Data):
             )
 
 
-class TextData(_Data):
+class TextData(_RowsData):
     """Tokenized texts: the lines of a .txt file, or a field of .csv, .jsonl or .parquet."""
 
     source: Literal["text"]
-    path: InputFiles = Field(description=_FILES)
+    path: InputFiles | None = Field(None, description=_FILES)
     separator: Separator = None
+    _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     field: str | tuple[str, str] | None = Field(
         None, description="column of the text, or [first, second] for pairs; not for .txt"
     )
@@ -373,23 +423,31 @@ class FolderLabels(Section):
     )
 
 
-class FilesData(_Data):
+class FilesData(_RowsData):
     """Files below a folder, or those in a list, each one sample."""
 
-    path: InputFiles = Field(
-        description="a folder; a .txt, .csv or .tsv file that lists files; or, for images, .tar "
-        "files: a folder, a pattern or a list"
+    path: InputFiles | None = Field(
+        None,
+        description="a folder; a .txt, .csv or .tsv file that lists files; or .tar files: "
+        "a folder, a pattern or a list",
     )
     pattern: str | None = Field(
         None, description='files of the folder: "*/*.jpg"; default: every readable file below it'
     )
     column: str | None = Field(
-        None, description="column of a .csv or .tsv list with the paths; default: first"
+        None,
+        description="column of a .csv or .tsv list with the paths (default: first), or of a "
+        "dataset with the content (default: the only one)",
     )
+    id: str | None = Field(
+        None, description="column of a dataset with sample ids; default: row numbers"
+    )
+    _of_files: ClassVar[tuple[str, ...]] = ("pattern",)
+
     labels: str | FolderLabels | None = Field(
         None,
         description="folder: the name of the first folder below data.path; {folder: N}: of another "
-        "one; or a column of a .csv list",
+        "one; or a column of a .csv list or dataset",
     )
     classes: Classes = None
 

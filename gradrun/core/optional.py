@@ -24,6 +24,7 @@ EXTRAS = {
     "ray": ("Ray", "ray"),
     "backports": ("backports.zstd", "zstd"),
     "soundfile": ("soundfile", "audio"),
+    "datasets": ("datasets", "datasets"),
     "soxr": ("soxr", "audio"),
 }
 """import name -> package name, and the extra that installs it."""

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,8 @@ from gradrun.core.units import pluralize
 from gradrun.data.audio_decoding import SUFFIXES, AudioDecoder, Samples, Trait
 from gradrun.data.audio_processor import AudioProcessor
 from gradrun.data.batch import Batch
-from gradrun.data.sample_files import SampleFiles, list_samples
+from gradrun.data.dataset_rows import open_samples
+from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import BatchSource, InputBatcher, Preview, missing_labels
 from gradrun.results.result import Statement
 
@@ -36,9 +38,7 @@ def open_data(
     if (source := config.processor_source(model)) is not None:
         own = config.processor is None and isinstance(model, HuggingFaceModel)
         processor = AudioProcessor(source, model.revision if own else None, config.seconds)  # type: ignore[union-attr]
-    listed = list_samples(config, SUFFIXES, "audio files")
-    if listed.members:
-        raise ConfigError("audio files are not read from .tar files; extract them", "data.path")
+    listed = open_samples(config, SUFFIXES, "audio files")
     return _Audio(config, listed, decoder, processor, model_classes)
 
 
@@ -164,9 +164,10 @@ class _Audio:
             return config.sample_rate
         found: dict[int, str] = {}
         problem: SampleError | None = None
-        for path, name in zip(self._listed.paths, self._listed.names, strict=True):
+        for number, name in enumerate(self._listed.names):
             try:
-                found.setdefault(self._decoder.header(path, name).rate, name)
+                header = self._decoder.header(partial(self._listed.open, number), name)
+                found.setdefault(header.rate, name)
             except SampleError as error:
                 problem = error
                 continue
@@ -203,7 +204,7 @@ class _Audio:
             SampleError: the file cannot be decoded, or has another number of channels.
         """
         name = self._listed.names[number]
-        samples, traits = self._decoder.decode(self._listed.root / name, name, self._rate)
+        samples, traits = self._decoder.decode(partial(self._listed.open, number), name, self._rate)
         limit = self._processor.limit if self._processor else self._length
         if limit is not None and samples.shape[1] > limit:
             traits |= Trait.CUT

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntFlag
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ _SHORTER = re.compile(r"^(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", re.MULT
 _UNKNOWN_SIZE = 2**31 - 2**16
 """Sizes from here on mean that the program that wrote the header did not know the size."""
 
+OpenFile = Callable[[], IO[bytes]]
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -59,29 +61,29 @@ class AudioDecoder:
         self._soundfile = import_optional("soundfile", "data.source")
         self._soxr = import_optional("soxr", "data.source")
 
-    def header(self, path: Path, name: str) -> Header:
+    def header(self, open_file: OpenFile, name: str) -> Header:
         """Read the header of a file.
 
         Raises:
             SampleError: the file is not an audio file.
         """
-        with self._open(path, name) as file:
+        with self._open(open_file, name) as file:
             return Header(file.samplerate, file.channels)
 
-    def decode(self, path: Path, name: str, rate: int) -> tuple[Samples, Trait]:
+    def decode(self, open_file: OpenFile, name: str, rate: int) -> tuple[Samples, Trait]:
         """Return the samples of a file at `rate`, and its traits.
 
         Raises:
             SampleError: the file cannot be decoded.
         """
         traits = Trait.READ
-        with self._open(path, name) as file:
+        with self._open(open_file, name) as file:
             try:
                 samples = file.read(dtype="float32", always_2d=True)
                 announced, log = file.frames, file.extra_info
             except (RuntimeError, ValueError) as error:
                 raise SampleError(f"{name} cannot be decoded: {_reason(error)}") from error
-            stored = file.samplerate
+            own_rate = file.samplerate
         if (short := _SHORTER.search(log)) and int(short[2]) < int(short[1]) < _UNKNOWN_SIZE:
             raise SampleError(
                 f"{name} is truncated: it has {int(short[2]):,} of {int(short[1]):,} bytes"
@@ -100,20 +102,30 @@ class AudioDecoder:
             traits |= Trait.MIXED
             mixed = samples.mean(axis=1) if self._channels == "mean" else samples[:, 0]
             samples = mixed[:, None]
-        if stored != rate:
+        if own_rate != rate:
             traits |= Trait.RESAMPLED
-            samples = self._soxr.resample(np.ascontiguousarray(samples), stored, rate)
+            samples = self._soxr.resample(np.ascontiguousarray(samples), own_rate, rate)
             if not len(samples):
                 raise SampleError(f"{name} is too short to be resampled to {rate} Hz")
         return np.ascontiguousarray(samples.T), traits
 
-    def _open(self, path: Path, name: str) -> Any:
+    @contextmanager
+    def _open(self, open_file: OpenFile, name: str) -> Iterator[Any]:
         try:
-            return self._soundfile.SoundFile(path)
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
-            if not path.is_file():
-                raise SampleError(f"{name} does not exist") from error
+            stored = open_file()
+        except FileNotFoundError as error:
+            raise SampleError(f"{name} does not exist") from error
+        except OSError as error:
             raise SampleError(f"{name} cannot be read: {_reason(error)}") from error
+        except SampleError as error:
+            raise SampleError(f"{name} {error}") from error
+        with stored:
+            try:
+                opened = self._soundfile.SoundFile(stored)
+            except (RuntimeError, OSError, ValueError, TypeError) as error:
+                raise SampleError(f"{name} cannot be read: {_reason(error)}") from error
+            with opened as file:
+                yield file
 
 
 def _reason(error: Exception) -> str:

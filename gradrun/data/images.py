@@ -20,10 +20,11 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
+from gradrun.data.dataset_rows import open_samples
 from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
 from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
-from gradrun.data.sample_files import SampleFiles, list_samples
+from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import (
     BatchSource,
     InputBatcher,
@@ -44,7 +45,7 @@ def open_data(
     """List the images that a config names, and decode the first one to get their shape."""
     preprocessing = preprocessing_of(config, model)
     decoder = ImageDecoder(config, preprocessing.mode)
-    listed = list_samples(config, decoder.suffixes(), "images")
+    listed = open_samples(config, decoder.suffixes(), "images")
     return _Images(config, listed, decoder, preprocessing, model_classes)
 
 

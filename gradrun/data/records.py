@@ -15,6 +15,7 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
+from gradrun.data.dataset_rows import open_table
 from gradrun.data.record_inputs import Columns, open_parser, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
@@ -22,7 +23,6 @@ from gradrun.data.tables import (
     IdColumn,
     IndexedRows,
     RowIndex,
-    Table,
     classes_of_labels,
     read_labels,
 )
@@ -44,7 +44,7 @@ def open_data(
 
 class _Records(IndexedRows):
     def __init__(self, config: RecordsData, model_classes: Sequence[str]) -> None:
-        self.config, self._table = config, Table(config, TABLE_READERS)
+        self.config, self._table = config, open_table(config, TABLE_READERS)
         self.classes = config.classes or classes_of_labels(
             self._table, config.labels, model_classes
         )
@@ -164,7 +164,8 @@ class _Records(IndexedRows):
         yield from self._table.describe(self._index)
         yield self._table.describe_order(self._ids)
         if self.config.labels:
-            yield describe_labels(self.config, self.classes)
+            own = self._table.class_names(self.config.labels)
+            yield describe_labels(self.config, self.classes, own)
         yield from self._column_statements()
         others = " in the other columns" if self._filled_columns() else ""
         text = f"empty or null{others}: the row fails (run.on_error)"

@@ -58,7 +58,7 @@ class SampleFiles:
 
     @property
     def paths(self) -> list[Path]:
-        """The path of each file, or of the archives."""
+        """The files that are read: those of the samples, or archives."""
         if self.members:
             return [*self.members.archives]
         return [self.root / name for name in self.names]
@@ -127,6 +127,7 @@ def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
         ConfigError: the list cannot be read, contains no files, or lacks a column or a label.
     """
     path = config.path
+    assert path
     if not isinstance(path, Path) or is_pattern(path) or format_suffix(path) == tar_files.SUFFIX:
         return _in_archives(config, path, suffixes, kind)
     if path.is_dir():

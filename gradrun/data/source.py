@@ -371,12 +371,21 @@ def class_number(name: str, classes: Sequence[str]) -> int:
     return classes.index(name)
 
 
-def describe_labels(config: RecordsData | TextData, classes: Sequence[str] | None) -> Statement:
-    """Return the statement of the labels in a column, with their names and their origin."""
+def describe_labels(
+    config: RecordsData | TextData, classes: Sequence[str] | None, own: Sequence[str] = ()
+) -> Statement:
+    """Return the statement of the labels in a column, with their names and their origin.
+
+    Args:
+        config: the data section.
+        classes: the names of the classes, if labels are names.
+        own: the names that the dataset has.
+    """
     column = f"column {config.labels}"
     if not classes:
         return Statement(topic="labels", text=f"{column}, as numbers")
     listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    origin = "data.classes" if config.classes else "the model"
+    others = "the dataset" if own and [*own] == [*classes] else "the model"
+    origin = "data.classes" if config.classes else others
     text = f"{column}, by name: {listed} ({len(classes)} classes, from {origin})"
     return Statement(topic="labels", text=text)

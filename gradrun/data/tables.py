@@ -50,8 +50,57 @@ _INT64 = range(-(2**63), 2**63)
 _BOOLEANS = {"true": 1.0, "false": 0.0}
 
 
-class Table:
-    """The rows of one or several files of one format, which can be read from any position on."""
+class Table(Protocol):
+    """Rows that can be read from any position on."""
+
+    suffix: str
+    """The format of the files, as a suffix in lower case; "" without one."""
+    has_columns: bool
+    """Whether the rows have columns with names, unlike lines of text."""
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files with the rows."""
+
+    def class_names(self, column: str) -> tuple[str, ...]:
+        """Return the names of the classes in a column of labels, if the table has them."""
+
+    def read(self, start: Position = BEGINNING) -> Generator[Record]:
+        """Yield the rows from `start` on, one at a time.
+
+        Raises:
+            ConfigError: they cannot be read, or the columns have no unique names.
+        """
+
+    def describe(self, index: RowIndex) -> Iterator[Statement]:
+        """Yield the statements of the files: how many, of which format, and those left out."""
+
+    def describe_order(self, ids: IdColumn | None) -> Statement:
+        """Return the statement of the order of the samples and of their ids."""
+
+    def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
+        """Check that the columns of a config have one kind in all Parquet files.
+
+        Whole numbers in one file and fractions in another are read as numbers, and stated; not in
+        an id, whose text would depend on it.
+
+        Args:
+            columns: pairs of config key and column.
+
+        Raises:
+            ConfigError: a column has several kinds.
+        """
+
+    def check_columns(self, record: Record, columns: Iterable[tuple[str, str]]) -> None:
+        """Check that a row has the columns of a config, given as pairs of config key and column.
+
+        Raises:
+            ConfigError: it lacks one of them.
+        """
+
+
+class FileTable:
+    """The rows of one or several files of one format."""
 
     def __init__(self, config: RecordsData | TextData, readers: Mapping[str, Reader]) -> None:
         """Find the files of a config, and the reader of their format.
@@ -59,6 +108,7 @@ class Table:
         Raises:
             ConfigError: there is no file, or no reader of the format.
         """
+        assert config.path
         self._listed = list_files(config.path, "data.path", readers)
         first = self.files[0]
         self.suffix = format_suffix(first)
@@ -74,6 +124,7 @@ class Table:
                 f"a {packed[0].suffix} file; decompress it",
                 "data.path",
             )
+        self.has_columns = self.suffix in TABLE_READERS
         self._reader, self._open_files = readers[self.suffix], LineFiles()
         self._separator = config.separator or SEPARATORS.get(self.suffix, "")
         if config.separator and self.suffix not in SEPARATORS:
@@ -88,17 +139,10 @@ class Table:
     def files(self) -> tuple[Path, ...]:
         return self._listed.files
 
-    @property
-    def has_columns(self) -> bool:
-        """Whether the rows have columns with names, unlike lines of text."""
-        return self.suffix in TABLE_READERS
+    def class_names(self, column: str) -> tuple[str, ...]:
+        return ()
 
     def read(self, start: Position = BEGINNING) -> Generator[Record]:
-        """Yield the rows of all files from `start` on, one at a time.
-
-        Raises:
-            ConfigError: a file cannot be read, or its columns have no unique names.
-        """
         at = start
         for number in range(start.file, len(self.files)):
             path = self.files[number]
@@ -115,17 +159,6 @@ class Table:
                 raise ConfigError(f"{path} cannot be read: {reason}", "data.path") from error
 
     def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
-        """Check that the columns of a config have one kind in all Parquet files.
-
-        Whole numbers in one file and fractions in another are read as numbers, and stated; not in
-        an id, whose text would depend on it.
-
-        Args:
-            columns: pairs of config key and column.
-
-        Raises:
-            ConfigError: a column has several kinds.
-        """
         if self.suffix != PARQUET or len(self.files) == 1:
             return
         keys = {column: key for key, column in columns}
@@ -147,7 +180,6 @@ class Table:
                 self._mixed.append(Statement(topic="files", text=text))
 
     def describe(self, index: RowIndex) -> Iterator[Statement]:
-        """Yield the statements of the files: how many, of which format, and those left out."""
         if len(self.files) > 1:
             formats = " and ".join(dict.fromkeys(map(format_name, self.files)))
             empty = index.empty_files(len(self.files))
@@ -162,18 +194,12 @@ class Table:
         yield from self._mixed
 
     def describe_order(self, ids: IdColumn | None) -> Statement:
-        """Return the statement of the order of the samples and of their ids."""
         rows = "rows" if self.has_columns else "lines"
         files = self.files[0].name if len(self.files) == 1 else f"the files, {self._listed.order}"
         described = ids.describe() if ids else "row numbers, from 0"
         return Statement(topic="order", text=f"{rows} as in {files}; ids: {described}")
 
     def check_columns(self, record: Record, columns: Iterable[tuple[str, str]]) -> None:
-        """Check that a row has the columns of a config, given as pairs of config key and column.
-
-        Raises:
-            ConfigError: it lacks one of them.
-        """
         for key, column in columns:
             if column in record.fields:
                 continue
@@ -348,11 +374,16 @@ _Row = TypeVar("_Row", bound=_HasEnd)
 def classes_of_labels(
     table: Table, column: str | None, model_classes: Sequence[str]
 ) -> tuple[str, ...] | None:
-    """Return the class names of the model if the first label of a column is one of them.
+    """Return the class names of a column of labels, in the order of the model if it has them all.
 
-    Class names that are numbers do not count, because such labels may also be numbers of classes.
+    They are the names in the table, or those of the model if the first label is one of them. Class
+    names that are numbers do not count, because such labels may also be numbers of classes.
     """
-    if column is None or not table.has_columns or all(map(_is_number, model_classes)):
+    if column is None or not table.has_columns:
+        return None
+    if own := table.class_names(column):
+        return tuple(model_classes) if {*own} <= {*model_classes} else own
+    if all(map(_is_number, model_classes)):
         return None
     with closing(table.read()) as records:
         for record in itertools.islice(records, _LABELS_CHUNK):

@@ -16,6 +16,7 @@ from gradrun.config.data import TextData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
+from gradrun.data.dataset_rows import open_table
 from gradrun.data.rows import BEGINNING, READERS, Position
 from gradrun.data.source import (
     BatchSource,
@@ -27,7 +28,6 @@ from gradrun.data.source import (
 from gradrun.data.tables import (
     IndexedRows,
     RowIndex,
-    Table,
     classes_of_labels,
     id_column,
     read_labels,
@@ -89,7 +89,7 @@ class Texts(IndexedRows):
     def __init__(
         self, config: TextData, tokenization: Tokenization, model_classes: Sequence[str]
     ) -> None:
-        self.config, self._table = config, Table(config, READERS)
+        self.config, self._table = config, open_table(config, READERS)
         self.classes = config.classes or classes_of_labels(
             self._table, config.labels, model_classes
         )
@@ -155,7 +155,8 @@ class Texts(IndexedRows):
             )
             yield Statement(topic="batches", text=text)
         if self.config.labels:
-            yield describe_labels(self.config, self.classes)
+            own = self._table.class_names(self.config.labels)
+            yield describe_labels(self.config, self.classes, own)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         with closing(self._texts()) as texts:

@@ -39,6 +39,7 @@ def config(case: str, folder: Path) -> dict[str, Any]:
         "torchvision": {"model": {"source": "torchvision", "name": "resnet18"}},
         "ray": {"engine": {"source": "ray", "address": "127.0.0.1:9"}},
         "soundfile": {"data": {"source": "audio", "path": "."}},
+        "datasets": {"data": {"source": "images", "dataset": {"path": "."}}},
         "soxr": {"data": {"source": "audio", "path": "."}},
         "timm model": {"model": {"source": "timm", "name": "resnet18"}},
         "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},

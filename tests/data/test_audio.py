@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import wave
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,14 @@ def test_labels_are_the_folders_and_a_list_keeps_its_order(tmp_path: Path) -> No
     assert isinstance(listed, HasLabels)
     assert torch.cat(list(listed.labels())).tolist() == [2.5, 1]
     assert [list(batch.ids) for batch in listed.batches()] == [["dog/000.wav", "cat/000.wav"]]
+
+
+def test_files_in_an_archive_are_those_of_the_folder(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path / "clips", [30, 30])
+    with tarfile.open(tmp_path / "clips.tar", "w") as archive:
+        archive.add(tmp_path / "clips", "clips")
+    source = data("audio", path=tmp_path / "clips.tar")
+    np.testing.assert_array_equal(joined(source.batches()), np.stack(clips))
 
 
 # --- feature extractors ------------------------------------------------------------------------
