@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 from gradrun.core.input_files import is_pattern
@@ -128,7 +136,10 @@ def resolved_by(resolve: Callable[[PathResolver, Any], Any]) -> AfterValidator:
 
 InputFile = Annotated[Path, resolved_by(PathResolver.input_file)]
 InputFiles = Annotated[
-    Path | Annotated[tuple[Path, ...], Field(min_length=1)], resolved_by(PathResolver.input_files)
+    Annotated[Path, Tag("file")] | Annotated[tuple[Path, ...], Field(min_length=1), Tag("files")],
+    # One branch, so that an error is about that branch alone.
+    Discriminator(lambda value: "files" if isinstance(value, list | tuple) else "file"),
+    resolved_by(PathResolver.input_files),
 ]
 InputFolder = Annotated[Path, resolved_by(PathResolver.input_folder)]
 InputPath = Annotated[Path, resolved_by(PathResolver.input_path)]

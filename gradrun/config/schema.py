@@ -19,6 +19,7 @@ from gradrun.config.output import OutputSection
 from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.input_files import is_pattern, list_files
 
 _FILES = {"model": "net", "data": "data"}
 """Section -> name of a Python file, for examples."""
@@ -72,12 +73,20 @@ class RunConfig(Section):
         cls, output: OutputSection, info: ValidationInfo
     ) -> OutputSection:
         for folder in info.data["data"].folders() if "data" in info.data else ():
+            context = {"path": str(output.path), "folder": str(folder)}
             if output.path.is_relative_to(folder):
                 raise PydanticCustomError(
                     "output_in_data",
                     "{path} is inside of data.path, {folder}, so that the next run would read its "
                     "files as data; choose another folder, or a pattern for data.path",
-                    {"path": str(output.path), "folder": str(folder)},
+                    context,
+                )
+            if folder.is_relative_to(output.path):
+                raise PydanticCustomError(
+                    "data_in_output",
+                    "{path} contains data.path, {folder}, which an overwrite could remove; choose "
+                    "another folder",
+                    context,
                 )
         return output
 
@@ -140,5 +149,5 @@ class RunConfig(Section):
             elif isinstance(value, tuple):
                 pending += value
             elif isinstance(value, Path):
-                paths.append(value)
+                paths += list_files(value, "data.path").files if is_pattern(value) else [value]
         return paths

@@ -79,6 +79,8 @@ def list_files(paths: InputPaths, key: str, suffixes: Collection[str] = ()) -> F
         listed = ", ".join(sorted(suffixes))
         wanted = f"files to read ({listed})" if listed else "files"
         raise ConfigError(f"{_join(given)} has no {wanted}{rest}", key)
+    if lost := next((file for file in files if not file.is_file()), None):
+        raise ConfigError(f"{lost} is not a regular file, but a broken link or a pipe", key)
     if len(files) > 1:
         _check_distinct(files, key)
         _check_one_format(files, key)
@@ -110,13 +112,20 @@ def files_below(folder: Path) -> Iterator[Path]:
     """Yield all files below a folder whose names do not start with a dot, in no order.
 
     Links to folders are followed, except to a folder that contains the link.
+
+    Raises:
+        ConfigError: a folder cannot be read, so that its files would be missing.
     """
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         here = Path(parent)
         folders[:] = [
             name for name in folders if not name.startswith(".") and not _is_loop(here / name)
         ]
         yield from (here / name for name in files if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise ConfigError(f"{error.filename} cannot be read: {error.strerror}", "data.path") from error
 
 
 def _natural(text: str) -> list[str | int]:
@@ -144,7 +153,7 @@ def _expand(path: Path, key: str, suffixes: Collection[str], others: Counter[str
             raise ConfigError(f"file {path} does not exist", key)
         return [path]
     matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - pathlib matches hidden files
-    files = sorted((match for match in matches if match.is_file()), key=natural_order)
+    files = sorted((match for match in matches if not match.is_dir()), key=natural_order)
     if not files:
         found_folders = " (only folders: append /*)" if matches else ""
         raise ConfigError(f"no file matches {path}{found_folders}", key)

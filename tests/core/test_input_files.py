@@ -118,6 +118,25 @@ def test_a_file_that_is_listed_twice_is_an_error(tmp_path: Path) -> None:
     assert f"{tmp_path / 'latest.csv'} is the same file as {a}" in error(tmp_path)
 
 
+def test_a_broken_link_or_an_unreadable_folder_is_an_error_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, "a.csv", "more/b.csv")
+    (tmp_path / "c.csv").symlink_to(tmp_path / "absent")
+    for path in (tmp_path, tmp_path / "*.csv"):
+        assert "c.csv is not a regular file, but a broken link" in error(path)
+    (tmp_path / "c.csv").unlink()
+    scandir = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{tmp_path / 'more'} cannot be read: Permission denied" in error(tmp_path)
+
+
 def test_the_format_is_the_suffix_before_the_compression() -> None:
     for name, suffix, shown in [
         ("a.jsonl.gz", ".jsonl", "jsonl.gz"),

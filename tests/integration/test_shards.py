@@ -168,8 +168,50 @@ def test_a_resume_after_shards_changed_their_order_is_refused(tmp_path: Path, fo
         gradrun.infer(given, trust_code=True, resume=True)
 
 
-def test_an_output_inside_of_the_data_folder_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("shards/out", r"is inside of data\.path"), ("", r"contains data\.path")],
+)
+def test_outputs_and_data_in_one_folder_are_an_error(
+    tmp_path: Path, output: str, message: str
+) -> None:
     given = config(tmp_path, "npy")
-    given["output"] = {"path": str(tmp_path / "shards" / "out")}
-    with pytest.raises(ConfigError, match=r"is inside of data\.path"):
+    given["output"] = {"path": str(tmp_path / output)}
+    with pytest.raises(ConfigError, match=message):
         gradrun.infer(given, trust_code=True)
+
+
+def test_an_overwrite_does_not_remove_the_files_of_a_pattern(tmp_path: Path) -> None:
+    given = config(tmp_path, "npy")
+    (tmp_path / "shards").rename(tmp_path / "predictions")
+    np.save(tmp_path / "predictions.npy", np.zeros((4, 1), np.float32))
+    given["data"]["path"] = str(tmp_path / "*.npy")
+    given["output"] = {"path": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"would remove .*predictions\.npy"):
+        gradrun.infer(given, trust_code=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ([], "data.path: has 0 entries; allowed: at least 1"),
+        (["a.csv", "absent.csv"], "absent.csv does not exist"),
+        ("absent-*.csv", "no file matches"),
+        (["a.csv", "a.csv"], "a.csv is listed twice"),
+    ],
+)
+def test_a_path_without_files_is_an_error_of_the_config(
+    tmp_path: Path, cli: Command, path: Any, message: str
+) -> None:
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    given = {
+        "model": {"source": "layers", "layers": ["Identity"]},
+        "data": {"source": "records", "path": path, "inputs": {"x": {"columns": ["a"]}}},
+        "output": {"path": "out"},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(given))
+    answer = cli("infer", tmp_path / "c.yaml")
+    assert answer.code == 2
+    assert message in " ".join(answer.err.split())
+    assert "c.yaml:" in answer.err
+    assert "is not text" not in answer.err

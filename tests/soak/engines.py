@@ -2,6 +2,9 @@
 
 A run whose driver was killed is resumed with another number of workers, or without an engine, until
 it finishes. Prints one line per run, and ends with exit code 1 after the first difference.
+
+With `--shards`, each run reads the samples from shards of another format, and must write the bytes
+of one array.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas
 import psutil
 import yaml
 
@@ -39,32 +44,60 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shards", action="store_true", help="read shards instead of one array")
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="gradrun-soak-") as name:
         folder = Path(name)
         (folder / "net.py").write_text(NET)
-        np.save(folder / "x.npy", np.arange(SAMPLES, dtype=np.float32)[:, None])
+        values = np.arange(SAMPLES, dtype=np.float32)
+        np.save(folder / "x.npy", values[:, None])
+        kinds = _write_shards(folder, values, chance) if arguments.shards else [""]
         expected = {form: _run_whole(_write(folder, f"whole-{form}", form)) for form in FORMATS}
         kills = runs = 0
         while kills < arguments.kills:
             form = chance.choice(FORMATS)
-            config = _write(folder, f"run-{runs}", form)
+            kind = chance.choice(kinds)
+            config = _write(folder, f"run-{runs}", form, kind)
             done, count = _run_with_kills(config, chance, arguments.kills - kills)
             kills, runs = kills + count, runs + 1
             equal = done == expected[form]
             found = "equal" if equal else "DIFFERENT"
-            print(f"run {runs}: {form}, {count} kills, {found}", flush=True)
+            print(f"run {runs}: {kind or 'npy'} to {form}, {count} kills, {found}", flush=True)
             if not equal:
                 return 1
     print(f"{kills} kills in {runs} runs: every byte equal")
     return 0
 
 
-def _write(folder: Path, name: str, form: str) -> Path:
+def _write_shards(folder: Path, values: np.ndarray, chance: random.Random) -> list[str]:
+    """Write the values as 30 shards of random lengths in each of some formats; return these."""
+    ends = sorted(chance.sample(range(1, len(values)), 29))
+    parts = np.split(values, ends)
+    kinds = ["jsonl.gz", "csv.xz", "parquet", "npy"]
+    for kind in kinds:
+        (folder / kind).mkdir()
+        for number, part in enumerate(parts):
+            path, table = folder / kind / f"part-{number}.{kind}", pandas.DataFrame({"x": part})
+            match kind:
+                case "jsonl.gz":
+                    table.to_json(path, orient="records", lines=True)
+                case "csv.xz":
+                    table.to_csv(path, index=False)
+                case "parquet":
+                    table.to_parquet(path)
+                case "npy":
+                    np.save(path, part[:, None])
+    return kinds
+
+
+def _write(folder: Path, name: str, form: str, kind: str = "") -> Path:
+    data: dict[str, Any] = {"source": "arrays", "path": str(folder / (kind or "x.npy"))}
+    if kind not in {"", "npy"}:
+        data |= {"source": "records", "inputs": {"x": {"columns": ["x"]}}}
     config = {
         "model": {"source": "python", "target": str(folder / "net.py") + ":Net"},
-        "data": {"source": "arrays", "path": str(folder / "x.npy"), "batch_size": BATCH},
+        "data": data | {"batch_size": BATCH},
         "run": {"threads": 1, "warmup": 0},
         "output": {"path": str(folder / name), "format": form},
         "measure": {"memory": False},
