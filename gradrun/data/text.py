@@ -37,7 +37,10 @@ from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
 
 CHUNK_BATCHES = 16
-"""Batches that are tokenized, and ordered by length, together."""
+"""Least number of batches that are tokenized, and ordered by length, together."""
+
+CHUNK_TEXTS, _CHUNK_TOKENS = 2048, 2**17
+"""More batches are, up to this many texts and tokens: their outputs are in memory together."""
 
 _MIN_SAVING = 0.1
 """group_by_length: auto groups texts if this saves at least this share of the tokens."""
@@ -94,7 +97,7 @@ class Texts(IndexedRows):
             self._table, config.labels, model_classes
         )
         self.batch_size = config.batch_size
-        self.chunk_size = CHUNK_BATCHES * config.batch_size
+        sample = CHUNK_BATCHES * config.batch_size
         self.grouped = self.variable = config.batch_tokens is not None
         self.varying = config.padding == "longest"
         self._tokenization = tokenization
@@ -110,10 +113,12 @@ class Texts(IndexedRows):
         with closing(self._texts()) as texts:
             for number, text in enumerate(texts):
                 self._index.add(text.end)
-                if number < self.chunk_size:
+                if number < sample:
                     first.append(text)
         self.samples = self._index.rows
         chunk = self._tokenize(first)
+        fits = min(CHUNK_TEXTS, _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths)))
+        self.chunk_size = max(CHUNK_BATCHES, fits // config.batch_size) * config.batch_size
         lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
         self._new_batch = InputBatcher(config.call, inputs)
         self.sample_bytes = 8 * inputs * max(lengths, default=0)

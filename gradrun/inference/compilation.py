@@ -65,8 +65,9 @@ class CompiledModel(nn.Module):
         return module
 
     def compiles(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Return whether these inputs run compiled."""
-        return self.dynamic or _samples(args, kwargs) == self.batch_size
+        """Return whether these inputs run compiled; torch compiles again for a single sample."""
+        samples = _samples(args, kwargs)
+        return samples == self.batch_size or (self.dynamic and samples != 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program, or the module for another number of samples than `batch_size`."""
@@ -92,7 +93,7 @@ def compile_model(
         min(data.batch_size, data.samples or data.batch_size),
         varying=varying,
     )
-    text = "one program for all shapes"
+    text = "one program for all shapes; a single sample runs eagerly"
     if not compiled.dynamic:
         text = f"batches of {compiled.batch_size}; others, such as a shorter last one, run eagerly"
     note = Statement(topic="compile", text=f"{section.backend}, {text}")

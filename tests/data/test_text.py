@@ -25,6 +25,11 @@ from tests.support.sources import read_all
 LINES = skewed(300)
 
 
+@pytest.fixture(autouse=True)
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 0)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("texts")
@@ -279,6 +284,28 @@ def test_padding_is_counted(folder: Path) -> None:
     assert found.run < 0.5 * found.ungrouped
     other = plain.padding(0, plain.samples)
     assert other.run == other.ungrouped == computed["plain"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "chunk"),
+    [
+        (["one two three"] * 40, 8, 2048),
+        (["one two three"] * 40, 100, 2000),
+        (["one two three"] * 40, 256, 16 * 256),
+        (["word " * 15] * 40, 8, 2048),  # 62 tokens: a token per letter, and two around them
+        (["word " * 62] * 40, 8, 520),
+        (["word " * 62] * 40, 64, 1024),
+    ],
+)
+def test_chunks_are_as_long_as_the_texts_and_tokens_in_memory_allow(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], size: int, chunk: int
+) -> None:
+    monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 2048)
+    (folder / "long.txt").write_text("\n".join(texts) + "\n")
+    data = opened(folder, path="long.txt", batch_size=size, max_length=512)
+    lengths = [len(row) for row in tokens(data.batches())]
+    assert data.chunk_size == chunk
+    assert chunk == 16 * size or chunk * max(lengths) <= 2**17
 
 
 # --- batches of tokens -------------------------------------------------------------------------

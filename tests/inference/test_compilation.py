@@ -176,6 +176,9 @@ def test_a_dynamic_program_runs_a_shorter_last_batch_too(tmp_path: Path) -> None
     result = infer(tmp_path, {"backend": "counting", "dynamic": True})
     assert set(CALLS) == {(4, 4), (2, 4)}
     assert not texts(result, "recompiled")
+    result = infer(tmp_path, {"backend": "counting", "dynamic": True}, **{"data.batch_size": 3})
+    assert set(CALLS) == {(3, 4)}, "the last batch has one sample"
+    assert not texts(result, "recompiled")
 
 
 def test_data_of_less_than_a_batch_run_compiled(tmp_path: Path) -> None:

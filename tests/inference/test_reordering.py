@@ -33,12 +33,14 @@ NET = '''
 import os
 import torch
 from gradrun.inference import runner
+from gradrun.data import text
 from gradrun.output import checkpointer
 from gradrun.output.formats import sharded_writer
 from pathlib import Path
 from torch import nn
 
 if "EAGER" in os.environ:  # commit as often as possible
+    text.CHUNK_TEXTS = 0
     sharded_writer.SHARD_BYTES = 0
     checkpointer.SECONDS, checkpointer._TIME_SHARE, runner._CALLBACK_NS = 0, 1e9, 0
 HERE = Path(__file__).parent
@@ -62,6 +64,11 @@ class Net(nn.Module):
             torch.empty(len(sums), 2**45)
         return sums.double()
 '''
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 0)
 
 
 @pytest.fixture(scope="module")
