@@ -214,6 +214,7 @@ def _sentence(text: str) -> str:
 def workers(measured: Measurement) -> Table:
     """The part of each worker of an engine, and how lost ones ended."""
     total, repeats = measured.samples or 1, any(worker.repeated for worker in measured.workers)
+    several = len({worker.node for worker in measured.workers}) > 1
     rows: list[tuple[Cell, ...]] = []
     for worker in measured.workers:
         seconds = sum(span.ended - span.began for span in worker.ranges)
@@ -223,7 +224,7 @@ def workers(measured: Measurement) -> Table:
         share = f"{worker.samples / total:.0%}"
         ending = "rejected" if worker.rejected else "lost" if worker.lost else ""
         fate = Status(ending, "bad") if ending else Status("")
-        name = f"{worker.worker} on {worker.node}"
+        name = f"{worker.worker} on {worker.node}" if several else f"{worker.worker}"
         again = [f"{worker.repeated:,}" if worker.repeated else DASH] if repeats else []
         rows.append((name, f"{worker.samples:,}", share, rate, forward, peak, *again, fate))
     columns = (

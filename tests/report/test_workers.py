@@ -39,7 +39,7 @@ def test_a_worker_that_was_lost_is_named_with_its_end() -> None:
     ]
     undisturbed = MEASURED.replace(workers=(WORKERS[0].replace(repeated=0),))
     (row,) = tables.workers(undisturbed).rows
-    assert [*map(str, row)] == ["1 on a", "300", "100%", "150", "50%", "1.00 MiB", ""]
+    assert [*map(str, row)] == ["1", "300", "100%", "150", "50%", "1.00 MiB", ""]
     timing = {row[0]: [*map(str, row[1:])] for row in tables.timing(MEASURED).rows}
     assert timing["workers"] == ["2.50 s", "cold start of the slowest worker"]
 
