@@ -31,6 +31,9 @@ _BYTES = (
     "device_reserved",
 )  # fmt: skip
 _PHASES = ("load_model", "open_data", "first_batch", "warm_up", "data", "forward", "output")
+LARGE_SHARE = 0.05
+"""Modules with at least this share of the forward pass are compared side by side."""
+
 _QUANTILES = {"batch_median": 0.5, "batch_p90": 0.9, "batch_p95": 0.95, "batch_p99": 0.99}
 
 
@@ -54,6 +57,8 @@ class Figure:
 
 def figures(result: AnyResult) -> list[Figure]:
     """Compute all figures of a result, in the order of its variants."""
+    if isinstance(result, ProfileResult):
+        return list(_of_profiles(result))
     comparisons: dict[str, Comparison] = {}
     equivalence: dict[str, Equivalence] = {}
     found: list[Figure] = []
@@ -77,8 +82,6 @@ def figures(result: AnyResult) -> list[Figure]:
         found += _memory(mode, first)
         if name in equivalence:
             found.append(_outputs(equivalence[name]))
-    if isinstance(result, ProfileResult):
-        found += (figure for profile in result.profiles for figure in _of_profile(profile, result))
     return found + list(_of_audit(result)) if isinstance(result, AuditResult) else found
 
 
@@ -137,15 +140,23 @@ def _of_audit(result: AuditResult) -> Iterator[Figure]:
         yield Figure(modes, f.code, "words", status=f.severity, text=f.text)
 
 
-def _of_profile(profile: Profile, result: ProfileResult) -> Iterator[Figure]:
+def _of_profiles(result: ProfileResult) -> Iterator[Figure]:
+    for profile, measured in zip(result.profiles, result.measurements, strict=True):
+        mode = profile.variant or measured.mode.value
+        yield from _of_profile(mode, profile)
+        yield from _memory(mode, measured)
+
+
+def _of_profile(mode: str, profile: Profile) -> Iterator[Figure]:
     """Yield times, shares and work of each module, per batch; times exclude the cost of hooks."""
-    figures, mode = ProfileFigures(profile), profile.variant or result.info.mode.value
-    yield _estimate(mode, "forward", figures.forward)
+    figures = ProfileFigures(profile)
+    yield _estimate(mode, "forward_pass", figures.forward)
     yield Figure(mode, "hooks", "seconds", figures.overhead, text="subtracted from the times")
     yield Figure(mode, "sum_of_self_times", "ratio", figures.sum_of_self_times)
     for module in figures.modules:
         name = " in ".join(figures.chain(module))
-        yield _estimate(mode, f"time of {name}", module.time)
+        large = "large" if module.share.value >= LARGE_SHARE else ""
+        yield replace(_estimate(mode, f"time of {name}", module.time), status=large)
         yield _estimate(mode, f"self time of {name}", module.self_time)
         yield _estimate(mode, f"share of {name}", module.share, "ratio")
         yield Figure(mode, f"memory of {name}", "bytes", module.calls.peak)

@@ -16,6 +16,7 @@ Named = tuple[str, AnyResult]
 
 _LABELS = {
     "cold_start": "cold start",
+    "forward_pass": "forward pass",
     "batch_median": "batch median",
     "batch_p90": "batch p90",
     "batch_p95": "batch p95",
@@ -100,6 +101,8 @@ def _column(shown: list[Figure], *, single_mode: bool) -> dict[str, str]:
 
 def _label(figure: Figure) -> str:
     """Return the row name of a figure; empty if it is not shown."""
+    if figure.metric.startswith("time of "):
+        return figure.metric.removeprefix("time of ") if figure.status else ""
     return _LABELS.get(figure.metric, "" if figure.mode else figure.metric)
 
 

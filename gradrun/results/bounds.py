@@ -13,5 +13,7 @@ Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 ByteChange = Annotated[int, Meta(ge=-(2**62), le=2**62)]
 """Negative if more memory was freed than allocated."""
+Calls = Annotated[float, Meta(ge=0, le=1e9)]
+"""Per batch."""
 Rate = Annotated[float, Meta(gt=0, le=1e24)]
 """Per second."""

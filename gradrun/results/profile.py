@@ -14,11 +14,14 @@ from statistics import median
 
 from gradrun.core.record import Record
 from gradrun.results import stats
-from gradrun.results.bounds import ByteChange, Count, Seconds
+from gradrun.results.bounds import ByteChange, Calls, Count, Seconds
 from gradrun.results.work import MachinePeaks, Reach, Work, reach
 
 _SIGNIFICANT = 0.01
 """A difference below this share of the forward pass is not listed."""
+
+_SHORTEST = 1e-12
+_DEEPEST = 200
 
 _MAX_FACTOR = 2.0
 """The cost of a hook in the model is at most this many times, or a fraction, of that alone."""
@@ -32,7 +35,7 @@ class ModuleCalls(Record, frozen=True, kw_only=True):
     type: str
     parent: int
     """Index of the caller in the profile, which precedes this entry; -1 for the model."""
-    calls: float
+    calls: Calls
     """Per batch; the mean over the rounds."""
     seconds: tuple[Seconds, ...]
     """One per round: seconds per batch in all calls, with children and the cost of hooks."""
@@ -55,8 +58,7 @@ class OperatorTime(Record, frozen=True, kw_only=True):
     name: str
     shapes: str
     """Of its inputs."""
-    calls: float
-    """Per batch."""
+    calls: Calls
     seconds: Seconds
     """Per batch, without the operators that it calls; includes the cost of the profiler."""
     modules: tuple[str, ...]
@@ -87,9 +89,15 @@ class Profile(Record, frozen=True, kw_only=True):
         rounds = len(self.hooked_seconds)
         if not self.modules or not rounds or len(self.plain_seconds) != rounds:
             raise ValueError("a profile without modules or rounds")
+        if min(*self.plain_seconds, *self.hooked_seconds) < _SHORTEST:
+            raise ValueError("a round of zero duration, which a clock cannot measure")
+        depths: list[int] = []
         for index, module in enumerate(self.modules):
             if not -1 <= module.parent < index or (module.parent < 0) != (index == 0):
                 raise ValueError(f"module {index} has the parent {module.parent}")
+            depths.append(depths[module.parent] + 1 if index else 0)
+            if depths[-1] > _DEEPEST:
+                raise ValueError(f"modules call each other more than {_DEEPEST} deep")
             if len(module.seconds) != rounds:
                 raise ValueError("times of a module and rounds differ in number")
 
@@ -158,7 +166,7 @@ class ProfileFigures:
             parent = profile.modules[index].parent
             totals[parent] = [a + b for a, b in zip(totals[parent], totals[index], strict=True)]
             works[parent] = _sum(works[parent], works[index])
-        whole = [max(seconds, 1e-12) for seconds in totals[0]]
+        whole = [max(seconds, _SHORTEST) for seconds in totals[0]]
         self.modules = [
             ModuleFigures(
                 calls=module,

@@ -287,6 +287,14 @@ def test_text_is_not_a_formula_and_has_no_control_characters(kind: str) -> None:
     json.loads(report.render(evil, "json"))
 
 
+def test_two_profiles_are_compared_by_their_large_modules() -> None:
+    names = ("profile", "profile")
+    text = printed(report.show, named(*names), 110)
+    assert re.search(r"forward pass +629 ± 5 µs +629 ± 5 µs", text)
+    assert re.search(r"blocks\.1\.first \(Linear\) +350 ± 3 µs +350 ± 3 µs", text)
+    assert "act (ReLU)" not in text, "less than 5 % of the forward pass"
+
+
 def test_metrics_are_figures() -> None:
     scored = RESULTS["run"].replace(metrics=(Metric(name="accuracy", value=0.9731, samples=498),))
     text = report.render([("a", scored)], "csv")

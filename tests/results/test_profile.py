@@ -191,9 +191,15 @@ def test_a_module_that_calls_other_children_is_compared_with_them() -> None:
         (calls("", -1, 1.0), calls("a", -1, 1.0)),
         (calls("", -1, 1.0), calls("a", 1, 1.0)),
         (calls("", 0, 1.0),),
+        tuple(calls("", i - 1, 1.0) for i in range(300)),
         (calls("", -1, 1.0), calls("a", 0, 1.0, 2.0)),
     ],
 )
 def test_an_impossible_tree_is_an_error(modules: Any) -> None:
     with pytest.raises(ValueError, match=r"modul|differ|without"):
         Profile(plain_seconds=(1.0,), hooked_seconds=(1.0,), inside=0, outside=0, modules=modules)
+
+
+def test_a_round_of_no_duration_is_an_error() -> None:
+    with pytest.raises(ValueError, match="zero duration"):
+        profile(calls("", -1, 1.0), plain=(0.0,))

@@ -51,8 +51,8 @@ from gradrun.results.result import (
 )
 from tests.soak import faults
 from tests.soak.victim import ROOT, Ending, Victim
+from tests.support import profile_results, small_models
 from tests.support import run_results as results
-from tests.support import small_models
 
 SETTINGS = """\
 run: {{device: cpu, threads: 1, warmup: 0{run}}}
@@ -242,8 +242,10 @@ def _results() -> Iterator[Seed]:
     forms = [
         ["report", "out", "-o", f"out/report.{form}"] for form in ("html", "md", "csv", "json")
     ]
-    for cls, parts in kinds.items():
-        data = results.run_result(first, cls=cls, **parts).to_json().encode()
+    made = [results.run_result(first, cls=cls, **parts) for cls, parts in kinds.items()]
+    made += [profile_results.PROFILES[name] for name in ("modules", "modes")]
+    for one in made:
+        data = one.to_json().encode()
         yield Seed(
             "reports", {"out/result.json": data}, "out/result.json", [*forms, ["report", "out"]]
         )
