@@ -16,12 +16,14 @@ from gradrun.config.load import (
     load_config,
     resolve_config,
 )
+from gradrun.config.objects import is_object
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.progress import Progress, ProgressCallback
 from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
+from gradrun.report.notebook import progress_display
 from gradrun.results.ratios import metric_changes
 from gradrun.results.result import (
     CompareResult,
@@ -43,15 +45,22 @@ class Comparisons(list[Comparison]):
         super().__init__(result.comparisons)
         self.result = result
 
+    def _repr_html_(self) -> str:
+        return self.result._repr_html_()
+
 
 def compare(
-    config: ConfigSource,
+    config: ConfigSource | None = None,
     modes: Sequence[GradMode | str] | str = tuple(GradMode),
     *,
+    model: Any = None,
+    data: Any = None,
+    labels: Any = None,
+    batch_size: int | None = None,
     over: tuple[str, Sequence[Any]] | None = None,
     against: ConfigSource | None = None,
     trust_code: bool = False,
-    progress: ProgressCallback = ignore,
+    progress: ProgressCallback | None = None,
     **overrides: Any,
 ) -> Comparisons:
     """Measure gradient modes, or values of another config key, against each other.
@@ -60,25 +69,52 @@ def compare(
         config: the path of a YAML file, its content as a mapping, or a loaded config.
         modes: the modes to compare; the first is the baseline. A mode listed twice gives an A/A
             comparison, which shows the noise of the machine.
+        model: a torch.nn.Module, or the section `model` or changes to it.
+        data: arrays in memory as for `infer`, or the section `data` or changes to it.
+        labels: the true class or value of each sample of arrays in memory, for `metrics`.
+        batch_size: sets data.batch_size.
         over: compare values of another key instead, such as `("run.threads", [1, 2])`.
         against: compare with another config instead, which is the baseline. Both run in processes
             of their own, because they may differ in settings of a process.
         trust_code: allow a `python` model to run the code that the config names.
-        progress: called before each process.
+        progress: called before each process. In a notebook, the default shows it.
         overrides: config values to change, as for `infer`.
 
     Returns:
         One Comparison for each variant but the first; a ratio above 1 means faster. `.result` has
         the complete result, with the metrics of each variant over all data if the config names
         metrics. It is also saved as result.json in the folder next to output.path
-        whose name ends in -compare.
+        whose name ends in -compare, unless model or data are in memory and no output.path is set.
 
     Raises:
         ConfigError: the config, model or data is invalid.
         RunFailed: a variant failed; the error's `result` has the other variants.
         Interrupted: Ctrl-C; the error's `result` has the data measured so far.
     """
-    loaded = resolve_config(config, overrides)
+    overrides |= {"data.batch_size": batch_size} if batch_size else {}
+    with progress_display(progress) as shown, TemporaryDirectory(prefix="gradrun-") as folder:
+        if config is not None and not (is_object(model) or is_object(data)):
+            overrides |= {"model": model} if model is not None else {}
+            overrides |= {"data": data} if data is not None else {}
+            loaded = resolve_config(config, overrides)
+        else:
+            from gradrun.engines.objects import open_config  # needs torch in this process
+
+            opened = open_config(
+                config, model, data, labels, overrides, Path(folder), as_files=True
+            )
+            loaded, trust_code = opened.loaded, trust_code or opened.trusted
+        return _compare(loaded, modes, over, against, is_trusted(trust_code), shown)
+
+
+def _compare(
+    loaded: LoadedConfig,
+    modes: Sequence[GradMode | str] | str,
+    over: tuple[str, Sequence[Any]] | None,
+    against: ConfigSource | None,
+    trust_code: bool,
+    progress: ProgressCallback,
+) -> Comparisons:
     whole = loaded.config
     target = whole.output.path.with_name(f"{whole.output.path.name}-compare")
     listed = modes.split(",") if isinstance(modes, str) else modes
@@ -92,7 +128,7 @@ def compare(
     interrupted = False
     with loaded.error_locations():
         own = against is not None
-        session = _session(axis[0], variants, whole, is_trusted(trust_code), own_processes=own)
+        session = _session(axis[0], variants, whole, trust_code, own_processes=own)
         try:
             data = session.run(progress)
         except KeyboardInterrupt:
@@ -101,7 +137,7 @@ def compare(
     failures = tuple(failure.message for failure in data.failures)
     changes: tuple[MetricChange, ...] = ()
     if whole.metrics and not (failures or interrupted):
-        changes = _metric_changes(variants, target, is_trusted(trust_code), progress)
+        changes = _metric_changes(variants, target, trust_code, progress)
     if data.environment is None:
         if interrupted and not failures:
             raise Interrupted

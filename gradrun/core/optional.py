@@ -26,6 +26,7 @@ EXTRAS = {
     "soundfile": ("soundfile", "audio"),
     "datasets": ("datasets", "datasets"),
     "soxr": ("soxr", "audio"),
+    "cloudpickle": ("cloudpickle", "notebook"),
 }
 """import name -> package name, and the extra that installs it."""
 

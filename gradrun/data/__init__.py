@@ -12,7 +12,7 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.imports import require_trust
 from gradrun.core.units import format_bytes
-from gradrun.data import arrays, audio, images, python, records, synthetic, text
+from gradrun.data import arrays, audio, images, objects, python, records, synthetic, text
 from gradrun.data.source import BatchSource
 
 SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], BatchSource]] = {
@@ -22,6 +22,7 @@ SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], Batch
     "text": text.open_data,
     "images": images.open_data,
     "audio": audio.open_data,
+    "object": objects.open_data,
     "python": python.open_data,
 }
 """data.source -> opener of (data section, seed, model section, class names of the model)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.utils.data import (
 
 from gradrun.config.data import PythonData
 from gradrun.config.model import ModelConfig, PythonModel
+from gradrun.config.objects import ObjectItems
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.imports import describe_user_error, import_target, target_root
 from gradrun.core.units import pluralize
@@ -60,13 +61,37 @@ def open_data(
     config: PythonData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
 ) -> BatchSource:
     """Call the target, which the user trusts, and read the first batch."""
+    if isinstance(config, ObjectItems):
+        return open_items(config, config.value, seed, model_classes)
     own = {target_root(config.target, config.root)}
     beside = {target_root(model.target, model.root)} if isinstance(model, PythonModel) else set()
     target = import_target(config.target, config.root, _KEY, beside=beside)
-    data = examine(_call(target, config), config.target)
+    return open_items(config, _call(target, config), seed, model_classes, beside | own)
+
+
+def open_items(
+    config: PythonData,
+    items: Any,
+    seed: int,
+    model_classes: Sequence[str] = (),
+    beside: Collection[Path] = (),
+) -> BatchSource:
+    """Read the first batch of a Dataset, DataLoader, iterable or sequence.
+
+    Args:
+        config: how its items become batches.
+        items: the data.
+        seed: of the random generators in workers.
+        model_classes: the class names of the model.
+        beside: folders that the import of data.collate keeps importable.
+
+    Raises:
+        ConfigError: the items cannot be used.
+    """
+    data = examine(items, config.target)
     collate = data.collate
     if config.collate:
-        collate = import_target(config.collate, config.root, "data.collate", beside=beside | own)
+        collate = import_target(config.collate, config.root, "data.collate", beside=beside)
     data = data._replace(
         collate=collate,
         batch_size=config.batch_size or data.batch_size,

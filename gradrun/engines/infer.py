@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
-from typing import Any, NamedTuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, overload
 
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_config
+from gradrun.config.objects import is_object
 from gradrun.config.schema import RunConfig
-from gradrun.core.errors import GradrunError
+from gradrun.core.errors import ConfigError, GradrunError
+from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.engines import processes, ray
 from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
+from gradrun.engines.objects import Inference, collect, is_consumed, open_config, restored
 from gradrun.inference.infer import infer as infer_here
 from gradrun.inference.interpretation import explain as explain_run
 from gradrun.output import journal
+from gradrun.report.notebook import progress_display
 from gradrun.results.result import InferResult, Statement
 
 
@@ -35,29 +41,82 @@ ENGINES = {
 """engine.source -> its functions."""
 
 
+@overload
 def infer(
     config: ConfigSource,
     *,
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    mode: GradMode | str | None = None,
+    batch_size: int | None = None,
+    output: Mapping[str, Any] | str | Path | None = None,
     trust_code: bool = False,
     overwrite: bool = False,
     resume: bool = False,
-    progress: ProgressCallback = ignore,
+    progress: ProgressCallback | None = None,
     **overrides: Any,
-) -> InferResult:
-    """Run all data through the model and write the predictions below `output.path`.
+) -> InferResult: ...
+
+
+@overload
+def infer(
+    config: ConfigSource | None = None,
+    *,
+    model: Any = None,
+    data: Any = None,
+    labels: Any = None,
+    mode: GradMode | str | None = None,
+    batch_size: int | None = None,
+    output: Mapping[str, Any] | str | Path | None = None,
+    trust_code: bool = False,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    **overrides: Any,
+) -> Inference: ...
+
+
+def infer(
+    config: ConfigSource | None = None,
+    *,
+    model: Any = None,
+    data: Any = None,
+    labels: Any = None,
+    mode: GradMode | str | None = None,
+    batch_size: int | None = None,
+    output: Mapping[str, Any] | str | Path | None = None,
+    trust_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    **overrides: Any,
+) -> InferResult | Inference:
+    """Run all data through the model and write or return the predictions.
+
+    A config writes the predictions below its `output.path`. With a model or data in memory, or
+    without a config, they are returned as arrays, and files are written only if `output` is set.
 
     Args:
         config: the path of a YAML file, its content as a mapping, or a loaded config.
+        model: a torch.nn.Module, or the section `model` or changes to it.
+        data: an array or tensor [samples, ...], a mapping of them by input name or a tuple of
+            several, a pandas DataFrame, a list of texts or of image or audio files, or the section
+            `data` or changes to it.
+        labels: the true class or value of each sample of arrays in memory, for `metrics`.
+        mode: sets run.mode.
+        batch_size: sets data.batch_size.
+        output: sets output.path, or the section `output` or changes to it.
         trust_code: allow the config to run code, such as a `python` model.
         overwrite: replace an earlier run in the folder.
         resume: continue an unfinished run in the folder, if any.
         progress: called at the start of each stage, such as loading the model; while predicting,
-            a few times per second with the number of predicted samples.
+            a few times per second with the number of predicted samples. In a notebook, the default
+            shows it.
         overrides: sections or keys to change: `run={"mode": "grad"}`, `**{"run.mode": "grad"}`.
 
     Returns:
-        The measurements, with times in seconds and memory in bytes; also saved as result.json. If
-        the run is already finished, its result, with the metrics of this config.
+        For a config, the measurements, with times in seconds and memory in bytes; also saved as
+        result.json. If the run is already finished, its result, with the metrics of this config.
+        For a model or data in memory, an Inference: the predictions by output name, and the result.
 
     Raises:
         ConfigError: the config, model or data are invalid, or the run to resume is a different
@@ -65,7 +124,53 @@ def infer(
         RunFailed: the run ended early. Committed predictions stay; `result` has the measurements.
         Interrupted: as RunFailed, after Ctrl-C or SIGTERM.
     """
-    loaded = resolve_config(config, overrides)
+    overrides |= {"run.mode": str(mode)} if mode else {}
+    overrides |= {"data.batch_size": batch_size} if batch_size else {}
+    if output is not None:
+        overrides |= {"output": output} if isinstance(output, Mapping) else {"output.path": output}
+    with progress_display(progress) as shown:
+        if config is None or is_object(model) or is_object(data):
+            if resume:
+                raise ConfigError("a run with a model or data in memory cannot be resumed")
+            with TemporaryDirectory(prefix="gradrun-") as folder:
+                opened = open_config(
+                    config,
+                    model,
+                    data,
+                    labels,
+                    overrides,
+                    Path(folder),
+                    as_files=any(key.partition(".")[0] == "engine" for key in overrides),
+                )
+                options = {"trust_code": trust_code or opened.trusted, "overwrite": overwrite}
+                loaded = opened.loaded
+                with restored(model):
+                    try:
+                        result = infer_config(loaded, progress=shown, **options)
+                    except ConfigError as error:
+                        if error.key != "output.format" or is_consumed(data):
+                            raise
+                        # The first outputs are not rows of one shape, which only some formats hold.
+                        loaded = LoadedConfig(loaded.config.replace({"output.format": "jsonl"}))
+                        result = infer_config(loaded, progress=shown, **options)
+                return collect(result, loaded.config, data)
+        overrides |= {"model": model} if model is not None else {}
+        overrides |= {"data": data} if data is not None else {}
+        loaded = resolve_config(config, overrides)
+        return infer_config(
+            loaded, trust_code=trust_code, overwrite=overwrite, resume=resume, progress=shown
+        )
+
+
+def infer_config(
+    loaded: LoadedConfig,
+    *,
+    trust_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback = ignore,
+) -> InferResult:
+    """Run a config in this process or by its engine, as `infer` does."""
     options: dict[str, Any] = {
         "trust_code": is_trusted(trust_code),
         "overwrite": overwrite,

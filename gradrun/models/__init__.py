@@ -15,6 +15,7 @@ from gradrun.models import (
     exported,
     huggingface,
     layers,
+    objects,
     python,
     texts,
     timm,
@@ -30,6 +31,7 @@ from gradrun.models.weights import load_weights
 SOURCES: dict[str, Callable[..., LoadedModel]] = {
     "zoo": zoo.open_model,
     "layers": layers.open_model,
+    "object": objects.open_model,
     "python": python.open_model,
     "torchscript": torchscript.open_model,
     "exported": exported.open_model,

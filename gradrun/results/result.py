@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Iterator
@@ -560,6 +561,12 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
         for measured in self.measurements:
             variants.setdefault(measured.variant, []).append(measured)
         return variants
+
+    def _repr_html_(self) -> str:
+        """Return the report for the output of a notebook's cell."""
+        # The report is built of results, so this module cannot depend on it.
+        notebook = importlib.import_module("gradrun.report.notebook")
+        return str(notebook.render(self))
 
     def save(self, path: Path) -> None:
         """Write to `path` atomically.
