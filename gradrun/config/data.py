@@ -176,6 +176,10 @@ class _RowsData(_Data):
         None, description="a Hugging Face dataset, in place of `path`"
     )
 
+    def targets(self) -> dict[str, str]:
+        transform = getattr(self, "transform", None)
+        return {"transform": transform} if transform else {}
+
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
         if self.path is None and self.dataset is None:
@@ -187,6 +191,15 @@ class _RowsData(_Data):
 
     _of_files: ClassVar[tuple[str, ...]] = ()
     """Keys that apply to files only."""
+
+
+Transform = Annotated[
+    Target | None,
+    Field(
+        description="prep.py:fn, a function of a row (a dict) that returns a row, applied before "
+        "all other steps; needs --trust-code"
+    ),
+]
 
 
 class SyntheticInput(Section):
@@ -267,6 +280,7 @@ class RecordsData(_RowsData):
     source: Literal["records"]
     path: InputFiles | None = Field(None, description=_FILES)
     separator: Separator = None
+    transform: Transform = None
     _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     inputs: dict[str, RecordInput] = Field(min_length=1)
     columns: Columns = Field(
@@ -300,6 +314,7 @@ class TextData(_RowsData):
     source: Literal["text"]
     path: InputFiles | None = Field(None, description=_FILES)
     separator: Separator = None
+    transform: Transform = None
     _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     field: str | tuple[str, str] | None = Field(
         None, description="column of the text, or [first, second] for pairs; not for .txt"

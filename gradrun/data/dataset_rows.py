@@ -9,23 +9,35 @@ from pathlib import Path
 from typing import IO
 
 from gradrun.config.data import DatasetSection, FilesData, RecordsData, TextData
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.hf_dataset import HFDataset
+from gradrun.data.row_transform import TransformedTable
 from gradrun.data.rows import BEGINNING, Position, Reader, Record
 from gradrun.data.sample_files import SampleFiles, list_samples
 from gradrun.data.tables import FileTable, IdColumn, RowIndex, Table
 from gradrun.results.result import Statement
 
 
-def open_table(config: RecordsData | TextData, readers: Mapping[str, Reader]) -> Table:
-    """Open the table of a config: a dataset, or files of the formats with a reader.
+def open_table(
+    config: RecordsData | TextData, readers: Mapping[str, Reader], model: ModelConfig | None
+) -> Table:
+    """Open the table of a config, with its transform: a dataset, or files of some formats.
+
+    Args:
+        config: the data section; its transform is trusted.
+        readers: format -> reader of files.
+        model: the model section.
 
     Raises:
-        ConfigError: it cannot be opened.
+        ConfigError: it cannot be opened, or the transform cannot be imported.
     """
+    table: Table
     if config.dataset:
-        return _DatasetTable(config.dataset, config.labels)
-    return FileTable(config, readers)
+        table = _DatasetTable(config.dataset, config.labels)
+    else:
+        table = FileTable(config, readers)
+    return TransformedTable(table, config.transform, model) if config.transform else table
 
 
 class _DatasetTable:

@@ -39,12 +39,14 @@ def open_data(
     config: RecordsData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
 ) -> BatchSource:
     """Open a file of records and count its rows."""
-    return _Records(config, model_classes)
+    return _Records(config, model, model_classes)
 
 
 class _Records(IndexedRows):
-    def __init__(self, config: RecordsData, model_classes: Sequence[str]) -> None:
-        self.config, self._table = config, open_table(config, TABLE_READERS)
+    def __init__(
+        self, config: RecordsData, model: ModelConfig | None, model_classes: Sequence[str]
+    ) -> None:
+        self.config, self._table = config, open_table(config, TABLE_READERS, model)
         self.classes = config.classes or classes_of_labels(
             self._table, config.labels, model_classes
         )

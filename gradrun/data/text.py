@@ -28,6 +28,7 @@ from gradrun.data.source import (
 from gradrun.data.tables import (
     IndexedRows,
     RowIndex,
+    Table,
     classes_of_labels,
     id_column,
     read_labels,
@@ -83,16 +84,21 @@ def open_data(
     config: TextData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
 ) -> BatchSource:
     """Count the texts of a file and tokenize the first chunk, which decides on grouping."""
-    return Texts(config, Tokenization(config, model), model_classes)
+    table = open_table(config, READERS, model)
+    return Texts(config, table, Tokenization(config, model), model_classes)
 
 
 class Texts(IndexedRows):
     """A LengthGrouped source of texts."""
 
     def __init__(
-        self, config: TextData, tokenization: Tokenization, model_classes: Sequence[str]
+        self,
+        config: TextData,
+        table: Table,
+        tokenization: Tokenization,
+        model_classes: Sequence[str],
     ) -> None:
-        self.config, self._table = config, open_table(config, READERS)
+        self.config, self._table = config, table
         self.classes = config.classes or classes_of_labels(
             self._table, config.labels, model_classes
         )
