@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradrun.output.verification import verify
     from gradrun.profiling.profile import profile
     from gradrun.results.result import Comparison, Measurement, RunResult
+    from gradrun.tuning.tune import tune
 
 __all__ = [
     "Comparison",
@@ -44,6 +45,7 @@ __all__ = [
     "mode_behavior",
     "modes",
     "profile",
+    "tune",
     "verify",
 ]
 
@@ -54,6 +56,7 @@ _MODULES = {
     "check": "checks.check",
     "profile": "profiling.profile",
     "verify": "output.verification",
+    "tune": "tuning.tune",
     "mode_behavior": "audits.mode_behavior",
     "Comparison": "results.result",
     "LoadedConfig": "config.load",

@@ -15,6 +15,7 @@ from gradrun.cli.config import init, schema, validate
 from gradrun.cli.infer import infer
 from gradrun.cli.profile import profile
 from gradrun.cli.report import PlainPathsCommand, report, verify
+from gradrun.cli.tune import tune
 from gradrun.core.errors import Interrupted
 from gradrun.core.options import command_line
 from gradrun.core.version import __version__
@@ -51,6 +52,7 @@ app.command(cls=BareModesCommand)(compare)
 app.command()(profile)
 app.command()(audit)
 app.command()(check)
+app.command()(tune)
 app.command()(modes)
 app.command()(verify)
 app.command(cls=PlainPathsCommand)(report)

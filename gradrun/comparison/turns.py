@@ -90,7 +90,7 @@ def take_turns(
     rounds: int = ROUNDS,
     *,
     seed: int = 0,
-    seconds: float = BLOCK_SECONDS,
+    seconds: float | None = None,
 ) -> list[Turn]:
     """Run blocks of all lanes in random order, after one that is not kept.
 
@@ -101,8 +101,9 @@ def take_turns(
         window: the first sample and the end of the samples to use; every lane can start there.
         rounds: blocks of each lane.
         seed: of the order.
-        seconds: duration of a block.
+        seconds: duration of a block; default: BLOCK_SECONDS.
     """
+    seconds = BLOCK_SECONDS if seconds is None else seconds
     turns = [Turn(lane, window) for lane in lanes]
     for turn in turns:
         turn.count = min(window[1] - window[0], turn.lane.ready.unit)

@@ -17,6 +17,7 @@ from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.config.output import OutputSection
 from gradrun.config.run import METRIC_NAMES, MeasureSection, Metrics, RunSection
+from gradrun.config.tune import TuneSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.input_files import is_pattern, list_files
@@ -40,6 +41,7 @@ class RunConfig(Section):
         (), description="accuracy, f1, iou, ...: the model's outputs compared with data.labels"
     )
     check: CheckSection = CheckSection()
+    tune: TuneSection = TuneSection()
 
     @field_validator("check")
     @classmethod

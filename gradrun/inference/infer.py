@@ -63,7 +63,7 @@ from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
 from gradrun.output.transforms import other_pooling, resolve_output
-from gradrun.results.result import InferResult, Memory, RunInfo, Statement, Warning
+from gradrun.results.result import Environment, InferResult, Memory, RunInfo, Statement, Warning
 from gradrun.results.run_warnings import run_warnings
 
 _NO_METRICS = "no_metrics"
@@ -400,6 +400,7 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         *_id_warnings(runner.data),
         *_label_warnings(_label_names(runner.data), plan.model.classes),
         *_resume_warnings(plan),
+        *_machine_warnings(runner.config, environment),
     ]
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
@@ -549,6 +550,25 @@ def _resume_warnings(plan: RunPlan) -> Iterator[Warning]:
                 "the parts that were compared are the same"
             )
             yield Warning(code="assumed_unchanged", text=text)
+
+
+def _machine_warnings(config: RunConfig, environment: Environment) -> Iterator[Warning]:
+    """Warn about a config that was tuned on another machine or with another torch."""
+    if tuned := config.tune.machine:
+        differing = [
+            f"{name} {then} (here {now})"
+            for name, then, now in (
+                ("torch", tuned.torch, environment.torch),
+                ("CPU", tuned.cpu, environment.cpu),
+            )
+            if then != now
+        ]
+        if differing:
+            text = (
+                f"the config was tuned with {' and '.join(differing)}; other settings may be "
+                "faster here: run gradrun tune again"
+            )
+            yield Warning(code="tuned_elsewhere", text=text)
 
 
 def _class_warnings(names: Sequence[str], counts: Mapping[str, int]) -> list[Warning]:

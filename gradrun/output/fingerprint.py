@@ -77,7 +77,7 @@ def fingerprint(
     """
     paths: dict[str, Path] = {}
     dumped = _take_paths(config.model_dump(mode="json"), config.model_dump(), "", paths)
-    for key in ("engine", "measure", "check", "metrics"):  # do not affect predictions
+    for key in ("engine", "measure", "check", "metrics", "tune"):  # do not affect predictions
         dumped.pop(key)
     for key in ("labels", "classes", "workers"):
         dumped["data"].pop(key, None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.core.units import count_of, pluralize
-from gradrun.report import profile_tables, tables, wording
+from gradrun.report import profile_tables, tables, tune_tables, wording
 from gradrun.report.tables import Cell, Status, Table, Tone
 from gradrun.report.wording import Note, display_path
 from gradrun.results.peaks_cache import CachedPeaks, cache_path
@@ -19,10 +19,12 @@ from gradrun.results.result import (
     ModeFacts,
     ProfileResult,
     Statement,
+    TuneResult,
     Verification,
 )
 
 _MAX_FILES = 3
+_TUNE_TONES: dict[str, Tone] = {"faster": "good", "inconclusive": "unsure"}
 _MAX_RANGES = 20
 
 
@@ -66,7 +68,9 @@ def describe(result: AnyResult) -> Document:
         title=result.info.model,
         subject=wording.subject(result),
         verdict=wording.verdict(result),
-        tone=tables.OUTCOME_TONES.get(status, ""),
+        tone=_TUNE_TONES.get(result.status, "")
+        if isinstance(result, TuneResult)
+        else tables.OUTCOME_TONES.get(status, ""),
         tables=_tables(result),
         predictions=tables.of_predictions(result),
         interpretation=tables.of_interpretation(result),
@@ -80,6 +84,8 @@ def describe(result: AnyResult) -> Document:
 def _tables(result: AnyResult) -> tuple[Table, ...]:
     if isinstance(result, ProfileResult):
         return profile_tables.tables_of(result)
+    if isinstance(result, TuneResult):
+        return tune_tables.tables_of(result)
     return tables.of_measurements(result)
 
 
@@ -98,6 +104,8 @@ def _files(result: AnyResult) -> list[tuple[Cell, str]]:
             rows.append((Status(text, "unsure"), str(folder / "quarantine.jsonl")))
         if result.resumed_at:
             rows.append(("resumed", f"after {pluralize(result.resumed_at, 'sample')}"))
+    if isinstance(result, TuneResult) and result.file:
+        rows.append((Status("tuned config", "good"), display_path(result.file)))
     return [*rows, ("all figures", str(folder / "result.json"))]
 
 

@@ -20,6 +20,7 @@ from gradrun.results.result import (
     InferResult,
     Measurement,
     ProfileResult,
+    TuneResult,
 )
 
 Unit = Literal[
@@ -62,7 +63,7 @@ def figures(result: AnyResult) -> list[Figure]:
     comparisons: dict[str, Comparison] = {}
     equivalence: dict[str, Equivalence] = {}
     found: list[Figure] = []
-    if isinstance(result, CompareResult | CheckResult):
+    if isinstance(result, CompareResult | CheckResult | TuneResult):
         comparisons = {c.candidate: c for c in result.comparisons}
     if isinstance(result, CompareResult | AuditResult | CheckResult):
         equivalence = {e.candidate: e for e in result.equivalence}
@@ -82,6 +83,8 @@ def figures(result: AnyResult) -> list[Figure]:
         found += _memory(mode, first)
         if name in equivalence:
             found.append(_outputs(equivalence[name]))
+    if isinstance(result, TuneResult):
+        found += _of_trials(result)
     return found + list(_of_audit(result)) if isinstance(result, AuditResult) else found
 
 
@@ -138,6 +141,19 @@ def _of_audit(result: AuditResult) -> Iterator[Figure]:
     for f in result.findings:
         modes = ", ".join(f.modes) or "all modes"
         yield Figure(modes, f.code, "words", status=f.severity, text=f.text)
+
+
+def _of_trials(result: TuneResult) -> Iterator[Figure]:
+    yield Figure("", "tune", "words", status=result.status, text=result.tolerance)
+    for trial in result.trials:
+        estimate = None
+        if trial.ratio is not None:
+            low, high = trial.low or 0.0, math.inf if trial.high is None else trial.high
+            estimate = stats.Estimate(trial.ratio, low, high)
+        figure = _estimate(trial.name, "trial_ratio", estimate, "ratio")
+        yield replace(figure, status=trial.outcome, text=trial.reason)
+        if trial.max_abs is not None:
+            yield Figure(trial.name, "trial_max_abs", "absolute", _finite(trial.max_abs))
 
 
 def _of_profiles(result: ProfileResult) -> Iterator[Figure]:

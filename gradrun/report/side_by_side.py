@@ -36,6 +36,7 @@ _TITLES = {
     "compare": "Comparison",
     "audit": "Audit",
     "check": "Check",
+    "tune": "Tuning",
     "profile": "Profile",
 }
 

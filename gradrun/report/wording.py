@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
-from gradrun.report import profile_tables
+from gradrun.report import profile_tables, tune_tables
 from gradrun.report.tables import OUTCOME_TONES, Tone
 from gradrun.results.result import (
     AnyResult,
@@ -21,6 +21,7 @@ from gradrun.results.result import (
     ModeFacts,
     ProfileResult,
     Status,
+    TuneResult,
 )
 from gradrun.results.summary import summarize_audit, summarize_comparison
 
@@ -59,6 +60,8 @@ def subject(result: AnyResult) -> str:
             parts = ["profile", *_mode(result), device, threads, size, rounds]
         case CheckResult():
             parts = [result.info.mode.value, "check", device, threads, f"torch {machine.torch}"]
+        case TuneResult():
+            parts = ["tune", device, threads, *tune_tables.subject(result)]
     return ", ".join(filter(None, parts))
 
 
@@ -93,6 +96,8 @@ def verdict(result: AnyResult) -> str:
             return summarize_audit(result)
         case ProfileResult():
             return profile_tables.verdict(result)
+        case TuneResult():
+            return tune_tables.verdict(result)
         case CheckResult():
             statuses = [outcome.status for outcome in result.outcomes]
             counts = ((statuses.count(status), word) for status, word in _OUTCOMES.items())
@@ -129,6 +134,8 @@ def notes(result: AnyResult) -> list[Note]:
         found += [Note(failure, "bad") for failure in result.failures]
     if isinstance(result, ProfileResult):
         found += [Note(text) for text in profile_tables.doubts(result)]
+    if isinstance(result, TuneResult):
+        found += [Note(text) for text in tune_tables.notes(result)]
     return found + [Note(warning.text) for warning in result.warnings]
 
 

@@ -13,6 +13,7 @@ from gradrun.results.result import (
     Measurement,
     Metric,
     MetricChange,
+    TuneResult,
 )
 
 
@@ -52,7 +53,7 @@ def time_ratio(measurements: Sequence[Measurement], base: str, other: str) -> st
 
 def recompute(result: AnyResult) -> AnyResult:
     """Replace ratios and verdicts by those computed from the raw times."""
-    if not isinstance(result, CompareResult | CheckResult) or not result.comparisons:
+    if not isinstance(result, CompareResult | CheckResult | TuneResult) or not result.comparisons:
         return result
     comparisons = compare_measured(result.measurements, result.info.precision)
     return result.replace(comparisons=tuple(comparisons))

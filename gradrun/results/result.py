@@ -21,6 +21,7 @@ from gradrun.core.record import Record
 from gradrun.results import stats
 from gradrun.results.bounds import ByteChange, Count, Seconds
 from gradrun.results.profile import Profile
+from gradrun.results.trials import Trial, TunedKey
 from gradrun.results.work import MachinePeaks, Work, describe_reach
 
 _MAX_FILE_BYTES = 2**30
@@ -384,6 +385,7 @@ class SavedForBackward(Record, frozen=True, kw_only=True):
 
 
 Status = Literal["pass", "fail", "inconclusive"]
+TuneStatus = Literal["faster", "nothing_helps", "inconclusive"]
 
 
 class Outcome(Record, frozen=True, kw_only=True):
@@ -526,7 +528,7 @@ class RunInfo(Record, frozen=True, kw_only=True):
 class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
     """Base of the results of all commands."""
 
-    kind: ClassVar[Literal["infer", "compare", "audit", "check", "profile"]]
+    kind: ClassVar[Literal["infer", "compare", "audit", "check", "profile", "tune"]]
     format: Literal[2] = 2
     gradrun: str
     started_at: str
@@ -709,7 +711,57 @@ class ProfileResult(RunResult, frozen=True, kw_only=True, tag="profile"):
                 raise ValueError("rounds with and without hooks differ in number")
 
 
-AnyResult = InferResult | CompareResult | AuditResult | CheckResult | ProfileResult
+class TuneResult(RunResult, frozen=True, kw_only=True, tag="tune"):
+    """Result of `gradrun tune`, with two measurements per process of the confirmation."""
+
+    kind = "tune"
+    status: TuneStatus
+    comparisons: tuple[Comparison, ...] = ()
+    equivalence: tuple[Equivalence, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    """In the order in which they were tried."""
+    skipped: tuple[str, ...] = ()
+    """Moves that do not apply, each with the reason."""
+    keys: tuple[TunedKey, ...] = ()
+    """The confirmed changes."""
+    refused: tuple[str, ...] = ()
+    """Why settings that led the search were not confirmed."""
+    tolerance: str
+    """The constraints in words."""
+    checked: Count = 0
+    """Samples whose outputs were compared in the confirmation."""
+    max_rel: float | None = None
+    cosine: float | None = None
+    steady: bool = False
+    """Whether the time of the start was ignored."""
+    job_samples: Count = 0
+    start_seconds: Seconds = 0.0
+    tuned_start_cold: Seconds | None = None
+    tuned_start: Seconds | None = None
+    """Of a process that finds compiled programs in the cache."""
+    break_even: Count | None = None
+    """Samples after which the longer start has paid."""
+    detectable: float = 0.0
+    """Least relative gain that would have been confirmed."""
+    budget: Seconds
+    seconds: Seconds
+    """Time that the search and the confirmation took."""
+    out_of_time: bool = False
+    file: str = ""
+    """The tuned config; empty if none was written."""
+
+    def headline(self, source: str) -> str:
+        """Return one line about the confirmed setting."""
+        (confirmed,) = self.comparisons
+        changed = "" if self.max_rel is None else f", max_rel {self.max_rel:.2g} seen"
+        return (
+            f"gradrun tune {self.gradrun}: {confirmed.ratio:.2f} x as fast as {source} (95 % "
+            f"{confirmed.low:.2f} to {confirmed.high:.2f}), {self.tolerance}{changed}, torch "
+            f"{self.environment.torch}, {self.environment.cpu}, {self.started_at[:10]}"
+        )
+
+
+AnyResult = InferResult | CompareResult | AuditResult | CheckResult | ProfileResult | TuneResult
 
 # --- format 1 ----------------------------------------------------------------------------------
 

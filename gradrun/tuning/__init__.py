@@ -1,0 +1,1 @@
+"""Search the settings of a run for the fastest within a tolerance, and confirm it."""

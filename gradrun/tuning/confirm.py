@@ -1,0 +1,206 @@
+"""Confirm a setting against the baseline in fresh processes, on other samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from statistics import median
+
+from gradrun.comparison.lanes import Deviation, Lane, deviation
+from gradrun.comparison.session import is_precise
+from gradrun.comparison.turns import ROUNDS, Turn, common_samples, lane_measurement, take_turns
+from gradrun.core.errors import GradrunError
+from gradrun.core.progress import Progress
+from gradrun.core.units import format_seconds
+from gradrun.results import stats
+from gradrun.results.ratios import compare_measured
+from gradrun.results.result import Measurement
+from gradrun.results.stats import Estimate
+from gradrun.tuning.constraints import P99_BATCHES
+from gradrun.tuning.search import Candidate, Search
+
+BASELINE, TUNED = "baseline", "tuned"
+
+_CHECKED = 2000
+"""Samples whose outputs are compared, if they take at most this share of the budget."""
+_CHECKED_SHARE = 0.05
+_MIN_CHECKED_SECONDS = 5.0
+_WINDOWS = 8
+_MAX_P99_BLOCKS = 200
+
+
+@dataclass
+class Confirmation:
+    """The outcome for one setting."""
+
+    candidate: Candidate
+    measurements: list[Measurement] = field(default_factory=list)
+    deviation: Deviation | None = None
+    starts: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds of the baseline's and the candidate's start in each process."""
+    batch_seconds: list[float] = field(default_factory=list)
+    ratio: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0, math.inf))
+    refused: str = ""
+    """Why the setting cannot be used."""
+    undecided: str = ""
+    """Why the measurement cannot tell."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the setting is faster and keeps all limits."""
+        return not (self.refused or self.undecided)
+
+    @property
+    def break_even(self) -> int | None:
+        """Samples after which the longer start from caches has paid; None if it never does."""
+        base, tuned = (median(m.seconds_per_sample[0] for m in group) for group in self._groups())
+        later = median(two - one for one, two in self.starts)
+        if later <= 0:
+            return 0
+        return math.ceil(later / (base - tuned)) if tuned < base else None
+
+    def _groups(self) -> tuple[list[Measurement], list[Measurement]]:
+        return (
+            [m for m in self.measurements if m.variant == BASELINE],
+            [m for m in self.measurements if m.variant == TUNED],
+        )
+
+
+def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Confirmation:
+    """Measure a setting against the baseline in at least `measure.processes` fresh processes.
+
+    Args:
+        search: the finished search.
+        candidate: the setting.
+        strict: use half the error rate, for a second attempt.
+    """
+    found = Confirmation(candidate)
+    measure, tune = search.constraints.measure, search.constraints.tune
+    done, cost = 0, 0.0
+    while not found.refused:
+        search.progress(Progress("confirming", done, max(done + 1, measure.processes)))
+        began = search.now()
+        left = tune.budget - (began - search.began)
+        # The first processes may exceed the budget a little, since the search kept time for them.
+        if done >= 2 and left < cost:
+            break
+        try:
+            _measure_process(search, found, done)
+        except GradrunError as error:
+            found.refused = f"failed in a fresh process: {error}"
+            break
+        if found.refused:
+            break
+        done += 1
+        cost = search.now() - began
+        found.ratio = _ratio(found, strict=strict)
+        if done >= measure.processes and all(
+            is_precise(c, measure.precision)
+            for c in compare_measured(found.measurements, measure.precision)
+        ):
+            break
+    if not found.refused:
+        _judge(search, found, done)
+    return found
+
+
+def _measure_process(search: Search, found: Confirmation, process: int) -> None:
+    """Start both again, check the candidate's outputs once, and race them."""
+    timeout = search.constraints.measure.timeout
+    with ExitStack() as stack:
+        base, tuned = lanes = [
+            stack.enter_context(closing(search.open_lane(config, timeout)))
+            for config in (search.base, found.candidate.config)
+        ]
+        if not process:
+            _check_outputs(search, found, lanes)
+            if found.refused:
+                return
+        window = common_samples(lanes, base.ready.samples, search.calibration[1])
+        turns = take_turns(lanes, window, ROUNDS, seed=process)
+        found.starts.append((base.start_seconds, tuned.start_seconds))
+        for name, turn in zip((BASELINE, TUNED), turns, strict=True):
+            found.measurements.append(lane_measurement(name, process, turn))
+        found.batch_seconds += (s for block in turns[1].blocks for s in block.batch_seconds)
+        _check_limits(search, found, turns[1])
+
+
+def _check_outputs(search: Search, found: Confirmation, lanes: Sequence[Lane]) -> None:
+    seconds = max(_MIN_CHECKED_SECONDS, _CHECKED_SHARE * search.constraints.tune.budget)
+    count = min(_CHECKED, max(1, int(seconds / search.per_sample)))
+    windows = _spread(lanes, count, search.calibration[1])
+    base, tuned = (
+        [row for window in windows for row in lane.run(*window, rows=True).rows] for lane in lanes
+    )
+    measure = search.constraints.measure
+    found.deviation = deviation(base, tuned, rtol=measure.rtol, atol=measure.atol)
+    found.refused = search.constraints.violation(found.deviation)
+
+
+def _spread(lanes: Sequence[Lane], count: int, start: int) -> list[tuple[int, int]]:
+    """Return windows of about `count` samples together, spread over the data from `start` on.
+
+    A failure may concern one part of data that are sorted.
+    """
+    samples = lanes[0].ready.samples
+    start = start if start < samples else 0
+    step = (samples - start) / _WINDOWS
+    windows: list[tuple[int, int]] = []
+    for part in range(_WINDOWS):
+        window = common_samples(lanes, max(1, count // _WINDOWS), start + int(part * step))
+        if not windows or window[0] >= windows[-1][1]:
+            windows.append(window)
+    return windows
+
+
+def _check_limits(search: Search, found: Confirmation, turn: Turn) -> None:
+    constraints = search.constraints
+    if constraints.tune.p99_limit is not None:
+        for number in range(_MAX_P99_BLOCKS):
+            if len(found.batch_seconds) >= P99_BATCHES:
+                break
+            found.batch_seconds += turn.run(number).batch_seconds
+    found.refused = constraints.memory_violation(turn.peak)
+    if not found.refused and len(found.batch_seconds) >= P99_BATCHES:
+        found.refused = constraints.latency_violation(found.batch_seconds)
+
+
+def _ratio(found: Confirmation, *, strict: bool) -> Estimate:
+    base, tuned = found._groups()
+    ratios = [
+        stats.paired_ratio(one.seconds_per_sample, two.seconds_per_sample)
+        for one, two in zip(base, tuned, strict=True)
+    ]
+    return stats.mean_over_processes(ratios, strict=strict)
+
+
+def _judge(search: Search, found: Confirmation, done: int) -> None:
+    """Decide from the interval, and from the start if it counts."""
+    measure, tune = search.constraints.measure, search.constraints.tune
+    assert found.deviation
+    verdict = stats.verdict(found.ratio, measure.precision)
+    if verdict in {"slower", "no_difference"}:
+        found.refused = f"{found.ratio.value:.3f} x as fast as the baseline in fresh processes"
+    elif done < measure.processes:
+        found.undecided = f"the budget was spent after {done} of {measure.processes} processes"
+    elif verdict == "inconclusive":
+        found.refused = "not faster in fresh processes"
+    elif reason := search.constraints.undecided(found.deviation):
+        found.undecided = reason
+    elif tune.p99_limit is not None and len(found.batch_seconds) < P99_BATCHES:
+        found.undecided = (
+            f"{len(found.batch_seconds)} batches do not bound the 99th percentile; "
+            f"{P99_BATCHES} are needed"
+        )
+    elif not tune.steady:
+        samples = tune.samples or search.facts.samples
+        needed = found.break_even
+        if needed is None or needed > samples:
+            later = median(two - one for one, two in found.starts)
+            found.refused = (
+                f"{found.ratio.value:.2f} x as fast, but it starts {format_seconds(later)} later, "
+                f"which pays after {needed or 0:,} samples; the job has {samples:,} (--steady "
+                "ignores the start, --samples sets the size of a job)"
+            )

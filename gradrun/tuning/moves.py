@@ -1,0 +1,240 @@
+"""The table of moves: which settings are tried, and when. The search treats all rows alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from gradrun.config.model import EagerModel
+from gradrun.core.cpu import thread_count
+from gradrun.core.grad_mode import GradMode
+from gradrun.inference.allocator import describe_obstacle
+from gradrun.tuning.facts import Facts, value_of
+
+Changes = dict[str, Any]
+Step = Literal["process", "batches", "kernels", "workers", "batches again", "last"]
+Effect = Literal["none", "rounding", "precision"]
+
+STEPS: tuple[Step, ...] = ("process", "batches", "kernels", "workers", "batches again", "last")
+"""In this order; the moves of the step `kernels` are tried together, from all to fewer."""
+
+BUNDLED: Step = "kernels"
+
+
+@dataclass(frozen=True)
+class Move:
+    """One row of the table."""
+
+    name: str
+    step: Step
+    effect: Effect
+    """The greatest effect on outputs."""
+    settings: Callable[[Facts], Sequence[Changes]]
+    """The changes to try on `facts.config`, the most promising first; none if it has them."""
+    skip: Callable[[Facts], str] = lambda _: ""
+    """Why the move does not apply, or ""."""
+    climbs: bool = False
+    """Whether to repeat it while it gains."""
+
+
+# --- settings ----------------------------------------------------------------------------------
+
+
+def _other_values(key: str, *values: Any) -> Callable[[Facts], Sequence[Changes]]:
+    """Try the values that the config does not have."""
+
+    def settings(facts: Facts) -> Sequence[Changes]:
+        return [{key: value} for value in values if value_of(facts.config, key) != value]
+
+    return settings
+
+
+def _modes(facts: Facts) -> Sequence[Changes]:
+    compiled = value_of(facts.config, "model.compile") or {}
+    modes = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
+    if compiled:
+        modes.remove(GradMode.GRAD)
+    return [{"run.mode": mode.value} for mode in modes if mode is not facts.config.run.mode]
+
+
+def _double_batch(facts: Facts) -> Sequence[Changes]:
+    size = value_of(facts.config, "data.batch_size")
+    return [{"data.batch_size": 2 * size}] if size and 2 * size <= facts.samples else []
+
+
+def _halve_batch(facts: Facts) -> Sequence[Changes]:
+    size = value_of(facts.config, "data.batch_size")
+    return [{"data.batch_size": size // 2}] if size and size > 1 else []
+
+
+def _precisions(facts: Facts) -> Sequence[Changes]:
+    changes: list[Changes] = []
+    if facts.config.run.autocast is None and facts.config.run.float32_precision is None:
+        if isinstance(facts.config.model, EagerModel) and facts.config.model.dtype is None:
+            changes.append({"model.dtype": "bfloat16"})
+        changes += [{"run.autocast": "bfloat16"}, {"run.float32_precision": "bf16"}]
+    return changes
+
+
+def _compiled(facts: Facts) -> Sequence[Changes]:
+    if value_of(facts.config, "model.compile"):
+        return []
+    found: list[Changes] = [{"model.compile": {"freezing": True}}, {"model.compile": {}}]
+    if find_spec("openvino"):
+        found.append({"model.compile": {"backend": "openvino"}})
+    return found
+
+
+def _autotuned(facts: Facts) -> Sequence[Changes]:
+    compiled = value_of(facts.config, "model.compile") or {}
+    if compiled.get("backend") != "inductor" or compiled.get("mode"):
+        return []
+    return [{"model.compile.mode": "max-autotune"}]
+
+
+def _workers(facts: Facts) -> Sequence[Changes]:
+    found: list[Changes] = []
+    count = facts.cpus
+    while count > 1:
+        engine = {"source": "processes", "workers": count}
+        found.append({"engine": engine, "run.threads": facts.cpus // count})
+        count //= 2
+    return found
+
+
+def _threads(facts: Facts) -> Sequence[Changes]:
+    used = thread_count(facts.config.run.threads)
+    counts = {1, facts.cpus // 2, facts.cpus} - {0, used}
+    return [{"run.threads": count} for count in sorted(counts, reverse=True)]
+
+
+# --- conditions --------------------------------------------------------------------------------
+
+
+def _no_retain(facts: Facts) -> str:
+    return (
+        f"this process does not use glibc's malloc alone {obstacle}"
+        if (obstacle := describe_obstacle())
+        else ""
+    )
+
+
+def _no_texts(facts: Facts) -> str:
+    return "" if facts.config.data.source == "text" else "the data are not texts"
+
+
+def _fixed_batches(facts: Facts) -> str:
+    return "" if value_of(facts.config, "data.batch_size") else "the data have no batch size"
+
+
+def _no_images(facts: Facts) -> str:
+    if not isinstance(facts.config.model, EagerModel):
+        return "the file of the model fixes its memory format"
+    return "" if facts.has("Conv2d") else "the model has no Conv2d"
+
+
+def _no_fast_bfloat16(facts: Facts) -> str:
+    if not facts.constraints.allows_precision:
+        return "the tolerance is that of float32; --within max_rel=0.01 allows more"
+    if facts.device == "cpu" and not facts.cpu_flags & {"amx_bf16", "avx512_bf16", "bf16"}:
+        return "the CPU has no instructions for bfloat16"
+    return ""
+
+
+def _no_compiler(facts: Facts) -> str:
+    if facts.config.run.mode is GradMode.GRAD:
+        return "run.mode grad"
+    return "" if facts.has_compiler else "no C++ compiler (g++ or clang++) was found"
+
+
+def _no_fast_path(facts: Facts) -> str:
+    found = facts.has("TransformerEncoderLayer", "MultiheadAttention")
+    return "" if found else "the model has no nn.TransformerEncoderLayer"
+
+
+def _no_attention(facts: Facts) -> str:
+    found = facts.config.model.source == "huggingface"
+    return "" if found else "the model is not from transformers"
+
+
+def _one_cpu(facts: Facts) -> str:
+    if facts.device != "cpu":
+        return "the model does not run on the CPU"
+    return "" if facts.cpus > 1 else "one CPU is available"
+
+
+def _no_workers(facts: Facts) -> str:
+    return _one_cpu(facts) or ("the config has an engine" if facts.config.engine else "")
+
+
+def _not_compiled(facts: Facts) -> str:
+    return "" if value_of(facts.config, "model.compile") else "a compiled model is not faster"
+
+
+MOVES = (
+    Move("allocator", "process", "none", _other_values("run.allocator", "retain"), _no_retain),
+    Move("gradient mode", "process", "rounding", _modes),
+    Move(
+        "length order", "batches", "rounding",
+        _other_values("data.group_by_length", True), _no_texts,
+    ),
+    Move(
+        "larger batches", "batches", "rounding", _double_batch, _fixed_batches, climbs=True,
+    ),
+    Move(
+        "memory format", "kernels", "rounding",
+        _other_values("model.channels_last", True), _no_images,
+    ),
+    Move("precision", "kernels", "precision", _precisions, _no_fast_bfloat16),
+    Move("fast path", "kernels", "rounding", _other_values("run.fast_path", False), _no_fast_path),
+    Move(
+        "attention", "kernels", "rounding",
+        _other_values("model.attention", "sdpa", "eager"), _no_attention,
+    ),
+    Move("compile", "kernels", "rounding", _compiled, _no_compiler),
+    Move("worker processes", "workers", "rounding", _workers, _no_workers),
+    Move("threads", "workers", "rounding", _threads, _no_workers),
+    Move(
+        "larger batches", "batches again", "rounding", _double_batch, _fixed_batches, climbs=True,
+    ),
+    Move(
+        "smaller batches", "batches again", "rounding", _halve_batch, _fixed_batches, climbs=True,
+    ),
+    Move("autotuned kernels", "last", "rounding", _autotuned, _not_compiled),
+)  # fmt: skip
+
+
+def applicable(moves: Sequence[Move], facts: Facts) -> Iterator[tuple[Move, str]]:
+    """Yield each move with the reason why it is not tried, or ""."""
+    for move in moves:
+        reason = move.skip(facts)
+        if not reason and move.effect != "none" and not facts.constraints.allows_rounding:
+            # Some of these keep the bits, such as workers; the gate decides.
+            reason = "" if move.step in {"process", "workers"} else "bitwise equal outputs"
+        settings = [] if reason else move.settings(facts)
+        kept = [key for key in facts.constraints.tune.keep if any(key in s for s in settings)]
+        if kept:
+            reason = f"{kept[0]} is kept"
+        yield move, reason
+
+
+def bundles(alternatives: Sequence[Sequence[Changes]]) -> Iterator[Changes]:
+    """Yield combinations of moves: all first settings, then with one exchanged or left out.
+
+    Single moves mislead where they need each other: compiling an encoder pays only without its
+    fast path.
+    """
+    firsts = [settings[0] for settings in alternatives]
+    yield _merged(firsts)
+    for i, settings in enumerate(alternatives):
+        for other in settings[1:]:
+            yield _merged([*firsts[:i], other, *firsts[i + 1 :]])
+    if len(firsts) > 1:
+        for i in range(len(firsts)):
+            yield _merged([*firsts[:i], *firsts[i + 1 :]])
+
+
+def _merged(parts: Sequence[Changes]) -> Changes:
+    return {key: value for part in parts for key, value in part.items()}

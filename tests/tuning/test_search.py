@@ -1,0 +1,240 @@
+"""The search with planted speeds, outputs, peaks and clocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gradrun.config.schema import RunConfig
+from gradrun.results.trials import describe_changes
+from gradrun.tuning.moves import MOVES, Move, bundles
+from tests.support.lanes import Planted
+from tests.support.planted_search import PlantedSearch, move
+
+SEED = move("seed", "process", {"run.seed": 1})  # stands for any key
+MODE = move("mode", "kernels", {"run.mode": "no_grad"}, {"run.mode": "grad"})
+THREADS = move("threads", "kernels", {"run.threads": 1})
+WARMUP = move("warmup", "workers", {"run.warmup": 3})
+
+
+def _doubled(facts: Any) -> list[dict[str, Any]]:
+    return [{"data.batch_size": 2 * facts.config.data.batch_size}]
+
+
+BATCH = Move("batch", "batches", "rounding", _doubled, climbs=True)
+
+
+def test_a_faster_setting_is_found_and_confirmed_with_its_ratio() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 if config.run.seed == 0 else 0.0005, noise=0.02, process_noise=0.02)
+
+    best, confirmed = PlantedSearch(plan, (SEED, MODE)).run()
+    assert best.changes == {"run.seed": 1}
+    assert confirmed
+    assert confirmed.accepted
+    assert confirmed.ratio.low < 2 < confirmed.ratio.high
+    assert confirmed.ratio.value == pytest.approx(2, rel=0.1)
+
+
+def test_where_nothing_helps_few_of_many_searches_name_a_winner() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.05, noise=0.02, process_noise=0.02)
+
+    accepted = 0
+    for seed in range(40):
+        _, confirmed = PlantedSearch(plan, (SEED, MODE, THREADS, WARMUP, BATCH), seed=seed).run()
+        accepted += bool(confirmed and confirmed.accepted)
+    assert accepted <= 3  # 2.5 % of 40 is 1; more than 3 has a probability of 2 %
+
+
+def test_settings_that_help_only_together_are_found() -> None:
+    def plan(config: RunConfig) -> Planted:
+        changed = (config.run.mode == "no_grad") + (config.run.threads == 1)
+        return Planted({0: 0.001, 1: 0.0012, 2: 0.0004}[changed])
+
+    best, confirmed = PlantedSearch(plan, (MODE, THREADS)).run()
+    assert best.changes == {"run.mode": "no_grad", "run.threads": 1}
+    assert confirmed
+    assert confirmed.accepted
+
+
+def test_a_key_that_does_not_pay_is_left_out() -> None:
+    """Threads help before the mode changes, and cost nothing afterwards."""
+
+    def plan(config: RunConfig) -> Planted:
+        if config.run.warmup == 3:
+            return Planted(0.0003)
+        return Planted(0.001 if config.run.seed == 0 else 0.0008)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, _ = found.run()
+    assert best.changes == {"run.warmup": 3}
+    assert found.search.gains["run.warmup"].value == pytest.approx(8 / 3)
+
+
+def test_gains_of_the_remaining_keys_are_measured() -> None:
+    def plan(config: RunConfig) -> Planted:
+        seconds = 0.001 / (2 if config.run.seed else 1) / (1.25 if config.run.warmup == 3 else 1)
+        return Planted(seconds)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, _ = found.run()
+    assert best.changes == {"run.seed": 1, "run.warmup": 3}
+    assert found.search.gains["run.warmup"].value == pytest.approx(1.25)
+    assert found.search.gains["run.seed"].value == pytest.approx(2)
+
+
+def test_a_climb_ends_where_doubling_no_longer_gains() -> None:
+    def plan(config: RunConfig) -> Planted:
+        size = config.data.batch_size
+        return Planted(0.001 / min(size, 64))
+
+    best, _ = PlantedSearch(plan, (BATCH,)).run()
+    assert best.changes == {"data.batch_size": 64}
+
+
+def test_a_fast_setting_that_is_wrong_beyond_the_tolerance_is_not_timed() -> None:
+    def plan(config: RunConfig) -> Planted:
+        if config.run.seed == 0:
+            return Planted(0.001)
+        return Planted(0.0001, output=lambda i: (1.0 + i % 7) * (1.03 if i % 100 == 0 else 1))
+
+    found = PlantedSearch(plan, (SEED,), {"within": {"max_rel": 0.001}})
+    best, _ = found.run()
+    assert not best.changes
+    (trial,) = found.search.trials
+    assert trial.outcome == "differs"
+    assert trial.ratio is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_error_on_one_sample_in_a_hundred_that_calibration_misses_is_refused(seed: int) -> None:
+    """Twice the tolerance, on samples behind those of the calibration."""
+    tolerance = 0.01
+
+    def wrong(sample: int) -> float:
+        off = sample >= 2000 and sample % 100 == seed
+        return 1.0 + sample % 7 + (2 * tolerance * 7 if off else 0)
+
+    def plan(config: RunConfig) -> Planted:
+        if config.run.seed == 0:
+            return Planted(0.001)
+        return Planted(0.0001, output=wrong)
+
+    found = PlantedSearch(plan, (SEED,), {"within": {"max_rel": tolerance}}, seed=seed)
+    best, confirmed = found.run()
+    assert best.changes  # it passed the calibration
+    assert confirmed
+    assert not confirmed.accepted
+    assert "differ by 0.02 of the greatest" in confirmed.refused
+
+
+def test_a_memory_hog_is_refused() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001) if config.run.seed == 0 else Planted(0.0001, peak=700 * 2**20)
+
+    found = PlantedSearch(plan, (SEED,), {"memory": "600 MiB"})
+    best, _ = found.run()
+    assert not best.changes
+    assert found.search.trials[0].reason == "process peak 700.00 MiB"
+
+
+def test_a_slow_latency_is_refused() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 / config.data.batch_size**0.5)
+
+    best, confirmed = PlantedSearch(plan, (BATCH,), {"p99": "6 ms"}).run()
+    assert best.changes == {"data.batch_size": 32}  # 5.7 ms a batch; 64 take 8 ms
+    assert confirmed
+    assert confirmed.accepted
+
+
+def test_a_setting_that_fails_is_recorded_and_the_search_continues() -> None:
+    def plan(config: RunConfig) -> Planted:
+        if config.run.seed:
+            return Planted(fails="worker 1 cannot start: no such operator")
+        return Planted(0.0005 if config.run.warmup == 3 else 0.001)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, _ = found.run()
+    assert best.changes == {"run.warmup": 3}
+    assert found.search.trials[0].outcome == "failed"
+    assert "no such operator" in found.search.trials[0].reason
+
+
+def test_a_start_that_takes_too_long_ends_the_candidate() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.0001, start=400.0) if config.run.seed else Planted(0.001)
+
+    found = PlantedSearch(plan, (SEED,))
+    best, _ = found.run()
+    assert not best.changes
+    assert "not ready within" in found.search.trials[0].reason
+
+
+def test_a_spent_budget_leaves_the_rest_untried_and_is_kept_roughly() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 / (1 + config.run.seed), start=20.0)
+
+    found = PlantedSearch(plan, (SEED, MODE, THREADS, WARMUP), {"budget": 320})
+    found.run()
+    assert found.search.out_of_time
+    assert any(trial.outcome == "not_tried" for trial in found.search.trials)
+    assert found.clock.now < 1.3 * 320
+
+
+def test_a_longer_start_must_pay_within_the_job() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.0005, start=30.0) if config.run.seed else Planted(0.001, start=2.0)
+
+    # 28 s later, and 0.5 ms saved per sample: it pays after 56,000 samples.
+    short, _ = PlantedSearch(plan, (SEED,), {"steady": False, "samples": 20_000}).run()
+    long, confirmed = PlantedSearch(
+        plan, (SEED,), {"steady": False, "samples": 200_000, "budget": 2000}
+    ).run()
+    assert not short.changes
+    assert long.changes == {"run.seed": 1}
+    assert confirmed
+    assert confirmed.accepted
+    assert confirmed.break_even == pytest.approx(56_000, rel=0.01)
+
+
+def test_no_setting_is_opened_twice_before_backward_elimination() -> None:
+    found = PlantedSearch(lambda _: Planted(0.001), (SEED, MODE, THREADS, WARMUP, BATCH))
+    found.run()
+    tried = [describe_changes(t.changes) for t in found.search.trials if t.step != "backward"]
+    assert len(tried) == len(set(tried))
+
+
+def test_bitwise_tries_only_moves_that_may_keep_the_bits() -> None:
+    found = PlantedSearch(lambda _: Planted(0.001), (SEED, MODE, BATCH), {"within": "bitwise"})
+    found.run()
+    assert {trial.step for trial in found.search.trials} == {"process"}
+    assert found.search.skipped == {
+        "mode": "bitwise equal outputs", "batch": "bitwise equal outputs",
+    }  # fmt: skip
+
+
+def test_kept_keys_are_not_changed() -> None:
+    found = PlantedSearch(
+        lambda c: Planted(0.001 / c.data.batch_size), (BATCH,), {"keep": ["data.batch_size"]}
+    )
+    best, _ = found.run()
+    assert not best.changes
+    assert found.search.skipped == {"batch": "data.batch_size is kept"}
+
+
+def test_bundles_go_from_all_settings_to_one_less() -> None:
+    made = [*bundles([[{"a": 1}, {"a": 2}], [{"b": 1}], [{"c": 1}]])]
+    assert made == [
+        {"a": 1, "b": 1, "c": 1},
+        {"a": 2, "b": 1, "c": 1},
+        {"b": 1, "c": 1},
+        {"a": 1, "c": 1},
+        {"a": 1, "b": 1},
+    ]
+
+
+def test_every_move_has_a_name_and_changes_valid_keys() -> None:
+    assert all(move.name and move.settings for move in MOVES)
