@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from gradrun.report import profile_plots
+from gradrun.report import profile_plots, tune_plots
 from gradrun.report.document import Document, describe
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import Plot, plots
 from gradrun.report.side_by_side import Named, side_by_side
 from gradrun.report.tables import Cell, Column, Picture, Share, Status, Table
 from gradrun.report.wording import Note
-from gradrun.results.result import AnyResult, ProfileResult
+from gradrun.results.result import AnyResult, ProfileResult, TuneResult
 
 _STYLE = Path(__file__).with_name("html_page.css")
 _UNIT = re.compile(r"(?<=\d) (?=[nµm]?s\b|[KMGT]?i?B\b)")
@@ -94,7 +94,8 @@ def _article(document: Document, name: str, result: AnyResult, prefix: str) -> s
 def _plots(result: AnyResult, prefix: str) -> list[Plot]:
     if isinstance(result, ProfileResult):
         return profile_plots.plots(result, prefix)
-    return plots(result, prefix)
+    drawn = plots(result, prefix)
+    return tune_plots.plots(result, prefix) + drawn if isinstance(result, TuneResult) else drawn
 
 
 def _figure(plot: Plot) -> str:

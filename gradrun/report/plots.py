@@ -83,10 +83,7 @@ def plots(result: AnyResult, prefix: str = "") -> list[Plot]:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    kinds = (
-        trials_by_error, trials_by_memory, confusion, ratios, distribution, latency, workers,
-        memory,
-    )  # fmt: skip
+    kinds = (confusion, ratios, distribution, latency, workers, memory)
     drawn = (draw(result, prefix) for draw in kinds)
     return [plot for plot in drawn if plot]
 
@@ -340,83 +337,6 @@ def _merge(spans: Sequence[tuple[float, float]], gap: float) -> list[tuple[float
         else:
             merged.append((began, ended))
     return merged
-
-
-def trials_by_error(result: AnyResult, prefix: str) -> Plot | None:
-    """Draw the speed of the settings that were tried against the difference of their outputs."""
-    if not isinstance(result, TuneResult):
-        return None
-    points = [
-        _Tried(t.ratio, max(t.max_rel or 0.0, _NO_ERROR), t.name)
-        for t in result.trials
-        if t.ratio and t.max_rel is not None and math.isfinite(t.max_rel)
-    ]
-    return _front(points, "Speed and error", "max_rel", f"{prefix}error", logarithmic=True)
-
-
-def trials_by_memory(result: AnyResult, prefix: str) -> Plot | None:
-    """Draw the speed of the settings that were tried against their process peak."""
-    if not isinstance(result, TuneResult):
-        return None
-    points = [
-        _Tried(t.ratio, t.process_peak / 2**20, t.name)
-        for t in result.trials
-        if t.ratio and t.process_peak
-    ]
-    return _front(points, "Speed and memory", "process peak in MiB", f"{prefix}peak")
-
-
-class _Tried(NamedTuple):
-    """A setting in a plot."""
-
-    speed: float
-    cost: float
-    name: str
-
-
-_NO_ERROR = 1e-9
-"""Place of bitwise equal outputs on a logarithmic axis."""
-
-
-def _front(
-    points: Sequence[_Tried], title: str, axis: str, salt: str, *, logarithmic: bool = False
-) -> Plot | None:
-    """Draw settings, and mark those that no other beats in both speed and cost."""
-    if not points:
-        return None
-    front = sorted(
-        (p for p in points if not any(o.speed > p.speed and o.cost <= p.cost for o in points)),
-        key=lambda p: p.cost,
-    )
-
-    def draw(axes: Any) -> None:
-        axes.axhline(1, color=_SOFT, linewidth=1)
-        axes.step(
-            [p.cost for p in front],
-            [p.speed for p in front],
-            where="post",
-            color=_placeholder(1),
-            linewidth=1.2,
-        )
-        for chosen, colour in ((points, 0), (front, 1)):
-            axes.plot(
-                [p.cost for p in chosen],
-                [p.speed for p in chosen],
-                "o",
-                color=_placeholder(colour),
-                markersize=6,
-            )
-        if logarithmic:
-            axes.set_xscale("log")
-        axes.margins(x=0.1, y=0.15)
-        axes.set_xlabel(axis)
-        axes.set_ylabel("times as fast as the baseline")
-
-    key = tuple((1, p.name, f"{p.speed:.2f} x") for p in front)
-    note = "Line: the settings that no other beats in both. Ratios of the search."
-    if logarithmic and any(p.cost == _NO_ERROR for p in points):
-        note += " Far left: bitwise equal outputs."
-    return Plot(title, _draw_svg(draw, 2.8, salt), key, note)
 
 
 # --- shared by the plots -----------------------------------------------------------------------
