@@ -187,7 +187,8 @@ def _loads_as(text: str, expected: RunConfig, target: Path) -> bool:
         return False
     finally:
         draft.unlink(missing_ok=True)
-    return _normalized(loaded.model_dump()) == _normalized(expected.model_dump())
+    same: bool = _normalized(loaded.model_dump()) == _normalized(expected.model_dump())
+    return same
 
 
 def _normalized(value: Any) -> Any:

@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from gradrun.comparison.lanes import Deviation, Lane, deviation, lane_workers
 from gradrun.comparison.turns import OpenLane, Turn, common_samples, take_turns
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
-from gradrun.output.transforms import Outputs
 from gradrun.results import stats
 from gradrun.results.stats import Estimate
 from gradrun.results.trials import Outcome, Trial, describe_changes
@@ -131,7 +132,7 @@ class Search:
         first, last = common_samples([lane], max(1, count))
         self.calibration = (first, last)
         block = lane.run(first, last, rows=True)
-        self.reference: tuple[Outputs, ...] = block.rows
+        self.reference: tuple[dict[str, torch.Tensor], ...] = block.rows
         self.per_sample = block.seconds_per_sample
         same = self._deviation(self.reference)
         self.baseline = Candidate(
@@ -244,7 +245,7 @@ class Search:
             return None
         return Candidate(changes, config, lane, start, found, block.process_peak, place)
 
-    def _deviation(self, rows: Sequence[Outputs]) -> Deviation:
+    def _deviation(self, rows: Sequence[dict[str, torch.Tensor]]) -> Deviation:
         measure = self.constraints.measure
         count = len(self.reference)
         if len(rows) < count:
