@@ -15,12 +15,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import loop_by_hand
 import numpy as np
 import torch
+import user_data
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +65,12 @@ def main() -> None:
                 1.05,
                 flat_parquet,
             ),
+            (
+                "memory: resident set at 100 % and 10 % of an iterable of 5 million",
+                1.05,
+                flat_iterable,
+            ),
+            ("data: a Dataset with 2 workers against a DataLoader loop", 1.03, user_dataset),
             ("images: whole run against the longer of decode and compute", 1.15, overlap),
         ):
             ratios = measure(folder)
@@ -260,6 +268,80 @@ def flat_parquet(folder: Path) -> list[float]:
     output = _output(str(ROOT / "benchmarks" / "parquet_rows.py"), str(folder))
     sizes = dict(map(int, line.split()) for line in output.splitlines())
     return [max(sizes.values()) / sizes[1]]
+
+
+def flat_iterable(folder: Path, samples: int = 5_000_000) -> list[float]:
+    """Greatest resident set of a run over an IterableDataset, relative to the first tenth."""
+    config = {
+        "model": {"source": "layers", "layers": [{"Linear": [4, 2]}]},
+        "data": {
+            "source": "python",
+            "target": str(ROOT / "benchmarks" / "user_data.py:Numbers"),
+            "args": {"count": samples},
+            "batch_size": 1024,
+        },
+        "run": {"threads": 1},
+        "output": {"path": str(folder / "iterable"), "format": "parquet"},
+    }
+    code = (
+        "import sys, json, gradrun, psutil\n"
+        "sizes = []\n"
+        "def note(progress):\n"
+        "    if progress.done:\n"
+        "        sizes.append((progress.done, psutil.Process().memory_info().rss))\n"
+        "gradrun.infer(json.loads(sys.argv[1]), progress=note, trust_code=True)\n"
+        "print(json.dumps(sizes))"
+    )
+    sizes = json.loads(_output("-c", code, json.dumps(config)))
+    tenth = next(size for done, size in sizes if done >= samples / 10)
+    return [max(size for _, size in sizes) / tenth]
+
+
+def user_dataset(folder: Path, count: int = 1600) -> list[float]:
+    """1,600 JPEGs through a convolution, decoded by two processes, to .npy."""
+    pictures = user_data.Pictures(count)
+    config = load_config(
+        {
+            "model": {
+                "source": "layers",
+                "layers": [{"Conv2d": [3, 8, 3]}, "ReLU", "Flatten", {"Linear": [30_752, 10]}],
+            },
+            "data": {
+                "source": "python",
+                "target": str(ROOT / "benchmarks" / "user_data.py:Pictures"),
+                "args": {"count": len(pictures)},
+                "batch_size": user_data.BATCH,
+                "workers": user_data.WORKERS,
+            },
+            "run": {"threads": 1},
+            "output": {"path": str(folder / "pictures-of-user")},
+        }
+    ).config
+    with device_context(config.run) as device:
+        model = load_model(config.model, device).module
+
+        def by_gradrun() -> float:
+            # Opened again, because the first pass starts the processes, as that of a script does.
+            data = open_data(config.data, seed=0, trust_code=True)
+            runner = Runner(model, data, config, device)
+            prepared = runner.prepare()
+            for file in config.output.path.glob("*"):
+                file.unlink()
+            config.output.path.mkdir(exist_ok=True)
+            start = time.perf_counter()
+            writer = open_writer(config.output, data.samples, data.batch_size)
+            writer.open(prepared.outputs)
+            timed = runner.run_timed_pass(prepared, writer)
+            writer.close()
+            if timed.stopped:
+                raise timed.stopped
+            return time.perf_counter() - start
+
+        by_hand = partial(user_data.run, model, pictures, folder / "pictures_by_hand.npy")
+        ratios = _alternate(by_gradrun, by_hand, ROUNDS)
+    expected = np.load(folder / "pictures_by_hand.npy")
+    assert np.array_equal(np.load(config.output.path / "predictions.npy"), expected)
+    return ratios
 
 
 def overlap(folder: Path) -> list[float]:
