@@ -1,4 +1,4 @@
-"""Data of the user's own code, for bench.py: a Dataset that decodes pictures, and a long iterable."""
+"""Data of the user's own code, for bench.py: a Dataset of pictures, and a long iterable."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
         *("zoo", "layers", "python", "torchscript", "exported", "huggingface", "timm"),
     }
     assert {config.data.source for config in configs} == {
-        *("arrays", "synthetic", "records", "text", "images"),
+        *("arrays", "synthetic", "records", "text", "images", "audio", "python"),
     }
     assert {config.output.format for config in configs} == {
         *("npy", "safetensors", "jsonl", "csv", "parquet"),
