@@ -71,9 +71,12 @@ class CompiledModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program, or the module for another number of samples than `batch_size`."""
-        if self.compiles(args, kwargs):
-            return self.compiled(*args, **kwargs)
-        return self.eager(*args, **kwargs)
+        if not self.compiles(args, kwargs):
+            return self.eager(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            args = tuple(map(_for_inference, args))
+            kwargs = {name: _for_inference(value) for name, value in kwargs.items()}
+        return self.compiled(*args, **kwargs)
 
 
 def compile_model(
@@ -214,6 +217,15 @@ def _inductor_options(mode: str | None) -> dict[str, Any]:
 
     options: dict[str, Any] = _inductor.list_mode_options(mode or "default")
     return options
+
+
+def _for_inference(value: Any) -> Any:
+    """Copy a tensor from outside of inference_mode, such as of a thread that reads ahead.
+
+    torch compiles a model again for inputs of the other kind.
+    """
+    copied = isinstance(value, torch.Tensor) and not value.is_inference()
+    return value.clone() if copied else value
 
 
 def _samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

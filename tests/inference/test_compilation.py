@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 import gradrun
+from gradrun.config.model import CompileSection
 from gradrun.core.errors import ConfigError
-from gradrun.inference.compilation import is_compiled, recompilation_limit_hits
+from gradrun.inference.compilation import (
+    CompiledModel,
+    compiled_graphs,
+    is_compiled,
+    recompilation_limit_hits,
+)
 from gradrun.results.result import InferResult
 
 NET = """
@@ -181,6 +188,19 @@ def test_a_dynamic_program_runs_a_shorter_last_batch_too(tmp_path: Path) -> None
     assert not texts(result, "recompiled")
 
 
+@pytest.mark.parametrize("mode", ["inference_mode", "no_grad"])
+def test_tensors_from_inside_and_outside_of_inference_mode_need_one_program(mode: str) -> None:
+    torch._dynamo.reset()
+    section = CompileSection(backend="counting")
+    model = CompiledModel(nn.Linear(4, 3), section, batch_size=5, varying=False)
+    outside, graphs = torch.ones(5, 4), compiled_graphs()
+    with getattr(torch, mode)():
+        model(torch.ones(5, 4))
+        model(outside)
+        model(outside)
+    assert compiled_graphs() == graphs + 1
+
+
 def test_data_of_less_than_a_batch_run_compiled(tmp_path: Path) -> None:
     infer(tmp_path, {"backend": "counting"}, **{"data.batch_size": 64})
     assert set(CALLS) == {(10, 4)}
@@ -227,8 +247,20 @@ def test_a_program_whose_outputs_have_another_dtype_is_refused(tmp_path: Path) -
         infer(tmp_path, {"backend": "without_autocast"}, run={"autocast": "bfloat16"})
 
 
+@contextmanager
+def _no_graphs_yet() -> Iterator[None]:
+    """Set the number of graphs that were compiled in this process to 0."""
+    stats = torch._dynamo.utils.counters["stats"]
+    graphs = stats.pop("unique_graphs", 0)
+    try:
+        yield
+    finally:
+        stats["unique_graphs"] += graphs
+
+
 def test_a_model_of_which_nothing_is_compiled_is_a_warning(tmp_path: Path) -> None:
-    with torch._dynamo.config.patch(disable=True):
+    # The counters of other tests in this process.
+    with torch._dynamo.config.patch(disable=True), _no_graphs_yet():
         (text,) = texts(infer(tmp_path, {"backend": "counting"}), "not_compiled")
     assert "compiled no part of the model" in text
     assert CALLS == []
