@@ -40,6 +40,9 @@ from gradrun.results.result import (
 )
 from gradrun.results.work import MachinePeaks, Work
 
+_OF_PROCESS = {"run.device", "run.allocator", "run.deterministic"}
+"""Keys whose values a process cannot mix."""
+
 
 def profile(
     config: ConfigSource,
@@ -151,10 +154,10 @@ def _configs(config: RunConfig, over: tuple[str, Sequence[Any]]) -> dict[str, Ru
         ConfigError: the key cannot be varied, or has fewer than two values.
     """
     key, _ = over
-    if key == "run.device" or key.partition(".")[0] in {"engine", "metrics", "check"}:
+    if key in _OF_PROCESS or key.partition(".")[0] in {"engine", "metrics", "check"}:
         raise ConfigError(
-            f"{key} cannot be profiled with --over, which runs all variants in one process on one "
-            "device; use gradrun compare"
+            f"{key} cannot be varied by profile --over, which runs all variants in one process on "
+            "one device; use gradrun compare"
         )
     return {one.name: one.config for one in make_variants(config, over, config.output.path)}
 

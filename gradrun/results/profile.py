@@ -23,8 +23,10 @@ _SIGNIFICANT = 0.01
 _SHORTEST = 1e-12
 _DEEPEST = 200
 
+_PRECISE = 0.5
+"""Relative uncertainty up to which the cost of hooks in the model is used as it was measured."""
 _MAX_FACTOR = 2.0
-"""The cost of a hook in the model is at most this many times, or a fraction, of that alone."""
+"""Otherwise, it is at most this many times the cost in an empty module, and at least a fraction."""
 
 
 class ModuleCalls(Record, frozen=True, kw_only=True):
@@ -234,8 +236,10 @@ def _cost_per_call(profile: Profile) -> tuple[float, float]:
     if not alone or not calls:
         return 0.0, 0.0
     pairs = zip(profile.hooked_seconds, profile.plain_seconds, strict=True)
-    difference = median(hooked - plain for hooked, plain in pairs) / calls
-    cost = min(max(difference, alone / _MAX_FACTOR), alone * _MAX_FACTOR)
+    differences = [hooked - plain for hooked, plain in pairs]
+    cost, found = median(differences) / calls, stats.quantile(differences, 0.5)
+    if found is None or not found.low > 0 or found.uncertainty > _PRECISE * found.value:
+        cost = min(max(cost, alone / _MAX_FACTOR), alone * _MAX_FACTOR)
     inside = cost * profile.inside / alone
     return inside, cost - inside
 

@@ -218,6 +218,7 @@ def test_variants_name_the_module_that_makes_the_difference(profiled: Profiled) 
     ("over", "message"),
     [
         (("run.device", ["cpu", "cpu"]), "one device"),
+        (("run.allocator", ["retain", "system"]), "one process"),
         (("engine.workers", [1, 2]), "use gradrun compare"),
         (("run.mode", ["grad"]), "at least two values"),
         (("run.mode", ["grad", "none"]), "unknown mode"),

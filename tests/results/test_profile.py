@@ -85,6 +85,20 @@ def test_the_cost_in_the_model_replaces_that_in_an_empty_module_within_a_factor_
     assert [cost(d) for d in (-50, 1, 3, 7, 50)] == pytest.approx([2, 2, 3, 7, 8])
 
 
+def test_a_cost_that_is_measured_precisely_in_the_model_is_used() -> None:
+    rounds = 11
+    figures = ProfileFigures(
+        profile(
+            calls("", -1, *[100 * US] * rounds),
+            plain=(100 * US,) * rounds,
+            hooked=tuple((130 + r) * US for r in range(rounds)),
+            inside=1 * US,
+            outside=3 * US,
+        )
+    )
+    assert figures.overhead / US == pytest.approx(35)
+
+
 def test_work_and_rates_include_children() -> None:
     one = Work(flops=(Flops(dtype="float32", count=3_000_000),), bytes=10_000, operators=1)
     figures = ProfileFigures(
