@@ -22,7 +22,9 @@ class ColumnSection(Section):
     fill: Value | None = Field(
         None, description="value of rows without one (empty, null, NaN); default: such rows fail"
     )
-    gaps: tuple[str, ...] = Field((), description='more texts that `fill` replaces, such as "NA"')
+    gaps: tuple[Value, ...] = Field(
+        (), description="more values that `fill` replaces, such as NA or -999"
+    )
     categories: Annotated[tuple[Value, ...], Field(min_length=1)] | None = Field(
         None, description="the categories, in the order of the training"
     )

@@ -36,13 +36,15 @@ class ColumnEncoding:
             ConfigError: the section does not match the dtype.
         """
         self.column, self.spec = column, spec
-        self._parse, self._gaps = parse, frozenset(spec.gaps)
+        self._parse = parse
         self._scaled = not (spec.mean is None and spec.std is None)
         key = f"data.columns.{column}"
         if self._scaled and "float" not in dtype:
             raise ConfigError(f"mean and std need a floating-point dtype, not {dtype}", key)
         categories = spec.categories or ()
         self._kind = _kind_of(categories)
+        self._plain = str if categories and self._kind is str else _plain
+        self._gaps = frozenset(map(self._plain, spec.gaps))
         self._indices = {_category(value, self._kind): i for i, value in enumerate(categories)}
         if spec.fill is not None:
             try:
@@ -87,9 +89,9 @@ class ColumnEncoding:
         """Return whether `fill` replaces a value."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return True
-        if not isinstance(value, str):
-            return False
-        return value == "" or value in self._gaps or (not self._indices and _is_nan(value))
+        if self._gaps and self._plain(value) in self._gaps:
+            return True
+        return isinstance(value, str) and (value == "" or (not self._indices and _is_nan(value)))
 
     def is_unknown(self, value: Any) -> bool:
         """Return whether `unknown` applies to a value that can be encoded."""
@@ -178,6 +180,15 @@ def _category(value: Any, kind: type) -> Any:
         return int(value) if _DIGITS.fullmatch(str(value)) else parse_number(str(value))
     except ValueError:
         return None
+
+
+def _plain(value: Any) -> str:
+    """Return a value as text, so that -999, -999.0 and "-999" are the same gap."""
+    try:
+        number = parse_number(str(value))
+    except ValueError:
+        return str(value)
+    return str(int(number)) if number.is_integer() else str(number)
 
 
 def _is_nan(text: str) -> bool:

@@ -172,6 +172,18 @@ def test_every_kind_of_gap_is_filled_and_counted(tmp_path: Path, name: str, text
     assert "NaN in" not in texts["missing values"]
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet"])
+def test_a_number_that_marks_a_gap_is_filled_in_every_format(tmp_path: Path, name: str) -> None:
+    write(pandas.DataFrame({"a": [1.5, -999.0, 2.0]}), tmp_path / name)
+    source = data(
+        "records",
+        path=tmp_path / name,
+        inputs={"x": {"columns": ["a"]}},
+        columns={"a": {"fill": 0, "gaps": [-999]}},
+    )
+    assert joined(source.batches()).flatten().tolist() == [1.5, 0, 2]
+
+
 def test_items_of_lists_are_filled_and_standardized_one_by_one(tmp_path: Path) -> None:
     text = '{"a": [1, null, 3]}\n{"a": [4, 5, 6]}\n'
     source = one_column(tmp_path / "t.jsonl", text, {"fill": 0, "mean": 2, "std": 2})
