@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+# Idle threads of OpenMP wait in a loop, which takes the processors from the other test process.
+# The library reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from typer.testing import CliRunner
 
