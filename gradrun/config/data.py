@@ -41,10 +41,11 @@ class _DataSection(Section):
     location: ClassVar[str] = "data.path"
     """The key that names the data, for errors."""
 
-    call: Literal["auto", "positional", "keyword", "dict"] = Field(
+    call: Literal["auto", "positional", "keyword", "dict", "list"] = Field(
         "auto",
         description="how inputs are passed; auto: one by position, several by keyword; dict: all "
-        "in one dict",
+        "in one dict; list: a list with one tensor per sample, as detectors expect, and images "
+        "may differ in size",
     )
 
     def check_model(self, model: ModelConfig) -> None:

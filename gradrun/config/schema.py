@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from gradrun.config import limits
 from gradrun.config.base import Section
 from gradrun.config.check import CheckSection
-from gradrun.config.data import DataConfig
+from gradrun.config.data import DataConfig, RecordsData, TextData
 from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.config.output import OutputSection
@@ -61,6 +61,34 @@ class RunConfig(Section):
                     context = {"section": key, "name": name, "problem": str(error)}
                     raise PydanticCustomError("limit", "{problem}", context) from error
         return check
+
+    @field_validator("output")
+    @classmethod
+    def _check_kept_columns(cls, output: OutputSection, info: ValidationInfo) -> OutputSection:
+        data = info.data.get("data")
+        if not output.keep or data is None:
+            return output
+        has_columns = isinstance(data, RecordsData | TextData)
+        allowed = ("csv", "jsonl", "parquet", "files")
+        problem = ""
+        if not has_columns:
+            problem = f"data of source {data.source} have no columns to keep"
+        elif output.format not in allowed:
+            problem = f"format {output.format} cannot store columns of the input; set output.format"
+            problem += ": csv, jsonl or parquet"
+        elif len({*output.keep}) < len(output.keep):
+            problem = "a column is listed twice"
+        elif "id" in output.keep and getattr(data, "id", None) != "id":
+            problem = "the predictions have a column id of their own; set data.id: id, which is "
+            problem += "written to it"
+        if problem:
+            raise PydanticCustomError("keep", "keep: {problem}", {"problem": problem})
+        return output
+
+    @property
+    def kept_columns(self) -> tuple[str, ...]:
+        """The columns of output.keep, without the ids, which are written anyway."""
+        return tuple(name for name in self.output.keep if name != "id")
 
     @field_validator("data")
     @classmethod

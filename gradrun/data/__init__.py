@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import psutil
 
@@ -15,7 +14,7 @@ from gradrun.core.units import format_bytes
 from gradrun.data import arrays, audio, images, objects, python, records, synthetic, text
 from gradrun.data.source import BatchSource
 
-SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], BatchSource]] = {
+SOURCES: dict[str, Callable[..., BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
@@ -25,7 +24,10 @@ SOURCES: dict[str, Callable[[Any, int, ModelConfig | None, Sequence[str]], Batch
     "object": objects.open_data,
     "python": python.open_data,
 }
-"""data.source -> opener of (data section, seed, model section, class names of the model)."""
+"""data.source -> opener of (data section, seed, model section, class names of the model).
+
+Those of rows with columns take the names of the columns to keep, too.
+"""
 
 
 def open_data(
@@ -35,6 +37,7 @@ def open_data(
     model: ModelConfig | None = None,
     model_classes: Sequence[str] = (),
     trust_code: bool = False,
+    keep: Sequence[str] = (),
 ) -> BatchSource:
     """Open a data source; read headers and count samples, not the data.
 
@@ -44,6 +47,7 @@ def open_data(
         model: the model section, which may provide the tokenizer or the preprocessing.
         model_classes: the class names of the model, which labels may use without data.classes.
         trust_code: allow code of the config to run.
+        keep: columns that are written beside the predictions; for records and texts only.
 
     Raises:
         ConfigError: the data need trust, a file is missing, damaged or empty, or a batch would not
@@ -51,7 +55,8 @@ def open_data(
     """
     for key, target in config.targets().items():
         require_trust(trust_code, f"{target} is Python code", f"data.{key}")
-    data = SOURCES[config.source](config, seed, model, model_classes)
+    columns = (keep,) if keep else ()
+    data = SOURCES[config.source](config, seed, model, model_classes, *columns)
     if data.samples == 0:
         raise ConfigError("the data contains no samples", config.location)
     batch = min(data.batch_size, data.samples or data.batch_size) * data.sample_bytes

@@ -22,6 +22,8 @@ class Batch(NamedTuple):
     """Row -> the error for a sample that could not be read; its rows in the tensors are zero."""
     labels: torch.Tensor | None = None
     """The true classes or values [size, ...], if the data source reads them with the inputs."""
+    kept: Mapping[str, Sequence[Any]] = MappingProxyType({})
+    """Column of the input to its values, which are written beside the predictions."""
 
     def raise_errors(self) -> None:
         """Raise the first SampleError, if any."""
@@ -33,16 +35,19 @@ class Batch(NamedTuple):
         index = torch.tensor(rows, dtype=torch.int64)
         selected = self.map(lambda tensor: tensor[index.to(tensor.device)])
         labels = None if self.labels is None else self.labels[index]
+        kept = {name: [values[row] for row in rows] for name, values in self.kept.items()}
         ids = [self.ids[row] for row in rows]
-        return selected._replace(size=len(rows), ids=ids, errors={}, labels=labels)
+        return selected._replace(size=len(rows), ids=ids, errors={}, labels=labels, kept=kept)
 
     def slice(self, start: int, stop: int) -> Batch:
         """Return a batch of the rows from `start` up to but excluding `stop`."""
         errors = {row - start: error for row, error in self.errors.items() if start <= row < stop}
         sliced = self.map(lambda tensor: tensor[start:stop])
         labels = None if self.labels is None else self.labels[start:stop]
+        kept = {name: values[start:stop] for name, values in self.kept.items()}
         ids = self.ids[start:stop]
-        return sliced._replace(size=stop - start, ids=ids, errors=errors, labels=labels)
+        size = stop - start
+        return sliced._replace(size=size, ids=ids, errors=errors, labels=labels, kept=kept)
 
     @property
     def elements(self) -> int:

@@ -63,7 +63,8 @@ class _Decoding(NamedTuple):
     """A batch that is being decoded."""
 
     numbers: range
-    rows: torch.Tensor
+    rows: torch.Tensor | list[Pixels]
+    """The images [n, channels, height, width], or one by one if their sizes may differ."""
     tasks: list[Future[dict[int, SampleError]]]
 
 
@@ -139,7 +140,9 @@ class _Images:
                 numbers, rows, tasks = ahead.popleft()
                 errors = {row: error for task in tasks for row, error in task.result().items()}
                 ids = [self._page(number).id for number in numbers]
-                yield self._new_batch({self.config.input: rows}, ids, errors)
+                inputs = _padded(rows) if isinstance(rows, list) else (rows,)
+                names = (self.config.input, "sizes")
+                yield self._new_batch(dict(zip(names, inputs, strict=False)), ids, errors)
                 wanted = 1 + _BATCHES_AHEAD
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -148,6 +151,9 @@ class _Images:
         files = len(self._listed.names)
         yield from self._listed.statements("image")
         yield from self._preprocessing.statements
+        if self.config.call == "list":
+            text = "a list of tensors [channels, height, width], each in its own size"
+            yield Statement(topic="call", text=text)
         yield from trait_statements(self.flags, self.config)
         if self.samples > files:
             text = f"{self.samples:,} pages of {pluralize(files, 'file')}, each is a sample"
@@ -176,7 +182,11 @@ class _Images:
 
     def _decode(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
         numbers = range(first, min(first + self.batch_size, self.samples))
-        rows = torch.zeros((len(numbers), *self._shape))
+        rows: torch.Tensor | list[Pixels]
+        if self.config.call == "list":
+            rows = [np.zeros((self._shape[0], 1, 1), np.float32)] * len(numbers)
+        else:
+            rows = torch.zeros((len(numbers), *self._shape))
         tasks = [
             pool.submit(self._fill, rows, numbers, start, start + _IMAGES_PER_TASK)
             for start in range(0, len(numbers), _IMAGES_PER_TASK)
@@ -184,19 +194,23 @@ class _Images:
         return _Decoding(numbers, rows, tasks)
 
     def _fill(
-        self, rows: torch.Tensor, numbers: range, start: int, stop: int
+        self, rows: torch.Tensor | list[Pixels], numbers: range, start: int, stop: int
     ) -> dict[int, SampleError]:
         """Decode images into rows start to stop of a batch; return the errors by row."""
         errors = {}
         for row in range(start, min(stop, len(numbers))):
             try:
                 pixels = self._read(numbers[row])
+                if isinstance(rows, list):
+                    rows[row] = pixels
+                    continue
                 if pixels.shape != self._shape:
                     height, width = pixels.shape[1:]
                     raise SampleError(
                         f"{self._page(numbers[row]).id} is {height} x {width} pixels, but the "
                         f"first image is {self._shape[1]} x {self._shape[2]}; set data.resize and "
-                        "data.crop to bring all images to one size"
+                        "data.crop to bring all images to one size, or data.call: list for a "
+                        "model that takes a list of images"
                     )
                 rows.numpy()[row] = pixels  # torch would start its own threads in each thread
             except SampleError as error:
@@ -222,3 +236,12 @@ class _Images:
         except Exception as error:  # the libraries raise many types of error for odd sizes
             name = self._page(number).id
             raise SampleError(f"{name} cannot be preprocessed: {first_line(error)}") from error
+
+
+def _padded(images: list[Pixels]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images of several sizes padded with 0 to the largest, and their sizes [n, 2]."""
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    rows = torch.zeros((len(images), len(images[0]), *sizes.max(0).values.tolist()))
+    for row, image in zip(rows.numpy(), images, strict=True):
+        row[:, : image.shape[1], : image.shape[2]] = image
+    return rows, sizes

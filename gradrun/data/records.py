@@ -16,6 +16,7 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
+from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.record_inputs import Columns, open_parser, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
 from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
@@ -36,15 +37,23 @@ _MAX_NOTED = 63
 
 
 def open_data(
-    config: RecordsData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+    config: RecordsData,
+    seed: int,
+    model: ModelConfig | None,
+    model_classes: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> BatchSource:
     """Open a file of records and count its rows."""
-    return _Records(config, model, model_classes)
+    return _Records(config, model, model_classes, keep)
 
 
 class _Records(IndexedRows):
     def __init__(
-        self, config: RecordsData, model: ModelConfig | None, model_classes: Sequence[str]
+        self,
+        config: RecordsData,
+        model: ModelConfig | None,
+        model_classes: Sequence[str],
+        keep: Sequence[str],
     ) -> None:
         self.config, self._table = config, open_table(config, TABLE_READERS, model)
         self.classes = config.classes or classes_of_labels(
@@ -53,11 +62,13 @@ class _Records(IndexedRows):
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self.samples, self.sample_bytes = 0, 0
         self._ids = IdColumn(self._table, config.id) if config.id is not None else None
+        self._kept = KeptColumns(keep)
         self._index = RowIndex(config.batch_size)
         self._columns: dict[str, Columns] = {}
         self._table.check_kinds(self._column_keys())
         with closing(self._table.read()) as records:
             self._scan(records)
+        self._kept.check()
         self._encodings = {
             name: encoding
             for columns in self._columns.values()
@@ -88,6 +99,7 @@ class _Records(IndexedRows):
             self._index.add(record.end)
             if self._ids:
                 self._ids.observe(record)
+            self._kept.observe(record)
             if absent:
                 absent -= record.fields.keys()
             if not record.error and record.end.file != checked:
@@ -165,6 +177,7 @@ class _Records(IndexedRows):
             yield Statement(topic=f"input {name}", text=columns.describe())
         yield from self._table.describe(self._index)
         yield self._table.describe_order(self._ids)
+        yield from self._kept.statements()
         if self.config.labels:
             own = self._table.class_names(self.config.labels)
             yield describe_labels(self.config, self.classes, own)
@@ -218,7 +231,7 @@ class _Records(IndexedRows):
         self.flags[first : first + len(records)] = np.array(flags, self.flags.dtype) | nans
         for tensor in tensors.values():
             tensor[list(errors)] = 0
-        return self._new_batch(tensors, ids, errors)
+        return self._new_batch(tensors, ids, errors, self._kept.batch(map(self._kept.of, records)))
 
     def _row_ids(
         self, records: list[Record], first: int, errors: dict[int, SampleError]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from gradrun.config.data import RecordsData, TextData
 from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.value_types import ValueType
 from gradrun.data.batch import Batch
 from gradrun.results.result import Padding, Statement
 
@@ -144,6 +146,15 @@ class HasIdentity(Protocol):
 
 
 @runtime_checkable
+class HasKeptColumns(Protocol):
+    """A data source that may carry columns through to the predictions."""
+
+    @property
+    def kept_types(self) -> Mapping[str, ValueType | None]:
+        """The type of each column over all rows; None if its values have no common type."""
+
+
+@runtime_checkable
 class ReadByMainThread(Protocol):
     """A data source that only the main thread may read, because it runs the user's code."""
 
@@ -237,19 +248,29 @@ class InputBatcher:
     """Builds batches from named inputs, passed by position or by keyword."""
 
     def __init__(self, call: str, inputs: int) -> None:
-        """Decide how to pass the inputs; "auto": one by position, several by keyword."""
-        self.positional = call == "positional" or (call == "auto" and inputs == 1)
+        """Decide how to pass the inputs; "auto": one by position, several by keyword.
+
+        Raises:
+            ConfigError: several inputs cannot be passed as a list of samples.
+        """
+        if call == "list" and inputs > 1:
+            raise ConfigError(
+                f"call: list passes one input, and there are {inputs}; use dict or keyword",
+                "data.call",
+            )
+        self.positional = call in {"positional", "list"} or (call == "auto" and inputs == 1)
 
     def __call__(
         self,
         inputs: Mapping[str, torch.Tensor],
         ids: Sequence[int | str],
         errors: Mapping[int, SampleError] | None = None,
+        kept: Mapping[str, Sequence[Any]] = MappingProxyType({}),
     ) -> Batch:
-        """Return a batch of the inputs, each [n, ...], with n ids."""
+        """Return a batch of the inputs, each [n, ...], with n ids and n values of kept columns."""
         if self.positional:
-            return Batch(tuple(inputs.values()), {}, len(ids), ids, errors or {})
-        return Batch((), dict(inputs), len(ids), ids, errors or {})
+            return Batch(tuple(inputs.values()), {}, len(ids), ids, errors or {}, kept=kept)
+        return Batch((), dict(inputs), len(ids), ids, errors or {}, kept=kept)
 
 
 class RowReader(Protocol):

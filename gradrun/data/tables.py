@@ -27,6 +27,8 @@ from gradrun.core.input_files import (
 )
 from gradrun.core.suggest import suggest
 from gradrun.core.units import pluralize
+from gradrun.core.value_types import ValueType
+from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.rows import (
     BEGINNING,
     NUMBERS,
@@ -409,7 +411,12 @@ class IndexedRows:
     samples: int
     _table: Table
     _ids: IdColumn | None
+    _kept: KeptColumns
     _index: RowIndex
+
+    @property
+    def kept_types(self) -> Mapping[str, ValueType | None]:
+        return self._kept.types
 
     @property
     def files(self) -> Sequence[Path]:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
+from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.rows import BEGINNING, READERS, Position
 from gradrun.data.source import (
     BatchSource,
@@ -67,6 +68,8 @@ class _Chunk(NamedTuple):
 
     tokens: Tokens
     ids: Sequence[int | str]
+    kept: list[tuple[Any, ...]]
+    """The values of the columns that are written beside the predictions."""
     layout: _Layout
     errors: dict[int, SampleError]
     """Row -> why its text cannot be run."""
@@ -81,11 +84,15 @@ class _Chunk(NamedTuple):
 
 
 def open_data(
-    config: TextData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
+    config: TextData,
+    seed: int,
+    model: ModelConfig | None,
+    model_classes: Sequence[str] = (),
+    keep: Sequence[str] = (),
 ) -> BatchSource:
     """Count the texts of a file and tokenize the first chunk, which decides on grouping."""
     table = open_table(config, READERS, model)
-    return Texts(config, table, Tokenization(config, model), model_classes)
+    return Texts(config, table, Tokenization(config, model), model_classes, keep)
 
 
 class Texts(IndexedRows):
@@ -97,6 +104,7 @@ class Texts(IndexedRows):
         table: Table,
         tokenization: Tokenization,
         model_classes: Sequence[str],
+        keep: Sequence[str] = (),
     ) -> None:
         self.config, self._table = config, table
         self.classes = config.classes or classes_of_labels(
@@ -114,6 +122,11 @@ class Texts(IndexedRows):
         self._table.check_kinds(column_keys(config))
         self._ids = id_column(self._table, config.id)
         self.has_ids = self._ids is not None
+        self._kept = KeptColumns(keep)
+        if keep:
+            for record in self._table.read():
+                self._kept.observe(record)
+            self._kept.check()
         self._index = RowIndex(config.batch_size)
         first = []
         with closing(self._texts()) as texts:
@@ -159,6 +172,7 @@ class Texts(IndexedRows):
         yield from self._tokenization.statements()
         yield from self._table.describe(self._index)
         yield self._table.describe_order(self._ids)
+        yield from self._kept.statements()
         if self.config.batch_tokens:
             text = (
                 f"at most {self.config.batch_tokens:,} tokens with padding and {self.batch_size:,} "
@@ -182,7 +196,7 @@ class Texts(IndexedRows):
         return sum(batches, Padding())
 
     def _texts(self, start: Position = BEGINNING) -> Generator[Text]:
-        return read_texts(self.config, self._table, self._ids, start)
+        return read_texts(self.config, self._table, self._ids, start, self._kept.of)
 
     # --- chunks --------------------------------------------------------------------------------
 
@@ -217,6 +231,7 @@ class Texts(IndexedRows):
         return _Chunk(
             tokens=tokens,
             ids=[texts[i].id for i in order],
+            kept=[texts[i].kept for i in order],
             layout=_Layout(order, starts),
             errors=errors,
             full_lengths=[full_lengths[i] for i in order],
@@ -255,7 +270,8 @@ class Texts(IndexedRows):
     def _batch(self, chunk: _Chunk, start: int, stop: int) -> Batch:
         rows = {name: rows[start:stop] for name, rows in chunk.tokens.items()}
         errors = {row - start: e for row, e in chunk.errors.items() if start <= row < stop}
-        return self._new_batch(self._tokenization.pad(rows), chunk.ids[start:stop], errors)
+        kept = self._kept.batch(chunk.kept[start:stop])
+        return self._new_batch(self._tokenization.pad(rows), chunk.ids[start:stop], errors, kept)
 
     def _remember(self, first: int, chunk: _Chunk) -> None:
         self._recent = first, chunk

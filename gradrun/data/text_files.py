@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NamedTuple
 
 from gradrun.config.data import TextData
 from gradrun.core.errors import ConfigError, SampleError
@@ -28,12 +28,25 @@ class Text(NamedTuple):
     """Whether halves of surrogate pairs were replaced by U+FFFD."""
     error: SampleError | None = None
     """Why the text cannot be read."""
+    kept: tuple[Any, ...] = ()
+    """The values of the columns that are written beside the predictions."""
 
 
 def read_texts(
-    config: TextData, table: Table, ids: IdColumn | None, start: Position = BEGINNING
+    config: TextData,
+    table: Table,
+    ids: IdColumn | None,
+    start: Position = BEGINNING,
+    kept: Callable[[Record], tuple[Any, ...]] = lambda _: (),
 ) -> Generator[Text]:
     """Yield the texts of a table from `start` on, with ids from a column if there is one.
+
+    Args:
+        config: the section.
+        table: its files.
+        ids: the column of ids, if any.
+        start: where to begin.
+        kept: returns the values of a row that are written beside the predictions.
 
     Raises:
         ConfigError: a file cannot be read, or lacks a column.
@@ -57,9 +70,9 @@ def read_texts(
             sample = ids.of(record) if ids else number
         except SampleError as error:
             text = _text(record, columns, f"row {number}")
-            yield text._replace(error=text.error or error)
+            yield text._replace(error=text.error or error, kept=kept(record))
         else:
-            yield _text(record, columns, sample)
+            yield _text(record, columns, sample)._replace(kept=kept(record))
 
 
 def _text(record: Record, columns: tuple[str, ...], sample: int | str) -> Text:

@@ -339,8 +339,10 @@ class _Pass:
         text = f"its worker process {cause}"
         if runner.config.run.on_error != "quarantine":
             return _result(sample, error=f"sample {position:,} failed: {text}{QUARANTINE_HINT}")
-        sample_id = runner.read_batch(index, 1).ids[0]
+        batch = runner.read_batch(index, 1)
+        sample_id = batch.ids[0]
         outputs = {name: blank(column, 1) for name, column in self.prepared.outputs.items()}
+        outputs |= runner.kept_columns(batch)
         line = Quarantined(sample=position, id=sample_id, error=text, details="")
         row = pack_rows(outputs, [sample_id], torch.zeros(1, dtype=torch.bool))
         return _result(sample, events=[line, row], positions=[position])

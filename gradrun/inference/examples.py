@@ -16,6 +16,7 @@ from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_position
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
 from gradrun.output.columns import ValueColumn, row_bytes
 from gradrun.output.formats import FORMATS
+from gradrun.output.kept_columns import title_of
 from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.transforms import Outputs
@@ -64,8 +65,7 @@ def describe_predictions(
     most = _EXAMPLE_BYTES // max(1, row_bytes(outputs))
     samples = require_length(data)
     rows = min(samples, _EXAMPLE_ROWS, max(1, most))
-    skip = {name for name, column in outputs.items() if isinstance(column, ValueColumn)}
-    skip |= {*output.keep}
+    skip = {title_of(name) for name, column in outputs.items() if isinstance(column, ValueColumn)}
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
     predictions: dict[int, str] = {}

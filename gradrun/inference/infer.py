@@ -31,6 +31,7 @@ from gradrun.data.source import (
     HasFileList,
     HasIdColumn,
     HasIdentity,
+    HasKeptColumns,
     HasLabels,
     HasRepeatedIds,
     HasRowChecksums,
@@ -245,6 +246,7 @@ def open_run(
         model=config.model,
         model_classes=model.classes,
         trust_code=is_trusted(trust_code),
+        keep=config.kept_columns,
     )
     opened = time.perf_counter()
     model = compile_model(model, config.model.compile, data)
@@ -260,6 +262,9 @@ def open_run(
         by_rows=_has_row_checksums(data),
         classes=model.classes,
         id_type=data.id_type if isinstance(data, HasIdColumn) else "",
+        kept_types={name: str(kind) for name, kind in data.kept_types.items()}
+        if isinstance(data, HasKeptColumns)
+        else {},
         identity=data.identity if isinstance(data, HasIdentity) else {},
         code=code | _data_code(config),
         resolved={"device": device.type, "threads": torch.get_num_threads()},

@@ -215,7 +215,7 @@ def plan_metrics(
         scorers.append(Scorer(spec, key, target, names))
         scorers[-1].check_scores(output.tensor)
     unread = {output.name for output in outputs if isinstance(output.column, ValueColumn)}
-    unread |= {*config.output.keep}
+    unread |= {*config.kept_columns}
     return Evaluation(config, model, data, tuple(scorers), frozenset(unread))
 
 

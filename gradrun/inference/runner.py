@@ -34,6 +34,7 @@ from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import (
     BatchSource,
+    HasKeptColumns,
     HasRowChecksums,
     LengthGrouped,
     batch_start,
@@ -70,8 +71,10 @@ from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
+from gradrun.output.columns import ValueColumn
 from gradrun.output.evidence_writer import LABELS, evidence_key
 from gradrun.output.formats import RowWriter
+from gradrun.output.kept_columns import kept_key
 from gradrun.output.quarantine import Quarantine, SampleLog
 from gradrun.output.transforms import (
     Inputs,
@@ -282,7 +285,7 @@ class Runner:
         )
         return PreparedRun(
             first=first,
-            outputs=outputs,
+            outputs=self.kept_columns(first) | outputs,
             rows=rows,
             statements=statements,
             class_counts=counts,
@@ -398,7 +401,7 @@ class Runner:
         next_callback = began + _CALLBACK_NS
         try:
             for batch in recovery.split_to_fit(batches):
-                args, kwargs, size, ids, errors, labels = batch
+                args, kwargs, size, ids, errors, labels, kept = batch
                 read_ns = now() - mark
                 try:
                     if errors:
@@ -412,6 +415,8 @@ class Runner:
                         outputs, valid = recovery.recover_unreadable(at, batch)
                     else:
                         outputs, valid = recovery.recover(at, size, error)
+                    if kept:
+                        outputs = self.kept_columns(batch) | outputs
                     write(outputs, ids, valid)
                     timed.recovered += size
                     timed.done += size
@@ -440,6 +445,8 @@ class Runner:
                 if check_finite:
                     at = timed.start + timed.done
                     outputs, valid = recovery.check_finite(at, batch, outputs, valid)
+                if kept:
+                    outputs = self.kept_columns(batch) | outputs
                 write(outputs, ids, valid)
                 # In grad mode, the graph must be freed before the next forward.
                 del returned, outputs
@@ -744,6 +751,14 @@ class Runner:
         if ahead:
             batches = prefetch(batches)
         return (self._transfer(batch) for batch in batches) if self._transfer else batches
+
+    def kept_columns(self, batch: Batch) -> Outputs:
+        """Return the columns of the input that are written beside the predictions of a batch."""
+        types = self.data.kept_types if isinstance(self.data, HasKeptColumns) else {}
+        return {
+            kept_key(name): ValueColumn(values, types.get(name))
+            for name, values in batch.kept.items()
+        }
 
     def read_batch(self, start: int, size: int) -> Batch:
         """Read the batch with this first sample and size again."""

@@ -96,6 +96,8 @@ def load_model(
     model = with_class_names(model.replace(classes=model.classes or names_of(module)), data)
     if data is not None and data.call == "dict":
         module = DictInput(module)
+    if data is not None and data.call == "list":
+        module = ListInput(module)
     return model.replace(module=module)
 
 
@@ -109,3 +111,24 @@ class DictInput(nn.Module):
     def forward(self, **inputs: torch.Tensor) -> Any:
         """Call the module with the inputs, each [n, ...], by name."""
         return self.module(inputs)
+
+
+class ListInput(nn.Module):
+    """Passes its input to a module as a list with one tensor per sample."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: torch.Tensor, sizes: torch.Tensor | None = None) -> Any:
+        """Call the module with the samples of an input.
+
+        Args:
+            rows: the input [n, ...].
+            sizes: the height and width [n, 2] of images that are padded with 0 at the bottom and
+                on the right; default: no padding.
+        """
+        if sizes is None:
+            return self.module(list(rows.unbind()))
+        parts = zip(rows, sizes.tolist(), strict=True)
+        return self.module([row[..., :high, :wide].contiguous() for row, (high, wide) in parts])

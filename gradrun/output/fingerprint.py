@@ -33,6 +33,7 @@ _UNREAD = (
 """Keys of files that do not affect predictions, or of folders that contain other files."""
 
 _IDS, _CLASS_NAMES = "the type of the ids", "class names"
+_KEPT_TYPES = "the type of the kept column"
 
 _ADVICE = {
     "run.threads": "predictions depend on it, so set run.threads to {}",
@@ -50,6 +51,7 @@ def fingerprint(
     classes: Sequence[str] = (),
     id_type: str = "",
     identity: Mapping[str, Any] | None = None,
+    kept_types: Mapping[str, str] | None = None,
     code: Mapping[str, Path] | None = None,
     resolved: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
@@ -68,6 +70,7 @@ def fingerprint(
         classes: class names, which some formats write.
         id_type: type of the ids in data.id, which may change with a row behind the committed ones.
         identity: properties of the data source that the config and files do not determine.
+        kept_types: types of the columns of output.keep, which may change in the same way.
         code: name and path of each file of the user's code.
         resolved: values of the section `run` that replace "auto".
         versions: versions of libraries, and of weights that are not in a file.
@@ -95,6 +98,8 @@ def fingerprint(
         dumped[_CLASS_NAMES] = zlib.crc32("\n".join(classes).encode())
     if id_type and FORMATS[config.output.format].typed_ids:
         dumped[_IDS] = id_type
+    if kept_types:
+        dumped[_KEPT_TYPES] = {**kept_types}
     dumped["run"].update(resolved or {})
     dumped.update(versions or {})
     for key, target in config.targets().items():

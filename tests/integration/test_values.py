@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import torch
+from PIL import Image
 
 import gradrun
 from gradrun.core.errors import ConfigError
@@ -164,7 +166,7 @@ def test_a_model_may_return_texts(config: dict[str, Any], tmp_path: Path) -> Non
     assert not (tmp_path / "npy").exists()
 
 
-# --- output.transform: FILE.py:FUNCTION -----------------------------------------------------------
+# --- output.transform: FILE.py:FUNCTION ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -247,3 +249,162 @@ def test_transforms_of_tensors_and_metrics_refuse_values(
     config["output"]["transform"] = {"scores": "softmax"}
     with pytest.raises(ConfigError, match="output 'scores' has one value per sample"):
         gradrun.infer(config, trust_code=True)
+
+
+# --- output.keep ---------------------------------------------------------------------------------
+
+ROWS = [
+    {"id": f"r{i}", "x": i / 4, "title": f"T{i}, ä", "year": 2000 + i, "tags": ["a"] * (i % 3)}
+    for i in range(9)
+]
+
+
+def keeping(folder: Path, suffix: str, form: str, keep: list[str], **data: Any) -> dict[str, Any]:
+    """Write a table, and return a config whose predictions are twice the column x."""
+    table = folder / f"rows.{suffix}"
+    if suffix == "jsonl":
+        table.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif suffix == "parquet":
+        pandas.DataFrame(ROWS).to_parquet(table)
+    else:
+        pandas.DataFrame(ROWS).drop(columns="tags").to_csv(table, index=False)
+    (folder / "double.pt").unlink(missing_ok=True)
+    torch.save({"0.weight": torch.tensor([[2.0]])}, folder / "double.pt")
+    return {
+        "model": {
+            "source": "layers",
+            "layers": [{"Linear": {"in_features": 1, "out_features": 1, "bias": False}}],
+            "weights": f"{folder}/double.pt",
+        },
+        "data": {
+            "source": "records",
+            "path": str(table),
+            "inputs": {"x": {"columns": ["x"]}},
+            "batch_size": 4,
+            **data,
+        },
+        "run": {"warmup": 0},
+        "output": {"path": f"{folder}/out", "format": form, "keep": keep},
+    }
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_columns_are_carried_through_with_their_types(
+    tmp_path: Path, suffix: str, form: str
+) -> None:
+    keep = ["id", "title", "year", *(["tags"] if "csv" not in (suffix, form) else [])]
+    config = keeping(tmp_path, suffix, form, keep, id="id")
+    result = gradrun.infer(config)
+    out = tmp_path / "out"
+    if form == "jsonl":
+        written = lines(out)
+    elif form == "parquet":
+        table = pandas.read_parquet(out / "predictions")
+        written = [{k: plain(v) for k, v in row.items()} for row in table.to_dict("records")]
+    else:
+        text = {"title": str, "year": str}
+        written = pandas.read_csv(out / "predictions.csv", dtype=text).to_dict("records")
+        for row in written:
+            row["prediction"] = [row.pop("prediction.0")]
+    texts = suffix == "csv" or form == "csv"  # a csv file has texts only
+    expected = [
+        {
+            "id": row["id"],
+            "title": row["title"],
+            "year": str(row["year"]) if texts else row["year"],
+            **({"tags": row["tags"]} if "tags" in keep else {}),
+            "prediction": [row["x"] * 2],
+        }
+        for row in ROWS
+    ]
+    assert written == expected
+    assert [*written[0]] == [*expected[0]], "kept columns come before the outputs"
+    kind = "text" if suffix == "csv" else "integer"
+    stated = {one.topic: one.text for one in result.interpretation}
+    assert f"title (text), year ({kind})" in stated["kept columns"]
+    assert gradrun.verify(out).damaged == ()
+
+
+def test_kept_columns_of_failing_rows_and_with_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = keeping(tmp_path, "jsonl", "jsonl", ["title"])
+    table = tmp_path / "rows.jsonl"
+    table.write_text(table.read_text().replace('"x": 1.25', '"x": null'))
+    config["run"]["on_error"] = "quarantine"
+    gradrun.infer(config)
+    assert lines(tmp_path / "out")[5] == {"id": 5, "title": "T5, ä", "prediction": None}
+    InlineEngines(monkeypatch)
+    spread = config | {"engine": {"source": "processes", "workers": 2}}
+    spread["output"] = config["output"] | {"path": f"{tmp_path}/spread"}
+    gradrun.infer(spread)
+    assert lines(tmp_path / "spread") == lines(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("form", "keep", "words"),
+    [
+        ("npy", ["title"], "npy cannot store columns of the input; set output.format: csv, jsonl"),
+        ("jsonl", ["titel"], "no column 'titel'; did you mean title"),
+        ("jsonl", ["id"], "set data.id: id"),
+        ("jsonl", ["year", "year"], "listed twice"),
+        ("csv", ["tags"], "csv cannot store column 'tags'"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_refused(
+    tmp_path: Path, form: str, keep: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        gradrun.infer(keeping(tmp_path, "jsonl", form, keep))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_cannot_have_the_name_of_a_kept_column(tmp_path: Path) -> None:
+    config = keeping(tmp_path, "jsonl", "jsonl", ["year"])
+    config["output"]["name"] = "year"
+    with pytest.raises(ConfigError, match="two columns 'year'"):
+        gradrun.infer(config)
+
+
+# --- images of several sizes ---------------------------------------------------------------------
+
+SIZES = """
+from torch import nn
+
+class Sizes(nn.Module):
+    def forward(self, images):
+        assert isinstance(images, list) and all(image.is_contiguous() for image in images)
+        return [{"size": [*image.shape], "mean": image.mean((1, 2))} for image in images]
+"""
+
+
+def test_images_of_several_sizes_are_a_list(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(SIZES)
+    rng = np.random.default_rng(0)
+    shapes = [(6, 9), (12, 3), (5, 5), (8, 8), (1, 20)]
+    pixels = [rng.integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    (tmp_path / "pictures" / "2b.png").write_text("no picture")
+    config = {
+        "model": {"source": "python", "target": f"{tmp_path}/net.py:Sizes"},
+        "data": {
+            "source": "images",
+            "path": f"{tmp_path}/pictures",
+            "batch_size": 4,
+            "call": "list",
+        },
+        "run": {"warmup": 0, "on_error": "quarantine"},
+        "output": {"path": f"{tmp_path}/out", "format": "jsonl"},
+    }
+    result = gradrun.infer(config, trust_code=True)
+    written = {line["id"]: line for line in lines(tmp_path / "out")}
+    for i, (shape, picture) in enumerate(zip(shapes, pixels, strict=True)):
+        line = written[f"{i}.png"]
+        assert line["size"] == [3, *shape]
+        means = (picture / np.float32(255)).mean((0, 1))
+        assert line["mean"] == pytest.approx(means.tolist(), abs=1e-6)
+    assert written["2b.png"]["size"] is None
+    assert not [w for w in result.warnings if w.code == "batch_dependent"]

@@ -21,7 +21,7 @@ from gradrun.output.formats import (
     text_writer,
 )
 from gradrun.output.journal import CommittedRange
-from gradrun.output.kept_columns import kept_key, title_of
+from gradrun.output.kept_columns import title_of
 
 if TYPE_CHECKING:
     import torch
@@ -179,17 +179,10 @@ def check_columns(config: OutputSection, outputs: Outputs) -> None:
     titles = ["id", *map(title_of, outputs)]
     if repeated := next((title for title in titles if titles.count(title) > 1), None):
         raise ConfigError(
-            f"the predictions have two columns {repeated!r}: a column of output.keep cannot have "
-            "the name of an output or of the ids; set output.name, or remove it from output.keep",
+            f"the predictions have two columns {repeated!r}: a column of output.keep has the name "
+            "of an output; set output.name, or remove it from output.keep",
             "output.keep",
         )
-    for name in config.keep:
-        if kept_key(name) not in outputs:
-            raise ConfigError(
-                f"the data have no column {name!r} to keep; columns are kept of .csv, .jsonl and "
-                ".parquet files (source: records or text)",
-                "output.keep",
-            )
     allowed = FORMATS[config.format].values
     able = [name for name, form in FORMATS.items() if form.values == "any"]
     for name, column in outputs.items():

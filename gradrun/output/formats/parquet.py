@@ -64,6 +64,8 @@ class ParquetWriter(ShardedWriter):
         super().__init__(folder, samples, batch_size, labels)
         self._labelled: dict[str, str] = {}
         """Output of class numbers to the column with their names."""
+        self._kept: list[str] = []
+        """The columns of the input, in the order of output.keep."""
         self._types: dict[str, ValueType] = {}
         """The types of the columns of values."""
 
@@ -79,6 +81,7 @@ class ParquetWriter(ShardedWriter):
             if isinstance(column, ValueColumn)
         }
         self._labelled = self.labels.columns(outputs)
+        self._kept = [name for name in outputs if is_kept(name)]
         super().open(outputs, committed)
 
     def write(
@@ -104,7 +107,7 @@ class ParquetWriter(ShardedWriter):
         numbered = all(isinstance(sample_id, int) for sample_id in ids)
         fields = {"id": list(ids) if numbered else [*map(str, ids)]}
         valid = self._valid[: len(ids)].numpy()
-        kept = [name for name in columns if is_kept(name)]
+        kept = self._kept
         tensors, metadata = tensors_of(columns), {"start": str(start)}
         for name in (*kept, *(name for name in columns if name not in kept)):
             if name in tensors:
