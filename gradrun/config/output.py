@@ -36,6 +36,10 @@ def _as_tuple(names: object) -> object:
     return (str(names),) if isinstance(names, str) or type(names) is int else names
 
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Channel, Channel, Channel]
+
+
 def _schema_of(kind: Any) -> dict[str, Any]:
     return TypeAdapter(kind).json_schema()
 
@@ -93,7 +97,19 @@ class OutputSection(Section):
     """Which outputs are written, in which format, and where."""
 
     path: OutputPath = Field(description="folder of the run; must not exist yet")
-    format: Literal["npy", "safetensors", "jsonl", "csv", "parquet"] = "npy"
+    format: Literal["npy", "safetensors", "jsonl", "csv", "parquet", "files"] = Field(
+        "npy", description="of the predictions; files: one file per sample"
+    )
+    file_type: Literal["auto", "png", "npy", "txt", "json"] = Field(
+        "auto",
+        description="files: the kind of file; auto: txt for texts, png for maps of class numbers "
+        "and of uint8, json for lists and dicts, npy for other outputs",
+    )
+    palette: Literal["auto"] | bool | tuple[Color, ...] = Field(
+        "auto",
+        description="files: colors of class numbers in .png files, as [[0, 0, 0], [255, 0, 0]] for "
+        "the first classes; auto: own colors; false: gray levels",
+    )
     select: Annotated[
         tuple[OutputName, ...],
         BeforeValidator(_as_tuple, json_schema_input_type=str | int | tuple[str | int, ...]),

@@ -53,7 +53,7 @@ from gradrun.models import load_model
 from gradrun.models.class_names import check_order, same_names, shorten
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.python import source_files
-from gradrun.output import class_labels
+from gradrun.output import class_labels, formats
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.columns import row_bytes
@@ -182,7 +182,10 @@ def infer(
         with plan.folder.locked():
             execution = execute(plan, prepared, writer, shutdown, progress, run_pass)
             result = build_result(plan, prepared, execution)
-            result = result.replace(interpretation=(*result.interpretation, *statements))
+            written = formats.statements(
+                config.output, prepared.outputs, plan.model.classes, prepared.class_counts
+            )
+            result = result.replace(interpretation=(*result.interpretation, *written, *statements))
             save(plan, execution, result, shutdown)
     return result
 

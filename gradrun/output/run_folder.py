@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
@@ -39,9 +40,13 @@ _RUN_FILES = (
     *(f"{file}{end}" for form in FORMATS.values() for file in form.files for end in _ENDINGS),
     *(ids_file.FILE_NAME, class_labels.FILE_NAME, f"{class_labels.FILE_NAME}.tmp"),
     evidence_writer.FILES,
-    *(journal.DRAFT_NAME, journal.FILE_NAME),  # last, because it identifies the others
 )
 """Patterns of a run's files; .rest files come from journal format 1."""
+
+_JOURNAL = (journal.DRAFT_NAME, journal.FILE_NAME)
+"""Removed last, because it identifies the others."""
+
+_RUN_FILE = re.compile("|".join(map(fnmatch.translate, (*_RUN_FILES, *_JOURNAL))))
 
 
 class RunFolder:
@@ -186,9 +191,8 @@ class RunFolder:
         folders = (self.path, self.path / journal.SUBFOLDER)
         files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
         names = {file: file.relative_to(self.path).as_posix() for file in files}
-        return [
-            file for pattern in _RUN_FILES for file in files if fnmatchcase(names[file], pattern)
-        ]
+        found = [file for file in files if _RUN_FILE.fullmatch(names[file])]
+        return sorted(found, key=lambda file: file.name in _JOURNAL)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -246,7 +250,12 @@ class RunFolder:
     def disk_space_hint(self, committed: int, samples: int | None) -> str:
         """Free disk space, and an estimate for the other samples based on the committed ones."""
         free = format_bytes(shutil.disk_usage(self.path).free)
-        predictions = (file for file in self._run_files() if file.name.startswith("predictions"))
+        names = {journal.SUBFOLDER, "predictions"}
+        predictions = (
+            file
+            for file in self._run_files()
+            if names & {file.parent.name, file.name.partition(".")[0].partition("-")[0]}
+        )
         used = sum(file.stat().st_size for file in predictions)
         if not committed or samples is None:
             return f"{free} are free"

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.output.formats import sample_files
 from tests.support.engines import InlineEngines
 
 NET = """
@@ -75,6 +76,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "model": {"source": "python", "target": f"{tmp_path}/net.py:Detector"},
         "data": {"source": "arrays", "path": f"{tmp_path}/rows.npy", "batch_size": BATCH},
         "run": {"warmup": 0},
+        "measure": {"memory": False, "batch_independence": False},
         "output": {"path": f"{tmp_path}/out", "format": "jsonl"},
     }
 
@@ -108,6 +110,7 @@ def plain(value: Any) -> Any:
 def test_the_boxes_of_a_detector_are_written_to_jsonl_and_parquet(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
+    config["measure"] = {"memory": False}
     result = gradrun.infer(config, trust_code=True)
     expected = [{"id": i, **detections(row)} for i, row in enumerate(rows_in(tmp_path))]
     assert lines(tmp_path / "out") == expected
@@ -284,6 +287,7 @@ def keeping(folder: Path, suffix: str, form: str, keep: list[str], **data: Any) 
             **data,
         },
         "run": {"warmup": 0},
+        "measure": {"memory": False, "batch_independence": False},
         "output": {"path": f"{folder}/out", "format": form, "keep": keep},
     }
 
@@ -399,6 +403,7 @@ def test_images_of_several_sizes_are_a_list(tmp_path: Path) -> None:
         "run": {"warmup": 0, "on_error": "quarantine"},
         "output": {"path": f"{tmp_path}/out", "format": "jsonl"},
     }
+    config["measure"] = {"memory": False}
     result = gradrun.infer(config, trust_code=True)
     written = {line["id"]: line for line in lines(tmp_path / "out")}
     for i, (shape, picture) in enumerate(zip(shapes, pixels, strict=True)):
@@ -408,3 +413,176 @@ def test_images_of_several_sizes_are_a_list(tmp_path: Path) -> None:
         assert line["mean"] == pytest.approx(means.tolist(), abs=1e-6)
     assert written["2b.png"]["size"] is None
     assert not [w for w in result.warnings if w.code == "batch_dependent"]
+
+
+# --- one file per sample -------------------------------------------------------------------------
+
+MASKS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    class_names = ("ground", "road", "tree")
+
+    def forward(self, images):
+        return torch.cat([images[:, :1] - 0.5, images[:, 1:2] - 0.4, images[:, 2:] - 0.3], 1)
+
+class Texts(nn.Module):
+    def forward(self, images):
+        return [f"{image.mean():.3f} ä" for image in images]
+"""
+
+
+@pytest.fixture
+def masks(tmp_path: Path) -> dict[str, Any]:
+    """A config of a net whose class of a pixel follows from its colors, and eleven pictures."""
+    (tmp_path / "masks.py").write_text(MASKS)
+    rng = np.random.default_rng(0)
+    for i in range(SAMPLES):
+        folder = tmp_path / "pictures" / ("a" if i % 2 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(rng.integers(0, 256, (6, 9, 3), np.uint8))
+        picture.save(folder / f"{i // 2}.png")
+    return {
+        "model": {"source": "python", "target": f"{tmp_path}/masks.py:Net"},
+        "data": {"source": "images", "path": f"{tmp_path}/pictures", "batch_size": BATCH},
+        "run": {"warmup": 0},
+        "measure": {"memory": False, "batch_independence": False},
+        "output": {"path": f"{tmp_path}/out", "format": "files", "transform": "argmax"},
+    }
+
+
+def index(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "files.jsonl").open()]
+
+
+def classes_of(picture: Path) -> np.ndarray[Any, Any]:
+    pixels = np.asarray(Image.open(picture)).astype(np.float32) * np.float32(1 / 255)
+    return (pixels - np.array([0.5, 0.4, 0.3], np.float32)).argmax(2)
+
+
+def test_masks_are_png_files_with_a_palette_named_by_the_ids(
+    masks: dict[str, Any], tmp_path: Path
+) -> None:
+    result = gradrun.infer(masks, trust_code=True)
+    for line in index(tmp_path / "out"):
+        mask = Image.open(tmp_path / "out" / line["prediction"]["file"])
+        assert mask.mode == "P"
+        assert np.array_equal(np.asarray(mask), classes_of(tmp_path / "pictures" / line["id"]))
+        assert line["prediction"]["file"] == f"predictions/{line['id'].replace('/', '_')}"
+    assert len({*(tmp_path / "out" / "predictions").iterdir()}) == SAMPLES
+    stated = {one.topic: one.text for one in result.interpretation}
+    assert stated["file of prediction"] == "class numbers with a palette, 255: no class"
+    assert gradrun.verify(tmp_path / "out").damaged == ()
+    (tmp_path / "out" / "predictions" / "a_1.png").write_bytes(b"x")
+    (damaged,) = gradrun.verify(tmp_path / "out").damaged
+    assert damaged.problem == "predictions/a_1.png: the checksum differs"
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode", "pixel"),
+    [
+        ({"palette": False}, "L", lambda classes: classes),
+        ({"palette": [[0, 0, 0], [255, 0, 0]]}, "P", lambda classes: classes),
+        ({"file_type": "npy"}, "", lambda classes: classes),
+    ],
+)
+def test_masks_may_be_gray_or_have_own_colors_or_be_arrays(
+    masks: dict[str, Any], tmp_path: Path, changes: dict[str, Any], mode: str, pixel: Any
+) -> None:
+    masks["output"] |= changes
+    gradrun.infer(masks, trust_code=True)
+    line = index(tmp_path / "out")[1]
+    path = tmp_path / "out" / line["prediction"]["file"]
+    expected = classes_of(tmp_path / "pictures" / line["id"])
+    if not mode:
+        assert np.array_equal(np.load(path), expected)
+        return
+    mask = Image.open(path)
+    assert mask.mode == mode
+    assert np.array_equal(np.asarray(mask), pixel(expected))
+    if mode == "P":
+        colors = np.array([(0, 0, 0), (255, 0, 0)])
+        shown = np.asarray(mask.convert("RGB"))
+        known = expected < 2
+        assert np.array_equal(shown[known], colors[expected[known]])
+
+
+def test_files_of_texts_and_repeated_ids(masks: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\n" + "pictures/a/0.png\n" * 3 + "pictures/b/1.png\n")
+    masks["data"] |= {"path": f"{tmp_path}/list.csv"}
+    masks["model"]["target"] = f"{tmp_path}/masks.py:Texts"
+    masks["output"]["transform"] = "none"
+    gradrun.infer(masks, trust_code=True)
+    lines_of_index = index(tmp_path / "out")
+    names = [line["prediction"]["file"] for line in lines_of_index]
+    stem = "predictions/pictures_a_0"
+    assert names == [
+        f"{stem}.txt", f"{stem}-1.txt", f"{stem}-2.txt", "predictions/pictures_b_1.txt",
+    ]  # fmt: skip
+    for line, name in zip(lines_of_index, names, strict=True):
+        pixels = np.asarray(Image.open(tmp_path / line["id"])) / 255
+        assert (tmp_path / "out" / name).read_text() == f"{pixels.mean():.3f} ä"
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_an_interrupted_run_of_files_continues_with_the_same_bytes(
+    masks: dict[str, Any], tmp_path: Path, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradrun.infer(masks, trust_code=True)
+    masks["output"]["path"] = f"{tmp_path}/stopped"
+    write, calls = sample_files.FilesWriter.append, []
+
+    def append(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) > stop:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(sample_files.FilesWriter, "append", append)
+    with pytest.raises(Interrupted):
+        gradrun.infer(masks, trust_code=True)
+    assert len(index(tmp_path / "stopped")) == stop * BATCH
+    monkeypatch.undo()
+    InlineEngines(monkeypatch)
+    masks["engine"] = {"source": "processes", "workers": 2}
+    gradrun.infer(masks, trust_code=True, resume=True)
+    for path in [*(tmp_path / "out" / "predictions").iterdir(), tmp_path / "out" / "files.jsonl"]:
+        other = tmp_path / "stopped" / path.relative_to(tmp_path / "out")
+        assert path.read_bytes() == other.read_bytes()
+    gradrun.infer(masks, trust_code=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"file_type": "txt"}, r"a \.txt file cannot contain output 'prediction'"),
+        ({"transform": "none", "file_type": "png"}, "has the shape .* set output.file_type: npy"),
+        ({"transform": "none", "file_type": "png", "palette": [[0, 0, 0]]}, "needs class numbers"),
+        ({"palette": [[0, 0, 300]]}, "must be at most 255"),
+    ],
+)
+def test_outputs_that_do_not_fit_the_kind_of_file_are_refused(
+    masks: dict[str, Any], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    masks["output"] |= changes
+    with pytest.raises(ConfigError, match=words):
+        gradrun.infer(masks, trust_code=True)
+    assert not (tmp_path / "out" / "journal.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("sample_id", "name"),
+    [
+        ("../../etc/passwd", "_.._etc_passwd"),
+        (".hidden", "hidden"),
+        ("a/b.JPG", "a_b"),
+        ("scan.tif#3", "scan#3".replace("#", "_")),
+        ("x" * 300, "x" * 60),
+        ("...", "sample"),
+        ("cat 1.v2", "cat 1.v2"),
+        ("a\x00b:c*", "a_b_c_"),
+    ],
+)
+def test_the_name_of_a_file_is_safe(sample_id: str, name: str) -> None:
+    assert sample_files.safe_name(sample_id) == name

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.value_types import TypeMismatch
+from gradrun.output import journal
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.columns import ValueColumn, describe_values
 from gradrun.output.formats import (
@@ -18,10 +19,12 @@ from gradrun.output.formats import (
     npy,
     parquet,
     safetensors,
+    sample_files,
     text_writer,
 )
 from gradrun.output.journal import CommittedRange
 from gradrun.output.kept_columns import title_of
+from gradrun.results.result import Statement
 
 if TYPE_CHECKING:
     import torch
@@ -114,6 +117,8 @@ class Format(NamedTuple):
     """Whether the files contain the ids of the samples; otherwise ids.txt does."""
     typed_ids: bool = False
     """Whether the files contain whole numbers as numbers, and other ids as text."""
+    describe: Callable[[ClassLabels, Outputs], Iterator[tuple[str, str]]] = lambda *_: iter(())
+    """Yield the names of outputs, and how they are written where the config leaves a choice."""
     values: Literal["none", "scalars", "any"] = "none"
     """Which values a sample may have besides rows of a tensor: none; a text or a number; or also
     lists, records, and tensors of any shape."""
@@ -160,6 +165,16 @@ FORMATS = {
         typed_ids=True,
         values="any",
     ),
+    "files": Format(
+        sample_files.FilesWriter,
+        sample_files.read,
+        sample_files.checksum,
+        (sample_files.INDEX, *(f"{journal.SUBFOLDER}/*{end}" for end in sample_files.SUFFIXES)),
+        joins_outputs=lambda _: True,
+        typed_ids=True,
+        values="any",
+        describe=sample_files.describe,
+    ),
 }
 
 
@@ -167,7 +182,8 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
     """Return the CRC-32 of a range in a file of any format, as `Format.checksum` does."""
     if path.name == ids_file.FILE_NAME:
         return text_writer.checksum(path, committed, begin)
-    return FORMATS[path.suffix.removeprefix(".")].checksum(path, committed, begin)
+    form = "files" if path.name == sample_files.INDEX else path.suffix.removeprefix(".")
+    return FORMATS[form].checksum(path, committed, begin)
 
 
 def check_columns(config: OutputSection, outputs: Outputs) -> None:
@@ -200,6 +216,18 @@ def check_columns(config: OutputSection, outputs: Outputs) -> None:
             f"sample ({describe_values(column)}); set output.format: {' or '.join(able)}",
             "output.format",
         )
+
+
+def statements(
+    config: OutputSection,
+    outputs: Outputs,
+    classes: Sequence[str] = (),
+    class_counts: Mapping[str, int] | None = None,
+) -> Iterator[Statement]:
+    """Yield how the format writes the outputs, where it has a choice."""
+    labels = ClassLabels(config, classes, class_counts)
+    for name, text in FORMATS[config.format].describe(labels, outputs):
+        yield Statement(topic=f"file of {name}", text=text)
 
 
 def open_writer(

@@ -82,11 +82,16 @@ class TextWriter:
     def write(
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
+        lines = self.lines(self._columns(outputs, valid), ids)
+        self.append(lines, len(ids), count_nonfinite(outputs, valid))
+
+    def append(self, lines: str, count: int, nonfinite: int) -> None:
+        """Append the lines of `count` samples, `nonfinite` of which have NaN or infinity."""
         # An id may be a file name, and so contain any bytes.
-        data = self.lines(self._columns(outputs, valid), ids).encode("utf-8", "backslashreplace")
+        data = lines.encode("utf-8", "backslashreplace")
         checksum, size = zlib.crc32(data, self._checksum), self._size + len(data)
-        nonfinite = self._nonfinite_written + count_nonfinite(outputs, valid)
-        written = self.written + len(ids)
+        nonfinite += self._nonfinite_written
+        written = self.written + count
         files.write_all(self._descriptor, data)
         # One statement without calls, which Ctrl-C does not interrupt halfway.
         self._size, self._checksum, self._nonfinite_written, self.written = (
