@@ -1,8 +1,9 @@
-"""The model of python.yaml: digits_cnn with a second output.
+"""The models of python.yaml, digits_cnn with a second output, and of detect.yaml.
 
 Its layers have the names used in models/digits_cnn.py, so that the same weights can be loaded.
 """
 
+import torch
 from torch import Tensor, nn
 
 
@@ -27,3 +28,29 @@ class DigitNet(nn.Module):
         features = self.pool(self.stage2(self.stage1(image)))
         features = self.pool(self.stage3(features)).flatten(1)
         return {"logits": self.fc(features), "features": features}
+
+
+class InkDetector(nn.Module):
+    """Finds the box around the ink of each picture [1, height, width] in a list of any sizes.
+
+    Like a detector of torchvision, it returns a dict of boxes, labels and scores per picture.
+    """
+
+    class_names = ("paper", "ink")
+
+    def __init__(self, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [self.detect(image[0]) for image in images]
+
+    def detect(self, image: Tensor) -> dict[str, Tensor]:
+        rows, columns = (image > self.threshold).nonzero(as_tuple=True)
+        boxes = image.new_zeros((0, 4))
+        if len(rows):
+            corners = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            boxes = torch.stack(corners).to(image.dtype)[None]
+        scores = image.mean()[None][: len(boxes)]
+        labels = torch.ones(len(boxes), dtype=torch.int64)
+        return {"boxes": boxes, "labels": labels, "scores": scores}

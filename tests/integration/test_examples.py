@@ -11,6 +11,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import gradrun
@@ -29,6 +30,8 @@ COUNTS = {
     "shards": 50,
     "parquet": 50,
     "images": 20,
+    "detect": 20,
+    "masks": 20,
     "embeddings": 20,
     "sentiment": 20,
 }
@@ -61,10 +64,10 @@ def test_there_is_an_example_for_every_source_format_and_zoo_model() -> None:
         *("arrays", "synthetic", "records", "text", "images", "audio", "python"),
     }
     assert {config.output.format for config in configs} == {
-        *("npy", "safetensors", "jsonl", "csv", "parquet"),
+        *("npy", "safetensors", "jsonl", "csv", "parquet", "files"),
     }
     transforms = {word for config in configs for word in config.output.transform}
-    assert transforms == {"auto", "softmax", "argmax", "topk", "sentence_embedding"}
+    assert transforms == {"auto", "softmax", "argmax", "topk", "threshold", "sentence_embedding"}
     zoo = {config.model.name for config in configs if config.model.source == "zoo"}
     assert zoo == {"digits_cnn", "mlp", "resnet18", "transformer_encoder"}
 
@@ -95,6 +98,7 @@ def test_an_example_runs_completely(run: Run, tmp_path: Path, name: str) -> None
     evidence = {file for file in on_disk if file.startswith("_metrics.")}
     assert bool(evidence) == bool(config.metrics)
     beside = evidence | on_disk & {"classes.txt", "ids.txt"}
+    beside |= {file for file in on_disk if file.endswith(".png")}
     assert on_disk == {*result.files, *beside, "journal.jsonl", "result.json"}
     counts: dict[str, int] = {}
     for file in result.files:  # shards: one output in several files
@@ -151,7 +155,7 @@ def test_the_python_example_gives_the_three_most_likely_digits(run: Run, tmp_pat
 def test_only_examples_with_programs_need_trust_and_their_first_lines_mention_it(
     tmp_path: Path,
 ) -> None:
-    programs = {"python", "torchscript", "exported"}
+    programs = {"python", "torchscript", "exported", "detect"}
     for name in NAMES:
         source = gradrun.load_config(CONFIGS / f"{name}.yaml").config.model.source
         assert (source in programs) == (name in programs)
@@ -190,6 +194,28 @@ def test_the_images_example_classifies_the_images_in_its_folders(run: Run, tmp_p
     assert [answer["prediction"] for answer in answers] == [
         int(Path(answer["id"]).parent.name) for answer in answers
     ]
+
+
+def test_the_detector_example_finds_the_box_of_the_ink(run: Run, tmp_path: Path) -> None:
+    run("detect")
+    for line in (tmp_path / "detect" / "predictions.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        pixels = np.asarray(Image.open(CONFIGS / "pictures" / answer["id"]))
+        rows, columns = (pixels > 127).nonzero()
+        box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert answer["boxes"] == [box]
+        assert answer["label_names"] == ["ink"]
+        assert answer["scores"] == [pytest.approx(pixels.mean() / 255)]
+
+
+def test_the_masks_example_writes_a_picture_per_picture(run: Run, tmp_path: Path) -> None:
+    run("masks")
+    for line in (tmp_path / "masks" / "files.jsonl").read_text().splitlines():
+        answer = json.loads(line)
+        mask = Image.open(tmp_path / "masks" / answer["prediction"]["file"])
+        ink = np.asarray(Image.open(CONFIGS / "pictures" / answer["id"])) > 127
+        assert np.array_equal(np.asarray(mask)[None] == 1, ink[None])
+        assert mask.convert("RGB").getpixel((0, 0)) in {(255, 255, 255), (0, 0, 160)}
 
 
 def test_the_metrics_example_computes_its_metrics(run: Run) -> None:

@@ -34,6 +34,9 @@ from gradrun.results.result import DamagedRange
 
 SAMPLES, BATCH = 23, 5
 
+TABLES = [form for form in FORMATS if form != "files"]
+"""Formats with one table; tests/integration/test_values.py tests one file per sample."""
+
 
 def new_writer(folder: Path, form: str, samples: int | None = SAMPLES) -> PredictionWriter:
     folder.mkdir(exist_ok=True)
@@ -107,7 +110,7 @@ def _windows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("written", [23, 20, 13, 5, 1])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_rows_are_read_back_in_order_however_early_the_run_ended(
     tmp_path: Path, form: str, written: int
 ) -> None:
@@ -122,7 +125,7 @@ def test_rows_are_read_back_in_order_however_early_the_run_ended(
         assert (tmp_path / "predictions.npy").stat().st_size == 128 + written * 16
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_writer_closed_before_the_first_batch_leaves_no_rows(tmp_path: Path, form: str) -> None:
     target = new_writer(tmp_path, form)
     fill(target, {DEFAULT_OUTPUT: numbered(3)}, samples=0)
@@ -136,7 +139,7 @@ def test_a_writer_closed_before_the_first_batch_leaves_no_rows(tmp_path: Path, f
         assert all(path.read_text() == header for path in files_in(tmp_path))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_writer_that_was_never_opened_leaves_no_files(tmp_path: Path, form: str) -> None:
     target = new_writer(tmp_path, form)
     target.close()
@@ -144,7 +147,7 @@ def test_a_writer_that_was_never_opened_leaves_no_files(tmp_path: Path, form: st
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_run_may_be_a_single_short_batch(tmp_path: Path, form: str) -> None:
     rows = numbered(2, rows=3)
     fill(new_writer(tmp_path, form, samples=3), {DEFAULT_OUTPUT: rows}, samples=3, opened=3)
@@ -167,7 +170,7 @@ def test_a_run_may_be_a_single_short_batch(tmp_path: Path, form: str) -> None:
         "int64",
     ],
 )
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_dtypes_are_preserved_and_those_that_numpy_lacks_are_widened(
     tmp_path: Path, form: str, dtype: str
 ) -> None:
@@ -203,7 +206,7 @@ def test_a_float_in_jsonl_reads_back_bit_for_bit(tmp_path: Path, dtype: torch.dt
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_several_outputs_are_stored_under_their_names(tmp_path: Path, form: str) -> None:
     rows = {"logits": numbered(4), "states.0": numbered(2, 1).to(torch.int64), "best": numbered()}
     target = new_writer(tmp_path, form)
@@ -216,7 +219,7 @@ def test_several_outputs_are_stored_under_their_names(tmp_path: Path, form: str)
         assert target.files() == [file_name(name) for name in rows]
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 @pytest.mark.parametrize("shape", [(3,), (2, 2), ()])
 def test_rows_of_another_shape_are_refused_except_in_jsonl(
     tmp_path: Path, form: str, shape: tuple[int, ...]
@@ -238,7 +241,7 @@ def test_rows_of_another_shape_are_refused_except_in_jsonl(
         assert torch.equal(stored(tmp_path, form), first), "earlier rows stay"
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0)])
 def test_rows_may_have_one_number_or_none(
     tmp_path: Path, form: str, shape: tuple[int, ...]
@@ -275,7 +278,7 @@ def test_strided_views_are_written_in_logical_order(tmp_path: Path) -> None:
         assert torch.equal(stored(tmp_path / form, form), rows)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_batch_is_copied_before_its_tensor_is_used_again(tmp_path: Path, form: str) -> None:
     reused = torch.zeros(BATCH, 2)
     target = new_writer(tmp_path, form, samples=2 * BATCH)
@@ -456,7 +459,7 @@ SHARDED = {"safetensors", "parquet"}
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_ranges_are_consecutive_and_match_the_files(tmp_path: Path, form: str) -> None:
     target, ranges = opened(tmp_path, form, SEVERAL), []
     assert target.commit() == []
@@ -512,7 +515,7 @@ def test_a_shard_has_a_64th_of_the_run_within_limits(
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_files_grow_to_the_same_rows_if_the_number_of_samples_is_unknown(
     tmp_path: Path, form: str
 ) -> None:
@@ -573,7 +576,7 @@ def test_a_run_of_unknown_length_is_resumed_in_shards_of_any_size(
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("end", ["killed", "closed without a journal entry", "stopped"])
 @pytest.mark.parametrize("committed", [5, 10, 15, 20])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_resumed_run_writes_the_same_bytes(
     tmp_path: Path, form: str, committed: int, end: str
 ) -> None:
@@ -608,7 +611,7 @@ def restarted(writer: PredictionWriter, folder: Path, form: str) -> PredictionWr
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_run_can_be_resumed_many_times(tmp_path: Path, form: str) -> None:
     fill(new_writer(tmp_path / "whole", form), SEVERAL)
     ranges: list[CommittedRange] = []
@@ -638,7 +641,7 @@ def test_a_stopped_shard_can_be_continued_many_times(tmp_path: Path, form: str) 
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_nonfinite_rows_are_counted_once_also_after_a_resume(tmp_path: Path, form: str) -> None:
     logits, best = numbered(4), numbered()
     logits[[2, 7, 11, 22], [0, 1, 2, 3]] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40])
@@ -654,7 +657,7 @@ def test_nonfinite_rows_are_counted_once_also_after_a_resume(tmp_path: Path, for
 
 
 @pytest.mark.usefixtures("_windows")
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_invalid_samples_are_not_counted_as_nonfinite(tmp_path: Path, form: str) -> None:
     rows = {"logits": numbered(4), "best": numbered()}
     rows["logits"][[2, 7]] = torch.nan
@@ -685,7 +688,7 @@ def stopped(
 
 @pytest.mark.usefixtures("_windows")
 @pytest.mark.parametrize("damage", ["gone", "shorter"])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_a_resume_refuses_missing_or_short_files_and_does_not_change_them(
     tmp_path: Path, form: str, damage: str
 ) -> None:
@@ -730,7 +733,7 @@ def test_a_resume_removes_later_shards(tmp_path: Path, monkeypatch: pytest.Monke
     assert contents(tmp_path).keys() == {"predictions-00000.safetensors"}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", TABLES)
 def test_ctrl_c_during_a_write_keeps_earlier_batches(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

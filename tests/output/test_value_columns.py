@@ -113,12 +113,12 @@ def test_a_damaged_value_in_parquet_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["npy", "safetensors", "csv"])
 def test_a_format_without_values_names_those_that_have_them(tmp_path: Path, form: str) -> None:
     config = OutputSection(path=tmp_path, format=form)
-    with pytest.raises(ConfigError, match=rf"{form} cannot .* output\.format: jsonl or parquet$"):
+    with pytest.raises(ConfigError, match=rf"{form} cannot .* jsonl, parquet or files$"):
         check_columns(config, {"boxes": ROWS["boxes"]})
     if form == "csv":
         check_columns(config, {"text": ROWS["text"]})
         return
-    with pytest.raises(ConfigError, match=r"jsonl or parquet or csv$"):
+    with pytest.raises(ConfigError, match=r"jsonl, parquet, files or csv$"):
         check_columns(config, {"text": ROWS["text"]})
 
 

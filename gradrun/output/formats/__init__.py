@@ -211,9 +211,10 @@ def check_columns(config: OutputSection, outputs: Outputs) -> None:
         if allowed == "scalars" and scalar:
             continue
         able += [form for form, f in FORMATS.items() if scalar and f.values == "scalars"]
+        formats = f"{', '.join(able[:-1])} or {able[-1]}"
         raise ConfigError(
-            f"{config.format} cannot store column {title_of(name)!r}, which has one value per "
-            f"sample ({describe_values(column)}); set output.format: {' or '.join(able)}",
+            f"{config.format} cannot store {title_of(name)!r}, whose samples have values of "
+            f"any size ({describe_values(column)}); set output.format: {formats}",
             "output.format",
         )
 
