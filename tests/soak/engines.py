@@ -57,9 +57,10 @@ def main() -> int:
         kills = runs = 0
         while kills < arguments.kills:
             form = chance.choice(FORMATS)
-            kind = chance.choice(kinds)
+            kind = kinds[runs % len(kinds)]
             config = _write(folder, f"run-{runs}", form, kind)
-            done, count = _run_with_kills(config, chance, arguments.kills - kills)
+            most = min(arguments.kills - kills, -(-arguments.kills // len(kinds)))
+            done, count = _run_with_kills(config, chance, most)
             kills, runs = kills + count, runs + 1
             equal = done == expected[form]
             found = "equal" if equal else "DIFFERENT"
