@@ -83,6 +83,8 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
+	$(BIN)/python tests/soak/kill.py --kills 20 --data dataset
+	$(BIN)/python tests/soak/kill.py --kills 20 --data iterable
 	$(BIN)/python tests/soak/faults.py
 	$(BIN)/python tests/soak/engines.py --kills 100
 	$(BIN)/python tests/soak/engines.py --kills 20 --shards

@@ -1,9 +1,9 @@
 """Kill runs at random moments, resume them, and compare with an uninterrupted run.
 
-`kill.py [--kills N] [--seed S]`: real processes, SIGKILL, all formats in turn. The moments are
-drawn from the timeline of a complete run: a phase, one of its occurrences, a point within it.
-Prints in which phases the kills happened; exits with 1 if a byte differs or a sample is missing or
-duplicated.
+`kill.py [--kills N] [--seed S] [--data SOURCE]`: real processes, SIGKILL, all formats in turn. The
+moments are drawn from the timeline of a complete run: a phase, one of its occurrences, a point
+within it. Prints in which phases the kills happened; exits with 1 if a byte differs or a sample is
+missing or duplicated.
 """
 
 from __future__ import annotations
@@ -53,6 +53,36 @@ class Net(nn.Module):
         time.sleep(0.002)
         return self.linear(x)
 """
+_ITEMS = """\
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+
+class Items(Dataset):
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return torch.randn(8, generator=torch.Generator().manual_seed(i))
+
+
+class Stream(IterableDataset):
+    def __init__(self, count):
+        self.items = Items(count)
+
+    def __iter__(self):
+        return (self.items[i] for i in range(len(self.items)))
+"""
+DATA = {
+    "synthetic": ("samples", {"source": "synthetic", "inputs": {"x": {"shape": [8]}}}),
+    "dataset": ("args.count", {"source": "python", "target": "items.py:Items", "workers": 1}),
+    "iterable": ("args.count", {"source": "python", "target": "items.py:Stream"}),
+}
+"""Source of the samples -> the key with their number, and the section `data` without it."""
+
 _DRIVER = """\
 from tests.soak.kill import hurry
 hurry()
@@ -78,24 +108,28 @@ def hurry() -> None:
 class Folder:
     """One config per format, and the command that runs it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, source: str = "synthetic") -> None:
+        self.path, (self._count, data) = path, DATA[source]
         (path / "net.py").write_text(_MODEL)
+        (path / "items.py").write_text(_ITEMS)
         (path / "driver.py").write_text(_DRIVER)
         for form in WRITERS:
             config = {
                 "model": {"source": "python", "target": "net.py:Net"},
-                "data": {
-                    "source": "synthetic",
-                    "inputs": {"x": {"shape": [8]}},
-                    "samples": LONG,
-                    "batch_size": 4,
-                },
+                "data": {"batch_size": 4, **data, **self._of_length(LONG)},
                 "run": {"threads": 1},
                 "measure": {"memory": False},
                 "output": {"path": form, "format": form},
             }
             (path / f"{form}.yaml").write_text(json.dumps(config))
+
+    def _of_length(self, samples: int) -> dict[str, Any]:
+        key, _, inner = self._count.partition(".")
+        return {key: {inner: samples} if inner else samples}
+
+    def short(self) -> list[str]:
+        """Arguments of a run of SHORT samples."""
+        return ["--set", f"data.{self._count}={SHORT}"]
 
     def arguments(self, form: str, out: str, *more: str) -> list[str]:
         """Arguments of `gradrun`."""
@@ -261,7 +295,7 @@ def kill_and_resume(
     folder: Folder, form: str, moments: list[Moment], out: str
 ) -> Iterator[tuple[str, int]]:
     """Kill a run at each moment, then let it finish; yields phase and committed samples."""
-    arguments = folder.arguments(form, out, "--set", f"data.samples={SHORT}", "--resume")
+    arguments = folder.arguments(form, out, *folder.short(), "--resume")
     for moment in moments:
         timeline = follow(folder.path, arguments, moment)
         if timeline.code == -signal.SIGKILL:
@@ -309,16 +343,14 @@ def check_complete(folder: Folder, out: str, expected: dict[str, bytes]) -> None
         raise SystemExit(f"{out} in {folder.path}: the result or the journal has fewer samples")
 
 
-def run(path: Path, kills: int, seed: int) -> list[Kill]:
+def run(path: Path, kills: int, seed: int, source: str = "synthetic") -> list[Kill]:
     """Kill runs of all formats; returns where the kills happened."""
-    folder, rng = Folder(path), random.Random(seed)
+    folder, rng = Folder(path, source), random.Random(seed)
     done: list[Kill] = []
     with _preloaded():
         timelines: dict[str, Timeline] = {}
         for form in WRITERS:
-            arguments = folder.arguments(
-                form, f"{form}-uninterrupted", "--set", f"data.samples={SHORT}"
-            )
+            arguments = folder.arguments(form, f"{form}-uninterrupted", *folder.short())
             timelines[form] = follow(path, arguments)
             if timelines[form].code:
                 raise SystemExit(_failure(path, timelines[form]))
@@ -352,9 +384,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", choices=DATA, default="synthetic")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        print(table(run(Path(name), options.kills, options.seed)))
+        print(table(run(Path(name), options.kills, options.seed, options.data)))
     print("all files have the same bytes as those of an uninterrupted run")
 
 
