@@ -840,7 +840,8 @@ class Runner:
         remedy = (
             "data.padding: max_length gives all texts one length, or set model.compile: false"
             if isinstance(self.data, LengthGrouped)
-            else "keep the shapes of the inputs the same, or set model.compile: false"
+            else "keep the shapes of the inputs the same, or set model.compile.dynamic: true, or "
+            "model.compile: false"
         )
         self._warn(
             "recompiled",

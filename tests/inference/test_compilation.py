@@ -291,3 +291,15 @@ def test_the_limit_of_recompilations_is_reported_once_it_is_hit() -> None:
             double(torch.ones(size))
     assert len(hits) == 1
     assert "hit config.recompile_limit" in hits[0]
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+def test_freezing_reaches_inductor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("about to freeze")  # before a C++ compiler runs
+
+    monkeypatch.setattr("torch._inductor.freezing.freeze", stop)
+    with pytest.raises(ConfigError, match="backend inductor fails: RuntimeError: about to freeze"):
+        infer(tmp_path, {"freezing": True}, run={"mode": mode})
