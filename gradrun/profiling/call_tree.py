@@ -106,6 +106,17 @@ class CallTree:
         with self.tracked(lambda _: now(), end):
             yield
 
+    def timed_nodes(self) -> list[CallNode]:
+        """Return the nodes that were called in the rounds.
+
+        The work of other nodes, which only a later pass called, is added to that of their callers.
+        """
+        for node in reversed(self.nodes):
+            if not any(node.calls) and node.work:
+                caller = self.nodes[node.parent]
+                caller.work, node.work = (caller.work or Work()) + node.work, None
+        return [node for node in self.nodes if any(node.calls)]
+
     def end_round(self, number: int, batches: int) -> None:
         """Store the sums of the round with a number, from 0, per batch."""
         for node in self.nodes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.inference.device import device_context
 from gradrun.inference.diagnosis import describe_model_error
 from gradrun.inference.environment import current_environment, current_machine
-from gradrun.inference.meters import measure_forward_memory
+from gradrun.inference.meters import measure_forward_memory, model_memory
 from gradrun.inference.meters.work import counting
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.output.run_folder import RunFolder
@@ -33,6 +34,7 @@ from gradrun.results.peaks_cache import cached_peaks
 from gradrun.results.profile import ModuleCalls, Profile
 from gradrun.results.result import (
     Measurement,
+    Memory,
     Phases,
     ProfileResult,
     RunInfo,
@@ -96,18 +98,11 @@ def profile(
         known, warnings = _peaks(device, threads, progress if peaks else None)
         now = host_clock(device)
         cost = hook_cost(now)
-        passes = []
         with _failures(whole):  # the first batch succeeded
             for variant in variants:
                 variant.warm_up()
             time_rounds(variants, now, whole.measure.budget, progress)
-            for variant in variants:
-                progress(Progress("counting operations"))
-                _count_work(variant)
-                progress(Progress("profiling operators"))
-                passes.append(profile_operators(variant))
-                warnings += limitations(variant)
-            measurements = [_measurement(variant) for variant in variants]
+        passes = [_run_untimed_passes(variant, warnings, progress) for variant in variants]
         statements = [one for variant in variants for one in statements_of(variant)]
         environment = current_environment(device)
     dumped = whole.model_dump(mode="json")
@@ -117,9 +112,12 @@ def profile(
         info=RunInfo.from_config(dumped),
         config=dumped,
         environment=environment,
-        measurements=tuple(measurements),
+        measurements=tuple(
+            _measurement(variant, found.memory)
+            for variant, found in zip(variants, passes, strict=True)
+        ),
         profiles=tuple(
-            _profile(variant, cost, found, known[variant.threads])
+            _profile(variant, cost, found.operators, known[variant.threads])
             for variant, found in zip(variants, passes, strict=True)
         ),
         interpretation=tuple(dict.fromkeys(statements)),
@@ -131,8 +129,49 @@ def profile(
     with folder.locked():
         folder.save(result)
     if trace is not None:
-        _write_trace(Path(trace), passes[0], result.info.model)
+        _write_trace(Path(trace), passes[0].operators, result)
     return result
+
+
+@dataclass(frozen=True)
+class _UntimedPasses:
+    """Results of the passes after the timed rounds; None if a pass failed."""
+
+    memory: Memory
+    operators: OperatorPass | None
+
+
+def _run_untimed_passes(
+    variant: ProfiledVariant, warnings: list[Warning], progress: ProgressCallback
+) -> _UntimedPasses:
+    """Count work, profile operators and measure memory; a pass that fails is a warning."""
+    operators, memory = None, model_memory(variant.model, variant.largest)
+    progress(Progress("counting operations"))
+    with _warn_of_failure("the operations were not counted", variant, warnings):
+        _count_work(variant)
+    progress(Progress("profiling operators"))
+    with _warn_of_failure("the operators were not profiled", variant, warnings):
+        operators = profile_operators(variant)
+    progress(Progress("measuring memory"))
+    with (
+        _warn_of_failure("the memory was not measured", variant, warnings),
+        variant.execution_context(),
+    ):
+        memory = measure_forward_memory(variant.model, variant.largest, variant.device)
+    warnings += limitations(variant)
+    return _UntimedPasses(memory, operators)
+
+
+@contextmanager
+def _warn_of_failure(
+    problem: str, variant: ProfiledVariant, warnings: list[Warning]
+) -> Iterator[None]:
+    """Turn an error of the model into a warning: the times are complete."""
+    try:
+        yield
+    except Exception as error:  # a model may depend on types of tensors that a pass replaces
+        reason = describe_model_error(error, variant.config.run.mode)
+        warnings.append(Warning(code="pass_failed", text=f"{problem}: {reason}"))
 
 
 @contextmanager
@@ -193,10 +232,8 @@ def _count_work(variant: ProfiledVariant) -> None:
         node.work = sum(parts.get(node, []), Work()).divided(len(variant.batches))
 
 
-def _measurement(variant: ProfiledVariant) -> Measurement:
+def _measurement(variant: ProfiledVariant, memory: Memory) -> Measurement:
     """Return the times without hooks, and the memory of the largest batch."""
-    with variant.execution_context():
-        memory = measure_forward_memory(variant.model, variant.largest, variant.device)
     sizes = {batch.size for batch in variant.batches}
     return Measurement(
         mode=variant.config.run.mode,
@@ -216,12 +253,12 @@ def _measurement(variant: ProfiledVariant) -> Measurement:
 def _profile(
     variant: ProfiledVariant,
     cost: tuple[float, float],
-    found: OperatorPass,
+    found: OperatorPass | None,
     peaks: MachinePeaks | None,
 ) -> Profile:
     inside, outside = cost if variant.hooks else (0.0, 0.0)
     rounds = len(variant.hooked)
-    timed = [node for node in variant.tree.nodes if any(node.calls)]
+    timed = variant.tree.timed_nodes()
     numbers = {node.index: number for number, node in enumerate(timed)}
     return Profile(
         variant=variant.name,
@@ -242,14 +279,22 @@ def _profile(
             )
             for node in timed
         ),
-        operators=found.operators,
-        operator_seconds=found.seconds,
+        operators=found.operators if found else (),
+        operator_seconds=found.seconds if found else 0.0,
         peaks=peaks,
     )
 
 
-def _write_trace(path: Path, found: OperatorPass, title: str) -> None:
+def _write_trace(path: Path, found: OperatorPass | None, result: ProfileResult) -> None:
+    """Write the trace of the first variant.
+
+    Raises:
+        RunFailed: there is no trace, or it cannot be written; the error has the result.
+    """
+    if found is None:
+        raise RunFailed(f"--trace {path}: the operators were not profiled", result=result)
     try:
-        replace_file(path, found.trace.to_json(title))
+        replace_file(path, found.trace.to_json(result.info.model))
     except OSError as error:
-        raise GradrunError(f"--trace {path} cannot be written: {error.strerror}") from error
+        text = f"--trace {path} cannot be written: {error.strerror}"
+        raise RunFailed(text, result=result) from error

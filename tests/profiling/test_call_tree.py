@@ -10,6 +10,7 @@ from torch import nn
 
 from gradrun.profiling.call_tree import CallTree, hook_cost
 from gradrun.results.profile import ModuleCalls, Profile, ProfileFigures
+from gradrun.results.work import Work
 
 MS = 1_000_000
 
@@ -190,6 +191,20 @@ def test_a_call_whose_error_is_caught_is_timed() -> None:
         ("fails", 1, 3, 3),
         ("last", 1, 2, 2),
     ]
+
+
+def test_the_work_of_modules_that_only_a_later_pass_calls_is_their_callers() -> None:
+    clock = FakeClock()
+    model = Takes(clock, 1, Takes(clock, 2, Takes(clock, 3)))
+    tree = CallTree(model)
+    root = tree.enter(model, None)
+    late = tree.enter(model.parts[0], root)
+    later = tree.enter(late.module.parts[0], late)  # type: ignore[union-attr, index]
+    root.count = 1
+    tree.end_round(0, 1)
+    root.work, late.work, later.work = (Work(bytes=n) for n in (1, 20, 300))
+    assert tree.timed_nodes() == [root]
+    assert root.work == Work(bytes=321)
 
 
 def test_hooks_are_removed_and_leave_the_fused_path_of_an_encoder_layer() -> None:

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import gradrun
+from gradrun import report
 from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
 from gradrun.profiling.variant import of_different_shapes
@@ -55,6 +57,19 @@ class FailsLater(nn.Module):
         FailsLater.total = getattr(FailsLater, "total", 0) + 1
         if FailsLater.total > 10:
             raise RuntimeError("broken after ten calls")
+        return self.part(x)
+
+
+class NeedsPlainTensors(nn.Module):
+    """Fails while operators are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if _get_current_dispatch_mode() is not None:
+            raise TypeError("needs plain tensors")
         return self.part(x)
 
 
@@ -273,6 +288,18 @@ def test_a_model_that_fails_is_an_error_of_the_config(profiled: Profiled) -> Non
 def test_a_model_that_fails_later_ends_with_its_reason(profiled: Profiled) -> None:
     with pytest.raises(gradrun.RunFailed, match="broken after ten calls"):
         profiled("FailsLater")
+
+
+def test_a_pass_that_fails_after_the_times_is_a_warning(profiled: Profiled) -> None:
+    found = profiled("NeedsPlainTensors")
+    (warning,) = found.warnings
+    assert warning.code == "pass_failed"
+    assert warning.text.startswith("the operations were not counted: TypeError: needs plain")
+    assert [m.work for m in found.profiles[0].modules] == [None, None]
+    assert found.profiles[0].operators
+    text = report.render([("a", found)], "table")
+    assert "Operator" in text
+    assert "FLOP" not in text
 
 
 def test_one_batch_of_each_shape_is_profiled_in_order() -> None:
