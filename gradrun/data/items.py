@@ -463,7 +463,8 @@ def worker_batches(
         seed: of the random generators in the workers.
         spans: the batches to read; None for a dataset that yields them.
     """
-    # The iterator is forked with its position; it could not be sent to another process.
+    # Forked, whatever the default: another process could not import a module that was read from a
+    # file by its name, and an iterator keeps its position.
     return DataLoader(
         dataset,
         batch_size=None,
@@ -473,7 +474,7 @@ def worker_batches(
         worker_init_fn=partial(_start_worker, start_worker),
         persistent_workers=spans is not None,
         generator=torch.Generator().manual_seed(seed),
-        multiprocessing_context=None if spans is not None else "fork",
+        multiprocessing_context="fork",
     )
 
 
