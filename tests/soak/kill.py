@@ -27,7 +27,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet")
+WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet", "boxes", "tables", "files")
+"""A format each; boxes and tables: values of any size in jsonl and Parquet."""
+
+_FORMATS = {"boxes": "jsonl", "tables": "parquet"}
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
 """Phase of a process to its weight in the draw. start: until the model is loaded; load: until the
 files are opened; open: files are created; run: predictions between commits; commit; close: the last
@@ -52,6 +55,12 @@ class Net(nn.Module):
     def forward(self, x):
         time.sleep(0.002)
         return self.linear(x)
+
+
+class Boxes(Net):
+    def forward(self, x):
+        scores = super().forward(x)
+        return [{"boxes": row[row > 0], "text": f"{len(row[row > 0])} found"} for row in scores]
 """
 _ITEMS = """\
 import torch
@@ -115,11 +124,14 @@ class Folder:
         (path / "driver.py").write_text(_DRIVER)
         for form in WRITERS:
             config = {
-                "model": {"source": "python", "target": "net.py:Net"},
+                "model": {
+                    "source": "python",
+                    "target": f"net.py:{'Boxes' if form in _FORMATS else 'Net'}",
+                },
                 "data": {"batch_size": 4, **data, **self._of_length(LONG)},
                 "run": {"threads": 1},
                 "measure": {"memory": False},
-                "output": {"path": form, "format": form},
+                "output": {"path": form, "format": _FORMATS.get(form, form)},
             }
             (path / f"{form}.yaml").write_text(json.dumps(config))
 
@@ -156,8 +168,13 @@ class Folder:
 
     def files(self, out: str) -> dict[str, bytes]:
         """The predictions, without the journal, whose ranges depend on the clock."""
-        files = sorted((self.path / out).rglob("predictions*"))
-        return {file.name: file.read_bytes() for file in files if file.is_file()}
+        folder = self.path / out
+        files = [
+            *folder.glob("predictions*"),
+            *folder.glob("predictions/*"),
+            folder / "files.jsonl",
+        ]
+        return {file.name: file.read_bytes() for file in sorted(files) if file.is_file()}
 
     def committed(self, out: str) -> int:
         """Number of samples in the journal."""
