@@ -14,6 +14,9 @@ import pytest
 from gradrun.core.optional import EXTRAS, import_transformers, library_settings
 from tests.conftest import Command
 
+IN_PYTHON = {"cloudpickle"}
+"""Libraries that only the Python API needs; tests/engines/test_objects.py."""
+
 
 def config(case: str, folder: Path) -> dict[str, Any]:
     """Return a config that needs a library, the first word of the case."""
@@ -47,7 +50,9 @@ def config(case: str, folder: Path) -> dict[str, Any]:
     return base | needs[case]
 
 
-@pytest.mark.parametrize("case", [*EXTRAS, "pyarrow to write", "timm model"])
+@pytest.mark.parametrize(
+    "case", [*sorted(EXTRAS.keys() - IN_PYTHON), "pyarrow to write", "timm model"]
+)
 def test_a_missing_library_is_one_sentence_with_the_package_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command, case: str
 ) -> None:

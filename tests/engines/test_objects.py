@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,15 @@ def test_modes_of_a_module_in_memory_are_compared(
     assert compared.result.equivalence[0].equal
     assert compared.result.info.batch_size == 32
     assert not list(tmp_path.iterdir())
+
+
+def test_compare_without_cloudpickle_names_the_package_to_install(
+    net: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+    message = r"this needs cloudpickle; pip install 'gradrun\[notebook\]'"
+    with pytest.raises(gradrun.ConfigError, match=message):
+        gradrun.compare(model=net, data=ROWS)
 
 
 def test_a_notebook_shows_the_result_as_a_page(
