@@ -44,8 +44,8 @@ Command = Callable[..., Answer]
 def cli() -> Command:
     """Run a command in this process; unexpected exceptions propagate."""
 
-    def run(*words: object) -> Answer:
-        result = CliRunner().invoke(app, [str(word) for word in words])
+    def run(*words: object, input: str | None = None) -> Answer:
+        result = CliRunner().invoke(app, [str(word) for word in words], input=input)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return Answer(result.exit_code, result.stdout, result.stderr)

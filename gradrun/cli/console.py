@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """Where a command prints: stdout, or stderr if stdout is used for JSON."""
+    """Where a command prints: stdout, or stderr if stdout is used for data."""
 
-    def __init__(self, json_file: str | None, *, quiet: bool) -> None:
+    def __init__(self, json_file: str | None, *, quiet: bool, to_stdout: bool = False) -> None:
+        """Decide where to print; `to_stdout`: the command writes predictions to stdout."""
         self._json_file, self._quiet = json_file, quiet
-        self.console = make_console(stderr=json_file == "-", quiet=quiet)
+        self._stderr = to_stdout or json_file == "-"
+        self.console = make_console(stderr=self._stderr, quiet=quiet)
 
     def print(self, text: str) -> None:
         """Print a line."""
@@ -36,10 +38,10 @@ class Output:
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:
-        """Yield a callback that draws a progress bar; keep a model's prints out of JSON."""
+        """Yield a callback that draws a progress bar; keep prints of a model off stdout."""
         from gradrun.report.progress import progress_bar
 
-        redirect = redirect_stdout(sys.stderr) if self._json_file == "-" else nullcontext()
+        redirect = redirect_stdout(sys.stderr) if self._stderr else nullcontext()
         with redirect, progress_bar(make_console(stderr=True, quiet=self._quiet)) as callback:
             yield callback
 
@@ -60,6 +62,8 @@ class Output:
 
         report.show([("", result)], self.console)
         self.write_json(result.to_json())
+        if not result.info.output_path:
+            return
         saved = Path(result.info.output_path)
         if not (saved / "result.json").is_file():
             if self._json_file in (None, "-"):
@@ -73,10 +77,15 @@ class Output:
 
 @contextmanager
 def command_output(
-    *, debug: bool, json_file: str | None = None, quiet: bool = False, resume_command: str = ""
+    *,
+    debug: bool,
+    json_file: str | None = None,
+    quiet: bool = False,
+    resume_command: str = "",
+    to_stdout: bool = False,
 ) -> Iterator[Output]:
     """Yield the output of a command; print an error as one sentence and exit with its code."""
-    output = Output(json_file, quiet=quiet)
+    output = Output(json_file, quiet=quiet, to_stdout=to_stdout)
     with warnings.catch_warnings():
         if quiet:
             warnings.simplefilter("ignore")
@@ -92,7 +101,7 @@ def command_output(
         except OSError as error:
             if debug or isinstance(error, BrokenPipeError):
                 raise
-            _discard_stdout()
+            discard_stdout()
             _exit_with(GradrunError(f"cannot print the report: {error.strerror or error}"))
         except GradrunError as error:
             if debug:
@@ -119,7 +128,7 @@ def _exit_with(error: GradrunError, resume_command: str = "") -> None:
     raise typer.Exit(error.exit_code) from None
 
 
-def _discard_stdout() -> None:
+def discard_stdout() -> None:
     """Redirect buffered output to the null device; Python would write it again at exit."""
     with suppress(OSError, ValueError, AttributeError):  # stdout of a notebook has no descriptor
         null = os.open(os.devnull, os.O_WRONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from gradrun.cli.console import command_output, fast_imports
 from gradrun.cli.options import Debug, JsonFile, Quiet, Sets, Trust
+from gradrun.cli.pipes import standard_input, standard_output
 from gradrun.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +30,12 @@ def infer(
     sets: Sets = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Output folder, for output.path."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FOLDER",
+            help="Output folder, for output.path; -: write lines of jsonl or csv to stdout.",
+        ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")
@@ -54,11 +61,20 @@ def infer(
     debug: Debug = False,
 ) -> None:
     """Run inference on all data; write predictions and measure."""
-    options = _options(engine, workers, address, output)
-    resume_command = _resume_command(config, example, sets or [], options, trust_code)
-    with command_output(
-        debug=debug, json_file=json_file, quiet=quiet, resume_command=resume_command
-    ) as out:
+    to_stdout = output == Path("-")
+    with ExitStack() as stack:
+        stream = stack.enter_context(standard_output()) if to_stdout else None
+        options = _options(engine, workers, address, stream.folder if stream else output)
+        resume_command = _resume_command(config, example, sets or [], options, trust_code)
+        out = stack.enter_context(
+            command_output(
+                debug=debug,
+                json_file=json_file,
+                quiet=quiet,
+                resume_command=resume_command,
+                to_stdout=to_stdout,
+            )
+        )
         from gradrun.config.load import load_config
 
         path, output_base = _choose_config(config, example)
@@ -67,14 +83,21 @@ def infer(
             from gradrun.engines.infer import infer as run
         if overwrite and resume:
             raise ConfigError("--overwrite and --resume cannot be combined")
-        with out.progress() as progress:
+        if stream:
+            if resume or json_file == "-":
+                raise ConfigError(f"--output - and {'--resume' if resume else '--json -'} conflict")
+            loaded = stream.changed(loaded)
+        loaded = stack.enter_context(standard_input(loaded))
+        with out.progress() as progress, stream or nullcontext():
             result = run(
                 loaded,
                 trust_code=trust_code,
                 overwrite=overwrite,
                 resume=resume,
-                progress=progress,
+                progress=stream.copying(progress) if stream else progress,
             )
+        if stream:
+            result = result.replace(files=(), info=result.info.replace(output_path=""))
         out.show_result(result)
 
 

@@ -76,6 +76,8 @@ class PathResolver:
         return self._input_files(paths)
 
     def _input_files(self, path: Path) -> Path:
+        if path == Path("-"):  # standard input
+            return path
         resolved = _join(self._base, path)
         return resolved if is_pattern(resolved) else self.input_path(path)
 

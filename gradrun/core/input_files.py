@@ -149,6 +149,8 @@ def _expand(path: Path, key: str, suffixes: Collection[str], others: Counter[str
                 found.append(file)
         return sorted(found, key=natural_order)
     if not is_pattern(path):
+        if path == Path("-"):
+            raise ConfigError("only the command `gradrun infer` reads standard input (-)", key)
         if not path.exists():
             raise ConfigError(f"file {path} does not exist", key)
         return [path]

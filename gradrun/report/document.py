@@ -90,6 +90,8 @@ def _tables(result: AnyResult) -> tuple[Table, ...]:
 
 
 def _files(result: AnyResult) -> list[tuple[Cell, str]]:
+    if not result.info.output_path:  # the predictions were not written to a folder
+        return []
     folder = Path(display_path(result.info.output_path))
     rows: list[tuple[Cell, str]] = []
     if isinstance(result, InferResult):
