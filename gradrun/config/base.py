@@ -18,7 +18,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import is_pattern
+from gradrun.core.remote import as_path, is_remote, local_copy
 
 
 class Section(BaseModel):
@@ -44,7 +46,12 @@ class PathResolver:
         self._base, self._output_base = base, output_base
 
     def input_file(self, path: Path) -> Path:
-        """Return the absolute path of an existing file; raise ValueError otherwise."""
+        """Return the absolute path of an existing file; raise ValueError otherwise.
+
+        A remote file is downloaded to the cache.
+        """
+        if is_remote(path := as_path(path)):
+            path = _download(path)
         resolved = _join(self._base, path)
         if not resolved.exists():
             raise ValueError(f"file {resolved} does not exist")
@@ -54,7 +61,12 @@ class PathResolver:
         return resolved
 
     def input_folder(self, path: Path) -> Path:
-        """Return the absolute path of an existing folder; raise ValueError otherwise."""
+        """Return the absolute path of an existing folder; raise ValueError otherwise.
+
+        A remote folder is downloaded to the cache.
+        """
+        if is_remote(path := as_path(path)):
+            path = _download(path)
         resolved = _join(self._base, path)
         if not resolved.is_dir():
             problem = "is a file, not a folder" if resolved.exists() else "does not exist"
@@ -63,6 +75,8 @@ class PathResolver:
 
     def input_path(self, path: Path) -> Path:
         """Return the absolute path of an existing file or folder; raise ValueError otherwise."""
+        if is_remote(path := as_path(path)):
+            path = _download(path)
         return resolved if (resolved := _join(self._base, path)).is_dir() else self.input_file(path)
 
     def input_files(self, paths: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
@@ -78,6 +92,8 @@ class PathResolver:
     def _input_files(self, path: Path) -> Path:
         if path == Path("-"):  # standard input
             return path
+        if is_remote(path := as_path(path)):
+            return _existing(path)
         resolved = _join(self._base, path)
         return resolved if is_pattern(resolved) else self.input_path(path)
 
@@ -112,6 +128,26 @@ Target = Annotated[str, AfterValidator(resolve_target)]
 """Python code: file.py:name or package.module:name."""
 
 
+def _download(path: Path) -> Path:
+    try:
+        return local_copy(path)
+    except (OSError, ConfigError) as error:
+        raise ValueError(_remote_problem(path, error)) from error
+
+
+def _existing(path: Path) -> Path:
+    try:
+        if is_pattern(path) or path.exists():
+            return path
+    except (OSError, ConfigError) as error:
+        raise ValueError(_remote_problem(path, error)) from error
+    raise ValueError(f"{path} does not exist")
+
+
+def _remote_problem(path: Path, error: Exception) -> str:
+    return f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
 def _join(base: Path, path: Path) -> Path:
     """Join and expand `~`; raise ValueError if the system cannot have a file of this name."""
     try:
@@ -131,6 +167,10 @@ def resolved_by(resolve: Callable[[PathResolver, Any], Any]) -> AfterValidator:
     """Return a validator that applies a PathResolver method if the validation has a resolver."""
 
     def validate(path: Any, info: ValidationInfo) -> Any:
+        if isinstance(path, Path):
+            path = as_path(path)
+        elif isinstance(path, tuple):
+            path = tuple(map(as_path, path))
         return resolve(info.context, path) if info.context else path
 
     return AfterValidator(validate)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from gradrun.core.errors import ConfigError
+from gradrun.core.remote import hide_credentials
 
 Key = tuple[str | int, ...]
 
@@ -55,7 +56,7 @@ class SourceLocation:
     def annotate(self, message: str) -> str:
         """Return the message with its location, the line and a caret."""
         begin = max(0, self.column - _EXCERPT // 2) if len(self.text) > _EXCERPT else 0
-        excerpt = self.text[begin : begin + _EXCERPT]
+        excerpt = hide_credentials(self.text)[begin : begin + _EXCERPT]
         return f"{self}  {message}\n    {excerpt}\n    {' ' * (self.column - 1 - begin)}^"
 
 

@@ -22,6 +22,12 @@ _FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK
 """Do not follow a link or wait for a pipe; without effect on regular files."""
 
 
+def cache_folder() -> Path:
+    """Return the folder of caches: `GRADRUN_CACHE`, else `gradrun` in `XDG_CACHE_HOME`."""
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get("GRADRUN_CACHE") or Path(home) / "gradrun")
+
+
 def open_regular(path: Path, flags: int) -> int:
     """Open a regular file and return its descriptor.
 

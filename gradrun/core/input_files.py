@@ -21,6 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
+from gradrun.core.remote import RemotePath
 from gradrun.core.units import pluralize
 
 InputPaths = Path | Sequence[Path]
@@ -72,7 +73,10 @@ def list_files(paths: InputPaths, key: str, suffixes: Collection[str] = ()) -> F
     files: list[Path] = []
     others = Counter[str]()
     for path in given:
-        files += _expand(path, key, suffixes, others)
+        try:
+            files += _expand(path, key, suffixes, others)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}", key) from error
     left_out = describe_left_out(others)
     if not files:
         rest = f"; it has {left_out}" if left_out else ""
@@ -116,12 +120,26 @@ def files_below(folder: Path) -> Iterator[Path]:
     Raises:
         ConfigError: a folder cannot be read, so that its files would be missing.
     """
+    if isinstance(folder, RemotePath):
+        yield from (file for file in _remote_files(folder) if _is_visible(file, folder))
+        return
     for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         here = Path(parent)
         folders[:] = [
             name for name in folders if not name.startswith(".") and not _is_loop(here / name)
         ]
         yield from (here / name for name in files if not name.startswith("."))
+
+
+def _remote_files(path: RemotePath) -> Iterator[Path]:
+    try:
+        yield from path.files()
+    except OSError as error:
+        _refuse_folder(error)
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -154,7 +172,11 @@ def _expand(path: Path, key: str, suffixes: Collection[str], others: Counter[str
         if not path.exists():
             raise ConfigError(f"file {path} does not exist", key)
         return [path]
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]  # noqa: PTH207 - pathlib matches hidden files
+    if isinstance(path, RemotePath):
+        matches: list[Path] = [*path.matches()]
+    else:
+        found_names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib matches hidden files
+        matches = [Path(name) for name in found_names]
     files = sorted((match for match in matches if not match.is_dir()), key=natural_order)
     if not files:
         found_folders = " (only folders: append /*)" if matches else ""
@@ -203,21 +225,21 @@ class _Compression(NamedTuple):
     name: str
     magic: bytes
     """First bytes of each compressed file."""
-    open: Callable[[Path], Any]
+    open: Callable[[IO[bytes]], Any]
 
 
-def _open_zstd(path: Path) -> Any:
+def _open_zstd(file: IO[bytes]) -> Any:
     if sys.version_info >= (3, 14):
         from compression import zstd
     else:
         zstd = import_optional("backports", "data.path", "zstd")
-    return zstd.open(path, "rb")
+    return zstd.open(file, "rb")
 
 
 _COMPRESSIONS = {
-    ".gz": _Compression("gzip", b"\x1f\x8b", lambda path: gzip.open(path, "rb")),  # noqa: SIM115
-    ".bz2": _Compression("bzip2", b"BZh", lambda path: bz2.open(path, "rb")),  # noqa: SIM115
-    ".xz": _Compression("xz", b"\xfd7zXZ\x00", lambda path: lzma.open(path, "rb")),  # noqa: SIM115
+    ".gz": _Compression("gzip", b"\x1f\x8b", lambda file: gzip.open(file, "rb")),  # noqa: SIM115
+    ".bz2": _Compression("bzip2", b"BZh", lambda file: bz2.open(file, "rb")),  # noqa: SIM115
+    ".xz": _Compression("xz", b"\xfd7zXZ\x00", lambda file: lzma.open(file, "rb")),  # noqa: SIM115
     ".zst": _Compression("zstd", b"\x28\xb5\x2f\xfd", _open_zstd),
 }
 """Suffix in lower case -> the compression."""
@@ -261,8 +283,7 @@ def open_input(path: Path) -> IO[bytes]:
     except BaseException:
         file.close()
         raise
-    file.close()
-    return io.BufferedReader(_Decompressed(_COMPRESSIONS[suffix].open(path)), _BUFFER)
+    return io.BufferedReader(_Decompressed(_COMPRESSIONS[suffix].open(file), file), _BUFFER)
 
 
 def file_version(path: Path) -> FileVersion:
@@ -287,9 +308,9 @@ def _check_suffix(path: Path, suffix: str, head: bytes) -> None:
 class _Decompressed(io.RawIOBase):
     """A decompressed stream whose errors are OSErrors for people."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], file: IO[bytes]) -> None:
         super().__init__()
-        self._stream = stream
+        self._stream, self._file = stream, file
 
     def readable(self) -> bool:
         return True
@@ -306,4 +327,5 @@ class _Decompressed(io.RawIOBase):
 
     def close(self) -> None:
         self._stream.close()
+        self._file.close()
         super().close()

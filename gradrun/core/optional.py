@@ -27,6 +27,7 @@ EXTRAS = {
     "datasets": ("datasets", "datasets"),
     "soxr": ("soxr", "audio"),
     "cloudpickle": ("cloudpickle", "notebook"),
+    "fsspec": ("fsspec", "remote"),
 }
 """import name -> package name, and the extra that installs it."""
 

@@ -27,6 +27,7 @@ from gradrun.core.input_files import (
     list_files,
     open_input,
 )
+from gradrun.core.remote import local_copy
 from gradrun.core.suggest import suggest
 from gradrun.data.conversion import Conversion, Problems
 from gradrun.data.source import BatchSource, ChunkedSource, Preview
@@ -198,9 +199,13 @@ class _NpyReader(_ArrayReader):
         header = self.header
         offset = header.offset + start * header.row_bytes
         rows = np.empty((stop - start, *self.shape), header.dtype)
-        with open_input(self.path) as file:
-            file.seek(offset)
-            read = file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+        try:
+            with open_input(self.path) as file:
+                file.seek(offset)
+                read = file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
+        except OSError as error:
+            reason = error.strerror or error
+            raise ConfigError(f"{self.path} cannot be read: {reason}", "data.path") from error
         if read < rows.nbytes:  # the file was truncated after it was opened
             header.check_size(offset + read, self.path)
         return torch.from_numpy(rows)
@@ -344,6 +349,7 @@ def _open_npy(path: Path, name: str | None, key: str) -> _ArrayReader:
 
 
 def _open_npz(path: Path, name: str | None, key: str) -> _ArrayReader:
+    path = _local(path)
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
@@ -360,7 +366,16 @@ def _open_npz(path: Path, name: str | None, key: str) -> _ArrayReader:
     return array
 
 
+def _local(path: Path) -> Path:
+    """Return a local copy of a remote file, for readers that cannot read ranges of it."""
+    try:
+        return local_copy(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", "data.path") from error
+
+
 def _open_safetensors(path: Path, name: str | None, key: str) -> _ArrayReader:
+    path = _local(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             names = list(file.keys())

@@ -11,6 +11,7 @@ from typing import Any
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import is_pattern
+from gradrun.core.remote import RemotePath
 from gradrun.output.class_labels import writes_names
 from gradrun.output.formats import FORMATS
 from gradrun.output.journal import JournalHeader
@@ -222,6 +223,8 @@ def _files_in(key: str, path: Path) -> Iterator[tuple[str, Path]]:
 
 def _describe(path: Path) -> dict[str, Any]:
     try:
+        if isinstance(path, RemotePath):
+            return {"path": str(path), "version": path.version()}
         status = path.stat()
         return {
             "path": str(path),
@@ -249,10 +252,13 @@ def _describe_list(files: Sequence[Path], path: Path) -> dict[str, Any]:
     for number, file in enumerate(files):
         size: Any = _MISSING  # a broken link, or an invalid file name
         try:
-            status = file.stat()
-            size, time = status.st_size, status.st_mtime_ns
-            times = zlib.crc32(b"%d " % time, times)
-            if number % step == 0:
+            if isinstance(file, RemotePath):
+                size = file.version()  # identifies the content, so that nothing is read
+            else:
+                status = file.stat()
+                size, time = status.st_size, status.st_mtime_ns
+                times = zlib.crc32(b"%d " % time, times)
+            if number % step == 0 and not isinstance(file, RemotePath):
                 part = _checksum(file, size, blocks, _LISTED_BLOCK_BYTES)
                 content = zlib.crc32(b"%d " % part, content)
                 sampled |= size > blocks * _LISTED_BLOCK_BYTES

@@ -6,11 +6,10 @@ The cache is the folder `GRADRUN_CACHE`, else `gradrun` in `XDG_CACHE_HOME` or i
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Literal
 
-from gradrun.core.files import replace_file
+from gradrun.core.files import cache_folder, replace_file
 from gradrun.core.record import Record
 from gradrun.results.bounds import Count
 from gradrun.results.work import MachinePeaks
@@ -49,9 +48,7 @@ class CachedPeaks(Record, frozen=True, kw_only=True):
 
 def cache_path(machine: Machine) -> Path:
     """Return the file with the peaks of a machine."""
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    folder = os.environ.get("GRADRUN_CACHE") or str(Path(home) / "gradrun")
-    return Path(folder) / f"peaks-{machine.fingerprint}.json"
+    return cache_folder() / f"peaks-{machine.fingerprint}.json"
 
 
 def load_peaks(machine: Machine) -> tuple[MachinePeaks, ...]:

@@ -44,6 +44,7 @@ def config(case: str, folder: Path) -> dict[str, Any]:
         "soundfile": {"data": {"source": "audio", "path": "."}},
         "datasets": {"data": {"source": "images", "dataset": {"path": "."}}},
         "soxr": {"data": {"source": "audio", "path": "."}},
+        "fsspec": {"data": {"source": "arrays", "path": "gs://bucket/x.npy"}},
         "timm model": {"model": {"source": "timm", "name": "resnet18"}},
         "pyarrow to write": {"output": {"path": "out", "format": "parquet"}},
     }

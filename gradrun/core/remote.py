@@ -1,0 +1,446 @@
+"""Files in object stores and on web servers: paths, reading by range and ahead, local copies.
+
+The only importer of fsspec. Credentials come from the environment; an address must not contain any.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path, PosixPath, PurePosixPath
+from threading import Lock
+from typing import Any, NamedTuple
+
+from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.files import cache_folder
+from gradrun.core.optional import import_optional
+
+_BLOCK = 4 * 1024 * 1024
+_MAX_BLOCKS = 8
+"""Blocks in memory, of all files together."""
+_TRIES = 6
+_FIRST_WAIT = 0.5
+"""Seconds before the second try; doubled before each further one."""
+
+
+class _Scheme(NamedTuple):
+    package: str
+    """Import name of the package that fsspec needs."""
+    install: str
+    protocol: str
+    options: Mapping[str, Any]
+    writable: bool
+
+
+_S3 = {
+    # Attempts are repeated here and in s3fs.
+    "config_kwargs": {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": 60,
+    }
+}
+
+SCHEMES = {
+    "s3:": _Scheme("s3fs", "'gradrun[remote]'", "s3", _S3, True),
+    "gs:": _Scheme("gcsfs", "gcsfs", "gs", {}, True),
+    "az:": _Scheme("adlfs", "adlfs", "az", {}, True),
+    "hf:": _Scheme("huggingface_hub", "huggingface_hub", "hf", {}, False),
+    "https:": _Scheme("aiohttp", "'gradrun[remote]'", "https", {}, False),
+    "http:": _Scheme("aiohttp", "'gradrun[remote]'", "http", {}, False),
+}
+"""First part of a path -> how it is read."""
+
+
+class RemotePath(PosixPath):
+    """A path such as s3://bucket/folder/file, for the parts of gradrun that read files.
+
+    Operations that reach the store raise OSError with a sentence.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        scheme, _, rest = text.partition(":/")
+        return f"{scheme}://{rest}" if f"{scheme}:" in SCHEMES else text  # or a relative path
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    __fspath__ = __str__
+
+    @property
+    def key(self) -> str:
+        """The address for fsspec."""
+        return str(self) if self.parts[0].startswith("http") else "/".join(self.parts[1:])
+
+    def resolve(self, strict: bool = False) -> RemotePath:
+        return self
+
+    absolute = expanduser = resolve
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def stat(self, *, follow_symlinks: bool = True) -> Any:
+        info = _info(self)
+        if info is None:
+            raise FileNotFoundError(errno.ENOENT, "it does not exist", str(self))
+        return info
+
+    lstat = stat
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        return str(self) in _listed or ((info := _info(self)) is not None and not info.folder)
+
+    def is_dir(self) -> bool:
+        if len(self.parts) < 2 or str(self) in _listed:
+            return False
+        return (info := _info(self)) is not None and info.folder
+
+    def open(self, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None,
+             newline: Any = None) -> Any:  # fmt: skip
+        if set(mode) - set("rbt"):
+            raise OSError(errno.EROFS, "a remote file is opened for reading only", str(self))
+        file = io.BufferedReader(_RangeReader(self), 256 * 1024)
+        return file if "b" in mode else io.TextIOWrapper(file, encoding, errors, newline)
+
+    def files(self) -> Iterator[RemotePath]:
+        """Yield all files below a folder, in no order."""
+        with_details = _call(self, lambda fs: fs.find(self.key, detail=True))
+        for key, info in (with_details or {}).items():
+            if info["type"] == "file" and not key.endswith("/"):
+                yield self._found(key, info)
+
+    def matches(self) -> list[RemotePath]:
+        """Return the files that match the path, a glob pattern."""
+        found = _call(self, lambda fs: fs.glob(self.key, detail=True))
+        return [self._found(key, info) for key, info in (found or {}).items()
+                if info["type"] == "file"]  # fmt: skip
+
+    def glob(self, pattern: str) -> Generator[RemotePath, None, None]:
+        yield from (self / pattern).matches()
+
+    def version(self) -> str:
+        """Return what identifies the content: size and entity tag, or time of modification."""
+        return (_listed.get(str(self)) or self.stat()).version
+
+    def _found(self, key: str, info: dict[str, Any]) -> RemotePath:
+        scheme = self.parts[0]
+        path = RemotePath(key if scheme.startswith("http") else f"{scheme}/{key}")
+        _listed[str(path)] = _Info.of(info)
+        return path
+
+
+class RemoteError(OSError):
+    """A request that failed for good, as a sentence."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(errno.EIO, problem)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class _Info(NamedTuple):
+    """The state of a file, with the attributes of os.stat_result that gradrun reads."""
+
+    st_size: int
+    st_mtime_ns: int
+    version: str
+    folder: bool = False
+
+    @property
+    def st_mode(self) -> int:
+        return stat.S_IFDIR if self.folder else stat.S_IFREG
+
+    @staticmethod
+    def of(info: dict[str, Any]) -> _Info:
+        keys = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "mtime")
+        tag = next((str(info[key]) for key in keys if info.get(key)), "")
+        size = -1 if info.get("size") is None else int(info["size"])
+        digest = hashlib.sha256(tag.encode()).digest()
+        time_ns = int.from_bytes(digest[:7], "big") if tag else 0
+        return _Info(size, time_ns, f"{size} {tag}", info.get("type") == "directory")
+
+
+_listed: dict[str, _Info] = {}
+"""Files that were found below a folder or by a pattern, which need no request of their own."""
+
+
+def is_remote(path: Path) -> bool:
+    """Return whether a path is in an object store or on a web server."""
+    return isinstance(path, RemotePath)
+
+
+def as_path(path: Path) -> Path:
+    """Return a RemotePath for a path that starts with a scheme such as s3://, else the path.
+
+    Raises:
+        ValueError: the address contains a credential, a query or no name.
+    """
+    scheme = path.parts[0] if path.parts else ""
+    if isinstance(path, RemotePath) or not scheme.endswith(":") or not scheme[:-1].isalnum():
+        return path
+    if scheme not in SCHEMES:
+        if len(path.parts) > 1 and scheme.islower() and len(scheme) > 2:
+            known = ", ".join(f"{name}//" for name in SCHEMES)
+            raise ValueError(f"{scheme}// is not supported; addresses start with {known}")
+        return path
+    if len(path.parts) < 2:
+        raise ValueError(f"{scheme}// names no bucket or server")
+    place = f"the address at {scheme}//{path.parts[1].rpartition('@')[2].partition('?')[0]}"
+    if "@" in path.parts[1]:
+        raise ValueError(f"{place} contains a credential; credentials come from the environment")
+    if scheme.startswith("http") and "?" in str(path):
+        raise ValueError(
+            f"{place} contains a query, which may be a credential and would be stored in results; "
+            "use an address without one, or s3://, gs:// or az:// with credentials from the "
+            "environment"
+        )
+    return RemotePath(path)
+
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=\?)(?<=[^\s]\?)[^\s'\"]+")
+
+
+def hide_credentials(text: str) -> str:
+    """Replace user names, passwords and queries of the addresses in a line."""
+    return _CREDENTIALS.sub("***", text) if "://" in text else text
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+@cache
+def _filesystem(scheme: str) -> Any:
+    how = SCHEMES[scheme]
+    fsspec = import_optional("fsspec", "")
+    try:
+        return fsspec.filesystem(how.protocol, use_listings_cache=False, **how.options)
+    except ImportError as error:
+        raise ConfigError(f"{scheme}// needs {how.package}; pip install {how.install}") from error
+
+
+def filesystem(path: RemotePath) -> Any:
+    """Return fsspec's file system of a path.
+
+    Raises:
+        ConfigError: a library is missing.
+    """
+    return _filesystem(path.parts[0])
+
+
+def _info(path: RemotePath) -> _Info | None:
+    try:
+        info: dict[str, Any] = _call(path, lambda fs: fs.info(path.key))
+    except FileNotFoundError:
+        return None
+    return _Info.of(info)
+
+
+def _call(path: RemotePath, request: Callable[[Any], Any]) -> Any:
+    """Send a request; try again after errors that may pass.
+
+    Raises:
+        OSError: with a sentence. FileNotFoundError if the file does not exist.
+    """
+    fs = filesystem(path)
+    for attempt in range(_TRIES):
+        try:
+            return request(fs)
+        except Exception as caught:  # each store has its own types of error
+            error = caught
+            if isinstance(caught, FileNotFoundError):
+                # On the web, any failure has this type, and its cause is the reason.
+                cause = caught.__cause__ if path.parts[0].startswith("http") else None
+                if not isinstance(cause, Exception) or _status(cause) in {404, 410}:
+                    raise FileNotFoundError(errno.ENOENT, "it does not exist", str(path)) from error
+                error = cause
+            problem, passes = _describe(path, error)
+            if not passes or attempt == _TRIES - 1:
+                raise RemoteError(problem) from error
+        time.sleep(_FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))  # noqa: S311 - not security
+    raise AssertionError
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _describe(path: RemotePath, error: Exception) -> tuple[str, bool]:
+    """Return a sentence about an error, and whether it may pass.
+
+    The text of the error itself may contain an address with a credential.
+    """
+    kind, text = type(error).__name__, first_line(error)
+    server = f"{path.parts[0]}//{path.parts[1]}"
+    status = _status(error)
+    if isinstance(error, PermissionError) or status in {401, 403}:
+        return f"the store denies access to {server}: check the credentials in the environment " \
+            "and the permissions", False  # fmt: skip
+    if "Credential" in kind:
+        return f"the environment has no credentials for {server}", False
+    if kind in {"EndpointConnectionError", "ClientConnectorError", "ClientConnectorDNSError"}:
+        return f"the server of {server} does not answer", True
+    if isinstance(error, ValueError | TypeError | NotImplementedError):
+        return f"{server} is not a valid address, or its server does not report sizes ({kind})", \
+            False  # fmt: skip
+    if status and 400 <= status < 500 and status not in {408, 429}:
+        return f"the server answered {status}", False
+    busy = status or "SlowDown" in text or "reduce" in text.lower()
+    return f"the store is busy or broken ({status or kind})" if busy else (
+        f"the connection to {server} failed ({kind})"
+    ), True  # fmt: skip
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+class _Blocks:
+    """The blocks of files that were read last, or are read ahead in threads."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._blocks: OrderedDict[tuple[str, str, int], Future[bytes]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(2, "gradrun-remote")
+
+    def get(self, path: RemotePath, info: _Info, number: int, ahead: int = 1) -> bytes:
+        """Return a block, and start to read those after it.
+
+        Raises:
+            OSError: it cannot be read, or the file changed.
+        """
+        last = max(0, info.st_size - 1) // _BLOCK
+        with self._lock:
+            for wanted in range(number, min(number + ahead, last) + 1):
+                name = (str(path), info.version, wanted)
+                known = self._blocks.get(name)
+                if known is None or (known.done() and known.exception()):
+                    self._blocks[name] = self._threads.submit(_read_block, path, info, wanted)
+                self._blocks.move_to_end(name)
+            block = self._blocks[str(path), info.version, number]
+            while len(self._blocks) > _MAX_BLOCKS:
+                self._blocks.popitem(last=False)
+        return block.result()
+
+
+def _read_block(path: RemotePath, info: _Info, number: int) -> bytes:
+    begin = number * _BLOCK
+    end = min(begin + _BLOCK, info.st_size)
+
+    def request(fs: Any) -> bytes:
+        data: bytes = fs.cat_file(path.key, start=begin, end=end)
+        if len(data) < end - begin:
+            raise ConnectionError("the answer is incomplete")
+        return data
+
+    data: bytes = _call(path, request)
+    if len(data) > end - begin:
+        raise RemoteError("its server cannot send a part of a file; download it first")
+    return data
+
+
+_blocks = _Blocks()
+
+
+class _RangeReader(io.RawIOBase):
+    """A remote file as a stream that can seek."""
+
+    def __init__(self, path: RemotePath) -> None:
+        super().__init__()
+        self._path, self._at = path, 0
+        self._info = path.stat()
+        if self._info.folder:
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+        if self._info.st_size < 0:
+            raise RemoteError("its server does not report its size; download it first")
+        if str(path) in _listed:
+            _listed[str(path)] = self._info
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._info.st_size}[whence]
+        self._at = max(0, origin + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view, done = memoryview(buffer).cast("B"), 0
+        if view and self._at < self._info.st_size:
+            number, begin = divmod(self._at, _BLOCK)
+            part = _blocks.get(self._path, self._info, number)[begin : begin + len(view)]
+            done = len(part)
+            view[:done] = part
+            self._at += done
+        return done
+
+
+# --- local copies ------------------------------------------------------------------------------
+
+
+def local_copy(path: Path) -> Path:
+    """Return a local file or folder with the content of a remote one, for readers that need it.
+
+    It is downloaded to the cache once per version. A local path is returned as it is.
+
+    Raises:
+        OSError: it cannot be read, or does not exist.
+    """
+    if not isinstance(path, RemotePath):
+        return path
+    sources = [path] if path.is_file() else _visible_files(path)
+    if not sources:
+        raise FileNotFoundError(errno.ENOENT, "it does not exist", str(path))
+    identity = hashlib.sha256(str(path).encode())
+    for source in sources:
+        identity.update(f"\n{source} {source.version()}".encode())
+    place = cache_folder() / "remote" / identity.hexdigest()[:16]
+    target = place / path.name
+    if target.exists():
+        return target
+    draft = place.with_name(f"{place.name}.{os.getpid()}.tmp")
+    try:
+        for source in sources:
+            relative = source.relative_to(path) if source != path else PurePosixPath()
+            copy = draft / path.name / relative
+            if ".." in copy.parts:
+                raise OSError(errno.EINVAL, "its name contains ..", str(source))
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with source.open("rb") as file, copy.open("wb") as opened:
+                shutil.copyfileobj(file, opened, _BLOCK)
+        draft.rename(place)
+    except OSError:
+        shutil.rmtree(draft, ignore_errors=True)
+        if target.exists():  # another process was faster
+            return target
+        raise
+    return target
+
+
+def _visible_files(folder: RemotePath) -> list[RemotePath]:
+    files = sorted(folder.files())
+    return [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]

@@ -1,0 +1,222 @@
+"""Data, weights and folders in an S3 server and on a web server."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import PIL.Image
+import pytest
+import s3fs
+import torch
+import yaml
+from safetensors.torch import save_file
+
+import gradrun
+from gradrun.core import remote
+from tests.conftest import Command
+from tests.support.object_store import ObjectStore, object_store
+
+ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+WEIGHT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
+EXPECTED = ROWS @ WEIGHT.numpy().T
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, object_store(patch) as store:
+        yield store
+
+
+@pytest.fixture
+def store(
+    server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ObjectStore]:
+    monkeypatch.setenv("GRADRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "_blocks", remote._Blocks())
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    save_file({"0.weight": WEIGHT, "0.bias": torch.zeros(3)}, "w.safetensors")
+    server.faults.clear()
+    server.requests.clear()
+    yield server
+    server.broken_from = None
+
+
+def config(data: dict[str, Any], **model: Any) -> dict[str, Any]:
+    return {
+        "model": {"source": "layers", "layers": [{"Linear": [4, 3]}], "weights": "w.safetensors"}
+        | model,
+        "data": {"batch_size": 16} | data,
+        "output": {"path": "out"},
+        "measure": {"memory": False},
+    }
+
+
+def arrays(path: str) -> dict[str, Any]:
+    return {"source": "arrays", "path": path}
+
+
+def npy(array: np.ndarray[Any, Any] = ROWS) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def put_shards(store: ObjectStore, form: str) -> None:
+    table = pandas.DataFrame({"key": [f"k{number}" for number in range(60)]})
+    table[["a", "b", "c", "d"]] = ROWS
+    for number, (start, stop) in enumerate([(0, 7), (7, 31), (31, 60)], 9):
+        part = table[start:stop]
+        if form == "parquet":
+            content = part.to_parquet()
+        else:
+            lines = "\n".join(json.dumps(row) for row in part.to_dict("records"))
+            content = gzip.compress(lines.encode())
+        store.put(f"{form}/part-{number}.{form}", content)
+
+
+@pytest.mark.parametrize("form", ["jsonl.gz", "parquet"])
+@pytest.mark.parametrize("pattern", ["", "/part-*"])
+def test_shards_in_a_bucket_are_read_in_natural_order(
+    store: ObjectStore, form: str, pattern: str
+) -> None:
+    put_shards(store, form)
+    data = {
+        "source": "records",
+        "path": f"s3://bucket/{form}{pattern}",
+        "inputs": {"x": {"columns": ["a", "b", "c", "d"]}},
+        "id": "key",
+    }
+    result = gradrun.infer(config(data))
+    np.testing.assert_allclose(np.load("out/predictions.npy"), EXPECTED, rtol=1e-5)
+    assert Path("out/ids.txt").read_text().split() == [f"k{number}" for number in range(60)]
+    text = " ".join(statement.text for statement in result.interpretation)
+    assert f"3 files, {form}, 60 rows, first part-9.{form}, last part-11.{form}" in text
+
+
+def test_an_array_is_read_by_range_with_faults(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_BLOCK", 256)
+    path = store.put("in/x.npy", npy())
+    ranges = ["ok", "503", "reset", "ok", "slow", "503"]
+    store.faults[:] = ranges * 3
+    gradrun.infer(config(arrays(path)))
+    np.testing.assert_allclose(np.load("out/predictions.npy"), EXPECTED, rtol=1e-5)
+    assert not store.faults
+    read = [span for method, _, span in store.requests if method == "GET" and span]
+    sizes = [int(span.split("-")[1]) - int(span[6:].split("-")[0]) + 1 for span in read]
+    assert max(sizes) == 256
+
+
+def test_images_of_a_folder_have_the_labels_of_their_folders(store: ObjectStore) -> None:
+    colors = {"blue": (0, 0, 255), "red": (255, 0, 0)}
+    for name, color in colors.items():
+        for number in range(2):
+            file = io.BytesIO()
+            PIL.Image.new("RGB", (2, 2), color).save(file, "PNG")
+            store.put(f"pictures/{name}/{number}.png", file.getvalue())
+    data = {
+        "source": "images",
+        "path": "s3://bucket/pictures",
+        "labels": "folder",
+    }
+    layers = ["Flatten"]
+    gradrun.infer(config(data, layers=layers, weights=None))
+    expected = [np.repeat(colors[name], 4) / 255 for name in ("blue", "blue", "red", "red")]
+    np.testing.assert_allclose(np.load("out/predictions.npy"), expected, atol=1e-6)
+
+
+def test_weights_are_downloaded_once(store: ObjectStore) -> None:
+    path = store.put("models/w.safetensors", Path("w.safetensors").read_bytes())
+    Path("x.npy").write_bytes(npy())
+    for folder in ("a", "b"):
+        gradrun.infer(config(arrays("x.npy"), weights=path), output=folder)
+        found = np.load(f"{folder}/predictions.npy")
+        np.testing.assert_allclose(found, EXPECTED, rtol=1e-5)
+    downloads = [path for method, path, _ in store.requests if method == "GET" and "w.safe" in path]
+    assert len(downloads) == 1
+
+
+def test_a_web_server_is_read_by_range(store: ObjectStore) -> None:
+    store.put("in/x.npy", npy(), public=True)
+    gradrun.infer(config(arrays(f"{store.endpoint}/bucket/in/x.npy")))
+    np.testing.assert_allclose(np.load("out/predictions.npy"), EXPECTED, rtol=1e-5)
+
+
+def test_data_that_changed_cannot_be_resumed(store: ObjectStore, cli: Command) -> None:
+    path = store.put("in/x.npy", npy())
+    made = config(arrays(path))
+    gradrun.infer(made)
+    Path("out/result.json").unlink()
+    store.put("in/x.npy", npy(ROWS + 1))
+    Path("c.yaml").write_text(yaml.safe_dump(made))
+    answer = cli("infer", "c.yaml", "--resume")
+    assert answer.code == 2
+    assert "x.npy changed (version)" in answer.text.replace("\n", " ")
+
+
+def test_predictions_stay_if_the_store_fails_for_good(
+    store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_BLOCK", 2**20)
+    monkeypatch.setattr(remote, "_TRIES", 2)
+    path = store.put("in/x.npy", npy(np.tile(ROWS, (8000, 1))))
+    made = config(arrays(path) | {"batch_size": 4096})
+    Path("c.yaml").write_text(yaml.safe_dump(made))
+    store.broken_from = 6 * 2**20
+    answer = cli("infer", "c.yaml")
+    text = " ".join(answer.text.split())
+    assert answer.code == 1, answer.text
+    assert "predictions are saved in" in text
+    assert "--resume" in text
+    assert 0 < json.loads(Path("out/journal.jsonl").read_text().splitlines()[-1])["stop"] < 480_000
+    store.broken_from = None
+    assert cli("infer", "c.yaml", "--resume").code == 0
+    np.testing.assert_allclose(
+        np.load("out/predictions.npy"), np.tile(EXPECTED, (8000, 1)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("s3://bucket/absent.npy", "s3://bucket/absent.npy does not exist"),
+        ("s3://nobucket/x.npy", "s3://nobucket/x.npy does not exist"),
+        ("s3:", "s3:// names no bucket"),
+        ("ftp://host/x.npy", "ftp:// is not supported; addresses start with s3://, gs://"),
+        ("https://user:HUSH@host/x.npy", "credentials come from the environment"),
+        ("https://host/x.npy?X-Amz-Signature=HUSH", "contains a query, which may be a credential"),
+        ("gs://bucket/x.npy", "gs:// needs gcsfs; pip install gcsfs"),
+        ("az://bucket/x.npy", "az:// needs adlfs; pip install adlfs"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_errors_in_a_sentence(
+    store: ObjectStore, cli: Command, path: str, message: str
+) -> None:
+    Path("c.yaml").write_text(yaml.safe_dump(config(arrays(path))))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    text = " ".join(answer.text.split())
+    assert message in text
+    assert "HUSH" not in text
+    assert not Path("out").exists()
+
+
+def test_an_absent_server_is_an_error_in_a_sentence(store: ObjectStore, cli: Command) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}/x.npy"
+        Path("c.yaml").write_text(yaml.safe_dump(config(arrays(address))))
+        answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    assert "does not answer" in " ".join(answer.text.split())
