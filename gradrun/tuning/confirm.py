@@ -185,8 +185,12 @@ def _judge(search: Search, found: Confirmation, done: int) -> None:
         found.refused = f"{found.ratio.value:.3f} x as fast as the baseline in fresh processes"
     elif done < measure.processes:
         found.undecided = f"the budget was spent after {done} of {measure.processes} processes"
-    elif verdict == "inconclusive":
-        found.refused = "not faster in fresh processes"
+    elif found.ratio.low <= 1 + measure.precision:
+        low, high = found.ratio.low, found.ratio.high
+        found.refused = (
+            f"{low:.2f} to {high:.2f} x as fast in fresh processes, which does not exclude a gain "
+            f"below {measure.precision:.1%}"
+        )
     elif reason := search.constraints.undecided(found.deviation):
         found.undecided = reason
     elif tune.p99_limit is not None and len(found.batch_seconds) < P99_BATCHES:
