@@ -1,8 +1,8 @@
 """`gradrun tune` on four models: the confirmed ratio, and fresh comparisons that must contain it.
 
 Each row starts from eager float32 in inference_mode with the system's allocator. `--rows` selects
-rows by parts of their names; `--repeats` sets how often the confirmed ratio is compared with that
-of a fresh `gradrun compare tuned.yaml --against base.yaml`.
+rows by parts of their names, separated by semicolons; `--repeats` sets how often the confirmed
+ratio is compared with that of a fresh `gradrun compare tuned.yaml --against base.yaml`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     table = Table("row", "status", "ratio", "95 %", "at least", "seconds", "compare contains it")
     with tempfile.TemporaryDirectory() as folder:
         for name, row in ROWS.items():
-            if not any(part in name for part in options.rows.split(",")):
+            if not any(part in name for part in options.rows.split(";")):
                 continue
             table.add_row(name, *_tune(Path(folder), row, options.budget, options.repeats))
     Console(width=120).print(table)

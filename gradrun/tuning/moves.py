@@ -52,10 +52,8 @@ def _other_values(key: str, *values: Any) -> Callable[[Facts], Sequence[Changes]
 
 
 def _modes(facts: Facts) -> Sequence[Changes]:
-    compiled = value_of(facts.config, "model.compile") or {}
-    modes = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD, GradMode.GRAD]
-    if compiled:
-        modes.remove(GradMode.GRAD)
+    # Where grad is faster, the reason is the fast path, which has a row of its own.
+    modes = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD]
     return [{"run.mode": mode.value} for mode in modes if mode is not facts.config.run.mode]
 
 

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 import torch
 
@@ -261,7 +262,8 @@ class Search:
         """
         ratios, ratio = self._ratios(one, two)
         for _ in range(_FRESH):
-            clear = not 1 - CLOSE < ratio.value < 1 + CLOSE
+            far = not 1 - CLOSE < ratio.value < 1 + CLOSE
+            clear = far and not ratio.low < 1 < ratio.high
             if clear or self.left < one.start + two.start:
                 break
             for candidate in (one, two):
@@ -283,7 +285,9 @@ class Search:
         against = [a / b for a, b in zip(jobs[0], jobs[-1], strict=True)]
         self._note(two, stats.mean_over_processes(against), turns[-1])
         estimate = stats.mean_over_processes(ratios)
-        return [estimate.value], estimate
+        # The median ignores a block that other programs disturbed.
+        middle = Estimate(median(ratios), estimate.low, estimate.high)
+        return [middle.value], middle
 
     def _job_seconds(self, candidate: Candidate, turn: Turn) -> list[float]:
         """Return the seconds of a job at the speed of each block."""
