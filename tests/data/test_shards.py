@@ -239,9 +239,17 @@ def test_a_file_that_grows_does_not_shift_the_rows_of_the_next(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("b.jsonl.gz", gzip.compress(b'{"a": 1, "b": 2}\n' * 9000)[:-20], "the file is truncated"),
+        (
+            "b.jsonl.gz",
+            gzip.compress(b'{"a": 1, "b": 2}\n' * 9000, mtime=0)[:-20],
+            "the file is truncated",
+        ),
         ("b.jsonl.gz", b'{"a": 1, "b": 2}\n', "for gzip data, but it is not"),
-        ("b.jsonl", gzip.compress(b"{}"), "it is compressed with gzip; add .gz to its name"),
+        (
+            "b.jsonl",
+            gzip.compress(b"{}", mtime=0),
+            "it is compressed with gzip; add .gz to its name",
+        ),
         ("b.csv", b"a,b\n", "several formats, such as a.jsonl and b.csv"),
     ],
 )
