@@ -44,7 +44,7 @@ def profile(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Show where the time of a forward pass goes, and how far it is from the machine's peak."""
+    """Show the time per module, against the peak of the machine."""
     with command_output(debug=debug, json_file=json_file, quiet=quiet) as out:
         if machine:
             if config or over or trace or sets:

@@ -482,7 +482,7 @@ def _reach_of_fastest(result: CompareResult) -> Iterator[str]:
         default=None,
     )
     if fastest and fastest.reach:
-        yield _sentence(f"{fastest.variant}: {fastest.reach}")
+        yield _sentence(f"with {fastest.variant}, {fastest.reach}")
 
 
 def seconds_or_about(time: stats.Estimate) -> str:

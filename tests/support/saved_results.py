@@ -26,7 +26,8 @@ from gradrun.results.result import (
     Statement,
     Warning,
 )
-from tests.support.profile_results import PROFILES
+from gradrun.results.work import Flops, Work
+from tests.support.profile_results import PEAKS, PROFILES
 from tests.support.reporting import EVIL
 from tests.support.run_results import CONFIG, MACHINE, MEMORY, measurement, run_result
 
@@ -39,6 +40,10 @@ def config(output_path: str) -> dict[str, Any]:
 
 # --- runs --------------------------------------------------------------------------------------
 
+WORK = Work(
+    flops=(Flops(dtype="float32", count=52_000_000),), bytes=3_000_000, batch_size=4, elements=256
+)
+"""Of a batch that takes 0.7 ms: 74 GFLOP/s and 4 GB/s."""
 UNMEASURED = Memory(weights=0, inputs=16)
 WARNING = Warning(
     code="high_variance",
@@ -63,6 +68,7 @@ RUNS = {
         files=tuple(f"predictions-{i:05}.safetensors" for i in range(5)),
     ),
     "nothing": run_result(measurement(0), files=()),
+    "peak": run_result(measurement(work=WORK, peaks=PEAKS)),
 }
 
 
@@ -161,6 +167,11 @@ COMPARISONS = {
         side("no_grad", 7.1e-4, 0.003, ON_GPU, "no_grad"),
         environment=MACHINE.replace(device="cuda", device_name="NVIDIA H200"),
         equivalence=(equal_outputs("no_grad"),),
+    ),
+    "peak": compared(
+        GRAD_TIMES,
+        [m.replace(work=WORK, peaks=PEAKS) for m in INFERENCE_TIMES],
+        equivalence=(equal_outputs("inference_mode"),),
     ),
     "threads": compared(
         side("run.threads=1", 9.13e-4, 0.001, MEMORY, "no_grad"),
