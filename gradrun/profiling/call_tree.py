@@ -117,13 +117,20 @@ class CallTree:
                 caller.work, node.work = (caller.work or Work()) + node.work, None
         return [node for node in self.nodes if any(node.calls)]
 
-    def end_round(self, number: int, batches: int) -> None:
-        """Store the sums of the round with a number, from 0, per batch."""
+    def take(self) -> list[tuple[int, int]]:
+        """Return the nanoseconds and calls of each node, and set them to 0."""
+        taken = [(node.nanoseconds, node.count) for node in self.nodes]
         for node in self.nodes:
-            missing = number - len(node.rounds)
-            node.rounds += [0.0] * missing + [node.nanoseconds * 1e-9 / batches]
-            node.calls += [0.0] * missing + [node.count / batches]
             node.nanoseconds = node.count = 0
+        return taken
+
+    def end_round(self, number: int, batches: int, taken: list[tuple[int, int]]) -> None:
+        """Store the sums that `take` returned as the round with a number, from 0, per batch."""
+        taken = taken + [(0, 0)] * (len(self.nodes) - len(taken))
+        for node, (nanoseconds, count) in zip(self.nodes, taken, strict=True):
+            missing = [0.0] * (number - len(node.rounds))
+            node.rounds += [*missing, nanoseconds * 1e-9 / batches]
+            node.calls += [*missing, count / batches]
 
 
 def host_clock(device: torch.device) -> Clock:
@@ -170,7 +177,7 @@ def hook_cost(now: Clock) -> tuple[float, float]:
         node = tree.nodes[-1]
         insides.append((node.nanoseconds - direct) / _CALLS)
         totals.append((hooked - plain) / (_CALLS + 1))
-        tree.end_round(len(node.rounds), 1)
+        tree.take()
     inside = max(0.0, sorted(insides)[_REPEATS // 2] * 1e-9)
     total = max(0.0, sorted(totals)[_REPEATS // 2] * 1e-9)
     inside = min(inside, total)

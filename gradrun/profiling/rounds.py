@@ -16,7 +16,7 @@ from gradrun.results import stats
 
 MIN_ROUNDS, MAX_ROUNDS = 11, 101
 _BLOCK_SECONDS = 0.01
-"""Minimum length of a block, which makes the clock and interruptions negligible."""
+"""Minimum length of a block, of which the median pass counts."""
 
 _SECONDS = 4.0
 """Timing of each variant, unless its intervals are narrow before."""

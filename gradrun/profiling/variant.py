@@ -116,26 +116,30 @@ class ProfiledVariant:
         self.batch_seconds = min(seconds, default=self.first_seconds)
 
     def time_block(self, repeats: int, now: Clock, *, hooks: bool) -> None:
-        """Time `repeats` passes over the batches and store the seconds per batch."""
-        model, batches, count = self.model, list(self.batches) * repeats, 0
-        with ExitStack() as stack:
-            stack.enter_context(self.execution_context())
+        """Time passes over the batches, and store the seconds per batch of the median pass."""
+        passes: list[tuple[int, list[tuple[int, int]]]] = []
+        """Nanoseconds of each pass, and those of each node with its calls."""
+        with self.execution_context(), ExitStack() as stack:
             if hooks and self.hooks:
                 stack.enter_context(self.tree.timed(now))
-            began = now()
-            for args, kwargs, *_ in batches:
-                model(*args, **kwargs)
-            seconds = max((now() - began) * 1e-9, 1e-9)
-        count = len(batches)
+            for _ in range(repeats):
+                nanoseconds = 0
+                for args, kwargs, *_ in self.batches:
+                    began = now()
+                    output = self.model(*args, **kwargs)
+                    nanoseconds += now() - began
+                    del output  # releasing a graph takes time that belongs to no module
+                if hooks and not self.hooks:
+                    root = self.tree.enter(self.model, None)
+                    root.nanoseconds, root.count = nanoseconds, len(self.batches)
+                passes.append((max(nanoseconds, 1), self.tree.take()))
+        nanoseconds, taken = sorted(passes, key=lambda one: one[0])[len(passes) // 2]
+        seconds = nanoseconds * 1e-9 / len(self.batches)
         if not hooks:
-            self.plain.append(seconds / count)
+            self.plain.append(seconds)
             return
-        number = len(self.hooked)
-        self.hooked.append(seconds / count)
-        if not self.hooks:
-            root = self.tree.enter(self.model, None)
-            root.nanoseconds, root.count = round(seconds * 1e9), count
-        self.tree.end_round(number, count)
+        self.tree.end_round(len(self.hooked), len(self.batches), taken)
+        self.hooked.append(seconds)
 
 
 def load_variant(

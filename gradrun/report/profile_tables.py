@@ -10,6 +10,7 @@ from gradrun.core.units import (
     format_count,
     format_number,
     format_seconds,
+    format_seconds_range,
     pluralize,
     seconds_within,
 )
@@ -301,8 +302,11 @@ def _signed(one: ModuleDifference) -> str:
     if not change.value:
         return "0 s"
     sign = "+" if change.value > 0 else "-"
-    if change.uncertainty <= 0 or abs(change.value) <= change.uncertainty / 2:
-        return f"{sign}{format_seconds(abs(change.value))}"
+    if abs(change.value) <= 2 * change.uncertainty:  # an interval to zero or far to one side
+        ends = sorted((abs(change.low), abs(change.high)))
+        if change.low * change.high <= 0:
+            return f"{sign}{format_seconds(abs(change.value), change.uncertainty)}, unclear"
+        return f"{sign}{format_seconds_range(*ends, change.uncertainty)}"
     return f"{sign}{seconds_within(abs(change.value), change.uncertainty)}"
 
 

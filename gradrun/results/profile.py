@@ -203,9 +203,11 @@ class ProfileFigures:
 
     @property
     def sum_of_self_times(self) -> float:
-        """Relative to the forward pass without hooks: the median over pairs of rounds."""
-        pairs = zip(self.modules[0].rounds, self.profile.plain_seconds, strict=True)
-        return median(total / plain for total, plain in pairs if plain) if self.modules else 0.0
+        """Relative to the forward pass without hooks.
+
+        Far from 1 if modules are disturbed in different rounds, by other programs.
+        """
+        return sum(module.self_time.value for module in self.modules) / self.forward.value
 
     def chain(self, module: ModuleFigures) -> list[str]:
         """Return the label of a module, and of its callers if another entry has the same label."""

@@ -46,7 +46,7 @@ def profile_of(model: nn.Module, clock: FakeClock, rounds: int = 1) -> ProfileFi
         with tree.timed(clock):
             model(torch.ones(1))
         hooked.append((clock.now - began) * 1e-9)
-        tree.end_round(number, 1)
+        tree.end_round(number, 1, tree.take())
     modules = tuple(
         ModuleCalls(
             path=tree.path(node),
@@ -201,7 +201,7 @@ def test_the_work_of_modules_that_only_a_later_pass_calls_is_their_callers() -> 
     late = tree.enter(model.parts[0], root)
     later = tree.enter(late.module.parts[0], late)  # type: ignore[union-attr, index]
     root.count = 1
-    tree.end_round(0, 1)
+    tree.end_round(0, 1, tree.take())
     root.work, late.work, later.work = (Work(bytes=n) for n in (1, 20, 300))
     assert tree.timed_nodes() == [root]
     assert root.work == Work(bytes=321)

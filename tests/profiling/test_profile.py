@@ -14,9 +14,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import gradrun
 from gradrun import report
+from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
-from gradrun.profiling.variant import of_different_shapes
+from gradrun.models.loaded import LoadedModel
+from gradrun.profiling.call_tree import CallTree
+from gradrun.profiling.variant import ProfiledVariant, of_different_shapes
 from gradrun.report.document import describe
 from gradrun.results.profile import ProfileFigures, differences
 from gradrun.results.result import ProfileResult, RunResult
@@ -300,6 +303,35 @@ def test_a_pass_that_fails_after_the_times_is_a_warning(profiled: Profiled) -> N
     text = report.render([("a", found)], "table")
     assert "Operator" in text
     assert "FLOP" not in text
+
+
+def test_the_release_of_outputs_is_not_in_the_forward_pass() -> None:
+    now = 0
+
+    class Output:
+        def __del__(self) -> None:
+            nonlocal now
+            now += 1_000
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> Output:
+            nonlocal now
+            now += 7_000
+            return Output()
+
+    model = Model()
+    variant = ProfiledVariant(
+        name="",
+        config=load_config(config(Path()), ()).config,
+        device=torch.device("cpu"),
+        loaded=LoadedModel(model),
+        batches=[Batch((torch.ones(1),), {}, 1, [0])],
+        tree=CallTree(model),
+        hooks=True,
+    )
+    for hooks in (False, True):
+        variant.time_block(5, lambda: now, hooks=hooks)
+    assert variant.plain == variant.hooked == variant.tree.nodes[0].rounds == pytest.approx([7e-6])
 
 
 def test_one_batch_of_each_shape_is_profiled_in_order() -> None:
