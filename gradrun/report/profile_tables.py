@@ -303,10 +303,10 @@ def _signed(one: ModuleDifference) -> str:
         return "0 s"
     sign = "+" if change.value > 0 else "-"
     if abs(change.value) <= 2 * change.uncertainty:  # an interval to zero or far to one side
-        ends = sorted((abs(change.low), abs(change.high)))
+        near, far = sorted((abs(change.low), abs(change.high)))
         if change.low * change.high <= 0:
             return f"{sign}{format_seconds(abs(change.value), change.uncertainty)}, unclear"
-        return f"{sign}{format_seconds_range(*ends, change.uncertainty)}"
+        return f"{sign}{format_seconds_range(near, far, change.uncertainty)}"
     return f"{sign}{seconds_within(abs(change.value), change.uncertainty)}"
 
 
