@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,15 @@ def check_config(block: Block, name: str) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """Parse a command line without running it."""
+    """Parse a command line without running it; of a pipeline, the commands of gradrun."""
     if not words:
+        return
+    if "|" in words:
+        parts = [[*part] for pipe, part in groupby(words, "|".__eq__) if not pipe]
+        own = [part for part in parts if part[0] == "gradrun"]
+        assert own, words
+        for part in own:
+            check_command(part)
         return
     program, *arguments = words
     if program == "gradrun" and arguments[0].startswith("-"):
@@ -191,6 +199,7 @@ def test_the_code_blocks_of_a_page_have_the_shown_results(
         "```\nanything\n```\n",
         "```sh\nls\n```\n",
         "```sh\nmake tea\n```\n",
+        "```sh\nls | wc -l\n```\n",
         "```sh\npip install 'gradrun[tea]'\n```\n",
         "```console\n$ ls\n```\n",
         "```console\n$ gradrun validate no.yaml\n```\n",
@@ -209,6 +218,7 @@ def test_a_block_with_another_result_fails(folder: Path, cli: Command, text: str
         ("```python\n1 / 0\n```\n", ZeroDivisionError),
         ("```yaml\nmodel: {source: zoo, name: none}\n```\n", ValueError),
         ("```sh\ngradrun brew\n```\n", KeyError),
+        ("```sh\nls | gradrun brew | jq .\n```\n", KeyError),
     ],
 )
 def test_errors_of_a_block_are_raised(

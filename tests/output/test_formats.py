@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors import safe_open
@@ -273,7 +274,7 @@ def test_csv_reads_back_outputs_of_different_shapes_in_one_list(tmp_path: Path) 
 
 def test_strided_views_are_written_in_logical_order(tmp_path: Path) -> None:
     rows = numbered(3, 4).transpose(1, 2)
-    for form in FORMATS:
+    for form in TABLES:
         fill(new_writer(tmp_path / form, form), {DEFAULT_OUTPUT: rows})
         assert torch.equal(stored(tmp_path / form, form), rows)
 
@@ -416,6 +417,20 @@ def test_values_of_an_invalid_sample_are_null_in_parquet(
     ((_, read),) = FORMATS["parquet"].read(tmp_path)
     assert read["a"].dtype == outputs["a"].numpy().dtype
     assert np.array_equal(read["a"][valid], outputs["a"][valid].numpy())
+
+
+def test_parquet_has_dictionaries_of_class_numbers_and_texts_but_not_of_ids_and_floats(
+    tmp_path: Path,
+) -> None:
+    output = OutputSection(path=tmp_path, format="parquet", transform=("classify",))
+    target = open_writer(output, SAMPLES, classes=("a", "b"))
+    fill(target, {"a.class": numbered().long() % 2, "a.score": numbered()})
+    (path,) = (tmp_path / "predictions").iterdir()
+    group = pyarrow.parquet.read_metadata(path).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    encoded = {column.path_in_schema: column.has_dictionary_page for column in columns}
+    assert encoded == {"id": False, "a.class": True, "a.score": False, "a.label": True}
+    assert pandas.read_parquet(path)["id"].tolist() == [*range(SAMPLES)]
 
 
 @pytest.mark.parametrize("form", ["npy", "jsonl"])

@@ -104,8 +104,7 @@ class ParquetWriter(ShardedWriter):
 
     def encode(self, columns: Outputs, ids: Sequence[int | str], start: int) -> bytes:
         arrow, parquet = _pyarrow(), _pyarrow("parquet")
-        numbered = all(isinstance(sample_id, int) for sample_id in ids)
-        fields = {"id": list(ids) if numbered else [*map(str, ids)]}
+        fields = {"id": _id_values(ids)}
         valid = self._valid[: len(ids)].numpy()
         kept = self._kept
         tensors, metadata = tensors_of(columns), {"start": str(start)}
@@ -122,7 +121,7 @@ class ParquetWriter(ShardedWriter):
             fields[label] = self.labels.names_of(columns[name].tolist())
         table = arrow.table(fields).replace_schema_metadata(metadata)
         buffer = arrow.BufferOutputStream()
-        parquet.write_table(table, buffer)
+        parquet.write_table(table, buffer, use_dictionary=_repeating(table.schema))
         return bytes(buffer.getvalue())
 
     def decode(self, path: Path) -> Shard:
@@ -210,6 +209,28 @@ def _converted(column: Any) -> Any:
         for value in column.values
     ]
     return column.replaced(values)
+
+
+def _id_values(ids: Sequence[int | str]) -> Any:
+    """Return ids as whole numbers, or as texts if one is a text."""
+    if isinstance(ids, range):
+        return np.arange(ids.start, ids.stop)
+    return list(ids) if all(isinstance(name, int) for name in ids) else [*map(str, ids)]
+
+
+def _repeating(schema: Any) -> list[str]:
+    """Return the paths of the columns whose values may repeat, for which Parquet has dictionaries.
+
+    Dictionaries of ids and floats would take memory and enlarge the file.
+    """
+    parquet, buffer = _pyarrow("parquet"), _pyarrow().BufferOutputStream()
+    parquet.write_metadata(schema, buffer)
+    leaves = parquet.read_metadata(_pyarrow().BufferReader(buffer.getvalue())).schema
+    return [
+        leaf.path
+        for leaf in (leaves.column(number) for number in range(len(leaves)))
+        if leaf.path != "id" and leaf.physical_type not in {"FLOAT", "DOUBLE"}
+    ]
 
 
 def _as_utf8(name: str) -> str:

@@ -112,8 +112,9 @@ class ShardedWriter(ABC):
         self._layout = ShardLayout(1)
         self._buffers: Outputs = {}
         self._valid: torch.Tensor
-        self._ids: list[int | str] = []
-        """Ids of the rows in the buffers, if the format stores them."""
+        self._ids: Sequence[int | str] = []
+        """Ids of the rows in the buffers, if the format stores them; row numbers are a range, which
+        takes no memory."""
         self._ranges: list[CommittedRange] = []
         self._reported = 0
         """Number of ranges that commit() has returned."""
@@ -195,11 +196,21 @@ class ShardedWriter(ABC):
                 buffers[name][at : at + count] = column[done : done + count]
             self._valid[at : at + count] = True if valid is None else valid[done : done + count]
             if self.stores_ids:
-                self._ids[at:] = ids[done : done + count]
+                self._add_ids(at, ids[done : done + count])
             done += count
             self.written += count
             if at + count == shard.rows:
                 self._seal()
+
+    def _add_ids(self, at: int, ids: Sequence[int | str]) -> None:
+        before = self._ids[:at] if isinstance(self._ids, range) else self._ids
+        if isinstance(ids, range) and at == 0:
+            self._ids = ids
+        elif isinstance(ids, range) and isinstance(before, range) and before.stop == ids.start:
+            self._ids = range(before.start, ids.stop)
+        else:
+            self._ids = before if isinstance(before, list) else [*before]
+            self._ids[at:] = ids
 
     def commit(self) -> list[CommittedRange]:
         """Ranges sealed since the last call; rows in the buffers are not committed."""
