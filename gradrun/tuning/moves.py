@@ -212,10 +212,16 @@ def applicable(moves: Sequence[Move], facts: Facts) -> Iterator[tuple[Move, str]
             # Some of these keep the bits, such as workers; the gate decides.
             reason = "" if move.step in {"process", "workers"} else "bitwise equal outputs"
         settings = [] if reason else move.settings(facts)
-        kept = [key for key in facts.constraints.tune.keep if any(key in s for s in settings)]
+        changed = {key for setting in settings for key in setting}
+        kept = [k for k in facts.constraints.tune.keep if any(_overlap(k, c) for c in changed)]
         if kept:
             reason = f"{kept[0]} is kept"
         yield move, reason
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one is below the other."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def bundles(alternatives: Sequence[Sequence[Changes]]) -> Iterator[Changes]:

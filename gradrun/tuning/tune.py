@@ -16,6 +16,7 @@ from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, load_con
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted
 from gradrun.core.progress import ProgressCallback, ignore
+from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.ratios import compare_measured, metric_changes
 from gradrun.results.result import Equivalence, Metric, RunInfo, TuneResult, TuneStatus
@@ -69,6 +70,7 @@ def tune(
     target = _target(source, output)
     folder = RunFolder(base.output.path.with_name(f"{base.output.path.name}-tune"), overwrite=True)
     _check_metric(base)
+    _check_kept(base)
 
     def open_variant(variant: RunConfig, timeout: float) -> Lane:
         return open_lane(variant, trust_code=trusted, timeout=timeout)
@@ -291,6 +293,16 @@ def _check_metric(config: RunConfig) -> None:
     if within.metric not in names:
         listed = f"the config has {', '.join(names)}" if names else "the config has no metrics"
         raise ConfigError(f"unknown metric {within.metric!r}; {listed}", "tune.within.metric")
+
+
+def _check_kept(config: RunConfig) -> None:
+    dumped = config.model_dump(mode="json")
+    for key in config.tune.keep:
+        section, _, name = key.partition(".")
+        keys = dumped.get(section)
+        if section not in dumped or (name and isinstance(keys, dict) and name not in keys):
+            known = [f"{section}.{k}" for k in keys] if isinstance(keys, dict) else [*dumped]
+            raise ConfigError(f"unknown key {key!r}; {suggest(key, known)}", "tune.keep")
 
 
 def _metric_gate(base: RunConfig, trust_code: bool) -> Gate:

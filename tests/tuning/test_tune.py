@@ -180,6 +180,11 @@ def test_a_metric_may_not_drop(config: Path, monkeypatch: pytest.MonkeyPatch) ->
         _tune(config, within={"metric": "f1"})
 
 
+def test_an_unknown_kept_key_is_an_error(config: Path) -> None:
+    with pytest.raises(gradrun.ConfigError, match=r"unknown key 'data.batchsize'.*batch_size"):
+        _tune(config, keep=["data.batchsize"])
+
+
 def test_the_config_itself_is_not_replaced(config: Path) -> None:
     with pytest.raises(gradrun.ConfigError, match="is the config itself"):
         gradrun.tune(config, config)
