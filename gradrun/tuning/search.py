@@ -45,6 +45,8 @@ _START_SHARE = 0.3
 _CONFIRM_BLOCKS_SECONDS = 4.0
 _MIN_PROCESSES = 5
 _FRESH = 2
+_FRESH_SHARE = 0.1
+"""Share of the remaining time that one measurement in fresh processes may take."""
 
 Gate = Callable[[RunConfig], str]
 """Another check of a config, such as its metrics: how it fails, or ""."""
@@ -264,7 +266,7 @@ class Search:
         for _ in range(_FRESH):
             far = not 1 - CLOSE < ratio.value < 1 + CLOSE
             clear = far and not ratio.low < 1 < ratio.high
-            if clear or self.left < one.start + two.start:
+            if clear or self.left * _FRESH_SHARE < one.start + two.start:
                 break
             for candidate in (one, two):
                 self._close(candidate.lane)
