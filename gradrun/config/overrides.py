@@ -56,6 +56,8 @@ def _apply_text(document: Document, text: str, source_name: str) -> None:
     if not equals or not all(key):
         location = SourceLocation(source_name, 1, 1, text)
         parsed.report("expected key.path=value, such as run.mode=no_grad", location)
+    elif value_text.strip() == "-":  # standard input; an empty list item in YAML
+        parsed.data = "-"
     else:
         parse_yaml(" " * (column - 1) + value_text, parsed, text)
     document.problems += parsed.problems

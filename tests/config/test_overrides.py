@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gradrun.config.load import load_config
@@ -28,6 +30,17 @@ from tests.support.config_files import errors, write
 def test_set_values_are_parsed_like_the_file(text, section, key, value):
     config = load_config(write(), [text]).config
     assert getattr(getattr(config, section), key) == value
+
+
+def test_a_dash_is_standard_input():
+    records = """
+model: {source: layers, layers: [{Linear: [1, 1]}]}
+data: {source: records, path: rows.csv, inputs: {x: {columns: [a]}}}
+output: {path: out}
+"""
+    Path("c.yaml").write_text(records)
+    config = load_config("c.yaml", ["data.path=-"]).config
+    assert config.data.path == Path("-")
 
 
 def test_the_last_set_of_a_key_wins():
