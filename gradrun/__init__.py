@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
     from gradrun.core.grad_mode import GradMode
     from gradrun.engines.infer import infer
-    from gradrun.output.verification import verify
+    from gradrun.output.remote_folder import verify
     from gradrun.profiling.profile import profile
     from gradrun.results.result import Comparison, Measurement, RunResult
     from gradrun.tuning.tune import tune
@@ -55,7 +55,7 @@ _MODULES = {
     "audit": "audits.audit",
     "check": "checks.check",
     "profile": "profiling.profile",
-    "verify": "output.verification",
+    "verify": "output.remote_folder",
     "tune": "tuning.tune",
     "mode_behavior": "audits.mode_behavior",
     "Comparison": "results.result",

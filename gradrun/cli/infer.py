@@ -119,8 +119,10 @@ def _options(
     if address:
         values.append(OptionValue("--address", "engine.address", address, address))
     if output:
+        from gradrun.core.remote import is_address
+
         # Relative to the current folder, not to the config; symbolic links are kept.
-        path = os.path.abspath(output)  # noqa: PTH100
+        path = str(output) if is_address(output) else os.path.abspath(output)  # noqa: PTH100
         values.append(OptionValue("--output", "output.path", path, str(output)))
     return values
 

@@ -104,7 +104,7 @@ def verify(
     Lists missing and changed samples. Exit code 3: there are any.
     """
     with command_output(debug=debug, json_file=json_file, quiet=quiet) as out:
-        from gradrun.output.verification import verify as run
+        from gradrun.output.remote_folder import verify as run
         from gradrun.report.document import describe_verification
         from gradrun.report.terminal import show
 

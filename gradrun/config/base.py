@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import is_pattern
-from gradrun.core.remote import as_path, is_remote, local_copy
+from gradrun.core.remote import as_path, check_writable, is_remote, local_copy
 
 
 class Section(BaseModel):
@@ -104,6 +104,9 @@ class PathResolver:
                 f"{str(path)!r} contains '..'; use a path below the config's folder or an absolute "
                 "path"
             )
+        if is_remote(path := as_path(path)):
+            check_writable(path)
+            return path
         return _join(self._output_base, path)
 
 

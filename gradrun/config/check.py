@@ -12,11 +12,14 @@ from pydantic_core import PydanticCustomError
 from gradrun.config import limits
 from gradrun.config.base import OutputPath, Section
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.remote import is_remote
 
 
 def _check_golden_path(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise PydanticCustomError("expected", "golden outputs must be a .safetensors file")
+    if is_remote(path):
+        raise PydanticCustomError("expected", "golden outputs must be a local file")
     return path
 
 

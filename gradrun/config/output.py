@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from gradrun.config.base import OutputPath, Section, Size, resolve_target
+from gradrun.core.remote import is_remote
 
 
 def _check_output_name(name: str) -> str:
@@ -91,6 +92,10 @@ Transforms = Annotated[
     tuple[Transform, ...],
     BeforeValidator(_as_tuple, json_schema_input_type=Transform | tuple[Transform, ...]),
 ]
+
+
+_REMOTE_FORMATS = ("parquet", "safetensors", "jsonl", "csv")
+"""Formats whose files do not change, or only grow."""
 
 
 class OutputSection(Section):
@@ -177,6 +182,17 @@ class OutputSection(Section):
     def transforms(self) -> bool:
         """Whether any output is transformed."""
         return isinstance(self.transform, dict) or bool(self.transforms_of(""))
+
+    @model_validator(mode="after")
+    def _check_remote_format(self) -> OutputSection:
+        if is_remote(self.path) and self.format not in _REMOTE_FORMATS:
+            raise PydanticCustomError(
+                "remote_format",
+                "format {format} cannot be written to an object store; set output.format: "
+                "parquet, safetensors, jsonl or csv",
+                {"format": self.format},
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_decoder(self) -> OutputSection:

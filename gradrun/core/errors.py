@@ -11,7 +11,7 @@ The command line catches them in one place and prints the message.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 EXIT_CHECK_FAILED = 3
 EXIT_INCONCLUSIVE = 4
@@ -41,6 +41,12 @@ class GradrunError(Exception):
         self.result = result
         self.resumable = resumable
         self.resume_options = resume_options
+
+    def reworded(self, message: str, result: Any) -> Self:
+        """Return the same error with another message and result."""
+        new = type(self)(message)
+        vars(new).update(vars(self) | {"result": result})
+        return new
 
 
 class ConfigError(GradrunError):

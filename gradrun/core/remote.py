@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PosixPath, PurePosixPath
 from threading import Lock
@@ -188,6 +189,11 @@ def is_remote(path: Path) -> bool:
     return isinstance(path, RemotePath)
 
 
+def is_address(path: Path) -> bool:
+    """Return whether a path starts with a scheme that gradrun reads, such as s3://."""
+    return path.parts[:1] != () and path.parts[0] in SCHEMES
+
+
 def as_path(path: Path) -> Path:
     """Return a RemotePath for a path that starts with a scheme such as s3://, else the path.
 
@@ -222,6 +228,17 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s'\"]*@|(?<=\?)(?<=[^\s]\?)[^\s'\"]+")
 def hide_credentials(text: str) -> str:
     """Replace user names, passwords and queries of the addresses in a line."""
     return _CREDENTIALS.sub("***", text) if "://" in text else text
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if outputs cannot be written below a remote path."""
+    if not SCHEMES[path.parts[0]].writable:
+        stores = ", ".join(f"{name}//" for name, how in SCHEMES.items() if how.writable)
+        raise ValueError(
+            f"outputs cannot be written to {path.parts[0]}//; use {stores} or a folder"
+        )
+    if len(path.parts) < 3:
+        raise ValueError(f"{path} is a bucket; name a folder in it, such as {path}/run")
 
 
 # --- requests ----------------------------------------------------------------------------------
@@ -397,6 +414,40 @@ class _RangeReader(io.RawIOBase):
             view[:done] = part
             self._at += done
         return done
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def put_bytes(data: bytes, path: RemotePath) -> None:
+    """Write an object, in one step.
+
+    Raises:
+        OSError: the store did not accept it.
+    """
+    _listed.pop(str(path), None)
+    _call(path, lambda fs: fs.pipe_file(path.key, data))
+
+
+def put_file(file: Path, path: RemotePath) -> None:
+    """Upload a file, which becomes visible in one step.
+
+    Raises:
+        OSError: the store did not accept it.
+    """
+    _listed.pop(str(path), None)
+    _call(path, lambda fs: fs.put_file(str(file), path.key))
+
+
+def remove(path: RemotePath) -> None:
+    """Remove an object, if it exists.
+
+    Raises:
+        OSError: the store did not remove it.
+    """
+    _listed.pop(str(path), None)
+    with suppress(FileNotFoundError):
+        _call(path, lambda fs: fs.rm_file(path.key))
 
 
 # --- local copies ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.progress import ProgressCallback, ignore
+from gradrun.core.remote import RemotePath
 from gradrun.engines import processes, ray
 from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
@@ -21,6 +22,7 @@ from gradrun.engines.objects import Inference, collect, is_consumed, open_config
 from gradrun.inference.infer import infer as infer_here
 from gradrun.inference.interpretation import explain as explain_run
 from gradrun.output import journal
+from gradrun.output.remote_folder import RemoteFolder, run_in_store
 from gradrun.report.notebook import progress_display
 from gradrun.results.result import InferResult, Statement
 
@@ -144,6 +146,11 @@ def infer(
                 )
                 options = {"trust_code": trust_code or opened.trusted, "overwrite": overwrite}
                 loaded = opened.loaded
+                if isinstance(loaded.config.output.path, RemotePath):
+                    raise ConfigError(
+                        "a model or data in memory need a local output folder; to write to a "
+                        "store, name both in a config"
+                    )
                 with restored(model):
                     try:
                         result = infer_config(loaded, progress=shown, **options)
@@ -171,6 +178,23 @@ def infer_config(
     progress: ProgressCallback = ignore,
 ) -> InferResult:
     """Run a config in this process or by its engine, as `infer` does."""
+    path = loaded.config.output.path
+    if isinstance(path, RemotePath):
+        with loaded.error_locations():
+            inputs = loaded.config.input_files() if overwrite else ()
+            store = RemoteFolder(path, overwrite=overwrite, resume=resume, inputs=inputs)
+
+        def run(folder: Path) -> InferResult:
+            config = loaded.config.replace({"output.path": folder})
+            return infer_config(
+                LoadedConfig(config, loaded.locations),
+                trust_code=trust_code,
+                overwrite=overwrite,
+                resume=resume,
+                progress=progress,
+            )
+
+        return run_in_store(store, run)
     options: dict[str, Any] = {
         "trust_code": is_trusted(trust_code),
         "overwrite": overwrite,

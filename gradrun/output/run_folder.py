@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.options import option
+from gradrun.core.remote import is_remote
 from gradrun.core.units import count_of, format_bytes
 from gradrun.output import class_labels, evidence_writer, journal, lock, quarantine
 from gradrun.output.fingerprint import differences
@@ -49,6 +50,22 @@ _JOURNAL = (journal.DRAFT_NAME, journal.FILE_NAME)
 _RUN_FILE = re.compile("|".join(map(fnmatch.translate, (*_RUN_FILES, *_JOURNAL))))
 
 
+def is_run_file(name: str) -> bool:
+    """Return whether a path below a folder is a name of a run's files."""
+    return _RUN_FILE.fullmatch(name) is not None
+
+
+def check_local(path: Path) -> None:
+    """Check that an output folder is not in an object store, to which only `infer` writes.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if is_remote(path):
+        text = f"this command cannot write to {path}; set output.path to a local folder"
+        raise ConfigError(text, "output.path")
+
+
 class RunFolder:
     """The folder of one run, inspected at construction and written inside `locked`."""
 
@@ -66,6 +83,7 @@ class RunFolder:
             ConfigError: the folder is in use, may not be overwritten or cannot be resumed, or an
                 overwrite would remove one of `inputs`.
         """
+        check_local(path)
         self.path, self.overwrite, self.resume = path, overwrite, resume
         check_unlocked(path)
         self.previous = self._inspect()
@@ -283,6 +301,7 @@ def locked_check_folder(folder: Path) -> Iterator[None]:
         ConfigError: another check has the lock, or the folder has the result of another command.
         RunFailed: the folder is not writable.
     """
+    check_local(folder)
     _refuse_other_result(folder)
     with _locked(FolderLock(folder, CHECK_LOCK, keep_file=True)):
         yield

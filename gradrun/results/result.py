@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePath
 from statistics import median
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -18,6 +18,7 @@ from gradrun.core.errors import GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.record import Record
+from gradrun.core.remote import as_path
 from gradrun.results import stats
 from gradrun.results.bounds import ByteChange, Count, Seconds
 from gradrun.results.profile import Profile
@@ -585,7 +586,7 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
         Raises:
             GradrunError: the file cannot be read or is not a result of a known format.
         """
-        path = Path(path)
+        path = as_path(Path(path))
         if path.is_dir():
             path /= "result.json"
         try:
@@ -863,6 +864,10 @@ class Verification:
     """The last line of the journal is incomplete and was ignored."""
     resumable: bool = True
     """This version of gradrun can continue the run."""
+
+    def moved(self, folder: Path) -> Verification:
+        """Return the same verification for a run in another folder."""
+        return replace(self, folder=folder)
 
     @property
     def complete(self) -> bool:

@@ -33,6 +33,10 @@ class ObjectStore:
         """"503", "reset", "slow" or "ok" for each of the next requests; then all succeed."""
         self.broken_from: int | None = None
         """Offset in a file from which on reads fail."""
+        self.refused = ""
+        """Part of the keys that cannot be written now."""
+        self.forbidden = False
+        """Whether all requests are denied."""
         self.requests: list[tuple[str, str, str]] = []
         """Method, path and range of each request."""
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Quiet)
@@ -55,6 +59,12 @@ class ObjectStore:
         begin = environ.get("HTTP_RANGE", "bytes=-").removeprefix("bytes=").partition("-")[0]
         if self.broken_from is not None and begin and int(begin) >= self.broken_from:
             fault = "503"
+        if self.refused and environ["REQUEST_METHOD"] == "PUT" and self.refused in path:
+            fault = "503"
+        if self.forbidden:
+            body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+            start_response("403 Forbidden", [("Content-Length", str(len(body)))])
+            return [body]
         if fault == "reset":
             # Linger of 0 s: the client receives a reset, not an orderly end.
             connection = environ["werkzeug.socket"]
