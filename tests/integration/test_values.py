@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import gradrun
+from gradrun.comparison.whole_runs import compare_predictions
 from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.output.formats import sample_files
 from tests.support.engines import InlineEngines
@@ -122,6 +123,62 @@ def test_the_boxes_of_a_detector_are_written_to_jsonl_and_parquet(
     table = pandas.read_parquet(tmp_path / "table" / "predictions")
     assert [{k: plain(v) for k, v in row.items()} for row in table.to_dict("records")] == expected
     assert gradrun.verify(tmp_path / "table").damaged == ()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "files"])
+def test_numbers_of_workers_are_compared_with_values_of_any_size(
+    config: dict[str, Any], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    InlineEngines(monkeypatch)
+    config["output"]["format"] = form
+    config["engine"] = {"source": "processes", "workers": 1}
+    config["measure"] |= {"processes": 2, "budget": 1, "precision": 1.0}
+    compared = gradrun.compare(config, over=("engine.workers", [1, 2]), trust_code=True).result
+    (outputs,) = compared.equivalence
+    assert (outputs.bitwise, outputs.equal, outputs.max_abs_diff) == (True, True, 0.0)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "files", "npy"])
+def test_predictions_of_two_runs_are_compared_by_every_value(
+    config: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    target = "Detector" if form in {"jsonl", "parquet", "files"} else "Scores"
+    config["model"]["target"] = f"{tmp_path}/net.py:{target}"
+    rows = rows_in(tmp_path)
+    folders = []
+    for name, value in (("a", 0.0), ("b", 0.0), ("c", 0.25)):
+        changed = rows.copy()
+        changed[3, 1] += value
+        np.save(tmp_path / "rows.npy", changed)
+        config["output"] = {"path": f"{tmp_path}/{name}", "format": form}
+        gradrun.infer(config, trust_code=True)
+        folders.append(tmp_path / name)
+
+    def compared(one: int, other: int) -> tuple[bool, float, bool]:
+        return compare_predictions((folders[one], folders[other]), form, rtol=0, atol=1e-6)
+
+    assert compared(0, 1) == (True, 0.0, True)
+    bitwise, difference, equal = compared(0, 2)
+    assert not bitwise
+    assert not equal
+    # The third box is three times the row; the scores double it.
+    expected = {"Detector": 0.75, "Scores": 0.5}[target] if form != "files" else np.inf
+    assert difference == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "files"])
+def test_predictions_with_other_numbers_of_values_differ(
+    config: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    config["output"] = {"path": f"{tmp_path}/a", "format": form}
+    gradrun.infer(config, trust_code=True)
+    rows = rows_in(tmp_path)
+    rows[3, 0] = 0  # no boxes
+    np.save(tmp_path / "rows.npy", rows)
+    config["output"]["path"] = f"{tmp_path}/b"
+    gradrun.infer(config, trust_code=True)
+    folders = (tmp_path / "a", tmp_path / "b")
+    assert compare_predictions(folders, form, rtol=1, atol=1) == (False, np.inf, False)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

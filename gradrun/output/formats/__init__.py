@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
@@ -119,6 +119,8 @@ class Format(NamedTuple):
     """Whether the files contain whole numbers as numbers, and other ids as text."""
     describe: Callable[[ClassLabels, Outputs], Iterator[tuple[str, str]]] = lambda *_: iter(())
     """Yield the names of outputs, and how they are written where the config leaves a choice."""
+    records: Callable[[Path], Iterator[Any]] | None = None
+    """Yield the row of each sample with its values, as JSON; None if `read` yields all values."""
     values: Literal["none", "scalars", "any"] = "none"
     """Which values a sample may have besides rows of a tensor: none; a text or a number; or also
     lists, records, and tensors of any shape."""
@@ -147,6 +149,7 @@ FORMATS = {
         text_writer.checksum,
         ("predictions.jsonl",),
         typed_ids=True,
+        records=jsonl.records,
         values="any",
     ),
     "csv": Format(
@@ -155,6 +158,7 @@ FORMATS = {
         text_writer.checksum,
         ("predictions.csv",),
         csv_table.joins_outputs,
+        records=csv_table.records,
         values="scalars",
     ),
     "parquet": Format(
@@ -163,6 +167,7 @@ FORMATS = {
         parquet.checksum,
         (f"{parquet.FOLDER}/{_SHARD}.parquet", f"{_SHARD}.parquet"),
         typed_ids=True,
+        records=parquet.records,
         values="any",
     ),
     "files": Format(
@@ -172,6 +177,7 @@ FORMATS = {
         (sample_files.INDEX, *(f"{journal.SUBFOLDER}/*{end}" for end in sample_files.SUFFIXES)),
         joins_outputs=lambda _: True,
         typed_ids=True,
+        records=sample_files.records,
         values="any",
         describe=sample_files.describe,
     ),

@@ -111,6 +111,20 @@ def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[
                 yield np.array([number for number, _ in present]), outputs
 
 
+def records(folder: Path) -> Iterator[Any]:
+    """Yield the rows, with cells as numbers where they are."""
+    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            yield {title: _number_or_text(cell) for title, cell in row.items()}
+
+
+def _number_or_text(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
 def joins_outputs(name: str) -> bool:
     """Whether an output may be read as a part of another, as h.0 and h.1 of one shape are as h."""
     return bool(_split(name)[1])

@@ -66,6 +66,12 @@ def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[
                 yield np.array([number for number, _ in present]), rows
 
 
+def records(folder: Path) -> Iterator[Any]:
+    """Yield the lines."""
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
 def _leaves(value: Any) -> Iterator[Any]:
     """Yield the items of a nested list."""
     if not isinstance(value, list):

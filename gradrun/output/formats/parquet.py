@@ -137,13 +137,23 @@ class ParquetWriter(ShardedWriter):
 def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[str, Array]]]:
     """Yield the tensors of all rows, some at a time."""
     first = 0
+    for batch in _batches(folder):
+        columns = _to_numpy(_pyarrow().Table.from_batches([batch]))
+        yield np.arange(first, first + batch.num_rows), columns
+        first += batch.num_rows
+
+
+def records(folder: Path) -> Iterator[Any]:
+    """Yield the rows."""
+    for batch in _batches(folder):
+        yield from batch.to_pylist()
+
+
+def _batches(folder: Path) -> Iterator[Any]:
     shards = "predictions-*.parquet"
     for path in sorted((folder / FOLDER).glob(shards)) or sorted(folder.glob(shards)):
         with _pyarrow("parquet").ParquetFile(path) as shard:
-            for batch in shard.iter_batches(_ROWS):
-                columns = _to_numpy(_pyarrow().Table.from_batches([batch]))
-                yield np.arange(first, first + batch.num_rows), columns
-                first += batch.num_rows
+            yield from shard.iter_batches(_ROWS)
 
 
 def checksum(path: Path, committed: CommittedRange, begin: int) -> int:

@@ -200,6 +200,20 @@ def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[
     yield from ()
 
 
+def records(folder: Path) -> Iterator[Any]:
+    """Yield the lines of the index, whose checksums stand for the files."""
+    with (folder / INDEX).open(encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            yield {
+                name: str(entry["crc32"]) if _is_file(entry) else entry
+                for name, entry in line.items()
+            }
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, dict) and {*entry} == {"file", "crc32"}
+
+
 def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
     """CRC-32 of the lines of a range in the index, after a check of the files in them.
 
@@ -212,7 +226,7 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
         lines = file.read((committed.end or 0) - begin).splitlines()
     for line in lines:
         for entry in json.loads(line).values():
-            if isinstance(entry, dict) and {*entry} == {"file", "crc32"}:
+            if _is_file(entry):
                 _check_file(path.parent / SUBFOLDER / Path(entry["file"]).name, entry["crc32"])
     return crc
 
