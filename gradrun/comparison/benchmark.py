@@ -49,9 +49,10 @@ from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model
+from gradrun.models.generation import take_times
 from gradrun.models.loaded import LoadedModel
 from gradrun.results import stats
-from gradrun.results.result import Measurement, Memory, Phases, Statement
+from gradrun.results.result import Generation, Measurement, Memory, Phases, Statement
 
 BLOCK_SECONDS = 0.01
 """Minimum length of a timing block, which makes clock overhead and jitter negligible."""
@@ -93,6 +94,8 @@ class LoadedVariant(PlannedVariant):
     """Time per batch at the end of the warm-up."""
     rounds: list[float] = field(default_factory=list)
     """Seconds per batch in each timed round."""
+    generation: Generation | None = None
+    """Times of the texts generated in these rounds."""
 
     @property
     def model(self) -> nn.Module:
@@ -137,6 +140,13 @@ class LoadedVariant(PlannedVariant):
                 seconds.append(self.time_block(1, len(seconds)))
         self.warm_up_seconds = time.perf_counter() - began - self.first_seconds
         self.batch_seconds = min(seconds, default=self.first_seconds)
+
+    def run_round(self, count: int, first: int) -> None:
+        """Time `count` batches from number `first` as the next round."""
+        take_times(self.model)  # those of the warm-up, or of another variant with this model
+        self.rounds.append(self.time_block(count, first))
+        if texts := take_times(self.model):
+            self.generation = (self.generation or Generation()) + texts
 
     def time_block(self, count: int, first: int) -> float:
         """Run `count` batches from number `first` and return the seconds per batch.
@@ -321,7 +331,7 @@ def _time_rounds(
                 _record_failure(failures, variant, variant.marker),
                 preserve_module_state(variant.model),
             ):
-                variant.rounds.append(variant.time_block(count, done * count))
+                variant.run_round(count, done * count)
         done += 1
         order = [variant for variant in order if len(variant.rounds) == done]
     return [variant for variant in loaded if variant in order]
@@ -410,6 +420,7 @@ def _measurement(variant: LoadedVariant, memory: Memory, known: KnownWork) -> Me
             output=0.0,
         ),
         memory=memory,
+        generation=variant.generation,
         work=known.work,
         peaks=known.peaks,
     )

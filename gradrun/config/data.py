@@ -364,6 +364,8 @@ class TextData(_RowsData):
     def check_model(self, model: ModelConfig) -> None:
         if self.batch_tokens is not None:
             self._check_batch_tokens(model)
+        if isinstance(model, HuggingFaceModel) and model.generate is not None:
+            self._check_generation(model)
         if self.padding == "max_length" and self.max_length is None:
             raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
         if self.prompt is not None and self.prompt_name is not None:
@@ -373,6 +375,18 @@ class TextData(_RowsData):
                 "tokenizer",
                 "data.tokenizer is missing: set a folder or a hub name; only huggingface models "
                 "include a tokenizer",
+            )
+
+    def _check_generation(self, model: HuggingFaceModel) -> None:
+        if model.auto_class == "AutoModelForCausalLM" and self.padding_side == "right":
+            raise PydanticCustomError(
+                "padding_side",
+                "model.generate continues the last token of a prompt, which padding on the right "
+                "would separate from the text; remove data.padding_side",
+            )
+        if isinstance(self.field, tuple):
+            raise PydanticCustomError(
+                "generation_field", "a prompt is one text: set data.field to one column"
             )
 
     def _check_batch_tokens(self, model: ModelConfig) -> None:

@@ -172,6 +172,8 @@ AutoClass = Literal[
     "AutoModelForTokenClassification",
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
     "AutoModelForImageClassification",
     "AutoModelForAudioClassification",
 ]
@@ -188,11 +190,9 @@ def _reject_other_auto_class(name: object) -> object:
         or get_close_matches(name, known, cutoff=_TYPO)
     ):
         return name
-    generates = re.search(r"Seq2Seq|ToText", name)
     way = (
-        "it generates text step by step. AutoModelForTextEncoding runs its encoder; for texts, "
-        "write a python target whose forward calls generate()"
-        if generates
+        "it generates text from images; write a python target whose forward calls generate()"
+        if "ToText" in name
         else "write a python target that returns this model"
     )
     raise PydanticCustomError(
@@ -200,6 +200,11 @@ def _reject_other_auto_class(name: object) -> object:
         "{name} is not supported yet: {way} (allowed: {allowed})",
         {"name": name, "way": way, "allowed": ", ".join(known)},
     )
+
+
+_NEEDS_GENERATE = {"AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"}
+GENERATORS = {"AutoModelForCausalLM", *_NEEDS_GENERATE}
+"""Classes that can generate text."""
 
 
 class HuggingFaceModel(EagerModel):
@@ -218,6 +223,37 @@ class HuggingFaceModel(EagerModel):
         False,
         description="initialize weights missing in the files from run.seed; default: an error",
     )
+    generate: dict[str, JsonValue] | None = Field(
+        None,
+        description="generate text: {max_new_tokens: 64, do_sample: true, temperature: 0.7, "
+        "stop_strings: [...]}, settings of transformers' GenerationConfig; {} for those of the "
+        "model's generation_config.json; default: one forward pass",
+    )
+
+    @model_validator(mode="after")
+    def _check_generate(self) -> HuggingFaceModel:
+        if self.generate is None:
+            if self.auto_class in _NEEDS_GENERATE:
+                raise PydanticCustomError(
+                    "generate",
+                    "{name} needs model.generate, because its decoder writes the text step by "
+                    "step: set model.generate: {{max_new_tokens: 64}}. AutoModelForTextEncoding "
+                    "runs the encoder alone",
+                    {"name": self.auto_class},
+                )
+            return self
+        if self.auto_class not in GENERATORS:
+            raise PydanticCustomError(
+                "generate",
+                "model.generate needs a model that writes text; set model.auto_class to {names}",
+                {"names": ", ".join(sorted(GENERATORS))},
+            )
+        if self.compile is not None:
+            raise PydanticCustomError(
+                "generate",
+                "model.compile cannot be combined with model.generate; remove one of them",
+            )
+        return self
 
 
 _WEIGHT_ARGUMENTS = {

@@ -26,6 +26,31 @@ _FILES = {"model": "net", "data": "data"}
 """Section -> name of a Python file, for examples."""
 
 
+_PROMPTS = {
+    "AutoModelForCausalLM": "text",
+    "AutoModelForSeq2SeqLM": "text",
+    "AutoModelForSpeechSeq2Seq": "audio",
+}
+"""Class of a model that generates text -> data.source of its prompts."""
+
+
+def _check_prompts(model: Any, data: Any) -> None:
+    """Check that the data are prompts, if the model generates text."""
+    if getattr(model, "generate", None) is None:
+        return
+    source = _PROMPTS[model.auto_class]
+    if data.source != source:
+        raise PydanticCustomError(
+            "prompts",
+            "model.generate with {name} needs data.source: {source}",
+            {"name": model.auto_class, "source": source},
+        )
+    if data.call not in {"auto", "keyword"}:
+        raise PydanticCustomError(
+            "prompts", "model.generate passes its inputs by keyword; remove data.call"
+        )
+
+
 class RunConfig(Section):
     """The config of a run."""
 
@@ -94,7 +119,9 @@ class RunConfig(Section):
     @classmethod
     def _check_data_for_model(cls, data: Any, info: ValidationInfo) -> Any:
         if "model" in info.data:
-            data.check_model(info.data["model"])
+            model = info.data["model"]
+            data.check_model(model)
+            _check_prompts(model, data)
         return data
 
     @field_validator("output")

@@ -67,6 +67,8 @@ class _Chunk(NamedTuple):
     """The tokens of some texts, in the order in which they are run."""
 
     tokens: Tokens
+    numbers: Sequence[int]
+    """Position of each text in the data."""
     ids: Sequence[int | str]
     kept: list[tuple[Any, ...]]
     """The values of the columns that are written beside the predictions."""
@@ -135,10 +137,12 @@ class Texts(IndexedRows):
                 if number < sample:
                     first.append(text)
         self.samples = self._index.rows
-        chunk = self._tokenize(first)
+        chunk = self._tokenize(0, first)
         fits = min(CHUNK_TEXTS, _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths)))
         self.chunk_size = max(CHUNK_BATCHES, fits // config.batch_size) * config.batch_size
-        lengths, inputs = chunk.lengths, len(tokenization.inputs(chunk.tokens))
+        self._numbered = tokenization.generates
+        lengths = chunk.lengths
+        inputs = len(tokenization.inputs(chunk.tokens)) + self._numbered
         self._new_batch = InputBatcher(config.call, inputs)
         self.sample_bytes = 8 * inputs * max(lengths, default=0)
         if self.variable:
@@ -208,7 +212,7 @@ class Texts(IndexedRows):
             yield recent
             return
         for begin, rows in self._groups(self._texts, first, end, self.chunk_size):
-            chunk = self._tokenize(rows)
+            chunk = self._tokenize(begin, rows)
             self._remember(begin, chunk)
             yield begin, chunk
 
@@ -218,7 +222,7 @@ class Texts(IndexedRows):
             next(self._chunks(first, min(first + self.chunk_size, self.samples)))
         return self._layouts[first]
 
-    def _tokenize(self, texts: list[Text]) -> _Chunk:
+    def _tokenize(self, first: int, texts: list[Text]) -> _Chunk:
         tokens, full_lengths, errors = self._tokenization.tokenize(texts)
         order: Sequence[int] = range(len(texts))
         starts: Sequence[int] = range(0, len(texts), self.batch_size)
@@ -230,6 +234,7 @@ class Texts(IndexedRows):
         errors = {row: errors[i] for row, i in enumerate(order) if i in errors}
         return _Chunk(
             tokens=tokens,
+            numbers=[first + i for i in order],
             ids=[texts[i].id for i in order],
             kept=[texts[i].kept for i in order],
             layout=_Layout(order, starts),
@@ -270,8 +275,11 @@ class Texts(IndexedRows):
     def _batch(self, chunk: _Chunk, start: int, stop: int) -> Batch:
         rows = {name: rows[start:stop] for name, rows in chunk.tokens.items()}
         errors = {row - start: e for row, e in chunk.errors.items() if start <= row < stop}
+        inputs = self._tokenization.pad(rows)
+        if self._numbered:
+            inputs["sample_numbers"] = torch.tensor(chunk.numbers[start:stop])
         kept = self._kept.batch(chunk.kept[start:stop])
-        return self._new_batch(self._tokenization.pad(rows), chunk.ids[start:stop], errors, kept)
+        return self._new_batch(inputs, chunk.ids[start:stop], errors, kept)
 
     def _remember(self, first: int, chunk: _Chunk) -> None:
         self._recent = first, chunk

@@ -24,6 +24,8 @@ class TextModel(NamedTuple):
     """Whether it predicts the next token, which padding on the right would separate."""
     position_ids: bool = False
     """Whether its forward accepts position_ids that count from 0."""
+    new_tokens: int | None = None
+    """Greatest number of tokens that it appends to a text; None if it generates none."""
 
 
 def text_model(model: ModelConfig | None) -> TextModel:
@@ -31,10 +33,11 @@ def text_model(model: ModelConfig | None) -> TextModel:
     if not isinstance(model, HuggingFaceModel):
         return TextModel()
     generates = model.auto_class == "AutoModelForCausalLM"
+    new_tokens = _new_tokens(model) if generates and model.generate is not None else None
     try:
         module = _without_weights(model)
     except Exception:  # code of the hub, or a class that cannot be built this way
-        return TextModel(generates=generates)
+        return TextModel(generates=generates, new_tokens=new_tokens)
     positions = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 0
     tables = [
         table
@@ -53,7 +56,21 @@ def text_model(model: ModelConfig | None) -> TextModel:
         learned=bool(tables),
         generates=generates,
         position_ids="position_ids" in accepted and not offset,
+        new_tokens=new_tokens,
     )
+
+
+def _new_tokens(model: HuggingFaceModel) -> int | None:
+    """Return model.generate.max_new_tokens, or that of the folder's generation_config.json."""
+    given = (model.generate or {}).get("max_new_tokens")
+    if isinstance(given, int):
+        return given
+    kind = import_transformers("model.generate").GenerationConfig
+    try:
+        own = kind.from_pretrained(model.path, revision=model.revision or "main")
+    except OSError:
+        return None
+    return own.max_new_tokens if isinstance(own.max_new_tokens, int) else None
 
 
 def _without_weights(model: HuggingFaceModel) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gradrun.config.data import TextData
-from gradrun.config.model import ModelConfig
+from gradrun.config.model import HuggingFaceModel, ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.pretrained import (
     SentenceFolder,
@@ -52,7 +52,13 @@ class Tokenization:
         self.prompt = choose_prompt(folder, config.prompt, config.prompt_name)
         left = config.padding_side is None and facts.generates
         self._side = "left" if left else config.padding_side or self._tokenizer.padding_side
-        self._position_ids = self._side == "left" and facts.position_ids and not config.inputs
+        self.generates = isinstance(model, HuggingFaceModel) and model.generate is not None
+        # generate() counts positions itself.
+        own_positions = facts.position_ids and not self.generates
+        self._position_ids = self._side == "left" and own_positions and not config.inputs
+        # A continuation follows the end of a prompt.
+        self._cut = "left" if facts.new_tokens else self._tokenizer.truncation_side
+        self._tokenizer.truncation_side = self._cut
         # A failed batch is read again while a thread may be prefetching.
         self._lock = Lock()
 
@@ -83,6 +89,8 @@ class Tokenization:
             ConfigError: data.inputs names another one.
         """
         available = [name for name in self._tokenizer.model_input_names if name in tokens]
+        if self.generates:
+            available = [name for name in available if name != "token_type_ids"]
         for name in self.config.inputs:
             if name not in available:
                 hint = suggest(name, available)
@@ -108,6 +116,8 @@ class Tokenization:
         """Yield the tokenizer, its limit, the padding and the prompt."""
         limit = f"limit {self.limit} tokens ({self._limit_origin})" if self.limit else "no limit"
         name = getattr(self._source, "name", self._source)
+        if self.limit and self._cut == "left":
+            limit += "; longer texts lose their start"
         yield Statement(topic="tokenizer", text=f"{name}, {limit}")
         positions = ", with position_ids" if self._position_ids else ""
         token = f"{self._tokenizer.pad_token} ({self._tokenizer.pad_token_id})"
@@ -131,19 +141,27 @@ def _limit(
     config: TextData, tokenizer: Any, folder: SentenceFolder | None, model: TextModel
 ) -> tuple[int | None, str]:
     """Return the greatest number of tokens of a text, if limited, and where the limit is set."""
-    positions = model.positions
+    positions, new = model.positions, model.new_tokens or 0
+    if positions and new >= positions:
+        raise ConfigError(
+            f"the model has positions for {positions} tokens, a prompt included; set fewer",
+            "model.generate.max_new_tokens",
+        )
     if config.max_length:
-        if model.learned and positions and config.max_length > positions:
+        if model.learned and positions and config.max_length > positions - new:
+            left = f"; {new} of them are for new tokens" if new else ""
             raise ConfigError(
-                f"the model has positions for {positions} tokens; set at most that",
+                f"the model has positions for {positions} tokens{left}; set at most "
+                f"{positions - new}",
                 "data.max_length",
             )
         return config.max_length, "data.max_length"
+    less = f", less {new} new tokens" if new else ""
     limits: list[tuple[int, str]] = []
     if folder and folder.max_length:
         limits.append((folder.max_length, folder.limit_file))
-    elif tokenizer.model_max_length < _NO_LIMIT:
-        limits.append((tokenizer.model_max_length, "the tokenizer's"))
+    elif new < tokenizer.model_max_length < _NO_LIMIT:
+        limits.append((tokenizer.model_max_length - new, f"the tokenizer's{less}"))
     if positions:
-        limits.append((positions, "the model's positions"))
+        limits.append((positions - new, f"the model's positions{less}"))
     return min(limits, key=lambda limit: limit[0], default=(None, ""))

@@ -49,7 +49,7 @@ from gradrun.inference.runner import (
 from gradrun.output.columns import blank, row_bytes
 from gradrun.output.fingerprint import changed_properties
 from gradrun.output.formats import RowWriter
-from gradrun.results.result import Padding, Warning, WorkerRange, WorkerStats
+from gradrun.results.result import Generation, Padding, Warning, WorkerRange, WorkerStats
 
 SPAN_SECONDS = 1.0
 """Target duration of a range; sending one costs a few milliseconds."""
@@ -366,6 +366,8 @@ class _Pass:
         timed.data_ns += round(done.data_seconds * 1e9)
         if done.padding:
             timed.padding = (timed.padding or Padding()) + done.padding
+        if done.generation:
+            timed.generation = (timed.generation or Generation()) + done.generation
         if done.largest[0] > timed.largest.elements:
             timed.largest = LargestBatch(*done.largest)
         data = self.plan.runner.data
@@ -450,6 +452,7 @@ def _result(
         data_seconds=0.0,
         seconds=0.0,
         padding=None,
+        generation=None,
         flags=None,
         batch_limit=None,
         limited_from=0,

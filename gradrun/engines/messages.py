@@ -11,7 +11,7 @@ import torch
 
 from gradrun.output.columns import ValueColumn, value_bytes
 from gradrun.output.transforms import Outputs
-from gradrun.results.result import Environment, Memory, Padding
+from gradrun.results.result import Environment, Generation, Memory, Padding
 
 
 class TensorData(msgspec.Struct, frozen=True, array_like=True, tag="tensor"):
@@ -125,6 +125,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     seconds: float
     """Wall time of the task."""
     padding: Padding | None
+    generation: Generation | None
     flags: bytes | None
     """What the data source noted about each sample, in the dtype of HasFlags.flags."""
     batch_limit: int | None

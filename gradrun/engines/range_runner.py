@@ -125,6 +125,7 @@ class RangeRunner:
             padding=data.padding(task.start, task.stop)
             if isinstance(data, LengthGrouped)
             else None,
+            generation=timed.generation,
             waited=waited,
             batch_elements=timed.elements[:batches].tobytes(),
             largest=timed.largest,

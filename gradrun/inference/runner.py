@@ -69,6 +69,7 @@ from gradrun.inference.meters.work import UNKNOWN, KnownWork, known_work
 from gradrun.inference.metrics import Evaluation
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
+from gradrun.models.generation import take_times
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
 from gradrun.output.columns import ValueColumn
@@ -89,6 +90,7 @@ from gradrun.results import stats
 from gradrun.results.result import (
     Compilation,
     FirstBatch,
+    Generation,
     Measurement,
     Memory,
     Padding,
@@ -182,6 +184,8 @@ class TimedPass:
     """The error that ended the pass, if it did not complete."""
     padding: Padding | None = None
     """Token counts of padded texts."""
+    generation: Generation | None = None
+    """Times of generated texts."""
     largest: LargestBatch = NO_BATCH
     workers: tuple[WorkerStats, ...] = ()
     """The workers of an engine that ran the samples; empty if this process did."""
@@ -348,6 +352,7 @@ class Runner:
         graphs = compiled_graphs()
         seed_generators(self.config.run.seed, self.device)  # dropout in training mode repeats
         clock = clock_for(self.device)
+        take_times(self._eager)  # those of the warm-up
         timed = TimedPass(writer.written, clock.seconds)
         batches = self._batches(writer.written, stop, ahead=prepared.prefetch)
         hits: list[str] = []
@@ -367,6 +372,7 @@ class Runner:
             clock.finish()
         except Exception as error:  # errors of a device appear at the next synchronization
             timed.stop(self.stop_error(error, timed))
+        timed.generation = take_times(self._eager)
         if isinstance(self.data, LengthGrouped):
             timed.padding = self.data.padding(timed.start, timed.start + timed.done)
         if compiled := compiled_graphs() - graphs:
@@ -546,6 +552,7 @@ class Runner:
             mode=self.mode,
             batch_limit=prepared.recovery.batch_limit,
             padding=timed.padding,
+            generation=timed.generation,
             workers=timed.workers,
             batch_seconds=seconds,
             batch_sizes=tuple(timed.sizes[: len(seconds)]),

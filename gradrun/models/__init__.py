@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from gradrun.config.data import DataConfig, TextData
-from gradrun.config.model import EagerModel, ModelConfig, WeightedModel
+from gradrun.config.model import EagerModel, HuggingFaceModel, ModelConfig, WeightedModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.models import (
     exported,
+    generation,
     huggingface,
     layers,
     objects,
@@ -66,6 +67,8 @@ def load_model(
     model = SOURCES[config.source](config, trust_code=trust_code)
     if isinstance(data, TextData):
         model = texts.fit_to_tokenizer(model, config, data)
+    if isinstance(config, HuggingFaceModel) and config.generate is not None:
+        model = generation.generating(model, config, data)
     module = model.module
     if isinstance(config, WeightedModel) and config.weights:
         renamed = load_weights(module, config.weights, config.weights_key, trust_code=trust_code)

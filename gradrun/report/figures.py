@@ -17,6 +17,7 @@ from gradrun.results.result import (
     CompareResult,
     Comparison,
     Equivalence,
+    Generation,
     InferResult,
     Measurement,
     ProfileResult,
@@ -24,7 +25,8 @@ from gradrun.results.result import (
 )
 
 Unit = Literal[
-    "seconds", "bytes", "samples_per_second", "ratio", "count", "absolute", "score", "words"
+    "seconds", "bytes", "samples_per_second", "tokens_per_second", "ratio", "count", "absolute",
+    "score", "words",
 ]  # fmt: skip
 
 _BYTES = (
@@ -96,6 +98,7 @@ def _of_run(mode: str, measured: Measurement) -> Iterator[Figure]:
     yield Figure(mode, "samples", "count", measured.samples)
     for name in _PHASES:
         yield Figure(mode, name, "seconds", getattr(measured.phases, name))
+    yield from _generation(mode, [measured])
     bound, shares = measured.bound_by
     yield Figure(mode, "bound_by", "ratio", shares[bound], status=bound)
 
@@ -108,8 +111,27 @@ def _of_rounds(mode: str, measured: list[Measurement]) -> Iterable[Figure]:
     rates = stats.mean_over_processes([1 / median(m.seconds_per_sample) for m in timed])
     yield _estimate(mode, "batch_median", times)
     yield _estimate(mode, "throughput", rates, "samples_per_second")
+    yield from _generation(mode, timed)
     yield Figure(mode, "processes", "count", len(timed))
     yield Figure(mode, "rounds", "count", sum(len(m.batch_seconds) for m in timed))
+
+
+def _generation(mode: str, measured: list[Measurement]) -> Iterator[Figure]:
+    """Yield the rate and times of new tokens, if the model generates text."""
+    texts = sum((m.generation for m in measured if m.generation), Generation())
+    if not texts.tokens:
+        return
+    yield Figure(mode, "tokens_per_second", "tokens_per_second", texts.tokens_per_second)
+    yield Figure(mode, "new_tokens", "count", texts.tokens)
+    times = {"first_token": texts.first_token_seconds, "later_token": texts.seconds_per_later_token}
+    for name, seconds in times.items():
+        if seconds:
+            estimate = stats.quantile(seconds, 0.5)
+            yield (
+                _estimate(mode, name, estimate)
+                if estimate
+                else Figure(mode, name, "seconds", median(seconds))
+            )
 
 
 def _ratio(c: Comparison) -> Figure:

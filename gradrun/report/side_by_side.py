@@ -23,6 +23,9 @@ _LABELS = {
     "batch_p99": "batch p99",
     "throughput": "throughput",
     "bound_by": "bound by",
+    "tokens_per_second": "tokens",
+    "first_token": "first token",
+    "later_token": "later tokens",
     "ratio": "ratio",
     "weights": "weights",
     "forward_peak": "forward peak",
@@ -121,7 +124,7 @@ def _cell(figure: Figure) -> str:
             return format_seconds(value, half_width)
         case "bytes":
             return format_bytes(int(value))
-        case "samples_per_second":
+        case "samples_per_second" | "tokens_per_second":
             return f"{format_number(value, half_width)} /s"
         case "ratio" if figure.metric == "bound_by":
             return f"{figure.status} {value:.0%}"

@@ -31,6 +31,7 @@ from gradrun.results.result import (
     Example,
     Fact,
     FirstBatch,
+    Generation,
     InferResult,
     Measurement,
     Memory,
@@ -130,7 +131,7 @@ def of_measurements(result: AnyResult) -> tuple[Table, ...]:
             memory = peak_memory(measured.memory, result.environment.allocator)
             return _with_rows(timing(measured), workers(measured), memory)
         case CompareResult():
-            return _with_rows(ratios(result), variant_memory(result))
+            return _with_rows(ratios(result), generated(result), variant_memory(result))
         case AuditResult():
             return _with_rows(mode_safety(result), saved_for_backward(result))
         case CheckResult():
@@ -204,6 +205,7 @@ def timing(measured: Measurement) -> Table:
             ("throughput", f"{format_number(measured.throughput)} /s", f"{total}, end to end")
         )
         rows.append(("bound by", bound, split))
+    rows += _generation(measured.generation)
     return replace(_figures("Time", rows), note=_sentence(measured.reach))
 
 
@@ -245,6 +247,39 @@ def _compilation(measured: Measurement, compilation: Compilation) -> tuple[str, 
     repaid = measured.samples_to_repay_compilation
     after = "does not pay" if repaid is None else f"pays after {pluralize(repaid, 'sample')}"
     return "compile", format_seconds(compilation.seconds), f"{speedup}: {after}"
+
+
+def _generation(texts: Generation | None) -> Iterator[tuple[str, str, str]]:
+    """Yield new tokens per second, and the times of the first and of the later ones."""
+    if texts is None or not texts.tokens:
+        return
+    rate = f"{format_number(texts.tokens_per_second)} /s"
+    yield "tokens", rate, f"{texts.tokens:,} new tokens, in generate()"
+    first, later = texts.first_token_seconds, texts.seconds_per_later_token
+    yield "first token", format_seconds(median(first)), "median over batches"
+    if later:
+        yield "later tokens", format_seconds(median(later)), "each; median over batches"
+
+
+def generated(result: CompareResult) -> Table:
+    """Rate and times of the new tokens of each variant."""
+    rows: list[tuple[Cell, ...]] = []
+    for name, measured in result.by_variant().items():
+        texts = [m.generation for m in measured if m.generation and m.generation.tokens]
+        if texts:
+            total = sum(texts, Generation())
+            later = total.seconds_per_later_token
+            rows.append(
+                (
+                    name,
+                    f"{format_number(total.tokens_per_second)}",
+                    format_seconds(median(total.first_token_seconds)),
+                    format_seconds(median(later)) if later else DASH,
+                )
+            )
+    columns = (Column("tokens/s", emphasis="strong"), Column("first token"), Column("later tokens"))
+    note = "Times are medians over batches; later tokens: the time of each."
+    return Table("Generated text", columns, tuple(rows), note=note)
 
 
 def _padding(padding: Padding) -> tuple[str, str, str]:

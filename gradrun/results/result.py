@@ -145,6 +145,44 @@ class Padding(Record, frozen=True, kw_only=True):
             yield Statement(topic="texts", text=f"{text}, such as {self.first_repaired}")
 
 
+class Generation(Record, frozen=True, kw_only=True):
+    """Times of generated texts, with one entry per batch."""
+
+    first_token_seconds: tuple[Seconds, ...] = ()
+    """From the start of the batch to the first new token of all its texts."""
+    batch_seconds: tuple[Seconds, ...] = ()
+    """From the start of the batch to its last token."""
+    batch_tokens: tuple[Count, ...] = ()
+    """New tokens of all texts of the batch, with their end tokens."""
+    batch_steps: tuple[Count, ...] = ()
+    """New tokens of the longest text of the batch."""
+
+    def __add__(self, other: Generation) -> Generation:
+        return Generation(
+            first_token_seconds=self.first_token_seconds + other.first_token_seconds,
+            batch_seconds=self.batch_seconds + other.batch_seconds,
+            batch_tokens=self.batch_tokens + other.batch_tokens,
+            batch_steps=self.batch_steps + other.batch_steps,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all texts."""
+        return sum(self.batch_tokens)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second in which texts were generated."""
+        seconds = sum(self.batch_seconds)
+        return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def seconds_per_later_token(self) -> tuple[float, ...]:
+        """One entry for each batch with more than one token."""
+        batches = zip(self.batch_seconds, self.first_token_seconds, self.batch_steps, strict=True)
+        return tuple((total - first) / (steps - 1) for total, first, steps in batches if steps > 1)
+
+
 class WorkerRange(Record, frozen=True, kw_only=True):
     """Samples start to stop, which a worker ran; seconds since the start of the timed pass."""
 
@@ -213,6 +251,8 @@ class Measurement(Record, frozen=True, kw_only=True):
     batch_limit: Count | None = None
     """Largest batch that fits in memory, if the configured one does not."""
     padding: Padding | None = None
+    generation: Generation | None = None
+    """None unless the model generates text."""
     compilation: Compilation | None = None
     """None if model.compile is off."""
     workers: tuple[WorkerStats, ...] = ()

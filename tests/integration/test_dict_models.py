@@ -67,8 +67,9 @@ def test_the_error_of_a_model_that_expects_a_dict_names_the_key(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("AutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM is not supported yet: it generates text"),
-        ("AutoModelForSpeechSeq2Seq", "it generates text"),
+        ("AutoModelForSeq2SeqLM", "AutoModelForSeq2SeqLM needs model.generate"),
+        ("AutoModelForSpeechSeq2Seq", "AutoModelForTextEncoding runs the encoder alone"),
+        ("AutoModelForImageTextToText", "it generates text from images"),
         ("AutoModelForObjectDetection", "write a python target that returns this model"),
         ("AutoModelForCausalML", "did you mean AutoModelForCausalLM"),
         ("AutoModelForSequenceClasification", "did you mean AutoModelForSequenceClassification"),

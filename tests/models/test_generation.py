@@ -1,0 +1,280 @@
+"""Generated text: each prompt alone, seeds per sample, settings, and the times of tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gradrun
+from gradrun.core.errors import ConfigError
+from gradrun.core.optional import import_transformers
+from gradrun.results.result import InferResult
+from tests.models.test_texts import save_causal, save_gpt_tokenizer, stated
+from tests.support.small_models import WIDTH, save_tokenizer, sentences, skewed
+
+PROMPTS = [text[:30] for text in skewed(20, seed=3)]
+NEW = 6
+CAUSAL, SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt") / "gpt"
+    save_gpt_tokenizer(folder)
+    save_causal(folder, "GPT2LMHeadModel")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "llama"
+    save_gpt_tokenizer(folder, pad_token="<pad>")
+    save_causal(folder, "LlamaForCausalLM", pad_token_id=257)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5") / "t5"
+    transformers = import_transformers("")
+    tokenizer = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=250, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=tokenizer.sep_token_id,
+    )  # fmt: skip
+    model = transformers.T5ForConditionalGeneration(config)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def infer(
+    folder: Path, out: Path, generate: dict[str, Any], prompts: list[str] | None = None, **more: Any
+) -> tuple[list[str], InferResult]:
+    """Return the texts that gradrun generates."""
+    path = out.parent / "prompts.jsonl"
+    texts = PROMPTS if prompts is None else prompts
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    auto = SEQ2SEQ if folder.name == "t5" else CAUSAL
+    model = {"source": "huggingface", "path": str(folder), "auto_class": auto}
+    data = {"source": "text", "path": str(path), "field": "text", "batch_size": 8}
+    result = gradrun.infer(
+        {
+            "model": model | {"generate": generate} | more.pop("model", {}),
+            "data": data | more.pop("data", {}),
+            "output": {"path": str(out), "format": "jsonl"},
+            "run": {"warmup": 0} | more.pop("run", {}),
+            "measure": {"memory": False, "batch_independence": False},
+            **more,
+        }
+    )
+    return read(out), result
+
+
+def read(out: Path) -> list[str]:
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+def by_transformers(folder: Path, texts: list[str], **settings: Any) -> list[str]:
+    """Generate the text of each prompt alone, with generate() of transformers."""
+    transformers = import_transformers("")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return [
+        tokenizer.decode(row, skip_special_tokens=True)
+        for row in new_tokens(folder, texts, **settings)
+    ]
+
+
+def new_tokens(folder: Path, texts: list[str], **settings: Any) -> list[list[int]]:
+    """Return the tokens that generate() of transformers appends to each prompt alone."""
+    transformers = import_transformers("")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    kind = SEQ2SEQ if folder.name == "t5" else CAUSAL
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    found = []
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        pad = tokenizer.pad_token_id
+        pad = tokenizer.eos_token_id if pad is None else pad
+        (row,) = model.generate(**inputs, do_sample=False, pad_token_id=pad, **settings)
+        start = 1 if folder.name == "t5" else inputs["input_ids"].shape[1]
+        found.append(row[start:].tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gpt", {}),
+        ("gpt", {"repetition_penalty": 3.0}),
+        ("llama", {"num_beams": 3}),
+        ("t5", {}),
+        ("t5", {"num_beams": 2, "min_new_tokens": 4}),
+    ],
+)
+def test_the_text_of_each_prompt_is_the_one_that_it_has_alone(
+    name: str, settings: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    settings = {"max_new_tokens": NEW, **settings}
+    texts, _ = infer(folder, tmp_path / "out", settings)
+    assert texts == by_transformers(folder, PROMPTS, **settings)
+    assert len(set(texts)) > 5
+
+
+@pytest.mark.parametrize("name", ["gpt", "t5"])
+def test_a_sampled_text_depends_on_the_seed_and_its_sample_alone(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    prompts = [*PROMPTS[:9], *[PROMPTS[0]] * 3]
+    settings = {"max_new_tokens": NEW, "do_sample": True, "temperature": 1.5, "top_p": 0.95}
+
+    def sampled(out: str, size: int, **more: Any) -> list[str]:
+        data = {"data": {"batch_size": size, "group_by_length": size == 4}}
+        return infer(folder, tmp_path / out, settings, prompts, **data, **more)[0]
+
+    alone = sampled("a", 1)
+    assert sampled("b", 8) == alone
+    assert sampled("c", 4) == alone
+    assert len({alone[0], *alone[9:]}) == 4, "the same prompt has several texts"
+    assert sampled("d", 8, run={"seed": 1}) != alone
+
+
+def test_sampled_tokens_have_the_probabilities_of_the_model(gpt: Path, tmp_path: Path) -> None:
+    settings = {"max_new_tokens": 1, "do_sample": True, "temperature": 0.5, "top_k": 4}
+    count = 2000
+    out = tmp_path / "out"
+    infer(gpt, out, settings, [PROMPTS[0]] * count, data={"batch_size": 500})
+    transformers = import_transformers("")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gpt)
+    model = transformers.AutoModelForCausalLM.from_pretrained(gpt).eval()
+    inputs = tokenizer(PROMPTS[0], return_tensors="pt", return_token_type_ids=False)
+    with torch.inference_mode():
+        scores = model(**inputs).logits[0, -1] / 0.5
+    best, tokens = scores.topk(4)
+    texts = read(out)
+    for token, chance in zip(tokens.tolist(), best.softmax(0).tolist(), strict=True):
+        share = texts.count(tokenizer.decode(token, skip_special_tokens=True)) / count
+        assert share == pytest.approx(chance, abs=4.5 * (chance * (1 - chance) / count) ** 0.5)
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+def test_texts_are_the_same_in_every_gradient_mode_and_with_workers(
+    mode: str, t5: Path, tmp_path: Path
+) -> None:
+    settings = {"max_new_tokens": NEW, "do_sample": True}
+    more: dict[str, Any] = {"run": {"mode": mode}}
+    if mode == "no_grad":
+        more["engine"] = {"source": "processes", "workers": 2}
+        more["run"]["threads"] = 1
+    texts, result = infer(t5, tmp_path / "out", settings, PROMPTS[:9], **more)
+    reference, _ = infer(t5, tmp_path / "again", settings, PROMPTS[:9])
+    assert texts == reference
+    generation = result.measurements[0].generation
+    assert generation
+    assert len(generation.batch_seconds) == 2
+
+
+def test_times_and_tokens_are_those_of_the_batches(gpt: Path, tmp_path: Path) -> None:
+    _, result = infer(gpt, tmp_path / "out", {"max_new_tokens": NEW})
+    generation = result.measurements[0].generation
+    assert generation
+    rows = new_tokens(gpt, PROMPTS, max_new_tokens=NEW)
+    assert generation.tokens == sum(map(len, rows))
+    assert len(generation.batch_steps) == 3
+    assert generation.batch_steps[0] == NEW
+    for first, total, forward in zip(
+        generation.first_token_seconds, generation.batch_seconds,
+        result.measurements[0].batch_seconds, strict=True,
+    ):  # fmt: skip
+        assert 0 < first < total <= forward
+
+
+def test_a_text_ends_before_a_stop_string(gpt: Path, tmp_path: Path) -> None:
+    plain, _ = infer(gpt, tmp_path / "plain", {"max_new_tokens": NEW})
+    stop = plain[0][2:4]
+    texts, result = infer(gpt, tmp_path / "out", {"max_new_tokens": NEW, "stop_strings": [stop]})
+    assert texts == [text.split(stop)[0] for text in plain]
+    assert f"ends before {stop!r}" in stated(result)
+
+
+def test_settings_of_the_folder_apply_unless_they_are_replaced(gpt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt"
+    save_gpt_tokenizer(folder)
+    model = save_causal(folder, "GPT2LMHeadModel")
+    own = {"max_new_tokens": 4, "repetition_penalty": 2.5, "temperature": 0.5}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 256, **own}))
+    texts, result = infer(folder, tmp_path / "a", {})
+    assert texts == by_transformers(gpt, PROMPTS, max_new_tokens=4, repetition_penalty=2.5)
+    assert "generation_config.json: max_new_tokens 4" in stated(result)
+    more, result = infer(folder, tmp_path / "b", {"max_new_tokens": 5})
+    assert more == by_transformers(gpt, PROMPTS, max_new_tokens=5, repetition_penalty=2.5)
+    assert "max_new_tokens 4 (replaced)" in stated(result)
+    assert model is not None
+
+
+def test_prompts_are_cut_at_their_start_so_that_new_tokens_have_positions(
+    gpt: Path, tmp_path: Path
+) -> None:
+    long = "abcdefghij" * 9
+    texts, result = infer(gpt, tmp_path / "out", {"max_new_tokens": 60}, [long, "ab"])
+    assert texts == by_transformers(gpt, [long[-4:], "ab"], max_new_tokens=60)
+    assert "1 of 2 truncated to 4 tokens" in stated(result)
+    assert "longer texts lose their start" in stated(result)
+
+
+@pytest.mark.parametrize(
+    ("generate", "message"),
+    [
+        ({}, r"max_new_tokens is missing; set .* such as max_new_tokens: 64"),
+        ({"max_new_token": 5}, "did you mean max_new_tokens"),
+        ({"max_new_tokens": "many"}, "'many' is not a whole number from 1 on"),
+        ({"max_new_tokens": 5, "temperature": 0.5}, "temperature has no effect without sampling"),
+        ({"max_new_tokens": 5, "do_sample": True, "num_beams": 2}, "cannot be combined"),
+        ({"max_new_tokens": 5, "do_sample": True, "temperature": -1}, "strictly positive"),
+        ({"max_new_tokens": 5, "num_return_sequences": 2}, "a prompt has one text"),
+        ({"max_length": 20}, "counts the prompt and its padding.*set max_new_tokens"),
+        ({"max_new_tokens": 64}, "the model has positions for 64 tokens"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(
+    gpt: Path, tmp_path: Path, generate: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        infer(gpt, tmp_path / "out", generate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"auto_class": "AutoModel"}}, "needs a model that writes text"),
+        ({"model": {"compile": True}}, "model.compile cannot be combined"),
+        ({"data": {"padding_side": "right"}}, "padding on the right"),
+        ({"data": {"call": "dict"}}, "passes its inputs by keyword"),
+        ({"data": {"field": ["text", "text"]}}, "a prompt is one text"),
+    ],
+)
+def test_a_config_that_cannot_generate_is_refused(
+    gpt: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        infer(gpt, tmp_path / "out", {"max_new_tokens": 5}, **changes)
+
+
+def test_a_model_that_computes_nan_does_not_write_text(gpt: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gpt"
+    save_gpt_tokenizer(folder)
+    model = save_causal(folder, "GPT2LMHeadModel")
+    model.transformer.wte.weight.data[ord("z") - 33] = torch.nan
+    model.save_pretrained(folder)
+    assert sentences(1)
+    with pytest.raises(ConfigError, match="contain NaN"):
+        infer(folder, tmp_path / "out", {"max_new_tokens": 4}, ["zoo", "zz"])
