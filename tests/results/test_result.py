@@ -157,7 +157,8 @@ def test_the_json_has_the_documented_keys() -> None:
     (measured,) = data["measurements"]
     assert measured.keys() == {
         "mode", "process", "variant", "batch_seconds", "batch_sizes", "batch_elements",
-        "phases", "memory", "batch_limit", "padding", "compilation", "workers", "work", "peaks",
+        "phases", "memory", "batch_limit", "padding", "generation", "compilation", "workers",
+            "work", "peaks",
     }  # fmt: skip
     assert {
         "load_model", "open_data", "first_batch", "data", "forward", "output"
