@@ -68,6 +68,7 @@ BuiltinTransform = Literal[
     "last_token",
     "sentence_embedding",
     "normalize",
+    "perplexity",
 ]
 
 

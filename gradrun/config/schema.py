@@ -147,6 +147,20 @@ class RunConfig(Section):
                 )
         return output
 
+    @field_validator("output")
+    @classmethod
+    def _check_perplexity(cls, output: OutputSection, info: ValidationInfo) -> OutputSection:
+        kind = getattr(info.data.get("model"), "auto_class", "AutoModelForCausalLM")
+        every = output.transform
+        steps = every.values() if isinstance(every, dict) else [every]
+        if kind != "AutoModelForCausalLM" and any("perplexity" in some for some in steps):
+            raise PydanticCustomError(
+                "perplexity",
+                "the transform perplexity needs a model that predicts the next token; set "
+                "model.auto_class to AutoModelForCausalLM",
+            )
+        return output
+
     @field_validator("run")
     @classmethod
     def _check_mode_for_freezing(cls, run: RunSection, info: ValidationInfo) -> RunSection:

@@ -445,7 +445,9 @@ def _describe_steps(
             dim = _class_dim(step, name, tensor, config, inputs)
             words.append(f"{step} over dimension {dim} ({tensor.shape[dim]} classes)")
         else:
-            words.append(f"above {_threshold(config):g}" if step == "threshold" else step)
+            words.append(
+                f"above {_threshold(config):g}" if step == "threshold" else _WORDS.get(step, step)
+            )
         tensor = (_TRANSFORMS | own)[step](name, tensor, config, inputs)[0][1]
     return f"[{shape}]: {', then '.join(words) or 'as returned'}{precision}"
 
@@ -611,6 +613,34 @@ def _last_token(name: str, tensor: torch.Tensor, config: OutputSection, inputs: 
     return [(name, tensor[torch.arange(len(tensor), device=tensor.device), last])]
 
 
+def _perplexity(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
+    """The loss of a document, its exponential and the number of tokens that it is the mean over.
+
+    Each token is predicted from those before it, so that the first has no loss.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None or tensor.ndim != 3 or tensor.shape[:2] != ids.shape:
+        raise ConfigError(
+            "perplexity needs the scores of the next token [n, tokens, vocabulary] and the input "
+            f"input_ids, but output {name!r} has shape {[*tensor.shape]}; use a huggingface model "
+            "with auto_class: AutoModelForCausalLM, and output.select: logits",
+            "output.transform",
+        )
+    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    losses, counts = [], []
+    # One document at a time: a copy of the scores in float32 needs the memory of one.
+    for scores, tokens, real in zip(tensor, ids, mask, strict=True):
+        known, own = scores[real], tokens[real]
+        losses.append(nn.functional.cross_entropy(known[:-1].float(), own[1:]))
+        counts.append(len(own) - 1)
+    loss, prefix = torch.stack(losses), "" if name == DEFAULT_OUTPUT else f"{name}."
+    return [
+        (f"{prefix}perplexity", loss.exp()),
+        (f"{prefix}loss", loss),
+        (f"{prefix}tokens", torch.tensor(counts)),
+    ]
+
+
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision as float32: sums and probabilities would lose their last digits."""
     return tensor.float() if _is_half(tensor) else tensor
@@ -774,7 +804,10 @@ _TRANSFORMS: dict[str, _Transform] = {
     "last_token": _last_token,
     "sentence_embedding": _sentence_embedding,
     "normalize": _normalize,
+    "perplexity": _perplexity,
 }
+_WORDS = {"perplexity": "perplexity, from the mean loss of the tokens after the first, natural log"}
+"""Transforms that need more words than their names."""
 _POOLING_STEPS = {"mean_pool", "cls", "last_token"}
 _SCORE_STEPS = {"softmax", "sigmoid", "argmax", "classify", "topk", "threshold", "uint8"}
 """Transforms of scores; metrics read the output before the first of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,61 @@ def test_a_model_that_computes_nan_does_not_write_text(gpt: Path, tmp_path: Path
     assert sentences(1)
     with pytest.raises(ConfigError, match="contain NaN"):
         infer(folder, tmp_path / "out", {"max_new_tokens": 4}, ["zoo", "zz"])
+
+
+# --- perplexity ----------------------------------------------------------------------------------
+
+
+def perplexity(
+    folder: Path, out: Path, documents: list[str], **more: Any
+) -> tuple[dict[str, list[float]], InferResult]:
+    path = out.parent / "documents.txt"
+    path.write_text("".join(f"{text}\n" for text in documents))
+    result = gradrun.infer(
+        {
+            "model": {"source": "huggingface", "path": str(folder), "auto_class": CAUSAL}
+            | more.pop("model", {}),
+            "data": {"source": "text", "path": str(path), "batch_size": 8},
+            "output": {"path": str(out), "format": "jsonl", "transform": "perplexity"},
+            "run": {"warmup": 0},
+            "measure": {"memory": False},
+            **more,
+        }
+    )
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return {name: [row[name] for row in rows] for name in ("perplexity", "loss", "tokens")}, result
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_perplexity_is_that_of_a_plain_loop_over_documents(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    documents = [*PROMPTS, "the model " * 20]
+    found, result = perplexity(folder, tmp_path / "out", documents)
+    transformers = import_transformers("")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    for row, text in enumerate(documents):
+        ids = tokenizer(text, truncation=True, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            loss = float(model(input_ids=ids, labels=ids).loss)
+        assert found["loss"][row] == pytest.approx(loss, rel=1e-5)
+        assert found["perplexity"][row] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert found["tokens"][row] == ids.shape[1] - 1
+    assert "then" not in stated(result)
+    assert "mean loss of the tokens after the first" in stated(result)
+    assert "1 of 21 truncated to 64 tokens" in stated(result)
+
+
+def test_a_document_of_one_token_has_no_perplexity(gpt: Path, tmp_path: Path) -> None:
+    found, result = perplexity(gpt, tmp_path / "out", ["ab", "a"])
+    assert found["tokens"] == [1, 0]
+    assert found["loss"][0] > 0
+    assert str(found["loss"][1]).lower() in {"nan", "none"}
+    assert any("NaN" in warning.text for warning in result.warnings)
+
+
+def test_perplexity_needs_a_causal_model(gpt: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a model that predicts the next token"):
+        perplexity(gpt, tmp_path / "out", ["ab"], model={"auto_class": "AutoModelForMaskedLM"})
