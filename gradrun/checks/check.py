@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,13 @@ from gradrun.comparison.protocol import Failure
 from gradrun.comparison.session import Session, SessionData, Variant
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
 from gradrun.config.schema import RunConfig
-from gradrun.core.errors import ConfigError, GradrunError, ModelInputError, RunFailed
+from gradrun.core.errors import (
+    ConfigError,
+    GradrunError,
+    ModelInputError,
+    RunFailed,
+    UnsupportedValues,
+)
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.options import option
 from gradrun.core.progress import Progress, ProgressCallback, ignore
@@ -37,6 +44,7 @@ from gradrun.results.result import (
     Warning,
 )
 
+_NO_GOLDEN = "golden outputs require output.format npy: rows of jsonl can differ in shape"
 _PROCESS_MEMORY = ("process_peak", "device_allocated", "device_reserved")
 
 
@@ -91,7 +99,7 @@ def check(
         _validate(checked, reference, update_expected=update_expected, saves=bool(save_baseline))
         with locked_check_folder(checked.output.path):
             try:
-                predicted = infer(checked, trust_code=trust_code, overwrite=True, progress=progress)
+                checked, predicted = _predict(checked, trust_code, progress)
             except (ModelInputError, RunFailed) as error:
                 result = _failed_result(checked, error)
             else:
@@ -122,8 +130,7 @@ def _validate(
     if earlier and not measurements_in(earlier.measurements, mode):
         raise ConfigError(f"the baseline has no measurement in {mode}", "check.mode")
     if expected and config.output.format == "jsonl":
-        text = "golden outputs require output.format npy: rows of jsonl can differ in shape"
-        raise ConfigError(text, "check.expected")
+        raise ConfigError(_NO_GOLDEN, "check.expected")
     if expected and any(parent.is_file() for parent in expected.parents):
         raise ConfigError(f"a parent folder of {expected} is a file", "check.expected")
     if update_expected and expected is None:
@@ -134,6 +141,24 @@ def _validate(
     if not (evaluate.has_checks(config.check) or reference or saves):
         text = "nothing to check: smoke tests are off and no limit, baseline or reference is set"
         raise ConfigError(text, "check.smoke")
+
+
+def _predict(
+    config: RunConfig, trust_code: bool, progress: ProgressCallback
+) -> tuple[RunConfig, InferResult]:
+    """Write the predictions, as lines of JSON if arrays cannot store them.
+
+    Returns:
+        The config with the format, and the result.
+    """
+    run = partial(infer, trust_code=trust_code, overwrite=True, progress=progress)
+    try:
+        return config, run(config)
+    except UnsupportedValues as error:
+        if config.check.expected:
+            raise ConfigError(_NO_GOLDEN, "check.expected") from error
+    lines = config.replace({"output.format": "jsonl"})
+    return lines, run(lines)
 
 
 def _no_reference(missing: str) -> Warning:

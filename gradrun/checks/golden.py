@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from gradrun.comparison.predictions import take_numbers
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.files import replace_file
 from gradrun.core.units import pluralize
@@ -176,14 +177,8 @@ def _count_text(count: int, total: int, first: int) -> str:
     return f"differs in {pluralize(count, 'sample')} of {total:,}, first at {first}"
 
 
-def _same_row(golden: dict[str, Any], row: dict[str, Any], rtol: float, atol: float) -> bool:
-    return golden.keys() == row.keys() and all(
-        _same_value(value, row[name], rtol, atol) for name, value in golden.items()
-    )
-
-
-def _same_value(golden: Any, value: Any, rtol: float, atol: float) -> bool:
-    old, new = np.asarray(golden), np.asarray(value)
-    if {old.dtype.kind, new.dtype.kind} & {"O", "U"}:
-        return bool(golden == value)
-    return not _difference(np.atleast_1d(old), np.atleast_1d(new), rtol, atol)
+def _same_row(golden: Any, row: Any, rtol: float, atol: float) -> bool:
+    old: list[float] = []
+    new: list[float] = []
+    same = take_numbers(golden, old, (float,)) == take_numbers(row, new, (float,))
+    return same and bool(np.isclose(new, old, rtol=rtol, atol=atol, equal_nan=True).all())

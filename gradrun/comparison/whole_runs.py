@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import torch
-
+from gradrun.comparison.predictions import compare_predictions
 from gradrun.comparison.protocol import Failure
 from gradrun.comparison.session import SessionData, Variant, is_precise
 from gradrun.config.schema import RunConfig
@@ -19,7 +15,6 @@ from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.engines.infer import infer
-from gradrun.output.formats import FORMATS
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, InferResult, Warning
 
@@ -124,71 +119,3 @@ class WholeRuns:
                 )
             )
         return data
-
-
-def compare_predictions(
-    folders: tuple[Path, Path], form: str, *, rtol: float, atol: float
-) -> tuple[bool, float, bool]:
-    """Compare the predictions of two runs of one format.
-
-    Returns:
-        Whether all numbers are the same, their greatest difference, and whether it is within the
-        tolerance; the difference is infinite if texts, or the number of values of a sample, differ.
-    """
-    greatest, equal = 0.0, True
-    for one, other in zip_longest(*(_rows(folder, form) for folder in folders)):
-        if one is None or other is None or one.other != other.other:
-            return False, math.inf, False
-        same = (one.numbers == other.numbers) | (one.numbers.isnan() & other.numbers.isnan())
-        if not same.all():
-            gap = (one.numbers - other.numbers).abs().masked_fill(same, 0.0)
-            greatest = max(greatest, float(gap.nan_to_num(nan=math.inf, posinf=math.inf).max()))
-            equal &= torch.allclose(
-                one.numbers, other.numbers, rtol=rtol, atol=atol, equal_nan=True
-            )
-    return not greatest, greatest, equal
-
-
-_CHUNK = 1024
-"""Samples that are compared at once."""
-
-
-class _Rows(NamedTuple):
-    """Predictions of some samples, divided into numbers and the rest."""
-
-    numbers: torch.Tensor
-    other: Any
-    """Texts, names, and the number of values in each list."""
-
-
-def _rows(folder: Path, form: str) -> Iterator[_Rows]:
-    """Yield the predictions of a run, some samples at a time."""
-    records = FORMATS[form].records
-    if records is None:
-        for positions, columns in FORMATS[form].read(folder, ()):
-            shapes = [(name, rows.shape, rows.dtype) for name, rows in columns.items()]
-            numbers = [_flat(torch.from_numpy(rows)) for rows in columns.values()]
-            yield _Rows(torch.cat(numbers), [positions.tolist(), shapes])
-        return
-    rows = records(folder)
-    while chunk := [*islice(rows, _CHUNK)]:
-        leaves: list[float] = []
-        other = _take_numbers(chunk, leaves)
-        yield _Rows(torch.tensor(leaves, dtype=torch.float64), other)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.flatten().double()
-
-
-def _take_numbers(value: Any, numbers: list[float]) -> Any:
-    """Move the numbers of a value to a list; returns the value with 0 in their place."""
-    if isinstance(value, dict):
-        return {key: _take_numbers(item, numbers) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_take_numbers(item, numbers) for item in value]
-    if isinstance(value, int | float):
-        numbers.append(value)
-        return 0
-    return value

@@ -2,7 +2,8 @@
 
     GradrunError            1
     ├── ConfigError         2  bad usage or config; nothing was written
-    │   └── ModelInputError    the model failed on its first batch
+    │   ├── ModelInputError    the model failed on its first batch
+    │   └── UnsupportedValues  the format cannot store the model's output
     ├── RunFailed           1  the run stopped early; earlier output stays valid
     └── Interrupted       130  stopped by the user (143 after SIGTERM)
 
@@ -67,6 +68,10 @@ class ConfigError(GradrunError):
 
 class ModelInputError(ConfigError):
     """The model failed on its first batch: model and data do not match."""
+
+
+class UnsupportedValues(ConfigError):
+    """The format of the predictions cannot store the values that the model returns."""
 
 
 class SampleError(Exception):

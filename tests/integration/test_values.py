@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.comparison.whole_runs import compare_predictions
+from gradrun.comparison.predictions import compare_predictions
 from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.output.formats import sample_files
 from tests.support.engines import InlineEngines
+from tests.support.workers import in_process_workers
 
 NET = """
 import torch
@@ -179,6 +180,27 @@ def test_predictions_with_other_numbers_of_values_differ(
     gradrun.infer(config, trust_code=True)
     folders = (tmp_path / "a", tmp_path / "b")
     assert compare_predictions(folders, form, rtol=1, atol=1) == (False, np.inf, False)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_check_finds_another_box_of_a_detector(
+    config: dict[str, Any], tmp_path: Path, form: str
+) -> None:
+    config["output"]["format"] = form
+    config["check"] = {"smoke": False, "regression": {"time": None, "forward_peak": None}}
+    first, other = tmp_path / "first.yaml", tmp_path / "other.yaml"
+    first.write_text(json.dumps(config))
+    changed = rows_in(tmp_path)
+    changed[3, 1] += 0.5
+    np.save(tmp_path / "changed.npy", changed)
+    config["data"]["path"] = f"{tmp_path}/changed.npy"
+    other.write_text(json.dumps(config))
+    with in_process_workers():
+        (same,) = gradrun.check(first, against=first, trust_code=True).outcomes
+        (outcome,) = gradrun.check(first, against=other, trust_code=True).outcomes
+    assert (same.check, same.status) == ("outputs vs first.yaml", "pass")
+    assert outcome.status == "fail"
+    assert "differs in 1 sample of 11, first at 3" in outcome.reason
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from gradrun.config.output import OutputSection
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, UnsupportedValues
 from gradrun.core.value_types import TypeMismatch
 from gradrun.output import journal
 from gradrun.output.class_labels import ClassLabels
@@ -218,7 +218,7 @@ def check_columns(config: OutputSection, outputs: Outputs) -> None:
             continue
         able += [form for form, f in FORMATS.items() if scalar and f.values == "scalars"]
         formats = f"{', '.join(able[:-1])} or {able[-1]}"
-        raise ConfigError(
+        raise UnsupportedValues(
             f"{config.format} cannot store {title_of(name)!r}, whose samples have values of "
             f"any size ({describe_values(column)}); set output.format: {formats}",
             "output.format",
