@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from gradrun.config.base import PathResolver
 from gradrun.config.overrides import Overrides, apply_overrides
 from gradrun.config.schema import RunConfig
-from gradrun.config.validation_errors import config_issue
+from gradrun.config.validation_errors import config_issues
 from gradrun.config.yaml_reader import Document, SourceMap, dotted, read_yaml
 from gradrun.core.errors import ConfigError
 
@@ -86,8 +86,7 @@ def _validate(document: Document, paths: PathResolver) -> RunConfig | None:
         return RunConfig.model_validate_json(json.dumps(document.data), context=paths)
     except ValidationError as error:
         reported = {position for position, _ in document.problems}
-        issues = (config_issue(details, document.data) for details in error.errors())
-        for issue in dict.fromkeys(issues):
+        for issue in dict.fromkeys(config_issues(error.errors(), document.data)):
             location = document.locations.find(issue.key, of_key=issue.about_key)
             if location is None or (location.line, location.column) not in reported:
                 text = f"{dotted(issue.key)}: {issue.text}" if issue.key else issue.text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
@@ -19,7 +19,7 @@ _KINDS = {
     "float_type": "a number",
     "string_type": "text",
     "bool_type": "true or false",
-    "tuple_type": "a list, such as [1, 8, 8]",
+    "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a section",
     "model_type": "a section",
@@ -46,10 +46,37 @@ class ConfigIssue:
     about_key: bool = False
 
 
+def config_issues(problems: Sequence[Any], data: Any) -> Iterator[ConfigIssue]:
+    """Convert pydantic's ErrorDetails about `data`.
+
+    For a value of a union, pydantic reports every member. A member of another type than the value
+    is left out if a member of its type, or an item in the value, explains the problem.
+    """
+    found = [(config_issue(problem, data), _is_other_type(problem)) for problem in problems]
+    explained = {issue.key for issue, other_type in found if not other_type}
+    explained |= {issue.key[:end] for issue, _ in found for end in range(len(issue.key))}
+    for issue, other_type in found:
+        if not (other_type and issue.key in explained):
+            yield issue
+
+
+def _is_other_type(problem: Any) -> bool:
+    """Decide whether a value has another type than one of the members of a union."""
+    kind, given = problem["type"], problem["input"]
+    if kind == "literal_error":
+        return isinstance(given, list | tuple | Mapping)
+    return kind in _KINDS and kind not in {"int_from_float", "finite_number"}
+
+
 def config_issue(problem: Any, data: Any) -> ConfigIssue:
     """Convert a pydantic ErrorDetails about `data`."""
-    key, section = _resolve_location(problem["loc"], data)
+    key, section, within = _resolve_location(problem["loc"], data)
     kind, context = problem["type"], problem.get("ctx", {})
+    if within:  # in a list of files and maps, which is joined to a map
+        name, fields = str(problem["loc"][-1]), section.model_fields if section else {}
+        unknown = kind == "extra_forbidden"
+        text = f"unknown key {name!r}; {suggest(name, fields)}" if unknown else ""
+        return ConfigIssue(key, f"{within}: {text or _describe_value(problem, name)}")
     if kind == "extra_forbidden":
         allowed = sorted(section.model_fields, key="source".__ne__) if section else []
         return ConfigIssue(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
@@ -68,9 +95,19 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
     if kind == "limit":
         return ConfigIssue((*key, context["section"], context["name"]), context["problem"])
     text = _describe_value(problem, str(key[-1]) if key else "")
+    if kind == "tuple_type" and section and not isinstance(problem["input"], str | Mapping):
+        text += _list_example(section, key)
     if kind in _MAPS and key and section:
         text += _map_advice(section, key)
     return ConfigIssue(key, text)
+
+
+def _list_example(section: type[BaseModel], key: Key) -> str:
+    field = section.model_fields.get(str(key[-1]))
+    if field is None or _members(field):
+        return ""
+    items = str(field.annotation)
+    return ", such as [1, 8, 8]" if "int" in items else ", such as [a, b]" if "str" in items else ""
 
 
 def _map_advice(section: type[BaseModel], key: Key) -> str:
@@ -96,6 +133,8 @@ def _describe_value(problem: Any, name: str) -> str:
         return f"unknown value {_format(given)}; allowed: {_ALLOWED[name]}"
     if kind == "tuple_type" and isinstance(given, str):
         return f"{_format(given)} is not a list; write [{given:.60}]"
+    if kind == "tuple_type" and isinstance(given, Mapping) and given:
+        return f"{_format(given)} is not a list; write [{', '.join(map(str, given)):.60}]"
     if kind in _KINDS:
         return f"{_format(given)} is not {_KINDS[kind]}"
     if kind in {"enum", "literal_error"}:
@@ -158,8 +197,11 @@ def _members(field: FieldInfo) -> list[type[BaseModel]]:
     return members
 
 
-def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]:
+def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None, str]:
     """Return the key of a pydantic location, and the section class that declares the key.
+
+    The last item is the name of a section that `data` does not have under the key, because it was
+    joined from a list or read from a file; otherwise "".
 
     Besides keys, a location contains the chosen member of a union (model, zoo, name) and the
     branches of a plain union (run, threads, int).
@@ -167,6 +209,7 @@ def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]
     key: Key = ()
     section: type[BaseModel] | None = None
     candidates: list[type[BaseModel]] = [RunConfig]
+    within = ""
     is_container = False  # a dict or tuple of sections; the next part is a name or an index
     for part in loc:
         if len(candidates) > 1:
@@ -175,7 +218,12 @@ def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]
         named = candidates and not is_container
         field = candidates[0].model_fields.get(str(part)) if named else None
         value = _get(data, part)
-        if field is None and value is _ABSENT:
+        if is_container and isinstance(part, str) and value is _ABSENT and candidates:
+            within, section, data, is_container = part, candidates[0], None, False
+            continue
+        if isinstance(data, list) and isinstance(part, str):
+            continue  # the branch of a union
+        if within or (field is None and value is _ABSENT):
             break
         key, data = (*key, part), None if value is _ABSENT else value
         if is_container:
@@ -184,7 +232,7 @@ def _resolve_location(loc: Key, data: Any) -> tuple[Key, type[BaseModel] | None]
         section = candidates[0] if candidates else None
         candidates = _members(field) if field else []
         is_container = field is not None and get_origin(field.annotation) in {dict, tuple}
-    return key, section
+    return key, section, within
 
 
 _ABSENT = object()

@@ -209,7 +209,7 @@ def _check_one_format(files: Sequence[Path], key: str) -> None:
         if format_suffix(file) != format_suffix(first):
             raise ConfigError(
                 f"the files have several formats, such as {first.name} and {file.name}; select "
-                f"one, for example with the pattern {first.parent}/*{format_suffix(first)}",
+                f"one, for example with the pattern {first.parent}/*.{format_name(first)}",
                 key,
             )
 

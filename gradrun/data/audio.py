@@ -97,9 +97,11 @@ class _Audio:
                 if not ahead:
                     return
                 numbers, files = ahead.popleft()
-                inputs, errors = self._inputs([file.result() for file in files])
+                read = [file.result() for file in files]
+                inputs, errors = self._inputs(read)
+                lengths = self._lengths(read)
                 ids = [self._listed.names[number] for number in numbers]
-                yield self._new_batch(inputs, ids, errors)
+                yield self._new_batch(inputs, ids, errors, lengths=lengths)
                 wanted = 1 + _BATCHES_AHEAD
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -231,6 +233,13 @@ class _Audio:
             for tensor in inputs.values():
                 tensor[list(errors)] = 0
         return inputs, errors
+
+    def _lengths(self, files: Sequence[Samples | SampleError]) -> dict[str, torch.Tensor]:
+        """Return the lengths of files that are padded to the longest of the batch, by input."""
+        if self._processor or self._length is not None:
+            return {}
+        counts = [0 if isinstance(file, SampleError) else file.shape[1] for file in files]
+        return {self.config.input: torch.tensor(counts)}
 
     def _process(self, samples: Sequence[Samples]) -> dict[str, torch.Tensor]:
         assert self._processor

@@ -24,6 +24,8 @@ class Batch(NamedTuple):
     """The true classes or values [size, ...], if the data source reads them with the inputs."""
     kept: Mapping[str, Sequence[Any]] = MappingProxyType({})
     """Column of the input to its values, which are written beside the predictions."""
+    lengths: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """Position in `tensors()` of an input that is padded at its end -> the length of each row."""
 
     def raise_errors(self) -> None:
         """Raise the first SampleError, if any."""
@@ -37,7 +39,10 @@ class Batch(NamedTuple):
         labels = None if self.labels is None else self.labels[index]
         kept = {name: [values[row] for row in rows] for name, values in self.kept.items()}
         ids = [self.ids[row] for row in rows]
-        return selected._replace(size=len(rows), ids=ids, errors={}, labels=labels, kept=kept)
+        lengths = {position: values[index] for position, values in self.lengths.items()}
+        return selected._replace(
+            size=len(rows), ids=ids, errors={}, labels=labels, kept=kept, lengths=lengths
+        )
 
     def slice(self, start: int, stop: int) -> Batch:
         """Return a batch of the rows from `start` up to but excluding `stop`."""
@@ -46,8 +51,11 @@ class Batch(NamedTuple):
         labels = None if self.labels is None else self.labels[start:stop]
         kept = {name: values[start:stop] for name, values in self.kept.items()}
         ids = self.ids[start:stop]
+        lengths = {position: values[start:stop] for position, values in self.lengths.items()}
         size = stop - start
-        return sliced._replace(size=size, ids=ids, errors=errors, labels=labels, kept=kept)
+        return sliced._replace(
+            size=size, ids=ids, errors=errors, labels=labels, kept=kept, lengths=lengths
+        )
 
     @property
     def elements(self) -> int:

@@ -48,7 +48,7 @@ class KeptColumns:
         Raises:
             ConfigError: a column is in no row.
         """
-        for name in self.names:
+        for name in self.names if self._known else ():  # empty files have another error
             if name not in self._known:
                 hint = suggest(name, sorted(self._known))
                 raise ConfigError(f"the data have no column {name!r}; {hint}", KEY)

@@ -31,6 +31,8 @@ class Converted(NamedTuple):
     problems: Problems
     nans: np.ndarray[Any, np.dtype[np.bool_]]
     """Whether each row has NaN."""
+    lengths: torch.Tensor | None = None
+    """The length of each row, if rows are padded to the longest."""
 
 
 def open_parser(name: str, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> Parser:
@@ -254,10 +256,10 @@ class ListColumns(Columns):
             if row is not None:
                 target[: len(row)] = row
         tensor, problems = self._converter(max(lengths))(torch.from_numpy(padded))
-        tensors = {self.name: tensor}
+        tensors, counts = {self.name: tensor}, torch.tensor(lengths)
         if self.spec.lengths is not None:
-            tensors[self.spec.lengths] = torch.tensor(lengths)
-        return Converted(tensors, problems, _rows_with_nan(padded))
+            tensors[self.spec.lengths] = counts
+        return Converted(tensors, problems, _rows_with_nan(padded), counts)
 
     def describe(self) -> str:
         spec, lists = self.spec, self._lists

@@ -221,17 +221,21 @@ class _Records(IndexedRows):
         ids = self._row_ids(records, first, errors)
         nans = np.zeros(len(records), bool)
         tensors: dict[str, torch.Tensor] = {}
+        lengths: dict[str, torch.Tensor] = {}
         for name, columns in self._columns.items():
             converted = columns.convert(rows[name])
             nans |= converted.nans
             tensors |= converted.tensors
+            if converted.lengths is not None:
+                lengths[name] = converted.lengths
             for row, problem in converted.problems.items():
                 place = records[row].place
                 errors.setdefault(row, SampleError(f"{place}  input {name!r}: {problem}"))
         self.flags[first : first + len(records)] = np.array(flags, self.flags.dtype) | nans
         for tensor in tensors.values():
             tensor[list(errors)] = 0
-        return self._new_batch(tensors, ids, errors, self._kept.batch(map(self._kept.of, records)))
+        kept = self._kept.batch(map(self._kept.of, records))
+        return self._new_batch(tensors, ids, errors, kept, lengths)
 
     def _row_ids(
         self, records: list[Record], first: int, errors: dict[int, SampleError]

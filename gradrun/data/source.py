@@ -266,11 +266,16 @@ class InputBatcher:
         ids: Sequence[int | str],
         errors: Mapping[int, SampleError] | None = None,
         kept: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+        lengths: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> Batch:
-        """Return a batch of the inputs, each [n, ...], with n ids and n values of kept columns."""
-        if self.positional:
-            return Batch(tuple(inputs.values()), {}, len(ids), ids, errors or {}, kept=kept)
-        return Batch((), dict(inputs), len(ids), ids, errors or {}, kept=kept)
+        """Return a batch of the inputs, each [n, ...], with n ids and n values of kept columns.
+
+        `lengths` has the lengths of the rows of padded inputs, by the name of the input.
+        """
+        args = tuple(inputs.values()) if self.positional else ()
+        kwargs = {} if self.positional else dict(inputs)
+        by_position = {list(inputs).index(name): values for name, values in lengths.items()}
+        return Batch(args, kwargs, len(ids), ids, errors or {}, kept=kept, lengths=by_position)
 
 
 class RowReader(Protocol):

@@ -18,7 +18,14 @@ from gradrun.core.remote import RemotePath
 from gradrun.engines import processes, ray
 from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
-from gradrun.engines.objects import Inference, collect, is_consumed, open_config, restored
+from gradrun.engines.objects import (
+    Inference,
+    check_keywords,
+    collect,
+    is_consumed,
+    open_config,
+    restored,
+)
 from gradrun.inference.infer import infer as infer_here
 from gradrun.inference.interpretation import explain as explain_run
 from gradrun.output import journal
@@ -127,7 +134,8 @@ def infer(
         Interrupted: as RunFailed, after Ctrl-C or SIGTERM.
     """
     overrides |= {"run.mode": str(mode)} if mode else {}
-    overrides |= {"data.batch_size": batch_size} if batch_size else {}
+    overrides |= {"data.batch_size": batch_size} if batch_size is not None else {}
+    check_keywords(overrides)
     if output is not None:
         overrides |= {"output": output} if isinstance(output, Mapping) else {"output.path": output}
     with progress_display(progress) as shown:

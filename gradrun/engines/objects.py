@@ -23,6 +23,7 @@ from gradrun.config.objects import ObjectArrays, ObjectConfig, ObjectItems, Obje
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import import_optional
+from gradrun.core.suggest import suggest
 from gradrun.core.units import format_number
 from gradrun.data.objects import is_frame, read_inputs, read_labels
 from gradrun.output import quarantine
@@ -99,6 +100,7 @@ def open_config(
     if config is not None:
         sections |= resolve_config(config).config.model_dump(mode="json")
     own_model, own_data = is_object(model), is_object(data)
+    _check_data(data)
     if own_model:
         _check_module(model)
         sections["model"] = save_module(model, folder) if as_files else _PLACEHOLDER_MODEL
@@ -140,6 +142,40 @@ def open_config(
         run = replaced
     others = [sections[name] for name, own in (("model", own_model), ("data", own_data)) if not own]
     return OpenedObjects(LoadedConfig(run), trusted=not any("target" in other for other in others))
+
+
+def check_keywords(overrides: Mapping[str, Any]) -> None:
+    """Check the first part of the keys that keyword arguments set.
+
+    Raises:
+        ConfigError: one is neither a section nor a key below one.
+    """
+    sections = RunConfig.model_fields
+    for name, value in overrides.items():
+        if name.partition(".")[0] in sections:
+            continue
+        fields = {
+            section: getattr(field.annotation, "model_fields", {})
+            for section, field in sections.items()
+        }
+        owners = [section for section, keys in fields.items() if name in keys]
+        if owners:
+            hint = f"a key of the section {owners[0]}: pass {owners[0]}={{{name!r}: {value!r:.60}}}"
+            raise ConfigError(f"{name} is {hint}")
+        arguments = ["config", "model", "data", "labels", "mode", "batch_size", "output"]
+        allowed = suggest(name, dict.fromkeys([*arguments, *sections]))
+        raise ConfigError(f"{name} is not an argument or a section; {allowed}")
+
+
+def _check_data(data: Any) -> None:
+    if isinstance(data, str | bytes | Path):
+        raise ConfigError(
+            f"data is a {type(data).__name__}: pass a list of texts or files, an array such as "
+            'numpy.load(...), or a section such as {"source": "arrays", "path": "x.npy"}',
+            "data",
+        )
+    if isinstance(data, set | frozenset):
+        raise ConfigError("data is a set, which has no order; pass a list", "data")
 
 
 def _are_items(data: Any) -> bool:

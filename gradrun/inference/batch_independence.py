@@ -68,6 +68,8 @@ class BatchDependence:
     """Greatest absolute difference of an output; infinite if its shape changes."""
     padding: bool = False
     """Whether the padding of its batch is the cause, and not the other samples."""
+    masked: bool = False
+    """Whether an attention_mask marks the padding."""
     batch_dim: int | None = None
     """The dimension of the output that follows the samples, if it is another than the first."""
     module: nn.Module | None = None
@@ -96,6 +98,11 @@ class BatchDependence:
     @property
     def advice(self) -> str:
         """The remedy, without a full stop."""
+        if self.padding and not self.masked:
+            return (
+                "the input key `lengths` passes the length of each sample to the model, which can "
+                "ignore the fill after it; or set data.batch_size: 1"
+            )
         if self.padding:
             return "make the model ignore tokens outside of attention_mask, also in its positions"
         if self.batch_dim is not None:
@@ -180,6 +187,8 @@ class _Trial:
     batch: Batch
     tokens: torch.Tensor | None = None
     """Positions of the tokens that remain without padding."""
+    padded: int = 0
+    """The number of tokens with padding."""
 
 
 def _trials(batch: Batch) -> Iterator[_Trial]:
@@ -190,14 +199,33 @@ def _trials(batch: Batch) -> Iterator[_Trial]:
         rows = _other_rows(batch.size)
         yield _Trial(rows, batch.select(rows))
     if (padded := _padded_row(batch)) is not None:
-        mask = batch.kwargs["attention_mask"]
-        tokens = mask[padded].nonzero().flatten()
-        alone = batch.select([padded])
-        trimmed = {
-            name: value[:, tokens] if value.shape[1:2] == mask.shape[1:] else value
-            for name, value in alone.kwargs.items()
-        }
-        yield _Trial([padded], alone._replace(kwargs=trimmed), tokens)
+        mask = _mask(batch)
+        yield _unpadded(batch, padded) if mask is None else _unmasked(batch, padded, mask)
+
+
+def _unmasked(batch: Batch, row: int, mask: torch.Tensor) -> _Trial:
+    """Return a text without its padding, which the mask marks on either side."""
+    tokens = mask[row].nonzero().flatten()
+    alone = batch.select([row])
+    trimmed = {
+        name: value[:, tokens] if value.shape[1:2] == mask.shape[1:] else value
+        for name, value in alone.kwargs.items()
+    }
+    return _Trial([row], alone._replace(kwargs=trimmed), tokens, mask.shape[1])
+
+
+def _unpadded(batch: Batch, row: int) -> _Trial:
+    """Return a sample without the padding at the end of its inputs."""
+    alone = batch.select([row])
+    trimmed = alone.tensors()
+    for position, lengths in batch.lengths.items():
+        tensor, longest = trimmed[position], int(lengths.max())
+        dim = list(tensor.shape).index(longest, 1)
+        trimmed[position] = tensor.narrow(dim, 0, int(lengths[row]))
+    remaining = iter(trimmed)
+    lengths = next(iter(batch.lengths.values()))
+    tokens = torch.arange(int(lengths[row]))
+    return _Trial([row], alone.map(lambda _: next(remaining)), tokens, int(lengths.max()))
 
 
 def _tested_rows(batch: Batch) -> list[int]:
@@ -215,13 +243,23 @@ def _other_rows(size: int) -> list[int]:
 
 def _padded_row(batch: Batch) -> int | None:
     """Return the row with most padding, if the longest text of the batch determines it."""
-    mask = batch.kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2:
+    mask = _mask(batch)
+    lengths = next(iter(batch.lengths.values()), None) if mask is None else (mask != 0).sum(1)
+    if lengths is None:
         return None
-    lengths = (mask != 0).sum(1)
-    shortest = int(lengths.argmin())
-    padded = 0 < int(lengths[shortest]) < mask.shape[1] == int(lengths.max())
-    return shortest if padded else None
+    shortest, longest = int(lengths.argmin()), int(lengths.max())
+    if mask is None:
+        tensors = batch.tensors()
+        full = all(int(n.max()) in tensors[index].shape[1:] for index, n in batch.lengths.items())
+    else:
+        full = mask.shape[1] == longest
+    return shortest if full and 0 < int(lengths[shortest]) < longest else None
+
+
+def _mask(batch: Batch) -> torch.Tensor | None:
+    """Return the attention mask [samples, tokens] of texts."""
+    mask = batch.kwargs.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else mask
 
 
 # --- runs and comparisons ------------------------------------------------------------------------
@@ -291,22 +329,11 @@ class _BatchTest:
                     yield _Suspect(row, math.inf, large=True, padding=False)
                     continue
                 if trial.tokens is not None:
-                    expected = self._without_padding(expected, actual[index], trial.tokens)
+                    expected = _without_padding(expected, actual[index], trial)
                 difference = _difference(expected, actual[index])
                 if difference > step * scale:
                     large = difference > max(_LARGE, 10 * step) * scale
                     yield _Suspect(row, difference, large, padding=trial.tokens is not None)
-
-    def _without_padding(
-        self, expected: torch.Tensor, actual: torch.Tensor, tokens: torch.Tensor
-    ) -> torch.Tensor:
-        """Select the tokens in each dimension that has one entry per token."""
-        padded = self.batch.kwargs["attention_mask"].shape[1]
-        if expected.ndim == actual.ndim:
-            for dim, length in enumerate(expected.shape):
-                if length == padded and actual.shape[dim] == len(tokens):
-                    expected = expected.index_select(dim, tokens)
-        return expected
 
     def _confirm(self, suspect: _Suspect) -> BatchDependence | None:
         """Decide whether a suspect depends on its batch, from runs of the same size."""
@@ -317,7 +344,9 @@ class _BatchTest:
         sample = self.batch.ids[row]
         if suspect.padding:
             depends = suspect.large and not first.random
-            return BatchDependence(sample, suspect.difference, True) if depends else None
+            masked = _mask(self.batch) is not None
+            found = BatchDependence(sample, suspect.difference, padding=True, masked=masked)
+            return found if depends else None
         other = self._record(self.batch.select([row] * size), row)
         changes = self._changes(first, other)
         if not changes and (first.random or not suspect.large):
@@ -411,6 +440,16 @@ class _BatchTest:
         weights = next((p.dtype for p in self.model.parameters()), tensor.dtype)
         autocast = getattr(torch, self.config.run.autocast or "float32")
         return max(_STEPS.get(dtype, _STEP) for dtype in (tensor.dtype, weights, autocast))
+
+
+def _without_padding(expected: torch.Tensor, actual: torch.Tensor, trial: _Trial) -> torch.Tensor:
+    """Select the tokens of a trial in each dimension that has one entry per token."""
+    assert trial.tokens is not None
+    if expected.ndim == actual.ndim:
+        for dim, length in enumerate(expected.shape):
+            if length == trial.padded and actual.shape[dim] == len(trial.tokens):
+                expected = expected.index_select(dim, trial.tokens.to(expected.device))
+    return expected
 
 
 def _outputs_of(returned: Any, config: RunConfig) -> Rows:

@@ -71,7 +71,14 @@ def _remedy(model: nn.Module, kwargs: dict[str, Any], reason: str) -> str:
             "; an encoder-decoder model needs decoder inputs too; model.auto_class: "
             "AutoModelForTextEncoding runs its encoder alone"
         )
-    return "; data.inputs: {NAME: {dtype: ...}} converts it" if "dtype" in reason else ""
+    weights = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if "dtype" not in reason or weights is None:
+        return ""
+    name = str(weights).removeprefix("torch.")
+    return (
+        f"; convert the input to {name}: arrays and records of a config by data.inputs: "
+        f"{{NAME: {{dtype: {name}}}}}, other data in the code that makes them"
+    )
 
 
 def describe_model_error(error: BaseException, mode: GradMode) -> str:

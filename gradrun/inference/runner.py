@@ -407,7 +407,7 @@ class Runner:
         next_callback = began + _CALLBACK_NS
         try:
             for batch in recovery.split_to_fit(batches):
-                args, kwargs, size, ids, errors, labels, kept = batch
+                args, kwargs, size, ids, errors, labels, kept, _ = batch
                 read_ns = now() - mark
                 try:
                     if errors:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from gradrun.config.schema import RunConfig
-from gradrun.config.validation_errors import config_issue, suggest
+from gradrun.config.validation_errors import config_issue, config_issues, suggest
 
 GOOD: dict[str, Any] = {
     "model": {"source": "layers", "layers": ["ReLU"]},
@@ -17,6 +17,12 @@ GOOD: dict[str, Any] = {
     "output": {"path": "out"},
 }
 ARRAYS = {"source": "arrays", "path": "x.npy", "inputs": {"image": {"sclae": 1}}}
+COLUMNS = {
+    "source": "records",
+    "path": "x.csv",
+    "inputs": {"x": {"columns": ["age"]}},
+    "columns": [{"age": {"fil": 3}}],
+}
 RECORDS = {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": []}}}
 
 
@@ -25,7 +31,7 @@ def issues(**sections: Any) -> set[tuple[str, str, bool]]:
     data = GOOD | sections
     with pytest.raises(ValidationError) as caught:
         RunConfig.model_validate_json(json.dumps(data))
-    found = [config_issue(problem, data) for problem in caught.value.errors()]
+    found = config_issues(caught.value.errors(), data)
     return {(".".join(map(str, one.key)), one.text, one.about_key) for one in found}
 
 
@@ -54,6 +60,17 @@ def only(**sections: Any) -> tuple[str, str, bool]:
         ("run", {"deterministic": "yes"}, "run.deterministic", "'yes' is not true or false", False),
         ("run", [], "run", "a list is not a section", False),
         ("run", None, "run", "null is not a section", False),
+        ("output", {"path": "o", "transform": "sofmax"}, "output.transform", "softmax?", False),
+        (
+            "output",
+            {"path": "o", "palette": [[0, 0, 300]]},
+            "output.palette.0.2",
+            "most 255",
+            False,
+        ),
+        ("output", {"path": "o", "keep": None}, "output.keep", "such as [a, b]", False),
+        ("metrics", {"accuracy": True}, "metrics", "write [accuracy]", False),
+        ("data", COLUMNS, "data.columns", "age: unknown key 'fil'; did you mean fill?", False),
         ("output", {}, "output.path", "is missing: folder of the run", True),
         ("output", {"path": 3}, "output.path", "3 is not text", False),
         ("output", {"path": "o", "format": "npz"}, "output.format", "did you mean npy?", False),

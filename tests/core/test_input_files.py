@@ -101,6 +101,7 @@ def test_hidden_files_and_other_formats_of_a_folder_are_counted_and_not_read(
         (["a.csv"], "*.tsv", "no file matches"),
         (["d/a.csv"], "*", "(only folders: append /*)"),
         (["a.csv", "b.jsonl"], ".", "several formats, such as a.csv and b.jsonl"),
+        (["a.jsonl.gz", "b.csv"], ".", "/*.jsonl.gz"),
         (["a.csv", "a.csv.gz"], ".", "a.csv and a.csv.gz in"),
     ],
 )

@@ -137,6 +137,7 @@ def test_shorter_files_are_padded_with_zeros_and_their_lengths_are_an_input(
     assert [list(batch.ids) for batch in (one, two)] == [["000.wav", "001.wav"], ["002.wav"]]
     assert one.kwargs["samples"].tolist() == [30, 50]
     assert two.kwargs["samples"].tolist() == [20]
+    assert one.lengths[0].tolist() == [30, 50]  # of "wave", for the test of padding
     expected = np.stack([np.pad(clips[0], (0, 20)), clips[1]])
     np.testing.assert_array_equal(one.kwargs["wave"], expected)
     assert two.kwargs["wave"].shape == (1, 20)

@@ -204,6 +204,12 @@ def test_workers_get_copies_of_the_objects(net: nn.Module) -> None:
         ({"model": nn.Identity(), "data": pd.DataFrame({"a": [1.0, None]})}, "1 missing value"),
         ({"model": nn.Identity(), "data": [Path("a.xyz")]}, "a.xyz is neither an image nor"),
         ({"model": nn.Identity(), "data": ROWS, "resume": True}, "cannot be resumed"),
+        ({"model": nn.Identity(), "data": "rows.npy"}, "data is a str: pass a list of texts"),
+        ({"model": nn.Identity(), "data": {1.0, 2.0}}, "data is a set, which has no order"),
+        ({"model": nn.Identity(), "data": ROWS, "batch_size": 0}, "must be more than 0"),
+        ({"model": nn.Identity(), "data": ROWS, "batchsize": 3}, "did you mean batch_size?"),
+        ({"model": nn.Identity(), "data": ROWS, "k": 3}, "pass output={'k': 3}"),
+        ({"model": nn.Linear(8, 2), "data": torch.from_numpy(ROWS)}, "the input to float32"),
     ],
 )
 def test_an_unusable_argument_is_one_sentence_without_flags(

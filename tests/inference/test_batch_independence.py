@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,13 @@ def dependence(
     *args: torch.Tensor,
     mode: str = "inference_mode",
     settings: RunConfig | None = None,
+    lengths: Mapping[int, torch.Tensor] | None = None,
     **kwargs: torch.Tensor,
 ) -> BatchDependence | None:
     """Run a batch, then the test; the model's state stays as it was."""
     settings = settings or config()
     size = len([*args, *kwargs.values()][0])
-    batch = Batch(args, kwargs, size, range(size))
+    batch = Batch(args, kwargs, size, range(size), lengths=lengths or {})
     state = copy.deepcopy(model.state_dict())
     with grad_mode(mode):
         torch.manual_seed(1)
@@ -362,6 +364,33 @@ class Averages(nn.Module):
         mask = attention_mask if self.masked else torch.ones_like(attention_mask)
         vectors: torch.Tensor = self.embedding(input_ids) * mask.unsqueeze(-1)
         return vectors.sum(1) / mask.sum(1, keepdim=True)
+
+
+class LastStep(nn.Module):
+    """An LSTM that takes the last step of the batch, or of each series."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm = nn.LSTM(2, 4, batch_first=True)
+
+    def forward(self, series: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
+        steps: torch.Tensor = self.lstm(series)[0]
+        return steps[:, -1] if lengths is None else steps[torch.arange(len(steps)), lengths - 1]
+
+
+def test_a_model_that_ignores_the_lengths_depends_on_padding() -> None:
+    lengths = torch.tensor([9, 4, 7, 2])
+    series = numbers(4, 9, 2) * (torch.arange(9) < lengths[:, None])[..., None]
+    model = LastStep()
+    found = dependence(model, series, lengths={0: lengths})
+    assert found is not None
+    assert (found.padding, found.sample) == (True, 3), "the shortest series"
+    expected = (model(series)[3] - model(series[3:, :2])[0]).abs().max().item()
+    assert found.difference == pytest.approx(expected)
+    assert "lengths" in found.advice
+    assert "attention_mask" not in found.advice
+    assert dependence(model, series, lengths, lengths={0: lengths}) is None
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

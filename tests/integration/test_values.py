@@ -371,6 +371,13 @@ def keeping(folder: Path, suffix: str, form: str, keep: list[str], **data: Any) 
     }
 
 
+def test_a_file_without_rows_is_the_error_and_not_its_missing_columns(tmp_path: Path) -> None:
+    config = keeping(tmp_path, "csv", "csv", ["title"])
+    (tmp_path / "rows.csv").write_text("id,x,title\n")
+    with pytest.raises(gradrun.ConfigError, match="the data contains no samples"):
+        gradrun.infer(config)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
 def test_columns_are_carried_through_with_their_types(

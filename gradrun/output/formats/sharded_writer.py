@@ -182,7 +182,8 @@ class ShardedWriter(ABC):
             if layout(column) != layout(buffer):
                 raise ValueError(
                     f"output {name!r} has {describe(buffer)}, but the next batch has "
-                    f"{describe(column)}; use format: jsonl for rows of any shape"
+                    f"{describe(column)}; use format: jsonl for rows of any shape, or "
+                    "output.transform: mean_pool or cls for one row per sequence"
                 )
         done = 0
         while done < len(ids):
