@@ -31,7 +31,7 @@ EXPECTED = ROWS @ WEIGHT.numpy().T
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, object_store(patch) as store:
+    with pytest.MonkeyPatch.context() as patch, object_store(patch.setenv) as store:
         yield store
 
 

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -101,16 +101,18 @@ class ObjectStore:
 
 
 @contextmanager
-def object_store(monkeypatch: Any) -> Iterator[ObjectStore]:
+def object_store(
+    setenv: Callable[[str, str], Any], store: ObjectStore | None = None
+) -> Iterator[ObjectStore]:
     """Start the server, and let fsspec find it and its credentials in the environment."""
-    store = ObjectStore()
+    store = store or ObjectStore()
     for name, value in {
         "AWS_ENDPOINT_URL": store.endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "SECRET-of-the-test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
-        monkeypatch.setenv(name, value)
+        setenv(name, value)
     try:
         yield store
     finally:
