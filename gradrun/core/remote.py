@@ -249,7 +249,9 @@ def _filesystem(scheme: str) -> Any:
     how = SCHEMES[scheme]
     fsspec = import_optional("fsspec", "")
     try:
-        return fsspec.filesystem(how.protocol, use_listings_cache=False, **how.options)
+        return fsspec.filesystem(
+            how.protocol, skip_instance_cache=True, use_listings_cache=False, **how.options
+        )
     except ImportError as error:
         raise ConfigError(f"{scheme}// needs {how.package}; pip install {how.install}") from error
 

@@ -23,6 +23,7 @@ import gradrun
 from gradrun.core import remote
 from tests.conftest import Command
 from tests.support.object_store import ObjectStore, object_store
+from tests.support.small_models import save_bert, skewed
 
 ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 WEIGHT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
@@ -84,8 +85,7 @@ def put_shards(store: ObjectStore, form: str) -> None:
         store.put(f"{form}/part-{number}.{form}", content)
 
 
-@pytest.mark.parametrize("form", ["jsonl.gz", "parquet"])
-@pytest.mark.parametrize("pattern", ["", "/part-*"])
+@pytest.mark.parametrize(("form", "pattern"), [("jsonl.gz", ""), ("parquet", "/part-*")])
 def test_shards_in_a_bucket_are_read_in_natural_order(
     store: ObjectStore, form: str, pattern: str
 ) -> None:
@@ -145,6 +145,24 @@ def test_weights_are_downloaded_once(store: ObjectStore) -> None:
         np.testing.assert_allclose(found, EXPECTED, rtol=1e-5)
     downloads = [path for method, path, _ in store.requests if method == "GET" and "w.safe" in path]
     assert len(downloads) == 1
+
+
+def test_a_model_folder_and_its_tokenizer_are_downloaded_for_texts_in_a_bucket(
+    store: ObjectStore,
+) -> None:
+    save_bert(Path("bert"))
+    Path("texts.txt").write_text("\n".join(skewed(20)))
+    for path in [*Path("bert").iterdir(), Path("texts.txt")]:
+        store.put(f"nlp/{path}", path.read_bytes())
+    predictions = []
+    for place in ("", "s3://bucket/nlp/"):
+        made = config({"source": "text", "path": f"{place}texts.txt"})
+        made["model"] = {"source": "huggingface", "path": f"{place}bert"}
+        made["output"] = {"path": f"out{len(predictions)}", "transform": "mean_pool"}
+        made["output"]["select"] = "last_hidden_state"
+        gradrun.infer(made)
+        predictions.append(np.load(f"out{len(predictions)}/predictions.npy"))
+    np.testing.assert_array_equal(*predictions)
 
 
 def test_a_web_server_is_read_by_range(store: ObjectStore) -> None:

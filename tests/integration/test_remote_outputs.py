@@ -91,7 +91,7 @@ def remote_files(store: ObjectStore, folder: str = "runs/one/") -> dict[str, byt
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_run_in_a_bucket_has_the_bytes_of_a_local_one(store: ObjectStore, form: str) -> None:
-    store.faults[:] = ["ok", "503", "reset", "ok", "slow"] * 2
+    store.faults[:] = ["ok", "ok", "503", "ok", "ok", "reset"] * 2
     result = gradrun.infer(config(form))
     assert remote_files(store) == local_files(form)
     assert result.info.output_path == "s3://bucket/runs/one"

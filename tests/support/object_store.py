@@ -14,6 +14,8 @@ import boto3
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from gradrun.core import remote
+
 BUCKET = "bucket"
 
 
@@ -64,7 +66,7 @@ class ObjectStore:
         if self.forbidden:
             body = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
             start_response("403 Forbidden", [("Content-Length", str(len(body)))])
-            return [body]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
         if fault == "reset":
             # Linger of 0 s: the client receives a reset, not an orderly end.
             connection = environ["werkzeug.socket"]
@@ -76,7 +78,7 @@ class ObjectStore:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             body = b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"
             start_response("503 Slow Down", [("Content-Length", str(len(body)))])
-            return [body]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [body]
         if fault == "slow":
             time.sleep(0.3)
         return self._app(environ, start_response)
@@ -113,6 +115,7 @@ def object_store(
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():
         setenv(name, value)
+    remote._filesystem.cache_clear()  # it has the address of an earlier server
     try:
         yield store
     finally:
