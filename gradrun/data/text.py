@@ -44,6 +44,9 @@ CHUNK_BATCHES = 16
 CHUNK_TEXTS, _CHUNK_TOKENS = 2048, 2**17
 """More batches are, up to this many texts and tokens: their outputs are in memory together."""
 
+LEAST_CHUNKS = 4
+"""Chunks of a short input, which workers share."""
+
 _MIN_SAVING = 0.1
 """group_by_length: auto groups texts if this saves at least this share of the tokens."""
 
@@ -138,7 +141,8 @@ class Texts(IndexedRows):
                     first.append(text)
         self.samples = self._index.rows
         chunk = self._tokenize(0, first)
-        fits = min(CHUNK_TEXTS, _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths)))
+        in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
+        fits = min(CHUNK_TEXTS, in_memory, self.samples // LEAST_CHUNKS)
         self.chunk_size = max(CHUNK_BATCHES, fits // config.batch_size) * config.batch_size
         self._numbered = tokenization.generates
         lengths = chunk.lengths

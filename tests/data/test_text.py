@@ -301,11 +301,21 @@ def test_chunks_are_as_long_as_the_texts_and_tokens_in_memory_allow(
     folder: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], size: int, chunk: int
 ) -> None:
     monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 2048)
-    (folder / "long.txt").write_text("\n".join(texts) + "\n")
+    monkeypatch.setattr("gradrun.data.text.LEAST_CHUNKS", 1)
+    (folder / "long.txt").write_text("\n".join(texts * 52) + "\n")
     data = opened(folder, path="long.txt", batch_size=size, max_length=512)
     lengths = [len(row) for row in tokens(data.batches())]
     assert data.chunk_size == chunk
     assert chunk == 16 * size or chunk * max(lengths) <= 2**17
+
+
+def test_a_short_input_has_several_chunks_for_workers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 2048)
+    (folder / "short.txt").write_text("one two three\n" * 400)
+    assert opened(folder, path="short.txt", batch_size=2).chunk_size == 100
+    assert opened(folder, path="short.txt", batch_size=8).chunk_size == 16 * 8
 
 
 # --- batches of tokens -------------------------------------------------------------------------
