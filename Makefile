@@ -80,6 +80,7 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 	$(BIN)/python benchmarks/bench.py
 	$(BIN)/python benchmarks/compare_bench.py
 	$(BIN)/python benchmarks/profile_bench.py
+	$(BIN)/python benchmarks/generation_bench.py
 
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100

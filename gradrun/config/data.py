@@ -343,6 +343,11 @@ class TextData(_RowsData):
     prompt_name: str | None = Field(
         None, description="a prompt of config_sentence_transformers.json, such as query"
     )
+    chat: bool = Field(
+        False,
+        description="apply the tokenizer's chat template; the field has a text of the user, or a "
+        "list of messages {role, content}",
+    )
     padding: Literal["longest", "max_length"] = Field(
         "longest", description="pad to the longest text of the batch, or to max_length"
     )
@@ -370,6 +375,12 @@ class TextData(_RowsData):
             raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
         if self.prompt is not None and self.prompt_name is not None:
             raise PydanticCustomError("prompt", "set prompt or prompt_name, not both")
+        if self.chat and (self.prompt or self.prompt_name or isinstance(self.field, tuple)):
+            raise PydanticCustomError(
+                "chat",
+                "chat builds the prompt from the messages of one column; remove prompt, "
+                "prompt_name or the second column",
+            )
         if self.tokenizer is None and not isinstance(model, HuggingFaceModel):
             raise PydanticCustomError(
                 "tokenizer",

@@ -30,6 +30,8 @@ class Text(NamedTuple):
     """Why the text cannot be read."""
     kept: tuple[Any, ...] = ()
     """The values of the columns that are written beside the predictions."""
+    messages: tuple[tuple[str, str], ...] = ()
+    """Role and content of each message of a conversation; () if the text is one of the user."""
 
 
 def read_texts(
@@ -56,7 +58,7 @@ def read_texts(
             if getattr(config, key):
                 raise ConfigError("a .txt file has no columns", f"data.{key}")
         for number, record in enumerate(table.read(start), start.rows):
-            yield _text(record, ("text",), number)
+            yield _text(record, ("text",), number, chat=config.chat)
         return
     columns = (config.field,) if isinstance(config.field, str) else config.field or ()
     checked = -1
@@ -69,28 +71,44 @@ def read_texts(
         try:
             sample = ids.of(record) if ids else number
         except SampleError as error:
-            text = _text(record, columns, f"row {number}")
+            text = _text(record, columns, f"row {number}", chat=config.chat)
             yield text._replace(error=text.error or error, kept=kept(record))
         else:
-            yield _text(record, columns, sample)._replace(kept=kept(record))
+            text = _text(record, columns, sample, chat=config.chat)
+            yield text._replace(kept=kept(record))
 
 
-def _text(record: Record, columns: tuple[str, ...], sample: int | str) -> Text:
+def _text(record: Record, columns: tuple[str, ...], sample: int | str, *, chat: bool) -> Text:
     place = record.place
     values = [record.fields.get(column) for column in columns]
+    messages = _messages(values[0]) if chat else ()
+    if messages:
+        values = [messages[-1][1]]
     wrong = next((i for i, value in enumerate(values) if not isinstance(value, str)), None)
     problem = record.error
     if wrong is not None:
         value = values[wrong]
         absent = value is None and describe_absence(record, columns[wrong])
-        found = absent or f"{json.dumps(value, default=str):.60}, not a text"
+        kind = "a text or a list of {role, content}" if chat else "a text"
+        found = absent or f"{json.dumps(value, default=str):.60}, not {kind}"
         problem = problem or f"{columns[wrong]!r} is {found}"
     if problem:
         error = SampleError(f"{place}  {problem}")
         return Text(("",) * len(columns), sample, place, record.end, error=error)
     texts = tuple(map(str, values))
     parts = tuple(map(_without_surrogates, texts))
-    return Text(parts, sample, place, record.end, repaired=parts != texts)
+    return Text(parts, sample, place, record.end, repaired=parts != texts, messages=messages)
+
+
+def _messages(value: Any) -> tuple[tuple[str, str], ...]:
+    """Return role and content of each message of a conversation; () for other values."""
+    if not isinstance(value, list):
+        return ()
+    pairs = [(m.get("role"), m.get("content")) for m in value if isinstance(m, dict)]
+    texts = all(isinstance(part, str) for pair in pairs for part in pair)
+    if len(pairs) < len(value) or not texts:
+        return ()
+    return tuple((str(role), _without_surrogates(str(content))) for role, content in pairs)
 
 
 def _without_surrogates(text: str) -> str:

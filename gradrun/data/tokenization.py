@@ -10,7 +10,7 @@ import torch
 
 from gradrun.config.data import TextData
 from gradrun.config.model import HuggingFaceModel, ModelConfig
-from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.pretrained import (
     SentenceFolder,
     choose_prompt,
@@ -47,6 +47,9 @@ class Tokenization:
         self._source, revision = config.tokenizer_source(model)
         folder = read_sentence_folder(self._source, revision, "data.tokenizer")
         self._tokenizer = load_tokenizer(self._source, revision, folder)
+        if config.chat and not self._tokenizer.chat_template:
+            text = "the tokenizer has no chat template; remove chat, or set data.tokenizer"
+            raise ConfigError(text, "data.chat")
         facts = text_model(model)
         self.limit, self._limit_origin = _limit(config, self._tokenizer, folder, facts)
         self.prompt = choose_prompt(folder, config.prompt, config.prompt_name)
@@ -122,13 +125,35 @@ class Tokenization:
         positions = ", with position_ids" if self._position_ids else ""
         token = f"{self._tokenizer.pad_token} ({self._tokenizer.pad_token_id})"
         yield Statement(topic="padding", text=f"{self._side}, token {token}{positions}")
+        if self.config.chat:
+            text = "the tokenizer's template, up to the start of the answer"
+            yield Statement(topic="chat", text=text)
         if self.prompt:
             yield Statement(topic="prompt", text=f"{self.prompt!r} before every text")
 
     def _encode(self, texts: Sequence[Text], **truncation: Any) -> Tokens:
+        if self.config.chat:
+            rendered = [self._render(text) for text in texts]
+            # The template contains the special tokens.
+            options = {"add_special_tokens": False, "verbose": False, **truncation}
+            return dict(self._tokenizer(rendered, **options))
         firsts = [self.prompt + text.parts[0] for text in texts]
         pairs = [text.parts[1] for text in texts] if len(texts[0].parts) > 1 else None
         return dict(self._tokenizer(firsts, pairs, verbose=False, **truncation))
+
+    def _render(self, text: Text) -> str:
+        """Return a conversation as the model was trained with it."""
+        messages = text.messages or (("user", text.parts[0]),)
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        try:
+            rendered: str = self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template may raise anything
+            raise ConfigError(
+                f"{text.place}  the chat template fails: {first_line(error)}", "data.chat"
+            ) from error
+        return rendered
 
 
 def _error(text: Text, length: int) -> SampleError | None:

@@ -281,6 +281,36 @@ def test_a_model_that_computes_nan_does_not_write_text(gpt: Path, tmp_path: Path
         infer(folder, tmp_path / "out", {"max_new_tokens": 4}, ["zoo", "zz"])
 
 
+# --- chats ---------------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<bot>{% endif %}"
+)
+
+
+def test_a_chat_template_builds_the_prompt_from_texts_and_messages(
+    gpt: Path, tmp_path: Path
+) -> None:
+    prompts: Any = [
+        "hi",
+        [{"role": "system", "content": "be"}, {"role": "user", "content": "who"}],
+    ]
+    with pytest.raises(ConfigError, match="the tokenizer has no chat template"):
+        infer(gpt, tmp_path / "a", {"max_new_tokens": NEW}, prompts, data={"chat": True})
+    folder = tmp_path / "gpt"
+    save_gpt_tokenizer(folder, chat_template=TEMPLATE)
+    save_causal(folder, "GPT2LMHeadModel")
+    texts, result = infer(
+        folder, tmp_path / "b", {"max_new_tokens": NEW}, prompts, data={"chat": True}
+    )
+    rendered = ["<user>hi<bot>", "<system>be<user>who<bot>"]
+    assert texts == by_transformers(gpt, rendered, max_new_tokens=NEW)
+    assert "chat: the tokenizer's template" in stated(result)
+    with pytest.raises(ConfigError, match=r"not a text or a list of \{role, content\}"):
+        infer(folder, tmp_path / "c", {"max_new_tokens": NEW}, [{"a": 1}], data={"chat": True})  # type: ignore[list-item]
+
+
 # --- perplexity ----------------------------------------------------------------------------------
 
 
