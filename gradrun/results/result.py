@@ -626,10 +626,13 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
         Raises:
             GradrunError: the file cannot be read or is not a result of a known format.
         """
-        path = as_path(Path(path))
-        if path.is_dir():
-            path /= "result.json"
         try:
+            path = as_path(Path(path))
+        except ValueError as error:
+            raise GradrunError(str(error)) from error
+        try:
+            if path.is_dir():
+                path /= "result.json"
             if path.stat().st_size > _MAX_FILE_BYTES:
                 raise GradrunError(f"{path} is not a gradrun result: it is over 1 GiB")
             data = json.loads(path.read_bytes())

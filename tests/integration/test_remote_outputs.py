@@ -208,6 +208,10 @@ def test_damage_in_a_bucket_is_found(store: ObjectStore, cli: Command) -> None:
     answer = cli("verify", "s3://bucket/runs/one")
     assert answer.code == 3
     assert cli("report", "s3://bucket/runs/one").code == 0
+    answer = cli("report", "https://user:HUSH@host/run")
+    assert answer.code == 1
+    assert "contains a credential" in answer.text
+    assert "HUSH" not in answer.text
     assert "has no journal.jsonl" in cli("verify", "s3://bucket/none").text
 
 
