@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 import gradrun
@@ -279,6 +281,60 @@ def test_a_model_that_computes_nan_does_not_write_text(gpt: Path, tmp_path: Path
     assert sentences(1)
     with pytest.raises(ConfigError, match="contain NaN"):
         infer(folder, tmp_path / "out", {"max_new_tokens": 4}, ["zoo", "zz"])
+
+
+# --- speech --------------------------------------------------------------------------------------
+
+
+def test_speech_becomes_the_text_of_each_file_alone(tmp_path: Path) -> None:
+    transformers = import_transformers("")
+    folder, clips = tmp_path / "whisper", tmp_path / "clips"
+    tokenizer = save_gpt_tokenizer(folder, pad_token="<pad>")
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=260, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=8,
+        max_source_positions=50, max_target_positions=40, pad_token_id=257, bos_token_id=256,
+        eos_token_id=256, decoder_start_token_id=256, suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.5)
+    model.save_pretrained(folder)
+    own = {"decoder_start_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
+    own |= {"is_multilingual": False, "no_timestamps_token_id": 259}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    extractor = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    extractor.save_pretrained(folder)
+    clips.mkdir()
+    noise = np.random.default_rng(0).normal(size=(5, 16000)).astype(np.float32)
+    for number, samples in enumerate(noise):
+        soundfile.write(clips / f"{number}.wav", samples * 0.1 * (number + 1), 16000)
+
+    def transcribe(generate: dict[str, Any]) -> list[str]:
+        model = {"source": "huggingface", "path": str(folder), "generate": generate}
+        gradrun.infer(
+            {
+                "model": model | {"auto_class": "AutoModelForSpeechSeq2Seq"},
+                "data": {"source": "audio", "path": str(clips), "batch_size": 2},
+                "output": {"path": str(tmp_path / "out"), "format": "jsonl"},
+                "run": {"warmup": 0},
+                "measure": {"memory": False},
+            }
+        )
+        return read(tmp_path / "out")
+
+    with pytest.raises(ConfigError, match="models of speech choose the most likely token"):
+        transcribe({"max_new_tokens": 8, "do_sample": True})
+    texts = transcribe({"max_new_tokens": 8})
+    loaded = transformers.WhisperForConditionalGeneration.from_pretrained(folder).eval()
+    for number, text in enumerate(texts):
+        samples, _ = soundfile.read(clips / f"{number}.wav", dtype="float32")
+        inputs = extractor(samples, sampling_rate=16000, return_tensors="pt")
+        (tokens,) = loaded.generate(inputs.input_features, max_new_tokens=8, do_sample=False)
+        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len({*texts}) > 1
 
 
 # --- chats ---------------------------------------------------------------------------------------
