@@ -91,7 +91,7 @@ def compare(
         RunFailed: a variant failed; the error's `result` has the other variants.
         Interrupted: Ctrl-C; the error's `result` has the data measured so far.
     """
-    overrides |= {"data.batch_size": batch_size} if batch_size else {}
+    overrides |= {"data.batch_size": batch_size} if batch_size is not None else {}
     with progress_display(progress) as shown, TemporaryDirectory(prefix="gradrun-") as folder:
         if config is not None and not (is_object(model) or is_object(data)):
             overrides |= {"model": model} if model is not None else {}

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gradrun.config.schema import RunConfig
 from gradrun.config.yaml_reader import Document, Key, SourceLocation, dotted, parse_yaml
+from gradrun.core.suggest import suggest
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ def apply_overrides(document: Document, overrides: Overrides, source_name: str) 
     """
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():
+            if name.partition(".")[0] not in RunConfig.model_fields:
+                document.report(_unknown_argument(name, value), None)
+                continue
             data = json.loads(json.dumps(value, default=str))
             location = SourceLocation("override", 1, 1, f"{name}={value!r:.100}")
             _merge(document, tuple(name.split(".")), data, location)
@@ -46,6 +51,15 @@ def apply_overrides(document: Document, overrides: Overrides, source_name: str) 
             _set(document, tuple(override.key.split(".")), override.value, location)
         else:
             _apply_text(document, override, source_name)
+
+
+def _unknown_argument(name: str, value: Any) -> str:
+    """Describe a keyword argument of a Python function that is not a section or a key below one."""
+    sections = RunConfig.model_fields
+    for section, field in sections.items():
+        if name in getattr(field.annotation, "model_fields", {}):
+            return f"{name} is a key of a section: pass {section}={{{name!r}: {value!r:.60}}}"
+    return f"{name} is not an argument; {suggest(name, [*sections, 'mode', 'batch_size'])}"
 
 
 def _apply_text(document: Document, text: str, source_name: str) -> None:

@@ -100,7 +100,7 @@ class RunConfig(Section):
             problem = f"data of source {data.source} have no columns to keep"
         elif output.format not in allowed:
             problem = f"format {output.format} cannot store columns of the input; set output.format"
-            problem += ": csv, jsonl or parquet"
+            problem += ": csv, jsonl, parquet or files"
         elif len({*output.keep}) < len(output.keep):
             problem = "a column is listed twice"
         elif "id" in output.keep and getattr(data, "id", None) != "id":

@@ -150,6 +150,11 @@ def find_layout(first: Collated, item: Any, config: PythonData) -> Layout:
 
 
 def _several(first: Collated, item: Any) -> str:
+    if isinstance(item, str | bytes):  # collated to a list of them
+        return (
+            f"an item is a {type(item).__name__}, and inputs are tensors: convert it in the "
+            "dataset or in data.collate"
+        )
     hint = "set data.inputs: [0]"
     if len(first.elements) == 2:
         hint += ", and data.labels: 1 for metrics"

@@ -191,7 +191,8 @@ def _in_archives(
     for file in listed.files:
         if format_suffix(file) != tar_files.SUFFIX:
             raise ConfigError(
-                f"{file.name} is not a .tar file; to select files of a folder, set data.pattern, "
+                f"{file.name} is not a .tar file; to select files of a folder, set data.path to "
+                f"the folder, such as {file.parent}, and data.pattern, such as '*{file.suffix}'; "
                 "or list them in a .txt or .csv file",
                 "data.path",
             )

@@ -20,11 +20,11 @@ from gradrun.engines.dispatch import Dispatcher
 from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.engines.objects import (
     Inference,
-    check_keywords,
     collect,
     is_consumed,
     open_config,
     restored,
+    without_folder,
 )
 from gradrun.inference.infer import infer as infer_here
 from gradrun.inference.interpretation import explain as explain_run
@@ -135,7 +135,6 @@ def infer(
     """
     overrides |= {"run.mode": str(mode)} if mode else {}
     overrides |= {"data.batch_size": batch_size} if batch_size is not None else {}
-    check_keywords(overrides)
     if output is not None:
         overrides |= {"output": output} if isinstance(output, Mapping) else {"output.path": output}
     with progress_display(progress) as shown:
@@ -159,7 +158,7 @@ def infer(
                         "a model or data in memory need a local output folder; to write to a "
                         "store, name both in a config"
                     )
-                with restored(model):
+                with restored(model), without_folder(Path(folder)):
                     try:
                         result = infer_config(loaded, progress=shown, **options)
                     except ConfigError as error:

@@ -21,9 +21,8 @@ from gradrun.config.load import ConfigSource, LoadedConfig, load_config, resolve
 from gradrun.config.model import EagerModel
 from gradrun.config.objects import ObjectArrays, ObjectConfig, ObjectItems, ObjectModel, is_object
 from gradrun.config.schema import RunConfig
-from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.errors import ConfigError, Interrupted, RunFailed, first_line
 from gradrun.core.optional import import_optional
-from gradrun.core.suggest import suggest
 from gradrun.core.units import format_number
 from gradrun.data.objects import is_frame, read_inputs, read_labels
 from gradrun.output import quarantine
@@ -142,29 +141,6 @@ def open_config(
         run = replaced
     others = [sections[name] for name, own in (("model", own_model), ("data", own_data)) if not own]
     return OpenedObjects(LoadedConfig(run), trusted=not any("target" in other for other in others))
-
-
-def check_keywords(overrides: Mapping[str, Any]) -> None:
-    """Check the first part of the keys that keyword arguments set.
-
-    Raises:
-        ConfigError: one is neither a section nor a key below one.
-    """
-    sections = RunConfig.model_fields
-    for name, value in overrides.items():
-        if name.partition(".")[0] in sections:
-            continue
-        fields = {
-            section: getattr(field.annotation, "model_fields", {})
-            for section, field in sections.items()
-        }
-        owners = [section for section, keys in fields.items() if name in keys]
-        if owners:
-            hint = f"a key of the section {owners[0]}: pass {owners[0]}={{{name!r}: {value!r:.60}}}"
-            raise ConfigError(f"{name} is {hint}")
-        arguments = ["config", "model", "data", "labels", "mode", "batch_size", "output"]
-        allowed = suggest(name, dict.fromkeys([*arguments, *sections]))
-        raise ConfigError(f"{name} is not an argument or a section; {allowed}")
 
 
 def _check_data(data: Any) -> None:
@@ -308,6 +284,9 @@ def _as_files(data: Any, folder: Path) -> dict[str, Any] | None:
         other = next(item for item in data if _kind(item) not in {"image", "audio"})
         raise ConfigError(f"{other} is neither an image nor an audio file", "data")
     if not _are_texts(data):
+        if any(isinstance(item, str) for item in data):
+            number, item = next((n, x) for n, x in enumerate(data) if not isinstance(x, str))
+            raise ConfigError(f"item {number} of data is {item!r:.60}, not a text", "data")
         return None
     texts = folder / "texts.jsonl"
     with texts.open("w") as file:
@@ -330,6 +309,20 @@ def _quoted(text: str) -> str:
 
 
 # --- predictions ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_folder(folder: Path) -> Iterator[None]:
+    """Replace the name of a temporary folder, which is removed, in the error of a run."""
+    try:
+        yield
+    except (RunFailed, Interrupted) as error:
+        text, found, _ = str(error).partition(f" are saved in {folder}")
+        if not found:
+            raise
+        text += " are lost; with an output folder, output=..., they are kept"
+        code = {"exit_code": error.exit_code} if isinstance(error, Interrupted) else {}
+        raise type(error)(text, result=error.result, **code) from error.__cause__
 
 
 def collect(result: InferResult, config: RunConfig, data: Any) -> Inference:

@@ -34,6 +34,9 @@ def item(i):
     return torch.tensor([i, i + 0.5]), i % 3
 
 
+texts = ["a", "b", "c"]
+
+
 class Pairs(Dataset):
     def __init__(self, count=COUNT, bad=(), short=()):
         self.count, self.bad, self.short = count, bad, short
@@ -298,6 +301,7 @@ def test_numbers_keep_their_dtype_as_arrays_do_and_it_is_stated(opened: Opened) 
 @pytest.mark.parametrize(
     ("name", "keys", "problem"),
     [
+        ("texts", {}, "an item is a str, and inputs are tensors: convert it in the dataset"),
         ("Pairs", {}, "an item has 2 elements (0: float32 [2], 1: int64 []), and the inputs among "
          "them are not known; set data.inputs: [0], and data.labels: 1 for metrics"),
         ("Pairs", {"inputs": [2]}, "an item has no element 2"),

@@ -125,7 +125,9 @@ def test_images_beside_archives_are_an_error(shards: Path) -> None:
     (shards / "1.png").write_bytes(picture(NAMES[1]))
     with pytest.raises(ConfigError, match=r"1 file of images and \.tar files; select those"):
         opened(shards)
-    assert "1.png is not a .tar file" in data_error("images", path=shards / "*.png")
+    error = data_error("images", path=shards / "*.png")
+    assert "1.png is not a .tar file" in error
+    assert f"such as {shards}, and data.pattern, such as '*.png'" in error
 
 
 def test_an_archive_that_becomes_shorter_is_an_error_of_its_samples(tmp_path: Path) -> None:

@@ -173,6 +173,23 @@ def test_a_sample_without_prediction_is_listed(net: nn.Module) -> None:
     assert np.isnan(found.predictions["prediction"][7]).all()
 
 
+def test_a_failure_names_no_folder_that_is_removed(net: nn.Module) -> None:
+    class Fails(Dataset[torch.Tensor]):
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            if index == 7:
+                raise ValueError("a broken item")
+            return torch.ones(8)
+
+    with pytest.raises(gradrun.RunFailed) as caught:
+        gradrun.infer(model=net, data=Fails(), batch_size=4)
+    assert "a broken item" in str(caught.value)
+    assert str(caught.value).endswith("4 of 9 predictions are lost; with an output folder, "
+                                      "output=..., they are kept")  # fmt: skip
+
+
 def test_an_output_folder_gets_the_files(net: nn.Module, tmp_path: Path) -> None:
     found = run(model=net, data=ROWS, batch_size=32, output=tmp_path / "out")
     written = np.load(tmp_path / "out/predictions.npy")
@@ -205,6 +222,7 @@ def test_workers_get_copies_of_the_objects(net: nn.Module) -> None:
         ({"model": nn.Identity(), "data": [Path("a.xyz")]}, "a.xyz is neither an image nor"),
         ({"model": nn.Identity(), "data": ROWS, "resume": True}, "cannot be resumed"),
         ({"model": nn.Identity(), "data": "rows.npy"}, "data is a str: pass a list of texts"),
+        ({"model": nn.Identity(), "data": ["a", None]}, "item 1 of data is None, not a text"),
         ({"model": nn.Identity(), "data": {1.0, 2.0}}, "data is a set, which has no order"),
         ({"model": nn.Identity(), "data": ROWS, "batch_size": 0}, "must be more than 0"),
         ({"model": nn.Identity(), "data": ROWS, "batchsize": 3}, "did you mean batch_size?"),
