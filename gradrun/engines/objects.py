@@ -321,8 +321,9 @@ def without_folder(folder: Path) -> Iterator[None]:
         if not found:
             raise
         text += " are lost; with an output folder, output=..., they are kept"
-        code = {"exit_code": error.exit_code} if isinstance(error, Interrupted) else {}
-        raise type(error)(text, result=error.result, **code) from error.__cause__
+        if isinstance(error, Interrupted):
+            raise Interrupted(text, exit_code=error.exit_code, result=error.result) from None
+        raise RunFailed(text, result=error.result) from error.__cause__
 
 
 def collect(result: InferResult, config: RunConfig, data: Any) -> Inference:

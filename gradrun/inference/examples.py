@@ -66,6 +66,8 @@ def describe_predictions(
     samples = require_length(data)
     rows = min(samples, _EXAMPLE_ROWS, max(1, most))
     skip = {title_of(name) for name, column in outputs.items() if isinstance(column, ValueColumn)}
+    if outputs and len(skip) == len(outputs):  # nothing to describe, such as boxes of any number
+        return (), ()
     positions = _spread(rows, output.examples)
     excluded = quarantined_positions(output.path)
     predictions: dict[int, str] = {}

@@ -119,6 +119,7 @@ def test_the_boxes_of_a_detector_are_written_to_jsonl_and_parquet(
     stated = {one.topic: one.text for one in result.interpretation}
     assert stated["output boxes"] == "float32 with 2 dimensions, one per sample"
     assert not [w for w in result.warnings if w.code == "batch_dependent"]
+    assert not result.examples, "boxes of any number have no short description"
     config["output"] |= {"path": f"{tmp_path}/table", "format": "parquet"}
     gradrun.infer(config, trust_code=True)
     table = pandas.read_parquet(tmp_path / "table" / "predictions")
