@@ -50,21 +50,29 @@ def import_target(
     location, _, name = target.rpartition(":")
     is_file, folder = location.endswith(".py"), target_root(target, root)
     reload = is_file and folder not in beside
-    try:
-        with imports_from(folder, reload=reload, first=root is not None, beside=beside):
-            if is_file:
-                path = Path(location)
-                module = (None if reload else _imported_file(path)) or import_file(path)
-            else:
-                module = importlib.import_module(location)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ConfigError(
-            f"importing {location} failed: {describe_user_error(error)}", key
-        ) from error
+    with imports_from(folder, reload=reload, first=root is not None, beside=beside):
+        module = _import_module(location, key, again=reload)
     if not hasattr(module, name):
         public = [known for known in vars(module) if not known.startswith("_")]
         raise ConfigError(f"{location} has no {name!r}; {suggest(name, public)}", key)
     return getattr(module, name)
+
+
+def _import_module(location: str, key: str, *, again: bool) -> ModuleType:
+    """Import a file or a module; a file also if it was imported before, if `again` is set.
+
+    Raises:
+        ConfigError: its code fails.
+    """
+    try:
+        if not location.endswith(".py"):
+            return importlib.import_module(location)
+        path = Path(location)
+        return (None if again else _imported_file(path)) or import_file(path)
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
+        raise ConfigError(
+            f"importing {location} failed: {describe_user_error(error)}", key
+        ) from error
 
 
 def _imported_file(path: Path) -> ModuleType | None:
@@ -185,8 +193,7 @@ def import_function(target: str, key: str) -> tuple[Callable[..., Any], dict[str
         ConfigError: the import fails, or the name is not a function.
     """
     location, _, name = target.rpartition(":")
-    is_file = location.endswith(".py")
-    root = (Path(location).parent if is_file else Path.cwd()).resolve()
+    root = target_root(target, None)
     # Files may have changed since an earlier run of this process, or belong to another folder.
     for earlier in _beside.modules:
         sys.modules.pop(earlier, None)
@@ -198,12 +205,7 @@ def import_function(target: str, key: str) -> tuple[Callable[..., Any], dict[str
         _beside.folders.add(str(root))
     importlib.invalidate_caches()
     before = set(sys.modules)
-    try:
-        module = import_file(Path(location)) if is_file else importlib.import_module(location)
-    except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise ConfigError(
-            f"importing {location} failed: {describe_user_error(error)}", key
-        ) from error
+    module = _import_module(location, key, again=True)
     function = getattr(module, name, None)
     if not callable(function):
         public = [known for known, value in vars(module).items() if inspect.isfunction(value)]
