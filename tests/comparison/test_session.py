@@ -421,3 +421,11 @@ def test_only_processes_with_both_variants_are_compared() -> None:
         for process in processes
     ]
     assert [c.candidate for c in compare_measured(measured, 0.01)] == ["x"]
+
+
+def test_a_budget_for_too_few_processes_states_how_many_were_asked_for(run: Run) -> None:
+    data, workers = run(lambda job, number: sound(job, number, shift=0.1), budget=8)
+    assert len(workers.timed) < 5
+    (warning,) = data.warnings
+    expected = f"the budget of 8 s was spent after {len(workers.timed)} of at least 5 processes"
+    assert warning.text.startswith(expected)

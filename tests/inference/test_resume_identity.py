@@ -218,7 +218,7 @@ def test_state_from_batch_to_batch_is_warned_of_and_a_resume_is_refused(
     project.stop()
     text = refusal(project)
     assert f"the model carries state from batch to batch {state}" in text
-    assert "--overwrite" in text
+    assert "overwrite=True" in text
     result = project.infer(output="whole")
     (warning,) = [one for one in result.warnings if one.code == "carries_state"]
     assert state in warning.text

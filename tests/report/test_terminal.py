@@ -24,6 +24,7 @@ from gradrun.results.result import (
     DamagedRange,
     Example,
     ModeFacts,
+    Padding,
     SavedForBackward,
     Statement,
     Verification,
@@ -509,3 +510,9 @@ def test_many_damaged_ranges_are_counted() -> None:
     )
     assert text.count("samples") == 20
     assert "and 5 more" in text
+
+
+def test_padding_is_one_share_of_the_computed_tokens() -> None:
+    counted = Padding(texts=10, tokens=80, run=100, ungrouped=160)
+    rows = {row[0]: row[1:] for row in timing(measurement(10, padding=counted)).rows}
+    assert rows["padding"] == ("20%", "of 100 tokens; 50% if not grouped by length")
