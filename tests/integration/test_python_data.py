@@ -154,7 +154,8 @@ def test_the_plain_loop_is_that_of_a_dataloader(folder: Path) -> None:
     assert torch.equal(rows, by_hand(folder))
 
 
-@pytest.mark.parametrize("form", FORMATS)
+# The names in format `files` have as many digits as the count, which is unknown, needs.
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "files"])
 def test_an_iterable_gives_the_same_files_as_a_map_style_dataset(folder: Path, form: str) -> None:
     for target in ("Series", "Stream"):
         run(folder, target, out=target, **{"output.format": form})

@@ -323,7 +323,7 @@ def test_code_in_a_folder_runs_only_with_trust(
 ) -> None:
     asked = config(folder, tmp_path / "out", path=str(with_code))
     asked["data"]["tokenizer"] = str(folder / "bert")
-    assert "--trust-code" in infer_error(asked)
+    assert "trust_code=True" in infer_error(asked)
     assert not (tmp_path / "mark").exists()
     gradrun.infer(asked, trust_code=True)
     assert (tmp_path / "mark").exists()
@@ -337,7 +337,7 @@ def test_pickled_weights_are_read_only_with_trust(folder: Path, tmp_path: Path) 
     asked = config(folder, tmp_path / "out", path=str(path))
     message = infer_error(asked)
     assert "has no .safetensors weights" in message
-    assert "--trust-code" in message
+    assert "trust_code=True" in message
     gradrun.infer(asked, trust_code=True)
 
 

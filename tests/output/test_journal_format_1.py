@@ -60,7 +60,7 @@ def test_a_resume_is_refused_in_one_sentence_and_changes_nothing(tmp_path: Path,
     shutil.copytree(FOLDERS / form, folder)
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     message = (
-        r"has a run of an earlier version of gradrun \(journal format 1\), which .*--overwrite"
+        r"has a run of an earlier version of gradrun \(journal format 1\), which .*overwrite=True"
     )
     for options in ({"resume": True}, {}):
         with pytest.raises(ConfigError, match=message):

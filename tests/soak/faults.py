@@ -37,10 +37,14 @@ import gradrun
 from gradrun.core.errors import GradrunError
 from gradrun.inference import runner
 from gradrun.output import checkpointer, journal
-from gradrun.output.formats import FORMATS, npy, sharded_writer
+from gradrun.output.formats import FORMATS as ALL_FORMATS
+from gradrun.output.formats import npy, sharded_writer
 from gradrun.output.lock import FILE_NAME as LOCK
 from gradrun.output.verification import damaged_ranges
 from gradrun.results.result import RunResult
+
+FORMATS = [form for form in ALL_FORMATS if form != "files"]
+"""The formats whose predictions are one table."""
 
 SAMPLES, BATCH, ROW_BYTES = 23, 4, 2 * 4 + 2 * 8
 
@@ -259,7 +263,7 @@ class FaultyRun:
             shards = [load_file(folder / name) for name in sorted(self.expected)]
             return {key: torch.cat([part[key] for part in shards]).numpy() for key in shards[0]}
         if self.form == "parquet":
-            read = [rows for _, rows in FORMATS["parquet"].read(folder)]
+            read = [rows for _, rows in ALL_FORMATS["parquet"].read(folder)]
             return {key: np.concatenate([rows[key] for rows in read]) for key in read[0]}
         return {}
 

@@ -23,7 +23,7 @@ from gradrun.output.formats import (
     text_writer,
 )
 from gradrun.output.journal import CommittedRange
-from gradrun.output.kept_columns import title_of
+from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.results.result import Statement
 
 if TYPE_CHECKING:
@@ -198,8 +198,9 @@ def check_columns(config: OutputSection, outputs: Outputs) -> None:
     Raises:
         ConfigError: it cannot, or two columns have the same title.
     """
-    titles = ["id", *map(title_of, outputs)]
-    if repeated := next((title for title in titles if titles.count(title) > 1), None):
+    kept = {title_of(name) for name in outputs if is_kept(name)}
+    own = {"id", *(name for name in outputs if not is_kept(name))}
+    if repeated := next(iter(sorted(kept & own)), None):
         raise ConfigError(
             f"the predictions have two columns {repeated!r}: a column of output.keep has the name "
             "of an output; set output.name, or remove it from output.keep",
