@@ -55,7 +55,7 @@ def tune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Find the fastest setting within a tolerance, and write it as a config."""
+    """Find the fastest settings within a tolerance, and write them."""
     with command_output(debug=debug, json_file=json_file, quiet=quiet) as out:
         from gradrun.config.load import load_config
         from gradrun.tuning.tune import tune as run

@@ -29,6 +29,7 @@ from tests.support.small_models import (
     sentences,
     skewed,
 )
+from tests.support.workers import in_process_workers
 
 TEXT = {"source": "text", "batch_size": 8}
 
@@ -366,7 +367,8 @@ def test_compare_and_audit_run_on_a_huggingface_model(
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config(folder, tmp_path / "out")))
     quick = ["--set", "measure.budget=1", "--set", "measure.processes=2"]
-    compared = cli("compare", path, "--modes", "grad,inference_mode", *quick)
+    with in_process_workers():
+        compared = cli("compare", path, "--modes", "grad,inference_mode", *quick)
     assert compared.code == 0, compared.text
     assert "bert" in compared.out
     audited = cli("audit", path, "--no-compile")
