@@ -23,6 +23,7 @@ from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFaile
 from gradrun.core.progress import Progress
 from gradrun.inference import runner
 from gradrun.output import journal
+from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
 from tests.soak import kill
@@ -408,7 +409,7 @@ def test_missing_prediction_files_are_an_error(tmp_path: Path, stopped: dict[str
         gradrun.infer(stopped, trust_code=True, resume=True)
 
 
-@pytest.mark.parametrize("form", kill.WRITERS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_a_folder_deleted_during_the_run_is_an_error_for_every_format(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
