@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -303,3 +304,30 @@ def test_freezing_reaches_inductor(
     monkeypatch.setattr("torch._inductor.freezing.freeze", stop)
     with pytest.raises(ConfigError, match="backend inductor fails: RuntimeError: about to freeze"):
         infer(tmp_path, {"freezing": True}, run={"mode": mode})
+
+
+def test_a_run_that_reaches_the_limit_of_compilations_warns_of_its_eager_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    lines = (json.dumps({"s": [1.0] * (i // 2 + 1)}) for i in range(24))
+    (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
+    result = gradrun.infer(
+        {
+            "model": {
+                "source": "layers",
+                "layers": ["ReLU"],
+                "compile": {"backend": "eager", "dynamic": False},
+            },
+            "data": {
+                "source": "records",
+                "path": str(tmp_path / "s.jsonl"),
+                "inputs": {"x": {"columns": ["s"], "pad": 0}},
+                "batch_size": 2,
+            },
+            "output": {"path": str(tmp_path / "out"), "format": "jsonl"},
+        }
+    )
+    (warning,) = [w for w in result.warnings if w.code == "recompilation_limit"]
+    assert "batches of further shapes ran eagerly" in warning.text

@@ -371,3 +371,10 @@ def test_actionlint_finds_only_the_planted_error_in_the_workflow_of_the_page(cha
     (workflow,) = [block.code for block in blocks_of(page) if "workflows/" in block.code]
     planted = workflow.replace(change, "github.nowhere") if change else workflow
     assert len(actionlint(planted)) == errors
+
+
+def test_the_page_about_checks_states_what_a_ci_lets_pass() -> None:
+    page = (ROOT / "docs" / "checks.md").read_text(encoding="utf-8")
+    assert "regression: {outputs: false}" in page
+    assert "extras" in page
+    assert "inconclusive" in page

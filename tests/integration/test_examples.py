@@ -186,6 +186,10 @@ def test_the_parquet_example_reads_and_writes_a_table(run: Run, tmp_path: Path) 
     run("parquet")
     written = pandas.read_parquet(tmp_path / "parquet" / "predictions")
     table = pandas.read_parquet(CONFIGS / "digits.parquet")
+    datasets = pytest.importorskip("datasets")
+    files = [str(path) for path in (tmp_path / "parquet" / "predictions").iterdir()]
+    read = datasets.Dataset.from_parquet(files, cache_dir=str(tmp_path / "cache"))
+    assert read.to_pandas().equals(written)
     assert np.array_equal(np.stack(table["pixels"]), np.load(CONFIGS / "digits.npz")["images"][:50])
     assert written["id"].tolist() == table["id"].tolist()
     assert (np.stack(written["indices"])[:, 0] == table["digit"]).mean() >= 0.97
