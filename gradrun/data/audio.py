@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,18 +14,17 @@ import torch
 
 from gradrun.config.data import AudioData
 from gradrun.config.model import HuggingFaceModel, ModelConfig
-from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.audio_decoding import SUFFIXES, AudioDecoder, Samples, Trait
 from gradrun.data.audio_processor import AudioProcessor
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
+from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import BatchSource, InputBatcher, Preview, missing_labels
 from gradrun.results.result import Statement
 
-_BATCHES_AHEAD = 2
 _LABELS_CHUNK = 4096
 
 
@@ -84,27 +82,18 @@ class _Audio:
         return self._listed.repeated
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        firsts = iter(range(start, self.samples if stop is None else stop, self.batch_size))
-        ahead: deque[_Decoding] = deque()
-        wanted = 1  # often only the first batch is read, for example after an error
-        pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
-        try:
-            while True:
-                for first in itertools.islice(firsts, wanted - len(ahead)):
-                    numbers = range(first, min(first + self.batch_size, self.samples))
-                    files = [pool.submit(self._try_read, number) for number in numbers]
-                    ahead.append(_Decoding(numbers, files))
-                if not ahead:
-                    return
-                numbers, files = ahead.popleft()
+        firsts = range(start, self.samples if stop is None else stop, self.batch_size)
+        with closing(decode_ahead(self._decode, firsts)) as decoding:
+            for numbers, files in decoding:
                 read = [file.result() for file in files]
                 inputs, errors = self._inputs(read)
                 lengths = self._lengths(read)
                 ids = [self._listed.names[number] for number in numbers]
                 yield self._new_batch(inputs, ids, errors, lengths=lengths)
-                wanted = 1 + _BATCHES_AHEAD
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _decode(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
+        numbers = range(first, min(first + self.batch_size, self.samples))
+        return _Decoding(numbers, [pool.submit(self._try_read, number) for number in numbers])
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         yield from (Preview(self._listed.names[position]) for position in positions)

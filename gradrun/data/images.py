@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ import torch
 
 from gradrun.config.data import ImagesData
 from gradrun.config.model import ModelConfig
-from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
@@ -24,6 +22,7 @@ from gradrun.data.dataset_rows import open_samples
 from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
 from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
+from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import (
     BatchSource,
@@ -34,7 +33,6 @@ from gradrun.data.source import (
 from gradrun.data.thumbnails import thumbnail_of_image
 from gradrun.results.result import Statement
 
-_BATCHES_AHEAD = 2
 _IMAGES_PER_TASK = 8
 _LABELS_CHUNK = 4096
 
@@ -127,25 +125,14 @@ class _Images:
         raise ConfigError(f"no image can be read; the last error: {last}", "data.path") from last
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        firsts = iter(range(start, self.samples if stop is None else stop, self.batch_size))
-        ahead: deque[_Decoding] = deque()
-        wanted = 1  # often only the first batch is read, for example after an error
-        pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
-        try:
-            while True:
-                for first in itertools.islice(firsts, wanted - len(ahead)):
-                    ahead.append(self._decode(pool, first))
-                if not ahead:
-                    return
-                numbers, rows, tasks = ahead.popleft()
+        firsts = range(start, self.samples if stop is None else stop, self.batch_size)
+        with closing(decode_ahead(self._decode, firsts)) as decoding:
+            for numbers, rows, tasks in decoding:
                 errors = {row: error for task in tasks for row, error in task.result().items()}
                 ids = [self._page(number).id for number in numbers]
                 inputs = _padded(rows) if isinstance(rows, list) else (rows,)
                 names = (self.config.input, "sizes")
                 yield self._new_batch(dict(zip(names, inputs, strict=False)), ids, errors)
-                wanted = 1 + _BATCHES_AHEAD
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
     def statements(self) -> Iterator[Statement]:
         files = len(self._listed.names)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TypeVar
 
+from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import GradrunError
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource, ReadByMainThread
+
+Decoding = TypeVar("Decoding")
 
 MIN_SECONDS = 0.001
 """Passing a batch between threads costs about a tenth of this."""
@@ -19,6 +25,7 @@ MIN_SECONDS = 0.001
 _TRIAL_SECONDS = 0.05
 _TRIAL_BATCHES = 4096
 _DEPTH = 2
+_BATCHES_AHEAD = 2
 _POLL_SECONDS = 0.05
 
 
@@ -74,3 +81,32 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
     finally:
         closed.set()
         thread.join()
+
+
+def decode_ahead(
+    start: Callable[[ThreadPoolExecutor, int], Decoding], firsts: Iterable[int]
+) -> Generator[Decoding, None, None]:
+    """Decode the files of batches in threads, some batches ahead of the one that is yielded.
+
+    Args:
+        start: submits the files of the batch with this first sample to the pool.
+        firsts: the first samples of the batches, in order.
+
+    Yields:
+        What `start` returned for each batch.
+    """
+    left = iter(firsts)
+    ahead: deque[Decoding] = deque()
+    wanted = 1  # often only the first batch is read, for example after an error
+    pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
+    try:
+        while True:
+            ahead.extend(
+                start(pool, first) for first in itertools.islice(left, wanted - len(ahead))
+            )
+            if not ahead:
+                return
+            yield ahead.popleft()
+            wanted = 1 + _BATCHES_AHEAD
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
