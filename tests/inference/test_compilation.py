@@ -306,11 +306,11 @@ def test_freezing_reaches_inductor(
         infer(tmp_path, {"freezing": True}, run={"mode": mode})
 
 
+@torch._dynamo.config.patch(recompile_limit=2)  # monkeypatch would delete the setting at its end
 def test_a_run_that_reaches_the_limit_of_compilations_warns_of_its_eager_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     lines = (json.dumps({"s": [1.0] * (i // 2 + 1)}) for i in range(24))
     (tmp_path / "s.jsonl").write_text("\n".join(lines) + "\n")
     result = gradrun.infer(
