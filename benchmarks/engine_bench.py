@@ -26,15 +26,15 @@ from gradrun.engines.engine import EngineRequest
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {
         "model": {"source": "zoo", "name": "mlp"},
-        "data": {"inputs": {"x": {"shape": [64]}}, "samples": 400_000, "batch_size": 64},
+        "data": {"inputs": {"x": {"shape": [64]}}, "samples": 4_000_000, "batch_size": 64},
     },
     "digits_cnn": {
         "model": {"source": "zoo", "name": "digits_cnn"},
-        "data": {"inputs": {"x": {"shape": [1, 8, 8]}}, "samples": 100_000, "batch_size": 64},
+        "data": {"inputs": {"x": {"shape": [1, 8, 8]}}, "samples": 200_000, "batch_size": 64},
     },
     "resnet18": {
         "model": {"source": "zoo", "name": "resnet18"},
-        "data": {"inputs": {"x": {"shape": [3, 64, 64]}}, "samples": 800, "batch_size": 16},
+        "data": {"inputs": {"x": {"shape": [3, 64, 64]}}, "samples": 1600, "batch_size": 16},
     },
     "transformer_encoder": {
         "model": {"source": "zoo", "name": "transformer_encoder"},

@@ -13,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+if sys.platform == "linux":
+    import fcntl
+
 
 def start_child(module: str, threads: int, args: Sequence[str] = (), **pipes: Any) -> Process:
     """Start `python -m module` in a new session, with pipes to its stdin and stdout.
@@ -33,6 +36,7 @@ def start_child(module: str, threads: int, args: Sequence[str] = (), **pipes: An
         start_new_session=True,
         **pipes,
     )
+    _enlarge(child.stdout)
     threading.Thread(target=_kill_orphans, args=[child.pid], daemon=True).start()
     return child
 
@@ -74,6 +78,13 @@ def _environment(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
+
+
+def _enlarge(pipe: IO[bytes] | None) -> None:
+    """Let a pipe hold 1 MiB instead of 64 KiB, where the system allows it: fewer reads."""
+    if pipe and sys.platform == "linux":
+        with suppress(OSError):  # the limit of the user
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 1 << 20)
 
 
 def _kill_orphans(child: int) -> None:

@@ -128,8 +128,8 @@ class Dispatcher:
         except BaseException as error:
             timed.stop(plan.runner.stop_error(error, timed))
         finally:
-            self.engine.close()
-        current.finish()
+            current.finish()
+            self.engine.close()  # kills processes, which is not part of the pass
         return timed
 
 
@@ -144,7 +144,11 @@ class _Pass:
         data = plan.runner.data
         self.samples = require_length(data)
         self.schedule = Schedule(
-            writer.written, self.samples, unit=commit_unit(data), batch_size=whole_batches(data)
+            writer.written,
+            self.samples,
+            unit=commit_unit(data),
+            batch_size=whole_batches(data),
+            workers=dispatcher.count,
         )
         self.timed = TimedPass(writer.written, array("d"))
         self.workers: dict[int, _Worker] = {}

@@ -14,7 +14,10 @@ _QUEUED = 2
 """Ranges per worker: one that it runs and one that waits, so that it never idles."""
 
 RANGES_AHEAD = 4
-"""Ranges per worker between the first unwritten sample and the last assigned one."""
+"""Ranges of full size per worker between the first unwritten sample and the last assigned one."""
+
+_LEAST_PART = 50
+"""The shortest span is this part of a full one; handling a span costs a few milliseconds."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +40,9 @@ class Schedule:
     then into batches, then into single samples; a sample that ends two workers is `poisonous`.
     """
 
-    def __init__(self, start: int, stop: int, *, unit: int, batch_size: int) -> None:
+    def __init__(
+        self, start: int, stop: int, *, unit: int, batch_size: int, workers: int = 1
+    ) -> None:
         """Plan samples start to stop.
 
         Args:
@@ -45,13 +50,17 @@ class Schedule:
             stop: the number of samples of the run.
             unit: samples after which a span may end; a multiple of the batch size.
             batch_size: samples per batch.
+            workers: those that are expected; the first one that is ready leaves samples for
+                the others.
         """
         self.written, self.stop = start, stop
-        self.unit, self.batch_size = unit, batch_size
+        self.unit, self.batch_size, self.workers = unit, batch_size, workers
         self._fresh = start
         self._open: set[Span] = set()
         """Spans that are assigned or wait to be repeated, and have no result."""
         self._retries: list[Span] = []
+        self._sizes: dict[int, int] = {}
+        """Samples of a span of full size, by worker."""
         self._running: dict[int, list[Span]] = {}
         """Spans of each worker, in the order in which it runs them."""
         self._finished: dict[int, Span] = {}
@@ -92,10 +101,11 @@ class Schedule:
         mine = self._running[worker]
         if len(mine) >= _QUEUED:
             return None
+        self._sizes[worker] = max(size, self.unit)
         begin = self._fresh
         span = self._next_retry() or self._next_fresh(size)
         if span is None and not mine:
-            span = self._oldest_open()
+            span = self._span_of_another()
         if span:
             mine.append(span)
             self.repeated[worker] += span.start < begin
@@ -119,6 +129,7 @@ class Schedule:
             as finished, without a result.
         """
         spans = self._running.pop(worker, [])
+        self._sizes.pop(worker, None)
         poisonous: list[Span] = []
         for number, span in enumerate(spans):
             if span not in self._open:
@@ -152,23 +163,27 @@ class Schedule:
         return None
 
     def _next_fresh(self, size: int) -> Span | None:
-        workers = len(self._running)
-        ahead = sum(len(spans) for spans in self._running.values()) + len(self._finished)
-        if self._fresh >= self.stop or ahead >= RANGES_AHEAD * workers:
+        workers = max(self.workers, len(self._running))
+        ahead = self._fresh - self.written
+        if self._fresh >= self.stop or ahead >= RANGES_AHEAD * workers * max(self._sizes.values()):
             return None
         # Shorter spans towards the end, so that all workers finish at about the same time.
-        share = -(-(self.stop - self._fresh) // (2 * workers))
+        share = max((self.stop - self._fresh) // (2 * workers), size // _LEAST_PART)
         units = max(1, min(size, share) // self.unit)
         span = Span(self._fresh, min(self._fresh + units * self.unit, self.stop))
         self._fresh = span.stop
         self._open.add(span)
         return span
 
-    def _oldest_open(self) -> Span | None:
-        """Return a span that one other worker runs, for an idle worker; the first result counts."""
+    def _span_of_another(self) -> Span | None:
+        """Return a span of one other worker for an idle worker; the first result counts.
+
+        One that only waits comes before one that runs.
+        """
         copies = Counter(span for spans in self._running.values() for span in spans)
+        running = {spans[0] for spans in self._running.values() if spans}
         candidates = [s for s in self._open if copies[s] == 1 and not self._deaths[s]]
-        return min(candidates, default=None)
+        return min(candidates, key=lambda span: (span in running, span), default=None)
 
     def _finish(self, span: Span) -> None:
         self._open.discard(span)

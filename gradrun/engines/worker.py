@@ -17,12 +17,15 @@ def main() -> None:
     """Pin this process to the CPUs in the arguments, then answer requests until stdin ends."""
     end_with_parent()
     replies = take_stdout()
-    all_cpus: set[int] = set()
-    if cpus := [int(cpu) for cpu in sys.argv[2:]]:
-        all_cpus = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cpus)
     from gradrun.engines.messages import Open, Task, decode_request, encode
     from gradrun.engines.range_runner import serve
+
+    all_cpus: set[int] = set()
+    if cpus := [int(cpu) for cpu in sys.argv[2:]]:
+        # After the import of torch: OpenMP lets idle threads spin only if there are CPUs for all
+        # when it is loaded, and the measurement for `workers: auto` uses more threads.
+        all_cpus = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
 
     def receive() -> Open | Task | None:
         data = read_frame(sys.stdin.buffer)

@@ -61,6 +61,42 @@ def test_spans_become_shorter_towards_the_end() -> None:
     assert sum(sizes) == 1000
 
 
+def test_the_first_worker_that_is_ready_leaves_samples_for_the_others() -> None:
+    schedule = Schedule(0, 800, unit=16, batch_size=16, workers=2)
+    schedule.add_worker(1)
+    assert schedule.assign(1, 256) == Span(0, 192)
+    assert schedule.assign(1, 256) == Span(192, 336)
+    schedule.add_worker(2)
+    assert schedule.assign(2, 256) == Span(336, 448)
+
+
+def test_short_spans_at_the_end_do_not_leave_a_worker_without_work() -> None:
+    schedule = Schedule(0, 800, unit=16, batch_size=16, workers=2)
+    for worker in (1, 2):
+        schedule.add_worker(worker)
+    assert schedule.assign(1, 256) == Span(0, 192)
+    stop = 0
+    while stop < 800:
+        span = schedule.assign(2, 256)
+        assert span is not None
+        assert span.start > 0
+        schedule.complete(2, span)
+        stop = span.stop
+    assert schedule.assign(2, 256) == Span(0, 192)
+
+
+def test_an_idle_worker_takes_a_span_that_waits_before_one_that_runs() -> None:
+    schedule = Schedule(0, 30, unit=10, batch_size=10)
+    for worker in (1, 2):
+        schedule.add_worker(worker)
+    assert schedule.assign(1) == Span(0, 10)
+    assert schedule.assign(1) == Span(10, 20)
+    last = schedule.assign(2)
+    assert last == Span(20, 30)
+    schedule.complete(2, last)
+    assert schedule.assign(2) == Span(10, 20)
+
+
 def test_a_slow_worker_gets_shorter_spans() -> None:
     schedule = Schedule(0, 10_000, unit=10, batch_size=10)
     schedule.add_worker(1)
