@@ -41,13 +41,14 @@ def validate(
                     from gradrun.report.document import describe_interpretation
                     from gradrun.report.terminal import show
 
-                    statements = interpret(loaded, trust_code=trust_code)
-                    entry["interpretation"] = [s.as_dict() for s in statements]
+                    explained = interpret(loaded, trust_code=trust_code)
+                    entry["interpretation"] = [s.as_dict() for s in explained.statements]
+                    entry["warnings"] = [w.as_dict() for w in explained.warnings]
                     out.print(
                         f"{path}: valid; model and data can be opened "
                         "(infer also checks labels, shapes and outputs)\n"
                     )
-                    show(describe_interpretation(statements), out.console)
+                    show(describe_interpretation(*explained), out.console)
                 else:
                     out.print(f"{path}: valid (weights and shapes are checked by infer)")
                 validated[str(path)] = entry

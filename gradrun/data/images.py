@@ -141,6 +141,10 @@ class _Images:
         if self.config.call == "list":
             text = "a list of tensors [channels, height, width], each in its own size"
             yield Statement(topic="call", text=text)
+        else:
+            channels, height, width = self._shape
+            text = f"{pluralize(channels, 'channel')}, {height} x {width} pixels"
+            yield Statement(topic="images", text=text)
         yield from trait_statements(self.flags, self.config)
         if self.samples > files:
             text = f"{self.samples:,} pages of {pluralize(files, 'file')}, each is a sample"

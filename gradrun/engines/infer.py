@@ -27,6 +27,7 @@ from gradrun.engines.objects import (
     without_folder,
 )
 from gradrun.inference.infer import infer as infer_here
+from gradrun.inference.interpretation import Explanation
 from gradrun.inference.interpretation import explain as explain_run
 from gradrun.output import journal
 from gradrun.output.remote_folder import RemoteFolder, run_in_store
@@ -228,18 +229,19 @@ def infer_config(
         )
 
 
-def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statement, ...]:
+def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
     """Open the model and the data of a config; state how they and the engine are interpreted.
 
     Raises:
         ConfigError: one of them cannot be opened, or no cluster answers.
     """
-    statements = explain_run(loaded, trust_code=trust_code)
+    explained = explain_run(loaded, trust_code=trust_code)
     section = loaded.config.engine
     if section is None:
-        return statements
+        return explained
     with loaded.error_locations():
-        return (*statements, Statement(topic="engine", text=ENGINES[section.source].offer(section)))
+        offer = Statement(topic="engine", text=ENGINES[section.source].offer(section))
+    return explained._replace(statements=(*explained.statements, offer))
 
 
 def _threads_of(config: RunConfig) -> int | None:

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 
-from gradrun.config.data import SyntheticData
 from gradrun.config.load import ConfigSource, is_trusted, resolve_config
-from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.core import files
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed, first_line
@@ -25,32 +23,31 @@ from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import count_of, pluralize
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.image_presets import NOT_APPLIED
 from gradrun.data.source import (
     BatchSource,
     HasFileList,
     HasIdColumn,
     HasIdentity,
     HasKeptColumns,
-    HasLabels,
     HasRepeatedIds,
     HasRowChecksums,
     require_length,
 )
 from gradrun.inference.compilation import compile_model
+from gradrun.inference.config_warnings import config_warnings, label_names
 from gradrun.inference.decoding import open_decoder
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
 from gradrun.inference.interpretation import interpret
 from gradrun.inference.meters.work import KnownWork
-from gradrun.inference.metrics import Evaluation, plan_metrics
+from gradrun.inference.metrics import CLASS_ORDER, Evaluation, plan_metrics
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.runner import CommitCallback, PreparedRun, Runner, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
-from gradrun.models.class_names import check_order, same_names, shorten
+from gradrun.models.class_names import check_order
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.python import source_files
 from gradrun.output import class_labels, formats
@@ -63,11 +60,12 @@ from gradrun.output.formats import PredictionWriter, check_columns, open_writer
 from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
 from gradrun.output.quarantine import Quarantine, quarantined_positions
 from gradrun.output.run_folder import RunFolder
-from gradrun.output.transforms import other_pooling, resolve_output
+from gradrun.output.transforms import resolve_output
 from gradrun.results.result import Environment, InferResult, Memory, RunInfo, Statement, Warning
 from gradrun.results.run_warnings import run_warnings
 
 _NO_METRICS = "no_metrics"
+_METRIC_WARNINGS = {_NO_METRICS, CLASS_ORDER}
 
 
 @dataclass(frozen=True)
@@ -254,7 +252,7 @@ def open_run(
     opened = time.perf_counter()
     model = compile_model(model, config.model.compile, data)
     compiled = time.perf_counter()
-    check_order(_label_names(data), model.classes)
+    check_order(label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()
     metrics = partial(plan_metrics, config, data, model=model)
     header = fingerprint(
@@ -403,16 +401,18 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
     warnings = [
         *runner.warnings,
         *_output_warnings(plan.folder, writer, prepared.recovery, quarantined),
-        *_model_warnings(plan.model, runner.config),
         *_class_warnings(plan.model.classes, prepared.class_counts),
         *_id_warnings(runner.data),
-        *_label_warnings(_label_names(runner.data), plan.model.classes),
         *_resume_warnings(plan),
         *_machine_warnings(runner.config, environment),
     ]
     if not timed.stopped:
         training = bool(getattr(runner.config.model, "training", False))
         warnings += run_warnings(measurement, environment, training=training)
+    statements = interpret(
+        plan.model, runner.data, prepared.statements, measurement.padding, runner.config.run
+    )
+    warnings += config_warnings(runner.config, plan.model, runner.data, statements)
     dumped = runner.config.model_dump(mode="json")
     result = InferResult(
         gradrun=environment.gradrun,
@@ -425,12 +425,9 @@ def build_result(plan: RunPlan, prepared: PreparedRun, execution: Execution) -> 
         predictions=writer.written,
         quarantined=quarantined,
         resumed_at=timed.start,
-        interpretation=interpret(
-            plan.model, runner.data, prepared.statements, measurement.padding, runner.config.run
-        ),
+        interpretation=statements,
         warnings=tuple(warnings),
     )
-    result = result.replace(warnings=(*result.warnings, *_preprocessing_warnings(result)))
     if timed.stopped:
         return result
     scored = _add_metrics(result, prepared.evaluation, plan.folder)
@@ -607,54 +604,18 @@ def _id_warnings(data: BatchSource) -> Iterator[Warning]:
         yield Warning(code="repeated_ids", text=text)
 
 
-def _label_names(data: BatchSource) -> Sequence[str]:
-    return (data.classes if isinstance(data, HasLabels) else None) or ()
-
-
-def _label_warnings(names: Sequence[str], own: Sequence[str]) -> Iterator[Warning]:
-    """Warn about labels that are compared with classes of other names."""
-    if not names or len(names) != len(own) or same_names(names, own):
-        return
-    text = (
-        f"the labels are {shorten(names)}, and the model's classes are {shorten(own)}: they are "
-        "matched by position; set data.classes to the names of the labels, in the order of the "
-        "model's classes"
-    )
-    yield Warning(code="label_names", text=text)
-
-
-def _model_warnings(model: LoadedModel, config: RunConfig) -> list[Warning]:
-    warnings = []
-    if own := other_pooling(config.output, model):
-        text = f"the folder's own embedding is {own}; without output.transform and output.select"
-        warnings.append(Warning(code="other_pooling", text=f"{text}, it is used"))
-    if not model.random or isinstance(config.data, SyntheticData):
-        return warnings
-    text = f"weights: {model.random}, so the predictions are not those of a trained model"
-    if isinstance(config.model, WeightedModel):
-        text += "; set model.weights to a file"
-    if hasattr(config.model, "pretrained"):
-        text += ", or model.pretrained: true"
-    return [*warnings, Warning(code="random_weights", text=text)]
-
-
-def _preprocessing_warnings(result: InferResult) -> Iterator[Warning]:
-    """Warn if the config replaces the preprocessing that the model was trained with."""
-    for statement in result.interpretation:
-        if statement.topic == NOT_APPLIED:
-            text = f"data.preprocess replaces {statement.text}; without it, that is used"
-            yield Warning(code="other_preprocessing", text=text)
-
-
 def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFolder) -> InferResult:
     """Compute the metrics; a failure becomes a warning, because the predictions are complete."""
     if metrics is None:
         return result
     try:
-        return result.replace(metrics=metrics.compute(folder.path))
+        computed = metrics.compute(folder.path)
     except Exception as error:
         text = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
+    return result.replace(
+        metrics=computed, warnings=(*result.warnings, *metrics.class_order_warnings())
+    )
 
 
 def _add_examples(result: InferResult, plan: RunPlan, prepared: PreparedRun) -> InferResult:
@@ -690,7 +651,7 @@ def _replace_metrics(
     result = finished.replace(
         config=finished.config | {key: dumped[key] for key in ("metrics", "data")},
         metrics=(),
-        warnings=tuple(w for w in finished.warnings if w.code != _NO_METRICS),
+        warnings=tuple(w for w in finished.warnings if w.code not in _METRIC_WARNINGS),
     )
     with folder.locked():
         result = _add_metrics(result, metrics, folder)

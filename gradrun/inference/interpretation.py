@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -14,11 +15,19 @@ from gradrun.core.units import pluralize
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource, HasLabels, LengthGrouped, read_one
 from gradrun.inference.compilation import compile_model
+from gradrun.inference.config_warnings import config_warnings
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
 from gradrun.output import transforms
-from gradrun.results.result import Padding, Statement
+from gradrun.results.result import Padding, Statement, Warning
+
+
+class Explanation(NamedTuple):
+    """How a config is interpreted, and what in it is probably not intended."""
+
+    statements: tuple[Statement, ...]
+    warnings: tuple[Warning, ...]
 
 
 def interpret(
@@ -61,7 +70,7 @@ def _numbers_as_labels(model: LoadedModel, data: BatchSource) -> Iterator[Statem
         yield Statement(topic="classes", text=text)
 
 
-def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statement, ...]:
+def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
     """Open the model and the data of a config, and return the statements of all parts.
 
     Raises:
@@ -82,7 +91,8 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> tuple[Statemen
         model = compile_model(model, config.model.compile, data)
         read_one(data, 0)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
-        return describe(config, model, data, texts)
+        statements = describe(config, model, data, texts)
+        return Explanation(statements, tuple(config_warnings(config, model, data, statements)))
 
 
 def describe(

@@ -114,6 +114,24 @@ class Evaluation:
         doubts = [scorer.doubt for scorer in self.scorers if scorer.doubt]
         return tuple(Warning(code="labels_from_1", text=doubt) for doubt in doubts[:1])
 
+    def class_order_warnings(self) -> tuple[Warning, ...]:
+        """Warn of classes that are predicted as one another, after compute()."""
+        scorer = next((scorer for scorer in self.scorers if scorer.exchanged), None)
+        if scorer is None:
+            return ()
+        names, exchanged = scorer.class_names, scorer.exchanged
+        pairs = [
+            f"{names[true]} as {names[other]} ({share:.0%})"
+            for true, (other, share) in list(exchanged.items())[:_MAX_PAIRS]
+        ]
+        more = ", ..." if len(exchanged) > _MAX_PAIRS else ""
+        text = (
+            f"{len(exchanged):,} classes are predicted as one another: {', '.join(pairs)}{more}; "
+            "the class names or labels probably have another order than the model's classes: set "
+            "data.classes to the names in the model's order"
+        )
+        return (Warning(code=CLASS_ORDER, text=text),)
+
     def collect(self, returned: Any, inputs: Inputs) -> Tensors:
         """Return the evidence of a batch, by the names for a writer."""
         sources = {item.target.source for item in self.evidence}
@@ -219,6 +237,10 @@ def plan_metrics(
     return Evaluation(config, model, data, tuple(scorers), frozenset(unread))
 
 
+CLASS_ORDER = "class_order"
+"""Code of the warning about classes that are predicted as one another."""
+
+_MAX_PAIRS = 4
 _MAX_LISTED = 6
 _VALUES = {"mse", "mae", "r2"}
 """Metrics of numbers; the others compare classes."""

@@ -255,6 +255,7 @@ class Runner:
                 transforms.statements(self.config.output, returned, first.kwargs, self._facts)
             )
             self._check_activations(first, returned)
+            self._check_class_dimension(first, returned)
             counts = transforms.class_counts(
                 self.config.output, returned, first.kwargs, self._facts
             )
@@ -779,6 +780,20 @@ class Runner:
         assert batch
         return self._transfer(batch) if self._transfer else batch
 
+    def _check_class_dimension(self, first: Batch, returned: Any) -> None:
+        """Warn if a transform uses another dimension than that of the last layer's outputs."""
+        if (head := _last_layer(self.model)) is None:
+            return
+        name, classes = head
+        arguments = classes, self.config.output, returned, first.kwargs, self._facts
+        for output, dim, size, other in transforms.misplaced_classes(*arguments):
+            self._warn(
+                "class_dimension",
+                f"the transform of output {output!r} uses dimension {dim} with {size} values, but "
+                f"the model's last layer, {name}, has {classes} outputs, as many as dimension "
+                f"{other}: if these are the classes, set output.dim: {other}",
+            )
+
     def _check_activations(self, first: Batch, returned: Any) -> None:
         """Warn if softmax or sigmoid reads probabilities, in the first and in the last batch."""
         config, facts = self.config.output, self._facts
@@ -866,6 +881,15 @@ class Runner:
 
     def _warn(self, code: str, text: str) -> None:
         self.warnings.append(Warning(code=code, text=text))
+
+
+def _last_layer(model: nn.Module) -> tuple[str, int] | None:
+    """Return the name of the last linear or convolutional layer, and the number of its outputs."""
+    sizes = [
+        (name, getattr(module, "out_features", getattr(module, "out_channels", None)))
+        for name, module in model.named_modules()
+    ]
+    return next(((name, n) for name, n in reversed(sizes) if isinstance(n, int)), None)
 
 
 def _with_evidence(selector: OutputSelector, evaluation: Evaluation) -> Callable[..., Outputs]:

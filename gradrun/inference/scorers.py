@@ -42,6 +42,12 @@ _EXCLUSIVE_STEPS = {"softmax", "argmax", "classify", "topk"}
 _SUM_TOLERANCE = 0.01
 """Greatest difference from 1 of a sum of probabilities, which may be in half precision."""
 
+_MAX_EXCHANGED = 1000
+"""Greatest number of classes whose confusions are counted to find names in another order."""
+
+_LEAST_SUPPORT = 5
+"""Fewer samples of a class show no pattern."""
+
 
 class Scorer:
     """A metric of the config, and the output it is computed from."""
@@ -249,6 +255,30 @@ class Scorer:
     # --- after the run ---------------------------------------------------------------------------
 
     @property
+    def exchanged(self) -> dict[int, tuple[int, float]]:
+        """Classes that are predicted as one another: class -> predicted class, and its share.
+
+        In each, at least five samples and most of all are predicted as another class, and these
+        predicted classes are the same set. Confusions of a model hardly ever are such a
+        permutation; names in another order are.
+        """
+        if self._confusion is None:
+            return {}
+        counts = self._confusion
+        support, most = counts.sum(1), counts.max(1)
+        often = (support >= _LEAST_SUPPORT) & (2 * most.values > support)
+        pairs = enumerate(most.indices.tolist())
+        found = {true: other for true, other in pairs if often[true] and other != true}
+        while lost := found.keys() ^ {*found.values()}:
+            found = {
+                true: other
+                for true, other in found.items()
+                if true not in lost and other not in lost
+            }
+        shares = most.values / support.clamp(min=1)
+        return {true: (other, float(shares[true])) for true, other in found.items()}
+
+    @property
     def surveys(self) -> bool:
         """Whether all evidence must be read once before the metric is computed."""
         return self.target.task == "classes" or self._unknown_scale or self._bins is not None
@@ -278,6 +308,10 @@ class Scorer:
         count = max(2, self.classes)
         self._missing, self._seen = 0, torch.zeros(count, dtype=torch.bool)
         self._support = torch.zeros(count, dtype=torch.int64)
+        exclusive = self.target.task in {"multiclass", "classes"} and self.evidence.kind != "top"
+        self._confusion: torch.Tensor | None = None
+        if exclusive and count <= _MAX_EXCHANGED:
+            self._confusion = torch.zeros(count, count, dtype=torch.int64)
         if self._bins:
             scores = self._comparable(self._bins.sample)
             self._bins.divide(scores.reshape(-1, 1) if spec.average == "micro" else scores)
@@ -369,6 +403,8 @@ class Scorer:
             self._support += (truth == 1).sum(0)
         else:
             self._support += torch.bincount(truth, minlength=len(self._support))
+        if self._confusion is not None:
+            self._count(found.argmax(1) if found.ndim > 1 else found.long(), truth)
         if kind == "scores":
             return self._to_unit_interval(found.double(), truth), truth
         found = found.long()
@@ -379,6 +415,13 @@ class Scorer:
         if not several:
             self._seen[found[~missing]] = True
         return torch.where(missing, self._wrong(truth), found), truth
+
+    def _count(self, found: torch.Tensor, truth: torch.Tensor) -> None:
+        """Add predicted and true classes [n] to the confusion matrix."""
+        assert self._confusion is not None
+        count, known = len(self._confusion), found >= 0
+        pairs = truth[known] * count + found[known]
+        self._confusion += torch.bincount(pairs, minlength=count * count).view(count, count)
 
     def _wrong(self, truth: torch.Tensor) -> torch.Tensor:
         """Another class than the true one, for predictions with NaN or infinite scores."""
@@ -425,7 +468,7 @@ class Scorer:
         if spec.name == "confusion_matrix":
             counts = value.long()
             matrix = ConfusionMatrix(
-                classes=self._class_names(), counts=tuple(map(tuple, counts.tolist()))
+                classes=self.class_names, counts=tuple(map(tuple, counts.tolist()))
             )
             value = counts.diagonal().sum() / counts.sum().clamp(min=1)
         return Metric(
@@ -443,7 +486,7 @@ class Scorer:
             defined = self._support > 0
         if self.target.task != "multilabel" or self.spec.name == "auroc":
             values = torch.where(defined, values.double(), torch.nan)
-        names = self._class_names()
+        names = self.class_names
         return tuple(
             ClassValue(name=name, value=value)
             for name, value in zip(names, values.tolist(), strict=True)
@@ -457,7 +500,9 @@ class Scorer:
             return torch.ones(self.classes, dtype=torch.bool)
         return self._seen | (self._support > 0)
 
-    def _class_names(self) -> tuple[str, ...]:
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, or their numbers."""
         count = max(2, self.classes)
         return self.names if len(self.names) == count else tuple(map(str, range(count)))
 

@@ -33,7 +33,7 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
         model = build_module(target, config.args, config.target)
     return LoadedModel(
         model,
-        weights=f"set by {Path(location).name}:{name}",
+        weights=f"made by {Path(location).name}:{name}",
         random=describe_random(origins.random_parameters(model), model),
     )
 

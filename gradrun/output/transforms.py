@@ -436,7 +436,7 @@ def _describe_steps(
     own: dict[str, _Transform],
 ) -> str:
     """Describe the shape of an output and its transforms, with the dimension of the classes."""
-    shape, words = ", ".join(["n", *map(str, tensor.shape[1:])]), []
+    shape, words = _row_shape(tensor), []
     precision = ", in float32" if config.transforms_of(name) and _is_half(tensor) else ""
     for step in config.transforms_of(name):
         if step in own and step in _CLASS_STEPS:
@@ -449,7 +449,13 @@ def _describe_steps(
                 f"above {_threshold(config):g}" if step == "threshold" else _WORDS.get(step, step)
             )
         tensor = (_TRANSFORMS | own)[step](name, tensor, config, inputs)[0][1]
-    return f"[{shape}]: {', then '.join(words) or 'as returned'}{precision}"
+    pools = {*_POOLING_STEPS, "sentence_embedding"}.intersection(config.transforms_of(name))
+    result = f", to {_row_shape(tensor)}" if pools else ""
+    return f"{shape}: {', then '.join(words) or 'as returned'}{precision}{result}"
+
+
+def _row_shape(tensor: torch.Tensor) -> str:
+    return f"[{', '.join(['n', *map(str, tensor.shape[1:])])}]"
 
 
 def class_counts(
@@ -473,6 +479,36 @@ def class_counts(
             column = _apply(functions, [step], output, config, inputs)[0][1]
             output = output._replace(column=column)
     return counts
+
+
+def misplaced_classes(
+    classes: int,
+    config: OutputSection,
+    returned: Any,
+    inputs: Inputs = _NO_INPUTS,
+    model: ModelFacts | None = None,
+) -> Iterator[tuple[str, int, int, int]]:
+    """Yield outputs whose classes seem to be in another dimension than a transform uses.
+
+    Args:
+        classes: the number of classes of the model.
+        config: the output section, resolved.
+        returned: outputs of the model for a batch.
+        inputs: keyword inputs of the same batch.
+        model: the facts of the model, if any.
+
+    Yields:
+        The output, the dimension in use, its size, and the one dimension of size `classes`.
+    """
+    own = _transforms_of(model)
+    for output in select_outputs(returned, config):
+        steps = config.transforms_of(output.source)
+        if steps and steps[0] in _CLASS_STEPS and steps[0] not in own:
+            shape = output.tensor.shape
+            dim = _class_dim(steps[0], output.name, output.tensor, config, inputs)
+            others = [other for other in range(1, len(shape)) if shape[other] == classes]
+            if len(others) == 1 and dim not in others:
+                yield output.source, dim, shape[dim], others[0]
 
 
 def double_activations(

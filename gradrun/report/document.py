@@ -21,6 +21,7 @@ from gradrun.results.result import (
     Statement,
     TuneResult,
     Verification,
+    Warning,
 )
 
 _MAX_FILES = 3
@@ -143,9 +144,14 @@ def describe_machine(measured: CachedPeaks) -> Document:
     )
 
 
-def describe_interpretation(statements: Sequence[Statement]) -> Document:
+def describe_interpretation(
+    statements: Sequence[Statement], warnings: Sequence[Warning] = ()
+) -> Document:
     """Build the report on the interpretations of a config."""
-    return Document(interpretation=(tables.interpretation(statements),))
+    return Document(
+        interpretation=(tables.interpretation(statements),),
+        notes=tuple(Note(warning.text) for warning in warnings),
+    )
 
 
 def describe_verification(result: Verification) -> Document:

@@ -82,7 +82,9 @@ class Share:
     """Length of the bar, from 0 to 1."""
 
     def __str__(self) -> str:
-        return f"{self.value:.0%}"
+        if 0 < self.value < 0.005:
+            return "<1%"
+        return ">99%" if 0.995 <= self.value < 1 else f"{self.value:.0%}"
 
 
 @dataclass(frozen=True)

@@ -476,7 +476,7 @@ def test_workers_state_the_same_interpretation(
 def test_validate_explains_the_engine(inputs: Path, tmp_path: Path) -> None:
     engine = {"source": "processes", "workers": 3}
     loaded = load_config(config_for("arrays", inputs, tmp_path / "out") | {"engine": engine})
-    (text,) = [s.text for s in explain(loaded) if s.topic == "engine"]
+    (text,) = [s.text for s in explain(loaded).statements if s.topic == "engine"]
     assert text.startswith("3 processes; this machine has ")
 
 

@@ -100,9 +100,9 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("keys", "text"),
     [
-        (None, "set by net.py:Net; random (seed 3)"),
-        (["weight", "bias"], "set by net.py:Net"),
-        (["weight"], "set by net.py:Net; 1 of 2 tensors random (seed 3): bias"),
+        (None, "made by net.py:Net; random (seed 3)"),
+        (["weight", "bias"], "made by net.py:Net"),
+        (["weight"], "made by net.py:Net; 1 of 2 tensors random (seed 3): bias"),
     ],
 )
 def test_weights_that_the_users_code_sets_are_stated_with_its_name(
