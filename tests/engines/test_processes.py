@@ -223,6 +223,46 @@ def test_no_worker_outlives_its_driver_and_the_run_can_be_resumed(
     assert np.array_equal(np.load(tmp_path / "out" / "predictions.npy"), EXPECTED)
 
 
+KILLED = """
+import os, random, signal, threading, time
+from pathlib import Path
+import torch
+
+FOLDER = Path(__file__).with_name("kills")
+
+def kill():
+    number = len(list(FOLDER.iterdir()))
+    if number < 17:
+        (FOLDER / str(os.getpid())).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Net(torch.nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 4 and os.getppid() == {driver}:
+            threading.Timer(random.uniform(0.02, 0.15), kill).start()
+        time.sleep(0.002)
+        return x * 3 + 1
+"""
+
+
+def test_17_kills_of_workers_at_random_moments_change_no_byte(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    config = run()
+    (tmp_path / "net.py").write_text(KILLED.format(driver=os.getpid()))
+    (tmp_path / "kills").mkdir()
+    numbers = np.arange(6000, dtype=np.float32)[:, None]
+    np.save(tmp_path / "n.npy", numbers)
+    result = gradrun.infer(config, trust_code=True)
+    assert np.array_equal(np.load(tmp_path / "out" / "predictions.npy"), numbers * 3 + 1)
+    lost = [w.lost for w in result.measurements[0].workers if w.lost]
+    assert len(lost) == len(list((tmp_path / "kills").iterdir())) >= 17
+    assert all("SIGKILL" in cause for cause in lost)
+
+
 def test_auto_uses_workers_or_one_process_and_says_which(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
