@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "transformer_encoder": {
         "model": {"source": "zoo", "name": "transformer_encoder"},
-        "data": {"inputs": {"x": {"shape": [64, 256]}}, "samples": 1600, "batch_size": 16},
+        "data": {"inputs": {"x": {"shape": [64, 256]}}, "samples": 3200, "batch_size": 16},
     },
     "MiniLM-L6": {
         "model": {
@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "name": "transformer_encoder",
             "args": {"d_model": 384, "heads": 12, "feedforward": 1536, "layers": 6},
         },
-        "data": {"inputs": {"x": {"shape": [128, 384]}}, "samples": 256, "batch_size": 16},
+        "data": {"inputs": {"x": {"shape": [128, 384]}}, "samples": 640, "batch_size": 16},
     },
 }  # fmt: skip
 SCALING = ("mlp", "resnet18", "transformer_encoder")
