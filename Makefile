@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo quick test coverage lint types docs docs-examples docs-serve bench soak golden dist clean
+.PHONY: help install tools demo quick test coverage lint types docs docs-examples docs-serve bench bench-peers soak golden dist clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 	$(BIN)/python benchmarks/compare_bench.py
 	$(BIN)/python benchmarks/profile_bench.py
 	$(BIN)/python benchmarks/generation_bench.py
+
+bench-peers: .venv/.dev ## measure gradrun against other tools; takes an hour; .venv/bin/pip install -e '.[peers]' adds some
+	$(BIN)/python benchmarks/peers_bench.py
 
 soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; takes minutes
 	$(BIN)/python tests/soak/kill.py --kills 100
