@@ -119,9 +119,9 @@ def _exit_with(error: GradrunError, resume_command: str = "") -> None:
     from gradrun.report.escaping import escape_control_chars
 
     text = str(error)
-    if error.resumable and error.resume_options:
+    if error.resumable and resume_command and error.resume_options:
         text += f"\nto resume past the failing sample: {resume_command} {error.resume_options}"
-    elif error.resumable:
+    elif error.resumable and resume_command:
         text += f"\nto resume: {resume_command}"
     line = Text.assemble(("error: ", "bold red"), escape_control_chars(text))
     make_console(stderr=True).print(line, soft_wrap=True)

@@ -91,6 +91,7 @@ def take_turns(
     *,
     seed: int = 0,
     seconds: float | None = None,
+    enough: Callable[[Sequence[Turn]], bool] = lambda _: False,
 ) -> list[Turn]:
     """Run blocks of all lanes in random order, after one that is not kept.
 
@@ -102,6 +103,7 @@ def take_turns(
         rounds: blocks of each lane.
         seed: of the order.
         seconds: duration of a block; default: BLOCK_SECONDS.
+        enough: whether the blocks so far decide, asked after each round.
     """
     seconds = BLOCK_SECONDS if seconds is None else seconds
     turns = [Turn(lane, window) for lane in lanes]
@@ -121,6 +123,8 @@ def take_turns(
     for number in range(rounds):
         for turn in order.sample(turns, len(turns)):
             turn.blocks.append(_quiet_block(turn, number))
+        if enough(turns):
+            break
     return turns
 
 

@@ -483,6 +483,9 @@ class FilesData(_RowsData):
     id: str | None = Field(
         None, description="column of a dataset with sample ids; default: row numbers"
     )
+    decode_threads: Literal["auto"] | Annotated[int, Field(gt=0, le=4096)] = Field(
+        "auto", description="threads that decode files ahead of the model; auto: one per CPU"
+    )
     _of_files: ClassVar[tuple[str, ...]] = ("pattern",)
 
     labels: str | FolderLabels | None = Field(

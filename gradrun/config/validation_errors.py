@@ -32,6 +32,7 @@ _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less tha
 _ALLOWED = {
     "device": "auto, cpu, cuda, cuda:N or mps",
     "threads": "auto or an integer from 1 to 4096",
+    "decode_threads": "auto or an integer from 1 to 4096",
     "workers": "auto or an integer from 1 to 10000",
     "warmup": "auto or an integer from 0 to 100000",
 }

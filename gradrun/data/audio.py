@@ -83,7 +83,8 @@ class _Audio:
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         firsts = range(start, self.samples if stop is None else stop, self.batch_size)
-        with closing(decode_ahead(self._decode, firsts)) as decoding:
+        threads = self.config.decode_threads
+        with closing(decode_ahead(self._decode, firsts, threads)) as decoding:
             for numbers, files in decoding:
                 read = [file.result() for file in files]
                 inputs, errors = self._inputs(read)

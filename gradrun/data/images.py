@@ -126,7 +126,8 @@ class _Images:
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         firsts = range(start, self.samples if stop is None else stop, self.batch_size)
-        with closing(decode_ahead(self._decode, firsts)) as decoding:
+        threads = self.config.decode_threads
+        with closing(decode_ahead(self._decode, firsts, threads)) as decoding:
             for numbers, rows, tasks in decoding:
                 errors = {row: error for task in tasks for row, error in task.result().items()}
                 ids = [self._page(number).id for number in numbers]

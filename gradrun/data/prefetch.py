@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import Full, Queue
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import GradrunError
@@ -84,13 +84,16 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def decode_ahead(
-    start: Callable[[ThreadPoolExecutor, int], Decoding], firsts: Iterable[int]
+    start: Callable[[ThreadPoolExecutor, int], Decoding],
+    firsts: Iterable[int],
+    threads: int | Literal["auto"],
 ) -> Generator[Decoding, None, None]:
     """Decode the files of batches in threads, some batches ahead of the one that is yielded.
 
     Args:
         start: submits the files of the batch with this first sample to the pool.
         firsts: the first samples of the batches, in order.
+        threads: how many decode; auto: one per CPU.
 
     Yields:
         What `start` returned for each batch.
@@ -98,7 +101,8 @@ def decode_ahead(
     left = iter(firsts)
     ahead: deque[Decoding] = deque()
     wanted = 1  # often only the first batch is read, for example after an error
-    pool = ThreadPoolExecutor(available_cpus(), "gradrun-decode")
+    count = available_cpus() if threads == "auto" else threads
+    pool = ThreadPoolExecutor(count, "gradrun-decode")
     try:
         while True:
             ahead.extend(

@@ -22,7 +22,8 @@ _OUTCOMES: dict[Outcome, tuple[str, Tone]] = {
 
 def tables_of(result: TuneResult) -> tuple[Table, ...]:
     """Build the tables of the changed keys, of the start, and of all settings that were tried."""
-    return tuple(table for table in (_keys(result), _starts(result), _trials(result)) if table.rows)
+    tables = (_keys(result), _starts(result), _trials(result), _phases(result))
+    return tuple(table for table in tables if table.rows)
 
 
 def _keys(result: TuneResult) -> Table:
@@ -48,11 +49,13 @@ def _starts(result: TuneResult) -> Table:
     if result.tuned_start is None:
         return Table("Start", (), ())
     cold = result.tuned_start_cold
+    compiles = any(key.key.startswith("model.compile") for key in result.keys)
+    cached = "with compiled programs in the cache" if compiles else ""
     rows = [
         ("baseline", format_seconds(result.start_seconds), ""),
-        ("tuned", format_seconds(result.tuned_start), "with compiled programs in the cache"),
+        ("tuned", format_seconds(result.tuned_start), cached),
     ]
-    if cold and cold > 1.2 * result.tuned_start:
+    if compiles and cold and cold > 1.2 * result.tuned_start:
         rows.append(("tuned, first time", format_seconds(cold), "compiles"))
     if result.break_even:
         rows.append(("pays after", f"{result.break_even:,}", "samples"))
@@ -78,6 +81,22 @@ def _trials(result: TuneResult) -> Table:
     return Table("Tried", columns, tuple(rows), note=note)
 
 
+def _phases(result: TuneResult) -> Table:
+    spent = result.phases
+    rows = [
+        (name, format_seconds(seconds), f"{seconds / result.seconds:.0%}", what)
+        for name, seconds, what in (
+            ("starts", spent.starts, "imports, loading, compiling, warm-up"),
+            ("gates", spent.gates, "outputs, memory and latency of each setting"),
+            ("races", spent.races, "blocks of two settings alternately"),
+            ("confirmation", spent.confirmation, "fresh processes, other samples"),
+        )
+        if seconds and result.seconds
+    ]
+    columns = (Column(emphasis="strong"), Column(), Column(kind="text", emphasis="quiet"))
+    return Table("Time of tune", columns, tuple(rows))
+
+
 def _difference(trial: Trial) -> str:
     if trial.bitwise:
         return "0"
@@ -101,8 +120,17 @@ def verdict(result: TuneResult) -> str:
             f"{result.detectable:.1%} would have been seen. Keep the config."
         )
     reason = f" ({result.refused[-1]})" if result.refused else ""
+    reason = " (interrupted)" if result.interrupted else reason
+    best = result.unconfirmed
+    if best is None:
+        return (
+            f"Inconclusive after {tried}{reason}. Keep the config, or raise --budget "
+            f"({result.budget:g} s)."
+        )
+    written = f" Written to {result.file}, for a comparison." if result.file else ""
     return (
-        f"Inconclusive after {tried}{reason}. Keep the config, or raise --budget "
+        f"Inconclusive after {tried}{reason}. The best so far was {best.ratio:.2f} x as fast in "
+        f"the search and is not confirmed: {best.name}.{written} Raise --budget "
         f"({result.budget:g} s)."
     )
 

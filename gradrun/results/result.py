@@ -22,7 +22,7 @@ from gradrun.core.remote import as_path
 from gradrun.results import stats
 from gradrun.results.bounds import ByteChange, Count, Seconds
 from gradrun.results.profile import Profile
-from gradrun.results.trials import Trial, TunedKey
+from gradrun.results.trials import Trial, TunedKey, TunePhases
 from gradrun.results.work import MachinePeaks, Work, describe_reach
 
 _MAX_FILE_BYTES = 2**30
@@ -767,7 +767,9 @@ class TuneResult(RunResult, frozen=True, kw_only=True, tag="tune"):
     skipped: tuple[str, ...] = ()
     """Moves that do not apply, each with the reason."""
     keys: tuple[TunedKey, ...] = ()
-    """The confirmed changes."""
+    """The confirmed changes, or those of `unconfirmed`."""
+    unconfirmed: Trial | None = None
+    """The best setting of a search that ended before its confirmation."""
     refused: tuple[str, ...] = ()
     """Why settings that led the search were not confirmed."""
     tolerance: str
@@ -790,12 +792,21 @@ class TuneResult(RunResult, frozen=True, kw_only=True, tag="tune"):
     budget: Seconds
     seconds: Seconds
     """Time that the search and the confirmation took."""
+    phases: TunePhases = TunePhases()
     out_of_time: bool = False
+    interrupted: bool = False
+    """Whether Ctrl-C ended it."""
     file: str = ""
     """The tuned config; empty if none was written."""
 
     def headline(self, source: str) -> str:
-        """Return one line about the confirmed setting."""
+        """Return one line about the setting that is written."""
+        if self.unconfirmed:
+            return (
+                f"gradrun tune {self.gradrun}: NOT CONFIRMED, {self.unconfirmed.ratio:.2f} x as "
+                f"fast as {source} in a search that ended early, {self.tolerance}, torch "
+                f"{self.environment.torch}, {self.environment.cpu}, {self.started_at[:10]}"
+            )
         (confirmed,) = self.comparisons
         changed = "" if self.max_rel is None else f", max_rel {self.max_rel:.2g} seen"
         return (

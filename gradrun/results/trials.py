@@ -43,6 +43,17 @@ class Trial(Record, frozen=True, kw_only=True):
         return describe_changes(self.changes)
 
 
+class TunePhases(Record, frozen=True, kw_only=True):
+    """Seconds that the parts of a tuning took."""
+
+    starts: _Seconds = 0.0
+    """Starting processes: imports, loading, compiling, warm-up."""
+    gates: _Seconds = 0.0
+    """Outputs, memory and latency."""
+    races: _Seconds = 0.0
+    confirmation: _Seconds = 0.0
+
+
 class TunedKey(Record, frozen=True, kw_only=True):
     """A key that was changed."""
 

@@ -19,7 +19,7 @@ from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Measurement
 from gradrun.results.stats import Estimate
 from gradrun.tuning.constraints import P99_BATCHES
-from gradrun.tuning.search import Candidate, Search
+from gradrun.tuning.search import LATER_START, Candidate, Search
 
 BASELINE, TUNED = "baseline", "tuned"
 
@@ -28,6 +28,9 @@ _CHECKED = 2000
 _CHECKED_SHARE = 0.05
 _MIN_CHECKED_SECONDS = 5.0
 _WINDOWS = 8
+_LEAST_PROCESSES = 3
+"""Fewer processes decide nothing; up to these, the budget may be exceeded a little."""
+
 _MAX_P99_BLOCKS = 200
 
 
@@ -57,7 +60,7 @@ class Confirmation:
         """Samples after which the longer start from caches has paid; None if it never does."""
         base, tuned = (median(m.seconds_per_sample[0] for m in group) for group in self._groups())
         later = median(two - one for one, two in self.starts)
-        if later <= 0:
+        if later <= LATER_START * median(one for one, _ in self.starts):
             return 0
         return math.ceil(later / (base - tuned)) if tuned < base else None
 
@@ -69,7 +72,9 @@ class Confirmation:
 
 
 def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Confirmation:
-    """Measure a setting against the baseline in at least `measure.processes` fresh processes.
+    """Measure a setting against the baseline in `measure.processes` fresh processes or more.
+
+    If the budget ends before, fewer processes are enough for an interval that excludes small gains.
 
     Args:
         search: the finished search.
@@ -83,11 +88,11 @@ def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Co
         search.progress(Progress("confirming", done, max(done + 1, measure.processes)))
         began = search.now()
         left = tune.budget - (began - search.began)
-        # The first processes may exceed the budget a little, since the search kept time for them.
-        if done >= 2 and left < cost:
+        if done >= _LEAST_PROCESSES and left < cost:
             break
         try:
-            _measure_process(search, found, done)
+            with search.timed("confirmation"):
+                _measure_process(search, found, done)
         except GradrunError as error:
             found.refused = f"failed in a fresh process: {error}"
             break
@@ -183,7 +188,7 @@ def _judge(search: Search, found: Confirmation, done: int) -> None:
     verdict = stats.verdict(found.ratio, measure.precision)
     if verdict in {"slower", "no_difference"}:
         found.refused = f"{found.ratio.value:.3f} x as fast as the baseline in fresh processes"
-    elif done < measure.processes:
+    elif done < measure.processes and found.ratio.low <= 1 + measure.precision:
         found.undecided = f"the budget was spent after {done} of {measure.processes} processes"
     elif found.ratio.low <= 1 + measure.precision:
         low, high = found.ratio.low, found.ratio.high

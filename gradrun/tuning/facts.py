@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,10 @@ class Facts:
     cpus: int
     cpu_flags: frozenset[str]
     has_compiler: bool
+    memory: int
+    """Bytes that this machine, or its container, has."""
+    peak: int | None = None
+    """Process peak of the best setting so far, in bytes."""
 
     def has(self, *types: str) -> bool:
         """Whether the model has a module of one of these types."""
@@ -49,6 +54,7 @@ def gather_facts(config: RunConfig, lane: Lane, constraints: Constraints) -> Fac
         cpus=available_cpus(),
         cpu_flags=_cpu_flags(),
         has_compiler=any(shutil.which(name) for name in _COMPILERS),
+        memory=_memory(),
     )
 
 
@@ -67,6 +73,14 @@ def value_of(config: RunConfig, key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return memory
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -22,6 +22,12 @@ STEPS: tuple[Step, ...] = ("process", "batches", "kernels", "workers", "batches 
 
 BUNDLED: Step = "kernels"
 
+_TEXTS = 128
+"""Least limit of texts in a batch that is limited by tokens."""
+
+_MEMORY_SHARE = 0.5
+"""Share of the machine's memory that a larger batch may need, if all memory grew with it."""
+
 
 @dataclass(frozen=True)
 class Move:
@@ -51,15 +57,43 @@ def _other_values(key: str, *values: Any) -> Callable[[Facts], Sequence[Changes]
     return settings
 
 
+def _batch_tokens(facts: Facts) -> Sequence[Changes]:
+    if value_of(facts.config, "data.batch_tokens"):
+        return []
+    if value_of(facts.config, "data.group_by_length") is False:
+        return []
+    # The limit replaces that of the number of texts, which must not come first.
+    size = max(_TEXTS, value_of(facts.config, "data.batch_size") or 0)
+    return [
+        {"data.batch_tokens": tokens, "data.batch_size": size} for tokens in (1024, 4096)
+    ]  # fmt: skip
+
+
+def _decode_threads(facts: Facts) -> Sequence[Changes]:
+    used = value_of(facts.config, "data.decode_threads")
+    used = facts.cpus if used == "auto" else used
+    counts = {1, facts.cpus // 2, facts.cpus, 2 * facts.cpus} - {0, used}
+    return [{"data.decode_threads": count} for count in sorted(counts)]
+
+
 def _modes(facts: Facts) -> Sequence[Changes]:
     # Where grad is faster, the reason is the fast path, which has a row of its own.
     modes = [GradMode.INFERENCE_MODE, GradMode.NO_GRAD]
     return [{"run.mode": mode.value} for mode in modes if mode is not facts.config.run.mode]
 
 
-def _double_batch(facts: Facts) -> Sequence[Changes]:
-    size = value_of(facts.config, "data.batch_size")
-    return [{"data.batch_size": 2 * size}] if size and 2 * size <= facts.samples else []
+def _larger_batch(factor: int) -> Callable[[Facts], Sequence[Changes]]:
+    """Try a batch size, if the whole process would still fit the memory of the machine."""
+
+    def settings(facts: Facts) -> Sequence[Changes]:
+        size = value_of(facts.config, "data.batch_size")
+        if not size or factor * size > facts.samples:
+            return []
+        if factor * (facts.peak or 0) > _MEMORY_SHARE * facts.memory:
+            return []
+        return [{"data.batch_size": factor * size}]
+
+    return settings
 
 
 def _halve_batch(facts: Facts) -> Sequence[Changes]:
@@ -123,6 +157,18 @@ def _no_texts(facts: Facts) -> str:
     return "" if facts.config.data.source == "text" else "the data are not texts"
 
 
+def _one_length(facts: Facts) -> str:
+    if reason := _no_texts(facts):
+        return reason
+    padded = value_of(facts.config, "data.padding") == "max_length"
+    return "all texts are padded to data.max_length" if padded else ""
+
+
+def _no_decoding(facts: Facts) -> str:
+    decoded = facts.config.data.source in {"images", "audio"}
+    return "" if decoded else "the data are not image or audio files"
+
+
 def _fixed_batches(facts: Facts) -> str:
     return "" if value_of(facts.config, "data.batch_size") else "the data have no batch size"
 
@@ -178,8 +224,13 @@ MOVES = (
         "length order", "batches", "rounding",
         _other_values("data.group_by_length", True), _no_texts,
     ),
+    Move("tokens per batch", "batches", "rounding", _batch_tokens, _one_length),
+    Move("decode threads", "batches", "none", _decode_threads, _no_decoding),
     Move(
-        "larger batches", "batches", "rounding", _double_batch, _fixed_batches, climbs=True,
+        "much larger batches", "batches", "rounding", _larger_batch(8), _fixed_batches, climbs=True,
+    ),
+    Move(
+        "larger batches", "batches", "rounding", _larger_batch(2), _fixed_batches, climbs=True,
     ),
     Move(
         "memory format", "kernels", "rounding",
@@ -195,7 +246,8 @@ MOVES = (
     Move("worker processes", "workers", "rounding", _workers, _no_workers),
     Move("threads", "workers", "rounding", _threads, _no_workers),
     Move(
-        "larger batches", "batches again", "rounding", _double_batch, _fixed_batches, climbs=True,
+        "larger batches", "batches again", "rounding", _larger_batch(2), _fixed_batches,
+        climbs=True,
     ),
     Move(
         "smaller batches", "batches again", "rounding", _halve_batch, _fixed_batches, climbs=True,

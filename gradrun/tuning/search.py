@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median
 
 import torch
@@ -20,7 +22,7 @@ from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.results import stats
 from gradrun.results.stats import Estimate
-from gradrun.results.trials import Outcome, Trial, describe_changes
+from gradrun.results.trials import Outcome, Trial, TunePhases, describe_changes
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import Facts, apply, gather_facts
 from gradrun.tuning.moves import BUNDLED, MOVES, STEPS, Changes, Move, Step, applicable, bundles
@@ -34,7 +36,10 @@ CLIMB_GAIN = 0.05
 CLOSE = 0.04
 """Ratios this close to 1 are measured again in fresh processes."""
 
-ROUNDS = 5
+ROUNDS = 7
+LEAST_ROUNDS = 3
+"""Rounds before a race may end because its interval decides."""
+
 CALIBRATION_SECONDS = 2.0
 """Time of the baseline for the calibration samples."""
 
@@ -43,7 +48,11 @@ _SLOW = 3.0
 _START_SHARE = 0.3
 """Share of the remaining time that a start may take."""
 _CONFIRM_BLOCKS_SECONDS = 4.0
-_MIN_PROCESSES = 5
+_CONFIRM_SHARE = 0.5
+"""Greatest share of the budget that is kept for the confirmation."""
+
+LATER_START = 0.25
+"""A start that is longer by less than this share is as long; starts vary."""
 _FRESH = 2
 _FRESH_SHARE = 0.1
 """Share of the remaining time that one measurement in fresh processes may take."""
@@ -64,7 +73,9 @@ class Candidate:
     deviation: Deviation
     peak: int | None
     trial: int
-    """Its place in the list of trials."""
+    """Its place in the list of trials; -1: the baseline."""
+    speed: float = 1.0
+    """Times as fast as the baseline."""
 
 
 @dataclass
@@ -85,6 +96,9 @@ class Search:
     """What leaving a key out costs, by key."""
     out_of_time: bool = False
 
+    interrupted: bool = False
+    """Whether Ctrl-C ended it; the leader is then the best of the settings that were measured."""
+
     def __post_init__(self) -> None:
         self.began = self.now()
         self.seen: dict[str, int] = {}
@@ -92,7 +106,7 @@ class Search:
         self.facts: Facts
         self.leader: Candidate
         self.baseline: Candidate
-        self.noise = 0.0
+        self.spent = TunePhases()
 
     # --- the story -----------------------------------------------------------------------------
 
@@ -100,16 +114,21 @@ class Search:
         """Search all steps, then leave out keys that do not pay.
 
         Returns:
-            The best setting found, or the baseline; its lane is closed.
+            The best setting found, or the baseline; its lane is closed. After Ctrl-C, the best
+            so far.
 
         Raises:
             GradrunError: the baseline cannot run.
+            KeyboardInterrupt: before the baseline ran.
         """
         try:
             self._open_baseline()
-            for step in STEPS:
-                self._explore(step)
-            self._eliminate()
+            try:
+                for step in STEPS:
+                    self._explore(step)
+                self._eliminate()
+            except KeyboardInterrupt:
+                self.interrupted = True
             return self.leader
         finally:
             for lane in self.lanes:
@@ -121,21 +140,33 @@ class Search:
         return self.constraints.tune.budget - (self.now() - self.began) - self._confirm_cost()
 
     def _confirm_cost(self) -> float:
-        """Return the seconds that a confirmation needs: starts from caches, and blocks."""
+        """Return the seconds to keep for a confirmation: starts from caches, and blocks."""
         starts = self.baseline.start + min(self.leader.start, 3 * self.baseline.start)
-        return _MIN_PROCESSES * (starts + _CONFIRM_BLOCKS_SECONDS)
+        cost = self.constraints.measure.processes * (starts + _CONFIRM_BLOCKS_SECONDS)
+        return min(cost, _CONFIRM_SHARE * self.constraints.tune.budget)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to a phase."""
+        began = self.now()
+        try:
+            yield
+        finally:
+            seconds: float = getattr(self.spent, phase) + self.now() - began
+            self.spent = self.spent.replace(**{phase: seconds})
 
     def _open_baseline(self) -> None:
         self._report("baseline")
         lane = self._open(self.base, self.constraints.tune.budget)
         ready = lane.ready
         self.facts = gather_facts(self.base, lane, self.constraints)
-        per_sample = max(lane.run(0, min(ready.unit, ready.samples)).seconds_per_sample, 1e-9)
-        count = min(_MAX_CALIBRATION, int(CALIBRATION_SECONDS / per_sample), ready.samples // 2)
-        first, last = common_samples([lane], max(1, count))
-        self.calibration = (first, last)
-        block = lane.run(first, last, rows=True)
-        self.reference: tuple[dict[str, torch.Tensor], ...] = block.rows
+        with self.timed("gates"):
+            per_sample = max(lane.run(0, min(ready.unit, ready.samples)).seconds_per_sample, 1e-9)
+            count = min(_MAX_CALIBRATION, int(CALIBRATION_SECONDS / per_sample), ready.samples // 2)
+            first, last = common_samples([lane], max(1, count))
+            self.calibration = (first, last)
+            block = lane.run(first, last, rows=True)
+            self.reference: tuple[dict[str, torch.Tensor], ...] = block.rows
         self.per_sample = block.seconds_per_sample
         same = self._deviation(self.reference)
         self.baseline = Candidate(
@@ -164,7 +195,7 @@ class Search:
                     break
 
     def _current_facts(self) -> Facts:
-        return replace(self.facts, config=self.leader.config)
+        return replace(self.facts, config=self.leader.config, peak=self.leader.peak)
 
     # --- candidates ----------------------------------------------------------------------------
 
@@ -174,19 +205,18 @@ class Search:
         Returns:
             The gain over the former leader; 0 if none was faster.
         """
-        former, total = self.leader, 1.0
+        former = self.leader
         for changes in settings:
             candidate = self._admit(step, {**former.changes, **changes})
             if candidate is None:
                 continue
             ratio = self._compare(self.leader, candidate)
             if ratio.value > 1 + MIN_GAIN:
-                total *= ratio.value
                 self._replace_leader(candidate)
             else:
                 self._close(candidate.lane)
                 self._drop(candidate, self._no_gain(ratio))
-        return total - 1
+        return self.leader.speed / former.speed - 1
 
     def _no_gain(self, ratio: Estimate) -> str:
         against = "the baseline"
@@ -215,7 +245,8 @@ class Search:
         except GradrunError as error:
             self._add(step, changes, "failed", first_line(error))
             return None
-        candidate = self._gate(step, changes, config, lane)
+        with self.timed("gates"):
+            candidate = self._gate(step, changes, config, lane)
         if candidate is None:
             self._close(lane)
         return candidate
@@ -225,6 +256,9 @@ class Search:
         start, place = lane.start_seconds, len(self.trials)
         seconds = lane.ready.batch_seconds / lane_workers(config)
         slow = seconds / lane.ready.batch_size / self.per_sample
+        if slow > _SLOW and lane.ready.batch_seconds > 1e-3:  # unless it was disturbed
+            again = lane.run(0, min(lane.ready.unit, lane.ready.samples)).seconds_per_sample
+            slow = min(slow, again / self.per_sample)
         if slow > _SLOW and lane.ready.batch_seconds > 1e-3:
             self._add(step, changes, "no_gain", f"a batch takes {slow:.0f} x as long", start)
             return None
@@ -257,70 +291,104 @@ class Search:
 
     # --- times ---------------------------------------------------------------------------------
 
-    def _compare(self, one: Candidate, two: Candidate) -> Estimate:
+    def _compare(
+        self,
+        one: Candidate,
+        two: Candidate,
+        close: tuple[float, float] = (1 + MIN_GAIN, 1 + CLOSE),
+    ) -> Estimate:
         """Estimate time of `one` / time of `two`, with the start if it counts.
 
-        A close ratio is measured again in fresh processes, whose memory layout differs.
+        A ratio in the range `close`, or one that is not clearly a gain, is measured again in fresh
+        processes, whose memory layout differs.
         """
-        ratios, ratio = self._ratios(one, two)
+        ratio = self._ratio(one, two)
+        values = [ratio.value]
         for _ in range(_FRESH):
-            far = not 1 - CLOSE < ratio.value < 1 + CLOSE
-            clear = far and not ratio.low < 1 < ratio.high
-            if clear or self.left * _FRESH_SHARE < one.start + two.start:
+            small = close[0] < ratio.value < close[1]
+            unclear = ratio.low < 1 and ratio.value > 1 + MIN_GAIN
+            costly = self.left * _FRESH_SHARE < one.start + two.start
+            if not (small or unclear) or costly:
                 break
             for candidate in (one, two):
                 self._close(candidate.lane)
                 candidate.lane = self._open(candidate.config, self.constraints.measure.timeout)
-            more, _ = self._ratios(one, two)
-            ratios += more
-            ratio = stats.mean_over_processes(ratios)
+            values.append(self._ratio(one, two).value)
+            ratio = stats.mean_over_processes(values)
+        if two.trial >= 0:
+            two.speed = one.speed * ratio.value
+            self._note(two, one.speed, ratio)
         return ratio
 
-    def _ratios(self, one: Candidate, two: Candidate) -> tuple[list[float], Estimate]:
-        """Race two lanes and the baseline; note the speed of the second against the baseline."""
-        racers = [one, two] if one is self.baseline else [self.baseline, one, two]
-        lanes = [racer.lane for racer in racers]
+    def _ratio(self, one: Candidate, two: Candidate) -> Estimate:
+        """Race two lanes until the interval decides, and return the median of the ratios."""
+        lanes = [one.lane, two.lane]
         window = common_samples(lanes, lanes[0].ready.samples)
-        turns = take_turns(lanes, window, ROUNDS, seed=len(self.trials))
-        jobs = [self._job_seconds(r, t) for r, t in zip(racers, turns, strict=True)]
-        ratios = [a / b for a, b in zip(jobs[-2], jobs[-1], strict=True)]
-        against = [a / b for a, b in zip(jobs[0], jobs[-1], strict=True)]
-        self._note(two, stats.mean_over_processes(against), turns[-1])
-        estimate = stats.mean_over_processes(ratios)
+
+        def ratios(turns: Sequence[Turn]) -> list[float]:
+            jobs = [self._job_seconds(c, t) for c, t in zip((one, two), turns, strict=True)]
+            return [a / b for a, b in zip(*jobs, strict=True)]
+
+        def is_decided(turns: Sequence[Turn]) -> bool:
+            if len(turns[0].blocks) < LEAST_ROUNDS:
+                return False
+            found = stats.mean_over_processes(ratios(turns))
+            return found.high < 1 or found.low > 1 + CLOSE
+
+        with self.timed("races"):
+            turns = take_turns(
+                lanes, window, ROUNDS, seed=len(self.trials), enough=is_decided
+            )  # fmt: skip
+        two.peak = turns[1].peak or two.peak
+        found = ratios(turns)
         # The median ignores a block that other programs disturbed.
-        middle = Estimate(median(ratios), estimate.low, estimate.high)
-        return [middle.value], middle
+        estimate = stats.mean_over_processes(found)
+        return Estimate(median(found), estimate.low, estimate.high)
 
     def _job_seconds(self, candidate: Candidate, turn: Turn) -> list[float]:
-        """Return the seconds of a job at the speed of each block."""
+        """Return the seconds of a job at the speed of each block.
+
+        The start counts as far as it is longer than that of the baseline.
+        """
         tune = self.constraints.tune
         samples = tune.samples or self.facts.samples
-        start = 0.0 if tune.steady else candidate.start
+        usual = self.baseline.start
+        later = candidate.start - usual
+        start = 0.0 if tune.steady or later < LATER_START * usual else later
         return [start + samples * seconds for seconds in turn.seconds_per_sample]
 
     def _eliminate(self) -> None:
         """Leave out changed keys, last first, that do not pay."""
         for key in reversed([*self.leader.changes]):
             rest = {k: v for k, v in self.leader.changes.items() if k != key}
-            if not rest or _needs(key, rest) or self.left < self.baseline.start:
+            if _needs(key, rest):
                 continue
-            known = self.seen.get(_identity_or_none(self.base, rest) or "")
-            if known is not None and known >= 0:
-                measured, best = self.trials[known].ratio, self.trials[self.leader.trial].ratio
-                if measured and best and best / measured > 1 + CLOSE:
-                    self.gains[key] = Estimate(best / measured, 0.0, float("inf"))
-                    continue
+            gain = self._known_gain(rest)
+            if gain and (gain > 1 + CLOSE or not rest):
+                self.gains[key] = Estimate(gain, 0.0, inf)
+                continue
+            if not rest or self.left < self.baseline.start:
+                continue
             without = self._readmit(rest)
             if without is None:
                 continue
-            cost = self._compare(without, self.leader)
-            if cost.value <= 1 + MIN_GAIN:
-                self._drop(self.leader, f"{key} gains {cost.value - 1:.1%}, too little to change")
+            ratio = self._compare(self.leader, without, close=(1 - CLOSE, 1 + CLOSE))
+            gain = Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else inf)
+            if gain.value <= 1 + MIN_GAIN:
+                self._drop(self.leader, f"{key} gains {gain.value - 1:.1%}, too little to change")
                 self._replace_leader(without)
             else:
-                self.gains[key] = cost
+                self.gains[key] = gain
                 self._close(without.lane)
-                self._drop(without, f"{1 / cost.value:.2f} x as fast as the best")
+                self._drop(without, f"{ratio.value:.2f} x as fast as the best")
+
+    def _known_gain(self, rest: Changes) -> float | None:
+        """Return how much faster the leader was than a setting that was tried; None if untried."""
+        known = self.seen.get(_identity_or_none(self.base, rest) or "")
+        if known is None:
+            return None
+        measured = self.trials[known].ratio if known >= 0 else 1.0
+        return self.leader.speed / measured if measured else None
 
     def _readmit(self, changes: Changes) -> Candidate | None:
         """Open a setting that may have been tried before."""
@@ -331,7 +399,8 @@ class Search:
     # --- bookkeeping ---------------------------------------------------------------------------
 
     def _open(self, config: RunConfig, timeout: float) -> Lane:
-        lane = self.open_lane(config, timeout)
+        with self.timed("starts"):
+            lane = self.open_lane(config, timeout)
         self.lanes.append(lane)
         return lane
 
@@ -340,8 +409,7 @@ class Search:
         self.lanes.remove(lane)
 
     def _replace_leader(self, candidate: Candidate) -> None:
-        if self.leader is not self.baseline:
-            self._close(self.leader.lane)
+        self._close(self.leader.lane)
         self.leader = candidate
 
     def _add(
@@ -370,10 +438,13 @@ class Search:
             )
         )
 
-    def _note(self, candidate: Candidate, ratio: Estimate, turn: Turn) -> None:
-        """Record the speed of a candidate against the baseline."""
+    def _note(self, candidate: Candidate, speed: float, ratio: Estimate) -> None:
+        """Record the speed of a candidate against the baseline, from that of its rival."""
         self.trials[candidate.trial] = self.trials[candidate.trial].replace(
-            ratio=ratio.value, low=ratio.low, high=ratio.high, process_peak=turn.peak
+            ratio=candidate.speed,
+            low=speed * ratio.low,
+            high=speed * ratio.high,
+            process_peak=candidate.peak,
         )
 
     def _drop(self, candidate: Candidate, reason: str) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gradrun.comparison.lanes import Lane, open_lane
+from gradrun.comparison.lanes import Deviation, Lane, open_lane
 from gradrun.comparison.session import Session, Variant
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, load_config, resolve_config
 from gradrun.config.schema import RunConfig
@@ -61,7 +61,7 @@ def tune(
     Raises:
         ConfigError: the config, model or data is invalid.
         RunFailed: the config fails without changes.
-        Interrupted: Ctrl-C.
+        Interrupted: Ctrl-C. The error has the result so far.
     """
     loaded = resolve_config(config, overrides)
     base, trusted = loaded.config, is_trusted(trust_code)
@@ -84,12 +84,16 @@ def tune(
     with loaded.error_locations():
         try:
             result = _search(search, started_at, folder.path)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # before there was anything to keep
             raise Interrupted from None
-    if result.status == "faster" and target:
+    if result.unconfirmed and target:
+        target = target.with_name(f"{target.stem}-unconfirmed{target.suffix}")
+    if result.keys and target:
         result = _write(result, loaded, source, target)
     with folder.locked():
         folder.save(result)
+    if search.interrupted:
+        raise Interrupted(result=result)
     return result
 
 
@@ -97,10 +101,13 @@ def _search(search: Search, started_at: str, folder: Path) -> TuneResult:
     """Search, then confirm the best setting, and the runner-up if that fails."""
     best = search.run()
     tried: list[Confirmation] = []
-    if best is not search.baseline:
-        tried.append(confirm(search, best))
-        if tried[0].refused and (second := _runner_up(search, best)):
-            tried.append(confirm(search, second, strict=True))
+    try:
+        if best is not search.baseline and not search.interrupted:
+            tried.append(confirm(search, best))
+            if tried[0].refused and (second := _runner_up(search, best)):
+                tried.append(confirm(search, second, strict=True))
+    except KeyboardInterrupt:
+        search.interrupted = True
     accepted = next((c for c in tried if c.accepted), None)
     return _result(search, tried, accepted, started_at, folder)
 
@@ -134,8 +141,10 @@ def _result(
 ) -> TuneResult:
     shown = accepted or next((c for c in tried if c.undecided), tried[0] if tried else None)
     status: TuneStatus = "faster" if accepted else "nothing_helps"
-    if not accepted and (search.out_of_time or any(c.undecided for c in tried)):
+    ended = search.out_of_time or search.interrupted
+    if not accepted and (ended or any(c.undecided for c in tried)):
         status = "inconclusive"
+    unconfirmed = _unconfirmed(search, tried) if status == "inconclusive" else None
     measurements = tuple(shown.measurements) if shown else ()
     dumped = search.base.model_dump(mode="json")
     comparisons = compare_measured(measurements, search.constraints.measure.precision)
@@ -171,7 +180,8 @@ def _result(
         status=status,
         trials=tuple(search.trials),
         skipped=tuple(f"{name}: {reason}" for name, reason in search.skipped.items()),
-        keys=tuple(_tuned_keys(search, accepted)) if accepted else (),
+        keys=tuple(_tuned_keys(search, accepted.candidate if accepted else unconfirmed, found)),
+        unconfirmed=search.trials[unconfirmed.trial] if unconfirmed else None,
         refused=tuple(c.refused or c.undecided for c in tried if not c.accepted),
         tolerance=search.constraints.describe(),
         checked=found.samples if found else 0,
@@ -187,26 +197,35 @@ def _result(
         budget=tune_section.budget,
         seconds=search.now() - search.began,
         out_of_time=search.out_of_time,
+        interrupted=search.interrupted,
+        phases=search.spent,
     )
 
 
-def _tuned_keys(search: Search, accepted: Confirmation) -> list[TunedKey]:
-    assert accepted.deviation
-    keys = []
-    for key, value in accepted.candidate.changes.items():
+def _unconfirmed(search: Search, tried: Sequence[Confirmation]) -> Candidate | None:
+    """Return the best setting that the search measured, unless its confirmation refused it."""
+    best = search.leader
+    refused = any(c.refused and c.candidate.changes == best.changes for c in tried)
+    return None if best is search.baseline or refused else best
+
+
+def _tuned_keys(
+    search: Search, chosen: Candidate | None, found: Deviation | None
+) -> Iterator[TunedKey]:
+    if chosen is None:
+        return
+    found = found or chosen.deviation
+    for key, value in chosen.changes.items():
         gain = search.gains.get(key)
-        keys.append(
-            TunedKey(
-                key=key,
-                before=value_of(search.base, key),
-                value=value,
-                gain=gain.value if gain else None,
-                low=gain.low if gain and gain.low > 0 else None,
-                high=gain.high if gain and gain.low > 0 else None,
-                max_rel=accepted.deviation.max_rel,
-            )
+        yield TunedKey(
+            key=key,
+            before=value_of(search.base, key),
+            value=value,
+            gain=gain.value if gain else None,
+            low=gain.low if gain and gain.low > 0 else None,
+            high=gain.high if gain and gain.low > 0 else None,
+            max_rel=found.max_rel,
         )
-    return keys
 
 
 # --- the tuned file ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import torch
 import gradrun
 from gradrun.config.data import ImagesData
 from gradrun.config.load import load_config
+from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.core.progress import Progress
-from gradrun.data import open_data
+from gradrun.data import open_data, prefetch
 from gradrun.data.source import BatchSource, HasRepeatedIds
 from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import FORMATS
@@ -243,6 +245,27 @@ def test_the_paths_of_a_list_are_relative_to_its_folder(tmp_path: Path) -> None:
     (batch,) = data.batches()
     assert batch.ids == ["x/1.png", "y/2.png"]
     assert torch.cat([*data.labels()]).tolist() == [7, 3]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_as_many_threads_decode_as_the_config_says(
+    digits: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, count: int, name: str) -> None:
+            used.append(count)
+            super().__init__(count, name)
+
+    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", Pool)
+    one, other = (
+        opened(digits, mode="L", pattern="0/*.png", decode_threads=count)
+        for count in ("auto", threads)
+    )
+    for first, second in zip(one.batches(0, 16), other.batches(0, 16), strict=True):
+        assert torch.equal(first.args[0], second.args[0])
+    assert used == [available_cpus(), threads]
 
 
 @pytest.mark.parametrize("start", [0, 8, 13, 18])

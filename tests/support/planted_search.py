@@ -72,6 +72,24 @@ class PlantedSearch:
         return best, confirm(self.search, best) if best.changes else None
 
 
+def planted_facts(*, data: dict[str, Any] | None = None, **changes: Any) -> Facts:
+    """Return the facts of a linear model on the data of a section."""
+    config = load_config(BASE | ({"data": data} if data else {})).config
+    given: dict[str, Any] = {
+        "config": config,
+        "modules": {"Linear": 2},
+        "varies": config.data.source == "text",
+        "samples": 16_384,
+        "device": "cpu",
+        "constraints": Constraints(config.tune, config.measure),
+        "cpus": 2,
+        "cpu_flags": frozenset(),
+        "has_compiler": True,
+        "memory": 8 * 2**30,
+    }
+    return Facts(**given | changes)
+
+
 def move(name: str, step: Any, *changes: Changes, **options: Any) -> Move:
     """Return a move of fixed settings."""
 

@@ -158,6 +158,34 @@ def test_a_budget_that_is_too_small_is_inconclusive(config: Path) -> None:
     assert "Inconclusive" in render([("r", result)], "table")
 
 
+def test_ctrl_c_writes_the_best_so_far_as_unconfirmed(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(facts: Any) -> list[dict[str, Any]]:
+        raise KeyboardInterrupt
+
+    stop = moves.Move("stop", "last", "none", interrupt)
+    monkeypatch.setattr(search, "MOVES", (*search.MOVES, stop))
+    with pytest.raises(gradrun.Interrupted) as caught:
+        _tune(config)
+    result = caught.value.result
+    assert caught.value.exit_code == 130
+    assert result == RunResult.load(config.with_name("out-tune"))
+    assert (result.status, result.comparisons) == ("inconclusive", ())
+    (key,) = result.keys
+    assert key.value >= 8
+    assert result.unconfirmed.changes == {"data.batch_size": key.value}
+    assert not config.with_name("c-tuned.yaml").exists()
+    written = config.with_name("c-tuned-unconfirmed.yaml")
+    assert result.file == str(written)
+    first = written.read_text().splitlines()[0]
+    assert f"NOT CONFIRMED, {result.unconfirmed.ratio:.2f} x as fast as c.yaml" in first
+    assert load_config(written).config.data.batch_size == key.value
+    text = " ".join(render([("r", result)], "table").split())
+    assert "(interrupted). The best so far was" in text
+    assert "not confirmed: data.batch_size" in text
+
+
 def test_a_metric_may_not_drop(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradrun.results.result import Metric
     from gradrun.tuning import tune as module
