@@ -128,6 +128,15 @@ def take_turns(
     return turns
 
 
+def is_disturbed(turns: Sequence[Turn]) -> bool:
+    """Whether threads of a lane waited for a CPU in most of its blocks.
+
+    Two threads that share a CPU wait for each other at every small operator, and may do so for the
+    life of a process.
+    """
+    return any(median(block.waited for block in turn.blocks) > MAX_WAITED for turn in turns)
+
+
 def _quiet_block(turn: Turn, number: int) -> Block:
     """Run a block; repeat one whose threads waited for a CPU, and return the quietest."""
     best = turn.run(number)
@@ -160,6 +169,7 @@ class TurnSession:
         self.processes = 0
         self.deadline = time.monotonic() + measure.budget
         self.waited: list[float] = []
+        self.repeated = 0
 
     def run(self, progress: ProgressCallback = ignore) -> SessionData:
         """Start all variants again and time them alternately, until the intervals are narrow."""
@@ -202,6 +212,9 @@ class TurnSession:
         except GradrunError as error:  # the model failed on a later batch, in every variant
             for variant in self.variants[1:]:
                 self._drop(variant, error)
+            return
+        if is_disturbed(turns) and self.repeated < self.measure.processes:
+            self.repeated += 1
             return
         self.data.environment = self.data.environment or lanes[0].ready.environment
         self.waited += (block.waited for turn in turns for block in turn.blocks)

@@ -10,7 +10,14 @@ from statistics import median
 
 from gradrun.comparison.lanes import Deviation, Lane, deviation
 from gradrun.comparison.session import is_precise
-from gradrun.comparison.turns import ROUNDS, Turn, common_samples, lane_measurement, take_turns
+from gradrun.comparison.turns import (
+    ROUNDS,
+    Turn,
+    common_samples,
+    is_disturbed,
+    lane_measurement,
+    take_turns,
+)
 from gradrun.core.errors import GradrunError
 from gradrun.core.progress import Progress
 from gradrun.core.units import format_seconds
@@ -43,6 +50,8 @@ class Confirmation:
     deviation: Deviation | None = None
     starts: list[tuple[float, float]] = field(default_factory=list)
     """Seconds of the baseline's and the candidate's start in each process."""
+    repeated: int = 0
+    """Processes that were disturbed and not used."""
     batch_seconds: list[float] = field(default_factory=list)
     ratio: Estimate = field(default_factory=lambda: Estimate(1.0, 0.0, math.inf))
     refused: str = ""
@@ -98,8 +107,10 @@ def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Co
             break
         if found.refused:
             break
-        done += 1
         cost = search.now() - began
+        done = len(found.starts)
+        if not done:
+            continue
         found.ratio = _ratio(found, strict=strict)
         if done >= measure.processes and all(
             is_precise(c, measure.precision)
@@ -119,12 +130,17 @@ def _measure_process(search: Search, found: Confirmation, process: int) -> None:
             stack.enter_context(closing(search.open_lane(config, timeout)))
             for config in (search.base, found.candidate.config)
         ]
-        if not process:
+        if not found.deviation:
             _check_outputs(search, found, lanes)
             if found.refused:
                 return
         window = common_samples(lanes, base.ready.samples, search.calibration[1])
         turns = take_turns(lanes, window, ROUNDS, seed=process)
+        spent = search.now() - search.began > search.constraints.tune.budget
+        again = not spent and found.repeated < search.constraints.measure.processes
+        if is_disturbed(turns) and again:
+            found.repeated += 1
+            return
         found.starts.append((base.start_seconds, tuned.start_seconds))
         for name, turn in zip((BASELINE, TUNED), turns, strict=True):
             found.measurements.append(lane_measurement(name, process, turn))

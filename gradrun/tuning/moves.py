@@ -43,6 +43,8 @@ class Move:
     """Why the move does not apply, or ""."""
     climbs: bool = False
     """Whether to repeat it while it gains."""
+    ranked: bool = False
+    """Whether a setting is worth a try only if the ones before were refused."""
 
 
 # --- settings ----------------------------------------------------------------------------------
@@ -138,7 +140,8 @@ def _workers(facts: Facts) -> Sequence[Changes]:
 
 def _threads(facts: Facts) -> Sequence[Changes]:
     used = thread_count(facts.config.run.threads)
-    counts = {1, facts.cpus // 2, facts.cpus} - {0, used}
+    cpus = facts.cpus // (value_of(facts.config, "engine.workers") or 1)
+    counts = {1, cpus // 2, cpus} - {0, used}
     return [{"run.threads": count} for count in sorted(counts, reverse=True)]
 
 
@@ -236,7 +239,9 @@ MOVES = (
         "memory format", "kernels", "rounding",
         _other_values("model.channels_last", True), _no_images,
     ),
-    Move("precision", "kernels", "precision", _precisions, _no_fast_bfloat16),
+    Move(
+        "precision", "kernels", "precision", _precisions, _no_fast_bfloat16, ranked=True,
+    ),
     Move("fast path", "kernels", "rounding", _other_values("run.fast_path", False), _no_fast_path),
     Move(
         "attention", "kernels", "rounding",
@@ -276,21 +281,6 @@ def _overlap(one: str, other: str) -> bool:
     return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
-def bundles(alternatives: Sequence[Sequence[Changes]]) -> Iterator[Changes]:
-    """Yield combinations of moves: all first settings, then with one exchanged or left out.
-
-    Single moves mislead where they need each other: compiling an encoder pays only without its
-    fast path.
-    """
-    firsts = [settings[0] for settings in alternatives]
-    yield _merged(firsts)
-    for i, settings in enumerate(alternatives):
-        for other in settings[1:]:
-            yield _merged([*firsts[:i], other, *firsts[i + 1 :]])
-    if len(firsts) > 1:
-        for i in range(len(firsts)):
-            yield _merged([*firsts[:i], *firsts[i + 1 :]])
-
-
-def _merged(parts: Sequence[Changes]) -> Changes:
+def merged(parts: Sequence[Changes]) -> Changes:
+    """Return the changes of all parts."""
     return {key: value for part in parts for key, value in part.items()}

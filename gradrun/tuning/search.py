@@ -16,7 +16,14 @@ from statistics import median
 import torch
 
 from gradrun.comparison.lanes import Deviation, Lane, deviation, lane_workers
-from gradrun.comparison.turns import OpenLane, Turn, common_samples, take_turns
+from gradrun.comparison.turns import (
+    MAX_WAITED,
+    OpenLane,
+    Turn,
+    common_samples,
+    is_disturbed,
+    take_turns,
+)
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
@@ -25,7 +32,7 @@ from gradrun.results.stats import Estimate
 from gradrun.results.trials import Outcome, Trial, TunePhases, describe_changes
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import Facts, apply, gather_facts
-from gradrun.tuning.moves import BUNDLED, MOVES, STEPS, Changes, Move, Step, applicable, bundles
+from gradrun.tuning.moves import BUNDLED, MOVES, STEPS, Changes, Move, Step, applicable, merged
 
 MIN_GAIN = 0.01
 """A setting that gains less is not worth a changed key."""
@@ -53,6 +60,7 @@ _CONFIRM_SHARE = 0.5
 
 LATER_START = 0.25
 """A start that is longer by less than this share is as long; starts vary."""
+_REFUSED: set[Outcome] = {"differs", "over_limit", "failed"}
 _FRESH = 2
 _FRESH_SHARE = 0.1
 """Share of the remaining time that one measurement in fresh processes may take."""
@@ -184,15 +192,51 @@ class Search:
             else:
                 usable.append(move)
         if step == BUNDLED:
-            alternatives = [s for move in usable if (s := move.settings(self._current_facts()))]
-            if alternatives:
-                self._race(step, [*bundles(alternatives)])
+            self._explore_bundle(step, usable)
             return
         for move in usable:
             while settings := move.settings(self._current_facts()):
                 gain = self._race(step, settings)
                 if not move.climbs or gain < CLIMB_GAIN:
                     break
+
+    def _explore_bundle(self, step: Step, moves: Sequence[Move]) -> None:
+        """Try the first settings of all moves together, then each exchanged, then each left out.
+
+        Single moves mislead where they need each other: compiling an encoder may pay only without
+        its fast path.
+        """
+        rows = [(m, s) for m in moves if (s := m.settings(self._current_facts()))]
+        if not rows:
+            return
+        former = self.leader.changes
+        picks: list[Changes] = [settings[0] for _, settings in rows]
+
+        def exchange(place: int, setting: Changes) -> bool:
+            """Try other picks, and keep them if they lead, or pass a check that these did not."""
+            nonlocal picks, outcome
+            changed = [*picks[:place], setting, *picks[place + 1 :]]
+            found = self._try(step, former | merged(changed))
+            kept = found == "faster" or (outcome in _REFUSED and found == "no_gain")
+            if kept:
+                picks, outcome = changed, found
+            return kept
+
+        outcome = self._try(step, former | merged(picks))
+        for place, (move, settings) in enumerate(rows):
+            for setting in settings[1:]:
+                if not (move.ranked and outcome not in _REFUSED):
+                    exchange(place, setting)
+        for place in range(len(rows)):
+            if sum(map(bool, picks)) < 2:
+                break
+            rest = former | merged([*picks[:place], *picks[place + 1 :]])
+            if exchange(place, {}):
+                self.gains.clear()  # they were those of other settings
+            elif self.leader.changes == former | merged(picks):
+                gain = self._known_gain(rest) or 0.0
+                if gain > 1 + CLOSE:
+                    self.gains |= dict.fromkeys(picks[place], Estimate(gain, 0.0, inf))
 
     def _current_facts(self) -> Facts:
         return replace(self.facts, config=self.leader.config, peak=self.leader.peak)
@@ -207,16 +251,22 @@ class Search:
         """
         former = self.leader
         for changes in settings:
-            candidate = self._admit(step, {**former.changes, **changes})
-            if candidate is None:
-                continue
-            ratio = self._compare(self.leader, candidate)
-            if ratio.value > 1 + MIN_GAIN:
-                self._replace_leader(candidate)
-            else:
-                self._close(candidate.lane)
-                self._drop(candidate, self._no_gain(ratio))
+            self._try(step, {**former.changes, **changes})
         return self.leader.speed / former.speed - 1
+
+    def _try(self, step: Step, changes: Changes) -> Outcome:
+        """Race a setting against the leader; if it is faster, it becomes the leader."""
+        count = len(self.trials)
+        candidate = self._admit(step, changes)
+        if candidate is None:
+            return self.trials[-1].outcome if len(self.trials) > count else "no_gain"
+        ratio = self._compare(self.leader, candidate)
+        if ratio.value > 1 + MIN_GAIN:
+            self._replace_leader(candidate)
+            return "faster"
+        self._close(candidate.lane)
+        self._drop(candidate, self._no_gain(ratio))
+        return "no_gain"
 
     def _no_gain(self, ratio: Estimate) -> str:
         against = "the baseline"
@@ -257,8 +307,9 @@ class Search:
         seconds = lane.ready.batch_seconds / lane_workers(config)
         slow = seconds / lane.ready.batch_size / self.per_sample
         if slow > _SLOW and lane.ready.batch_seconds > 1e-3:  # unless it was disturbed
-            again = lane.run(0, min(lane.ready.unit, lane.ready.samples)).seconds_per_sample
-            slow = min(slow, again / self.per_sample)
+            again = lane.run(0, min(lane.ready.unit, lane.ready.samples))
+            slow = min(slow, again.seconds_per_sample / self.per_sample)
+            slow = 1.0 if again.waited > MAX_WAITED else slow
         if slow > _SLOW and lane.ready.batch_seconds > 1e-3:
             self._add(step, changes, "no_gain", f"a batch takes {slow:.0f} x as long", start)
             return None
@@ -300,28 +351,34 @@ class Search:
         """Estimate time of `one` / time of `two`, with the start if it counts.
 
         A ratio in the range `close`, or one that is not clearly a gain, is measured again in fresh
-        processes, whose memory layout differs.
+        processes, whose memory layout differs. The ratio of a disturbed process is not used then.
         """
-        ratio = self._ratio(one, two)
+        ratio, disturbed = self._ratio(one, two)
         values = [ratio.value]
         for _ in range(_FRESH):
             small = close[0] < ratio.value < close[1]
             unclear = ratio.low < 1 and ratio.value > 1 + MIN_GAIN
             costly = self.left * _FRESH_SHARE < one.start + two.start
-            if not (small or unclear) or costly:
+            if not (small or unclear or disturbed) or costly:
                 break
             for candidate in (one, two):
                 self._close(candidate.lane)
                 candidate.lane = self._open(candidate.config, self.constraints.measure.timeout)
-            values.append(self._ratio(one, two).value)
-            ratio = stats.mean_over_processes(values)
+            again, still = self._ratio(one, two)
+            values = [again.value] if disturbed else [*values, again.value]
+            disturbed = still
+            ratio = stats.mean_over_processes(values) if len(values) > 1 else again
         if two.trial >= 0:
             two.speed = one.speed * ratio.value
             self._note(two, one.speed, ratio)
         return ratio
 
-    def _ratio(self, one: Candidate, two: Candidate) -> Estimate:
-        """Race two lanes until the interval decides, and return the median of the ratios."""
+    def _ratio(self, one: Candidate, two: Candidate) -> tuple[Estimate, bool]:
+        """Race two lanes until the interval decides.
+
+        Returns:
+            The median of the ratios, and whether a lane was disturbed.
+        """
         lanes = [one.lane, two.lane]
         window = common_samples(lanes, lanes[0].ready.samples)
 
@@ -343,7 +400,7 @@ class Search:
         found = ratios(turns)
         # The median ignores a block that other programs disturbed.
         estimate = stats.mean_over_processes(found)
-        return Estimate(median(found), estimate.low, estimate.high)
+        return Estimate(median(found), estimate.low, estimate.high), is_disturbed(turns)
 
     def _job_seconds(self, candidate: Candidate, turn: Turn) -> list[float]:
         """Return the seconds of a job at the speed of each block.
@@ -361,7 +418,7 @@ class Search:
         """Leave out changed keys, last first, that do not pay."""
         for key in reversed([*self.leader.changes]):
             rest = {k: v for k, v in self.leader.changes.items() if k != key}
-            if _needs(key, rest):
+            if _needs(key, rest) or key in self.gains:
                 continue
             gain = self._known_gain(rest)
             if gain and (gain > 1 + CLOSE or not rest):

@@ -31,6 +31,8 @@ class Planted:
     """Standard deviation of the logarithm of a block's time."""
     process_noise: float = 0.0
     """The same, of the whole process."""
+    disturbed: float = 0.0
+    """Share of the processes that take ten times as long, and whose threads wait for a CPU."""
     output: Callable[[int], float] = lambda sample: 1.0 + sample % 7
     fails: str = ""
 
@@ -57,10 +59,15 @@ class PlantedLane:
     start_seconds: float = 0.0
     closed: bool = False
     factor: float = field(init=False)
+    waited: float = field(init=False)
 
     def __post_init__(self) -> None:
         self.start_seconds = self.planted.start
         self.factor = self.random.lognormvariate(0, self.planted.process_noise)
+        self.waited = 0.0
+        if self.planted.disturbed and self.random.random() < self.planted.disturbed:
+            self.factor *= 10
+            self.waited = 0.5
 
     def run(self, start: int, stop: int, *, rows: bool = False) -> Block:
         assert not self.closed
@@ -74,6 +81,7 @@ class PlantedLane:
         return Block(
             samples=stop - start,
             seconds=seconds,
+            waited=self.waited,
             batch_seconds=(seconds / batches,) * batches,
             process_peak=self.planted.peak,
             rows=tuple(outputs) if rows else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from gradrun.config.schema import RunConfig
 from gradrun.results.trials import describe_changes
 from gradrun.tuning.facts import apply
-from gradrun.tuning.moves import MOVES, Move, bundles
+from gradrun.tuning.moves import MOVES, Move
 from tests.support.lanes import Planted
 from tests.support.planted_search import PlantedSearch, move, planted_facts
 
@@ -135,6 +136,22 @@ def test_a_race_ends_as_soon_as_its_interval_decides() -> None:
     equal = PlantedSearch(lambda _: Planted(0.001), (SEED,))
     equal.run()
     assert equal.search.spent.races > 1.5 * slower.search.spent.races
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_processes_whose_threads_wait_for_a_cpu_decide_nothing(seed: int) -> None:
+    """One process in four takes ten times as long, of every setting."""
+
+    def plan(config: RunConfig) -> Planted:
+        seconds = 0.001 if config.run.seed == 0 else 0.0005
+        return Planted(seconds, noise=0.01, process_noise=0.01, disturbed=0.25)
+
+    found = PlantedSearch(plan, (SEED, WARMUP), {"budget": 900}, seed=seed)
+    best, confirmed = found.run()
+    assert best.changes == {"run.seed": 1}
+    assert confirmed
+    assert confirmed.accepted
+    assert confirmed.ratio.value == pytest.approx(2, rel=0.05)
 
 
 def test_ctrl_c_keeps_the_best_setting_so_far() -> None:
@@ -343,15 +360,60 @@ def test_kept_keys_are_not_changed() -> None:
     assert found.search.skipped == {"batch": "data.batch_size is kept"}
 
 
-def test_bundles_go_from_all_settings_to_one_less() -> None:
-    made = [*bundles([[{"a": 1}, {"a": 2}], [{"b": 1}], [{"c": 1}]])]
-    assert made == [
-        {"a": 1, "b": 1, "c": 1},
-        {"a": 2, "b": 1, "c": 1},
-        {"b": 1, "c": 1},
-        {"a": 1, "c": 1},
-        {"a": 1, "b": 1},
+KEPT_BITS = move("seed", "kernels", {"run.seed": 1}, {"run.seed": 2}, ranked=True)
+
+
+def _tried(found: PlantedSearch) -> list[dict[str, Any]]:
+    return [trial.changes for trial in found.search.trials if trial.step == "kernels"]
+
+
+def test_bundles_go_from_all_settings_over_each_exchanged_to_each_left_out() -> None:
+    """Each exchange starts from the best so far: seed 2 replaces seed 1."""
+
+    def plan(config: RunConfig) -> Planted:
+        threads = 0.9 if config.run.threads == 1 else 1.0
+        return Planted({0: 0.001, 1: 0.0005, 2: 0.0002}[config.run.seed] * threads)
+
+    seed = move("seed", "kernels", {"run.seed": 1}, {"run.seed": 2})
+    found = PlantedSearch(plan, (seed, MODE, THREADS))
+    best, _ = found.run()
+    one = {"run.threads": 1}
+    assert _tried(found) == [
+        {"run.seed": 1, "run.mode": "no_grad"} | one,
+        {"run.seed": 2, "run.mode": "no_grad"} | one,
+        {"run.seed": 2, "run.mode": "grad"} | one,
+        {"run.mode": "no_grad"} | one,
+        {"run.seed": 2} | one,
+        {"run.seed": 2, "run.mode": "no_grad"},
     ]
+    assert best.changes == {"run.seed": 2} | one  # the mode gains nothing
+    assert found.search.gains["run.seed"].value == pytest.approx(5)
+
+
+def test_a_ranked_setting_is_tried_only_if_the_one_before_is_refused() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 / (1 + config.run.seed))
+
+    found = PlantedSearch(plan, (KEPT_BITS, THREADS))
+    best, _ = found.run()
+    assert best.changes == {"run.seed": 1}
+    assert {"run.seed": 2, "run.threads": 1} not in _tried(found)
+
+    def refused(config: RunConfig) -> Planted:
+        wrong = 1.5 if config.run.seed == 1 else 1.0
+        return Planted(0.001 / (1 + config.run.seed), output=lambda i: wrong * (1.0 + i % 7))
+
+    found = PlantedSearch(refused, (KEPT_BITS, THREADS))
+    best, _ = found.run()
+    assert best.changes == {"run.seed": 2}
+    assert found.search.trials[0].outcome == "differs"
+
+
+def test_threads_and_workers_share_the_cpus() -> None:
+    (row,) = (move for move in MOVES if move.name == "threads")
+    facts = planted_facts(cpus=8)
+    two = facts.config.replace({"engine": {"source": "processes", "workers": 2}, "run.threads": 4})
+    assert row.settings(replace(facts, config=two)) == [{"run.threads": 2}, {"run.threads": 1}]
 
 
 def test_every_move_has_a_name_and_changes_valid_keys() -> None:
