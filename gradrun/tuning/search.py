@@ -211,6 +211,7 @@ class Search:
             return
         former = self.leader.changes
         picks: list[Changes] = [settings[0] for _, settings in rows]
+        outcome = self._try(step, former | merged(picks))
 
         def exchange(place: int, setting: Changes) -> bool:
             """Try other picks, and keep them if they lead, or pass a check that these did not."""
@@ -222,7 +223,6 @@ class Search:
                 picks, outcome = changed, found
             return kept
 
-        outcome = self._try(step, former | merged(picks))
         for place, (move, settings) in enumerate(rows):
             for setting in settings[1:]:
                 if not (move.ranked and outcome not in _REFUSED):
