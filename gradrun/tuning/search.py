@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -230,13 +230,11 @@ class Search:
         for place in range(len(rows)):
             if sum(map(bool, picks)) < 2:
                 break
-            rest = former | merged([*picks[:place], *picks[place + 1 :]])
+            number = len(self.trials)
             if exchange(place, {}):
                 self.gains.clear()  # they were those of other settings
-            elif self.leader.changes == former | merged(picks):
-                gain = self._known_gain(rest) or 0.0
-                if gain > 1 + CLOSE:
-                    self.gains |= dict.fromkeys(picks[place], Estimate(gain, 0.0, inf))
+            elif number < len(self.trials) and self.leader.changes == former | merged(picks):
+                self._note_gain(picks[place], self.trials[number])
 
     def _current_facts(self) -> Facts:
         return replace(self.facts, config=self.leader.config, peak=self.leader.peak)
@@ -438,6 +436,16 @@ class Search:
                 self.gains[key] = gain
                 self._close(without.lane)
                 self._drop(without, f"{ratio.value:.2f} x as fast as the best")
+
+    def _note_gain(self, keys: Iterable[str], without: Trial) -> None:
+        """Note what leaving out some keys costs, from the race of the leader with that setting."""
+        if not (without.ratio and without.low and without.high):
+            return
+        value, low, high = (
+            self.leader.speed / r for r in (without.ratio, without.high, without.low)
+        )
+        if value > 1 + CLOSE:
+            self.gains |= dict.fromkeys(keys, Estimate(value, low, high))
 
     def _known_gain(self, rest: Changes) -> float | None:
         """Return how much faster the leader was than a setting that was tried; None if untried."""
