@@ -17,6 +17,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted
 from gradrun.core.progress import ProgressCallback, ignore
 from gradrun.core.suggest import suggest
+from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.ratios import compare_measured, metric_changes
 from gradrun.results.result import Equivalence, Metric, RunInfo, TuneResult, TuneStatus
@@ -61,7 +62,7 @@ def tune(
     Raises:
         ConfigError: the config, model or data is invalid.
         RunFailed: the config fails without changes.
-        Interrupted: Ctrl-C. The error has the result so far.
+        Interrupted: Ctrl-C or SIGTERM. The error has the result so far.
     """
     loaded = resolve_config(config, overrides)
     base, trusted = loaded.config, is_trusted(trust_code)
@@ -81,19 +82,20 @@ def tune(
         base, constraints, open_variant, now=now, progress=progress,
         gate=_metric_gate(base, trusted),
     )  # fmt: skip
-    with loaded.error_locations():
-        try:
-            result = _search(search, started_at, folder.path)
-        except KeyboardInterrupt:  # before there was anything to keep
-            raise Interrupted from None
-    if result.unconfirmed and target:
-        target = target.with_name(f"{target.stem}-unconfirmed{target.suffix}")
-    if result.keys and target:
-        result = _write(result, loaded, source, target)
-    with folder.locked():
-        folder.save(result)
-    if search.interrupted:
-        raise Interrupted(result=result)
+    with GracefulShutdown():
+        with loaded.error_locations():
+            try:
+                result = _search(search, started_at, folder.path)
+            except KeyboardInterrupt:  # before there was anything to keep
+                raise Interrupted from None
+        if result.unconfirmed and target:
+            target = target.with_name(f"{target.stem}-unconfirmed{target.suffix}")
+        if result.keys and target:
+            result = _write(result, loaded, source, target)
+        with folder.locked():
+            folder.save(result)
+        if search.interrupted:
+            raise Interrupted(result=result)
     return result
 
 
