@@ -108,8 +108,10 @@ def _files(result: AnyResult) -> list[tuple[Cell, str]]:
         if result.resumed_at:
             rows.append(("resumed", f"after {pluralize(result.resumed_at, 'sample')}"))
     if isinstance(result, TuneResult) and result.file:
-        name, tone = ("unconfirmed", "unsure") if result.unconfirmed else ("tuned config", "good")
-        rows.append((Status(name, tone), display_path(result.file)))
+        label = Status("tuned config", "good")
+        if result.unconfirmed:
+            label = Status("unconfirmed", "unsure")
+        rows.append((label, display_path(result.file)))
     return [*rows, ("all figures", str(folder / "result.json"))]
 
 

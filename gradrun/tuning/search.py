@@ -351,12 +351,14 @@ class Search:
         A ratio in the range `close`, or one that is not clearly a gain, is measured again in fresh
         processes, whose memory layout differs. The ratio of a disturbed process is not used then.
         """
+        began = self.now()
         ratio, disturbed = self._ratio(one, two)
+        cost = one.start + two.start + self.now() - began
         values = [ratio.value]
         for _ in range(_FRESH):
             small = close[0] < ratio.value < close[1]
             unclear = ratio.low < 1 and ratio.value > 1 + MIN_GAIN
-            costly = self.left * _FRESH_SHARE < one.start + two.start
+            costly = self.left * _FRESH_SHARE < cost
             if not (small or unclear or disturbed) or costly:
                 break
             for candidate in (one, two):
@@ -418,9 +420,9 @@ class Search:
             rest = {k: v for k, v in self.leader.changes.items() if k != key}
             if _needs(key, rest) or key in self.gains:
                 continue
-            gain = self._known_gain(rest)
-            if gain and (gain > 1 + CLOSE or not rest):
-                self.gains[key] = Estimate(gain, 0.0, inf)
+            known = self._known_gain(rest)
+            if known and (known > 1 + CLOSE or not rest):
+                self.gains[key] = Estimate(known, 0.0, inf)
                 continue
             if not rest or self.left < self.baseline.start:
                 continue

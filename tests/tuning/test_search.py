@@ -146,7 +146,7 @@ def test_processes_whose_threads_wait_for_a_cpu_decide_nothing(seed: int) -> Non
         seconds = 0.001 if config.run.seed == 0 else 0.0005
         return Planted(seconds, noise=0.01, process_noise=0.01, disturbed=0.1)
 
-    found = PlantedSearch(plan, (SEED, WARMUP), {"budget": 900}, seed=seed)
+    found = PlantedSearch(plan, (SEED,), {"budget": 900}, seed=seed)
     best, confirmed = found.run()
     assert best.changes == {"run.seed": 1}
     assert confirmed
