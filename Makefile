@@ -89,12 +89,13 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/kill.py --kills 100
 	$(BIN)/python tests/soak/kill.py --kills 20 --data dataset
 	$(BIN)/python tests/soak/kill.py --kills 20 --data iterable
+	$(BIN)/python tests/soak/kill.py --kills 20 --data generation
 	$(BIN)/python tests/soak/faults.py
 	$(BIN)/python tests/soak/engines.py --kills 100
 	$(BIN)/python tests/soak/engines.py --kills 20 --shards
 	$(BIN)/python tests/soak/shard_memory.py
 	$(BIN)/python tests/soak/object_store.py --kills 20
-	$(BIN)/python tests/soak/object_store.py --memory 400
+	$(BIN)/python tests/soak/object_store.py --memory 2048
 	$(BIN)/python tests/soak/engine_matrix.py
 	$(BIN)/python tests/soak/engine_memory.py
 	$(BIN)/python tests/soak/ray_cluster.py

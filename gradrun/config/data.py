@@ -469,8 +469,8 @@ class FilesData(_RowsData):
 
     path: InputFiles | None = Field(
         None,
-        description="a folder; a .txt, .csv or .tsv file that lists files; or .tar files: "
-        "a folder, a pattern or a list",
+        description="a folder; a glob pattern, or a list of files, folders and patterns; a .txt, "
+        ".csv or .tsv file that lists files; or .tar files",
     )
     pattern: str | None = Field(
         None, description='files of the folder: "*/*.jpg"; default: every readable file below it'
@@ -491,7 +491,8 @@ class FilesData(_RowsData):
     labels: str | FolderLabels | None = Field(
         None,
         description="folder: the name of the first folder below data.path; {folder: N}: of another "
-        "one; or a column of a .csv list or dataset",
+        "one; a column of a .csv list or dataset; or .cls: the text of the member with this suffix "
+        "beside each file of a .tar",
     )
     classes: Classes = None
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from gradrun.config.data import Classes, DataConfig, PythonData, _Data
 from gradrun.config.model import EagerModel, ModelConfig
+from gradrun.config.output import OutputSection
 from gradrun.config.schema import RunConfig
 
 
@@ -42,11 +43,23 @@ class ObjectItems(PythonData):
         return {"collate": self.collate} if self.collate else {}
 
 
+class ObjectOutput(OutputSection):
+    """Predictions in memory, as in .npy files; the folder has only the journal and the result."""
+
+    arrays: Any = Field(exclude=True, repr=False, description="receives the predictions")
+
+    def in_files(self, form: str) -> OutputSection:
+        """Return the section that writes files of a format to the folder."""
+        keys = {name: getattr(self, name) for name in OutputSection.model_fields}
+        return OutputSection(**keys | {"format": form})
+
+
 class ObjectConfig(RunConfig):
     """A config of which model or data may be in memory; it is not written to files whole."""
 
     model: ModelConfig | ObjectModel  # type: ignore[assignment]
     data: DataConfig | ObjectArrays | ObjectItems  # type: ignore[assignment]
+    output: OutputSection | ObjectOutput
 
 
 def is_object(value: Any) -> bool:

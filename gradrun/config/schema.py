@@ -220,5 +220,6 @@ class RunConfig(Section):
             elif isinstance(value, tuple):
                 pending += value
             elif isinstance(value, Path):
-                paths += list_files(value, "data.path").files if is_pattern(value) else [value]
+                listed = is_pattern(value) and list_files(value, "data.path", one_format=False)
+                paths += listed.files if listed else [value]
         return paths

@@ -56,7 +56,9 @@ class FileVersion(NamedTuple):
 # --- which files -------------------------------------------------------------------------------
 
 
-def list_files(paths: InputPaths, key: str, suffixes: Collection[str] = ()) -> FileList:
+def list_files(
+    paths: InputPaths, key: str, suffixes: Collection[str] = (), *, one_format: bool = True
+) -> FileList:
     """Return the files of a path, which may be a folder, a glob or a list, in natural order.
 
     A list keeps its order. Hidden files of a folder, and those with other suffixes, are left out.
@@ -65,9 +67,10 @@ def list_files(paths: InputPaths, key: str, suffixes: Collection[str] = ()) -> F
         paths: absolute paths.
         key: the config key of the paths, for errors.
         suffixes: formats that are read, in lower case and without compression; default: all.
+        one_format: refuse files of several formats.
 
     Raises:
-        ConfigError: a path names no file, or the files are repeated or of several formats.
+        ConfigError: a path names no file, files are repeated, or they have several formats.
     """
     given = [paths] if isinstance(paths, Path) else list(paths)
     files: list[Path] = []
@@ -87,9 +90,35 @@ def list_files(paths: InputPaths, key: str, suffixes: Collection[str] = ()) -> F
         raise ConfigError(f"{lost} is not a regular file, but a broken link or a pipe", key)
     if len(files) > 1:
         _check_distinct(files, key)
-        _check_one_format(files, key)
+        if one_format:
+            _check_one_format(files, key)
     order = "in the order of the list" if len(given) > 1 else "in natural order"
     return FileList(tuple(files), order if len(files) > 1 else "", left_out)
+
+
+def common_folder(paths: InputPaths, key: str) -> Path:
+    """Return the folder that contains all files, folders and patterns of a path.
+
+    That of a pattern is the part before its first wildcard.
+
+    Raises:
+        ConfigError: there is none, for example because one is on another host.
+    """
+    given = [paths] if isinstance(paths, Path) else list(paths)
+    folders = [_folder_of(path) for path in given]
+    common = folders[0]
+    for folder in folders:
+        while not folder.is_relative_to(common):
+            if common == common.parent:
+                raise ConfigError(f"{folders[0]} and {folder} have no common folder", key)
+            common = common.parent
+    return common
+
+
+def _folder_of(path: Path) -> Path:
+    if is_pattern(path):
+        return next(folder for folder in path.parents if not glob.has_magic(str(folder)))
+    return path if path.is_dir() else path.parent
 
 
 def describe_left_out(suffixes: Counter[str]) -> str:

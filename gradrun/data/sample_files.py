@@ -16,7 +16,9 @@ import torch
 from gradrun.config.data import FilesData, FolderLabels
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import (
+    FileList,
     InputPaths,
+    common_folder,
     describe_left_out,
     files_below,
     format_suffix,
@@ -128,8 +130,9 @@ def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
     """
     path = config.path
     assert path
-    if not isinstance(path, Path) or is_pattern(path) or format_suffix(path) == tar_files.SUFFIX:
-        return _in_archives(config, path, suffixes, kind)
+    direct = {*suffixes, tar_files.SUFFIX}
+    if not isinstance(path, Path) or is_pattern(path) or format_suffix(path) in direct:
+        return _in_list(config, path, suffixes, kind)
     if path.is_dir():
         return _in_folder(config, path, suffixes, kind)
     try:
@@ -168,7 +171,7 @@ def _in_folder(config: FilesData, path: Path, suffixes: Collection[str], kind: s
         left_out = describe_left_out(others)
         if others[tar_files.SUFFIX]:
             if not names:
-                return _in_archives(config, path, suffixes, kind)
+                return _in_list(config, path, suffixes, kind)
             raise ConfigError(
                 f"{path} has {pluralize(len(names), 'file')} of {kind} and .tar files; select "
                 f"those with data.pattern, or these with path: {path}/*.tar",
@@ -184,23 +187,41 @@ def _in_folder(config: FilesData, path: Path, suffixes: Collection[str], kind: s
     return SampleFiles(path, names, "sorted by path as text", labels, left_out)
 
 
-def _in_archives(
+def _in_list(
     config: FilesData, path: InputPaths, suffixes: Collection[str], kind: str
 ) -> SampleFiles:
-    listed = list_files(path, "data.path", (tar_files.SUFFIX,))
-    for file in listed.files:
-        if format_suffix(file) != tar_files.SUFFIX:
-            raise ConfigError(
-                f"{file.name} is not a .tar file; to select files of a folder, set data.path to "
-                f"the folder, such as {file.parent}, and data.pattern, such as '*{file.suffix}'; "
-                "or list them in a .txt or .csv file",
-                "data.path",
-            )
+    """Find the files, or the members of the archives, that a pattern or a list names."""
+    known = {*suffixes, tar_files.SUFFIX}
+    listed = list_files(path, "data.path", known, one_format=False)
+    found = {format_suffix(file) for file in listed.files}
+    if unknown := next((f for f in listed.files if format_suffix(f) not in known), None):
+        raise ConfigError(
+            f"{unknown.name} does not have a suffix of {kind} or archives (.tar); use a pattern "
+            f"that matches only {kind}, such as {unknown.parent}/*{min(suffixes)}, or set "
+            "data.path to the folder and data.pattern to take files of any suffix",
+            "data.path",
+        )
     for key in ("pattern", "column"):
         if getattr(config, key) is not None:
-            raise ConfigError("it does not apply to .tar files", f"data.{key}")
-    members, names, left_out = tar_files.list_members(listed.files, suffixes, kind)
+            raise ConfigError("it does not apply to files that data.path names", f"data.{key}")
+    if found == {tar_files.SUFFIX}:
+        return _in_archives(config, listed, suffixes, kind)
+    if tar_files.SUFFIX in found:
+        raise ConfigError(f"data.path names {kind} and .tar files; choose one kind", "data.path")
+    root = common_folder(path, "data.path")
+    names = [file.relative_to(root).as_posix() for file in listed.files]
     labels = _folder_labels(config, names, PurePosixPath())
+    order = f"{listed.order or 'as named'}; ids: paths in {root.name or root}"
+    return SampleFiles(root, names, order, labels, listed.left_out)
+
+
+def _in_archives(
+    config: FilesData, listed: FileList, suffixes: Collection[str], kind: str
+) -> SampleFiles:
+    beside = config.labels if isinstance(config.labels, str) and config.labels[:1] == "." else ""
+    members, names, labels, left_out = tar_files.list_members(listed.files, suffixes, kind, beside)
+    if not beside:
+        labels = _folder_labels(config, names, PurePosixPath())
     order = f"as in {pluralize(len(listed.files), 'archive')}"
     if listed.order:
         order += f", {listed.order}, first {listed.files[0].name}, last {listed.files[-1].name}"
@@ -224,8 +245,9 @@ def _folder_labels(config: FilesData, names: list[str], root: PurePosixPath) -> 
         return []
     if isinstance(config.labels, str) and config.labels != "folder":
         raise ConfigError(
-            "files in a folder or a .txt list can only have the label of their folder (labels: "
-            "folder); use a .csv list for columns",
+            "files in a folder, an archive or a .txt list can only have the label of their folder "
+            "(labels: folder), or in .tar files that of a member beside them (labels: .cls); use a "
+            ".csv list for columns",
             "data.labels",
         )
     level = config.labels.folder if isinstance(config.labels, FolderLabels) else 1

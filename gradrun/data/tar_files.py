@@ -6,7 +6,7 @@ import io
 import tarfile
 from array import array
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -14,6 +14,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import compression, describe_left_out, open_input
 
 SUFFIX = ".tar"
+_LONGEST_LABEL = 200
 _END_BYTES = 1024 * 1024
 """Bytes behind the end of an archive that are checked."""
 
@@ -46,9 +47,9 @@ class TarMembers:
 
 
 def list_members(
-    archives: Sequence[Path], suffixes: Collection[str], kind: str
-) -> tuple[TarMembers, list[str], str]:
-    """Return the members with one of some suffixes, their paths, and a description of the others.
+    archives: Sequence[Path], suffixes: Collection[str], kind: str, labels: str = ""
+) -> tuple[TarMembers, list[str], list[str], str]:
+    """Return the members with one of some suffixes, their paths, labels, and what was left out.
 
     Nothing is extracted, and links are not followed.
 
@@ -56,11 +57,13 @@ def list_members(
         archives: files whose names end with .tar.
         suffixes: in lower case.
         kind: the plural noun of the members.
+        labels: the suffix of members with the label of the member of the same name, as text.
 
     Raises:
-        ConfigError: an archive is compressed or damaged, or there are no such members.
+        ConfigError: an archive is compressed or damaged, or there are no such members or labels.
     """
     members, names, others = TarMembers(archives), list[str](), Counter[str]()
+    texts: list[str] = []
     for number, path in enumerate(archives):
         if compression(path):
             raise ConfigError(
@@ -68,16 +71,34 @@ def list_members(
                 "data.path",
             )
         try:
-            _list_archive(path, number, suffixes, members, names, others)
+            beside = _list_archive(path, number, suffixes, members, names, others, labels)
         except (OSError, tarfile.TarError) as error:
             raise ConfigError(f"{path} cannot be read as an archive: {error}", "data.path") from (
                 error
             )
+        if labels:
+            texts += [_label_of(name, path, labels, beside) for name in names[len(texts) :]]
     left_out = describe_left_out(others)
     if not names:
         rest = f"; they have {left_out}" if left_out else ""
         raise ConfigError(f"the archives contain no {kind}{rest}", "data.path")
-    return members, names, left_out
+    return members, names, texts, left_out
+
+
+def _label_of(name: str, archive: Path, suffix: str, beside: Mapping[str, str]) -> str:
+    try:
+        return beside[_key(name)]
+    except KeyError:
+        raise ConfigError(
+            f"{name} in {archive.name} has no label, because {_key(name)}{suffix} is missing",
+            "data.labels",
+        ) from None
+
+
+def _key(name: str) -> str:
+    """Return what the members of a sample have in common: the path up to the name's first dot."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
 
 
 def _list_archive(
@@ -87,7 +108,10 @@ def _list_archive(
     members: TarMembers,
     names: list[str],
     others: Counter[str],
-) -> None:
+    labels: str,
+) -> dict[str, str]:
+    """Add the members of one archive; return the labels by the key of the sample."""
+    beside: dict[str, str] = {}
     with open_input(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             # A million of them would need a gigabyte. typeshed lacks the attribute.
@@ -96,6 +120,9 @@ def _list_archive(
                 continue
             name = PurePosixPath(member.name.lstrip("/"))
             suffix = name.suffix.lower()
+            if labels and member.isreg() and str(name) == f"{_key(str(name))}{labels}":
+                beside[_key(str(name))] = _text_of(file, member, path)
+                continue
             hidden = any(part.startswith(".") for part in name.parts)
             if hidden or not member.isreg() or member.issparse() or suffix not in suffixes:
                 others[suffix or "no suffix"] += 1
@@ -109,3 +136,18 @@ def _list_archive(
                 f"it has no end mark at byte {archive.offset:,}: it is truncated or damaged, or "
                 "consists of several archives"
             )
+    return beside
+
+
+def _text_of(file: IO[bytes], member: tarfile.TarInfo, archive: Path) -> str:
+    """Return the content of a label; tarfile finds its place again."""
+    file.seek(member.offset_data)
+    content = file.read(min(member.size, _LONGEST_LABEL + 1))
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(content) > _LONGEST_LABEL:
+        problem = f"{member.name} in {archive.name} is not a label"
+        raise ConfigError(f"{problem}: a text of at most {_LONGEST_LABEL} bytes", "data.labels")
+    return text

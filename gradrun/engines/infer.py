@@ -21,6 +21,7 @@ from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.engines.objects import (
     Inference,
     collect,
+    in_lines,
     is_consumed,
     open_config,
     restored,
@@ -166,7 +167,7 @@ def infer(
                         if error.key != "output.format" or is_consumed(data):
                             raise
                         # The first outputs are not rows of one shape, which only some formats hold.
-                        loaded = LoadedConfig(loaded.config.replace({"output.format": "jsonl"}))
+                        loaded = LoadedConfig(in_lines(loaded.config))
                         result = infer_config(loaded, progress=shown, **options)
                 return collect(result, loaded.config, data)
         overrides |= {"model": model} if model is not None else {}

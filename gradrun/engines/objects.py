@@ -19,7 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 from gradrun.config.data import PythonData
 from gradrun.config.load import ConfigSource, LoadedConfig, load_config, resolve_config
 from gradrun.config.model import EagerModel
-from gradrun.config.objects import ObjectArrays, ObjectConfig, ObjectItems, ObjectModel, is_object
+from gradrun.config.objects import (
+    ObjectArrays,
+    ObjectConfig,
+    ObjectItems,
+    ObjectModel,
+    ObjectOutput,
+    is_object,
+)
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, first_line
 from gradrun.core.optional import import_optional
@@ -27,6 +34,7 @@ from gradrun.core.units import format_number
 from gradrun.data.objects import is_frame, read_inputs, read_labels
 from gradrun.output import quarantine
 from gradrun.output.formats import FORMATS
+from gradrun.output.formats.memory import PredictionArrays
 from gradrun.results.result import InferResult
 
 _PLACEHOLDER_MODEL = {"source": "layers", "layers": ["Identity"]}
@@ -95,7 +103,8 @@ def open_config(
     Raises:
         ConfigError: a value is of a kind that cannot be run.
     """
-    sections: dict[str, Any] = {"output": {"path": str(folder / "predictions")}}
+    own_path = folder / "predictions"
+    sections: dict[str, Any] = {"output": {"path": str(own_path)}}
     if config is not None:
         sections |= resolve_config(config).config.model_dump(mode="json")
     own_model, own_data = is_object(model), is_object(data)
@@ -138,6 +147,9 @@ def open_config(
         elif own_data:
             changes = {"batch_size": run.data.batch_size, "call": run.data.call}
             replaced = replaced.replace({"data": arrays.model_copy(update=changes)})
+        if run.output.path == own_path and run.output.format == "npy":
+            keys = dict(run.output) | {"arrays": PredictionArrays()}
+            replaced = replaced.replace({"output": ObjectOutput.model_validate(keys)})
         run = replaced
     others = [sections[name] for name, own in (("model", own_model), ("data", own_data)) if not own]
     return OpenedObjects(LoadedConfig(run), trusted=not any("target" in other for other in others))
@@ -326,11 +338,20 @@ def without_folder(folder: Path) -> Iterator[None]:
         raise RunFailed(text, result=error.result) from error.__cause__
 
 
+def in_lines(config: RunConfig) -> RunConfig:
+    """Return a config that writes lines of JSON, which have values of any size."""
+    output = config.output
+    if isinstance(output, ObjectOutput):
+        return config.replace({"output": output.in_files("jsonl")})
+    return config.replace({"output.format": "jsonl"})
+
+
 def collect(result: InferResult, config: RunConfig, data: Any) -> Inference:
-    """Read the predictions of a run into memory."""
-    folder = config.output.path
+    """Return the predictions of a run in memory."""
+    output, folder = config.output, config.output.path
+    in_memory = isinstance(output, ObjectOutput)
     return Inference(
-        predictions=_read(folder, config.output.format),
+        predictions=output.arrays.arrays if in_memory else _read(folder, output.format),
         ids=_ids(data, result.predictions or 0),
         quarantined=tuple(_quarantined(folder)),
         result=result,

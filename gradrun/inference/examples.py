@@ -15,7 +15,7 @@ from gradrun.core.units import pluralize
 from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_positions, require_length
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
 from gradrun.output.columns import ValueColumn, row_bytes
-from gradrun.output.formats import FORMATS
+from gradrun.output.formats import read_rows
 from gradrun.output.kept_columns import title_of
 from gradrun.output.missing import MISSING_CLASS
 from gradrun.output.quarantine import quarantined_positions
@@ -73,7 +73,7 @@ def describe_predictions(
     predictions: dict[int, str] = {}
     numbers: dict[int, int | None] = {}
     started = time.monotonic()
-    for chunk, values in FORMATS[output.format].read(output.path, skip):
+    for chunk, values in read_rows(output, skip):
         wanted = [p for p in positions if chunk[0] <= p <= chunk[-1] and p not in excluded]
         for position in wanted:
             row = {name: array[chunk == position][:1] for name, array in values.items()}

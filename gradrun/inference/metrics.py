@@ -23,7 +23,7 @@ from gradrun.inference.scorers import Scorer
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.columns import ValueColumn
 from gradrun.output.evidence_writer import LABELS, evidence_file, evidence_key, lacks_evidence
-from gradrun.output.formats import FORMATS
+from gradrun.output.formats import read_rows
 from gradrun.output.journal import CommittedRange
 from gradrun.output.quarantine import quarantined_positions
 from gradrun.output.transforms import (
@@ -178,7 +178,7 @@ class Evaluation:
         written = [s.evidence for s in self.scorers if s.evidence.name not in files]
         saved_rows = [np.load(path, mmap_mode="r") for path in files.values()]
         row_bytes = sum(rows[:1].nbytes for rows in saved_rows)
-        chunks = self._predictions(folder) if written else _positions(len(saved_rows[0]))
+        chunks = self._predictions() if written else _positions(len(saved_rows[0]))
         del saved_rows
         step = max(1, CHUNK_BYTES // max(1, row_bytes))
         for all_positions, predictions in chunks:
@@ -192,8 +192,8 @@ class Evaluation:
                 }
                 yield positions, {name: row[part] for name, row in rows.items()} | saved
 
-    def _predictions(self, folder: Path) -> Iterator[_Chunk]:
-        for positions, rows in FORMATS[self.config.output.format].read(folder, self.unread):
+    def _predictions(self) -> Iterator[_Chunk]:
+        for positions, rows in read_rows(self.config.output, self.unread):
             outputs = {name: torch.from_numpy(values) for name, values in rows.items()}
             yield torch.from_numpy(positions), outputs
 

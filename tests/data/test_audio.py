@@ -47,6 +47,16 @@ def statements(source: Any) -> dict[str, str]:
     return {statement.topic: statement.text for statement in source.statements()}
 
 
+def test_a_pattern_names_clips_in_natural_order(tmp_path: Path) -> None:
+    clips = write_clips(tmp_path / "clips", [8, 8, 8])
+    (tmp_path / "clips" / "002.wav").rename(tmp_path / "clips" / "1.wav")
+    source = data("audio", path=tmp_path / "clips" / "*.wav", batch_size=3)
+    (batch,) = source.batches()
+    assert list(batch.ids) == ["000.wav", "001.wav", "1.wav"]
+    np.testing.assert_array_equal(batch.args[0].numpy(), np.stack(clips))
+    assert "no file matches" in data_error("audio", path=tmp_path / "clips" / "*.flac")
+
+
 @pytest.mark.parametrize(("width", "bits"), [(1, 8), (2, 16), (3, 24), (4, 32)])
 def test_whole_numbers_of_any_size_become_fractions_of_full_scale(
     tmp_path: Path, width: int, bits: int

@@ -15,6 +15,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 
 import gradrun
 from gradrun.config.data import ImagesData
@@ -276,6 +277,98 @@ def test_batches_from_a_later_start_are_the_same(digits: Path, start: int) -> No
     found = [*data.batches(start)]
     assert torch.equal(torch.cat([batch.args[0] for batch in found]), whole[start:])
     assert [batch.size for batch in found[:-1]] == [8] * (len(found) - 1)
+
+
+# --- patterns and lists --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Photos of several formats in folders; the one of row 10 n + m has this color."""
+    for number, name in enumerate(PHOTOS, 1):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("L", (2, 2), number).save(tmp_path / name)
+    (tmp_path / "photos/cat/notes.txt").write_text("x")
+    return tmp_path
+
+
+PHOTOS = ["photos/cat/2.png", "photos/cat/10.png", "photos/cat/old/3.BMP", "photos/dog/1.jpg"]
+
+
+def colors(source: BatchSource) -> dict[int | str, int]:
+    """Return the color of each image by its id, in order."""
+    batches = [*source.batches()]
+    pixels = [round(x * 255) for batch in batches for x in batch.args[0][:, 0, 0, 0].tolist()]
+    return dict(zip([id for batch in batches for id in batch.ids], pixels, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected", "order"),
+    [
+        ("photos/*/*.png", {"cat/2.png": 1, "cat/10.png": 2}, "in natural order; ids: paths in"),
+        (
+            "photos/**/*.[pjB]*",
+            {"cat/2.png": 1, "cat/10.png": 2, "cat/old/3.BMP": 3, "dog/1.jpg": 4},
+            "in natural order; ids: paths in photos",
+        ),
+        (
+            ["photos/dog/*.jpg", "photos/cat/10.png", "photos/cat/old"],
+            {"dog/1.jpg": 4, "cat/10.png": 2, "cat/old/3.BMP": 3},
+            "in the order of the list; ids: paths in photos",
+        ),
+        ("photos/cat/2.png", {"2.png": 1}, "as named; ids: paths in cat"),
+    ],
+)
+def test_patterns_and_lists_name_images_in_a_stated_order(
+    photos: Path, path: Any, expected: dict[str, int], order: str
+) -> None:
+    named = [photos / p for p in path] if isinstance(path, list) else photos / path
+    source = opened(named, mode="L")  # type: ignore[arg-type]
+    found = colors(source)
+    assert found == expected
+    assert [*found] == [*expected]
+    assert order in next(s.text for s in source.statements() if s.topic == "files")
+
+
+def test_labels_of_a_pattern_are_folders_below_its_fixed_part(photos: Path) -> None:
+    pattern = photos / "photos/**/*.[pjB]*"
+    source: Any = opened(pattern, mode="L", labels="folder")
+    assert source.classes == ("cat", "dog")
+    assert torch.cat([*source.labels()]).tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("photos/*.png", r"no file matches .*photos/\*\.png"),
+        ("photos/*", r"no file matches .*only folders: append /\*"),
+        ("photos/cat/*", r"notes\.txt does not have a suffix of images or archives.*data\.pattern"),
+        (["photos/cat/2.png", "photos/cat/*.png"], r"2\.png is listed twice"),
+    ],
+)
+def test_patterns_that_name_no_images_are_errors(photos: Path, path: Any, message: str) -> None:
+    named = [photos / p for p in path] if isinstance(path, list) else photos / path
+    with pytest.raises(ConfigError, match=message):
+        opened(named, mode="L")  # type: ignore[arg-type]
+
+
+def test_a_run_of_a_pattern_in_a_config_resumes_and_protects_its_input(photos: Path) -> None:
+    config = {
+        "model": {"source": "layers", "layers": ["Flatten", {"Linear": [4, 2]}]},
+        "data": {"source": "images", "path": "photos/**/*.[pj]*", "mode": "L", "batch_size": 1},
+        "output": {"path": "photos", "format": "jsonl"},
+    }
+    (photos / "c.yaml").write_text(json.dumps(config))
+    loaded = load_config(photos / "c.yaml")
+    with pytest.raises(ConfigError, match="photos"):
+        gradrun.infer(loaded, overwrite=True)
+    assert (photos / PHOTOS[0]).exists()
+    gradrun.infer(loaded, output=photos / "out")
+    rows = [json.loads(line) for line in (photos / "out/predictions.jsonl").open()]
+    assert [row["id"] for row in rows] == ["cat/2.png", "cat/10.png", "dog/1.jpg"]
+    Image.new("L", (2, 2), 9).save(photos / "photos/cat/4.png")
+    with pytest.raises(ConfigError, match="cannot resume"):
+        gradrun.infer(loaded, output=photos / "out", resume=True)
 
 
 WRONG = {

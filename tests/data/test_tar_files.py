@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from gradrun.core.errors import ConfigError
@@ -118,16 +119,52 @@ def test_archives_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
     packed = tmp_path / "b.tar.gz"
     packed.write_bytes(gzip.compress(whole))
     assert "archives without compression; decompress it" in data_error("images", path=packed)
-    assert "does not apply to .tar" in data_error("images", path=tmp_path / "a.tar", pattern="*")
+    assert "does not apply to files that data.path names" in data_error(
+        "images", path=tmp_path / "a.tar", pattern="*"
+    )
 
 
 def test_images_beside_archives_are_an_error(shards: Path) -> None:
     (shards / "1.png").write_bytes(picture(NAMES[1]))
     with pytest.raises(ConfigError, match=r"1 file of images and \.tar files; select those"):
         opened(shards)
-    error = data_error("images", path=shards / "*.png")
-    assert "1.png is not a .tar file" in error
-    assert f"such as {shards}, and data.pattern, such as '*.png'" in error
+    both = [str(shards / "*.png"), str(shards / "*.tar")]
+    assert "images and .tar files; choose one kind" in data_error("images", path=both)
+
+
+def test_labels_are_the_members_beside_the_images(tmp_path: Path) -> None:
+    """As in WebDataset: 0001.jpg and 0001.cls are one sample."""
+    labels = [3, 0, 12]
+    members = {
+        f"{name.removesuffix('.png')}.cls": b"%d\n" % n
+        for name, n in zip(NAMES, labels, strict=False)
+    }
+    archive(tmp_path / "a-9.tar", NAMES[:2], **dict([*members.items()][:2]))
+    with tarfile.open(tmp_path / "a-10.tar", "w") as tar:  # the label comes first
+        for name, content in [("dog/3.cls", b"12"), ("dog/3.x.png", picture(NAMES[3]))]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    source: Any = opened(tmp_path / "a-*.tar", labels=".cls")
+    assert [id for batch in source.batches() for id in batch.ids] == [*NAMES[:2], "dog/3.x.png"]
+    assert torch.cat([*source.labels()]).tolist() == labels
+    assert "not read" not in str([*source.statements()])
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({}, "dog/0.png in a.tar has no label, because dog/0.cls is missing"),
+        ({"dog/0.cls": b""}, "dog/0.cls in a.tar is not a label: a text of at most 200 bytes"),
+        ({"dog/0.cls": b"\xff"}, "is not a label"),
+        ({"dog/0.cls": b"1" * 300}, "is not a label"),
+    ],
+)
+def test_images_without_a_label_beside_them_are_an_error(
+    tmp_path: Path, members: dict[str, bytes], message: str
+) -> None:
+    path = archive(tmp_path / "a.tar", NAMES[:1], **members)
+    assert message in data_error("images", path=path, labels=".cls")
 
 
 def test_an_archive_that_becomes_shorter_is_an_error_of_its_samples(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 import gradrun
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
+from gradrun.models.generation import TextGenerator
 from gradrun.results.result import InferResult
 from tests.models.test_texts import save_causal, save_gpt_tokenizer, stated
 from tests.support.small_models import WIDTH, save_tokenizer, sentences, skewed
@@ -281,6 +282,51 @@ def test_a_model_that_computes_nan_does_not_write_text(gpt: Path, tmp_path: Path
     assert sentences(1)
     with pytest.raises(ConfigError, match="contain NaN"):
         infer(folder, tmp_path / "out", {"max_new_tokens": 4}, ["zoo", "zz"])
+
+
+def test_a_prompt_that_fails_is_quarantined_and_the_others_keep_their_texts(
+    gpt: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gpt"
+    save_gpt_tokenizer(folder)
+    model = save_causal(folder, "GPT2LMHeadModel")
+    model.transformer.wpe.weight.data[40:] = torch.nan  # positions that only long prompts reach
+    model.save_pretrained(folder)
+    prompts = [*PROMPTS[:11], "x" * 45, *PROMPTS[11:]]
+    settings = {"max_new_tokens": NEW}
+    run = {"on_error": "quarantine"}
+    texts, result = infer(folder, tmp_path / "out", settings, prompts, run=run)
+    without, _ = infer(folder, tmp_path / "without", settings)
+    assert [*texts[:11], *texts[12:]] == without == infer(gpt, tmp_path / "all", settings)[0]
+    assert texts[11] is None
+    assert result.quarantined == 1
+    (line,) = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["sample"] == 11
+    assert "contain NaN" in json.loads(line)["error"]
+
+
+@pytest.mark.parametrize("name", ["gpt", "t5"])
+def test_batches_that_do_not_fit_in_memory_are_split_and_give_the_same_texts(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(name)
+    settings = {"max_new_tokens": NEW, "do_sample": True}
+    whole, _ = infer(folder, tmp_path / "whole", settings)
+    sizes, generate = [], TextGenerator.forward
+
+    def limited(self: Any, sample_numbers: Any = None, **inputs: torch.Tensor) -> list[str]:
+        size = len(next(iter(inputs.values())))
+        if len(sizes) >= 2 and size > 3:  # later than the first batch and its repetition
+            raise torch.OutOfMemoryError("Tried to allocate 20.00 MiB")
+        sizes.append(size)
+        return generate(self, sample_numbers, **inputs)
+
+    monkeypatch.setattr(TextGenerator, "forward", limited)
+    texts, result = infer(folder, tmp_path / "out", settings)
+    assert texts == whole
+    assert max(sizes[2:]) <= 3
+    assert result.measurements[0].batch_limit in {2, 3}
+    assert any("out of memory at sample" in warning.text for warning in result.warnings)
 
 
 # --- speech --------------------------------------------------------------------------------------

@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet", "boxes", "tables", "files")
 """A format each; boxes and tables: values of any size in jsonl and Parquet."""
 
+TEXT_WRITERS = ("jsonl", "csv", "parquet", "files")
+"""Formats of generated text."""
+
 _FORMATS = {"boxes": "jsonl", "tables": "parquet"}
 PHASES = {"start": 1, "load": 1, "open": 2, "run": 3, "commit": 6, "close": 2, "end": 1}
 """Phase of a process to its weight in the draw. start: until the model is loaded; load: until the
@@ -85,12 +88,62 @@ class Stream(IterableDataset):
     def __iter__(self):
         return (self.items[i] for i in range(len(self.items)))
 """
-DATA = {
-    "synthetic": ("samples", {"source": "synthetic", "inputs": {"x": {"shape": [8]}}}),
-    "dataset": ("args.count", {"source": "python", "target": "items.py:Items", "workers": 1}),
-    "iterable": ("args.count", {"source": "python", "target": "items.py:Stream"}),
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The samples of the runs, and the model."""
+
+    length: tuple[str, Callable[[int], Any]]
+    """A key of the section `data`, and its value for a number of samples."""
+    data: dict[str, Any]
+    writers: tuple[str, ...] = WRITERS
+    model: dict[str, Any] | None = None
+    """Default: a linear layer that takes 2 ms."""
+
+    def prepare(self, path: Path) -> None:
+        """Write the files that the config names."""
+        if self.model:
+            _save_generator(path)
+
+
+WORKLOADS = {
+    "synthetic": Workload(
+        ("samples", int), {"source": "synthetic", "inputs": {"x": {"shape": [8]}}}
+    ),
+    "dataset": Workload(
+        ("args", lambda count: {"count": count}),
+        {"source": "python", "target": "items.py:Items", "workers": 1},
+    ),
+    "iterable": Workload(
+        ("args", lambda count: {"count": count}), {"source": "python", "target": "items.py:Stream"}
+    ),
+    "generation": Workload(
+        ("path", lambda count: f"prompts-{count}.txt"),
+        {"source": "text"},
+        TEXT_WRITERS,
+        {
+            "source": "huggingface",
+            "path": "gpt",
+            "auto_class": "AutoModelForCausalLM",
+            "generate": {"max_new_tokens": 5, "do_sample": True},
+        },
+    ),
 }
-"""Source of the samples -> the key with their number, and the section `data` without it."""
+"""Value of --data -> the workload."""
+
+
+def _save_generator(path: Path) -> None:
+    """Save a small GPT-2, and prompts of which some are long."""
+    from tests.models.test_texts import save_causal, save_gpt_tokenizer
+    from tests.support.small_models import skewed
+
+    save_gpt_tokenizer(path / "gpt")
+    save_causal(path / "gpt", "GPT2LMHeadModel")
+    for count in (SHORT, LONG):
+        prompts = [f"{number} {text}"[:40] for number, text in enumerate(skewed(count))]
+        (path / f"prompts-{count}.txt").write_text("\n".join(prompts) + "\n")
+
 
 _DRIVER = """\
 from tests.soak.kill import hurry
@@ -118,30 +171,27 @@ class Folder:
     """One config per format, and the command that runs it."""
 
     def __init__(self, path: Path, source: str = "synthetic") -> None:
-        self.path, (self._count, data) = path, DATA[source]
+        self.path, self.workload = path, WORKLOADS[source]
         (path / "net.py").write_text(_MODEL)
         (path / "items.py").write_text(_ITEMS)
         (path / "driver.py").write_text(_DRIVER)
-        for form in WRITERS:
+        self.workload.prepare(path)
+        key, value = self.workload.length
+        for form in self.workload.writers:
+            net = f"net.py:{'Boxes' if form in _FORMATS else 'Net'}"
             config = {
-                "model": {
-                    "source": "python",
-                    "target": f"net.py:{'Boxes' if form in _FORMATS else 'Net'}",
-                },
-                "data": {"batch_size": 4, **data, **self._of_length(LONG)},
+                "model": self.workload.model or {"source": "python", "target": net},
+                "data": {"batch_size": 4, **self.workload.data, key: value(LONG)},
                 "run": {"threads": 1},
                 "measure": {"memory": False},
                 "output": {"path": form, "format": _FORMATS.get(form, form)},
             }
             (path / f"{form}.yaml").write_text(json.dumps(config))
 
-    def _of_length(self, samples: int) -> dict[str, Any]:
-        key, _, inner = self._count.partition(".")
-        return {key: {inner: samples} if inner else samples}
-
     def short(self) -> list[str]:
         """Arguments of a run of SHORT samples."""
-        return ["--set", f"data.{self._count}={SHORT}"]
+        key, value = self.workload.length
+        return ["--set", f"data.{key}={json.dumps(value(SHORT))}"]
 
     def arguments(self, form: str, out: str, *more: str) -> list[str]:
         """Arguments of `gradrun`."""
@@ -366,14 +416,14 @@ def run(path: Path, kills: int, seed: int, source: str = "synthetic") -> list[Ki
     done: list[Kill] = []
     with _preloaded():
         timelines: dict[str, Timeline] = {}
-        for form in WRITERS:
+        for form in folder.workload.writers:
             arguments = folder.arguments(form, f"{form}-uninterrupted", *folder.short())
             timelines[form] = follow(path, arguments)
             if timelines[form].code:
                 raise SystemExit(_failure(path, timelines[form]))
         number = 0
         while len(done) < kills:
-            form = WRITERS[number % len(WRITERS)]
+            form = folder.workload.writers[number % len(folder.workload.writers)]
             times = min(rng.choice([1, 1, 2]), kills - len(done))
             moments = [timelines[form].draw(rng) for _ in range(times)]
             out = f"{form}-{number}"
@@ -387,9 +437,10 @@ def run(path: Path, kills: int, seed: int, source: str = "synthetic") -> list[Ki
 def table(done: list[Kill]) -> str:
     """Number of kills per phase and format."""
     counts = Counter((kill.phase, kill.form) for kill in done)
-    lines = ["killed in " + "".join(f"{form:>13}" for form in (*WRITERS, "all"))]
+    forms = sorted({kill.form for kill in done}, key=WRITERS.index)
+    lines = ["killed in " + "".join(f"{form:>13}" for form in (*forms, "all"))]
     for phase in PHASES:
-        row = [counts[phase, form] for form in WRITERS]
+        row = [counts[phase, form] for form in forms]
         lines.append(f"{phase:10}" + "".join(f"{count:13}" for count in (*row, sum(row))))
     resumes = sum(kill.resumes > 0 for kill in done)
     midway = sum(0 < kill.committed < SHORT for kill in done)
@@ -401,7 +452,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", choices=DATA, default="synthetic")
+    parser.add_argument("--data", choices=WORKLOADS, default="synthetic")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         print(table(run(Path(name), options.kills, options.seed, options.data)))

@@ -38,6 +38,8 @@ FORMATS = ("parquet", "jsonl", "safetensors", "csv")
 ROWS = 12_000
 FAULTS = ("503", "reset", "slow")
 MIB = 2**20
+PART = 128
+"""MiB per file of a large input."""
 
 _MODEL = """\
 import time
@@ -222,13 +224,15 @@ def _measure_memory(store: FaultyStore, size: int) -> int:
     process = psutil.Process()
     # The server is in this process, so the run is in another one.
     block = np.random.default_rng(0).normal(size=(MIB // 256, 64)).astype(np.float32)
-    file = io.BytesIO()
-    np.save(file, np.broadcast_to(block, (size, *block.shape)).reshape(-1, 64))
-    store.put("large.npy", file.getvalue())
-    del file
+    for begin in range(0, size, PART):  # moto copies a whole object for each range of it
+        file = io.BytesIO()
+        part = min(PART, size - begin)
+        np.save(file, np.broadcast_to(block, (part, *block.shape)).reshape(-1, 64))
+        store.put(f"large/{begin}.npy", file.getvalue())
+        del file
     config = {
         "model": {"source": "layers", "layers": [{"Linear": [64, 1]}]},
-        "data": {"source": "arrays", "path": "s3://bucket/large.npy", "batch_size": 256},
+        "data": {"source": "arrays", "path": "s3://bucket/large/*.npy", "batch_size": 256},
         "run": {"threads": 1},
         "output": {"path": "s3://bucket/out", "format": "safetensors"},
         "measure": {"memory": False},

@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from gradrun.config.objects import ObjectOutput
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError, UnsupportedValues
 from gradrun.core.value_types import TypeMismatch
@@ -16,6 +17,7 @@ from gradrun.output.formats import (
     csv_table,
     ids_file,
     jsonl,
+    memory,
     npy,
     parquet,
     safetensors,
@@ -184,6 +186,13 @@ FORMATS = {
 }
 
 
+def read_rows(config: OutputSection, skip: Container[str] = ()) -> Iterator[Rows]:
+    """Yield the predictions of a run, as `Format.read` does."""
+    if isinstance(config, ObjectOutput):
+        return config.arrays.read(skip)  # type: ignore[no-any-return]
+    return FORMATS[config.format].read(config.path, skip)
+
+
 def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
     """Return the CRC-32 of a range in a file of any format, as `Format.checksum` does."""
     if path.name == ids_file.FILE_NAME:
@@ -257,6 +266,8 @@ def open_writer(
         has_ids: whether samples have ids of their own, not row numbers.
         class_counts: number of classes of outputs, which get names only if they have as many.
     """
+    if isinstance(config, ObjectOutput):
+        return memory.MemoryWriter(config.arrays, samples)
     form = FORMATS[config.format]
     labels = ClassLabels(config, classes, class_counts)
     writer = form.writer(config.path, samples, batch_size, labels)

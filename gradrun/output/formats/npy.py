@@ -140,13 +140,39 @@ def checksum(path: Path, committed: CommittedRange, begin: int) -> int:
         return files.checksum(file.fileno(), start, stop)
 
 
+class RowLayout:
+    """The shape and dtype of the rows of an output in NumPy."""
+
+    def __init__(self, name: str, first: torch.Tensor) -> None:
+        """Take the layout of a batch; the name is for errors."""
+        self._name = name
+        self._widen = not has_numpy_dtype(first)
+        like = (first[:0].float() if self._widen else first[:0]).numpy()
+        self.shape, self.dtype = like.shape[1:], like.dtype
+        self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
+
+    def rows_of(self, tensor: torch.Tensor) -> Array:
+        """Return a batch [n, ...] as an array that may share its memory.
+
+        Raises:
+            ValueError: it has another layout.
+        """
+        rows = (tensor.float() if self._widen else tensor).numpy()
+        if rows.shape[1:] != self.shape or rows.dtype != self.dtype:
+            raise ValueError(
+                f"{self._name} has {self.dtype} rows of shape {list(self.shape)}, but the next "
+                f"batch has {rows.dtype} rows of shape {list(rows.shape[1:])}; use format: jsonl "
+                "for rows of any shape, or output.transform: mean_pool or cls for one row per "
+                "sequence"
+            )
+        return rows
+
+
 class _NpyFile:
     def __init__(self, path: Path, samples: int | None, first: torch.Tensor) -> None:
         self.path, self.samples = path, samples
-        self.widen = not has_numpy_dtype(first)
-        like = (first[:0].float() if self.widen else first[:0]).numpy()
-        self.row_shape, self.dtype = like.shape[1:], like.dtype
-        self.row_bytes = math.prod(self.row_shape) * self.dtype.itemsize
+        self.layout = layout = RowLayout(path.name, first)
+        self.row_shape, self.dtype, self.row_bytes = layout.shape, layout.dtype, layout.row_bytes
         self.step = max(1, BUFFER_BYTES // max(1, self.row_bytes))
         buffered = self.step if samples is None else min(self.step, samples)
         self.buffer = np.empty((buffered, *self.row_shape), self.dtype)
@@ -192,14 +218,7 @@ class _NpyFile:
         return header.getvalue()
 
     def write(self, at: int, tensor: torch.Tensor) -> None:
-        rows = (tensor.float() if self.widen else tensor).numpy()
-        if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
-            raise ValueError(
-                f"{self.path.name} has {self.dtype} rows of shape {list(self.row_shape)}, but the "
-                f"next batch has {rows.dtype} rows of shape {list(rows.shape[1:])}; use format: "
-                "jsonl for rows of any shape, or output.transform: mean_pool or cls for one row "
-                "per sequence"
-            )
+        rows = self.layout.rows_of(tensor)
         stop = at + len(rows)
         if stop - self.begin > self.step:
             self.flush(at)
@@ -228,19 +247,16 @@ class _NpyFile:
 
     def checksum(self, start: int, stop: int, bad: Array) -> int:
         """CRC-32 of the rows start to stop; sets `bad` for rows that are not finite."""
-        floats, crc, row = self.dtype.kind in "fc", 0, 0
+        crc, row = 0, 0
         step = self.step * max(1, self.row_bytes)
         for chunk in files.read_chunks(
             self.descriptor, self._offset(start), self._offset(stop), step
         ):
             crc = zlib.crc32(chunk, crc)
-            if floats or self.dtype == np.int64:
-                values = np.frombuffer(chunk, self.dtype)
-                finite = np.isfinite(values) if floats else values != MISSING_CLASS
-                rows = len(chunk) // self.row_bytes
-                if not finite.all():
-                    bad[row : row + rows] |= ~finite.reshape(rows, -1).all(axis=1)
-                row += rows
+            count = len(chunk) // self.row_bytes
+            rows = np.frombuffer(chunk, self.dtype).reshape(count, -1)
+            mark_nonfinite(rows, bad[row : row + count])
+            row += count
         return crc
 
     def close(self, written: int) -> None:
@@ -269,6 +285,18 @@ class _NpyFile:
                 error.errno,
                 f"{self.path.name} needs {format_bytes(size)}; the disk has {free} free",
             ) from error
+
+
+def mark_nonfinite(rows: Array, bad: Array) -> None:
+    """Set `bad` [n] for rows [n, ...] with NaN, infinity or MISSING_CLASS."""
+    if rows.dtype.kind in "fc":
+        finite = np.isfinite(rows)
+    elif rows.dtype == np.int64:
+        finite = rows != MISSING_CLASS
+    else:
+        return
+    if not finite.all():
+        bad |= ~finite.reshape(len(rows), -1).all(axis=1)
 
 
 def has_numpy_dtype(tensor: torch.Tensor) -> bool:
