@@ -59,7 +59,6 @@ class ObjectConfig(RunConfig):
 
     model: ModelConfig | ObjectModel  # type: ignore[assignment]
     data: DataConfig | ObjectArrays | ObjectItems  # type: ignore[assignment]
-    output: OutputSection | ObjectOutput
 
 
 def is_object(value: Any) -> bool:

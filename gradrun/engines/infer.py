@@ -169,7 +169,7 @@ def infer(
                         # The first outputs are not rows of one shape, which only some formats hold.
                         loaded = LoadedConfig(in_lines(loaded.config))
                         result = infer_config(loaded, progress=shown, **options)
-                return collect(result, loaded.config, data)
+                return collect(result, loaded.config, data, Path(folder))
         overrides |= {"model": model} if model is not None else {}
         overrides |= {"data": data} if data is not None else {}
         loaded = resolve_config(config, overrides)

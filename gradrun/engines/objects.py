@@ -346,9 +346,14 @@ def in_lines(config: RunConfig) -> RunConfig:
     return config.replace({"output.format": "jsonl"})
 
 
-def collect(result: InferResult, config: RunConfig, data: Any) -> Inference:
-    """Return the predictions of a run in memory."""
+def collect(result: InferResult, config: RunConfig, data: Any, temporary: Path) -> Inference:
+    """Return the predictions of a run in memory.
+
+    The result names no files in the temporary folder, which is removed.
+    """
     output, folder = config.output, config.output.path
+    if folder.is_relative_to(temporary):
+        result = result.replace(files=(), info=result.info.replace(output_path=""))
     in_memory = isinstance(output, ObjectOutput)
     return Inference(
         predictions=output.arrays.arrays if in_memory else _read(folder, output.format),

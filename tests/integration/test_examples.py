@@ -279,7 +279,9 @@ def test_the_examples_of_a_checkout_are_used() -> None:
     assert bundled("models") == ROOT / "models"
 
 
-def test_each_generated_answer_has_the_id_and_the_question_of_its_row(run: Run, tmp_path: Path) -> None:
+def test_each_generated_answer_has_the_id_and_the_question_of_its_row(
+    run: Run, tmp_path: Path
+) -> None:
     run("generation", **local_model("generation", tmp_path))
     with (tmp_path / "generation/predictions.jsonl").open() as file:
         found = [json.loads(line) for line in file]
