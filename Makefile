@@ -81,6 +81,7 @@ bench: .venv/.dev ## measure gradrun against hand-written loops; takes minutes
 	$(BIN)/python benchmarks/compare_bench.py
 	$(BIN)/python benchmarks/profile_bench.py
 	$(BIN)/python benchmarks/generation_bench.py
+	$(BIN)/python benchmarks/python_api_bench.py
 
 bench-peers: .venv/.dev ## measure gradrun against other tools; takes an hour; .venv/bin/pip install -e '.[peers]' adds some
 	$(BIN)/python benchmarks/peers_bench.py
