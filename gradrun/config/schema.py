@@ -220,6 +220,8 @@ class RunConfig(Section):
             elif isinstance(value, tuple):
                 pending += value
             elif isinstance(value, Path):
-                listed = is_pattern(value) and list_files(value, "data.path", one_format=False)
-                paths += listed.files if listed else [value]
+                if is_pattern(value):
+                    paths += list_files(value, "data.path", one_format=False).files
+                else:
+                    paths.append(value)
         return paths

@@ -354,9 +354,9 @@ def collect(result: InferResult, config: RunConfig, data: Any, temporary: Path) 
     output, folder = config.output, config.output.path
     if folder.is_relative_to(temporary):
         result = result.replace(files=(), info=result.info.replace(output_path=""))
-    in_memory = isinstance(output, ObjectOutput)
+    in_memory = output.arrays.arrays if isinstance(output, ObjectOutput) else None
     return Inference(
-        predictions=output.arrays.arrays if in_memory else _read(folder, output.format),
+        predictions=_read(folder, output.format) if in_memory is None else in_memory,
         ids=_ids(data, result.predictions or 0),
         quarantined=tuple(_quarantined(folder)),
         result=result,

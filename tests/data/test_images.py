@@ -284,7 +284,7 @@ def test_batches_from_a_later_start_are_the_same(digits: Path, start: int) -> No
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Photos of several formats in folders; the one of row 10 n + m has this color."""
+    """Photos of several formats in folders, each with its position in PHOTOS, from 1, as color."""
     for number, name in enumerate(PHOTOS, 1):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         Image.new("L", (2, 2), number).save(tmp_path / name)
@@ -322,8 +322,8 @@ def colors(source: BatchSource) -> dict[int | str, int]:
 def test_patterns_and_lists_name_images_in_a_stated_order(
     photos: Path, path: Any, expected: dict[str, int], order: str
 ) -> None:
-    named = [photos / p for p in path] if isinstance(path, list) else photos / path
-    source = opened(named, mode="L")  # type: ignore[arg-type]
+    named: Any = tuple(photos / p for p in path) if isinstance(path, list) else photos / path
+    source = opened(named, mode="L")
     found = colors(source)
     assert found == expected
     assert [*found] == [*expected]
@@ -347,9 +347,9 @@ def test_labels_of_a_pattern_are_folders_below_its_fixed_part(photos: Path) -> N
     ],
 )
 def test_patterns_that_name_no_images_are_errors(photos: Path, path: Any, message: str) -> None:
-    named = [photos / p for p in path] if isinstance(path, list) else photos / path
+    named: Any = tuple(photos / p for p in path) if isinstance(path, list) else photos / path
     with pytest.raises(ConfigError, match=message):
-        opened(named, mode="L")  # type: ignore[arg-type]
+        opened(named, mode="L")
 
 
 def test_a_run_of_a_pattern_in_a_config_resumes_and_protects_its_input(photos: Path) -> None:

@@ -62,7 +62,7 @@ def test_predictions_equal_a_loop_by_hand(net: nn.Module, data: Any) -> None:
     assert found.result.info.mode == "inference_mode"
     assert found.quarantined == ()
     assert repr(found).startswith("<Inference prediction float32 [100, 3]; ")
-    assert "/gradrun-" not in found._repr_html_(), "it names no folder that is removed"
+    assert (found.result.files, found.result.info.output_path) == ((), ""), "no removed folder"
 
 
 def test_no_file_is_written_and_the_module_stays_in_training_mode(

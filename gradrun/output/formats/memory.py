@@ -108,8 +108,7 @@ class _Rows:
 
     def first(self, count: int) -> Array:
         """Return the first rows, without spare memory behind them."""
-        rows = self.array[:count]
-        return rows if count == len(self.array) else rows.copy()
+        return self.array if count == len(self.array) else self.array[:count].copy()
 
     def mark_nonfinite(self, start: int, stop: int, bad: Array) -> None:
         step = max(1, _CHUNK_BYTES // max(1, self.layout.row_bytes))
