@@ -230,15 +230,7 @@ def _measure_memory(subject: AuditTarget, load_seconds: float) -> Measurement:
         variant=subject.name,
         batch_seconds=(),
         batch_sizes=(),
-        phases=Phases(
-            load_model=load_seconds,
-            open_data=0.0,
-            first_batch=0.0,
-            warm_up=0.0,
-            data=0.0,
-            forward=0.0,
-            output=0.0,
-        ),
+        phases=Phases(load_model=load_seconds),
         memory=memory.replace(batch=largest),
     )
 

@@ -20,6 +20,8 @@ from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Finding
 
 _TRAIN = nn.Module.train.__code__
+_NORMS = nn.modules.batchnorm._NormBase
+"""Batch and instance normalization."""
 
 
 def first_run(subject: AuditTarget) -> Iterable[Finding]:
@@ -160,11 +162,10 @@ def _training(subject: AuditTarget, observed: _Observed) -> Iterator[Finding]:
     for module in observed.training:
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             text = f"Is in training mode and drops {module.p:.0%} of its input at random"
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.InstanceNorm1d) and (
-            module.track_running_stats
-        ):
+        elif isinstance(module, _NORMS) and module.track_running_stats:
+            unit = "batch" if isinstance(module, nn.modules.batchnorm._BatchNorm) else "sample"
             text = (
-                "Is in training mode: it normalizes with the statistics of each batch and "
+                f"Is in training mode: it normalizes with the statistics of each {unit} and "
                 "updates its running statistics in every forward"
             )
         else:
@@ -199,13 +200,12 @@ def _written(
     subject: AuditTarget, changed: list[str], parameters: dict[str, Any], observed: _Observed
 ) -> Iterator[Finding]:
     """Yield one finding per module whose forward writes to parameters or buffers."""
-    batch_norms = nn.modules.batchnorm._NormBase
     by_module: dict[str, list[str]] = {}
     for name in changed:
         by_module.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
     for path, names in by_module.items():
         module = dict(subject.model.named_modules())[path]
-        if isinstance(module, batch_norms) and module in observed.training:
+        if isinstance(module, _NORMS) and module in observed.training:
             continue  # reported as training mode
         trained = [name for name in names if f"{path}.{name}".lstrip(".") in parameters]
         yield Finding(

@@ -15,7 +15,7 @@ from gradrun.config.limits import Limit, Status, byte_limit, number_limit, perce
 from gradrun.config.run import MetricSection
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.options import option
-from gradrun.core.units import format_bytes, pluralize
+from gradrun.core.units import format_bytes, format_score, pluralize
 from gradrun.results import stats
 from gradrun.results.ratios import time_ratio
 from gradrun.results.result import (
@@ -165,7 +165,7 @@ def metric_limits(section: CheckSection, metrics: Sequence[Metric]) -> Iterator[
         else:
             status = number_limit(text).status(value, value)
             reason = "the metric is outside the limit" if status == "fail" else ""
-            verdict = _Verdict(f"{value:.4f}", status, reason)
+            verdict = _Verdict(format_score(value), status, reason)
         yield _outcome(_label(name), text, f"limits.{name}", verdict)
 
 
@@ -286,7 +286,7 @@ def memory_regression(
             verdict = _inconclusive("not measured on both sides")
         else:
             growth = (new / old - 1 if old else math.inf) if new != old else 0.0
-            value = f"{growth:+.1%} ({format_bytes(new)})"
+            value = f"{growth:+.1%} ({format_bytes(new)})" if old or not new else format_bytes(new)
             reason = f"was {format_bytes(old)}" if growth > percentage(allowed) else ""
             verdict = _passed_unless(reason, value, value)
         check = f"{_label(name)} vs {reference}"
@@ -311,8 +311,9 @@ def metric_regression(
         else:
             worse = value - was if name in errors else was - value
             share = worse / abs(was) if was else math.copysign(math.inf, worse) if worse else 0.0
-            change = f"{value:.4f}, was {was:.4f}"
-            reason = f"worse by {share:.1%}" if share > percentage(allowed) else ""
+            change = f"{format_score(value)}, was {format_score(was)}"
+            worse_by = f"worse by {share:.1%}" if math.isfinite(share) else "worse"
+            reason = worse_by if share > percentage(allowed) else ""
             verdict = _passed_unless(reason, change, change)
         check = f"{_label(name)} vs {reference}"
         yield _outcome(check, f"at most {allowed} worse", f"regression.{name}", verdict)

@@ -132,7 +132,7 @@ def _compare(
         try:
             data = session.run(progress)
         except KeyboardInterrupt:
-            data = session.finalize()
+            data = session.finalize(interrupted=True)
             interrupted = True
     failures = tuple(failure.message for failure in data.failures)
     changes: tuple[MetricChange, ...] = ()
@@ -208,7 +208,8 @@ def _two_configs(loaded: LoadedConfig, against: LoadedConfig, target: Path) -> l
     for one, default in ((against, "baseline"), (loaded, "config")):
         name = Path(one.locations.name).name if one.locations else default
         if any(known.name == name for known in variants):
-            name = str(one.locations.name) if one.locations else f"{name} again"
+            path = str(one.locations.name) if one.locations else name
+            name = f"{name} again" if path == name else path
         variants.append(Variant(name, one.config.replace({"output.path": target})))
     return variants
 

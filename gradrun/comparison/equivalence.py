@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -67,7 +67,7 @@ def equivalence(base: ComparableModel, candidate: ComparableModel) -> Equivalenc
             bitwise &= one.dtype == other.dtype and _bitwise_equal(one, other)
             wide_one, wide_other = _widen(one, other), _widen(other, one)
             max_diff = max(max_diff, _max_difference(wide_one, wide_other))
-            rtol, atol = _tolerance(candidate.config, wide_one)
+            rtol, atol = _tolerance((base.config, candidate.config), wide_one)
             equal &= torch.allclose(wide_one, wide_other, rtol=rtol, atol=atol, equal_nan=True)
     bitwise &= compared
     return Equivalence(
@@ -223,15 +223,17 @@ def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).clone().cpu()
 
 
-def _tolerance(config: RunConfig, outputs: torch.Tensor) -> tuple[float, float]:
+def _tolerance(configs: Sequence[RunConfig], outputs: torch.Tensor) -> tuple[float, float]:
     """Return (rtol, atol): the configured values, raised to the lowest precision in use.
 
     The absolute tolerance scales with the largest output, because small outputs can be differences
     of large intermediate values.
     """
-    measure, kinds = config.measure, {getattr(config.model, "dtype", None), config.run.autocast}
+    measure = configs[-1].measure
+    kinds = (k for c in configs for k in (getattr(c.model, "dtype", None), c.run.autocast))
     step = max(_PRECISION_STEPS.get(kind or "", 0.0) for kind in kinds)
-    largest = float(outputs.abs().max()) if step and outputs.numel() else 0.0
+    finite = outputs[outputs.isfinite()]
+    largest = float(finite.abs().max()) if step and finite.numel() else 0.0
     return max(measure.rtol, step), max(measure.atol, step * largest)
 
 

@@ -78,7 +78,7 @@ class ProcessLane:
     workers: list[int]
     ready: Ready
     start_seconds: float
-    _peaks: dict[int, int] = field(default_factory=dict)
+    _peaks: dict[int, int | None] = field(default_factory=dict)
 
     def run(self, start: int, stop: int, *, rows: bool = False) -> Block:
         parts = _divide(start, stop, len(self.workers), self.ready.unit)
@@ -98,8 +98,9 @@ class ProcessLane:
                 done[number] = message
         wall = time.perf_counter() - began
         for number, message in done.items():
-            self._peaks[number] = message.process_peak or 0
+            self._peaks[number] = message.process_peak
         ordered = [done[worker] for worker in self.workers if worker in done]
+        peaks = [peak for peak in self._peaks.values() if peak is not None]
         return Block(
             samples=stop - start,
             seconds=ordered[0].seconds if len(ordered) == 1 else wall,
@@ -107,7 +108,7 @@ class ProcessLane:
             batch_seconds=tuple(
                 float(s) for message in ordered for s in np.frombuffer(message.batch_seconds)
             ),
-            process_peak=sum(self._peaks.values()),
+            process_peak=sum(peaks) if len(peaks) == len(self._peaks) else None,
             rows=tuple(row for message in ordered for row in _rows(message)) if rows else (),
         )
 
@@ -234,13 +235,19 @@ def deviation(
         difference = greatest = 0.0
         for positions, one, two in _stacked([b[name] for b in base], [o[name] for o in other]):
             bitwise &= one.dtype == two.dtype and _same_bytes(one, two)
-            one, two = one.flatten(1).double(), two.flatten(1).double()
+            if not one.numel():
+                continue
+            one, two = _numbers(one), _numbers(two)
             same = (one == two) | (one.isnan() & two.isnan())
-            gap = (one - two).abs().masked_fill(same, 0.0).nan_to_num(nan=torch.inf)
+            gap = (one - two).abs().masked_fill(same, 0.0)
+            gap = gap.nan_to_num(nan=torch.inf, posinf=torch.inf)
             difference = max(difference, float(gap.max()))
-            greatest = max(greatest, float(one.nan_to_num().abs().max()))
+            # Scores of impossible classes are -inf, which must not hide the others' differences.
+            greatest = max(greatest, float(one.nan_to_num(0.0, 0.0, 0.0).abs().max()))
             close &= torch.allclose(one, two, rtol=rtol, atol=atol, equal_nan=True)
-            cosines = torch.nn.functional.cosine_similarity(one, two, dim=1)
+            infinite = same & ~one.isfinite()
+            directions = (values.masked_fill(infinite, 0.0) for values in (one, two))
+            cosines = torch.nn.functional.cosine_similarity(*directions, dim=1)
             cosines[same.all(1)] = 1.0
             cosine = min(cosine, float(cosines.nan_to_num(nan=-1.0).min()))
             if one.shape[1] > 1:
@@ -273,6 +280,12 @@ def _stacked(
 
 def _at_least_2d(one: torch.Tensor, two: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (one[:, None], two[:, None]) if one.ndim == 1 else (one, two)
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values of samples [n, ...] as [n, numbers]; a complex value is two numbers."""
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.flatten(1).double()
 
 
 def _same_bytes(one: torch.Tensor, two: torch.Tensor) -> bool:

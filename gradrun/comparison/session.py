@@ -13,6 +13,7 @@ from typing import Any
 from gradrun.comparison.protocol import Failure, Job, JobKind, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.check import CheckSection
+from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError, RunFailed
@@ -157,24 +158,13 @@ class Session:
         assert isinstance(result, InferResult)
         return result
 
-    def finalize(self) -> SessionData:
+    def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
-        data, measure = self.data, self.measure
+        data = self.data
         data.comparisons = self._comparisons()
-        widest = max((c.relative_width for c in data.comparisons), default=0.0)
-        processes = len(self.process_medians)
-        few = 0 < processes < measure.processes
-        if few or widest > measure.precision:
-            count = pluralize(processes, "process")
-            if few:
-                count = f"{processes} of at least {pluralize(measure.processes, 'process')}"
-            wide = widest > measure.precision
-            narrow = f", before the intervals were as narrow as {measure.precision:.1%}"
-            self._warn(
-                "not_precise",
-                f"the budget of {measure.budget:g} s was spent after {count}"
-                f"{narrow if wide else ''}; reduce load on the machine or raise measure.budget",
-            )
+        data.warnings += precision_warnings(
+            data.comparisons, self.measure, len(self.process_medians), interrupted=interrupted
+        )
         if self.discarded:
             self._warn("noisy_machine", _describe_noise(self.discarded))
         for variant in dict.fromkeys(m.variant for m in data.measurements):
@@ -306,10 +296,7 @@ class Session:
 
     def _is_done(self, cost: float) -> bool:
         left, processes = self.deadline - time.monotonic(), len(self.process_medians)
-        if processes < self.measure.processes:
-            return left < cost and processes > 1
-        precision = self.measure.precision
-        return left < cost or all(is_precise(c, precision) for c in self._comparisons())
+        return is_done(self._comparisons(), self.measure, processes, left, cost)
 
     def _comparisons(self) -> list[Comparison]:
         return compare_measured(self.data.measurements, self.measure.precision)
@@ -343,6 +330,40 @@ def is_precise(comparison: Comparison, precision: float) -> bool:
     """
     clear = comparison.verdict == "no_difference" or abs(comparison.ratio - 1) >= 2 * precision
     return comparison.relative_width <= (precision if clear else precision / 2)
+
+
+def is_done(
+    comparisons: Sequence[Comparison], measure: MeasureSection, done: int, left: float, cost: float
+) -> bool:
+    """Check whether the intervals are narrow after `done` processes, or the time is spent.
+
+    `left` is the rest of the budget, and `cost` the time of one more process, in seconds.
+    """
+    if done < measure.processes:
+        return left < cost and done > 1
+    return left < cost or all(is_precise(c, measure.precision) for c in comparisons)
+
+
+def precision_warnings(
+    comparisons: Sequence[Comparison],
+    measure: MeasureSection,
+    done: int,
+    noun: str = "process",
+    *,
+    interrupted: bool,
+) -> list[Warning]:
+    """Return a warning if there are too few processes, or the intervals are wider than asked."""
+    few = 0 < done < measure.processes
+    wide = any(c.relative_width > measure.precision for c in comparisons)
+    if not few and not wide:
+        return []
+    text = f"the budget of {measure.budget:g} s was spent"
+    text = "the comparison was interrupted" if interrupted else text
+    text += f" after {f'{done} of at least ' if few else ''}"
+    text += pluralize(measure.processes if few else done, noun)
+    text += f", before the intervals were as narrow as {measure.precision:.1%}" if wide else ""
+    advice = "" if interrupted else "; reduce load on the machine or raise measure.budget"
+    return [Warning(code="not_precise", text=f"{text}{advice}")]
 
 
 def _describe_noise(discarded: Sequence[SystemNoise]) -> str:

@@ -12,12 +12,12 @@ from statistics import median
 
 from gradrun.comparison.lanes import Block, Lane, deviation, open_lane
 from gradrun.comparison.protocol import Failure
-from gradrun.comparison.session import SessionData, Variant, is_precise
+from gradrun.comparison.session import SessionData, Variant, is_done, precision_warnings
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
-from gradrun.core.units import pluralize
+from gradrun.inference.meters import process_memory
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, Measurement, Phases, Warning
 
@@ -239,26 +239,16 @@ class TurnSession:
 
     def _is_done(self, cost: float) -> bool:
         left = self.deadline - time.monotonic()
-        if self.processes < self.measure.processes:
-            return left < cost and self.processes > 1
-        precision = self.measure.precision
-        comparisons = compare_measured(self.data.measurements, precision)
-        return left < cost or all(is_precise(c, precision) for c in comparisons)
+        comparisons = compare_measured(self.data.measurements, self.measure.precision)
+        return is_done(comparisons, self.measure, self.processes, left, cost)
 
-    def finalize(self) -> SessionData:
+    def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
         data, measure = self.data, self.measure
         data.comparisons = compare_measured(data.measurements, measure.precision)
-        widest = max((c.relative_width for c in data.comparisons), default=0.0)
-        if data.comparisons and widest > measure.precision:
-            data.warnings.append(
-                Warning(
-                    code="not_precise",
-                    text=f"the budget of {measure.budget:g} s was spent after "
-                    f"{pluralize(self.processes, 'process')} of each variant, before the intervals "
-                    f"were as narrow as {measure.precision:.1%}; raise measure.budget",
-                )
-            )
+        data.warnings += precision_warnings(
+            data.comparisons, measure, self.processes, interrupted=interrupted
+        )
         if self.waited and median(self.waited) > MAX_WAITED:
             data.warnings.append(
                 Warning(
@@ -273,7 +263,8 @@ class TurnSession:
 def lane_measurement(variant: str, process: int, turn: Turn) -> Measurement:
     """Return the blocks of a lane as the rounds of a measurement."""
     lane, ready = turn.lane, turn.lane.ready
-    size = ready.batch_size
+    before = ready.load_seconds + ready.open_seconds + ready.first_batch_seconds
+    size, (_, method) = ready.batch_size, process_memory.peak_resident()
     return Measurement(
         mode=lane.config.run.mode,
         variant=variant,
@@ -284,16 +275,10 @@ def lane_measurement(variant: str, process: int, turn: Turn) -> Measurement:
             load_model=ready.load_seconds,
             open_data=ready.open_seconds,
             first_batch=ready.first_batch_seconds,
-            warm_up=max(
-                0.0,
-                lane.start_seconds
-                - ready.load_seconds
-                - ready.open_seconds
-                - ready.first_batch_seconds,
-            ),
+            warm_up=max(0.0, lane.start_seconds - before),
             forward=sum(block.seconds for block in turn.blocks),
         ),
-        memory=ready.memory.replace(process_peak=turn.peak, process_method="VmHWM"),
+        memory=ready.memory.replace(process_peak=turn.peak, process_method=method),
     )
 
 

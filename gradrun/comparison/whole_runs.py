@@ -9,14 +9,13 @@ from pathlib import Path
 
 from gradrun.comparison.predictions import compare_predictions
 from gradrun.comparison.protocol import Failure
-from gradrun.comparison.session import SessionData, Variant, is_precise
+from gradrun.comparison.session import SessionData, Variant, is_done, precision_warnings
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
-from gradrun.core.units import pluralize
 from gradrun.engines.infer import infer
 from gradrun.results.ratios import compare_measured
-from gradrun.results.result import Equivalence, InferResult, Warning
+from gradrun.results.result import Equivalence, InferResult
 
 
 class WholeRuns:
@@ -56,7 +55,7 @@ class WholeRuns:
                 self._drop(variant, str(error))
                 continue
             self._add(variant, result)
-        if not self._rounds:
+        if not self._rounds and self.variants:
             self._compare_outputs(folder)
         self._rounds += 1
 
@@ -99,23 +98,14 @@ class WholeRuns:
 
     def _is_done(self, cost: float) -> bool:
         left = self._deadline - time.monotonic()
-        if self._rounds < self.measure.processes:
-            return left < cost and self._rounds > 1
         comparisons = compare_measured(self.data.measurements, self.measure.precision)
-        return left < cost or all(is_precise(c, self.measure.precision) for c in comparisons)
+        return is_done(comparisons, self.measure, self._rounds, left, cost)
 
-    def finalize(self) -> SessionData:
+    def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
         data, measure = self.data, self.measure
         data.comparisons = compare_measured(data.measurements, measure.precision)
-        widest = max((c.relative_width for c in data.comparisons), default=0.0)
-        if widest > measure.precision:
-            data.warnings.append(
-                Warning(
-                    code="not_precise",
-                    text=f"the budget of {measure.budget:g} s was spent after "
-                    f"{pluralize(self._rounds, 'round')}, before the intervals were as narrow as "
-                    f"{measure.precision:.1%}; raise measure.budget",
-                )
-            )
+        data.warnings += precision_warnings(
+            data.comparisons, measure, self._rounds, "round", interrupted=interrupted
+        )
         return data

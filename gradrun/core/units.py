@@ -72,6 +72,13 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def format_score(value: float) -> str:
+    """Format 0.98765 as "0.9877", with four digits; "–" if it is not a number."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
+
+
 def pluralize(count: int, noun: str) -> str:
     """Format (1, "batch") as "1 batch" and (1250, "batch") as "1,250 batches"."""
     ending = "es" if noun.endswith(("ch", "s", "x")) else "s"

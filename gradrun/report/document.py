@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gradrun.core.units import count_of, pluralize
 from gradrun.report import profile_tables, tables, tune_tables, wording
@@ -93,10 +92,10 @@ def _tables(result: AnyResult) -> tuple[Table, ...]:
 def _files(result: AnyResult) -> list[tuple[Cell, str]]:
     if not result.info.output_path:  # the predictions were not written to a folder
         return []
-    folder = Path(display_path(result.info.output_path))
+    folder = display_path(result.info.output_path)
     rows: list[tuple[Cell, str]] = []
     if isinstance(result, InferResult):
-        paths = [str(folder / file) for file in result.files[:_MAX_FILES]]
+        paths = [f"{folder}/{file}" for file in result.files[:_MAX_FILES]]
         if more := len(result.files) - len(paths):
             paths.append(f"and {more} more")
         samples, bad = result.measurements[0].samples, result.quarantined
@@ -104,7 +103,7 @@ def _files(result: AnyResult) -> list[tuple[Cell, str]]:
         rows.append((Status(pluralize(count, "prediction"), "good"), "\n".join(paths)))
         if bad:
             text = f"{pluralize(bad, 'sample')} quarantined"
-            rows.append((Status(text, "unsure"), str(folder / "quarantine.jsonl")))
+            rows.append((Status(text, "unsure"), f"{folder}/quarantine.jsonl"))
         if result.resumed_at:
             rows.append(("resumed", f"after {pluralize(result.resumed_at, 'sample')}"))
     if isinstance(result, TuneResult) and result.file:
@@ -112,7 +111,7 @@ def _files(result: AnyResult) -> list[tuple[Cell, str]]:
         if result.unconfirmed:
             label = Status("unconfirmed", "unsure")
         rows.append((label, display_path(result.file)))
-    return [*rows, ("all figures", str(folder / "result.json"))]
+    return [*rows, ("all figures", f"{folder}/result.json")]
 
 
 def describe_modes(result: ModeFacts) -> Document:

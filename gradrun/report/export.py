@@ -7,14 +7,14 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from gradrun.report import wording
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.figures import Figure, figures
+from gradrun.report.figures import Figure, Unit, figures
 from gradrun.report.side_by_side import Named
 
-_UNITS = ("seconds", "bytes", "samples_per_second", "ratio", "count", "absolute", "score")
+_UNITS = tuple(unit for unit in get_args(Unit) if unit != "words")
 _WORDS = ("status", "text", "limit")
 _HEADER = ("result", "kind", "mode", "metric", *_UNITS, "low_95", "high_95", *_WORDS)
 

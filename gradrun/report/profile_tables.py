@@ -263,13 +263,15 @@ def difference(base: Profile, other: Profile, key: str) -> Table:
     """The modules that make the difference between two variants."""
     found = differences(base, other)
     one, two = ProfileFigures(base), ProfileFigures(other)
-    total = two.forward.value - one.forward.value
+    whole = forward_difference(base, other)
+    change = whole.difference
+    clear = change.low > 0 or change.high < 0
     rows: list[tuple[Cell, ...]] = [
         (
             "forward",
             format_seconds(one.forward.value),
             format_seconds(two.forward.value),
-            _signed(forward_difference(base, other)),
+            _signed(whole),
             "",
         )
     ]
@@ -279,7 +281,7 @@ def difference(base: Profile, other: Profile, key: str) -> Table:
             format_seconds(max(0.0, d.baseline)),
             format_seconds(max(0.0, d.candidate)),
             _signed(d),
-            f"{d.difference.value / total:.0%}" if total else DASH,
+            f"{d.difference.value / change.value:.0%}" if clear else DASH,
         )
         for d in found[:_MAX_DIFFERENCES]
     ]
@@ -345,7 +347,8 @@ def _summarize_difference(base: Profile, other: Profile) -> str:
     if not found:
         return f"{start}, spread over modules that differ by less than 1 % each."
     names = ", ".join(f"{d.label} ({_signed(d)})" for d in found)
-    return f"{start}, most of it in {names}."
+    share = sum(d.difference.value for d in found) / change.value
+    return f"{start}, {'most of it' if share > 0.5 else 'with the largest differences'} in {names}."
 
 
 # --- peaks of a machine ------------------------------------------------------------------------

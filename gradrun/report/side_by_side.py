@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from itertools import chain
 
-from gradrun.core.units import format_bytes, format_number, format_seconds, seconds_within
+from gradrun.core.units import (
+    format_bytes,
+    format_number,
+    format_score,
+    format_seconds,
+    seconds_within,
+)
 from gradrun.report.figures import Figure, figures
 from gradrun.report.tables import DASH, Column, Table
 from gradrun.report.wording import machine
@@ -34,6 +41,9 @@ _LABELS = {
     "device_allocated": "device peak",
     "max_abs_diff": "outputs",
 }
+_MODULE = "time of "
+"""Start of the names of the times of modules."""
+
 _TITLES = {
     "infer": "Run",
     "compare": "Comparison",
@@ -53,9 +63,11 @@ def side_by_side(results: Sequence[Named]) -> list[Table]:
 
 
 def _table(results: Sequence[Named]) -> Table:
-    shown = [[f for f in figures(result) if _label(f)] for _, result in results]
+    every = [figures(result) for _, result in results]
+    large = {f.metric for f in chain(*every) if f.status and f.metric.startswith(_MODULE)}
+    shown = [[(label, f) for f in column if (label := _label(f, large))] for column in every]
     # Results of one mode each share their rows, whatever the mode.
-    single_mode = all(len({f.mode for f in column if f.mode}) < 2 for column in shown)
+    single_mode = all(len({f.mode for _, f in column if f.mode}) < 2 for column in shown)
     columns = [_column(column, single_mode=single_mode) for column in shown]
     rows = []
     for label in dict.fromkeys(label for column in columns for label in column):
@@ -93,20 +105,22 @@ def _by_topic(statements: Sequence[Statement]) -> dict[str, str]:
     return {topic: "; ".join(parts) for topic, parts in texts.items()}
 
 
-def _column(shown: list[Figure], *, single_mode: bool) -> dict[str, str]:
-    modes = [figure.mode for figure in shown if single_mode and figure.mode]
+def _column(shown: list[tuple[str, Figure]], *, single_mode: bool) -> dict[str, str]:
+    modes = [figure.mode for _, figure in shown if single_mode and figure.mode]
     cells = {"mode": modes[0]} if modes else {}
-    for figure in shown:
-        label = _label(figure)
+    for label, figure in shown:
         label = label if single_mode or not figure.mode else f"{figure.mode}, {label}"
         cells[label] = _cell(figure)
     return cells
 
 
-def _label(figure: Figure) -> str:
-    """Return the row name of a figure; empty if it is not shown."""
-    if figure.metric.startswith("time of "):
-        return figure.metric.removeprefix("time of ") if figure.status else ""
+def _label(figure: Figure, large: Set[str]) -> str:
+    """Return the row name of a figure; empty if it is not shown.
+
+    The time of a module is shown in all results if it is `large` in one.
+    """
+    if figure.metric.startswith(_MODULE):
+        return figure.metric.removeprefix(_MODULE) if figure.metric in large else ""
     return _LABELS.get(figure.metric, "" if figure.mode else figure.metric)
 
 
@@ -134,7 +148,7 @@ def _cell(figure: Figure) -> str:
                 return f"{value:.{digits}f} {figure.status}"
             return f"{value:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
         case "score":
-            return f"{value:.4g}"
+            return format_score(value)
         case "absolute":
             return figure.status
         case _:

@@ -12,6 +12,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import (
     format_bytes,
     format_number,
+    format_score,
     format_seconds,
     format_seconds_range,
     pluralize,
@@ -371,9 +372,9 @@ def metrics(values: Sequence[Metric]) -> Table:
     rows = []
     for metric in values:
         details = ", ".join(filter(None, (pluralize(metric.samples, "sample"), metric.note)))
-        rows.append((metric.name, _score(metric.value), f"over {details}"))
+        rows.append((metric.name, format_score(metric.value), f"over {details}"))
         shown = metric.per_class[:_MAX_CLASSES]
-        rows += [(f"  {value.name}", _score(value.value), "") for value in shown]
+        rows += [(f"  {value.name}", format_score(value.value), "") for value in shown]
         if more := len(metric.per_class) - len(shown):
             rows.append((f"  {more} more", "", "classes; result.json has all"))
     return _figures("Metrics", rows)
@@ -385,13 +386,14 @@ def metric_changes(changes: Sequence[MetricChange]) -> Table:
     for name in dict.fromkeys(change.name for change in changes):
         of_metric = [change for change in changes if change.name == name]
         first = of_metric[0]
-        rows.append((name, first.baseline, _score(first.before), "", Status("baseline", "quiet")))
+        before = format_score(first.before)
+        rows.append((name, first.baseline, before, "", Status("baseline", "quiet")))
         for change in of_metric:
             difference = change.value - change.before
+            shown = f"{difference:+.2g}" if math.isfinite(difference) else DASH
             text = "equal" if change.value == change.before else ""
-            rows.append(
-                ("", change.candidate, _score(change.value), f"{difference:+.2g}", Status(text))
-            )
+            value = format_score(change.value)
+            rows.append(("", change.candidate, value, shown, Status(text)))
     columns = (
         Column("variant", "text"),
         Column("value", emphasis="strong"),
@@ -410,9 +412,11 @@ def confusion(metric: Metric) -> Table:
     """Samples by true and predicted class; of many classes, the most frequent confusions."""
     matrix = metric.matrix
     assert matrix is not None
-    names = [name[:_CLASS_WIDTH] for name in matrix.classes]
+    names: Sequence[str] = matrix.classes
     title = f"{metric.name}: true"
     if len(names) <= _MAX_MATRIX:
+        width = _CLASS_WIDTH
+        names = [name if len(name) <= width else f"{name[: width - 1]}…" for name in names]
         rows = tuple(
             (name, *(f"{count:,}" for count in counts))
             for name, counts in zip(names, matrix.counts, strict=True)
@@ -465,12 +469,6 @@ def example_predictions(examples: Sequence[Example]) -> Table:
     columns = (Column("prediction", "text"), Column("label", "status"))
     count = 2 if labels else 1
     return Table("Example", columns[:count], tuple(row[: count + 1] for row in rows), brief=4)
-
-
-def _score(value: float) -> str:
-    if not math.isfinite(value):
-        return DASH
-    return f"{value:.4f}" if 0.001 <= abs(value) <= 1 else f"{value:.4g}"
 
 
 def interpretation(statements: Sequence[Statement]) -> Table:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradrun.core.remote import RemotePath, is_address
 from gradrun.core.units import format_bytes, format_number, format_seconds, pluralize
 from gradrun.report import profile_tables, tune_tables
 from gradrun.report.tables import OUTCOME_TONES, Tone
@@ -205,4 +206,6 @@ def count_facts(result: ModeFacts) -> str:
 
 def display_path(path: str | Path) -> str:
     """Shorten a path to its relative form where that is shorter."""
+    if is_address(Path(path)):
+        return str(RemotePath(path))
     return min(os.path.relpath(path or os.curdir), str(path), key=len)

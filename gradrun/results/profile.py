@@ -142,12 +142,6 @@ class ModuleFigures:
             return None
         return reach(self.work, self.time.value, peaks)
 
-    def self_reach(self, peaks: MachinePeaks | None) -> Reach | None:
-        """Compare the work without children with the peaks of the machine."""
-        if peaks is None or self.calls.work is None or self.self_time.value <= 0:
-            return None
-        return reach(self.calls.work, self.self_time.value, peaks)
-
 
 class ProfileFigures:
     """The figures of a profile, computed from its raw times."""

@@ -473,6 +473,10 @@ class ConfusionMatrix(Record, frozen=True, kw_only=True):
     counts: tuple[tuple[Count, ...], ...]
     """One row per true class, with one count per predicted class."""
 
+    def __post_init__(self) -> None:
+        if {len(self.counts), *map(len, self.counts)} - {len(self.classes)}:
+            raise ValueError("classes and counts of a confusion matrix differ in number")
+
 
 class Metric(Record, frozen=True, kw_only=True):
     """Agreement of the model's outputs with the labels."""
@@ -582,7 +586,8 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
 
     def __post_init__(self) -> None:
         rounds = [m.batch_seconds for m in self.measurements]
-        if self.kind == "compare" and not all(rounds):
+        compares = self.kind == "compare" or getattr(self, "comparisons", ())
+        if compares and not all(rounds):
             raise ValueError("a measurement of a comparison has no rounds")
         if self.kind != "infer" and any(t < 1e-12 for times in rounds for t in times):
             raise ValueError("a round of zero duration, which a clock cannot measure")

@@ -82,7 +82,7 @@ def _recommend_batch_size(result: CompareResult, faster: Sequence[Comparison]) -
     variants = result.by_variant()
     best = max(faster, key=lambda c: c.low)
     alike = [c for c in faster if c.high >= best.low]
-    best = min(alike, key=lambda c: variants[c.candidate][0].memory.forward_peak or 0)
+    best = min(alike, key=lambda c: _known_peak(variants[c.candidate][0].memory))
     seconds, peaks = (
         [figure(variants[name]) for name in (best.candidate, best.baseline)]
         for figure in (_median_batch, _forward_peak)
@@ -92,6 +92,11 @@ def _recommend_batch_size(result: CompareResult, faster: Sequence[Comparison]) -
         f"{best.baseline} ({_interval(best)}). One batch takes {seconds[0]} instead of "
         f"{seconds[1]}, with a forward peak of {peaks[0]} instead of {peaks[1]}."
     )
+
+
+def _known_peak(memory: Memory) -> float:
+    """Return the forward peak in bytes; infinity if it was not measured."""
+    return math.inf if memory.forward_peak is None else memory.forward_peak
 
 
 def _median_batch(measured: Sequence[Measurement]) -> str:
@@ -104,15 +109,16 @@ def _forward_peak(measured: Sequence[Measurement]) -> str:
 
 
 def _explain_inconclusive(equal: Sequence[Comparison]) -> str:
-    if any(c.relative_width > 1 for c in equal):  # infinite for a single process
+    undecided = [c for c in equal if c.verdict == "inconclusive"]
+    if any(c.relative_width > 1 for c in undecided):  # infinite for a single process
         return (
             "Inconclusive: too few processes measured both variants. Reduce load on the machine "
             f"or {_MORE_TIME}."
         )
-    widest = max(equal, key=lambda c: c.high - c.low)
+    widest = max(undecided, key=lambda c: c.high - c.low)
     return (
-        f"Inconclusive: the 95 % interval of {widest.candidate} / {widest.baseline} is "
-        f"{_interval(widest)}. Close other programs, lower run.threads or {_MORE_TIME}, then "
+        f"Inconclusive: {widest.candidate} is {_interval(widest)} times as fast as "
+        f"{widest.baseline} (95 %). Close other programs, lower run.threads or {_MORE_TIME}, then "
         "repeat the comparison."
     )
 
@@ -206,10 +212,10 @@ def lowest_memory_safe_mode(result: AuditResult) -> Measurement | None:
     return min(safe, key=_memory_rank, default=None)
 
 
-def _memory_rank(measured: Measurement) -> tuple[int, int, int]:
+def _memory_rank(measured: Measurement) -> tuple[float, int, int]:
     memory = measured.memory
     overhead = _LEAST_OVERHEAD.index(measured.mode)
-    return (memory.forward_peak or 0, memory.retained or 0, overhead)
+    return (_known_peak(memory), memory.retained or 0, overhead)
 
 
 def summarize_audit(result: AuditResult) -> str:
@@ -219,6 +225,8 @@ def summarize_audit(result: AuditResult) -> str:
     if best is None:
         return f"No mode is safe. Fix the {errors} first."
     text = f"Use {best.mode}, the safe mode with the lowest memory{_peaks(result, best)}."
+    if best.memory.forward_peak is None:
+        text = f"Use {best.mode}, the safe mode with the least overhead; memory was not measured."
     if unsafe := [mode for mode in GradMode if errors_in(result, mode)]:
         text += f" Do not use {' or '.join(unsafe)}: {errors}."
     return text

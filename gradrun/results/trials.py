@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import Any, Literal
 
 from gradrun.core.record import Record
-
-_Seconds = Annotated[float, Meta(ge=0, le=1e9)]
-_Count = Annotated[int, Meta(ge=0, le=2**62)]
+from gradrun.results.bounds import Count, Seconds
 
 Outcome = Literal["faster", "no_gain", "differs", "over_limit", "failed", "not_tried"]
 
@@ -28,8 +24,8 @@ class Trial(Record, frozen=True, kw_only=True):
     low: float | None = None
     high: float | None = None
     """Ends of the 95 % interval of the search, which is not that of a confirmed setting."""
-    start_seconds: _Seconds | None = None
-    process_peak: _Count | None = None
+    start_seconds: Seconds | None = None
+    process_peak: Count | None = None
     bitwise: bool | None = None
     """None if its outputs were not compared."""
     max_abs: float | None = None

@@ -81,6 +81,13 @@ FAULTS: list[tuple[str, str, str, str, tuple[GradMode, ...]]] = [
     ("StopsGradients", "stops_gradients", "info", "block.1 (StopsGradients)", (GRAD,)),
     ("StaysInTraining", "training_mode", "error", "block.1 (StaysInTraining)", ALL),
     ("NormStaysInTraining", "training_mode", "error", "block.1 (NormStaysInTraining)", ALL),
+    (
+        "InstanceNormStaysInTraining",
+        "training_mode",
+        "error",
+        "block.1 (InstanceNormStaysInTraining)",
+        ALL,
+    ),
     ("DropsByFunction", "random", "warning", "block.1 (DropsByFunction)", ALL),
     (
         "MakesParameter",

@@ -10,6 +10,7 @@ from gradrun.checks import evaluate
 from gradrun.config.check import CheckSection
 from gradrun.config.run import MetricSection
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.units import format_bytes
 from gradrun.results.result import CheckResult, Equivalence, InferResult, Metric, Output, Warning
 from gradrun.results.stats import Estimate
 from tests.support.run_results import MACHINE, MEMORY, measurement, run_result
@@ -151,6 +152,12 @@ def test_a_metric_is_compared_with_its_limit_and_a_missing_one_fails(value, limi
     assert (found.check, found.status) == ("accuracy", status)
 
 
+def test_a_small_metric_is_not_shown_as_zero():
+    metrics = [Metric(name="mse", value=0.00001234, samples=9)]
+    (found,) = evaluate.metric_limits(section_of(limits={"mse": "<= 0.00005"}), metrics)
+    assert found.value == "1.234e-05"
+
+
 # --- regression ----------------------------------------------------------------------------------
 
 
@@ -173,6 +180,7 @@ def test_a_metric_fails_if_it_became_worse_than_allowed(name, was, now, status):
         status,
     )
     assert found.key == f"check.regression.{name}"
+    assert "inf" not in f"{found.value} {found.reason}", "a change from 0 has no percentage"
 
 
 @pytest.mark.parametrize(
@@ -246,7 +254,9 @@ def test_memory_growth_is_limited_to_the_byte(grown, status):
 def test_growth_from_zero_fails_and_zero_to_zero_passes():
     none = MEMORY.replace(retained=0)
     section = section_of(regression={"retained": "10%", "forward_peak": None})
-    assert next(evaluate.memory_regression(section, "m", none, MEMORY)).status == "fail"
+    grown = next(evaluate.memory_regression(section, "m", none, MEMORY))
+    assert (grown.status, grown.value) == ("fail", format_bytes(MEMORY.retained))
+    assert grown.reason == "was 0 B", "growth from 0 has no percentage"
     assert next(evaluate.memory_regression(section, "m", none, none)).status == "pass"
 
 

@@ -358,10 +358,33 @@ def test_requires_grad_of_the_input_is_restored() -> None:
     assert not any(batch.args[0].requires_grad for batch in one.batches)
 
 
-@pytest.mark.parametrize(("kind", "equal"), [("bfloat16", True), (None, False)])
-def test_the_tolerance_follows_the_precision(kind: str | None, equal: bool) -> None:
-    one, other = sides(InGrad(lambda x: x * 1.005), "grad", "no_grad")
-    model = one.config.model.model_copy(update={"dtype": kind})
-    for side in (one, other):
+@pytest.mark.parametrize(
+    ("kinds", "equal"),
+    [
+        (("bfloat16", "bfloat16"), True),
+        (("bfloat16", None), True),
+        ((None, "bfloat16"), True),
+        ((None, None), False),
+    ],
+)
+def test_the_tolerance_follows_the_lower_precision(
+    kinds: tuple[str | None, str | None], equal: bool
+) -> None:
+    sided = sides(InGrad(lambda x: x * 1.005), "grad", "no_grad")
+    for side, kind in zip(sided, kinds, strict=True):
+        model = side.config.model.model_copy(update={"dtype": kind})
         side.config = side.config.model_copy(update={"model": model})
-    assert equivalence(one, other).equal is equal
+    assert equivalence(*sided).equal is equal
+
+
+def test_an_infinite_output_does_not_make_the_tolerance_infinite() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scores = x * (1.5 if torch.is_grad_enabled() else 1.0)
+            return torch.cat([scores, torch.full_like(scores, -torch.inf)], 1)
+
+    sided = sides(Masked(), "grad", "no_grad")
+    for side in sided:
+        model = side.config.model.model_copy(update={"dtype": "bfloat16"})
+        side.config = side.config.model_copy(update={"model": model})
+    assert not equivalence(*sided).equal

@@ -68,6 +68,25 @@ def test_a_new_nan_is_an_infinite_difference() -> None:
     assert not found.close
 
 
+def test_impossible_classes_do_not_hide_the_difference_of_the_others() -> None:
+    masked = -float("inf")
+    found = _compare(_rows([masked, 4.0, 3.0]), _rows([masked, 5.0, 3.0]))
+    assert (found.max_abs, found.max_rel) == (1.0, 0.25)
+    assert found.cosine == pytest.approx((20 + 9) / (5 * 34**0.5))
+    opened = _compare(_rows([masked, 4.0]), _rows([0.0, 4.0]))
+    assert (opened.max_abs, opened.max_rel, opened.cosine) == (-masked, -masked, -1)
+
+
+def test_a_complex_value_counts_as_two_numbers() -> None:
+    one, two = ([{"y": torch.tensor([value, 1.0])}] for value in (3 + 4j, 3 + 6j))
+    found = _compare(one, two)
+    assert (found.max_abs, found.max_rel, found.close) == (2.0, 0.5, False)
+
+
+def test_outputs_without_values_are_equal() -> None:
+    assert _compare(_rows([], []), _rows([], [])).bitwise
+
+
 def test_negative_zero_is_close_but_not_bitwise_equal() -> None:
     found = _compare(_rows([0.0, 1.0]), _rows([-0.0, 1.0]))
     assert not found.bitwise
@@ -208,6 +227,25 @@ def test_two_configs_are_compared_by_their_file_names(
     (equivalence,) = found.result.equivalence
     assert equivalence.equal
     assert not engines[0].runners
+
+
+def test_a_config_is_compared_with_itself_under_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_lanes(monkeypatch)
+    (tmp_path / "mine.yaml").write_text(_yaml("batch_size: 8"))
+    monkeypatch.chdir(tmp_path)
+    path = Path("mine.yaml")
+    found = gradrun.compare(path, against=path, **{"measure.processes": 2, "measure.budget": 0.01})
+    assert [(c.baseline, c.candidate) for c in found] == [("mine.yaml", "mine.yaml again")]
+
+
+def test_an_unknown_peak_of_a_process_is_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    inline_lanes(monkeypatch)
+    monkeypatch.setattr("gradrun.inference.meters.process_memory.peak_resident", lambda: (None, ""))
+    lane = open_lane(_config(), trust_code=False, timeout=60.0)
+    assert lane.run(0, 8).process_peak is None
+    lane.close()
 
 
 def _yaml(size: str) -> str:

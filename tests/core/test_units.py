@@ -9,6 +9,7 @@ import pytest
 from gradrun.core.units import (
     format_bytes,
     format_number,
+    format_score,
     format_seconds,
     format_seconds_range,
     pluralize,
@@ -117,6 +118,13 @@ def test_numbers_have_three_digits(value: float, uncertainty: float | None, text
 )
 def test_bytes_are_in_binary_units_with_two_decimals(count: int, text: str) -> None:
     assert format_bytes(count) == text
+
+
+def test_scores_have_four_digits_and_nan_is_a_dash() -> None:
+    values = (0.98765, 1, 0, 0.0000123, 1234.5, -0.5, math.inf, math.nan)
+    assert [format_score(value) for value in values] == [
+        "0.9877", "1.0000", "0", "1.23e-05", "1234", "-0.5000", "inf", "–",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

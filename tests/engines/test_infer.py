@@ -583,3 +583,17 @@ def test_numbers_of_workers_are_compared_by_whole_runs(
     (outputs,) = compared.equivalence
     assert outputs.bitwise
     assert {m.samples for m in compared.measurements} == {COUNT}
+
+
+def test_numbers_of_workers_that_all_fail_are_all_named(
+    inputs: Path, tmp_path: Path, inline: InlineEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RunFailed("the model failed")
+
+    monkeypatch.setattr("gradrun.comparison.whole_runs.infer", fail)
+    config = config_for("arrays", inputs, tmp_path / "out")
+    config |= {"engine": {"source": "processes", "workers": 1}}
+    with pytest.raises(RunFailed, match=r"workers=1.*the model failed\n.*workers=2") as caught:
+        gradrun.compare(config, over=("engine.workers", [1, 2]))
+    assert caught.value.result is None

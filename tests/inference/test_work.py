@@ -109,6 +109,27 @@ def test_an_embedding_reads_the_rows_that_it_selects() -> None:
     assert (counted.bytes, counted.total_flops) == (rows + 3 * 8 + rows, 0)
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_an_embedding_bag_reads_one_row_per_index(mode: str) -> None:
+    counted = work_of(nn.EmbeddingBag(1000, 8, mode=mode), torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    assert 6 * 8 * 4 <= counted.bytes < 1000, "the rows, and some indices, but not the table"
+    assert counted.total_flops == 0
+
+
+def test_operations_of_a_depthwise_convolution_are_those_of_its_groups() -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=1, groups=8, bias=False)
+    assert work_of(layer, torch.ones(2, 8, 5, 5)).total_flops == 2 * (2 * 16 * 5 * 5) * (1 * 3 * 3)
+
+
+def test_operations_of_grouped_queries_are_those_of_all_query_heads() -> None:
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pairs = x[:, :2]
+            return nn.functional.scaled_dot_product_attention(x, pairs, pairs, enable_gqa=True)
+
+    assert work_of(Attention(), torch.ones(2, 4, 8, 16)).total_flops == 2 * 2 * 2 * 4 * 8 * 8 * 16
+
+
 def test_views_move_no_bytes_and_copies_do() -> None:
     class Views(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from statistics import median
@@ -20,10 +21,12 @@ from gradrun import report
 from gradrun.checks import evaluate
 from gradrun.config.check import CheckSection
 from gradrun.core.grad_mode import GradMode
+from gradrun.report import tables
+from gradrun.report.document import describe
 from gradrun.report.escaping import escape_control_chars
 from gradrun.report.plots import plots
 from gradrun.results.ratios import compare_measured, recompute, time_ratio
-from gradrun.results.result import Comparison, Metric, RunResult
+from gradrun.results.result import Comparison, ConfusionMatrix, Metric, MetricChange, RunResult
 from tests.support.reporting import assert_golden, printed
 from tests.support.run_results import MEMORY, measurement
 from tests.support.saved_results import MIB, NASTY, OUTCOMES, RESULTS, audit, check, hostile
@@ -280,7 +283,7 @@ def test_text_is_not_a_formula_and_has_no_control_characters(kind: str) -> None:
     text = report.render(evil, "csv")
     assert escape_control_chars(text) == text
     for row in csv.reader(io.StringIO(text)):
-        assert len(row) == 16
+        assert len(row) == 17
         assert not any(cell.startswith(("=", "+", "@")) for cell in row)
     for console in (printed(report.show, evil, 120), printed(report.show, evil[:1], 120)):
         assert escape_control_chars(console) == console
@@ -293,6 +296,47 @@ def test_two_profiles_are_compared_by_their_large_modules() -> None:
     assert re.search(r"forward pass +629 ± 5 µs +629 ± 5 µs", text)
     assert re.search(r"blocks\.1\.first \(Linear\) +350 ± 3 µs +350 ± 3 µs", text)
     assert "act (ReLU)" not in text, "less than 5 % of the forward pass"
+
+
+def test_a_module_that_is_large_in_one_profile_has_its_time_in_all() -> None:
+    profiled = RESULTS["profile"]
+    (one,) = profiled.profiles
+    target = next(i for i, m in enumerate(one.modules) if m.type == "ReLU")
+    longer = tuple(
+        m.replace(seconds=tuple(10 * s for s in m.seconds)) if i == target else m
+        for i, m in enumerate(one.modules)
+    )
+    other = profiled.replace(profiles=(one.replace(modules=longer),))
+    text = printed(report.show, [("a", profiled), ("b", other)], 110)
+    (line,) = (line for line in text.splitlines() if "(ReLU)" in line)
+    assert line.count("µs") == 2, line
+
+
+def test_a_metric_without_a_value_has_no_difference() -> None:
+    changes = tuple(
+        MetricChange(name="auroc", baseline="a", candidate=name, before=math.nan, value=value)
+        for name, value in (("b", 0.5), ("c", math.nan))
+    )
+    rows = tables.metric_changes(changes).rows
+    assert [row[3] for row in rows] == ["", tables.DASH, tables.DASH]
+
+
+def test_classes_whose_names_start_alike_stay_distinct() -> None:
+    classes = ("retriever, golden", "retriever, labrador", *"abcde")
+    counts = ((0, 3, *[0] * 5), *[(0,) * 7] * 6)
+    matrix = ConfusionMatrix(classes=classes, counts=counts)
+    table = tables.confusion(Metric(name="matrix", value=1.0, samples=3, matrix=matrix))
+    assert table.rows == (("retriever, golden", "retriever, labrador", "3", "100%"),)
+    few = ConfusionMatrix(classes=classes[:2], counts=((1, 3), (0, 2)))
+    table = tables.confusion(Metric(name="matrix", value=1.0, samples=6, matrix=few))
+    assert [column.title for column in table.columns] == ["retriever…"] * 2
+
+
+def test_an_address_in_an_object_store_is_shown_as_it_was_given() -> None:
+    stored = RESULTS["run"].replace(info=RESULTS["run"].info.replace(output_path="s3://b/runs/a"))
+    paths = [path for _, path in describe(stored).files]
+    assert paths[-1] == "s3://b/runs/a/result.json"
+    assert paths[0].startswith("s3://b/runs/a/predictions")
 
 
 def test_metrics_are_figures() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 
+from gradrun import report
 from gradrun.report import tables
 from gradrun.report.figures import figures
 from gradrun.report.side_by_side import side_by_side
@@ -54,6 +58,9 @@ def test_the_figures_and_the_columns_of_several_runs_have_them_too() -> None:
     assert found["new_tokens"] == 150
     assert found["first_token"] == pytest.approx(0.03)
     assert found["later_token"] == pytest.approx(0.015)
+    rows = csv.DictReader(io.StringIO(report.render([("a", result)], "csv")))
+    (row,) = (row for row in rows if row["metric"] == "tokens_per_second")
+    assert float(row["tokens_per_second"]) == pytest.approx(300)
     (table, *_) = side_by_side([("a", result), ("b", run_result())])
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["tokens"] == ("300 /s", tables.DASH)

@@ -138,9 +138,16 @@ def test_an_inconclusive_comparison_names_the_interval_and_a_remedy(
     unsure = UNSURE.replace(candidate="inference_mode")
     text = summarize_comparison(result(*others[:-1], unsure))
     assert text.startswith(
-        "Inconclusive: the 95 % interval of inference_mode / grad is 0.7 to 1.4. "
+        "Inconclusive: inference_mode is 0.7 to 1.4 times as fast as grad (95 %). "
     )
     assert "measure.budget" in text
+
+
+def test_a_variant_that_is_slower_for_sure_does_not_explain_an_inconclusive_comparison() -> None:
+    slower = against("no_grad", "slower", 0.1, 0.9)
+    unsure = against("inference_mode", "inconclusive", 0.9, 1.1)
+    text = summarize_comparison(result(slower, unsure))
+    assert text.startswith("Inconclusive: inference_mode is 0.9 to 1.1 times as fast as grad")
 
 
 def test_fewer_than_two_variants_are_not_compared() -> None:
@@ -208,7 +215,11 @@ def test_without_measured_memory_the_overhead_decides() -> None:
     unknown = tuple(in_mode(m, forward_peak=None, retained=None) for m in ("grad", "no_grad"))
     result = audit(measurements=unknown)
     assert best(result) == "no_grad"
-    assert summarize_audit(result) == "Use no_grad, the safe mode with the lowest memory."
+    assert summarize_audit(result) == (
+        "Use no_grad, the safe mode with the least overhead; memory was not measured."
+    )
+    one = (in_mode("no_grad", forward_peak=None, retained=None), GRAD)
+    assert best(audit(measurements=one)) == "grad", "an unknown peak is not 0"
 
 
 def test_an_error_makes_only_its_modes_unsafe() -> None:
@@ -242,7 +253,7 @@ def test_the_summary_of_an_audit_names_the_peaks() -> None:
     assert summarize_audit(audit(measurements=(INFERENCE,))).endswith("lowest memory.")
 
 
-def of_size(name: str, size: int, seconds: float, peak: int) -> Any:
+def of_size(name: str, size: int, seconds: float, peak: int | None) -> Any:
     return side(name, peak).replace(batch_sizes=(size,) * 5, batch_seconds=(seconds,) * 5)
 
 
@@ -259,6 +270,11 @@ def test_a_batch_size_is_recommended_with_its_time_and_memory_per_batch() -> Non
     assert summarize_comparison(compared) == (
         "Use 64: 1.82 times as fast per sample as grad (1.80 to 1.84). One batch takes 9.00 ms "
         "instead of 4.00 ms, with a forward peak of 12.00 MiB instead of 3.00 MiB."
+    )
+    *others, last = compared.measurements
+    unknown = last.replace(memory=MEMORY.replace(forward_peak=None))
+    assert summarize_comparison(compared.replace(measurements=(*others, unknown))).startswith(
+        "Use 64:"
     )
 
 

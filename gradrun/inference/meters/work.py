@@ -28,7 +28,7 @@ from gradrun.results.work import Flops, MachinePeaks, Work
 
 Key = TypeVar("Key")
 
-_GATHERS = {"embedding", "index_select", "gather", "index", "_embedding_bag"}
+_GATHERS = {"embedding", "index_select", "gather", "index"}
 """Operators that read the selected part of their first input only."""
 _NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh"}
 _FEEDFORWARD = 12
@@ -129,6 +129,9 @@ def _work_of(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> Work:
     read = [_bytes(tensor) for tensor in tensors]
     if name in _GATHERS and read:
         read[0] = min(read[0], output)
+    if name.startswith("_embedding_bag"):  # one row per index, of which the output is a sum
+        weight, indices, *_ = args
+        read[0] = min(read[0], indices.numel() * weight.shape[1] * weight.element_size())
     traffic = 0 if name in _NO_TRAFFIC else sum(read) + output
     operations = _operations(func, name, args, kwargs, result)
     flops: tuple[Flops, ...] = ()
