@@ -64,7 +64,7 @@ class Switch:
 
 def mode_switches(subject: AuditTarget) -> Iterable[Finding]:
     """Report modules that switch the mode, and forwards that do not restore it."""
-    found: dict[Switch, int] = {}
+    found: dict[Switch, None] = {}
     leaks: dict[nn.Module, tuple[ModeState, ModeState]] = {}
 
     def leave(module: nn.Module, before: ModeState, _: Any) -> None:
@@ -136,9 +136,9 @@ def _finding(mode: GradMode, label: str, switch: Switch, cost: int | None) -> Fi
 
 @contextmanager
 def _record_switches(
-    calls: ModuleCallStack[ModeState], subject: AuditTarget, found: dict[Switch, int]
+    calls: ModuleCallStack[ModeState], subject: AuditTarget, found: dict[Switch, None]
 ) -> Iterator[None]:
-    """Count the switches that Python code makes while the block runs.
+    """Record the switches that Python code makes while the block runs.
 
     A profile function sees each call of a guard without changing torch's behavior. A torch
     function mode would change it: nn.TransformerEncoderLayer leaves its fused path under one.
@@ -158,8 +158,7 @@ def _record_switches(
             return
         site = _site(frame)
         if site:
-            switch = Switch(calls.innermost, site, before, after)
-            found[switch] = found.get(switch, 0) + 1
+            found[Switch(calls.innermost, site, before, after)] = None
 
     earlier = sys.getprofile()
     sys.setprofile(profile)

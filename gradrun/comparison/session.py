@@ -75,6 +75,33 @@ class SessionData:
     environment: Environment | None = None
     interpretation: tuple[Statement, ...] = ()
 
+    def is_enough(self, measure: MeasureSection, done: int, left: float, cost: float) -> bool:
+        """Check whether the intervals are narrow after `done` processes, or the time is spent.
+
+        `left` is the rest of the budget, and `cost` the time of one more process, in seconds.
+        """
+        if done < measure.processes:
+            return left < cost and done > 1
+        compared = compare_measured(self.measurements, measure.precision)
+        return left < cost or all(is_precise(c, measure.precision) for c in compared)
+
+    def conclude(
+        self, measure: MeasureSection, done: int, noun: str = "process", *, interrupted: bool
+    ) -> None:
+        """Compute the comparisons; warn of too few processes, or intervals wider than asked."""
+        self.comparisons = compare_measured(self.measurements, measure.precision)
+        few = 0 < done < measure.processes
+        wide = any(c.relative_width > measure.precision for c in self.comparisons)
+        if not few and not wide:
+            return
+        text = f"the budget of {measure.budget:g} s was spent"
+        text = "the comparison was interrupted" if interrupted else text
+        text += f" after {f'{done} of at least ' if few else ''}"
+        text += pluralize(measure.processes if few else done, noun)
+        text += f", before the intervals were as narrow as {measure.precision:.1%}" if wide else ""
+        text += "" if interrupted else "; reduce load on the machine or raise measure.budget"
+        self.warnings.append(Warning(code="not_precise", text=text))
+
 
 class Session:
     """One comparison: the variants that have not failed, and the data measured so far."""
@@ -161,10 +188,7 @@ class Session:
     def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
         data = self.data
-        data.comparisons = self._comparisons()
-        data.warnings += precision_warnings(
-            data.comparisons, self.measure, len(self.process_medians), interrupted=interrupted
-        )
+        data.conclude(self.measure, len(self.process_medians), interrupted=interrupted)
         if self.discarded:
             self._warn("noisy_machine", _describe_noise(self.discarded))
         for variant in dict.fromkeys(m.variant for m in data.measurements):
@@ -295,11 +319,8 @@ class Session:
     # --- stopping --------------------------------------------------------------------------------
 
     def _is_done(self, cost: float) -> bool:
-        left, processes = self.deadline - time.monotonic(), len(self.process_medians)
-        return is_done(self._comparisons(), self.measure, processes, left, cost)
-
-    def _comparisons(self) -> list[Comparison]:
-        return compare_measured(self.data.measurements, self.measure.precision)
+        left = self.deadline - time.monotonic()
+        return self.data.is_enough(self.measure, len(self.process_medians), left, cost)
 
     def _warn(self, code: str, text: str) -> None:
         self.data.warnings.append(Warning(code=code, text=text))
@@ -330,40 +351,6 @@ def is_precise(comparison: Comparison, precision: float) -> bool:
     """
     clear = comparison.verdict == "no_difference" or abs(comparison.ratio - 1) >= 2 * precision
     return comparison.relative_width <= (precision if clear else precision / 2)
-
-
-def is_done(
-    comparisons: Sequence[Comparison], measure: MeasureSection, done: int, left: float, cost: float
-) -> bool:
-    """Check whether the intervals are narrow after `done` processes, or the time is spent.
-
-    `left` is the rest of the budget, and `cost` the time of one more process, in seconds.
-    """
-    if done < measure.processes:
-        return left < cost and done > 1
-    return left < cost or all(is_precise(c, measure.precision) for c in comparisons)
-
-
-def precision_warnings(
-    comparisons: Sequence[Comparison],
-    measure: MeasureSection,
-    done: int,
-    noun: str = "process",
-    *,
-    interrupted: bool,
-) -> list[Warning]:
-    """Return a warning if there are too few processes, or the intervals are wider than asked."""
-    few = 0 < done < measure.processes
-    wide = any(c.relative_width > measure.precision for c in comparisons)
-    if not few and not wide:
-        return []
-    text = f"the budget of {measure.budget:g} s was spent"
-    text = "the comparison was interrupted" if interrupted else text
-    text += f" after {f'{done} of at least ' if few else ''}"
-    text += pluralize(measure.processes if few else done, noun)
-    text += f", before the intervals were as narrow as {measure.precision:.1%}" if wide else ""
-    advice = "" if interrupted else "; reduce load on the machine or raise measure.budget"
-    return [Warning(code="not_precise", text=f"{text}{advice}")]
 
 
 def _describe_noise(discarded: Sequence[SystemNoise]) -> str:

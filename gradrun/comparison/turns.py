@@ -12,13 +12,12 @@ from statistics import median
 
 from gradrun.comparison.lanes import Block, Lane, deviation, open_lane
 from gradrun.comparison.protocol import Failure
-from gradrun.comparison.session import SessionData, Variant, is_done, precision_warnings
+from gradrun.comparison.session import SessionData, Variant
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.inference.meters import process_memory
-from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, Measurement, Phases, Warning
 
 BLOCK_SECONDS = 0.2
@@ -239,16 +238,12 @@ class TurnSession:
 
     def _is_done(self, cost: float) -> bool:
         left = self.deadline - time.monotonic()
-        comparisons = compare_measured(self.data.measurements, self.measure.precision)
-        return is_done(comparisons, self.measure, self.processes, left, cost)
+        return self.data.is_enough(self.measure, self.processes, left, cost)
 
     def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
-        data, measure = self.data, self.measure
-        data.comparisons = compare_measured(data.measurements, measure.precision)
-        data.warnings += precision_warnings(
-            data.comparisons, measure, self.processes, interrupted=interrupted
-        )
+        data = self.data
+        data.conclude(self.measure, self.processes, interrupted=interrupted)
         if self.waited and median(self.waited) > MAX_WAITED:
             data.warnings.append(
                 Warning(

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from gradrun.comparison.predictions import compare_predictions
 from gradrun.comparison.protocol import Failure
-from gradrun.comparison.session import SessionData, Variant, is_done, precision_warnings
+from gradrun.comparison.session import SessionData, Variant
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.engines.infer import infer
-from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Equivalence, InferResult
 
 
@@ -98,14 +97,9 @@ class WholeRuns:
 
     def _is_done(self, cost: float) -> bool:
         left = self._deadline - time.monotonic()
-        comparisons = compare_measured(self.data.measurements, self.measure.precision)
-        return is_done(comparisons, self.measure, self._rounds, left, cost)
+        return self.data.is_enough(self.measure, self._rounds, left, cost)
 
     def finalize(self, *, interrupted: bool = False) -> SessionData:
         """Return the collected data with comparisons and warnings."""
-        data, measure = self.data, self.measure
-        data.comparisons = compare_measured(data.measurements, measure.precision)
-        data.warnings += precision_warnings(
-            data.comparisons, measure, self._rounds, "round", interrupted=interrupted
-        )
-        return data
+        self.data.conclude(self.measure, self._rounds, "round", interrupted=interrupted)
+        return self.data

@@ -8,12 +8,11 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from gradrun.report import profile_plots, tune_plots
 from gradrun.report.document import Document, describe
-from gradrun.report.escaping import escape_control_chars
+from gradrun.report.escaping import escape_html as _text
 from gradrun.report.plots import Plot, plots
 from gradrun.report.side_by_side import Named, side_by_side
 from gradrun.report.tables import Cell, Column, Picture, Share, Status, Table
@@ -169,7 +168,3 @@ def _item(note: Note) -> str:
 def _class(*names: str) -> str:
     used = " ".join(filter(None, names))
     return f' class="{used}"' if used else ""
-
-
-def _text(text: Cell) -> str:
-    return escape(escape_control_chars(str(text)))

@@ -6,11 +6,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from html import escape
 from typing import Any
 
 from gradrun.core.units import format_count, format_number, format_seconds
-from gradrun.report.escaping import escape_control_chars
+from gradrun.report.escaping import escape_html as _text
 from gradrun.report.plots import GRID, INK, SERIES, SOFT, Plot, draw_svg, placeholder, shorten
 from gradrun.report.profile_tables import name_of
 from gradrun.results.profile import ModuleFigures, ProfileFigures
@@ -213,7 +212,3 @@ def _range(
     low = min(low, max(ridge, low / 10**_DECADES))
     high = max(high, min(ridge, high * 10**_DECADES))
     return low / 2, high * 3
-
-
-def _text(text: str) -> str:
-    return escape(escape_control_chars(text))
