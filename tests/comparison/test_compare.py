@@ -431,6 +431,7 @@ def test_ctrl_c_shows_and_saves_the_data_so_far(
     assert "in 2 fresh processes" in answer.out
     saved = RunResult.load(next(folder.rglob("result.json")))
     assert len(saved.comparisons) == 1
+    assert not any("budget" in warning.text for warning in saved.warnings), "it was not spent"
 
 
 def test_metrics_of_each_variant_are_computed_over_all_data(
