@@ -42,12 +42,12 @@ class Trial(Record, frozen=True, kw_only=True):
 class TunePhases(Record, frozen=True, kw_only=True):
     """Seconds that the parts of a tuning took."""
 
-    starts: _Seconds = 0.0
+    starts: Seconds = 0.0
     """Starting processes: imports, loading, compiling, warm-up."""
-    gates: _Seconds = 0.0
+    gates: Seconds = 0.0
     """Outputs, memory and latency."""
-    races: _Seconds = 0.0
-    confirmation: _Seconds = 0.0
+    races: Seconds = 0.0
+    confirmation: Seconds = 0.0
 
 
 class TunedKey(Record, frozen=True, kw_only=True):
