@@ -246,8 +246,8 @@ def deviation(
             greatest = max(greatest, float(one.nan_to_num(0.0, 0.0, 0.0).abs().max()))
             close &= torch.allclose(one, two, rtol=rtol, atol=atol, equal_nan=True)
             infinite = same & ~one.isfinite()
-            directions = (values.masked_fill(infinite, 0.0) for values in (one, two))
-            cosines = torch.nn.functional.cosine_similarity(*directions, dim=1)
+            first, second = (values.masked_fill(infinite, 0.0) for values in (one, two))
+            cosines = torch.nn.functional.cosine_similarity(first, second, dim=1)
             cosines[same.all(1)] = 1.0
             cosine = min(cosine, float(cosines.nan_to_num(nan=-1.0).min()))
             if one.shape[1] > 1:

@@ -586,7 +586,7 @@ class RunResult(Record, frozen=True, kw_only=True, tag_field="kind"):
 
     def __post_init__(self) -> None:
         rounds = [m.batch_seconds for m in self.measurements]
-        compares = self.kind == "compare" or getattr(self, "comparisons", ())
+        compares = self.kind == "compare" or bool(getattr(self, "comparisons", None))
         if compares and not all(rounds):
             raise ValueError("a measurement of a comparison has no rounds")
         if self.kind != "infer" and any(t < 1e-12 for times in rounds for t in times):
