@@ -45,14 +45,22 @@ Percentage = Annotated[_Text, _parsed_by(limits.percentage)]
 Tolerance = Annotated[float, Field(ge=0)]
 
 
-class LimitsSection(Section):
+class _WithMetrics(Section):
+    """A section whose other keys are names of metrics."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, _Text]
+
+    def of_metrics(self) -> dict[str, str]:
+        """Return the limits of metrics by name."""
+        return dict(self.model_extra or {})
+
+
+class LimitsSection(_WithMetrics):
     """Limits that hold on any machine; memory is that of the largest batch.
 
     Metrics are limited by name: `accuracy: ">= 0.97"`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    __pydantic_extra__: dict[str, _Text]
 
     weights: ByteLimit | None = Field(None, description="size of the weights, such as 60 MiB")
     forward_peak: ByteLimit | None = Field(None, description="peak of tensors in the forward pass")
@@ -68,29 +76,18 @@ class LimitsSection(Section):
         None, description="the same for inference_mode"
     )
 
-    def of_metrics(self) -> dict[str, str]:
-        """Return the limits of metrics by name."""
-        return dict(self.model_extra or {})
 
-
-class RegressionSection(Section):
+class RegressionSection(_WithMetrics):
     """Maximum increase over the baseline.
 
     Metrics are limited by name, as a share of the baseline's value: `accuracy: 1%`.
     """
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
-    __pydantic_extra__: dict[str, _Text]
 
     time: Percentage | None = Field("5%", description="time per batch; null: not checked")
     forward_peak: Percentage | None = Field("1%", description="tensor memory in the forward pass")
     retained: Percentage | None = Field(None, description="tensor memory after the forward pass")
     process_peak: Percentage | None = Field(None, description="peak resident set of the process")
     outputs: bool = Field(True, description="require equal outputs, within the tolerance")
-
-    def of_metrics(self) -> dict[str, str]:
-        """Return the limits of metrics by name."""
-        return dict(self.model_extra or {})
 
 
 class CheckSection(Section):

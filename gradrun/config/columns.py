@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -96,6 +97,8 @@ def _read_columns(value: object, info: ValidationInfo) -> object:
                 joined[column] = settings
                 continue
             before = joined.get(column, {})
+            if not isinstance(before, Mapping):
+                continue  # for the error of pydantic
             if both := before.keys() & settings.keys():
                 raise ValueError(f"{min(both)} of column {column!r} is set twice")
             # Strict validation of Python values accepts only tuples.
@@ -148,7 +151,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             content = json.loads(path.read_text(encoding="utf-8-sig"))
         else:
             raise ValueError("it is neither a .json nor an .npz file")
-    except (OSError, ValueError, RecursionError) as error:
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a map of columns")
@@ -165,6 +168,8 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_npz(path: Path) -> dict[str, Any]:
     import numpy as np  # as heavy as torch, which a check of the config does not need
 
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not an .npz archive")
     content = {}
     with np.load(path, allow_pickle=False) as arrays:
         for name in arrays.files:

@@ -138,10 +138,11 @@ Classes = Annotated[
 
 _FILES = "a file, a folder, a glob pattern, or a list of them; in natural order: 2 before 10"
 
-Separator = Annotated[
-    Annotated[str, Field(min_length=1, max_length=1)] | None,
-    Field(description="character between the columns of a csv; default: a comma, or tab for .tsv"),
-]
+
+def _check_separator(separator: str) -> str:
+    if separator in '"\r\n':
+        raise ValueError(f"{separator!r} cannot separate columns, because it quotes or ends rows")
+    return separator
 
 
 def _folders(paths: Path | tuple[Path, ...] | None) -> Iterator[Path]:
@@ -177,10 +178,6 @@ class _RowsData(_Data):
         None, description="a Hugging Face dataset, in place of `path`"
     )
 
-    def targets(self) -> dict[str, str]:
-        transform = getattr(self, "transform", None)
-        return {"transform": transform} if transform else {}
-
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
         if self.path is None and self.dataset is None:
@@ -192,15 +189,6 @@ class _RowsData(_Data):
 
     _of_files: ClassVar[tuple[str, ...]] = ()
     """Keys that apply to files only."""
-
-
-Transform = Annotated[
-    Target | None,
-    Field(
-        description="prep.py:fn, a function of a row (a dict) that returns a row, applied before "
-        "all other steps; needs --trust-code"
-    ),
-]
 
 
 class SyntheticInput(Section):
@@ -275,26 +263,54 @@ class RecordInput(_Input):
     )
 
 
-class RecordsData(_RowsData):
+class TableData(_RowsData):
+    """Rows of files with columns, or of a dataset."""
+
+    path: InputFiles | None = Field(None, description=_FILES)
+    separator: (
+        Annotated[str, Field(min_length=1, max_length=1), AfterValidator(_check_separator)] | None
+    ) = Field(
+        None,
+        description="character between the columns of a csv; default: a comma, or tab for .tsv",
+    )
+    transform: Target | None = Field(
+        None,
+        description="prep.py:fn, a function of a row (a dict) that returns a row, applied before "
+        "all other steps; needs --trust-code",
+    )
+    id: str | None = Field(None, description="column with sample ids, for the outputs")
+    labels: str | None = Field(None, description="column with each row's true class or value")
+    classes: Classes = None
+    _of_files: ClassVar[tuple[str, ...]] = ("separator",)
+
+    def folders(self) -> Iterator[Path]:
+        return _folders(self.path)
+
+    def targets(self) -> dict[str, str]:
+        return {"transform": self.transform} if self.transform else {}
+
+    def column_keys(self) -> Iterator[tuple[str, str]]:
+        """Yield the config keys and the names of all columns that are read."""
+        for key in ("id", "labels"):
+            if (column := getattr(self, key)) is not None:
+                yield f"data.{key}", column
+
+
+class RecordsData(TableData):
     """Rows of a .csv, .jsonl or .parquet file with numeric columns."""
 
     source: Literal["records"]
-    path: InputFiles | None = Field(None, description=_FILES)
-    separator: Separator = None
-    transform: Transform = None
-    _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     inputs: dict[str, RecordInput] = Field(min_length=1)
     columns: Columns = Field(
         {},
         description="column -> its fill, categories, mean and std; a .json or .npz file with them; "
         "or a list of both",
     )
-    id: str | None = Field(None, description="column with sample ids, for .jsonl outputs")
-    labels: str | None = Field(None, description="column with each row's true class or value")
-    classes: Classes = None
 
-    def folders(self) -> Iterator[Path]:
-        return _folders(self.path)
+    def column_keys(self) -> Iterator[tuple[str, str]]:
+        for name, spec in self.inputs.items():
+            yield from ((f"data.inputs.{name}.columns", column) for column in spec.columns)
+        yield from super().column_keys()
 
     def check_model(self, model: ModelConfig) -> None:
         used = {column for spec in self.inputs.values() for column in spec.columns}
@@ -309,20 +325,13 @@ class RecordsData(_RowsData):
             )
 
 
-class TextData(_RowsData):
+class TextData(TableData):
     """Tokenized texts: the lines of a .txt file, or a field of .csv, .jsonl or .parquet."""
 
     source: Literal["text"]
-    path: InputFiles | None = Field(None, description=_FILES)
-    separator: Separator = None
-    transform: Transform = None
-    _of_files: ClassVar[tuple[str, ...]] = ("separator",)
     field: str | tuple[str, str] | None = Field(
         None, description="column of the text, or [first, second] for pairs; not for .txt"
     )
-    id: str | None = Field(None, description="column with sample ids, for the outputs")
-    labels: str | None = Field(None, description="column with each text's true class or value")
-    classes: Classes = None
     tokenizer: Pretrained | None = Field(
         None, description="a folder or a hub name; default: that of a huggingface model"
     )
@@ -363,8 +372,14 @@ class TextData(_RowsData):
         "most batch_size; texts are grouped by length",
     )
 
-    def folders(self) -> Iterator[Path]:
-        return _folders(self.path)
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns of the text; () if none is set."""
+        return (self.field,) if isinstance(self.field, str) else self.field or ()
+
+    def column_keys(self) -> Iterator[tuple[str, str]]:
+        yield from (("data.field", column) for column in self.fields)
+        yield from super().column_keys()
 
     def check_model(self, model: ModelConfig) -> None:
         if self.batch_tokens is not None:

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from gradrun.config import limits
 from gradrun.config.base import Section
 from gradrun.config.check import CheckSection
-from gradrun.config.data import DataConfig, RecordsData, TextData
+from gradrun.config.data import DataConfig, TableData
 from gradrun.config.engine import EngineConfig
 from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.config.output import OutputSection
@@ -93,7 +93,7 @@ class RunConfig(Section):
         data = info.data.get("data")
         if not output.keep or data is None:
             return output
-        has_columns = isinstance(data, RecordsData | TextData)
+        has_columns = isinstance(data, TableData)
         allowed = ("csv", "jsonl", "parquet", "files")
         problem = ""
         if not has_columns:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gradrun.config.schema import RunConfig
-from gradrun.config.yaml_reader import Key
+from gradrun.config.yaml_reader import Key, dotted
 from gradrun.core.suggest import suggest
 
 _KINDS = {
@@ -30,11 +30,11 @@ _KINDS = {
 _MAPS = {"dict_type", "model_type", "model_attributes_type"}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _ALLOWED = {
-    "device": "auto, cpu, cuda, cuda:N or mps",
-    "threads": "auto or an integer from 1 to 4096",
-    "decode_threads": "auto or an integer from 1 to 4096",
-    "workers": "auto or an integer from 1 to 10000",
-    "warmup": "auto or an integer from 0 to 100000",
+    "run.device": "auto, cpu, cuda, cuda:N or mps",
+    "run.threads": "auto or an integer from 1 to 4096",
+    "data.decode_threads": "auto or an integer from 1 to 4096",
+    "engine.workers": "auto or an integer from 1 to 10000",
+    "run.warmup": "auto or an integer from 0 to 100000",
 }
 
 
@@ -77,7 +77,7 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
         name, fields = str(problem["loc"][-1]), section.model_fields if section else {}
         unknown = kind == "extra_forbidden"
         text = f"unknown key {name!r}; {suggest(name, fields)}" if unknown else ""
-        return ConfigIssue(key, f"{within}: {text or _describe_value(problem, name)}")
+        return ConfigIssue(key, f"{within}: {text or _describe_value(problem, '')}")
     if kind == "extra_forbidden":
         allowed = sorted(section.model_fields, key="source".__ne__) if section else []
         return ConfigIssue(key, f"unknown key; {suggest(str(key[-1]), allowed)}", about_key=True)
@@ -95,7 +95,7 @@ def config_issue(problem: Any, data: Any) -> ConfigIssue:
         return ConfigIssue((*key, context["section"], context["name"]), text, about_key=True)
     if kind == "limit":
         return ConfigIssue((*key, context["section"], context["name"]), context["problem"])
-    text = _describe_value(problem, str(key[-1]) if key else "")
+    text = _describe_value(problem, dotted(key))
     if kind == "tuple_type" and section and not isinstance(problem["input"], str | Mapping):
         text += _list_example(section, key)
     if kind in _MAPS and key and section:
@@ -128,10 +128,10 @@ def _map_advice(section: type[BaseModel], key: Key) -> str:
     return f"; write a map, such as {example}"
 
 
-def _describe_value(problem: Any, name: str) -> str:
+def _describe_value(problem: Any, key: str) -> str:
     kind, context, given = problem["type"], problem.get("ctx", {}), problem["input"]
-    if name in _ALLOWED:
-        return f"unknown value {_format(given)}; allowed: {_ALLOWED[name]}"
+    if key in _ALLOWED:
+        return f"unknown value {_format(given)}; allowed: {_ALLOWED[key]}"
     if kind == "tuple_type" and isinstance(given, str):
         return f"{_format(given)} is not a list; write [{given:.60}]"
     if kind == "tuple_type" and isinstance(given, Mapping) and given:

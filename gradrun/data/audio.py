@@ -22,10 +22,8 @@ from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
 from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import BatchSource, InputBatcher, Preview, missing_labels
+from gradrun.data.source import BatchSource, InputBatcher, Preview
 from gradrun.results.result import Statement
-
-_LABELS_CHUNK = 4096
 
 
 def open_data(
@@ -100,11 +98,7 @@ class _Audio:
         yield from (Preview(self._listed.names[position]) for position in positions)
 
     def labels(self) -> Iterator[torch.Tensor]:
-        if self.config.labels is None:
-            raise missing_labels()
-        for start in range(0, self.samples, _LABELS_CHUNK):
-            numbers = range(start, min(start + _LABELS_CHUNK, self.samples))
-            yield self._listed.label_numbers(numbers, self.classes)
+        return self._listed.label_numbers(range(self.samples), self.classes)
 
     def statements(self) -> Iterator[Statement]:
         config = self.config

@@ -101,8 +101,13 @@ class ColumnEncoding:
     def noted(self) -> list[Callable[[Any], bool]]:
         """Return the tests of values that `describe` counts, in its order."""
         spec = self.spec
-        fills = [self.is_gap] if spec.fill is not None else []
+        fills = [self._has_gap] if spec.fill is not None else []
         return fills + ([self.is_unknown] if spec.unknown != "error" else [])
+
+    def _has_gap(self, value: Any) -> bool:
+        if isinstance(value, list):
+            return any(map(self._has_gap, value))
+        return self.is_gap(value)
 
     def problem(self, value: Any) -> str:
         """Describe a value that is not one of the categories; "" for a column of numbers."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from gradrun.config.data import DatasetSection, FilesData, RecordsData, TextData
+from gradrun.config.data import DatasetSection, FilesData, TableData
 from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.hf_dataset import HFDataset
@@ -20,7 +20,7 @@ from gradrun.results.result import Statement
 
 
 def open_table(
-    config: RecordsData | TextData, readers: Mapping[str, Reader], model: ModelConfig | None
+    config: TableData, readers: Mapping[str, Reader], model: ModelConfig | None
 ) -> Table:
     """Open the table of a config, with its transform: a dataset, or files of some formats.
 

@@ -72,7 +72,8 @@ def _resolve(config: ImagesData, model: ModelConfig | None) -> Preprocessing:
         case "torchvision":
             return _torchvision(config, str(source), model)
         case "processor":
-            return _processor(config, source or "")
+            own = config.processor is None and isinstance(model, HuggingFaceModel)
+            return _processor(config, source or "", model.revision if own else None)  # type: ignore[union-attr]
         case "imagenet":
             return own_steps(config, "imagenet", 256, 224, _IMAGENET_MEAN, _IMAGENET_STD)
     if config.preprocess is None and isinstance(model, HuggingFaceModel):
@@ -205,9 +206,9 @@ _PROBE = (256, 224)
 # --- transformers ------------------------------------------------------------------------------
 
 
-def _processor(config: ImagesData, source: str | Path) -> Preprocessing:
+def _processor(config: ImagesData, source: str | Path, revision: str | None) -> Preprocessing:
     """Return the image processor of transformers, with its Pillow backend."""
-    processor = _load_processor(source)
+    processor = _load_processor(source, revision)
     mode = config.mode or "RGB"
     overrides = _processor_overrides(config)
 
@@ -288,7 +289,7 @@ def _processor_size_text(size: Any) -> str:
     return " ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
 
 
-def _load_processor(source: str | Path) -> Any:
+def _load_processor(source: str | Path, revision: str | None) -> Any:
     transformers = import_transformers("data.processor")
     # The torchvision backend gives slightly different pixels, and may not be installed.
     backend = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
@@ -299,7 +300,12 @@ def _load_processor(source: str | Path) -> Any:
                 f"transformers reads a folder with {names}, not {source.name}", "data.processor"
             )
         source = source.parent
-    load = partial(transformers.AutoImageProcessor.from_pretrained, source, trust_remote_code=False)
+    load = partial(
+        transformers.AutoImageProcessor.from_pretrained,
+        source,
+        revision=revision or "main",
+        trust_remote_code=False,
+    )
     with hub_errors(
         source, "data.processor", "which image processors never run; choose another one"
     ):

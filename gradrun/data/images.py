@@ -24,17 +24,11 @@ from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
 from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import (
-    BatchSource,
-    InputBatcher,
-    Preview,
-    missing_labels,
-)
+from gradrun.data.source import BatchSource, InputBatcher, Preview
 from gradrun.data.thumbnails import thumbnail_of_image
 from gradrun.results.result import Statement
 
 _IMAGES_PER_TASK = 8
-_LABELS_CHUNK = 4096
 
 
 def open_data(
@@ -163,12 +157,8 @@ class _Images:
             yield Preview(self._page(position).id, thumbnail)
 
     def labels(self) -> Iterator[torch.Tensor]:
-        if self.config.labels is None:
-            raise missing_labels()
-        for start in range(0, self.samples, _LABELS_CHUNK):
-            numbers = range(start, min(start + _LABELS_CHUNK, self.samples))
-            files = [self._page(number).file for number in numbers]
-            yield self._listed.label_numbers(files, self.classes)
+        files = [self._page(number).file for number in range(self.samples)]
+        return self._listed.label_numbers(files, self.classes)
 
     # --- decoding ------------------------------------------------------------------------------
 

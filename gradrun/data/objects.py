@@ -94,10 +94,8 @@ def _rows(value: Any, name: str, floats: str) -> torch.Tensor:
     """Return an array, tensor, list of numbers or table of numbers as a tensor."""
     if isinstance(value, torch.Tensor):
         rows = value.detach()
-    elif is_frame(value):
-        rows = _frame_rows(value, floats)
     else:
-        rows = _array_rows(value, name, floats)
+        rows = _array_rows(_frame_rows(value) if is_frame(value) else value, name, floats)
     if rows.ndim == 0:
         raise ConfigError(f"{name} is a single number, not one row per sample", _KEY)
     return rows
@@ -116,17 +114,24 @@ def _array_rows(value: Any, name: str, floats: str) -> torch.Tensor:
             "or a Dataset",
             _KEY,
         )
+    if np.ma.is_masked(value):
+        text = f"{name} is an array with masked values; fill them first, for example with filled(0)"
+        raise ConfigError(text, _KEY)
     # torch computes in float32 unless asked otherwise, NumPy and Python in float64.
     dtype = np.dtype(floats) if array.dtype == np.float64 else array.dtype.newbyteorder("=")
     try:
-        # torch warns of memory that is read-only.
-        return torch.from_numpy(array.astype(dtype, copy=not array.flags.writeable))
+        with np.errstate(over="raise"):
+            # torch warns of memory that is read-only.
+            return torch.from_numpy(array.astype(dtype, copy=not array.flags.writeable))
+    except FloatingPointError as error:
+        text = f"{name} has values that do not fit in {floats}"
+        raise ConfigError(text, _KEY) from error
     except TypeError as error:
         text = f"{name} is an array of {array.dtype}, which torch lacks"
         raise ConfigError(text, _KEY) from error
 
 
-def _frame_rows(frame: Any, floats: str) -> torch.Tensor:
+def _frame_rows(frame: Any) -> np.ndarray[Any, Any]:
     """Return the columns of a table as rows [n, columns]."""
     other = [str(name) for name, dtype in frame.dtypes.items() if dtype.kind not in "biuf"]
     if other:
@@ -137,10 +142,10 @@ def _frame_rows(frame: Any, floats: str) -> torch.Tensor:
         )
     missing = frame.isna().sum()
     if missing.any():
-        name = missing.idxmax()
         raise ConfigError(
-            f"column {str(name)!r} has {pluralize(int(missing[name]), 'missing value')}; fill or "
-            "drop them first",
+            f"column {str(missing.idxmax())!r} has {pluralize(int(missing.max()), 'missing value')}"
+            "; fill or drop them first",
             _KEY,
         )
-    return torch.from_numpy(frame.to_numpy(dtype=floats, copy=True))
+    rows: np.ndarray[Any, Any] = frame.to_numpy(dtype=np.float64)
+    return rows

@@ -34,7 +34,8 @@ from gradrun.data.items import (
     find_layout,
     worker_batches,
 )
-from gradrun.data.source import BatchSource, class_number
+from gradrun.data.objects import is_frame
+from gradrun.data.source import BatchSource, class_number, missing_labels
 from gradrun.data.stream import StreamedBatches
 from gradrun.results.result import Statement
 
@@ -142,6 +143,14 @@ def examine(data: Any, name: str) -> UserData:
             "TensorDataset(*arrays), or a list of samples",
             _KEY,
         )
+    if is_frame(data):
+        raise ConfigError(
+            f"{name} returns a DataFrame, whose items are columns; return frame.to_numpy() or "
+            "frame.to_dict('records') for its rows",
+            _KEY,
+        )
+    if hasattr(data, "iloc"):
+        data = data.array  # a Series finds items by their labels, in another order
     if not isinstance(data, str | bytes | dict) and hasattr(data, "__getitem__"):
         try:
             len(data)
@@ -244,7 +253,7 @@ class _UserSource:
     def labels(self) -> Iterator[torch.Tensor]:
         """Yield the labels of the first batch; a run saves those of all samples."""
         if self._labels is None:
-            raise ConfigError("metrics need labels, and data.labels is not set", "data")
+            raise missing_labels()
         yield self._labels
 
     def _batch(self, first: int, collated: Collated) -> Batch:

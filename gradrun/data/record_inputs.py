@@ -16,11 +16,31 @@ from gradrun.config.data import RecordInput
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.data.column_encoding import ColumnEncoding
 from gradrun.data.conversion import Conversion, Problems
-from gradrun.data.rows import Record, describe_absence, parse_number
+from gradrun.data.rows import Record, describe_absence, parse_boolean, parse_number
 
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
 _EXACT = 2**53
 """Greatest whole number below which float64 has every whole number."""
+
+
+class Form(NamedTuple):
+    """The form of a row, by which its numbers belong to columns and axes."""
+
+    width: int
+    """Count of the numbers."""
+    lists: tuple[tuple[int, tuple[int, ...]], ...]
+    """Position of each column with a list of several items, and the shape of the list."""
+
+    def fits(self, other: Form) -> bool:
+        """Return whether the numbers of another row mean the same; a flat list fits nested ones."""
+        if self.width != other.width or len(self.lists) != len(other.lists):
+            return False
+        return all(
+            at == at_other
+            and math.prod(shape) == math.prod(own)
+            and (shape == own or 1 in {len(shape), len(own)})
+            for (at, shape), (at_other, own) in zip(self.lists, other.lists, strict=True)
+        )
 
 
 class Converted(NamedTuple):
@@ -64,21 +84,22 @@ class Parser:
             if name in columns
         }
 
-    def columns(self, name: str, shape: tuple[int, ...]) -> Columns:
-        """Return the columns as rows of a shape that `stored_shape` returned."""
-        return Columns(name, self, shape)
+    def columns(self, name: str, form: Any) -> Columns:
+        """Return the columns as rows of a form that `values` returned."""
+        return Columns(name, self, form)
 
     def observe(self, record: Record) -> None:
         """Take a row into account that is not parsed yet."""
 
-    def values(self, record: Record) -> list[float]:
-        """Return the columns of a record as one row of numbers, with lists flattened.
+    def values(self, record: Record) -> tuple[list[float], Any]:
+        """Return the columns of a record as one row of numbers, with lists flattened, and its form.
 
         Raises:
             SampleError: a value is missing or not a number.
         """
         row: list[float] = []
-        for column in self.spec.columns:
+        lists: list[tuple[int, tuple[int, ...]]] = []
+        for position, column in enumerate(self.spec.columns):
             value = record.fields.get(column)
             encoding = self.encodings.get(column)
             try:
@@ -89,15 +110,9 @@ class Parser:
             except (ValueError, TypeError, OverflowError):
                 problem = self._problem(record, column)
                 raise SampleError(f"{record.place}  column {column!r} is {problem}") from None
-        return row
-
-    def stored_shape(self, record: Record) -> tuple[int, ...]:
-        """Return the shape of a row of `values`: that of nested lists if the axes matter."""
-        if len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute):
-            nested = _nested_shape(record.fields.get(self.spec.columns[0]))
-            if nested:
-                return nested
-        return (len(self.values(record)),)
+            if isinstance(value, list) and math.prod(shape := _nested_shape(value)) != 1:
+                lists.append((position, shape))
+        return row, Form(len(row), tuple(lists))
 
     def _flatten(self, value: list[Any]) -> list[float]:
         nested = np.array(value, object).ravel().tolist()
@@ -124,8 +139,8 @@ class ListParser(Parser):
         self.shortest, self.longest = 0, 0
         """Numbers of items of all lists that were observed, except empty ones."""
 
-    def columns(self, name: str, shape: tuple[int, ...]) -> Columns:
-        return ListColumns(name, self, shape)
+    def columns(self, name: str, form: Any) -> Columns:
+        return ListColumns(name, self, form)
 
     def observe(self, record: Record) -> None:
         value = record.fields.get(self.spec.columns[0])
@@ -133,13 +148,8 @@ class ListParser(Parser):
             self.shortest = min(self.shortest or len(value), len(value))
             self.longest = max(self.longest, len(value))
 
-    def stored_shape(self, record: Record) -> tuple[int, ...]:
-        """Return the shape of one item: that of a nested list, or the number of columns."""
-        if len(self.spec.columns) > 1:
-            return (len(self.spec.columns),)
-        return _nested_shape(record.fields.get(self.spec.columns[0]))[1:]
-
-    def values(self, record: Record) -> list[float]:
+    def values(self, record: Record) -> tuple[list[float], Any]:
+        """Return the numbers of a record, and the shape of one item as their form."""
         lengths = [self._length(record, column) for column in self.spec.columns]
         if len(set(lengths)) > 1:
             found = ", ".join(map(str, lengths))
@@ -147,7 +157,10 @@ class ListParser(Parser):
                 f"{record.place}  the lists in {', '.join(self.spec.columns)} have different "
                 f"lengths: {found}"
             )
-        return super().values(record)
+        row, _ = super().values(record)
+        if len(lengths) > 1:
+            return row, (len(lengths),)
+        return row, _nested_shape(record.fields[self.spec.columns[0]])[1:]
 
     def _length(self, record: Record, column: str) -> int:
         value = record.fields.get(column)
@@ -162,9 +175,11 @@ class ListParser(Parser):
 class Columns:
     """The columns of one input, as rows of one shape."""
 
-    def __init__(self, name: str, parser: Parser, stored: tuple[int, ...]) -> None:
+    def __init__(self, name: str, parser: Parser, form: Form) -> None:
         self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
-        self._parser, self._stored, self._width = parser, stored, math.prod(stored)
+        self._parser, self._form = parser, form
+        axes_matter = len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute)
+        stored = form.lists[0][1] if axes_matter and form.lists else (form.width,)
         self._conversion = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
         self.sample_bytes = self._conversion.sample_bytes
 
@@ -175,7 +190,7 @@ class Columns:
 
     def buffer(self, rows: int) -> Any:
         """Return a sequence whose items are set to `row(...)`, for `convert`."""
-        return np.zeros((rows, self._width), self._parser.kind)
+        return np.zeros((rows, self._form.width), self._parser.kind)
 
     def convert(self, rows: Any) -> Converted:
         """Return the tensors of a buffer; rows that were not set are zero."""
@@ -197,18 +212,22 @@ class Columns:
         Raises:
             SampleError: a value is missing or not a number, or the row has another shape.
         """
-        row = self._parser.values(record)
-        if len(row) != self._width:
+        row, form = self._parser.values(record)
+        usual = self._form
+        if form.width != usual.width:
             raise SampleError(
-                f"{record.place}  {len(row)} values for input {self.name!r}, but most rows have "
-                f"{self._width}; set data.inputs.{self.name}.pad to pad lists of different "
+                f"{record.place}  {form.width} values for input {self.name!r}, but most rows have "
+                f"{usual.width}; set data.inputs.{self.name}.pad to pad lists of different "
                 "length"
             )
-        shape = self._parser.stored_shape(record) if self.spec.permute else self._stored
-        if shape != self._stored:
+        if form != usual and (self.spec.permute or not form.fits(usual)):
+            found, most = (
+                ", ".join(f"{self.spec.columns[at]} {list(shape)}" for at, shape in lists) or "none"
+                for lists in (form.lists, usual.lists)
+            )
             raise SampleError(
-                f"{record.place}  input {self.name!r} has the shape {list(shape)}, but permute "
-                f"needs that of most rows, {list(self._stored)}"
+                f"{record.place}  input {self.name!r} has lists of the shapes {found}, but most "
+                f"rows {most}"
             )
         return row
 
@@ -236,8 +255,7 @@ class ListColumns(Columns):
         Raises:
             SampleError: a column has no list of numbers, or its items have another shape.
         """
-        values = self._parser.values(record)
-        item = self._parser.stored_shape(record)
+        values, item = self._parser.values(record)
         if item != self._item:
             raise SampleError(
                 f"{record.place}  an item of input {self.name!r} has the shape {list(item)}, but "
@@ -306,23 +324,23 @@ def short_number(value: Any) -> str:
 
 
 def _nested_shape(value: Any) -> tuple[int, ...]:
-    return np.shape(np.array(value, object))
+    """Return the shape of lists of equal lengths."""
+    shape = []
+    while isinstance(value, list):
+        shape.append(len(value))
+        value = value[0] if value else None
+    return tuple(shape)
 
 
 def _parse_float(item: Any) -> float:
     return parse_number(item) if isinstance(item, str) else float(item)
 
 
-def _parse_boolean(item: Any) -> float:
-    known = {"true": 1.0, "false": 0.0}.get(item.lower()) if isinstance(item, str) else None
-    return _parse_float(item) if known is None else known
-
-
 @functools.cache
 def _number_parser(dtype: str) -> Callable[[Any], float]:
     """Return a parser of numbers that raises ValueError if the dtype cannot store one."""
     if "int" not in dtype:
-        return _parse_boolean if dtype == "bool" else _parse_float
+        return parse_boolean if dtype == "bool" else _parse_float
     limits = torch.iinfo(getattr(torch, dtype))
 
     def integer(item: Any) -> int:

@@ -60,14 +60,14 @@ class _Records(IndexedRows):
             self._table, config.labels, model_classes
         )
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
-        self.samples, self.sample_bytes = 0, 0
         self._ids = IdColumn(self._table, config.id) if config.id is not None else None
         self._kept = KeptColumns(keep)
         self._index = RowIndex(config.batch_size)
         self._columns: dict[str, Columns] = {}
-        self._table.check_kinds(self._column_keys())
+        self._table.check_kinds(self.config.column_keys())
         with closing(self._table.read()) as records:
             self._scan(records)
+        self.samples = self._index.rows
         self._kept.check()
         self._encodings = {
             name: encoding
@@ -84,7 +84,7 @@ class _Records(IndexedRows):
         self.sample_bytes = sum(column.sample_bytes for column in self._columns.values())
 
     def _scan(self, records: Iterator[Record]) -> None:
-        """Count the rows, and decide which shape a row has."""
+        """Count the rows, and decide which form a row has."""
         first: Record | None = None
         checked = -1
         problem: SampleError | None = None
@@ -93,41 +93,34 @@ class _Records(IndexedRows):
             for name, spec in self.config.inputs.items()
         }
         absent = self._filled_columns() if not has_fixed_columns(self._table.files[0]) else set()
-        shapes: Counter[tuple[tuple[int, ...], ...]] = Counter()
+        forms: Counter[tuple[Any, ...]] = Counter()
         for record in records:
-            self.samples += 1
-            self._index.add(record.end)
-            if self._ids:
-                self._ids.observe(record)
-            self._kept.observe(record)
+            self._observe(record)
             if absent:
                 absent -= record.fields.keys()
             if not record.error and record.end.file != checked:
                 first, checked = first or record, record.end.file
                 if has_fixed_columns(record.path):
-                    self._table.check_columns(record, self._column_keys())
+                    self._table.check_columns(record, self.config.column_keys())
             for parser in parsers.values():
                 parser.observe(record)
-            if shapes.total() == _DECIDING_ROWS:
+            if forms.total() == _DECIDING_ROWS:
                 continue
             try:
                 self._check(record)
-                for parser in parsers.values():
-                    parser.values(record)
+                forms[tuple(parser.values(record)[1] for parser in parsers.values())] += 1
             except SampleError as error:
                 problem = problem or error
-            else:
-                shapes[tuple(parser.stored_shape(record) for parser in parsers.values())] += 1
         if absent and first:  # otherwise a wrong name would be filled in every row
             missing = ((f"data.columns.{name}", name) for name in sorted(absent))
             self._table.check_columns(first, missing)
-        if shapes:
-            ((usual, _),) = shapes.most_common(1)  # the first rows may be the bad ones
-            for (name, parser), shape in zip(parsers.items(), usual, strict=True):
-                self._columns[name] = parser.columns(name, shape)
+        if forms:
+            ((usual, _),) = forms.most_common(1)  # the first rows may be the bad ones
+            for (name, parser), form in zip(parsers.items(), usual, strict=True):
+                self._columns[name] = parser.columns(name, form)
             return
         if first:
-            self._table.check_columns(first, self._column_keys())
+            self._table.check_columns(first, self.config.column_keys())
         if problem:
             raise ConfigError(f"no row can be read, for example: {problem}", "data.path")
 
@@ -145,14 +138,6 @@ class _Records(IndexedRows):
     def _check(self, record: Record) -> None:
         if record.error:
             raise SampleError(f"{record.place}  {record.error}")
-
-    def _column_keys(self) -> Iterator[tuple[str, str]]:
-        """Yield the config keys and the names of all columns."""
-        for name, spec in self.config.inputs.items():
-            yield from ((f"data.inputs.{name}.columns", column) for column in spec.columns)
-        for key in ("id", "labels"):
-            if (column := getattr(self.config, key)) is not None:
-                yield f"data.{key}", column
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         end = self.samples if stop is None else stop

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -74,6 +74,19 @@ def parse_number(text: str) -> float:
     if math.isinf(value) and "inf" not in text.lower():
         raise ValueError(f"{text:.60} is out of range")
     return value
+
+
+def parse_boolean(value: Any) -> float:
+    """Return a number, also of a text, or true and false as 1 and 0.
+
+    Raises:
+        ValueError: the value is not a number.
+        TypeError: the value has another type.
+    """
+    if not isinstance(value, str):
+        return float(value)
+    known = {"true": 1.0, "false": 0.0}.get(value.lower())
+    return parse_number(value) if known is None else known
 
 
 class LineFiles:
@@ -210,14 +223,14 @@ class _Lines:
         return TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
 
 
-Reader = Callable[[LineFiles, Path, Position, str], Iterator[Record]]
+Reader = Callable[[LineFiles, Path, Position, str], Generator[Record]]
 """(open files, path, position, separator of csv) -> the rows from the position on."""
 
 _HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}")
 _LINE_END = re.compile(r"(\r\n|\r|\n)\Z")
 
 
-def _read_csv(files: LineFiles, path: Path, start: Position, separator: str) -> Iterator[Record]:
+def _read_csv(files: LineFiles, path: Path, start: Position, separator: str) -> Generator[Record]:
     csv.field_size_limit(_MAX_LINE)  # the default of 128 KiB is less than a long text
     with files.open(path, start) as lines:
         names = lines.read_names(separator)
@@ -243,7 +256,7 @@ def _has_open_quote(lines: list[str], delimiter: str) -> bool:
     return False
 
 
-def _read_jsonl(files: LineFiles, path: Path, start: Position, _: str) -> Iterator[Record]:
+def _read_jsonl(files: LineFiles, path: Path, start: Position, _: str) -> Generator[Record]:
     with files.open(path, start) as lines:
         lines.advance(start)
         for line in lines:
@@ -263,7 +276,7 @@ def _read_jsonl(files: LineFiles, path: Path, start: Position, _: str) -> Iterat
             yield Record(path, end.lines, fields, end, error)
 
 
-def _read_lines(files: LineFiles, path: Path, start: Position, _: str) -> Iterator[Record]:
+def _read_lines(files: LineFiles, path: Path, start: Position, _: str) -> Generator[Record]:
     """Yield the lines of a text file, as rows with the field "text"."""
     with files.open(path, start) as lines:
         lines.advance(start)
@@ -273,7 +286,7 @@ def _read_lines(files: LineFiles, path: Path, start: Position, _: str) -> Iterat
             yield Record(path, end.lines, fields, end, lines.take_error())
 
 
-def _read_parquet(_: LineFiles, path: Path, start: Position, __: str) -> Iterator[Record]:
+def _read_parquet(_: LineFiles, path: Path, start: Position, __: str) -> Generator[Record]:
     parquet = import_optional("pyarrow", "data.path", "parquet")
     try:
         # Pre-buffering would load a whole row group, which may be the whole file.

@@ -7,9 +7,10 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO
 
 import torch
 
@@ -29,12 +30,21 @@ from gradrun.core.input_files import (
 from gradrun.core.suggest import suggest
 from gradrun.core.units import pluralize
 from gradrun.data import tar_files
-from gradrun.data.source import class_number
+from gradrun.data.rows import (
+    BEGINNING,
+    SEPARATORS,
+    TABLE_READERS,
+    LineFiles,
+    Record,
+    describe_absence,
+)
+from gradrun.data.source import class_number, missing_labels
 from gradrun.data.tar_files import TarMembers
 from gradrun.results.result import Statement
 
 _MAX_CLASSES = 8
-_NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?", re.ASCII)
+_LABELS_CHUNK = 4096
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -79,19 +89,38 @@ class SampleFiles:
         """Return the model's class names if they contain all labels, else the labels, sorted.
 
         Labels that are numbers have no names: ().
-        """
-        names = sorted(set(self.labels))
-        if all(map(_NUMBER.fullmatch, names)):
-            return ()
-        return tuple(model_classes) if {*names} <= {*model_classes} else tuple(names)
-
-    def label_numbers(self, samples: Sequence[int], classes: Sequence[str]) -> torch.Tensor:
-        """Return the labels of some files as numbers [n], in float64 unless they are classes.
 
         Raises:
-            ConfigError: a label is neither a number nor one of the classes.
+            ConfigError: some labels are numbers, and others are not.
         """
-        return torch.tensor([self._label_number(number, classes) for number in samples])
+        names = sorted(set(self.labels))
+        others = [name for name in names if not _NUMBER.fullmatch(name)]
+        if not others:
+            return ()
+        if {*names} <= {*model_classes}:
+            return tuple(model_classes)
+        if len(others) < len(names):
+            number = next(name for name in names if name not in others)
+            raise ConfigError(
+                f"the label {others[0]!r:.60} of {self.names[self.labels.index(others[0])]} is not "
+                f"a number, but others are, such as {number}; correct it, or list the names of all "
+                "classes in data.classes",
+                "data.labels",
+            )
+        return tuple(names)
+
+    def label_numbers(self, files: Sequence[int], classes: Sequence[str]) -> Iterator[torch.Tensor]:
+        """Yield the labels of some files as numbers, in float64 chunks [n].
+
+        Raises:
+            ConfigError: there are no labels, or one is neither a number nor one of the classes.
+        """
+        if not self.labels:
+            raise missing_labels()
+        for start in range(0, len(files), _LABELS_CHUNK):
+            chunk = files[start : start + _LABELS_CHUNK]
+            numbers = [self._label_number(number, classes) for number in chunk]
+            yield torch.tensor(numbers, dtype=torch.float64)
 
     def _label_number(self, number: int, classes: Sequence[str]) -> float:
         text = self.labels[number]
@@ -286,23 +315,31 @@ def _common_folder(names: list[str]) -> str:
 def _read_table(config: FilesData, path: Path) -> tuple[list[str], list[str]]:
     if isinstance(config.labels, FolderLabels):
         raise ConfigError("the labels of a .csv list are a column; set its name", "data.labels")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix[1:2] in "tT" else ",")
-        columns = list(reader.fieldnames or [])
-        if not columns:
-            raise ConfigError(f"{path} is empty", "data.path")
-        for key, column in (("column", config.column), ("labels", config.labels)):
-            if column is not None and column not in columns:
-                raise ConfigError(
-                    f"{path.name} has no column {column!r}; {suggest(column, columns)}",
-                    f"data.{key}",
-                )
-        rows: list[dict[str, Any]] = list(reader)
-    names = [row[config.column or columns[0]] or "" for row in rows]
-    labels = [row[config.labels] or "" for row in rows] if config.labels else []
-    if "" in labels:
-        raise ConfigError(f"{path.name} has no label for {names[labels.index('')]}", "data.labels")
+    suffix = path.suffix.lower()
+    names: list[str] = []
+    labels: list[str] = []
+    with closing(TABLE_READERS[suffix](LineFiles(), path, BEGINNING, SEPARATORS[suffix])) as rows:
+        for record in rows:
+            if record.error:
+                raise ConfigError(f"{record.place}  {record.error}", "data.path")
+            fields = record.fields
+            column = next(iter(fields)) if config.column is None else config.column
+            for key, name in (("column", column), ("labels", config.labels)):
+                if name is not None and name not in fields:
+                    hint = suggest(name, fields)
+                    raise ConfigError(f"{path.name} has no column {name!r}; {hint}", f"data.{key}")
+            names.append(_filled(record, column, "data.column"))
+            if config.labels is not None:
+                labels.append(_filled(record, config.labels, "data.labels"))
     return names, labels
+
+
+def _filled(record: Record, column: str, key: str) -> str:
+    value: str | None = record.fields[column]
+    if not value:
+        absence = describe_absence(record, column)
+        raise ConfigError(f"{record.place}  the column {column!r} is {absence}", key)
+    return value
 
 
 def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
-from gradrun.config.data import RecordsData, TextData
+from gradrun.config.data import TableData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.value_types import ValueType
 from gradrun.data.batch import Batch
@@ -398,7 +398,7 @@ def class_number(name: str, classes: Sequence[str]) -> int:
 
 
 def describe_labels(
-    config: RecordsData | TextData, classes: Sequence[str] | None, own: Sequence[str] = ()
+    config: TableData, classes: Sequence[str] | None, own: Sequence[str] = ()
 ) -> Statement:
     """Return the statement of the labels in a column, with their names and their origin.
 

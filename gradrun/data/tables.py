@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import math
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
-from gradrun.config.data import RecordsData, TextData
+from gradrun.config.data import TableData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.input_files import (
     FileVersion,
@@ -42,14 +43,13 @@ from gradrun.data.rows import (
     Record,
     column_kinds,
     describe_absence,
-    parse_number,
+    parse_boolean,
 )
 from gradrun.data.source import class_number, missing_labels
 from gradrun.results.result import Statement
 
 _LABELS_CHUNK = 4096
 _INT64 = range(-(2**63), 2**63)
-_BOOLEANS = {"true": 1.0, "false": 0.0}
 
 
 class Table(Protocol):
@@ -104,7 +104,7 @@ class Table(Protocol):
 class FileTable:
     """The rows of one or several files of one format."""
 
-    def __init__(self, config: RecordsData | TextData, readers: Mapping[str, Reader]) -> None:
+    def __init__(self, config: TableData, readers: Mapping[str, Reader]) -> None:
         """Find the files of a config, and the reader of their format.
 
         Raises:
@@ -246,7 +246,7 @@ class IdColumn:
     def observe(self, record: Record) -> None:
         """Take a row into account for the type; call it for every row before the first `of`."""
         value = record.fields.get(self.column)
-        if value is not None and value != "":
+        if not _is_missing(value):
             self._hashes.append(hash(str(value)))
         self.whole = self.whole and value is not None and self._is_whole(value)
 
@@ -257,7 +257,7 @@ class IdColumn:
             SampleError: the id is missing.
         """
         value = record.fields.get(self.column)
-        if value is None or value == "":
+        if _is_missing(value):
             absence = describe_absence(record, self.column)
             raise SampleError(f"{record.place}  the id {self.column!r} is {absence}")
         if self.whole:
@@ -296,14 +296,9 @@ class IdColumn:
         return type(value) is int and value in _INT64
 
 
-def id_column(table: Table, column: str | None) -> IdColumn | None:
-    """Read the id column of a table once, which decides on its type; None without a column."""
-    if column is None or not table.has_columns:
-        return None
-    ids = IdColumn(table, column)
-    for record in table.read():
-        ids.observe(record)
-    return ids
+def _is_missing(value: Any) -> bool:
+    """Whether a row has no id; pandas writes NaN for one that is missing among numbers."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
 
 
 class RowIndex:
@@ -414,6 +409,13 @@ class IndexedRows:
     _kept: KeptColumns
     _index: RowIndex
 
+    def _observe(self, record: Record) -> None:
+        """Take the next row into account when the source is opened."""
+        self._index.add(record.end)
+        if self._ids:
+            self._ids.observe(record)
+        self._kept.observe(record)
+
     @property
     def kept_types(self) -> Mapping[str, ValueType | None]:
         return self._kept.types
@@ -498,7 +500,7 @@ def _label(record: Record, column: str, classes: Sequence[str] | None) -> float 
     try:
         if isinstance(value, list | tuple):
             return _label_list(value, classes)
-        return class_number(str(value), classes) if classes else _label_number(value)
+        return class_number(str(value), classes) if classes else parse_boolean(value)
     except (ValueError, TypeError) as error:
         text = f"the label {value!r:.60} is not a number; list class names in data.classes"
         text = str(error) if classes else text
@@ -508,13 +510,6 @@ def _label(record: Record, column: str, classes: Sequence[str] | None) -> float 
 
 def _label_list(values: Sequence[Any], classes: Sequence[str] | None) -> list[float]:
     if not classes:
-        return [_label_number(value) for value in values]
+        return [parse_boolean(value) for value in values]
     present = {class_number(str(value), classes) for value in values}
     return [float(number in present) for number in range(len(classes))]
-
-
-def _label_number(value: Any) -> float:
-    if isinstance(value, str):
-        known = _BOOLEANS.get(value.lower())
-        return parse_number(value) if known is None else known
-    return float(value)

@@ -27,14 +27,14 @@ from gradrun.data.source import (
     describe_labels,
 )
 from gradrun.data.tables import (
+    IdColumn,
     IndexedRows,
     RowIndex,
     Table,
     classes_of_labels,
-    id_column,
     read_labels,
 )
-from gradrun.data.text_files import Text, column_keys, read_texts
+from gradrun.data.text_files import Text, checked_rows, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
 
@@ -124,22 +124,17 @@ class Texts(IndexedRows):
         self._recent: tuple[int, _Chunk] | None = None
         """The first text of the chunk that was read last, and the chunk."""
         self._padding: dict[int, Padding] = {}
-        self._table.check_kinds(column_keys(config))
-        self._ids = id_column(self._table, config.id)
+        self._table.check_kinds(config.column_keys())
+        self._ids = IdColumn(self._table, config.id) if config.id is not None else None
         self.has_ids = self._ids is not None
         self._kept = KeptColumns(keep)
-        if keep:
-            for record in self._table.read():
-                self._kept.observe(record)
-            self._kept.check()
         self._index = RowIndex(config.batch_size)
-        first = []
-        with closing(self._texts()) as texts:
-            for number, text in enumerate(texts):
-                self._index.add(text.end)
-                if number < sample:
-                    first.append(text)
+        for record in checked_rows(config, self._table):
+            self._observe(record)
+        self._kept.check()
         self.samples = self._index.rows
+        with closing(self._texts()) as texts:
+            first = list(itertools.islice(texts, sample))
         chunk = self._tokenize(0, first)
         in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
         fits = min(CHUNK_TEXTS, in_memory, self.samples // LEAST_CHUNKS)

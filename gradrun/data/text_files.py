@@ -34,6 +34,28 @@ class Text(NamedTuple):
     """Role and content of each message of a conversation; () if the text is one of the user."""
 
 
+def checked_rows(config: TextData, table: Table) -> Iterator[Record]:
+    """Yield all rows of a table; check that each file has the columns of the config.
+
+    Raises:
+        ConfigError: a file cannot be read, or lacks a column.
+    """
+    if not table.has_columns:
+        for key in ("field", "id", "labels"):
+            if getattr(config, key):
+                raise ConfigError("a .txt file has no columns", f"data.{key}")
+    checked = -1
+    for record in table.read():
+        if (
+            table.has_columns
+            and not record.error
+            and (checked < 0 or (record.end.file != checked and has_fixed_columns(record.path)))
+        ):
+            _check_columns(config, table, record)
+            checked = record.end.file
+        yield record
+
+
 def read_texts(
     config: TextData,
     table: Table,
@@ -45,37 +67,25 @@ def read_texts(
 
     Args:
         config: the section.
-        table: its files.
+        table: its files, whose columns are checked.
         ids: the column of ids, if any.
         start: where to begin.
         kept: returns the values of a row that are written beside the predictions.
 
     Raises:
-        ConfigError: a file cannot be read, or lacks a column.
+        ConfigError: a file cannot be read.
     """
-    if not table.has_columns:
-        for key in ("field", "id", "labels"):
-            if getattr(config, key):
-                raise ConfigError("a .txt file has no columns", f"data.{key}")
-        for number, record in enumerate(table.read(start), start.rows):
-            yield _text(record, ("text",), number, chat=config.chat)
-        return
-    columns = (config.field,) if isinstance(config.field, str) else config.field or ()
-    checked = -1
+    columns = config.fields if table.has_columns else ("text",)
     for number, record in enumerate(table.read(start), start.rows):
-        if not record.error and (
-            checked < 0 or (record.end.file != checked and has_fixed_columns(record.path))
-        ):
-            _check_columns(config, table, columns, record)
-            checked = record.end.file
-        try:
-            sample = ids.of(record) if ids else number
-        except SampleError as error:
-            text = _text(record, columns, f"row {number}", chat=config.chat)
-            yield text._replace(error=text.error or error, kept=kept(record))
-        else:
-            text = _text(record, columns, sample, chat=config.chat)
-            yield text._replace(kept=kept(record))
+        sample: int | str = number
+        missing: SampleError | None = None
+        if ids:
+            try:
+                sample = ids.of(record)
+            except SampleError as error:
+                sample, missing = f"row {number}", error
+        text = _text(record, columns, sample, chat=config.chat)
+        yield text._replace(error=text.error or missing, kept=kept(record))
 
 
 def _text(record: Record, columns: tuple[str, ...], sample: int | str, *, chat: bool) -> Text:
@@ -120,22 +130,11 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _check_columns(
-    config: TextData, table: Table, columns: tuple[str, ...], record: Record
-) -> None:
-    if not columns:
+def _check_columns(config: TextData, table: Table, record: Record) -> None:
+    if not config.field:
         raise ConfigError(
             f"{record.path.name} has columns; set the column of the text; "
             f"{suggest('', record.fields)}",
             "data.field",
         )
-    table.check_columns(record, column_keys(config))
-
-
-def column_keys(config: TextData) -> Iterator[tuple[str, str]]:
-    """Yield the config keys and the names of all columns."""
-    columns = (config.field,) if isinstance(config.field, str) else config.field or ()
-    yield from (("data.field", column) for column in columns)
-    for key in ("id", "labels"):
-        if column := getattr(config, key):
-            yield f"data.{key}", column
+    table.check_columns(record, config.column_keys())

@@ -23,6 +23,8 @@ COLUMNS = {
     "inputs": {"x": {"columns": ["age"]}},
     "columns": [{"age": {"fil": 3}}],
 }
+ITEMS = {"source": "python", "target": "mine:items"}
+TABLE = {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": ["a"]}}}
 RECORDS = {"source": "records", "path": "x.csv", "inputs": {"x": {"columns": []}}}
 
 
@@ -94,6 +96,8 @@ def only(**sections: Any) -> tuple[str, str, bool]:
         ),
         ("data", ARRAYS, "data.inputs.image.sclae", "unknown key; did you mean scale?", True),
         ("data", RECORDS, "data.inputs.x.columns", "has 0 entries; allowed: at least 1", False),
+        ("data", TABLE | {"separator": '"'}, "data.separator", "cannot separate columns", False),
+        ("data", ITEMS | {"workers": -1}, "data.workers", "-1 must be at least 0", False),
         ("data", RECORDS | {"inputs": 3}, "data.inputs", "3 is not a section", False),
         ("data", RECORDS | {"inputs": {"x": 3}}, "data.inputs.x", "3 is not a section", False),
     ],

@@ -188,6 +188,8 @@ def test_items_of_lists_are_filled_and_standardized_one_by_one(tmp_path: Path) -
     text = '{"a": [1, null, 3]}\n{"a": [4, 5, 6]}\n'
     source = one_column(tmp_path / "t.jsonl", text, {"fill": 0, "mean": 2, "std": 2})
     assert joined(source.batches()).tolist() == [[-0.5, -1, 0.5], [1, 1.5, 2]]
+    stated = [part.text for part in source.statements() if part.topic == "column a"]
+    assert stated == ["gaps filled with 0 (1 so far), standardized (mean 2, std 2)"]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +300,10 @@ WRONG = {
     "other.json": "unknown key 'var_'",
     "twice.json": "mean sets mean, which another list sets too",
     "objects.npz": "contains Python objects, which could run code; save names.astype(str)",
+    "empty.npz": "it is not an .npz archive",
+    "one.npz": "it is not an .npz archive",
+    "damaged.npz": "damaged.npz cannot be read: ",
+    "[{a: 3}, {a: {mean: 1}}]": "3 is not a section",
 }
 NAMES = '"feature_names_in_": ["a", "b"]'
 FILES = {
@@ -320,6 +326,13 @@ def test_settings_without_one_meaning_are_errors_of_the_config(
         (tmp_path / name).write_text(text)
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     np.savez(tmp_path / "objects.npz", names=np.array([{}], object))
+    (tmp_path / "empty.npz").touch()
+    with (tmp_path / "one.npz").open("wb") as file:
+        np.save(file, np.ones(2))
+    np.savez_compressed(tmp_path / "damaged.npz", mean=np.arange(100.0))
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[80:90] = b"\0" * 10
+    (tmp_path / "damaged.npz").write_bytes(content)
     (tmp_path / "c.yaml").write_text(CONFIG.replace("COLUMNS", columns))
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "c.yaml")

@@ -17,6 +17,7 @@ from PIL import Image
 import gradrun
 from gradrun.config.data import ImagesData
 from gradrun.config.load import load_config
+from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
@@ -207,6 +208,30 @@ UNUSUAL: dict[str, dict[str, Any]] = {
         "crop_size": _SQUARE,
     },
 }
+
+
+def test_the_processor_of_a_model_on_the_hub_has_the_revision_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "ViTImageProcessor"})
+    )
+    transformers = import_transformers("data.processor")
+    local = transformers.AutoImageProcessor.from_pretrained
+    asked: list[tuple[Any, str]] = []
+
+    def from_hub(source: Any, revision: str, **options: Any) -> Any:
+        asked.append((source, revision))
+        return local(tmp_path, **options)
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", from_hub)
+    save_noise(tmp_path / "a.png", 4, 4)
+    model = HuggingFaceModel(
+        source="huggingface", path="some/model", revision="v2", auto_class="AutoModel"
+    )
+    assert open_data(section(tmp_path), seed=0, model=model).samples == 1
+    opened(tmp_path, preprocess="processor", processor=tmp_path)
+    assert asked == [("some/model", "v2"), (tmp_path, "main")]
 
 
 @pytest.mark.parametrize("name", UNUSUAL)

@@ -467,8 +467,29 @@ def test_numbers_in_a_column_are_values_and_a_missing_one_is_an_error(tmp_path: 
     assert (labels, classes) == ([31.5, -2.0], ())
     assert stated == "2 numbers from -2 to 31.5"
     (tmp_path / "list.csv").write_text("file,age\na.png,31.5\nb.png,\n")
-    with pytest.raises(ConfigError, match=r"list\.csv has no label for b\.png"):
+    with pytest.raises(ConfigError, match=r"list\.csv:3  the column 'age' is empty"):
         opened(tmp_path / "list.csv", labels="age")
+    (tmp_path / "list.csv").write_text("file,age\na.png,.1\nb.png,16777217\n")
+    assert labels_of(tmp_path / "list.csv", labels="age")[:2] == ([0.1, 16777217.0], ())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,kind\na.png,cat\na,b.png,dog\n", r"list\.csv:3  3 values, but the header has 2"),
+        ("file,kind,kind\na.png,cat,dog\n", "two columns have the name 'kind'"),
+        ('file,kind\na.png,cat\nb.png,"dog\n', r"list\.csv:3  a quote is not closed"),
+        ("file,kind\na.png,2\nb.png,n/a\n", "'n/a' of b.png is not a number, but others are"),
+        ("file,kind\n,cat\nb.png,dog\n", r"list\.csv:2  the column 'file' is empty"),
+    ],
+)
+def test_a_list_whose_labels_could_belong_to_other_files_is_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    folders(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        opened(tmp_path / "list.csv", labels="kind")
 
 
 # --- damaged images -----------------------------------------------------------------------------

@@ -140,6 +140,11 @@ def fails():
     raise RuntimeError("no connection")
 
 
+def labelled():
+    import pandas
+    return pandas.Series([4.0, 5.0, 6.0], index=[2, 0, 1])
+
+
 def table():
     import pandas
     return pandas.DataFrame({"a": [1.0, 2.0]})
@@ -192,6 +197,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "rows": {},
     "array": {},
 }
+
+
+def test_a_series_of_pandas_is_read_by_position_whatever_its_labels(opened: Opened) -> None:
+    (batch,) = opened("labelled").batches()
+    assert batch.args[0].tolist() == [4, 5, 6]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -324,7 +334,7 @@ def test_numbers_keep_their_dtype_as_arrays_do_and_it_is_stated(opened: Opened) 
         ("rows", {"args": {"n": 1}}, "is an object, which takes no arguments"),
         ("Stream", {"workers": 2}, "is iterable, and 2 workers would each read all"),
         ("generator", {"args": {"fails_at": 0}}, "failed at sample 0: OSError: the source is gone"),
-        ("table", {}, "no item can be used, for example sample 0: KeyError: 0"),
+        ("table", {}, "returns a DataFrame, whose items are columns; return frame.to_numpy()"),
     ],
 )  # fmt: skip
 def test_data_that_cannot_be_understood_are_refused(

@@ -292,6 +292,12 @@ def test_a_row_without_an_id_is_an_error_with_its_line(tmp_path: Path) -> None:
     (batch,) = source.batches()
     assert batch.ids == ["x", "row 1", "z"]
     assert "t.csv:3  the id 'k' is empty" in str(batch.errors[1])
+    # pandas stores whole numbers with a gap as fractions and NaN.
+    pandas.DataFrame({"k": [1, None], "a": [1, 2]}).to_parquet(tmp_path / "t.parquet")
+    table = data("records", path=tmp_path / "t.parquet", inputs={"x": {"columns": ["a"]}}, id="k")
+    (batch,) = table.batches()
+    assert batch.ids == ["1.0", "row 1"]
+    assert "t.parquet:2  the id 'k' is null" in str(batch.errors[1])
 
 
 def test_rows_are_those_of_most_even_if_the_first_one_differs(tmp_path: Path) -> None:
@@ -301,6 +307,21 @@ def test_rows_are_those_of_most_even_if_the_first_one_differs(tmp_path: Path) ->
     message = str(batch.errors[6])
     assert "t.jsonl:7  3 values for input 'x', but most rows have 2" in message
     assert "set data.inputs.x.pad to pad lists" in message
+
+
+def test_a_number_that_would_move_to_another_column_or_axis_is_an_error_of_its_row(
+    tmp_path: Path,
+) -> None:
+    lines = ['{"a": [1, 2], "b": 3}', '{"a": 4, "b": [5, 6]}', '{"a": [7, 8], "b": [[9]]}']
+    (batch,) = records(tmp_path / "t.jsonl", "\n".join(lines), ["a", "b"]).batches()
+    assert batch.args[0].tolist() == [[1, 2, 3], [0, 0, 0], [7, 8, 9]]
+    (problem,) = map(str, batch.errors.values())
+    assert "t.jsonl:2  input 'x' has lists of the shapes b [2], but most rows a [2]" in problem
+    lines = ['{"a": [[1, 2, 3], [4, 5, 6]]}', '{"a": [[1, 2], [3, 4], [5, 6]]}']
+    for spec in ({"shape": [2, 3]}, {}):
+        (batch,) = records(tmp_path / "u.jsonl", "\n".join(lines), ["a"], spec=spec).batches()
+        assert batch.args[0].flatten().tolist() == [1, 2, 3, 4, 5, 6] + 6 * [0]
+        assert "a [3, 2], but most rows a [2, 3]" in str(batch.errors[1])
 
 
 # --- labels ------------------------------------------------------------------------------------

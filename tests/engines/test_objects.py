@@ -33,6 +33,8 @@ def net() -> nn.Module:
 
 
 ROWS = np.random.default_rng(0).normal(size=(100, 8))
+TWINS = pd.DataFrame([[1.0, None], [2.0, 3.0]], columns=["a", "a"])
+MASKED = np.ma.array([[1.0, 2.0]], mask=[[False, True]])
 
 
 def by_hand(net: nn.Module, rows: np.ndarray[Any, Any], size: int = 32) -> np.ndarray[Any, Any]:
@@ -220,6 +222,10 @@ def test_workers_get_copies_of_the_objects(net: nn.Module) -> None:
         ({"model": nn.Identity(), "data": (ROWS, ROWS[:5])}, "different numbers of samples"),
         ({"model": nn.Identity(), "data": pd.DataFrame({"a": [1], "b": ["x"]})}, "'b' is not num"),
         ({"model": nn.Identity(), "data": pd.DataFrame({"a": [1.0, None]})}, "1 missing value"),
+        ({"model": nn.Identity(), "data": TWINS}, "column 'a' has 1 missing value"),
+        ({"model": nn.Identity(), "data": MASKED}, "an array with masked values; fill them"),
+        ({"model": nn.Identity(), "data": np.array([1e39])}, "values that do not fit in float32"),
+        ({"model": nn.Identity(), "data": pd.DataFrame({"a": [1e39]})}, "do not fit in float32"),
         ({"model": nn.Identity(), "data": [Path("a.xyz")]}, "a.xyz is neither an image nor"),
         ({"model": nn.Identity(), "data": ROWS, "resume": True}, "cannot be resumed"),
         ({"model": nn.Identity(), "data": "rows.npy"}, "data is a str: pass a list of texts"),
