@@ -16,7 +16,6 @@ from pydantic import (
     Tag,
     ValidationInfo,
 )
-from pydantic_core import PydanticCustomError
 
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import is_pattern
@@ -114,13 +113,12 @@ def resolve_target(target: str, info: ValidationInfo) -> str:
     """Return "file.py:name" with the absolute path, or "package.module:name".
 
     Raises:
-        PydanticCustomError: the target has another form.
-        ValueError: the file does not exist.
+        ValueError: the target has another form, or the file does not exist.
     """
     module, colon, name = target.rpartition(":")
     if not colon or not module or not name.isidentifier():
-        raise PydanticCustomError(
-            "target", "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
+        raise ValueError(
+            "a target is file.py:Name or package.module:name, such as nets/mine.py:Net"
         )
     if module.endswith(".py") and info.context:
         return f"{info.context.input_file(Path(module))}:{name}"

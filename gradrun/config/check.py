@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from gradrun.config import limits
 from gradrun.config.base import OutputPath, Section
@@ -17,9 +16,9 @@ from gradrun.core.remote import is_remote
 
 def _check_golden_path(path: Path) -> Path:
     if path.suffix != ".safetensors":
-        raise PydanticCustomError("expected", "golden outputs must be a .safetensors file")
+        raise ValueError("golden outputs must be a .safetensors file")
     if is_remote(path):
-        raise PydanticCustomError("expected", "golden outputs must be a local file")
+        raise ValueError("golden outputs must be a local file")
     return path
 
 

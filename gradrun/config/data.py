@@ -14,7 +14,6 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import (
     DType,
@@ -34,6 +33,7 @@ from gradrun.config.model import (
     TimmModel,
     TorchvisionModel,
 )
+from gradrun.core.pretrained import has_processor
 from gradrun.core.suggest import suggest
 
 
@@ -49,7 +49,7 @@ class _DataSection(Section):
     )
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raise PydanticCustomError if a key is missing that this model does not provide."""
+        """Raise ValueError if a key is missing that this model does not provide."""
 
     def folders(self) -> Iterator[Path]:
         """Yield the folders below which all files of a format are data."""
@@ -315,14 +315,8 @@ class RecordsData(TableData):
     def check_model(self, model: ModelConfig) -> None:
         used = {column for spec in self.inputs.values() for column in spec.columns}
         if unused := sorted(self.columns.keys() - used):
-            raise PydanticCustomError(
-                "columns",
-                "{text}",
-                {
-                    "text": f"{unused[0]!r} of data.columns is not a column of any input; "
-                    f"{suggest(unused[0], used)}"
-                },
-            )
+            hint = suggest(unused[0], used)
+            raise ValueError(f"{unused[0]!r} of data.columns is not a column of any input; {hint}")
 
 
 class TextData(TableData):
@@ -387,33 +381,28 @@ class TextData(TableData):
         if isinstance(model, HuggingFaceModel) and model.generate is not None:
             self._check_generation(model)
         if self.padding == "max_length" and self.max_length is None:
-            raise PydanticCustomError("max_length", "padding: max_length needs data.max_length")
+            raise ValueError("padding: max_length needs data.max_length")
         if self.prompt is not None and self.prompt_name is not None:
-            raise PydanticCustomError("prompt", "set prompt or prompt_name, not both")
+            raise ValueError("set prompt or prompt_name, not both")
         if self.chat and (self.prompt or self.prompt_name or isinstance(self.field, tuple)):
-            raise PydanticCustomError(
-                "chat",
+            raise ValueError(
                 "chat builds the prompt from the messages of one column; remove prompt, "
-                "prompt_name or the second column",
+                "prompt_name or the second column"
             )
         if self.tokenizer is None and not isinstance(model, HuggingFaceModel):
-            raise PydanticCustomError(
-                "tokenizer",
-                "data.tokenizer is missing: set a folder or a hub name; only huggingface models "
-                "include a tokenizer",
+            raise ValueError(
+                "data.tokenizer is missing: set a folder or a hub name; only huggingface "
+                "models include a tokenizer"
             )
 
     def _check_generation(self, model: HuggingFaceModel) -> None:
         if model.auto_class == "AutoModelForCausalLM" and self.padding_side == "right":
-            raise PydanticCustomError(
-                "padding_side",
-                "model.generate continues the last token of a prompt, which padding on the right "
-                "would separate from the text; remove data.padding_side",
+            raise ValueError(
+                "model.generate continues the last token of a prompt, which padding on the "
+                "right would separate from the text; remove data.padding_side"
             )
         if isinstance(self.field, tuple):
-            raise PydanticCustomError(
-                "generation_field", "a prompt is one text: set data.field to one column"
-            )
+            raise ValueError("a prompt is one text: set data.field to one column")
 
     def _check_batch_tokens(self, model: ModelConfig) -> None:
         problems = {
@@ -429,11 +418,7 @@ class TextData(TableData):
         }
         for problem, found in problems.items():
             if found:
-                raise PydanticCustomError(
-                    "batch_tokens",
-                    "batch_tokens cannot be combined with {problem}",
-                    {"problem": problem},
-                )
+                raise ValueError(f"batch_tokens cannot be combined with {problem}")
 
     def tokenizer_source(self, model: ModelConfig | None) -> tuple[Path | str, str | None]:
         """Return the tokenizer's folder or hub name, and its revision.
@@ -451,10 +436,6 @@ class TextData(TableData):
 Pixels = Annotated[int, Field(gt=0, le=16_384)]
 
 Preset = Literal["none", "imagenet", "timm", "torchvision", "processor"]
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-"""Files in which transformers saves an image processor."""
-
-
 _PRESET_SOURCES: dict[str, tuple[str, type, str]] = {
     "timm": ("architecture", TimmModel, "name"),
     "torchvision": ("architecture", TorchvisionModel, "name"),
@@ -465,9 +446,7 @@ _PRESET_SOURCES: dict[str, tuple[str, type, str]] = {
 
 def _check_level(level: int) -> int:
     if level == 0:
-        raise PydanticCustomError(
-            "level", "folders are counted from 1, or from -1 for the one that has the image"
-        )
+        raise ValueError("folders are counted from 1, or from -1 for the one that has the image")
     return level
 
 
@@ -560,10 +539,7 @@ class ImagesData(FilesData):
     std: tuple[float, ...] | None = Field(None, description="standard deviation per channel")
 
     def check_model(self, model: ModelConfig) -> None:
-        try:
-            self.preprocess_source(model)
-        except ValueError as error:
-            raise PydanticCustomError("preprocess", "{text}", {"text": str(error)}) from error
+        self.preprocess_source(model)
 
     def preset(self, model: ModelConfig | None) -> Preset:
         """Return the preset, by default that of the model."""
@@ -574,9 +550,7 @@ class ImagesData(FilesData):
                 return "timm"
             case TorchvisionModel():
                 return "torchvision"
-            case HuggingFaceModel() if isinstance(model.path, str) or any(
-                (model.path / name).is_file() for name in PROCESSOR_FILES
-            ):
+            case HuggingFaceModel() if has_processor(model.path):
                 return "processor"
         return "none"
 
@@ -634,10 +608,7 @@ class AudioData(FilesData):
     )
 
     def check_model(self, model: ModelConfig) -> None:
-        try:
-            self.processor_source(model)
-        except ValueError as error:
-            raise PydanticCustomError("preprocess", "{text}", {"text": str(error)}) from error
+        self.processor_source(model)
 
     def processor_source(self, model: ModelConfig | None) -> str | Path | None:
         """Return the folder or the hub name of the feature extractor, if one is used.
@@ -646,10 +617,8 @@ class AudioData(FilesData):
             ValueError: neither the section nor the model has one, or a key has no effect.
         """
         found: str | Path | None = self.processor
-        if found is None and isinstance(model, HuggingFaceModel):
-            path = model.path
-            if isinstance(path, str) or any((path / name).is_file() for name in PROCESSOR_FILES):
-                found = path
+        if found is None and isinstance(model, HuggingFaceModel) and has_processor(model.path):
+            found = model.path
         uses = self.preprocess == "processor" or (self.preprocess is None and found is not None)
         if uses and found is None:
             raise ValueError("preprocess: processor needs data.processor, or a huggingface model")

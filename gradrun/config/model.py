@@ -16,7 +16,6 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import FloatType, InputFile, InputFolder, Section, Target
 
@@ -64,10 +63,8 @@ class CompileSection(Section):
     def _check_backend_options(self) -> CompileSection:
         set_keys = [key for key in ("mode", "freezing") if getattr(self, key)]
         if set_keys and self.backend != "inductor":
-            raise PydanticCustomError(
-                "inductor_only",
-                "{key} is an option of the backend inductor, not of {backend}",
-                {"key": set_keys[0], "backend": self.backend},
+            raise ValueError(
+                f"{set_keys[0]} is an option of the backend inductor, not of {self.backend}"
             )
         return self
 
@@ -125,10 +122,7 @@ class ZooModel(WeightedModel):
 def _check_layer(spec: JsonValue) -> JsonValue:
     if isinstance(spec, str) or (isinstance(spec, dict) and len(spec) == 1):
         return spec
-    raise PydanticCustomError(
-        "layer",
-        "a layer is a name (ReLU) or a name with its arguments ({{Linear: [10, 5]}})",
-    )
+    raise ValueError("a layer is a name (ReLU) or a name with its arguments ({Linear: [10, 5]})")
 
 
 class LayersModel(WeightedModel):
@@ -195,11 +189,7 @@ def _reject_other_auto_class(name: object) -> object:
         if "ToText" in name
         else "write a python target that returns this model"
     )
-    raise PydanticCustomError(
-        "auto_class",
-        "{name} is not supported yet: {way} (allowed: {allowed})",
-        {"name": name, "way": way, "allowed": ", ".join(known)},
-    )
+    raise ValueError(f"{name} is not supported yet: {way} (allowed: {', '.join(known)})")
 
 
 _NEEDS_GENERATE = {"AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"}
@@ -234,24 +224,20 @@ class HuggingFaceModel(EagerModel):
     def _check_generate(self) -> HuggingFaceModel:
         if self.generate is None:
             if self.auto_class in _NEEDS_GENERATE:
-                raise PydanticCustomError(
-                    "generate",
-                    "{name} needs model.generate, because its decoder writes the text step by "
-                    "step: set model.generate: {{max_new_tokens: 64}}. AutoModelForTextEncoding "
-                    "runs the encoder alone",
-                    {"name": self.auto_class},
+                raise ValueError(
+                    f"{self.auto_class} needs model.generate, because its decoder writes the "
+                    "text step by step: set model.generate: {max_new_tokens: 64}. "
+                    "AutoModelForTextEncoding runs the encoder alone"
                 )
             return self
         if self.auto_class not in GENERATORS:
-            raise PydanticCustomError(
-                "generate",
-                "model.generate needs a model that writes text; set model.auto_class to {names}",
-                {"names": ", ".join(sorted(GENERATORS))},
+            raise ValueError(
+                "model.generate needs a model that writes text; set model.auto_class to "
+                f"{', '.join(sorted(GENERATORS))}"
             )
         if self.compile is not None:
-            raise PydanticCustomError(
-                "generate",
-                "model.compile cannot be combined with model.generate; remove one of them",
+            raise ValueError(
+                "model.compile cannot be combined with model.generate; remove one of them"
             )
         return self
 
@@ -270,11 +256,9 @@ _WEIGHT_ARGUMENTS = {
 
 def _reject_weight_arguments(args: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if rejected := sorted(_WEIGHT_ARGUMENTS & args.keys()):
-        raise PydanticCustomError(
-            "weights_in_args",
-            "{key} is not allowed in args; set model.weights to a file of weights, or "
-            "model.pretrained for the library's own",
-            {"key": rejected[0]},
+        raise ValueError(
+            f"{rejected[0]} is not allowed in args; set model.weights to a file of weights, or "
+            "model.pretrained for the library's own"
         )
     return args
 

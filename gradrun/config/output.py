@@ -15,7 +15,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic_core import PydanticKnownError
 
 from gradrun.config.base import OutputPath, Section, Size, resolve_target
 from gradrun.core.remote import is_remote
@@ -23,9 +23,8 @@ from gradrun.core.remote import is_remote
 
 def _check_output_name(name: str) -> str:
     if name != PurePosixPath(name).name or name in {"", ".", ".."} or "\\" in name:
-        raise PydanticCustomError(
-            "output_name",
-            "an output is selected by name or position, not by path; files stay below output.path",
+        raise ValueError(
+            "an output is selected by name or position, not by path; files stay below output.path"
         )
     return name
 
@@ -187,11 +186,9 @@ class OutputSection(Section):
     @model_validator(mode="after")
     def _check_remote_format(self) -> OutputSection:
         if is_remote(self.path) and self.format not in _REMOTE_FORMATS:
-            raise PydanticCustomError(
-                "remote_format",
-                "format {format} cannot be written to an object store; set output.format: "
-                "parquet, safetensors, jsonl or csv",
-                {"format": self.format},
+            raise ValueError(
+                f"format {self.format} cannot be written to an object store; set "
+                "output.format: parquet, safetensors, jsonl or csv"
             )
         return self
 
@@ -200,11 +197,10 @@ class OutputSection(Section):
         every = self.transform.values() if isinstance(self.transform, dict) else [self.transform]
         later = [step for steps in every for step in steps if ":" in step]
         if later != ([self.decoder] if self.decoder else []):
-            raise PydanticCustomError(
-                "decoder",
-                "{name} must be the first transform and not belong to one output: it gets the "
-                "model's output of a batch; write output.transform: {name}, or [{name}, softmax]",
-                {"name": later[-1].rpartition("/")[2]},
+            name = later[-1].rpartition("/")[2]
+            raise ValueError(
+                f"{name} must be the first transform and not belong to one output: it gets the "
+                f"model's output of a batch; write output.transform: {name}, or [{name}, softmax]"
             )
         return self
 
@@ -214,9 +210,8 @@ class OutputSection(Section):
         for steps in every:
             used = "threshold" in steps
             if used and self.threshold is None and "sigmoid" not in steps:
-                raise PydanticCustomError(
-                    "threshold",
-                    "the transform threshold needs output.threshold: 0.5 for probabilities, 0 for "
-                    "logits; after sigmoid it is 0.5 by default",
+                raise ValueError(
+                    "the transform threshold needs output.threshold: 0.5 for probabilities, 0 "
+                    "for logits; after sigmoid it is 0.5 by default"
                 )
         return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from gradrun.config.base import Section, Size
 from gradrun.config.output import OutputName
@@ -189,14 +188,9 @@ class MetricSection(Section):
         allowed = _ARGUMENTS[self.name]
         for argument in sorted(set[str]().union(*_ARGUMENTS.values()) - allowed):
             if getattr(self, argument) is not None:
-                raise PydanticCustomError(
-                    "metric_argument",
-                    "{name} does not take {argument}; allowed: {allowed}",
-                    {
-                        "name": self.name,
-                        "argument": argument,
-                        "allowed": ", ".join(sorted(allowed)) or "no arguments",
-                    },
+                raise ValueError(
+                    f"{self.name} does not take {argument}; allowed: "
+                    f"{', '.join(sorted(allowed)) or 'no arguments'}"
                 )
         return self
 
@@ -208,11 +202,7 @@ def _expand_name(metric: object) -> object:
 def _check_titles(metrics: tuple[MetricSection, ...]) -> tuple[MetricSection, ...]:
     titles = [metric.title for metric in metrics]
     if repeated := [title for title in titles if titles.count(title) > 1]:
-        raise PydanticCustomError(
-            "duplicate_metric",
-            "two metrics have the name {title}; set `alias` for one of them",
-            {"title": repeated[0]},
-        )
+        raise ValueError(f"two metrics have the name {repeated[0]}; set `alias` for one of them")
     return metrics
 
 

@@ -40,15 +40,9 @@ def _check_prompts(model: Any, data: Any) -> None:
         return
     source = _PROMPTS[model.auto_class]
     if data.source != source:
-        raise PydanticCustomError(
-            "prompts",
-            "model.generate with {name} needs data.source: {source}",
-            {"name": model.auto_class, "source": source},
-        )
+        raise ValueError(f"model.generate with {model.auto_class} needs data.source: {source}")
     if data.call not in {"auto", "keyword"}:
-        raise PydanticCustomError(
-            "prompts", "model.generate passes its inputs by keyword; remove data.call"
-        )
+        raise ValueError("model.generate passes its inputs by keyword; remove data.call")
 
 
 class RunConfig(Section):
@@ -107,7 +101,7 @@ class RunConfig(Section):
             problem = "the predictions have a column id of their own; set data.id: id, which is "
             problem += "written to it"
         if problem:
-            raise PydanticCustomError("keep", "keep: {problem}", {"problem": problem})
+            raise ValueError(f"keep: {problem}")
         return output
 
     @property
@@ -130,20 +124,15 @@ class RunConfig(Section):
         cls, output: OutputSection, info: ValidationInfo
     ) -> OutputSection:
         for folder in info.data["data"].folders() if "data" in info.data else ():
-            context = {"path": str(output.path), "folder": str(folder)}
             if output.path.is_relative_to(folder):
-                raise PydanticCustomError(
-                    "output_in_data",
-                    "{path} is inside of data.path, {folder}, so that the next run would read its "
-                    "files as data; choose another folder, or a pattern for data.path",
-                    context,
+                raise ValueError(
+                    f"{output.path} is inside of data.path, {folder}, so that the next run would "
+                    "read its files as data; choose another folder, or a pattern for data.path"
                 )
             if folder.is_relative_to(output.path):
-                raise PydanticCustomError(
-                    "data_in_output",
-                    "{path} contains data.path, {folder}, which an overwrite could remove; choose "
-                    "another folder",
-                    context,
+                raise ValueError(
+                    f"{output.path} contains data.path, {folder}, which an overwrite could remove; "
+                    "choose another folder"
                 )
         return output
 
@@ -154,10 +143,9 @@ class RunConfig(Section):
         every = output.transform
         steps = every.values() if isinstance(every, dict) else [every]
         if kind != "AutoModelForCausalLM" and any("perplexity" in some for some in steps):
-            raise PydanticCustomError(
-                "perplexity",
+            raise ValueError(
                 "the transform perplexity needs a model that predicts the next token; set "
-                "model.auto_class to AutoModelForCausalLM",
+                "model.auto_class to AutoModelForCausalLM"
             )
         return output
 
@@ -166,10 +154,9 @@ class RunConfig(Section):
     def _check_mode_for_freezing(cls, run: RunSection, info: ValidationInfo) -> RunSection:
         compiled = info.data["model"].compile if "model" in info.data else None
         if compiled and compiled.freezing and run.mode is GradMode.GRAD:
-            raise PydanticCustomError(
-                "freezing",
-                "mode grad cannot be combined with model.compile.freezing, which makes constants "
-                "of the weights; use no_grad or inference_mode",
+            raise ValueError(
+                "mode grad cannot be combined with model.compile.freezing, which makes "
+                "constants of the weights; use no_grad or inference_mode"
             )
         return run
 

@@ -6,7 +6,6 @@ import re
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from gradrun.config import limits
 from gradrun.config.base import Section, Size
@@ -57,10 +56,7 @@ class WithinSection(Section):
     @model_validator(mode="after")
     def _check_any(self) -> Self:
         if not any((self.bitwise, self.max_abs, self.max_rel, self.cosine, self.top1, self.metric)):
-            raise PydanticCustomError(
-                "no_tolerance",
-                "set a tolerance: bitwise, max_abs, max_rel, cosine, top1 or metric",
-            )
+            raise ValueError("set a tolerance: bitwise, max_abs, max_rel, cosine, top1 or metric")
         return self
 
 

@@ -16,6 +16,8 @@ _SENTENCE_CONFIGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files in which transformers saves an image processor or a feature extractor."""
 
 
 class SentenceModule(msgspec.Struct, frozen=True):
@@ -142,6 +144,25 @@ def choose_prompt(folder: SentenceFolder | None, prompt: str | None, name: str |
         known = suggest(name, prompts) if prompts else "the tokenizer's folder has no prompts"
         raise ConfigError(f"unknown prompt {name!r}; {known}", "data.prompt_name")
     return prompts.get(name, "")
+
+
+def has_processor(source: Path | str) -> bool:
+    """Return whether a folder has a processor, as any name on the hub may have."""
+    return isinstance(source, str) or any((source / name).is_file() for name in _PROCESSOR_FILES)
+
+
+def processor_folder(source: Path | str, key: str) -> Path | str:
+    """Return a folder or hub name as given, and for a processor's file its folder.
+
+    Raises:
+        ConfigError: transformers does not read a file of this name; for the config key `key`.
+    """
+    if isinstance(source, str) or not source.is_file():
+        return source
+    if source.name not in _PROCESSOR_FILES:
+        names = " or ".join(_PROCESSOR_FILES)
+        raise ConfigError(f"transformers reads a folder with {names}, not {source.name}", key)
+    return source.parent
 
 
 def load_tokenizer(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.config.data import PROCESSOR_FILES
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import hub_errors, import_transformers
+from gradrun.core.pretrained import processor_folder
 from gradrun.data.audio_decoding import Samples
 from gradrun.results.result import Statement
 
@@ -86,12 +86,7 @@ class AudioProcessor:
 
 def _load(source: str | Path, revision: str | None) -> Any:
     transformers = import_transformers(_KEY)
-    if isinstance(source, Path) and source.is_file():
-        if source.name not in PROCESSOR_FILES:
-            names = " or ".join(PROCESSOR_FILES)
-            text = f"transformers reads a folder with {names}, not {source.name}"
-            raise ConfigError(text, _KEY)
-        source = source.parent
+    source = processor_folder(source, _KEY)
     with hub_errors(source, _KEY, "which feature extractors never run; choose another one"):
         return transformers.AutoFeatureExtractor.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False

@@ -70,14 +70,14 @@ class Conversion:
         """Return rows [n, *shape], and the rows with a value that the dtype cannot represent."""
         spec, problems = self.spec, {}
         count = len(rows)
-        if spec.dtype is not None and rows.dtype != self.dtype:
+        if rows.dtype != self.dtype:
             given, rows = rows, rows.to(self.dtype)
             wrong = _misrepresented(given, rows)
             if wrong is not None and wrong.any():
                 problems = self._describe(given, wrong)
                 rows[list(problems)] = 0
         if spec.scale is not None:
-            rows = (rows * spec.scale).to(self.dtype)
+            rows = rows * spec.scale
         if spec.permute is not None:
             rows = rows.reshape(count, *self.stored)
             rows = rows.permute(0, *(axis + 1 for axis in spec.permute)).contiguous()

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gradrun.config.data import PROCESSOR_FILES, ImagesData
+from gradrun.config.data import ImagesData
 from gradrun.config.model import HuggingFaceModel, ModelConfig, TimmModel, TorchvisionModel
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.optional import hub_errors, import_optional, import_transformers
+from gradrun.core.pretrained import processor_folder
 from gradrun.data.image_transforms import (
     FULL_SCALE,
     RESAMPLE,
@@ -293,13 +294,7 @@ def _load_processor(source: str | Path, revision: str | None) -> Any:
     transformers = import_transformers("data.processor")
     # The torchvision backend gives slightly different pixels, and may not be installed.
     backend = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
-    if isinstance(source, Path) and source.is_file():
-        if source.name not in PROCESSOR_FILES:
-            names = " or ".join(PROCESSOR_FILES)
-            raise ConfigError(
-                f"transformers reads a folder with {names}, not {source.name}", "data.processor"
-            )
-        source = source.parent
+    source = processor_folder(source, "data.processor")
     load = partial(
         transformers.AutoImageProcessor.from_pretrained,
         source,

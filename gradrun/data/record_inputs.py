@@ -323,13 +323,11 @@ def short_number(value: Any) -> str:
     return str(value) if _is_digits(value) else f"{_parse_float(value):.4g}"
 
 
-def _nested_shape(value: Any) -> tuple[int, ...]:
-    """Return the shape of lists of equal lengths."""
-    shape = []
-    while isinstance(value, list):
-        shape.append(len(value))
-        value = value[0] if value else None
-    return tuple(shape)
+def _nested_shape(value: list[Any]) -> tuple[int, ...]:
+    """Return the shape of a list whose items can be parsed."""
+    if not value or type(value[0]) in {int, float}:
+        return (len(value),)
+    return np.shape(np.array(value, object))
 
 
 def _parse_float(item: Any) -> float:

@@ -16,17 +16,10 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
-from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.record_inputs import Columns, open_parser, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
-from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions, describe_labels
-from gradrun.data.tables import (
-    IdColumn,
-    IndexedRows,
-    RowIndex,
-    classes_of_labels,
-    read_labels,
-)
+from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
+from gradrun.data.tables import IndexedRows
 from gradrun.results.result import Statement
 
 _PREVIEW_COLUMNS = _PREVIEW_ITEMS = 6
@@ -48,6 +41,8 @@ def open_data(
 
 
 class _Records(IndexedRows):
+    config: RecordsData
+
     def __init__(
         self,
         config: RecordsData,
@@ -55,16 +50,8 @@ class _Records(IndexedRows):
         model_classes: Sequence[str],
         keep: Sequence[str],
     ) -> None:
-        self.config, self._table = config, open_table(config, TABLE_READERS, model)
-        self.classes = config.classes or classes_of_labels(
-            self._table, config.labels, model_classes
-        )
-        self.batch_size, self.has_ids = config.batch_size, config.id is not None
-        self._ids = IdColumn(self._table, config.id) if config.id is not None else None
-        self._kept = KeptColumns(keep)
-        self._index = RowIndex(config.batch_size)
+        super().__init__(config, open_table(config, TABLE_READERS, model), model_classes, keep)
         self._columns: dict[str, Columns] = {}
-        self._table.check_kinds(self.config.column_keys())
         with closing(self._table.read()) as records:
             self._scan(records)
         self.samples = self._index.rows
@@ -153,19 +140,10 @@ class _Records(IndexedRows):
                 name = f"{self._row_ids([record], 0, {})[0]}: " if self._ids else ""
                 yield Preview(f"{name}{', '.join(values)}{more}")
 
-    def labels(self) -> Iterator[torch.Tensor]:
-        with closing(self._table.read()) as records:
-            yield from read_labels(records, self.config.labels, self.classes)
-
     def statements(self) -> Iterator[Statement]:
         for name, columns in self._columns.items():
             yield Statement(topic=f"input {name}", text=columns.describe())
-        yield from self._table.describe(self._index)
-        yield self._table.describe_order(self._ids)
-        yield from self._kept.statements()
-        if self.config.labels:
-            own = self._table.class_names(self.config.labels)
-            yield describe_labels(self.config, self.classes, own)
+        yield from super().statements()
         yield from self._column_statements()
         others = " in the other columns" if self._filled_columns() else ""
         text = f"empty or null{others}: the row fails (run.on_error)"

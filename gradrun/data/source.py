@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import torch
 
-from gradrun.config.data import TableData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.value_types import ValueType
 from gradrun.data.batch import Batch
@@ -395,23 +394,3 @@ def class_number(name: str, classes: Sequence[str]) -> int:
         listed = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
         raise ValueError(f"the label {name!r:.60} is not one of the classes: {listed}")
     return classes.index(name)
-
-
-def describe_labels(
-    config: TableData, classes: Sequence[str] | None, own: Sequence[str] = ()
-) -> Statement:
-    """Return the statement of the labels in a column, with their names and their origin.
-
-    Args:
-        config: the data section.
-        classes: the names of the classes, if labels are names.
-        own: the names that the dataset has.
-    """
-    column = f"column {config.labels}"
-    if not classes:
-        return Statement(topic="labels", text=f"{column}, as numbers")
-    listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-    others = "the dataset" if own and [*own] == [*classes] else "the model"
-    origin = "data.classes" if config.classes else others
-    text = f"{column}, by name: {listed} ({len(classes)} classes, from {origin})"
-    return Statement(topic="labels", text=text)

@@ -256,7 +256,7 @@ class IdColumn:
         Raises:
             SampleError: the id is missing.
         """
-        value = record.fields.get(self.column)
+        value: Any = record.fields.get(self.column)
         if _is_missing(value):
             absence = describe_absence(record, self.column)
             raise SampleError(f"{record.place}  the id {self.column!r} is {absence}")
@@ -401,13 +401,31 @@ def _is_number(value: Any) -> bool:
 
 
 class IndexedRows:
-    """The ids, checksums and files of a source over the rows of a table."""
+    """What sources of rows share: ids, labels, kept columns, checksums and files of a table."""
 
+    config: TableData
     samples: int
-    _table: Table
-    _ids: IdColumn | None
-    _kept: KeptColumns
-    _index: RowIndex
+
+    def __init__(
+        self, config: TableData, table: Table, model_classes: Sequence[str], keep: Sequence[str]
+    ) -> None:
+        """Check the kinds of the columns; `_observe` takes the rows into account.
+
+        Args:
+            config: the data section.
+            table: its rows.
+            model_classes: the class names of the model.
+            keep: columns that are written beside the predictions.
+
+        Raises:
+            ConfigError: the files have columns of several kinds, or cannot be read.
+        """
+        self.config, self._table = config, table
+        self.classes = config.classes or classes_of_labels(table, config.labels, model_classes)
+        self.batch_size, self.has_ids = config.batch_size, config.id is not None
+        self._ids = IdColumn(table, config.id) if config.id is not None else None
+        self._kept, self._index = KeptColumns(keep), RowIndex(config.batch_size)
+        table.check_kinds(config.column_keys())
 
     def _observe(self, record: Record) -> None:
         """Take the next row into account when the source is opened."""
@@ -415,6 +433,27 @@ class IndexedRows:
         if self._ids:
             self._ids.observe(record)
         self._kept.observe(record)
+
+    def labels(self) -> Iterator[torch.Tensor]:
+        with closing(self._table.read()) as records:
+            yield from read_labels(records, self.config.labels, self.classes)
+
+    def statements(self) -> Iterator[Statement]:
+        yield from self._table.describe(self._index)
+        yield self._table.describe_order(self._ids)
+        yield from self._kept.statements()
+        if self.config.labels is not None:
+            yield Statement(topic="labels", text=self._describe_labels(self.config.labels))
+
+    def _describe_labels(self, column: str) -> str:
+        """Describe the labels in a column, with their names and the origin of these."""
+        classes = self.classes
+        if not classes:
+            return f"column {column}, as numbers"
+        listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+        others = "the dataset" if self._table.class_names(column) == tuple(classes) else "the model"
+        origin = "data.classes" if self.config.classes else others
+        return f"column {column}, by name: {listed} ({len(classes)} classes, from {origin})"
 
     @property
     def kept_types(self) -> Mapping[str, ValueType | None]:

@@ -17,23 +17,9 @@ from gradrun.config.model import ModelConfig
 from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
-from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.rows import BEGINNING, READERS, Position
-from gradrun.data.source import (
-    BatchSource,
-    InputBatcher,
-    Preview,
-    at_positions,
-    describe_labels,
-)
-from gradrun.data.tables import (
-    IdColumn,
-    IndexedRows,
-    RowIndex,
-    Table,
-    classes_of_labels,
-    read_labels,
-)
+from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
+from gradrun.data.tables import IndexedRows, Table
 from gradrun.data.text_files import Text, checked_rows, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
@@ -103,6 +89,8 @@ def open_data(
 class Texts(IndexedRows):
     """A LengthGrouped source of texts."""
 
+    config: TextData
+
     def __init__(
         self,
         config: TextData,
@@ -111,12 +99,7 @@ class Texts(IndexedRows):
         model_classes: Sequence[str],
         keep: Sequence[str] = (),
     ) -> None:
-        self.config, self._table = config, table
-        self.classes = config.classes or classes_of_labels(
-            self._table, config.labels, model_classes
-        )
-        self.batch_size = config.batch_size
-        sample = CHUNK_BATCHES * config.batch_size
+        super().__init__(config, table, model_classes, keep)
         self.grouped = self.variable = config.batch_tokens is not None
         self.varying = config.padding == "longest"
         self._tokenization = tokenization
@@ -124,17 +107,12 @@ class Texts(IndexedRows):
         self._recent: tuple[int, _Chunk] | None = None
         """The first text of the chunk that was read last, and the chunk."""
         self._padding: dict[int, Padding] = {}
-        self._table.check_kinds(config.column_keys())
-        self._ids = IdColumn(self._table, config.id) if config.id is not None else None
-        self.has_ids = self._ids is not None
-        self._kept = KeptColumns(keep)
-        self._index = RowIndex(config.batch_size)
         for record in checked_rows(config, self._table):
             self._observe(record)
         self._kept.check()
         self.samples = self._index.rows
         with closing(self._texts()) as texts:
-            first = list(itertools.islice(texts, sample))
+            first = list(itertools.islice(texts, CHUNK_BATCHES * config.batch_size))
         chunk = self._tokenize(0, first)
         in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
         fits = min(CHUNK_TEXTS, in_memory, self.samples // LEAST_CHUNKS)
@@ -173,26 +151,17 @@ class Texts(IndexedRows):
 
     def statements(self) -> Iterator[Statement]:
         yield from self._tokenization.statements()
-        yield from self._table.describe(self._index)
-        yield self._table.describe_order(self._ids)
-        yield from self._kept.statements()
+        yield from super().statements()
         if self.config.batch_tokens:
             text = (
                 f"at most {self.config.batch_tokens:,} tokens with padding and {self.batch_size:,} "
                 f"texts, a longer text alone; by length within {self.chunk_size:,} texts"
             )
             yield Statement(topic="batches", text=text)
-        if self.config.labels:
-            own = self._table.class_names(self.config.labels)
-            yield describe_labels(self.config, self.classes, own)
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         with closing(self._texts()) as texts:
             yield from (Preview(" | ".join(text.parts)) for text in at_positions(texts, positions))
-
-    def labels(self) -> Iterator[torch.Tensor]:
-        records = self._table.read() if self._table.has_columns else iter(())
-        return read_labels(records, self.config.labels, self.classes)
 
     def padding(self, start: int, stop: int) -> Padding:
         batches = (padding for first, padding in self._padding.items() if start <= first < stop)

@@ -12,8 +12,6 @@ from gradrun.core.suggest import suggest
 from gradrun.data.rows import BEGINNING, Position, Record, describe_absence, has_fixed_columns
 from gradrun.data.tables import IdColumn, Table
 
-REPLACEMENT = "\ufffd"
-
 
 class Text(NamedTuple):
     """One sample: a text or a pair of texts."""

@@ -116,7 +116,7 @@ def test_rows_of_another_nested_shape_are_errors_if_their_axes_are_moved(tmp_pat
     inputs = {"x": {"columns": ["p"], "permute": [1, 0]}}
     (batch,) = data("records", path=tmp_path / "t.jsonl", inputs=inputs).batches()
     assert [*batch.errors] == [1]
-    assert "t.jsonl:2  input 'x' has the shape [4]" in str(batch.errors[1])
+    assert "t.jsonl:2  input 'x' has lists of the shapes p [4]" in str(batch.errors[1])
     assert batch.args[0].tolist() == [[[1, 3], [2, 4]], [[0, 0], [0, 0]], [[5, 7], [6, 8]]]
 
 
@@ -194,6 +194,12 @@ def test_a_scale_of_an_integer_dtype_is_an_error_and_of_stored_integers_gives_fl
     found = joined(data(**section(given, scale=0.5)).batches())
     assert found.dtype == torch.float32
     assert np.array_equal(found.numpy(), PICTURES.astype(np.float32) * np.float32(0.5))
+    deep = PICTURES.astype(np.uint16) * 257
+    found = joined(data(**section(stored(tmp_path, "npy", deep), scale=1 / 65535)).batches())
+    assert np.array_equal(found.numpy(), deep.astype(np.float32) * np.float32(1 / 65535))
+    given = stored(tmp_path, "npy", np.array([[1j], [2 + 0j]]))
+    (batch,) = data(**section(given, scale=0.5)).batches()
+    assert (batch.args[0].tolist(), [*batch.errors]) == ([[0], [1]], [0])
 
 
 def test_the_conversions_of_an_input_are_stated(tmp_path: Path) -> None:
