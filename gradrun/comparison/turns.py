@@ -212,7 +212,8 @@ class TurnSession:
             for variant in self.variants[1:]:
                 self._drop(variant, error)
             return
-        if is_disturbed(turns) and self.repeated < self.measure.processes:
+        in_time = time.monotonic() < self.deadline
+        if in_time and is_disturbed(turns) and self.repeated < self.measure.processes:
             self.repeated += 1
             return
         self.data.environment = self.data.environment or lanes[0].ready.environment
