@@ -12,7 +12,8 @@ from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.formats import FORMATS
 from gradrun.output.missing import is_finite
-from gradrun.output.transforms import ModelFacts, SelectedOutput, Tensors, split_steps, widened
+from gradrun.output.tensor_transforms import ModelFacts, widened
+from gradrun.output.transforms import SelectedOutput, Tensors, split_steps
 
 Task = Literal["binary", "multiclass", "multilabel", "classes", "values"]
 """An output is one score, scores of classes that exclude each other, scores of labels that may

@@ -6,18 +6,33 @@ import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.suggest import suggest
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.columns import ValueColumn, describe_values
-from gradrun.output.missing import MISSING_CLASS, is_finite
 from gradrun.output.structure import OutputReader, fields_of
+from gradrun.output.tensor_transforms import (
+    ACTIVATIONS,
+    CLASS_STEPS,
+    POOLING_STEPS,
+    SCORE_STEPS,
+    WORDS,
+    Inputs,
+    ModelFacts,
+    Operand,
+    Transform,
+    class_dim,
+    is_half,
+    no_classes,
+    own_transforms,
+    threshold,
+    transforms_for,
+)
 from gradrun.results.result import Statement
 
 Outputs = dict[str, torch.Tensor | ValueColumn]
@@ -28,9 +43,6 @@ Tensors = dict[str, torch.Tensor]
 
 _NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
-
-Inputs = Mapping[str, torch.Tensor]
-"""Keyword inputs of the model; some transforms need the attention_mask."""
 
 
 class SelectedOutput(NamedTuple):
@@ -54,23 +66,6 @@ class SelectedOutput(NamedTuple):
         return self.column
 
 
-class ModelFacts(Protocol):
-    """Facts about a model on which some transforms depend."""
-
-    @property
-    def embedding(self) -> nn.Module | None:
-        """Maps tokens [n, tokens, width] and the attention mask to vectors, as sentence_embedding.
-
-        It has a `description`, and `equivalent`: the same as a list of transforms, if possible.
-        """
-
-    @property
-    def probabilities(self) -> str:
-        """How a classifier's logits become probabilities: softmax, sigmoid, none; "": unknown."""
-
-
-_Named = list[tuple[str, torch.Tensor]]
-_Transform = Callable[[str, torch.Tensor, OutputSection, Inputs], _Named]
 _Columns = list[tuple[str, torch.Tensor | ValueColumn]]
 
 
@@ -99,7 +94,7 @@ class OutputSelector:
     ) -> None:
         """Store the section, the model's facts and the user's function of output.transform."""
         self._config, self._decode = config, decode
-        self._functions = _TRANSFORMS | _transforms_of(model)
+        self._functions = transforms_for(model)
         self._changed = bool(config.select or config.name or config.transforms or decode)
         self._reader = (
             OutputReader(Path(config.decoder).name, "output.transform")
@@ -185,7 +180,7 @@ def scored_outputs(
     if not isinstance(returned, torch.Tensor | ValueColumn):
         more = [(name, column) for name, column in iter_columns(returned) if name not in known]
         selected += [SelectedOutput(name, "", column) for name, column in more]
-    functions = _TRANSFORMS | _transforms_of(model)
+    functions = transforms_for(model)
     scored = []
     for output in selected:
         if sources is None or output.source in sources:
@@ -203,7 +198,7 @@ def split_steps(
     Where the model's config asks for sigmoid, softmax is sigmoid, and classify is classify_labels.
     """
     steps: tuple[str, ...] = config.transforms_of(output.source) if output.name else ()
-    first = next((i for i, step in enumerate(steps) if step in _SCORE_STEPS), len(steps))
+    first = next((i for i, step in enumerate(steps) if step in SCORE_STEPS), len(steps))
     of_scores = steps[first:]
     if model and model.probabilities == "sigmoid":
         renamed = {"softmax": "sigmoid", "classify": "classify_labels"}
@@ -212,7 +207,7 @@ def split_steps(
 
 
 def _apply(
-    functions: Mapping[str, _Transform],
+    functions: Mapping[str, Transform],
     steps: Sequence[str],
     output: SelectedOutput,
     config: OutputSection,
@@ -222,7 +217,9 @@ def _apply(
         return [(output.name, output.column)]
     named = [(output.name, output.tensor)]
     for step in steps:
-        named = [new for old in named for new in functions[step](*old, config, inputs)]
+        named = [
+            new for old in named for new in functions[step](Operand(step, *old, config, inputs))
+        ]
     return [*named]
 
 
@@ -404,8 +401,7 @@ def statements(
             text = f"{describe_values(output.column)}, one per sample"
             yield Statement(topic=topic, text=text)
         elif config.transforms:
-            own = _transforms_of(model)
-            text = _describe_steps(output.source, output.tensor, config, inputs, own)
+            text = _describe_steps(output.source, output.tensor, config, inputs, model)
             yield Statement(topic=topic, text=text)
 
 
@@ -413,7 +409,7 @@ def other_pooling(config: OutputSection, model: ModelFacts) -> str:
     """Describe the pooling of a sentence-transformers folder if the config pools in another way."""
     embedding: Any = model.embedding
     steps = config.transforms_of("")
-    if embedding is None or not _POOLING_STEPS & {*steps} or steps == embedding.equivalent:
+    if embedding is None or not POOLING_STEPS & {*steps} or steps == embedding.equivalent:
         return ""
     return str(embedding.description)
 
@@ -433,23 +429,25 @@ def _describe_steps(
     tensor: torch.Tensor,
     config: OutputSection,
     inputs: Inputs,
-    own: dict[str, _Transform],
+    model: ModelFacts | None,
 ) -> str:
     """Describe the shape of an output and its transforms, with the dimension of the classes."""
+    own, functions = own_transforms(model), transforms_for(model)
     shape, words = _row_shape(tensor), []
-    precision = ", in float32" if config.transforms_of(name) and _is_half(tensor) else ""
+    precision = ", in float32" if config.transforms_of(name) and is_half(tensor) else ""
     for step in config.transforms_of(name):
-        if step in own and step in _CLASS_STEPS:
+        of = Operand(step, name, tensor, config, inputs)
+        if step in own and step in CLASS_STEPS:
             words.append(f"{step} by sigmoid, as the model's config asks")
-        elif step in _CLASS_STEPS:
-            dim = _class_dim(step, name, tensor, config, inputs)
+        elif step in CLASS_STEPS:
+            dim = class_dim(of)
             words.append(f"{step} over dimension {dim} ({tensor.shape[dim]} classes)")
         else:
             words.append(
-                f"above {_threshold(config):g}" if step == "threshold" else _WORDS.get(step, step)
+                f"above {threshold(config):g}" if step == "threshold" else WORDS.get(step, step)
             )
-        tensor = (_TRANSFORMS | own)[step](name, tensor, config, inputs)[0][1]
-    pools = {*_POOLING_STEPS, "sentence_embedding"}.intersection(config.transforms_of(name))
+        tensor = functions[step](of)[0][1]
+    pools = {*POOLING_STEPS, "sentence_embedding"}.intersection(config.transforms_of(name))
     result = f", to {_row_shape(tensor)}" if pools else ""
     return f"{shape}: {', then '.join(words) or 'as returned'}{precision}{result}"
 
@@ -465,20 +463,27 @@ def class_counts(
     model: ModelFacts | None = None,
 ) -> dict[str, int]:
     """Return the number of classes of each written output that has class numbers or scores."""
-    own = _transforms_of(model)
-    functions = _TRANSFORMS | own
+    own = own_transforms(model)
     counts: dict[str, int] = {}
+    for output, of, steps in _walk(config, returned, inputs, model):
+        if of.step in CLASS_STEPS and of.step not in own:
+            count = of.tensor.shape[class_dim(of)]
+            written = _apply(transforms_for(model), steps, output, config, inputs)
+            counts = {name: count for name, _ in written} | counts
+    return counts
+
+
+def _walk(
+    config: OutputSection, returned: Any, inputs: Inputs, model: ModelFacts | None
+) -> Iterator[tuple[SelectedOutput, Operand, tuple[str, ...]]]:
+    """Yield each written output before each of its transforms, with this and those that follow."""
+    functions = transforms_for(model)
     for output in select_outputs(returned, config):
         steps = config.transforms_of(output.source)
-        for i, step in enumerate(steps):
-            if step in _CLASS_STEPS and step not in own:
-                dim = _class_dim(step, output.name, output.tensor, config, inputs)
-                written = _apply(functions, steps[i:], output, config, inputs)
-                counts |= {name: output.tensor.shape[dim] for name, _ in written}
-                break
-            column = _apply(functions, [step], output, config, inputs)[0][1]
+        for i in range(len(steps)):
+            yield output, Operand(steps[i], output.name, output.tensor, config, inputs), steps[i:]
+            column = _apply(functions, steps[i : i + 1], output, config, inputs)[0][1]
             output = output._replace(column=column)
-    return counts
 
 
 def misplaced_classes(
@@ -500,12 +505,11 @@ def misplaced_classes(
     Yields:
         The output, the dimension in use, its size, and the one dimension of size `classes`.
     """
-    own = _transforms_of(model)
-    for output in select_outputs(returned, config):
-        steps = config.transforms_of(output.source)
-        if steps and steps[0] in _CLASS_STEPS and steps[0] not in own:
-            shape = output.tensor.shape
-            dim = _class_dim(steps[0], output.name, output.tensor, config, inputs)
+    own = own_transforms(model)
+    for output, of, steps in _walk(config, returned, inputs, model):
+        first = steps == config.transforms_of(output.source)
+        if first and of.step in CLASS_STEPS and of.step not in own:
+            dim, shape = class_dim(of), of.tensor.shape
             others = [other for other in range(1, len(shape)) if shape[other] == classes]
             if len(others) == 1 and dim not in others:
                 yield output.source, dim, shape[dim], others[0]
@@ -523,19 +527,13 @@ def double_activations(
     of a sample must also add up to 1. The transform is the one that is applied, which is sigmoid
     where the model's config asks for it.
     """
-    own = _transforms_of(model)
-    functions = _TRANSFORMS | own
-    for output in select_outputs(returned, config):
-        for step in config.transforms_of(output.source):
-            if step in _ACTIVATIONS and own.get(step) is not _no_classes:
-                activation = "sigmoid" if step == "sigmoid" or step in own else "softmax"
-                dim = None
-                if activation == "softmax":
-                    dim = _class_dim(step, output.name, output.tensor, config, inputs)
-                if _are_probabilities(output.tensor, dim):
-                    yield output.source, activation
-            column = _apply(functions, [step], output, config, inputs)[0][1]
-            output = output._replace(column=column)
+    own = own_transforms(model)
+    for output, of, _ in _walk(config, returned, inputs, model):
+        if of.step in ACTIVATIONS and own.get(of.step) is not no_classes:
+            activation = "sigmoid" if of.step == "sigmoid" or of.step in own else "softmax"
+            dim = class_dim(of) if activation == "softmax" else None
+            if _are_probabilities(of.tensor, dim):
+                yield output.source, activation
 
 
 _FEW_VALUES = 4
@@ -552,302 +550,4 @@ def _are_probabilities(tensor: torch.Tensor, dim: int | None) -> bool:
     if dim is None:
         return True
     sums = tensor.float().sum(dim)
-    return bool(((sums - 1).abs() < (0.02 if _is_half(tensor) else 1e-3)).all())
-
-
-# --- transforms --------------------------------------------------------------------------------
-
-
-def _softmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    dim = _class_dim("softmax", name, tensor, config, inputs)
-    return [(name, torch.softmax(_scores("softmax", name, tensor), dim))]
-
-
-def _sigmoid(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The probability of each value, on its own: for one logit, or labels that may coincide."""
-    return [(name, torch.sigmoid(_scores("sigmoid", name, tensor)))]
-
-
-def _argmax(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    dim = _class_dim("argmax", name, tensor, config, inputs)
-    return [(name, _most_likely(tensor, dim)[1])]
-
-
-def _classify(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The most likely class and its probability."""
-    dim = _class_dim("classify", name, tensor, config, inputs)
-    return _best(name, torch.softmax(_scores("classify", name, tensor), dim), dim)
-
-
-def _classify_labels(
-    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
-) -> _Named:
-    """The most likely label and its probability, for labels that may coincide."""
-    dim = _checked_dim("classify", name, tensor, config, _default_dim(tensor))
-    return _best(name, torch.sigmoid(_scores("classify", name, tensor)), dim)
-
-
-def _best(name: str, probabilities: torch.Tensor, dim: int) -> _Named:
-    score, index = _most_likely(probabilities, dim)
-    prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
-    return [(f"{prefix}class", index), (f"{prefix}score", score)]
-
-
-def _no_classes(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    raise ConfigError(
-        "the model predicts values, not classes (problem_type: regression in its config); use "
-        "output.transform: none",
-        "output.transform",
-    )
-
-
-def _scores(step: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Floating-point scores, of at least float32."""
-    if not tensor.is_floating_point():
-        raise ConfigError(
-            f"{step} needs floating-point scores, but output {name!r} has dtype "
-            f"{str(tensor.dtype).removeprefix('torch.')}; if these are classes already, use "
-            "output.transform: none",
-            "output.transform",
-        )
-    return widened(tensor)
-
-
-def _is_half(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() < 4
-
-
-def _most_likely(scores: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The greatest score and its index; MISSING_CLASS if the score is NaN or infinite."""
-    best, index = torch.max(scores, dim)
-    return best, index.masked_fill(~is_finite(best), MISSING_CLASS)
-
-
-def _normalize(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """Scale to length 1, for cosine similarity; in float32 for narrower types."""
-    dim = _checked_dim("normalize", name, tensor, config, _default_dim(tensor))
-    return [(name, nn.functional.normalize(widened(tensor), dim=dim))]
-
-
-def _mean_pool(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """Mean over the tokens without padding, [n, tokens, width] to [n, width]; at least float32."""
-    tokens = widened(tensor)
-    mask = _mask("mean_pool", name, tensor, inputs).unsqueeze(-1).to(tokens.dtype)
-    return [(name, (tokens * mask).sum(1) / mask.sum(1).clamp(min=1))]
-
-
-def _cls(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The first token after any padding: [n, tokens, width] to [n, width]."""
-    first = _mask("cls", name, tensor, inputs).argmax(1)
-    return [(name, tensor[torch.arange(len(tensor), device=tensor.device), first])]
-
-
-def _last_token(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The last token before any padding: [n, tokens, width] to [n, width]."""
-    mask = _mask("last_token", name, tensor, inputs)
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
-    return [(name, tensor[torch.arange(len(tensor), device=tensor.device), last])]
-
-
-def _perplexity(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The loss of a document, its exponential and the number of tokens that it is the mean over.
-
-    Each token is predicted from those before it, so that the first has no loss.
-    """
-    ids = inputs.get("input_ids")
-    if ids is None or tensor.ndim != 3 or tensor.shape[:2] != ids.shape:
-        raise ConfigError(
-            "perplexity needs the scores of the next token [n, tokens, vocabulary] and the input "
-            f"input_ids, but output {name!r} has shape {[*tensor.shape]}; use a huggingface model "
-            "with auto_class: AutoModelForCausalLM, and output.select: logits",
-            "output.transform",
-        )
-    mask = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    losses, counts = [], []
-    # One document at a time: a copy of the scores in float32 needs the memory of one.
-    for scores, tokens, real in zip(tensor, ids, mask, strict=True):
-        known, own = scores[real], tokens[real]
-        losses.append(nn.functional.cross_entropy(known[:-1].float(), own[1:]))
-        counts.append(len(own) - 1)
-    loss, prefix = torch.stack(losses), "" if name == DEFAULT_OUTPUT else f"{name}."
-    return [
-        (f"{prefix}perplexity", loss.exp()),
-        (f"{prefix}loss", loss),
-        (f"{prefix}tokens", torch.tensor(counts)),
-    ]
-
-
-def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """Half precision as float32: sums and probabilities would lose their last digits."""
-    return tensor.float() if _is_half(tensor) else tensor
-
-
-def _mask(step: str, name: str, tensor: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-    """The attention mask [n, tokens]: 0 for padding."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        raise ConfigError(
-            f"{step} needs the input attention_mask to ignore padding, but the model does not have "
-            "it",
-            "output.transform",
-        )
-    if tensor.ndim != 3 or tensor.shape[:2] != mask.shape:
-        raise ConfigError(
-            f"{step} needs an output with one row per token, shape {[*mask.shape]} plus a width, "
-            f"but {name!r} has shape {[*tensor.shape]}; try output.select: last_hidden_state",
-            "output.transform",
-        )
-    return mask
-
-
-def _topk(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    dim = _class_dim("topk", name, tensor, config, inputs)
-    if config.k > tensor.shape[dim]:
-        raise ConfigError(
-            f"topk with k={config.k} exceeds the {tensor.shape[dim]} classes of output {name!r} "
-            f"(shape {list(tensor.shape)})",
-            "output.k",
-        )
-    values, indices = torch.topk(tensor, config.k, dim)
-    prefix = "" if name == DEFAULT_OUTPUT else f"{name}."
-    return [(f"{prefix}values", values), (f"{prefix}indices", indices)]
-
-
-def _threshold_values(
-    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
-) -> _Named:
-    """1 for values above output.threshold, else 0; MISSING_CLASS for NaN."""
-    above = (tensor > _threshold(config)).long()
-    if tensor.is_floating_point():
-        above = above.masked_fill(tensor.isnan(), MISSING_CLASS)
-    return [(name, above)]
-
-
-def _threshold(config: OutputSection) -> float:
-    return 0.5 if config.threshold is None else config.threshold
-
-
-def _uint8(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-    """The same whole numbers in one byte each, for class numbers of pixels."""
-    converted = tensor.to(torch.uint8)
-    if not torch.equal(converted.to(tensor.dtype), tensor):
-        if tensor.dtype == torch.int64 and bool((tensor == MISSING_CLASS).any()):
-            raise ConfigError(
-                f"uint8 cannot represent output {name!r}, where values lack a class because their "
-                "scores are NaN or infinite; remove uint8",
-                "output.transform",
-            )
-        low, high = (float(value) for value in (tensor.min(), tensor.max()))
-        raise ConfigError(
-            f"uint8 represents only whole numbers from 0 to 255, and output {name!r} has values "
-            f"from {low:g} to {high:g}; scores need argmax or threshold before it",
-            "output.transform",
-        )
-    return [(name, converted)]
-
-
-def _class_dim(
-    step: str, name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
-) -> int:
-    """The dimension of the classes, which must have several."""
-    mask = inputs.get("attention_mask")
-    of_tokens = mask is not None and tensor.shape[:2] == mask.shape
-    if config.dim is None and tensor.ndim == 3 and not of_tokens:
-        raise ConfigError(
-            f"output {name!r} has shape {list(tensor.shape)}; its classes may be in dimension 1 "
-            f"({tensor.shape[1]}) or 2 ({tensor.shape[2]}): set output.dim to 1 or 2",
-            "output.transform",
-        )
-    if tensor.ndim == 1:
-        dim, classes = 0, 1
-    else:
-        dim = _checked_dim(step, name, tensor, config, _default_dim(tensor))
-        classes = tensor.shape[dim]
-    if classes == 1:
-        advice = "sigmoid for one logit, or [sigmoid, threshold] for its class"
-        if not tensor.is_floating_point():
-            advice = "none, if these are classes already"
-        raise ConfigError(
-            f"{step} needs the scores of several classes, but output {name!r} has shape "
-            f"{list(tensor.shape)}, one value per {'pixel' if tensor.ndim > 2 else 'sample'}; use "
-            f"output.transform: {advice}",
-            "output.transform",
-        )
-    return dim
-
-
-def _default_dim(tensor: torch.Tensor) -> int:
-    """Dimension 1 of images and volumes [n, classes, height, width], else the last."""
-    return 1 if tensor.ndim > 3 else tensor.ndim - 1
-
-
-def _checked_dim(
-    step: str, name: str, tensor: torch.Tensor, config: OutputSection, default: int
-) -> int:
-    given = default if config.dim is None else config.dim
-    dim = given if given >= 0 else tensor.ndim + given
-    if not 0 < dim < tensor.ndim:
-        raise ConfigError(
-            f"cannot apply {step} over dimension {given} of output {name!r} with shape "
-            f"{list(tensor.shape)}; dimension 0 is the batch, choose a later one",
-            "output.dim" if tensor.ndim > 1 else "output.transform",
-        )
-    return dim
-
-
-def _sentence_embedding(
-    name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs
-) -> _Named:
-    raise ConfigError(
-        "sentence_embedding needs a sentence-transformers folder (with modules.json) as model.path "
-        "of a huggingface model with auto_class: AutoModel",
-        "output.transform",
-    )
-
-
-def _embedding_by(module: nn.Module) -> _Transform:
-    def embed(name: str, tensor: torch.Tensor, config: OutputSection, inputs: Inputs) -> _Named:
-        mask = _mask("sentence_embedding", name, tensor, inputs)
-        return [(name, module(tensor, mask))]
-
-    return embed
-
-
-def _transforms_of(model: ModelFacts | None) -> dict[str, _Transform]:
-    """The transforms that the facts of a model define or replace."""
-    own: dict[str, _Transform] = {}
-    if model is None:
-        return own
-    if model.embedding is not None:
-        own["sentence_embedding"] = _embedding_by(model.embedding)
-    if model.probabilities == "sigmoid":
-        own |= {"softmax": _sigmoid, "classify": _classify_labels}
-    if model.probabilities == "none":
-        own |= {"softmax": _no_classes, "classify": _no_classes, "argmax": _no_classes}
-    return own
-
-
-_TRANSFORMS: dict[str, _Transform] = {
-    "softmax": _softmax,
-    "sigmoid": _sigmoid,
-    "argmax": _argmax,
-    "classify": _classify,
-    "topk": _topk,
-    "threshold": _threshold_values,
-    "uint8": _uint8,
-    "mean_pool": _mean_pool,
-    "cls": _cls,
-    "last_token": _last_token,
-    "sentence_embedding": _sentence_embedding,
-    "normalize": _normalize,
-    "perplexity": _perplexity,
-}
-_WORDS = {"perplexity": "perplexity, from the mean loss of the tokens after the first, natural log"}
-"""Transforms that need more words than their names."""
-_POOLING_STEPS = {"mean_pool", "cls", "last_token"}
-_SCORE_STEPS = {"softmax", "sigmoid", "argmax", "classify", "topk", "threshold", "uint8"}
-"""Transforms of scores; metrics read the output before the first of them."""
-_ACTIVATIONS = {"softmax", "sigmoid", "classify"}
-"""Transforms of logits to probabilities."""
-_CLASS_STEPS = {"softmax", "argmax", "classify", "topk"}
-"""Transforms over the dimension of the classes."""
+    return bool(((sums - 1).abs() < (0.02 if is_half(tensor) else 1e-3)).all())
