@@ -14,7 +14,7 @@ from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
-from gradrun.output.columns import blank
+from gradrun.output.columns import ValueColumn, blank, layout, values_of
 from gradrun.output.evidence_writer import is_evidence
 from gradrun.output.missing import finite_rows
 from gradrun.output.quarantine import SampleLog
@@ -172,14 +172,22 @@ class BatchRecovery:
         pieces: dict[int, Outputs],
         failures: dict[int, SampleFailure],
     ) -> Recovered:
-        """Join the outputs, with zeros for the samples that failed, and quarantine these."""
+        """Join the outputs, with zeros for the samples that failed, and quarantine these.
+
+        Outputs whose rows differ in shape or dtype become values of any size.
+        """
         for sample, failure in sorted(failures.items()):
             self._quarantine(sample, failure)
         template = next(iter(pieces.values()), self.template)
-        outputs: Any = {name: blank(column, size) for name, column in template.items()}
-        for first, piece in pieces.items():
-            for name, column in piece.items():
-                outputs[name][first - start : first - start + len(column)] = column
+        outputs: Outputs = {}
+        for name, column in template.items():
+            parts = {first - start: piece[name] for first, piece in pieces.items()}
+            if len({layout(part) for part in parts.values()}) > 1:  # such as padding to the longest
+                parts = {row: ValueColumn(values_of(part)) for row, part in parts.items()}
+            rows: Any = blank(next(iter(parts.values()), column), size)
+            for row, part in parts.items():
+                rows[row : row + len(part)] = part
+            outputs[name] = rows
         if not failures:
             return outputs, None
         valid = torch.tensor([start + row not in failures for row in range(size)])

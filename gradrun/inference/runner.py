@@ -77,9 +77,8 @@ from gradrun.output.evidence_writer import LABELS, evidence_key
 from gradrun.output.formats import RowWriter
 from gradrun.output.kept_columns import kept_key
 from gradrun.output.quarantine import Quarantine, SampleLog
+from gradrun.output.tensor_transforms import Inputs, ModelFacts
 from gradrun.output.transforms import (
-    Inputs,
-    ModelFacts,
     Outputs,
     OutputSelector,
     SelectedOutput,
@@ -422,6 +421,8 @@ class Runner:
                         outputs, valid = recovery.recover_unreadable(at, batch)
                     else:
                         outputs, valid = recovery.recover(at, size, error)
+                    if check_finite:
+                        outputs, valid = recovery.check_finite(at, batch, outputs, valid)
                     if kept:
                         outputs = self.kept_columns(batch) | outputs
                     write(outputs, ids, valid)

@@ -176,6 +176,25 @@ def close(one: Column, other: Column, tolerance: float) -> bool:
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
+def values_of(column: Column) -> Sequence[Any]:
+    """Return the value of each sample: those of a column of values, or the rows of a tensor."""
+    return column.values if isinstance(column, ValueColumn) else column.unbind()
+
+
+def check_layout(subject: str, first: Column, column: Column) -> None:
+    """Check that a batch of an output can follow the first one in a file of one layout.
+
+    Raises:
+        ValueError: it has another dtype or shape of rows, or values of any shape.
+    """
+    if layout(column) != layout(first):
+        raise ValueError(
+            f"{subject} has {describe(first)}, but the next batch has {describe(column)}; use "
+            "format: jsonl for rows of any shape, or output.transform: mean_pool or cls for one "
+            "row per sequence"
+        )
+
+
 def describe(column: Column) -> str:
     """Describe the rows of a column in a few words."""
     if isinstance(column, ValueColumn):

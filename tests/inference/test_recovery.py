@@ -42,10 +42,12 @@ class Net(nn.Module):
                 x.fill_(-1.0)
         if self.kind in ("raise", "writes") and bad.any():
             raise ValueError(f"sample {{x[bad][0, 0]:.0f}} is bad")
+        if self.kind == "odd" and (bad & (x[:, 0] % 2 == 1)).any():
+            raise ValueError("a bad sample with an odd number")
         if self.kind == "memory" and len(x) > self.fits:
             torch.empty(len(x), 2**45)
         y = 2 * x
-        if self.kind == "nan":
+        if self.kind in ("nan", "odd"):
             y = y.masked_fill(bad[:, None], float("nan"))
         if self.kind == "infinite":
             y = y.masked_fill(bad[:, None], float("-inf"))
@@ -135,6 +137,57 @@ def test_bad_samples_may_be_anywhere_and_fill_a_batch(
     infer(bad=bad, **QUARANTINE)
     assert [line["sample"] for line in quarantined(tmp_path)] == bad
     assert np.isnan(rows(tmp_path)[:, 0]).nonzero()[0].tolist() == bad
+
+
+def test_nonfinite_outputs_in_a_batch_with_a_bad_sample_are_quarantined(
+    infer: Any, tmp_path: Path
+) -> None:
+    infer("odd", **QUARANTINE, **{"run.on_nonfinite": "quarantine"})
+    errors = {line["sample"]: line["error"].partition(":")[0] for line in quarantined(tmp_path)}
+    nonfinite = "the output of sample 14 contains NaN or infinity"
+    assert errors == {13: "ValueError", 14: nonfinite, 29: "ValueError"}
+    good = [i for i in range(SAMPLES) if i not in BAD]
+    assert rows(tmp_path)[good, 0].tolist() == [2.0 * i for i in good]
+    with pytest.raises(RunFailed, match="sample 14 contains NaN"):
+        infer("odd", **QUARANTINE, **{"run.on_nonfinite": "stop"})
+    assert len(rows(tmp_path)) == 8
+
+
+WIDTHS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        if (x[:, 0] == 13).any():
+            raise ValueError("bad")
+        return x[:, :2] if (x[:, 0] == 8).any() else x[:, :1]
+"""
+
+
+@pytest.mark.parametrize("form", ["jsonl", "npy"])
+def test_the_parts_of_a_failed_batch_may_differ_in_the_shape_of_their_rows(
+    tmp_path: Path, form: str
+) -> None:
+    (tmp_path / "net.py").write_text(WIDTHS)
+    np.save(tmp_path / "x.npy", np.arange(24, dtype=np.float32).repeat(2).reshape(-1, 2))
+    config = {
+        "model": {"source": "python", "target": f"{tmp_path}/net.py:Net"},
+        "data": {"source": "arrays", "path": f"{tmp_path}/x.npy", "batch_size": 8},
+        "run": {"on_error": "quarantine"},
+        "output": {"path": f"{tmp_path}/run", "format": form},
+    }
+    if form == "npy":
+        with pytest.raises(RunFailed, match=r"rows of shape \[1\], .* has values .* format: jsonl"):
+            gradrun.infer(config, trust_code=True)
+        assert rows(tmp_path)[:, 0].tolist() == [*range(8)]
+        return
+    gradrun.infer(config, trust_code=True)
+    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
+    # 8 to 15 are divided until 13 is alone: 8 to 11, 12, 13, 14 to 15.
+    widths = {8: 2, 9: 2, 10: 2, 11: 2}
+    right = [[float(i)] * widths.get(i, 1) if i != 13 else None for i in range(24)]
+    assert [json.loads(line)["prediction"] for line in lines] == right
 
 
 def test_a_first_batch_of_bad_samples_is_an_error(infer: Any) -> None:

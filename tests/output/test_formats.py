@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from gradrun.config.output import OutputSection
 from gradrun.output.class_labels import DEFAULT_OUTPUT
+from gradrun.output.columns import ValueColumn
 from gradrun.output.formats import (
     FORMATS,
     PredictionWriter,
@@ -805,3 +806,16 @@ def test_numbered_samples_have_integer_ids_in_parquet(tmp_path: Path) -> None:
     fill(new_writer(tmp_path, "parquet"), {DEFAULT_OUTPUT: numbered(2)})
     found = pandas.read_parquet(tmp_path / "predictions")
     assert (found["id"].dtype, found["id"].tolist()) == (np.int64, list(range(SAMPLES)))
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "parquet"])
+def test_values_after_rows_of_one_shape_are_refused(tmp_path: Path, form: str) -> None:
+    target = new_writer(tmp_path, form)
+    first = torch.arange(BATCH, dtype=torch.float64)
+    target.open({DEFAULT_OUTPUT: first})
+    target.write({DEFAULT_OUTPUT: first}, range(BATCH))
+    later = ValueColumn([0.5, None, 1.5, 2.5, 3.5])
+    with pytest.raises(ValueError, match=r"has values of any shape; use format: jsonl"):
+        target.write({DEFAULT_OUTPUT: later}, range(BATCH, 2 * BATCH))
+    target.close()
+    assert torch.equal(stored(tmp_path, form), first), "earlier rows stay"

@@ -21,13 +21,14 @@ import numpy as np
 from gradrun.core import files
 from gradrun.core.units import format_bytes
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
-from gradrun.output.columns import tensors_of
+from gradrun.output.columns import check_layout, tensors_of
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import MISSING_CLASS, fill_missing
 
 if TYPE_CHECKING:
     import torch
 
+    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 Array = np.ndarray[Any, Any]
@@ -76,8 +77,8 @@ class NpyWriter:
         if valid is not None:
             outputs = fill_missing(outputs, valid)
             self._invalid += (self.written + np.flatnonzero(~valid.numpy())).tolist()
-        for name, tensor in tensors_of(outputs).items():
-            self._arrays[name].write(self.written, tensor)
+        for name, column in outputs.items():
+            self._arrays[name].write(self.written, column)
         self.written += len(ids)
 
     def commit(self) -> list[CommittedRange]:
@@ -145,26 +146,21 @@ class RowLayout:
 
     def __init__(self, name: str, first: torch.Tensor) -> None:
         """Take the layout of a batch; the name is for errors."""
-        self._name = name
+        self._name, self._first = name, first[:0]
         self._widen = not has_numpy_dtype(first)
-        like = (first[:0].float() if self._widen else first[:0]).numpy()
+        like = with_numpy_dtype(self._first).numpy()
         self.shape, self.dtype = like.shape[1:], like.dtype
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
 
-    def rows_of(self, tensor: torch.Tensor) -> Array:
+    def rows_of(self, column: Column) -> Array:
         """Return a batch [n, ...] as an array that may share its memory.
 
         Raises:
             ValueError: it has another layout.
         """
-        rows = (tensor.float() if self._widen else tensor).numpy()
-        if rows.shape[1:] != self.shape or rows.dtype != self.dtype:
-            raise ValueError(
-                f"{self._name} has {self.dtype} rows of shape {list(self.shape)}, but the next "
-                f"batch has {rows.dtype} rows of shape {list(rows.shape[1:])}; use format: jsonl "
-                "for rows of any shape, or output.transform: mean_pool or cls for one row per "
-                "sequence"
-            )
+        check_layout(self._name, self._first, column)
+        tensor: Any = column
+        rows: Array = (tensor.float() if self._widen else tensor).numpy()
         return rows
 
 
@@ -217,8 +213,8 @@ class _NpyFile:
         )
         return header.getvalue()
 
-    def write(self, at: int, tensor: torch.Tensor) -> None:
-        rows = self.layout.rows_of(tensor)
+    def write(self, at: int, column: Column) -> None:
+        rows = self.layout.rows_of(column)
         stop = at + len(rows)
         if stop - self.begin > self.step:
             self.flush(at)
@@ -285,6 +281,11 @@ class _NpyFile:
                 error.errno,
                 f"{self.path.name} needs {format_bytes(size)}; the disk has {free} free",
             ) from error
+
+
+def with_numpy_dtype(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or its values as float32, which represents them exactly."""
+    return tensor if has_numpy_dtype(tensor) else tensor.float()
 
 
 def mark_nonfinite(rows: Array, bad: Array) -> None:

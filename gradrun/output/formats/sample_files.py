@@ -20,7 +20,7 @@ import numpy as np
 from gradrun.core import files
 from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import ClassLabels
-from gradrun.output.columns import ValueColumn
+from gradrun.output.columns import ValueColumn, values_of
 from gradrun.output.formats import text_writer
 from gradrun.output.formats.jsonl import JsonlWriter
 from gradrun.output.formats.sample_encoders import SampleEncoder, open_encoder
@@ -31,7 +31,6 @@ from gradrun.output.missing import count_nonfinite
 if TYPE_CHECKING:
     import torch
 
-    from gradrun.output.columns import Column
     from gradrun.output.transforms import Outputs
 
 Array = np.ndarray[Any, Any]
@@ -95,7 +94,7 @@ class FilesWriter(JsonlWriter):
             return sum(
                 len(encoder(value))
                 for name, encoder in self._encoders.items()
-                for value in _values_of(outputs[name])
+                for value in values_of(outputs[name])
                 if value is not None
             )
         except ValueError as error:
@@ -135,7 +134,7 @@ class FilesWriter(JsonlWriter):
         """Write the files of some samples, and return the columns of their lines in the index."""
         described: Outputs = {k: column for k, column in outputs.items() if is_kept(k)}
         for output, encoder in self._encoders.items():
-            values = _values_of(outputs[output])
+            values = values_of(outputs[output])
             entries: list[dict[str, Any] | None] = []
             for row, (name, value) in enumerate(zip(names, values, strict=True)):
                 if value is None or (valid is not None and not valid[row]):
@@ -183,10 +182,6 @@ class FilesWriter(JsonlWriter):
                 return
             size -= len(line)
             yield line
-
-
-def _values_of(column: Column) -> Sequence[Any]:
-    return column.values if isinstance(column, ValueColumn) else column.unbind()
 
 
 def safe_name(sample_id: str) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
-from gradrun.output.columns import blank, describe, layout, row_bytes
+from gradrun.output.columns import blank, check_layout, row_bytes
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import count_nonfinite, fill_missing
 
@@ -178,13 +178,7 @@ class ShardedWriter(ABC):
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
         outputs = self.convert(fill_missing(outputs, valid))
         for name, column in outputs.items():
-            buffer = self._buffers[name]
-            if layout(column) != layout(buffer):
-                raise ValueError(
-                    f"output {name!r} has {describe(buffer)}, but the next batch has "
-                    f"{describe(column)}; use format: jsonl for rows of any shape, or "
-                    "output.transform: mean_pool or cls for one row per sequence"
-                )
+            check_layout(f"output {name!r}", self._buffers[name], column)
         done = 0
         while done < len(ids):
             shard = self._layout.locate(self.written)
