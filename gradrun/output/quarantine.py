@@ -36,7 +36,8 @@ class Quarantine:
         """Keep the entries of samples before this one, and remove all others."""
         if not self.path.exists():
             return
-        retained = [line for line in files.read_lines(self.path) if _is_before(line, sample)]
+        lines = [(_position(line), line) for line in files.read_lines(self.path)]
+        retained = [line for position, line in lines if position is not None and position < sample]
         self.count = len(retained)
         draft = self.path.with_name(f"{FILE_NAME}.tmp")
         _write(draft, b"".join(retained), os.O_TRUNC)
@@ -52,16 +53,17 @@ class Quarantine:
 def quarantined_positions(folder: Path) -> set[int]:
     """Input positions of the quarantined samples of a run folder."""
     path = folder / FILE_NAME
-    if not path.exists():
-        return set()
-    return {json.loads(line)["sample"] for line in files.read_lines(path)}
+    positions = map(_position, files.read_lines(path) if path.exists() else ())
+    return {position for position in positions if position is not None}
 
 
-def _is_before(line: bytes, sample: int) -> bool:
+def _position(line: bytes) -> int | None:
+    """Return the input position of an entry; None if it is damaged, such as by a full disk."""
     try:
-        return line.endswith(b"\n") and bool(json.loads(line)["sample"] < sample)
+        position = json.loads(line)["sample"] if line.endswith(b"\n") else None
     except (ValueError, KeyError, TypeError, RecursionError):
-        return False
+        return None
+    return position if isinstance(position, int) else None
 
 
 def _write(path: Path, data: bytes, flag: int) -> None:

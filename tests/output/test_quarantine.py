@@ -23,7 +23,8 @@ def test_a_resume_removes_later_and_damaged_entries(tmp_path: Path) -> None:
     for sample in (3, 12, 7):  # grouped batches are not in input order
         first.add(sample, sample, "error", "")
     with first.path.open("a") as file:
-        file.write('[1]\n{"sample": 1')
+        file.write('[1]\n{"sample": 1')  # such as after a full disk
+    assert quarantined_positions(tmp_path) == {3, 12, 7}
     resumed = Quarantine(tmp_path)
     resumed.truncate(8)
     assert resumed.count == 2
