@@ -88,7 +88,10 @@ class RunFolder:
         check_unlocked(path)
         self.previous = self._inspect()
         """Journal of the earlier run to resume, if any."""
-        removed = {file.resolve() for file in self._run_files()} if overwrite else set()
+        files = self._run_files() if overwrite else []
+        # With a folder of inputs, such as the images that format: files has written.
+        folders = {file.parent for file in files} - {path}
+        removed = {file.resolve() for file in (*files, *folders)}
         if needed := [file for file in inputs if file.resolve() in removed]:
             raise ConfigError(
                 f"{option('overwrite')} would remove {needed[0]}, which is an input of this run; "

@@ -303,3 +303,13 @@ def test_a_removed_folder_can_be_unlocked(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "a")
         (tmp_path / "a").write_text("a file now")
     assert (tmp_path / "a").read_text() == "a file now"
+
+
+def test_overwriting_does_not_remove_a_folder_of_inputs(tmp_path: Path) -> None:
+    images = tmp_path / "predictions"
+    images.mkdir()
+    (images / "0.png").touch()
+    with pytest.raises(ConfigError, match=r"would remove .*predictions, which is an input"):
+        RunFolder(tmp_path, overwrite=True, inputs=[images])
+    RunFolder(tmp_path, overwrite=True, inputs=[tmp_path / "model"])
+    assert names(images) == {"0.png"}
