@@ -218,7 +218,7 @@ class _Pass:
         if difference := self._difference(ready):
             self.engine.stop(number)
             self._record_loss(number, difference, rejected=True)
-            if not self._alive() and not self._starting:
+            if not self._remaining():
                 raise RunFailed(
                     f"worker {number} on {ready.node} cannot take part: {difference}",
                     resumable=True,
@@ -266,7 +266,7 @@ class _Pass:
         for sample in self.schedule.lose_worker(number):
             self._keep_result(sample, self._isolate(sample, cause))
         idle = self.schedule.unassigned and self._failed_starts < _MAX_FAILED_STARTS
-        if idle or not self._alive():
+        if idle or not self._remaining():
             self.engine.start(1)
             self._starting += 1
 
@@ -274,7 +274,7 @@ class _Pass:
         """Warn of a worker that ended before it was ready; fail if none is left."""
         self._starting -= 1
         self._failed_starts += 1
-        if self._alive():
+        if self._remaining():
             text = f"worker {number} could not start, and the others continued: {cause}"
             self.plan.runner.warnings.append(Warning(code="worker_failed", text=text))
         elif self._failed_starts >= _MAX_FAILED_STARTS or isinstance(event, Failed):
@@ -293,6 +293,10 @@ class _Pass:
 
     def _alive(self) -> list[tuple[int, _Worker]]:
         return [(number, worker) for number, worker in self.workers.items() if not worker.lost]
+
+    def _remaining(self) -> bool:
+        """Whether a worker is ready or may become so."""
+        return bool(self._starting or self._alive())
 
     def _record_loss(self, number: int, cause: str, *, rejected: bool = False) -> None:
         worker = self.workers[number]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count, thread_variable
@@ -68,10 +68,6 @@ class EngineRequest:
         if asked != "auto":
             return asked
         return self.resumed_threads or (thread_count("auto") if thread_variable() else automatic)
-
-    def replace(self, **changes: Any) -> EngineRequest:
-        """Return a copy with changed fields."""
-        return replace(self, **changes)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ class Rows(msgspec.Struct, frozen=True, kw_only=True, tag="rows"):
     outputs: dict[str, TensorData | ValueData]
     size: int
     """Number of samples."""
-    ids: list[int | str] | int
+    ids: list[Any] | int
     """The ids, or the first one if they are consecutive numbers."""
     valid: TensorData | None
     """Mask of the samples with a prediction; None if all have one."""
@@ -101,9 +102,9 @@ class Quarantined(msgspec.Struct, frozen=True, kw_only=True, tag="quarantined"):
     """One sample without a prediction: the arguments of Quarantine.add()."""
 
     sample: int
-    id: int | str
-    error: str
-    details: str
+    id: Any
+    error: Any
+    details: Any
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
@@ -131,8 +132,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     batch_limit: int | None
     limited_from: int
     process_peak: int | None
-    error: str | None
-    """The error that ended the run at the samples after the last event."""
+    error: Any
+    """The error that ended the run at the samples after the last event; None if there is none."""
     resume_options: str
     """Options without which a resume would fail at the same sample."""
     interrupted: bool = False
@@ -148,7 +149,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """Worker to driver: the run cannot be prepared."""
 
-    error: str
+    error: Any
     key: str
     """The config key at fault, or empty."""
     config_error: bool
@@ -157,27 +158,52 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
 Request = Open | Task
 Reply = Ready | Done | Failed
 
-_TENSOR = 1
-"""Code of the extension for tensors in a column of values."""
+_TENSOR, _JSON = 1, 2
+"""Codes of extensions: a tensor in a column of values, and a value that msgpack cannot represent.
+
+Those are whole numbers of more than 64 bits and names of files that are not UTF-8. Fields that may
+contain them are of type Any.
+"""
 
 
 def _encode_tensor(value: Any) -> msgspec.msgpack.Ext:
     return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode(pack_tensor(value)))
 
 
-def _decode_tensor(code: int, data: memoryview) -> torch.Tensor:
+def _escaped(value: Any) -> Any:
+    """Return a message whose values msgpack can represent."""
+    if isinstance(value, msgspec.Struct):
+        fields = {name: _escaped(getattr(value, name)) for name in value.__struct_fields__}
+        return msgspec.structs.replace(value, **fields)
+    if isinstance(value, list | tuple):
+        return [*map(_escaped, value)]
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    try:
+        msgspec.msgpack.encode(value if isinstance(value, str | int) else None)
+    except (UnicodeEncodeError, OverflowError):
+        return msgspec.msgpack.Ext(_JSON, json.dumps(value).encode())
+    return value
+
+
+def _decode_extension(code: int, data: memoryview) -> Any:
+    if code == _JSON:
+        return json.loads(bytes(data))
     # A copy, so that a single value does not keep the whole message.
     return unpack_tensor(msgspec.msgpack.decode(bytearray(data), type=TensorData))
 
 
 _ENCODER: Any = msgspec.msgpack.Encoder(enc_hook=_encode_tensor)
-_REQUESTS: Any = msgspec.msgpack.Decoder(Request)
-_REPLIES: Any = msgspec.msgpack.Decoder(Reply, ext_hook=_decode_tensor)
+_REQUESTS: Any = msgspec.msgpack.Decoder(Request, ext_hook=_decode_extension)
+_REPLIES: Any = msgspec.msgpack.Decoder(Reply, ext_hook=_decode_extension)
 
 
 def encode(message: Request | Reply) -> bytes:
     """Return a message as bytes."""
-    data: bytes = _ENCODER.encode(message)
+    try:
+        data: bytes = _ENCODER.encode(message)
+    except (UnicodeEncodeError, OverflowError):
+        data = _ENCODER.encode(_escaped(message))
     return data
 
 

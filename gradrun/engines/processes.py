@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gradrun.core.cpu import available_cpus
+from gradrun.core.errors import RunFailed, first_line
 from gradrun.core.progress import Progress
 from gradrun.core.units import pluralize
 from gradrun.engines.child_process import (
@@ -27,7 +28,7 @@ from gradrun.engines.child_process import (
     write_frame,
 )
 from gradrun.engines.engine import Engine, EngineRequest, Event, Lost, StartedEngine, start_error
-from gradrun.engines.messages import Done, Open, Ready, Task, decode_reply, encode
+from gradrun.engines.messages import Done, Failed, Open, Ready, Task, decode_reply, encode
 from gradrun.inference.device import resolve_device
 from gradrun.results.result import Statement
 
@@ -117,7 +118,7 @@ class ProcessesEngine:
                 return None
             if number not in self._workers:
                 continue  # the end of a process that stop() killed
-            if isinstance(event, Lost):
+            if isinstance(event, Lost | Failed):  # one event, and its slot is free
                 self.stop(number)
             return number, event
 
@@ -135,11 +136,7 @@ class ProcessesEngine:
 
 
 def start(request: EngineRequest) -> StartedEngine:
-    """Request the workers that the config asks for, or as many as pay.
-
-    Raises:
-        RunFailed: the measurement for `workers: auto` failed.
-    """
+    """Request the workers that the config asks for, or as many as pay."""
     section, device = request.config.engine, resolve_device(request.config.run.device)
     assert section
     workers, cpus = section.workers, available_cpus()
@@ -192,6 +189,10 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
     try:
         ready = await_ready(engine, started.workers)
         one, all_workers = _rates(engine, ready, cpus)
+    except RunFailed as error:  # a single process predicts what precedes it, and reports it
+        engine.close()
+        text = f"one process, because {engine.name} could not be measured: {first_line(error)}"
+        return StartedEngine(None, request.config, statements=(_statement(text),))
     except BaseException:
         engine.close()
         raise
@@ -241,8 +242,10 @@ def _run_tasks(engine: Engine, workers: Sequence[int], task: Task) -> float:
     while waiting:
         if event := engine.next(_POLL_SECONDS):
             number, done = event
-            if not isinstance(done, Done) or done.error:
+            if not isinstance(done, Done):
                 raise start_error(number, done)
+            if done.error:
+                raise RunFailed(done.error)
             waiting.discard(number)
             rate += (task.stop - task.start) / max(done.seconds, 1e-9)
     return rate

@@ -106,7 +106,10 @@ class RayEngine:
         except self._ray.exceptions.RayError as error:
             self.stop(number)
             return number, Lost(f"was lost ({type(error).__name__}: {_reason(error)})")
-        self._opened.add(number)
+        if isinstance(reply, Failed):
+            self.stop(number)  # for its CPUs
+        else:
+            self._opened.add(number)
         return number, reply
 
     def _check_room(self) -> tuple[int, Event] | None:
@@ -161,7 +164,7 @@ def start(request: EngineRequest) -> StartedEngine:
                 }
             }
         )
-        started = processes.start(request.replace(config=local))
+        started = processes.start(replace(request, config=local))
         (statement,) = started.statements
         text = f"{statement.text}; no Ray address is set"
         return replace(started, statements=(Statement(topic="engine", text=text),))

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +21,14 @@ import torch
 import yaml
 
 import gradrun
+from gradrun.config.load import load_config
 from gradrun.core.errors import RunFailed
 from gradrun.core.progress import Progress
+from gradrun.engines import processes
+from gradrun.engines.dispatch import _result
+from gradrun.engines.engine import EngineRequest, StartedEngine
+from gradrun.engines.messages import Failed, Open, Task
+from gradrun.engines.schedule import Span
 from gradrun.results.result import WorkerStats
 from tests.conftest import ROOT
 
@@ -278,3 +286,56 @@ def test_auto_uses_workers_or_one_process_and_says_which(
         assert "x as fast as one process" in engine
         assert len(result.measurements[0].workers) > 1
     assert np.array_equal(np.load(tmp_path / "out" / "predictions.npy"), EXPECTED)
+
+
+def test_a_worker_that_cannot_start_is_reported_once_and_can_be_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def start(*_: Any, **__: Any) -> subprocess.Popen[bytes]:
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        return subprocess.Popen(["sleep", "60"], start_new_session=True, **pipes)
+
+    monkeypatch.setattr(processes, "start_child", start)
+    engine = processes.ProcessesEngine([Open(config={}, trust_code=False)] * 2, 1, pin=False)
+    with closing(engine):
+        engine.start(2)
+        engine._events.put((2, Failed(error="no room", key="", config_error=False)))
+        event = engine.next(5.0)
+        assert event is not None
+        assert (event[0], type(event[1])) == (2, Failed)
+        engine.start(1)
+        assert engine.next(0.5) is None, "the end of the process is not another failure"
+        assert sorted(engine.keep(2)) == [1, 3]
+
+
+def test_auto_uses_one_process_if_the_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Engine:
+        name = "2 processes"
+        closed = False
+
+        def send(self, worker: int, task: Task) -> None:
+            self.task = task
+
+        def next(self, timeout: float) -> tuple[int, Any]:
+            done = _result(Span(self.task.start, self.task.stop), error="sample 9 failed")
+            return 1, done
+
+        def close(self) -> None:
+            self.closed = True
+
+    engine: Any = Engine()
+    ready: Any = SimpleNamespace(batch_seconds=1.0, batch_size=4, whole_batches=4, samples=40)
+    monkeypatch.setattr(processes, "await_ready", lambda *_: {1: ready, 2: ready})
+    section = {"source": "processes"}
+    data = {"source": "synthetic", "inputs": {"x": {"shape": [2]}}, "samples": 40}
+    model = {"source": "layers", "layers": ["Identity"]}
+    run = {"model": model, "data": data, "output": {"path": "out"}, "engine": section}
+    config = load_config(run).config
+    request = EngineRequest(config, None, False, lambda _: None)
+    started = processes._measure(request, StartedEngine(engine, config, 2), 2)
+    assert started.engine is None
+    assert engine.closed
+    (statement,) = started.statements
+    assert (
+        statement.text == "one process, because 2 processes could not be measured: sample 9 failed"
+    )

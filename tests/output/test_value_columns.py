@@ -172,7 +172,7 @@ def test_columns_are_selected_joined_and_checked_for_nan() -> None:
 def test_values_travel_between_processes() -> None:
     rows = messages.pack_rows(ROWS, [*"abcdefg"], VALID)
     packed = messages._ENCODER.encode(rows)
-    decoder = messages.msgspec.msgpack.Decoder(messages.Rows, ext_hook=messages._decode_tensor)
+    decoder = messages.msgspec.msgpack.Decoder(messages.Rows, ext_hook=messages._decode_extension)
     outputs, ids, valid = messages.unpack_rows(decoder.decode(bytearray(packed)))
     assert ids == [*"abcdefg"]
     assert valid is not None
