@@ -220,6 +220,8 @@ class _UserSource:
         self.sample_bytes = 0
         self._checksum = 0
         self._labels: torch.Tensor | None = None
+        self._label_names: Sequence[str] = ()
+        """Names that were replaced by their positions; () if the labels are numbers."""
         """Labels of the first batch."""
         self._id_type = ""
         self._worker_settings = (data.workers, data.start_worker, seed)
@@ -244,6 +246,7 @@ class _UserSource:
             "batch_size": self.batch_size,
             "saved_labels": self.config.labels,
             "first_batch": self._checksum,
+            **({"saved_label_names": [*self._label_names]} if self._label_names else {}),
         }
 
     @property
@@ -285,7 +288,7 @@ class _UserSource:
                 "of the model's",
                 "data.labels",
             )
-        self.classes = self.classes or self._classes
+        self._label_names = self.classes = self.classes or self._classes
         numbers = torch.zeros(collated.size, dtype=torch.float64)
         for row, name in enumerate(names):
             if row in errors:

@@ -301,6 +301,14 @@ def test_labels_and_ids_are_no_inputs(opened: Opened) -> None:
     assert first(opened("dicts", id="n", inputs=["x"])).ids == [0, 1, 2, 3]
 
 
+def test_names_whose_positions_a_run_saves_as_labels_identify_the_data(opened: Opened) -> None:
+    for names in (["dog", "cat"], ["cat", "dog"]):
+        data: Any = opened("dicts", labels="y", inputs=["x"], classes=names)
+        assert data.identity["saved_label_names"] == names
+    numbered: Any = opened("Pairs", labels=1, classes=["a", "b", "c"])
+    assert "saved_label_names" not in numbered.identity
+
+
 def test_numbers_keep_their_dtype_as_arrays_do_and_it_is_stated(opened: Opened) -> None:
     data = opened("array")
     assert first(data).args[0].dtype == torch.float64
