@@ -5,13 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,8 +74,11 @@ def _import_module(location: str, key: str, *, again: bool) -> ModuleType:
 
 
 def _imported_file(path: Path) -> ModuleType | None:
+    """Return the module of a file, unless the file has changed since its import."""
     module = sys.modules.get(f"{_FILE_PREFIX}{path.stem}")
-    return module if module and _location(module) == path else None
+    if module is None or _location(module) != path:
+        return None
+    return module if _times.get(module.__name__) == path.stat().st_mtime_ns else None
 
 
 def require_trust(trust_code: bool, source: str, key: str) -> None:
@@ -110,6 +111,7 @@ def import_file(path: Path) -> ModuleType:
     # Dataclasses, pickles and torch.compile look up a class's module by its name.
     sys.modules[name] = module
     try:
+        _times[name] = path.stat().st_mtime_ns
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
@@ -120,6 +122,9 @@ def import_file(path: Path) -> ModuleType:
 _FILE_PREFIX = "gradrun_file_"
 """Of the module names of imported files."""
 
+_times: dict[str, int] = {}
+"""Module name of an imported file -> the modification time of the file."""
+
 _OTHERS = {"gradrun", "__main__", "__mp_main__"}
 """Packages and modules that are not part of a user's model."""
 
@@ -128,17 +133,6 @@ _imported: dict[Path, set[str]] = {}
 
 _added: set[Path] = set()
 """Root folders that this module added to sys.path."""
-
-
-@dataclass
-class _Beside:
-    """The modules that the last function of the user imported, and the folders for it."""
-
-    modules: set[str] = field(default_factory=set)
-    folders: set[str] = field(default_factory=set)
-
-
-_beside = _Beside()
 
 
 @contextmanager
@@ -177,47 +171,6 @@ def imports_from(
         imported |= {
             name for name in sys.modules.keys() - before if _is_user_module(sys.modules[name])
         }
-
-
-def import_function(target: str, key: str) -> tuple[Callable[..., Any], dict[str, Path]]:
-    """Import a function beside the model, whose modules stay imported.
-
-    Args:
-        target: "file.py:name", or "package.module:name" from the current folder.
-        key: the config key in errors.
-
-    Returns:
-        The function, and the name and path of each file of the user's code that was imported.
-
-    Raises:
-        ConfigError: the import fails, or the name is not a function.
-    """
-    location, _, name = target.rpartition(":")
-    root = target_root(target, None)
-    # Files may have changed since an earlier run of this process, or belong to another folder.
-    for earlier in _beside.modules:
-        sys.modules.pop(earlier, None)
-    sys.path[:] = [entry for entry in sys.path if entry not in _beside.folders]
-    _beside.modules.clear()
-    _beside.folders.clear()
-    if str(root) not in sys.path:
-        sys.path.append(str(root))
-        _beside.folders.add(str(root))
-    importlib.invalidate_caches()
-    before = set(sys.modules)
-    module = _import_module(location, key, again=True)
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [known for known, value in vars(module).items() if inspect.isfunction(value)]
-        raise ConfigError(f"{location} has no function {name!r}; {suggest(name, public)}", key)
-    names = {n for n in sys.modules.keys() - before if _is_user_module(sys.modules[n])}
-    _beside.modules |= names - {module.__name__}
-    paths = {path for n in {*names, module.__name__} if (path := _location(sys.modules[n]))}
-    return function, {_name_below(path, root): path for path in sorted(paths)}
-
-
-def _name_below(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def imported_files(root: Path) -> dict[str, Path]:

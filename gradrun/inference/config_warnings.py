@@ -28,7 +28,7 @@ def config_warnings(
     """
     return [
         *_model_warnings(model, config),
-        *_label_warnings(label_names(data), model.classes),
+        *label_name_warnings(label_names(data), model.classes),
         *_preprocessing_warnings(statements),
     ]
 
@@ -55,7 +55,7 @@ def _model_warnings(model: LoadedModel, config: RunConfig) -> Iterator[Warning]:
     yield Warning(code="random_weights", text=text)
 
 
-def _label_warnings(names: Sequence[str], own: Sequence[str]) -> Iterator[Warning]:
+def label_name_warnings(names: Sequence[str], own: Sequence[str]) -> Iterator[Warning]:
     """Warn about labels that are compared with classes of other names."""
     if not names or len(names) != len(own) or same_names(names, own):
         return

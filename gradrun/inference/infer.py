@@ -34,7 +34,7 @@ from gradrun.data.source import (
     require_length,
 )
 from gradrun.inference.compilation import compile_model
-from gradrun.inference.config_warnings import config_warnings, label_names
+from gradrun.inference.config_warnings import config_warnings, label_name_warnings, label_names
 from gradrun.inference.decoding import open_decoder
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
@@ -49,7 +49,6 @@ from gradrun.inference.signals import GracefulShutdown
 from gradrun.models import load_model
 from gradrun.models.class_names import check_order
 from gradrun.models.loaded import LoadedModel
-from gradrun.models.python import source_files
 from gradrun.output import class_labels, formats
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
@@ -65,7 +64,8 @@ from gradrun.results.result import Environment, InferResult, Memory, RunInfo, St
 from gradrun.results.run_warnings import run_warnings
 
 _NO_METRICS = "no_metrics"
-_METRIC_WARNINGS = {_NO_METRICS, CLASS_ORDER}
+_METRIC_WARNINGS = {_NO_METRICS, CLASS_ORDER, "labels_from_1", "label_names"}
+"""Codes of warnings that depend on the metrics and the labels of a config."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def infer(
         plan = _with_late_imports(plan)
         _check_metrics(plan, prepared)
         if plan.finished:
-            return _replace_metrics(plan.finished, config, prepared.evaluation, plan.folder)
+            return _replace_metrics(plan, plan.finished, prepared.evaluation)
         runner.warnings += _check_stateless(plan, prepared, run_pass)
         runner.check_batch_independence(prepared)
         # Before the lock creates the folder: a format may need a library that is missing.
@@ -233,11 +233,6 @@ def open_run(
     started = time.perf_counter()
     model = load_model(config.model, device, data=config.data, trust_code=is_trusted(trust_code))
     config = config.replace({"output": resolve_output(config.output, model)})
-    code = source_files(config.model)
-    decode = None
-    if target := config.output.decoder:
-        decode, files_of_decoder = open_decoder(target, trust_code=is_trusted(trust_code))
-        code |= files_of_decoder
     loaded = time.perf_counter()
     progress(Progress("opening the data"))
     opening = time.perf_counter()
@@ -250,6 +245,10 @@ def open_run(
         keep=config.kept_columns,
     )
     opened = time.perf_counter()
+    decode = None
+    if target := config.output.decoder:
+        roots = _code_roots(config)
+        decode = open_decoder(target, beside=roots, trust_code=is_trusted(trust_code))
     model = compile_model(model, config.model.compile, data)
     compiled = time.perf_counter()
     check_order(label_names(data), model.classes)
@@ -267,7 +266,7 @@ def open_run(
         if isinstance(data, HasKeptColumns)
         else {},
         identity=data.identity if isinstance(data, HasIdentity) else {},
-        code=code | _data_code(config),
+        code=_code_files(config),
         resolved={"device": device.type, "threads": torch.get_num_threads()},
         versions={
             "torch": str(torch.__version__),
@@ -283,14 +282,26 @@ def open_run(
     )
 
 
-def _data_code(config: RunConfig) -> dict[str, Path]:
-    """Return name and path of each file that the data source imported."""
-    files: dict[str, Path] = {}
-    root = getattr(config.data, "root", None)
-    for target in config.data.targets().values():
-        imported = imported_files(target_root(target, root))
-        files |= {f"data: {name}": path for name, path in imported.items()}
-    return files
+def _code_roots(config: RunConfig) -> dict[Path, str]:
+    """Return the folders of the user's code for model and data, and what precedes file names."""
+    roots: dict[Path, str] = {}
+    for key, target in config.targets().items():
+        section, _, _ = key.partition(".")
+        root = getattr(getattr(config, section), "root", None)
+        roots.setdefault(target_root(target, root), "" if section == "model" else f"{section}: ")
+    return roots
+
+
+def _code_files(config: RunConfig) -> dict[str, Path]:
+    """Return name and path of each file of the user's code that has been imported."""
+    roots = _code_roots(config)
+    if config.output.decoder:
+        roots.setdefault(target_root(config.output.decoder, None), "output: ")
+    return {
+        f"{prefix}{name}": path
+        for root, prefix in roots.items()
+        for name, path in imported_files(root).items()
+    }
 
 
 def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
@@ -300,12 +311,11 @@ def _check_metrics(plan: RunPlan, prepared: PreparedRun) -> None:
         previous = plan.folder.previous and plan.folder.previous.whole_batches(unit)
         evaluation.check_saved(previous.ranges if previous else ())
         evaluation.check_labels()
-        plan.runner.warnings += evaluation.label_warnings()
 
 
 def _with_late_imports(plan: RunPlan) -> RunPlan:
     """Add the files of code that the first batch imported to the fingerprint."""
-    late = describe_code(source_files(plan.runner.config.model) | _data_code(plan.runner.config))
+    late = describe_code(_code_files(plan.runner.config))
     header = plan.header.model_copy(update={"files": plan.header.files | late})
     return replace(plan, header=header)
 
@@ -513,6 +523,8 @@ def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) 
             raise
     except GradrunError:
         raise
+    except ValueError as error:  # the format cannot represent the outputs
+        raise ConfigError(str(error), "output.format") from error
     except Exception as error:
         resumable = bool(folder.previous and folder.previous.committed)
         raise _write_error(error, resumable=resumable) from error
@@ -613,9 +625,8 @@ def _add_metrics(result: InferResult, metrics: Evaluation | None, folder: RunFol
     except Exception as error:
         text = f"the metrics could not be computed: {type(error).__name__}: {first_line(error)}"
         return result.replace(warnings=(*result.warnings, Warning(code=_NO_METRICS, text=text)))
-    return result.replace(
-        metrics=computed, warnings=(*result.warnings, *metrics.class_order_warnings())
-    )
+    found = (*metrics.label_warnings(), *metrics.class_order_warnings())
+    return result.replace(metrics=computed, warnings=(*result.warnings, *found))
 
 
 def _add_examples(result: InferResult, plan: RunPlan, prepared: PreparedRun) -> InferResult:
@@ -644,16 +655,19 @@ def _has_same_metrics(finished: InferResult, config: RunConfig) -> bool:
 
 
 def _replace_metrics(
-    finished: InferResult, config: RunConfig, metrics: Evaluation | None, folder: RunFolder
+    plan: RunPlan, finished: InferResult, metrics: Evaluation | None
 ) -> InferResult:
     """Save an earlier run's result with the metrics of this config; predicts nothing."""
-    dumped = config.model_dump(mode="json")
+    dumped = plan.runner.config.model_dump(mode="json")
     result = finished.replace(
         config=finished.config | {key: dumped[key] for key in ("metrics", "data")},
         metrics=(),
-        warnings=tuple(w for w in finished.warnings if w.code not in _METRIC_WARNINGS),
+        warnings=(
+            *(w for w in finished.warnings if w.code not in _METRIC_WARNINGS),
+            *label_name_warnings(label_names(plan.runner.data), plan.model.classes),
+        ),
     )
-    with folder.locked():
-        result = _add_metrics(result, metrics, folder)
-        folder.save(result)
+    with plan.folder.locked():
+        result = _add_metrics(result, metrics, plan.folder)
+        plan.folder.save(result)
     return result

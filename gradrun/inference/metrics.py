@@ -26,8 +26,8 @@ from gradrun.output.evidence_writer import LABELS, evidence_file, evidence_key, 
 from gradrun.output.formats import read_rows
 from gradrun.output.journal import CommittedRange
 from gradrun.output.quarantine import quarantined_positions
+from gradrun.output.tensor_transforms import Inputs
 from gradrun.output.transforms import (
-    Inputs,
     SelectedOutput,
     Tensors,
     check_rows,
@@ -150,13 +150,14 @@ class Evaluation:
         if self.saves_labels:
             self._check_labels(_zeroed(self._labels(folder), quarantined))
         if any(scorer.surveys for scorer in self.scorers):
-            for _, rows in self._read(folder):
+            for _, rows in self._predicted(folder, quarantined):
                 for scorer in self.scorers:
                     scorer.survey(rows)
         for scorer in self.scorers:
             scorer.start()
         samples = 0
-        for rows, labels in _pairs(self._read(folder), self._labels(folder), quarantined):
+        predicted = self._predicted(folder, quarantined)
+        for rows, labels in _pairs(predicted, self._labels(folder)):
             samples += len(labels)
             for scorer in self.scorers:
                 scorer.update(rows, labels)
@@ -171,6 +172,14 @@ class Evaluation:
         step = max(1, CHUNK_BYTES // max(1, saved[:1].nbytes))
         for begin in range(0, len(saved), step):
             yield torch.from_numpy(np.array(saved[begin : begin + step]))
+
+    def _predicted(self, folder: Path, quarantined: set[int]) -> Iterator[_Chunk]:
+        """Yield the evidence of the samples that have a prediction."""
+        excluded = torch.tensor(sorted(quarantined), dtype=torch.int64)
+        for positions, rows in self._read(folder):
+            included = ~torch.isin(positions, excluded)
+            if included.any():
+                yield positions[included], {name: row[included] for name, row in rows.items()}
 
     def _read(self, folder: Path) -> Iterator[_Chunk]:
         """Yield the evidence of all metrics, keyed by its name."""
@@ -313,10 +322,9 @@ def _zeroed(chunks: Iterator[torch.Tensor], positions: set[int]) -> Iterator[tor
 
 
 def _pairs(
-    chunks: Iterator[_Chunk], labels_of_all: Iterator[torch.Tensor], quarantined: set[int]
+    chunks: Iterator[_Chunk], labels_of_all: Iterator[torch.Tensor]
 ) -> Iterator[tuple[Tensors, torch.Tensor]]:
-    """Yield outputs and labels of the same samples, without the quarantined ones."""
-    excluded = torch.tensor(sorted(quarantined), dtype=torch.int64)
+    """Yield outputs and labels of the same samples."""
     # float64, because torch supports few operations on the smaller integer types.
     label_chunks = (labels.double() for labels in labels_of_all)
     labels, first = next(label_chunks), 0  # unused labels, and the position of the first of them
@@ -324,8 +332,5 @@ def _pairs(
         stop = int(positions[-1]) + 1
         while first + len(labels) < stop:
             labels = torch.cat([labels, next(label_chunks)])
-        included = ~torch.isin(positions, excluded)
-        if included.any():
-            truth = labels[positions[included] - first]
-            yield {name: tensor[included] for name, tensor in rows.items()}, truth
+        yield rows, labels[positions - first]
         labels, first = labels[stop - first :], stop

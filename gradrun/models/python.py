@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from gradrun.config.model import ModelConfig, PythonModel
+from gradrun.config.model import PythonModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.imports import (
     describe_user_error,
     import_target,
-    imported_files,
     require_trust,
-    target_root,
 )
 from gradrun.models.initialization import RandomOrigins, describe_random
 from gradrun.models.loaded import LoadedModel
@@ -36,13 +34,6 @@ def open_model(config: PythonModel, *, trust_code: bool) -> LoadedModel:
         weights=f"made by {Path(location).name}:{name}",
         random=describe_random(origins.random_parameters(model), model),
     )
-
-
-def source_files(config: ModelConfig) -> dict[str, Path]:
-    """Return the name and path of each file of the user's code that the model has imported."""
-    if not isinstance(config, PythonModel):
-        return {}
-    return imported_files(target_root(config.target, config.root))
 
 
 def build_module(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:

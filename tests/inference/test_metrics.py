@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score, top_k_accuracy_score
 
 import gradrun
-from gradrun.core.errors import ConfigError, Interrupted, RunFailed
+from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.core.progress import Progress
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
@@ -212,7 +212,7 @@ def test_csv_refuses_outputs_whose_columns_are_ambiguous(
     config["model"] = {"source": "python", "target": f"{tmp_path}/net.py:Net"}
     config["output"]["format"] = "csv"
     config["metrics"] = [{"name": "accuracy", "output": "a"}]
-    with pytest.raises(RunFailed, match=r"of the outputs 'a', 'a\.7' are ambiguous; use"):
+    with pytest.raises(ConfigError, match=r"of the outputs 'a', 'a\.7' are ambiguous; use"):
         gradrun.infer(config, trust_code=True)
     config["output"]["format"] = "jsonl"
     result = gradrun.infer(config, trust_code=True)
@@ -249,6 +249,73 @@ def test_quarantined_samples_are_excluded(
     (metric,) = result.metrics
     assert metric.samples == good.sum()
     assert metric.value == pytest.approx(accuracy_score(LABELS[good], CHOSEN[good]), abs=1e-6)
+
+
+CLASS_NUMBERS = """
+import torch
+
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        if (x[:, 0] == 5).any():
+            raise ValueError("bad")
+        return (x[:, 0] % 3).to(torch.uint8)
+"""
+
+
+def test_the_missing_value_of_a_quarantined_sample_is_not_a_class(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(CLASS_NUMBERS)
+    numbers = np.arange(60)
+    labels = numbers % 4 % 3
+    np.savez(tmp_path / "data.npz", x=numbers.astype(np.float32)[:, None], y=labels)
+    config["model"] = {"source": "python", "target": f"{tmp_path}/net.py:Net"}
+    config["data"]["batch_size"] = 4
+    config["run"]["on_error"] = "quarantine"
+    config["metrics"] = ["confusion_matrix", {"name": "f1", "per_class": True}]
+    matrix, f1 = gradrun.infer(config, trust_code=True).metrics
+    good = numbers != 5
+    assert np.load(tmp_path / "out" / "predictions.npy")[5] == 255, "the missing value of uint8"
+    counted = np.zeros((3, 3), int)
+    np.add.at(counted, (labels[good], numbers[good] % 3), 1)
+    assert matrix.matrix is not None
+    assert np.array_equal(matrix.matrix.counts, counted)
+    right = f1_score(labels[good], numbers[good] % 3, average=None)
+    assert [each.value for each in f1.per_class] == pytest.approx(right.tolist(), abs=1e-6)
+
+
+ITEMS = """
+import torch
+
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return torch.eye(5)[i % 5], 1 + i % 3
+"""
+
+
+def test_labels_without_class_0_are_a_warning_wherever_they_are_read(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    def warned(result: RunResult) -> list[str]:
+        return [w.text for w in result.warnings if w.code == "labels_from_1"]
+
+    (tmp_path / "items.py").write_text(ITEMS)
+    items = {"source": "python", "target": f"{tmp_path}/items.py:Items", "labels": 1}
+    output = {"path": str(tmp_path / "items")}
+    of_items = gradrun.infer(config | {"data": items, "output": output}, trust_code=True)
+    assert len(warned(of_items)) == 1, "labels that are read with the inputs"
+    np.savez(tmp_path / "data.npz", x=SCORES, y=1 + LABELS % 3)
+    labels = config["data"].pop("labels")
+    first = gradrun.infer(config | {"metrics": []})
+    assert warned(first) == []
+    config["data"]["labels"] = labels
+    (text,) = warned(gradrun.infer(config, resume=True))
+    assert "range from 1 to 3, and none is class 0 of 0 to 6" in text
 
 
 def test_a_resumed_run_has_metrics_over_all_samples(

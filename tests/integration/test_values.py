@@ -290,8 +290,8 @@ def test_a_changed_function_does_not_continue_a_run(
 @pytest.mark.parametrize(
     ("transform", "words"),
     [
-        ("post.py:decod", "has no function 'decod'; did you mean decode"),
-        ("post.py:number", "has no function 'number'"),
+        ("post.py:decod", "has no 'decod'; did you mean decode"),
+        ("post.py:number", "is not a function of the model's output"),
         ("post.py:short", "the output of post.py:short is a list of 1 items for a batch of 4"),
         (["softmax", "post.py:decode"], "must be the first transform"),
         ({"x": "post.py:decode"}, "must be the first transform"),
