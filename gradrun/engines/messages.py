@@ -150,9 +150,6 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """Worker to driver: the run cannot be prepared."""
 
     error: Any
-    key: str
-    """The config key at fault, or empty."""
-    config_error: bool
 
 
 Request = Open | Task

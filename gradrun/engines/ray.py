@@ -119,7 +119,7 @@ class RayEngine:
             self._without_worker_since = now
         elif now - self._without_worker_since > _ROOM_SECONDS and self._handles:
             text = f"no room for a worker in {_ROOM_SECONDS:g} s: {self._capacity()}"
-            return min(self._handles), Failed(error=text, key="engine.workers", config_error=False)
+            return min(self._handles), Failed(error=text)
         return None
 
     def stop(self, worker: int) -> None:

@@ -299,7 +299,7 @@ def test_a_worker_that_cannot_start_is_reported_once_and_can_be_replaced(
     engine = processes.ProcessesEngine([Open(config={}, trust_code=False)] * 2, 1, pin=False)
     with closing(engine):
         engine.start(2)
-        engine._events.put((2, Failed(error="no room", key="", config_error=False)))
+        engine._events.put((2, Failed(error="no room")))
         event = engine.next(5.0)
         assert event is not None
         assert (event[0], type(event[1])) == (2, Failed)
