@@ -236,6 +236,11 @@ def require_length(data: BatchSource) -> int:
     return data.samples
 
 
+def has_row_checksums(data: BatchSource) -> bool:
+    """Return whether the data have checksums of their rows, so that later rows may change."""
+    return isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None
+
+
 def input_position(data: BatchSource, index: int) -> int:
     """Return the input position of the sample that is run as number `index`."""
     if isinstance(data, LengthGrouped) and data.grouped:

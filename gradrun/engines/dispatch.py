@@ -346,14 +346,22 @@ class _Pass:
         position = input_position(runner.data, index)
         text = f"its worker process {cause}"
         if runner.config.run.on_error != "quarantine":
-            return _result(sample, error=f"sample {position:,} failed: {text}{QUARANTINE_HINT}")
+            return Done(
+                start=index,
+                stop=index + 1,
+                recovered=1,
+                error=f"sample {position:,} failed: {text}{QUARANTINE_HINT}",
+                resume_options=SKIP_SAMPLES,
+            )
         batch = runner.read_batch(index, 1)
         sample_id = batch.ids[0]
         outputs = {name: blank(column, 1) for name, column in self.prepared.outputs.items()}
         outputs |= runner.kept_columns(batch)
         line = Quarantined(sample=position, id=sample_id, error=text, details="")
         row = pack_rows(outputs, [sample_id], torch.zeros(1, dtype=torch.bool))
-        return _result(sample, events=[line, row], positions=[position])
+        return Done(
+            start=index, stop=index + 1, events=[line, row], positions=[position], recovered=1
+        )
 
     def _write(self, done: Done) -> None:
         timed, recovery = self.timed, self.prepared.recovery
@@ -439,32 +447,3 @@ class _Pass:
             )
             for number, worker in self.workers.items()
         )
-
-
-def _result(
-    span: Span,
-    *,
-    events: list[object] | None = None,
-    positions: list[int] | None = None,
-    error: str | None = None,
-) -> Done:
-    """Return a result without measurements."""
-    return Done(
-        start=span.start,
-        stop=span.stop,
-        events=events or [],  # type: ignore[arg-type]
-        positions=positions,
-        batch_seconds=b"",
-        batch_sizes=b"",
-        recovered=span.size,
-        data_seconds=0.0,
-        seconds=0.0,
-        padding=None,
-        generation=None,
-        flags=None,
-        batch_limit=None,
-        limited_from=0,
-        process_peak=None,
-        error=error,
-        resume_options=SKIP_SAMPLES if error else "",
-    )

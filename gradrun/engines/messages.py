@@ -112,29 +112,29 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
 
     start: int
     stop: int
-    events: list[Rows | Quarantined]
+    events: list[Rows | Quarantined] = []
     """In the order in which a single process would have written them."""
-    positions: list[int] | None
+    positions: list[int] | None = None
     """Input position of each sample; None if samples run in the order of the input."""
-    batch_seconds: bytes
+    batch_seconds: bytes = b""
     """Forward time of each batch, as float64."""
-    batch_sizes: bytes
+    batch_sizes: bytes = b""
     """Samples of each batch, as int64."""
-    recovered: int
+    recovered: int = 0
     """Samples of failed batches, which are not timed."""
-    data_seconds: float
-    seconds: float
+    data_seconds: float = 0.0
+    seconds: float = 0.0
     """Wall time of the task."""
-    padding: Padding | None
-    generation: Generation | None
-    flags: bytes | None
+    padding: Padding | None = None
+    generation: Generation | None = None
+    flags: bytes | None = None
     """What the data source noted about each sample, in the dtype of HasFlags.flags."""
-    batch_limit: int | None
-    limited_from: int
-    process_peak: int | None
-    error: Any
+    batch_limit: int | None = None
+    limited_from: int = 0
+    process_peak: int | None = None
+    error: Any = None
     """The error that ended the run at the samples after the last event; None if there is none."""
-    resume_options: str
+    resume_options: str = ""
     """Options without which a resume would fail at the same sample."""
     interrupted: bool = False
     """Whether a KeyboardInterrupt of the model ended the run."""

@@ -31,6 +31,7 @@ from gradrun.data.source import (
     HasKeptColumns,
     HasRepeatedIds,
     HasRowChecksums,
+    has_row_checksums,
     require_length,
 )
 from gradrun.inference.compilation import compile_model
@@ -259,7 +260,7 @@ def open_run(
         data.samples,
         __version__,
         listed=file_list,
-        by_rows=_has_row_checksums(data),
+        by_rows=has_row_checksums(data),
         classes=model.classes,
         id_type=data.id_type if isinstance(data, HasIdColumn) else "",
         kept_types={name: str(kind) for name, kind in data.kept_types.items()}
@@ -474,10 +475,6 @@ def save(
 
 def _input_checksum(data: BatchSource) -> InputChecksum:
     return data.checksum if isinstance(data, HasRowChecksums) else no_checksum
-
-
-def _has_row_checksums(data: BatchSource) -> bool:
-    return isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None
 
 
 def _create_writer(plan: RunPlan, prepared: PreparedRun) -> PredictionWriter:

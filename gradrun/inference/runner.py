@@ -35,12 +35,11 @@ from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import (
     BatchSource,
     HasKeptColumns,
-    HasRowChecksums,
     LengthGrouped,
     batch_start,
+    has_row_checksums,
     input_position,
     read_one,
-    require_length,
     whole_batches,
 )
 from gradrun.inference.batch_independence import Rows, batch_dependence, reference_rows
@@ -874,9 +873,8 @@ class Runner:
 
     def _correction_hint(self) -> str:
         """Describe how to continue after an unreadable sample."""
-        data = self.data
         # A resume accepts other rows behind the last commit, but no other image or array.
-        if isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None:
+        if has_row_checksums(self.data):
             return f"; correct the row and resume, or{QUARANTINE_HINT.removeprefix(';')}"
         return QUARANTINE_HINT
 

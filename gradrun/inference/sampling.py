@@ -19,7 +19,7 @@ def batch_number(
     config: RunConfig, device: torch.device, number: int, *, trust_code: bool = False
 ) -> Batch | None:
     """Return a copy of one batch, on `device`; None if the data have no such batch."""
-    data = _open(config, trust_code)
+    data = open_data(config.data, seed=config.run.seed, model=config.model, trust_code=trust_code)
     batch = read_one(data, number * data.batch_size)
     if batch is None or batch.errors:
         return None
@@ -63,7 +63,3 @@ def first_batches(
         text = f"every batch has a sample that cannot be read: {error}"
         raise ConfigError(text, config.data.location)
     return batches
-
-
-def _open(config: RunConfig, trust_code: bool) -> BatchSource:
-    return open_data(config.data, seed=config.run.seed, model=config.model, trust_code=trust_code)

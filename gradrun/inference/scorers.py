@@ -100,36 +100,29 @@ class Scorer:
         one_score = task in {"binary", "multilabel"}
         problem = ""
         if task == "classes" and (spec.name in {"auroc", "calibration_error"} or spec.top_k):
-            problem = "needs scores, but the output contains class numbers"
+            problem = " needs scores, but the output contains class numbers"
         elif spec.name == "exact_match" and task != "multilabel":
-            problem = "needs several labels per sample; use accuracy"
+            problem = " needs several labels per sample; use accuracy"
         elif spec.name in {"confusion_matrix", "calibration_error"} and task == "multilabel":
-            problem = "needs classes that exclude each other, and the labels may coincide"
+            problem = " needs classes that exclude each other, and the labels may coincide"
         elif spec.per_class and task == "binary":
-            problem = "per_class needs several classes; one score has a single class 1"
+            problem = ": per_class needs several classes; one score has a single class 1"
         elif spec.threshold is not None and not one_score:
-            problem = (
-                "threshold needs one score per sample or several labels; the output has scores "
-            )
-            problem += "of exclusive classes" if task == "multiclass" else "no scores"
+            found = "scores of exclusive classes" if task == "multiclass" else "no scores"
+            problem = f": threshold needs one score per sample or several labels; there are {found}"
         elif spec.name == "auroc" and spec.average == "micro" and task == "multiclass":
-            problem = "average: macro and weighted are defined for exclusive classes, not micro"
+            problem = ": average: macro and weighted are defined for exclusive classes, not micro"
         elif (spec.top_k or 1) > max(1, self.classes if task == "multiclass" else 1):
             available = self.classes if task == "multiclass" else 1
-            problem = f"top_k is {spec.top_k}, but the output has scores of {available} classes"
+            problem = f": top_k is {spec.top_k}, but the output has scores of {available} classes"
         elif task == "multilabel" and _EXCLUSIVE_STEPS.intersection(self.target.steps):
             problem = (
-                f"each label has {self.classes} numbers, which may coincide, but output.transform "
-                f"{', '.join(self.target.steps)} is for classes that exclude each other; use "
-                "sigmoid, or labels with one class number"
+                f": each label has {self.classes} numbers, which may coincide, but "
+                f"output.transform {', '.join(self.target.steps)} is for classes that exclude each "
+                "other; use sigmoid, or labels with one class number"
             )
         if problem:
-            separator = (
-                ": "
-                if problem.startswith(("top_k", "each", "per_class", "thr", "average"))
-                else " "
-            )
-            raise ConfigError(f"{self.spec.title}{separator}{problem}", self.key)
+            raise ConfigError(f"{self.spec.title}{problem}", self.key)
 
     def _scores_are_probabilities(self) -> bool | None:
         """Whether the output, before transforms, has probabilities; None if it is not known."""

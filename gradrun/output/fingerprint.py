@@ -174,12 +174,9 @@ def assumed_unchanged(before: JournalHeader, now: JournalHeader) -> list[str]:
     return [
         described.get("path", name)
         for name, described in now.files.items()
-        if described.get("sampled") and _time(before, name) not in {None, described["time"]}
+        if described.get("sampled")
+        and before.files.get(name, {}).get("time") not in {None, described["time"]}
     ]
-
-
-def _time(header: JournalHeader, name: str) -> int | None:
-    return header.files.get(name, {}).get("time")
 
 
 def _change(key: str, old: Any, new: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gradrun.engines.dispatch import _result
+import msgspec
+
 from gradrun.engines.messages import (
     Done,
     Open,
@@ -14,7 +15,6 @@ from gradrun.engines.messages import (
     pack_rows,
     unpack_rows,
 )
-from gradrun.engines.schedule import Span
 from gradrun.inference.runner import LargestBatch
 from gradrun.output.columns import ValueColumn
 
@@ -29,10 +29,11 @@ def test_names_that_are_not_utf8_and_large_numbers_arrive() -> None:
         Quarantined(sample=0, id=NOT_UTF8, error=f"{NOT_UTF8} is broken", details=""),
         pack_rows({"v": ValueColumn(values)}, ids, None),
     ]
-    sent = _result(Span(0, 4), events=[*events], error=f"{NOT_UTF8} is missing")
-    assert sent.largest == LargestBatch(0, 0, 0)
+    sent = Done(start=0, stop=4, events=[*events], error=f"{NOT_UTF8} is missing")
+    sent = msgspec.structs.replace(sent, largest=LargestBatch(6, 0, 4))
     done = decode_reply(bytearray(encode(sent)))
     assert isinstance(done, Done)
+    assert done.largest == (6, 0, 4)
     assert done.error == f"{NOT_UTF8} is missing"
     line, rows = done.events
     assert line == events[0]

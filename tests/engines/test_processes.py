@@ -25,10 +25,8 @@ from gradrun.config.load import load_config
 from gradrun.core.errors import RunFailed
 from gradrun.core.progress import Progress
 from gradrun.engines import processes
-from gradrun.engines.dispatch import _result
 from gradrun.engines.engine import EngineRequest, StartedEngine
-from gradrun.engines.messages import Failed, Open, Task
-from gradrun.engines.schedule import Span
+from gradrun.engines.messages import Done, Failed, Open, Task
 from gradrun.results.result import WorkerStats
 from tests.conftest import ROOT
 
@@ -317,8 +315,7 @@ def test_auto_uses_one_process_if_the_measurement_fails(monkeypatch: pytest.Monk
             self.task = task
 
         def next(self, timeout: float) -> tuple[int, Any]:
-            done = _result(Span(self.task.start, self.task.stop), error="sample 9 failed")
-            return 1, done
+            return 1, Done(start=0, stop=self.task.stop, error="sample 9 failed")
 
         def close(self) -> None:
             self.closed = True

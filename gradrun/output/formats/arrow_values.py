@@ -18,7 +18,7 @@ def values_to_arrow(arrow: Any, values: Sequence[Any], kind: ValueType) -> Any:
     if kind.kind == "tensor":
         return _tensors_to_arrow(arrow, values, kind)
     if kind.kind == "text":
-        values = [value and _as_utf8(value) for value in values]
+        values = [value and as_utf8(value) for value in values]
     return arrow.array(values, _arrow_type(arrow, kind))
 
 
@@ -96,6 +96,6 @@ _ARROW_TYPES = {
 }
 
 
-def _as_utf8(text: str) -> str:
-    """Escape halves of surrogate pairs, which UTF-8 cannot encode."""
+def as_utf8(text: str) -> str:
+    """Escape halves of surrogate pairs, such as of a file name, which UTF-8 cannot encode."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from gradrun.output.class_labels import ClassLabels
 from gradrun.output.formats.text_writer import Columns, TextWriter, numbered_chunks
 from gradrun.output.missing import MISSING_CLASS
 
@@ -34,16 +33,8 @@ class CsvWriter(TextWriter):
 
     suffix = "csv"
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-    ) -> None:
-        super().__init__(folder, samples, batch_size, labels)
-        self._cells: dict[str, list[str]] = {}
-        """Output name to the names of its columns."""
+    _cells: dict[str, list[str]]
+    """Output name to the names of its columns; set by `header`."""
 
     def header(self, columns: Columns) -> str:
         self._cells = {

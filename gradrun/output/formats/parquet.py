@@ -21,8 +21,13 @@ from gradrun.core.optional import import_optional
 from gradrun.core.value_types import TypeMismatch, ValueType
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.columns import ValueColumn, is_complex, tensors_of
-from gradrun.output.formats.arrow_values import content_of, values_from_arrow, values_to_arrow
-from gradrun.output.formats.npy import has_numpy_dtype
+from gradrun.output.formats.arrow_values import (
+    as_utf8,
+    content_of,
+    values_from_arrow,
+    values_to_arrow,
+)
+from gradrun.output.formats.npy import with_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter, row_checksum
 from gradrun.output.journal import SUBFOLDER, CommittedRange
 from gradrun.output.kept_columns import is_kept, title_of
@@ -88,7 +93,7 @@ class ParquetWriter(ShardedWriter):
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
     ) -> None:
         if not isinstance(ids, range):
-            ids = [_as_utf8(name) if isinstance(name, str) else name for name in ids]
+            ids = [as_utf8(name) if isinstance(name, str) else name for name in ids]
         for name, declared in self._types.items():
             _check_type(title_of(name), declared, outputs.get(name))
         super().write(outputs, ids, valid)
@@ -213,12 +218,10 @@ def _check_type(title: str, declared: ValueType, column: Column | None) -> None:
 def _converted(column: Any) -> Any:
     """Return a column in dtypes that NumPy has."""
     if not isinstance(column, ValueColumn):
-        return column if has_numpy_dtype(column) else column.float()
-    values = [
-        value.float() if hasattr(value, "dtype") and not has_numpy_dtype(value) else value
-        for value in column.values
-    ]
-    return column.replaced(values)
+        return with_numpy_dtype(column)
+    return column.replaced(
+        with_numpy_dtype(value) if hasattr(value, "dtype") else value for value in column.values
+    )
 
 
 def _id_values(ids: Sequence[int | str]) -> Any:
@@ -241,11 +244,6 @@ def _repeating(schema: Any) -> list[str]:
         for leaf in (leaves.column(number) for number in range(len(leaves)))
         if leaf.path != "id" and leaf.physical_type not in {"FLOAT", "DOUBLE"}
     ]
-
-
-def _as_utf8(name: str) -> str:
-    """Escape bytes of a file name that UTF-8 cannot encode."""
-    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _pyarrow(module: str = "") -> Any:

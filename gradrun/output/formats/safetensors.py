@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from gradrun.core import files
 from gradrun.output.columns import tensors_of
-from gradrun.output.formats.npy import has_numpy_dtype
+from gradrun.output.formats.npy import with_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter
 from gradrun.output.journal import CommittedRange
 
@@ -69,14 +69,12 @@ def read(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[Array, dict[
                 stop = min(begin + step, samples)
                 yield (
                     np.arange(first + begin, first + stop),
-                    {name: _as_array(rows[begin:stop]) for name, rows in slices.items()},
+                    {
+                        name: with_numpy_dtype(rows[begin:stop]).numpy()
+                        for name, rows in slices.items()
+                    },
                 )
         first += samples
-
-
-def _as_array(tensor: Any) -> Array:
-    array: Array = (tensor if has_numpy_dtype(tensor) else tensor.float()).numpy()
-    return array
 
 
 def checksum(path: Path, committed: CommittedRange, begin: int) -> int:

@@ -16,6 +16,7 @@ from gradrun.core.optional import import_optional
 from gradrun.core.value_types import TypeMismatch, ValueType
 from gradrun.output.class_labels import ClassLabels
 from gradrun.output.columns import ValueColumn
+from gradrun.output.formats.npy import with_numpy_dtype
 from gradrun.output.missing import MISSING_CLASS
 
 if TYPE_CHECKING:
@@ -202,12 +203,8 @@ def _to_png(image: Any) -> bytes:
 
 def _to_npy(value: Any) -> bytes:
     data = io.BytesIO()
-    float8 = value.is_floating_point() and str(value.dtype) not in _NUMPY_FLOATS
-    np.save(data, (value.float() if float8 else value).contiguous().numpy(), allow_pickle=False)
+    np.save(data, with_numpy_dtype(value).contiguous().numpy(), allow_pickle=False)
     return data.getvalue()
-
-
-_NUMPY_FLOATS = {"torch.float16", "torch.float32", "torch.float64"}
 
 
 def _to_json(value: Any) -> bytes:
