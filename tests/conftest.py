@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -77,6 +78,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Peaks measured on this machine must not appear in the reports of tests.
     os.environ["GRADRUN_CACHE"] = os.devnull
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the imported modules and the tests themselves from garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

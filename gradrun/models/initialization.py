@@ -34,6 +34,10 @@ class RandomOrigins(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._origins: dict[int, tuple[StorageWeakRef, _Origin | None]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports torch._dynamo at the first operation: a second or more
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:

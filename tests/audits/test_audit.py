@@ -406,11 +406,11 @@ def test_shared_and_dropped_storage_count_as_the_meter_counts_them(
 # --- the command -------------------------------------------------------------------------------
 
 
-def test_the_command_exits_3_on_an_error_and_0_without(process: Command, tmp_path: Path) -> None:
+def test_the_command_exits_3_on_an_error_and_0_without(cli: Command, tmp_path: Path) -> None:
     for fault, code in (("MakesBuffer", 3), ("Counts", 0)):
         file = tmp_path / f"{fault}.yaml"
         file.write_text(json.dumps(config(tmp_path, fault)))
-        answer = process("audit", file, "--trust-code", "--no-compile", "--json", "-")
+        answer = cli("audit", file, "--trust-code", "--no-compile", "--json", "-")
         assert answer.code == code, answer.text
         result = RunResult.from_json(answer.out)
         assert result.kind == "audit"

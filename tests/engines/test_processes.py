@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -29,6 +26,7 @@ from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.engines.messages import Done, Failed, Open, Task
 from gradrun.results.result import WorkerStats
 from tests.conftest import ROOT
+from tests.support.forked import ForkedCommand
 
 COUNT, BATCH = 48, 4
 
@@ -204,14 +202,10 @@ def test_no_worker_outlives_its_driver_and_the_run_can_be_resumed(
 ) -> None:
     config = run()
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "gradrun", "infer", "c.yaml", "--trust-code"]
-    driver = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SECONDS_PER_SAMPLE": "0.05"},
-    )
+    driver = ForkedCommand(
+        "infer", "c.yaml", "--trust-code", cwd=tmp_path,
+        env={"SECONDS_PER_SAMPLE": "0.05", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     journal = tmp_path / "out" / "journal.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists() and time.monotonic() < deadline:

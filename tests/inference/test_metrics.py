@@ -18,7 +18,7 @@ from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
 from tests.conftest import Command
 
-SAMPLES, CLASSES = 2_500, 7
+SAMPLES, CLASSES = 500, 7
 DRAWN = np.random.default_rng(3)
 LABELS = DRAWN.integers(0, CLASSES, SAMPLES)
 SCORES = (DRAWN.normal(size=(SAMPLES, CLASSES)) + 1.5 * np.eye(CLASSES)[LABELS]).astype(np.float32)

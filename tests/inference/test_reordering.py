@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,8 @@ from gradrun.inference import runner
 from gradrun.output import checkpointer, journal
 from gradrun.output.formats import sharded_writer
 from gradrun.results.result import RunResult
-from tests.conftest import ROOT, Command
+from tests.conftest import Command
+from tests.support.forked import ForkedCommand
 from tests.support.small_models import WIDTH, save_bert, save_tokenizer, sentences, skewed
 
 BATCH = 4
@@ -297,7 +297,6 @@ def test_a_killed_and_resumed_run_writes_the_same_bytes(
     config: Config,
     tmp_path: Path,
     sums: list[int],
-    process: Command,
     form: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -306,9 +305,8 @@ def test_a_killed_and_resumed_run_writes_the_same_bytes(
     (tmp_path / "out").rename(tmp_path / "whole")
     path = tmp_path / "c.json"
     path.write_text(json.dumps(config(format=form, kill=CHUNK_BATCHES * 2 + 9)))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EAGER": "1"}
-    killed = process("infer", path, "--trust-code", env=environment)
-    assert killed.code == -signal.SIGKILL
+    killed = ForkedCommand("infer", path, "--trust-code", cwd=tmp_path, env={"EAGER": "1"})
+    assert killed.wait() == -signal.SIGKILL
     state = journal.read(tmp_path / "out/journal.jsonl")
     assert state.committed == 2 * WINDOW
     infer(json.loads(path.read_text()), resume=True)

@@ -8,8 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +23,8 @@ from gradrun.inference import runner
 from gradrun.output import journal
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
-from tests.conftest import ROOT
 from tests.soak import kill
+from tests.support.forked import ForkedCommand
 
 SAMPLES, BATCH = 60, 4
 
@@ -50,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return kill.Folder(tmp_path_factory.mktemp("whole")).uninterrupted("npy")
 
 
-def started(folder: kill.Folder, out: str, *more: str) -> subprocess.Popen[bytes]:
+def started(folder: kill.Folder, out: str, *more: str) -> ForkedCommand:
     """A run in progress with a first commit."""
     process = folder.start("npy", out, *more)
     while not folder.committed(out) and process.poll() is None:
@@ -69,31 +67,23 @@ def test_a_signal_stops_a_run_and_the_printed_command_resumes_it(
     printed, stderr = process.communicate(timeout=20)
     assert time.monotonic() - began < 10, "on a loaded machine; under two seconds otherwise"
     assert process.returncode == code, stderr
-    text = stderr.decode()
     for table in ("throughput", "Peak memory"):
-        assert table in printed.decode()
-    assert "interrupted" in text
-    assert "Traceback" not in text
+        assert table in printed
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
     state = journal.read(tmp_path / "out" / "journal.jsonl")
     assert 0 < state.committed < kill.LONG
     assert len(np.load(tmp_path / "out" / "predictions.npy")) == state.committed
     assert (
         json.loads((tmp_path / "out" / "result.json").read_text())["predictions"] == state.committed
     )
-    (line,) = [line for line in text.splitlines() if line.startswith("to resume: ")]
+    (line,) = [line for line in stderr.splitlines() if line.startswith("to resume: ")]
     words = shlex.split(line.removeprefix("to resume: "))
     assert words[0] == "gradrun"
-    done = subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(rf"resumed +after {state.committed:,} samples", done.stdout)
+    resumed = ForkedCommand(*words[1:], cwd=tmp_path)
+    printed, stderr = resumed.communicate()
+    assert resumed.returncode == 0, stderr
+    assert re.search(rf"resumed +after {state.committed:,} samples", printed)
     assert folder.files("out") == whole
 
 
@@ -181,7 +171,7 @@ def test_a_second_signal_ends_the_run_at_once_and_it_can_be_resumed(
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode in {130, 143}
-    assert b"Traceback" not in stderr
+    assert "Traceback" not in stderr
     folder.wait(folder.start("npy", "out", "--resume"))
     assert folder.files("out") == whole
 
@@ -194,7 +184,7 @@ def test_a_second_run_in_a_folder_is_an_error_that_names_the_first(tmp_path: Pat
     first.kill()
     first.communicate()
     assert second.returncode == 2, stderr
-    assert f"process {first.pid} on" in stderr.decode()
+    assert f"process {first.pid} on" in stderr
     third = folder.start("npy", "out", "--resume", *long)  # the lock of a dead process is free
     before = folder.committed("out")
     while folder.committed("out") == before and third.poll() is None:
@@ -435,4 +425,4 @@ def test_a_folder_deleted_during_the_run_is_reported_in_one_sentence(tmp_path: P
     shutil.rmtree(tmp_path / "out")
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1, stderr
-    assert b"Traceback" not in stderr
+    assert "Traceback" not in stderr

@@ -18,6 +18,7 @@ from gradrun.inference.meters.cpu_memory import forward_memory
 from gradrun.inference.meters.timeline import downsample
 from gradrun.modes import grad_mode
 from gradrun.results.result import Memory
+from tests.support.workers import in_process_workers
 
 INPUTS = {
     "mlp": (32, 64),
@@ -145,6 +146,8 @@ def test_every_command_reports_the_timeline(tmp_path: Any) -> None:
     config = CONFIG | {"output": {"path": str(tmp_path / "out")}}
     assert_whole(gradrun.infer(config).measurements[0].memory)
     assert_whole(gradrun.audit(config, compile=False).measurements[-1].memory)
-    for found in gradrun.compare(config, "no_grad,inference_mode").result.measurements:
+    with in_process_workers():
+        compared = gradrun.compare(config, "no_grad,inference_mode")
+    for found in compared.result.measurements:
         assert type(found.mode) is gradrun.GradMode
         assert_whole(found.memory)

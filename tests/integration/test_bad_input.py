@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,9 @@ from gradrun.core import files
 from gradrun.output.formats import sharded_writer
 from gradrun.output.formats.jsonl import JsonlWriter
 from gradrun.results.result import RunResult
+from tests.conftest import ROOT, Answer
+from tests.support.forked import ForkedCommand
 
-ROOT = Path(__file__).parents[2]
 FORMATS = ["npy", "jsonl", "safetensors"]
 
 CONFIG = """\
@@ -473,16 +476,14 @@ def test_a_full_disk_leaves_valid_files(cli, small_disk, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["npy", "jsonl"])
-def test_a_file_size_limit_leaves_valid_files(process, kind):
-    resource = pytest.importorskip("resource")
+def test_a_file_size_limit_leaves_valid_files(kind):
     data, right = doubles(20_000)
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
     words = ["--trust-code", "--set", f"output.format={kind}", "--set", "measure.memory=false"]
-    answer = process("infer", config(data, model("pass")), *words, preexec_fn=limited)
-    check_files_after_full_disk(answer, Path("out"), kind, right)
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    words = ["infer", config(data, model("pass")), *words]
+    running = ForkedCommand(*words, env={"COLUMNS": "120"}, before=limit)
+    out, err = running.communicate()
+    check_files_after_full_disk(Answer(running.returncode, out, err), Path("out"), kind, right)
 
 
 @pytest.mark.parametrize("path", ["c.yaml/out", "c.yaml/a/b"])
@@ -500,40 +501,31 @@ def test_a_read_only_folder_is_exit_1(cli, small_disk):
 # --- Ctrl-C ------------------------------------------------------------------------------------
 
 
-def interrupted(name: str, marker: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run `gradrun infer` and send SIGINT as soon as the file `marker` exists."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    running = subprocess.Popen(
-        [sys.executable, "-m", "gradrun", "infer", name, "--trust-code", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+def interrupt(running: subprocess.Popen[str] | ForkedCommand, marker: str) -> Answer:
+    """Send SIGINT to a command as soon as the file `marker` exists."""
     deadline = time.monotonic() + 60
     while not Path(marker).exists() and running.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
     out, err = running.communicate(timeout=60)
-    return subprocess.CompletedProcess(running.args, running.returncode, out, err)
+    return Answer(running.returncode, out, err)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_ctrl_c_leaves_the_predictions_so_far_and_shows_the_tables(kind):
     data, right = doubles(200_000)
     net = model("time.sleep(0.001)\n        if self.calls == 100: Path('running').touch()")
-    done = interrupted(config(data, net), "running", "--set", f"output.format={kind}")
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
+    words = ["infer", config(data, net), "--trust-code", "--set", f"output.format={kind}"]
+    done = interrupt(ForkedCommand(*words), "running")
+    assert done.code == 130, done.err
+    assert "Traceback" not in done.err
     written = predictions("out")
     assert 900 <= len(written) < len(right)
     assert np.array_equal(written, right[: len(written)].reshape(written.shape))
-    assert (
-        f"error: interrupted; {len(written):,} of 200,000 predictions are saved in " in done.stderr
-    )
+    assert f"error: interrupted; {len(written):,} of 200,000 predictions are saved in " in done.err
     for table in ("Peak memory", "throughput", "p99"):
-        assert table in done.stdout
+        assert table in done.out
     result = RunResult.load("out")
     assert result.measurements[0].samples == len(written)
     assert [warning.code for warning in result.warnings if warning.code == "ended_early"]
@@ -562,9 +554,16 @@ def test_ctrl_c_while_starting_is_exit_130_and_writes_nothing(at):
     name = config(doubles(20)[0], model("Path('here').touch(); time.sleep(20)"))
     if at != "first batch":  # this module shadows the real one on the path
         Path(f"{at}.py").write_text("import time\nopen('here', 'w').close()\ntime.sleep(20)\n")
-    done = interrupted(name, "here")
-    assert done.returncode == 130, done.stderr
-    assert "Traceback" not in done.stderr
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gradrun", "infer", name, "--trust-code"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    done = interrupt(running, "here")
+    assert done.code == 130, done.err
+    assert "Traceback" not in done.err
     if at != "yaml":
-        assert done.stderr == "error: interrupted\n"
+        assert done.err == "error: interrupted\n"
     assert not Path("out").exists()

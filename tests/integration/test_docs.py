@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.modes import assert_restored
 from tests.conftest import ROOT, Command
 from tests.support.actionlint import actionlint, needs_actionlint
+from tests.support.workers import in_process_workers
 from tools.docs_examples import Block, blocks_of, clean, pages, prepare
 
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages() if page.parent.name != "adr"}
@@ -183,8 +185,10 @@ def test_the_code_blocks_of_a_page_have_the_shown_results(
         prepare("examples", folder, text)
         write_model()
     names: dict[str, Any] = {"__name__": name}
-    for block in blocks:
-        run_block(block, names, text, cli)
+    # The comparison of one page starts real processes.
+    with nullcontext() if name == "README.md" else in_process_workers():
+        for block in blocks:
+            run_block(block, names, text, cli)
 
 
 @pytest.mark.parametrize(
@@ -319,7 +323,8 @@ def test_the_page_about_checks_works_with_pytest_actions_and_pre_commit(
     # Without the limit on a ratio, which two processes on a busy machine cannot decide.
     limits = "".join(line for line in config.splitlines(True) if "speedup_over" not in line)
     Path("gradrun.yaml").write_text(limits + yaml.safe_dump({"measure": QUICK}))
-    answer = cli("check", "gradrun.yaml", "--update-expected")
+    with in_process_workers():
+        answer = cli("check", "gradrun.yaml", "--update-expected")
     assert answer.code == 0, answer.text
     Path("test_model.py").write_text(blocks["test_model.py"].code)
     words = [sys.executable, "-m", "pytest", "-q", "test_model.py"]

@@ -21,6 +21,7 @@ import gradrun
 from gradrun.core.progress import Progress
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT, Answer, Command
+from tests.support.forked import ForkedCommand
 
 CONFIG: dict[str, Any] = {
     "model": {"source": "layers", "layers": ["Identity"]},
@@ -445,7 +446,7 @@ def test_a_killed_run_leaves_a_file_that_counts_only_written_rows() -> None:
         "        return x.expand(1, 131072) * 2"  # 8 rows fill a window of the file
     )
     name = config(model=model, data={"batch_size": 1}, run={"warmup": 1})
-    running = subprocess.Popen(command("infer", name, "-q", "--trust-code"), env=environment())
+    running = ForkedCommand("infer", name, "-q", "--trust-code")
     try:
         deadline = time.monotonic() + 60
         while not Path("far").exists():

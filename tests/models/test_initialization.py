@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gradrun.models.initialization import RandomOrigins, describe_random
+from tests.support.forked import ForkedCommand
 
 
 def net() -> nn.Module:
@@ -133,3 +134,43 @@ def test_a_long_list_of_names_is_truncated() -> None:
     torch.manual_seed(5)
     text = describe_random(names, module)
     assert text == "5 of 8 tensors random (seed 5): 0.weight, 0.bias, 1.weight and 2 more"
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        double = torch.compile(lambda x: 2 * x, backend="eager")
+        self.table = nn.Parameter(double(torch.randn(3)))
+        self.ones = nn.Parameter(double(torch.from_numpy(np.ones(3, np.float32))))
+
+
+def test_results_of_a_compiled_function_have_the_origin_of_its_arguments() -> None:
+    assert "1 of 2 tensors random (seed" in described(Compiled)
+    assert described(Compiled).endswith(": table")
+
+
+NET = """
+import sys
+from torch import nn
+
+class Net(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+
+    def forward(self, x):
+        assert "torch._dynamo" not in sys.modules
+        return super().forward(x)
+"""
+CONFIG = """
+model: {source: python, target: "net.py:Net"}
+data: {source: synthetic, inputs: {x: {shape: [2]}}, samples: 8}
+output: {path: out}
+"""
+
+
+def test_a_run_of_the_users_model_does_not_import_the_compiler(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    command = ForkedCommand("infer", "c.yaml", "--trust-code", cwd=tmp_path)
+    _, stderr = command.communicate()
+    assert command.returncode == 0, stderr

@@ -212,13 +212,15 @@ def test_predictions_and_transforms_equal_those_of_the_libraries(
 _COMMANDS = """\
 import sys
 from gradrun.cli.app import app
+from tests.support.workers import in_process_workers
 
-for words in sys.argv[1:]:
-    try:
-        app(words.split("|"))
-    except SystemExit as end:
-        if end.code:
-            raise
+with in_process_workers():
+    for words in sys.argv[1:]:
+        try:
+            app(words.split("|"))
+        except SystemExit as end:
+            if end.code:
+                raise
 """
 
 

@@ -240,7 +240,7 @@ def changed(told: Any, rng: random.Random) -> Any:
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=st.sampled_from(sorted(RESULTS)), seed=st.integers(0, 2**32))
 def test_odd_values_in_a_file_are_reported_or_rejected(

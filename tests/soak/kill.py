@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.support.forked import PROCESSES, ForkedCommand, preloaded
+
 WRITERS = ("npy", "jsonl", "csv", "safetensors", "parquet", "boxes", "tables", "files")
 """A format each; boxes and tables: values of any size in jsonl and Parquet."""
 
@@ -145,17 +145,6 @@ def _save_generator(path: Path) -> None:
         (path / f"prompts-{count}.txt").write_text("\n".join(prompts) + "\n")
 
 
-_DRIVER = """\
-from tests.soak.kill import hurry
-hurry()
-from gradrun.cli.app import main
-main()
-"""
-
-# Forked from a process that has imported torch, so that a hundred kills take a minute.
-_processes = multiprocessing.get_context("forkserver")
-
-
 def hurry() -> None:
     """Make commits frequent and shards small, so that a short run has many."""
     from gradrun.inference import runner
@@ -174,7 +163,6 @@ class Folder:
         self.path, self.workload = path, WORKLOADS[source]
         (path / "net.py").write_text(_MODEL)
         (path / "items.py").write_text(_ITEMS)
-        (path / "driver.py").write_text(_DRIVER)
         self.workload.prepare(path)
         key, value = self.workload.length
         for form in self.workload.writers:
@@ -197,24 +185,18 @@ class Folder:
         """Arguments of `gradrun`."""
         return ["infer", f"{form}.yaml", "--trust-code", "--output", out, *more]
 
-    def start(self, form: str, out: str, *more: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "driver.py", *self.arguments(form, out, *more)],
-            cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    def start(self, form: str, out: str, *more: str) -> ForkedCommand:
+        return ForkedCommand(*self.arguments(form, out, *more), cwd=self.path, before=hurry)
 
     def uninterrupted(self, form: str) -> dict[str, bytes]:
         """The files of an uninterrupted run."""
         self.wait(self.start(form, f"{form}-uninterrupted"))
         return self.files(f"{form}-uninterrupted")
 
-    def wait(self, process: subprocess.Popen[bytes]) -> None:
-        _, message = process.communicate(timeout=120)
+    def wait(self, process: ForkedCommand) -> None:
+        _, message = process.communicate()
         if process.returncode:
-            raise SystemExit(f"exit code {process.returncode}: {message.decode()}")
+            raise SystemExit(f"exit code {process.returncode}: {message}")
 
     def files(self, out: str) -> dict[str, bytes]:
         """The predictions, without the journal, whose ranges depend on the clock."""
@@ -274,20 +256,6 @@ def _process(folder: Path, arguments: list[str], phases: Connection) -> None:
     app.main()
 
 
-@contextmanager
-def _preloaded() -> Iterator[None]:
-    """Import torch in the process that all others are forked from."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
-    _processes.set_forkserver_preload(
-        ["torch", "gradrun.cli.app", "gradrun.inference.infer", "rich.table"]
-    )
-    try:
-        yield
-    finally:
-        os.environ["PYTHONPATH"] = before
-
-
 # --- the one that kills ------------------------------------------------------------------------
 
 
@@ -333,8 +301,8 @@ class Kill:
 
 def follow(folder: Path, arguments: list[str], moment: Moment | None = None) -> Timeline:
     """Run gradrun in a new process until its end, or until the moment of a kill."""
-    receiver, sender = _processes.Pipe(duplex=False)
-    process = _processes.Process(target=_process, args=(folder, arguments, sender))
+    receiver, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_process, args=(folder, arguments, sender))
     process.start()
     sender.close()
     timeline = Timeline([("start", time.monotonic())])
@@ -414,7 +382,7 @@ def run(path: Path, kills: int, seed: int, source: str = "synthetic") -> list[Ki
     """Kill runs of all formats; returns where the kills happened."""
     folder, rng = Folder(path, source), random.Random(seed)
     done: list[Kill] = []
-    with _preloaded():
+    with preloaded():
         timelines: dict[str, Timeline] = {}
         for form in folder.workload.writers:
             arguments = folder.arguments(form, f"{form}-uninterrupted", *folder.short())
@@ -460,5 +428,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

@@ -97,6 +97,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # not typed
         super().__init__()  # type: ignore[no-untyped-call]  # not typed in torch
         self._record = record
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports torch._dynamo at the first operation: a second or more
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
