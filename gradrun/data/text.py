@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
@@ -115,8 +116,10 @@ class Texts(IndexedRows):
             first = list(itertools.islice(texts, CHUNK_BATCHES * config.batch_size))
         chunk = self._tokenize(0, first)
         in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
-        fits = min(CHUNK_TEXTS, in_memory, self.samples // LEAST_CHUNKS)
-        self.chunk_size = max(CHUNK_BATCHES, fits // config.batch_size) * config.batch_size
+        fits = min(CHUNK_TEXTS, in_memory) // config.batch_size
+        # Rounded up, so that no short chunk is left: its texts would be padded more.
+        share = math.ceil(self.samples / LEAST_CHUNKS / config.batch_size)
+        self.chunk_size = max(CHUNK_BATCHES, min(fits, share)) * config.batch_size
         self._numbered = tokenization.generates
         lengths = chunk.lengths
         inputs = len(tokenization.inputs(chunk.tokens)) + self._numbered

@@ -315,6 +315,7 @@ def test_a_short_input_has_several_chunks_for_workers(
     monkeypatch.setattr("gradrun.data.text.CHUNK_TEXTS", 2048)
     (folder / "short.txt").write_text("one two three\n" * 400)
     assert opened(folder, path="short.txt", batch_size=2).chunk_size == 100
+    assert opened(folder, path="short.txt", batch_size=3).chunk_size == 102  # four, not five
     assert opened(folder, path="short.txt", batch_size=8).chunk_size == 16 * 8
 
 
