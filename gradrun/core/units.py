@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 SECOND_UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 BYTE_UNITS = ((1024**4, "TiB"), (1024**3, "GiB"), (1024**2, "MiB"), (1024, "KiB"))
@@ -83,6 +84,11 @@ def pluralize(count: int, noun: str) -> str:
     """Format (1, "batch") as "1 batch" and (1250, "batch") as "1,250 batches"."""
     ending = "es" if noun.endswith(("ch", "s", "x")) else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def list_names(names: Sequence[str], most: int = 20) -> str:
+    """Return the first `most` names, with ", ..." if there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def count_of(done: int, samples: int | None) -> str:

@@ -22,7 +22,7 @@ from gradrun.config.model import ModelConfig, PythonModel
 from gradrun.config.objects import ObjectItems
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.imports import describe_user_error, import_target, target_root
-from gradrun.core.units import pluralize
+from gradrun.core.units import list_names, pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.items import (
     Batches,
@@ -334,7 +334,7 @@ class _UserSource:
             order += f"; {data.ignored} of the DataLoader: not used"
         yield Statement(topic="order", text=order)
         if config.labels is not None:
-            names = f", by name: {', '.join((self.classes or ())[:4])}" if self.classes else ""
+            names = f", by name: {list_names(self.classes)}" if self.classes else ""
             yield Statement(topic="labels", text=f"{config.labels!r} of an item{names}")
         yield Statement(topic="resume", text=self._describe_resume())
 

@@ -28,7 +28,7 @@ from gradrun.core.input_files import (
     open_input,
 )
 from gradrun.core.suggest import suggest
-from gradrun.core.units import pluralize
+from gradrun.core.units import list_names, pluralize
 from gradrun.data import tar_files
 from gradrun.data.rows import (
     BEGINNING,
@@ -42,7 +42,6 @@ from gradrun.data.source import class_number, missing_labels
 from gradrun.data.tar_files import TarMembers
 from gradrun.results.result import Statement
 
-_MAX_CLASSES = 8
 _LABELS_CHUNK = 4096
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
@@ -346,7 +345,6 @@ def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:
     if not classes:
         numbers = {float(label) for label in labels}
         return f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
-    listed = ", ".join(classes[:_MAX_CLASSES]) + (", ..." if len(classes) > _MAX_CLASSES else "")
     found = len(set(labels))
     missing = f" ({found} found)" if found != len(classes) else ""
-    return f"{len(classes):,} classes{missing}: {listed}"
+    return f"{len(classes):,} classes{missing}: {list_names(classes)}"

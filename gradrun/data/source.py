@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.units import list_names
 from gradrun.core.value_types import ValueType
 from gradrun.data.batch import Batch
 from gradrun.results.result import Padding, Statement
@@ -396,6 +397,5 @@ def class_number(name: str, classes: Sequence[str]) -> int:
         ValueError: the label is not in the list.
     """
     if name not in classes:
-        listed = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
-        raise ValueError(f"the label {name!r:.60} is not one of the classes: {listed}")
+        raise ValueError(f"the label {name!r:.60} is not one of the classes: {list_names(classes)}")
     return classes.index(name)

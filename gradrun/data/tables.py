@@ -27,7 +27,7 @@ from gradrun.core.input_files import (
     list_files,
 )
 from gradrun.core.suggest import suggest
-from gradrun.core.units import pluralize
+from gradrun.core.units import list_names, pluralize
 from gradrun.core.value_types import ValueType
 from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.rows import (
@@ -450,10 +450,10 @@ class IndexedRows:
         classes = self.classes
         if not classes:
             return f"column {column}, as numbers"
-        listed = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
         others = "the dataset" if self._table.class_names(column) == tuple(classes) else "the model"
         origin = "data.classes" if self.config.classes else others
-        return f"column {column}, by name: {listed} ({len(classes)} classes, from {origin})"
+        names = list_names(classes)
+        return f"column {column}, by name: {names} ({len(classes)} classes, from {origin})"
 
     @property
     def kept_types(self) -> Mapping[str, ValueType | None]:

@@ -11,7 +11,7 @@ from gradrun.config.load import LoadedConfig, is_trusted
 from gradrun.config.run import RunSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_variable
-from gradrun.core.units import pluralize
+from gradrun.core.units import list_names, pluralize
 from gradrun.data import open_data
 from gradrun.data.source import BatchSource, HasLabels, LengthGrouped, read_one
 from gradrun.inference.compilation import compile_model
@@ -64,9 +64,8 @@ def interpret(
 def _numbers_as_labels(model: LoadedModel, data: BatchSource) -> Iterator[Statement]:
     """State that a model without class names is compared with the labels by number."""
     if not model.classes and isinstance(data, HasLabels) and data.classes:
-        numbered = ", ".join(f"{i} is {name}" for i, name in enumerate(data.classes[:3]))
-        more = ", ..." if len(data.classes) > 3 else ""
-        text = f"the model names none; numbered as the labels: {numbered}{more}"
+        numbered = list_names([f"{i} is {name}" for i, name in enumerate(data.classes)])
+        text = f"the model names none; numbered as the labels: {numbered}"
         yield Statement(topic="classes", text=text)
 
 

@@ -16,7 +16,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.options import option
-from gradrun.core.units import pluralize
+from gradrun.core.units import list_names, pluralize
 from gradrun.data.source import CHUNK_BYTES, BatchSource, HasBatchLabels, HasLabels
 from gradrun.inference.evidence import Evidence, Target, find_target
 from gradrun.inference.scorers import Scorer
@@ -265,7 +265,7 @@ def _check_class_count(
     count = target.classes if target.task in {"binary", "multiclass"} else 0
     if not classes or not count or len(classes) == count:
         return
-    listed = ", ".join(classes[:_MAX_LISTED]) + (", ..." if len(classes) > _MAX_LISTED else "")
+    listed = list_names(classes, _MAX_LISTED)
     known = set(classes) <= set(model_classes)
     names = f"the model's {count:,} names" if known else f"{count:,} names"
     raise ConfigError(

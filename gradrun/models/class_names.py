@@ -10,14 +10,12 @@ from torch import nn
 
 from gradrun.config.data import DataConfig
 from gradrun.core.errors import ConfigError
+from gradrun.core.units import list_names
 from gradrun.models.loaded import LoadedModel
 from gradrun.results.result import Statement
 
 _LISTED = 4
 """Names in a message."""
-
-_STATED = 20
-"""Names in the statement of the classes, whose order the user should be able to check."""
 
 _SEPARATOR = re.compile(r"[\s_-]+")
 
@@ -43,7 +41,7 @@ def with_class_names(model: LoadedModel, data: DataConfig | None) -> LoadedModel
     origin = "data.classes" if listed else "the model's"
     if listed and own and not same_names(listed, own):
         origin += f", instead of {shorten(own)} in the model"
-    note = Statement(topic="classes", text=f"{shorten(names, _STATED)} ({len(names):,}, {origin})")
+    note = Statement(topic="classes", text=f"{list_names(names)} ({len(names):,}, {origin})")
     return model.replace(classes=names, notes=(*model.notes, note))
 
 
@@ -91,9 +89,9 @@ def _comparable(*lists: Sequence[str]) -> list[list[str]]:
     return plain if distinct else [[*names] for names in lists]
 
 
-def shorten(names: Sequence[str], most: int = _LISTED) -> str:
-    """Return the first names as text."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def shorten(names: Sequence[str]) -> str:
+    """Return the first names as text, for a message."""
+    return list_names(names, _LISTED)
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
