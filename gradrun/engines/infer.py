@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
 
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_config
-from gradrun.config.objects import is_object
+from gradrun.config.objects import ObjectOutput, is_object
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
@@ -164,7 +164,11 @@ def infer(
                     try:
                         result = infer_config(loaded, progress=shown, **options)
                     except ConfigError as error:
-                        if error.key != "output.format" or is_consumed(data):
+                        output = loaded.config.output
+                        chosen = not isinstance(output, ObjectOutput) and (
+                            "format" in output.model_fields_set
+                        )
+                        if error.key != "output.format" or chosen or is_consumed(data):
                             raise
                         # The first outputs are not rows of one shape, which only some formats hold.
                         loaded = LoadedConfig(in_lines(loaded.config))

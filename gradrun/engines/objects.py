@@ -33,7 +33,7 @@ from gradrun.core.optional import import_optional
 from gradrun.core.units import format_number
 from gradrun.data.objects import is_frame, read_inputs, read_labels
 from gradrun.output import quarantine
-from gradrun.output.formats import FORMATS
+from gradrun.output.formats import FORMATS, parquet
 from gradrun.output.formats.memory import PredictionArrays
 from gradrun.results.result import InferResult
 
@@ -147,8 +147,8 @@ def open_config(
         elif own_data:
             changes = {"batch_size": run.data.batch_size, "call": run.data.call}
             replaced = replaced.replace({"data": arrays.model_copy(update=changes)})
-        if run.output.path == own_path and run.output.format == "npy":
-            keys = dict(run.output) | {"arrays": PredictionArrays()}
+        if run.output.path == own_path and run.output.format != "jsonl":
+            keys = dict(run.output) | {"format": "npy", "arrays": PredictionArrays()}
             replaced = replaced.replace({"output": ObjectOutput.model_validate(keys)})
         run = replaced
     others = [sections[name] for name, own in (("model", own_model), ("data", own_data)) if not own]
@@ -375,7 +375,12 @@ def _read(folder: Path, form: str) -> dict[str, Any]:
     for _, rows in FORMATS[form].read(folder, ()):
         for name, values in rows.items():
             parts.setdefault(name, []).append(values)
-    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    found: dict[str, Any] = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    if form == "parquet":  # columns of values, which are not arrays
+        for row in parquet.records(folder):
+            for name in row.keys() - parts.keys() - {"id"}:
+                found.setdefault(name, []).append(row[name])
+    return found
 
 
 def _quarantined(folder: Path) -> Iterator[dict[str, Any]]:

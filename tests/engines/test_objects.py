@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import gradrun
+from gradrun.core.errors import ConfigError
 from gradrun.engines.objects import Inference
 from tests.conftest import ROOT
 from tests.support.workers import in_process_workers
@@ -166,6 +167,31 @@ def test_outputs_of_different_length_are_lists() -> None:
     counts = np.array([[0, 5.0], [2, 0.5], [1, 7.0]])
     found = run(model=Detector(), data=counts, batch_size=2)
     assert found.predictions == {"prediction": [[], [[0.5] * 4] * 2, [[7.0] * 4]]}
+
+
+@pytest.mark.parametrize(
+    ("output", "files"),
+    [
+        ({"format": "parquet"}, []),
+        ({"path": "out"}, ["predictions.jsonl"]),
+        ({"path": "out", "format": "parquet"}, ["predictions/predictions-00000.parquet"]),
+    ],
+)
+def test_outputs_of_different_length_are_written_in_the_format_that_is_set(
+    output: dict[str, str], files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    counts = np.array([[0, 5.0], [2, 0.5], [1, 7.0]])
+    found = run(model=Detector(), data=counts, batch_size=2, output=output)
+    assert found.predictions == {"prediction": [[], [[0.5] * 4] * 2, [[7.0] * 4]]}
+    assert list(found.result.files) == files
+
+
+def test_a_format_that_cannot_hold_the_outputs_is_not_replaced(tmp_path: Path) -> None:
+    output = {"path": str(tmp_path / "out"), "format": "csv"}
+    with pytest.raises(ConfigError, match="csv cannot store"):
+        run(model=Detector(), data=np.ones((3, 2)), output=output)
+    assert not (tmp_path / "out" / "predictions.jsonl").exists()
 
 
 def test_a_sample_without_prediction_is_listed(net: nn.Module) -> None:

@@ -59,7 +59,9 @@ def test_arrays_in_memory_equal_those_of_npy_files(
 def test_a_batch_of_another_layout_is_refused() -> None:
     writer = MemoryWriter(PredictionArrays(), 4)
     writer.open({"a": torch.zeros(2, 3)})
-    with pytest.raises(ValueError, match=r"output a has float32 rows of shape \[3\], but the next"):
+    with pytest.raises(
+        ValueError, match=r"output a has torch.float32 rows of shape \[3\], but the next"
+    ):
         writer.write({"a": torch.zeros(2, 4)}, range(2))
     with pytest.raises(ValueError, match="the outputs were"):
         writer.write({"b": torch.zeros(2, 3)}, range(2))
