@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
 
 from gradrun.config.load import ConfigSource, LoadedConfig, is_trusted, resolve_config
-from gradrun.config.objects import ObjectOutput, is_object
+from gradrun.config.objects import is_object
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
@@ -21,6 +21,7 @@ from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.engines.objects import (
     Inference,
     collect,
+    format_is_set,
     in_lines,
     is_consumed,
     open_config,
@@ -164,11 +165,8 @@ def infer(
                     try:
                         result = infer_config(loaded, progress=shown, **options)
                     except ConfigError as error:
-                        output = loaded.config.output
-                        chosen = not isinstance(output, ObjectOutput) and (
-                            "format" in output.model_fields_set
-                        )
-                        if error.key != "output.format" or chosen or is_consumed(data):
+                        fixed = format_is_set(loaded.config) or is_consumed(data)
+                        if error.key != "output.format" or fixed:
                             raise
                         # The first outputs are not rows of one shape, which only some formats hold.
                         loaded = LoadedConfig(in_lines(loaded.config))

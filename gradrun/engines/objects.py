@@ -338,6 +338,12 @@ def without_folder(folder: Path) -> Iterator[None]:
         raise RunFailed(text, result=error.result) from error.__cause__
 
 
+def format_is_set(config: RunConfig) -> bool:
+    """Report whether the user chose the format of the files; a run in memory writes none."""
+    output = config.output
+    return not isinstance(output, ObjectOutput) and "format" in output.model_fields_set
+
+
 def in_lines(config: RunConfig) -> RunConfig:
     """Return a config that writes lines of JSON, which have values of any size."""
     output = config.output
