@@ -16,6 +16,8 @@ import pytest
 # Idle threads of OpenMP wait in a loop, which takes the processors from the other test process.
 # The library reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# No test needs the hub, and some machines answer only after a minute of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from typer.testing import CliRunner

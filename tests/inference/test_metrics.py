@@ -408,7 +408,10 @@ WRONG = {
         "set `output` to one of the outputs: prediction",
     ),
     "more classes than scores": ({"data.labels": {"key": "z"}}, "labels range from 0 to 9"),
-    "fewer labels than samples": ({"data.labels": {"key": "short"}}, "3 labels for 2,500 samples"),
+    "fewer labels than samples": (
+        {"data.labels": {"key": "short"}},
+        f"3 labels for {SAMPLES} samples",
+    ),
     "no such array": ({"data.labels": {"key": "labels"}}, "has no array 'labels'"),
 }
 
@@ -430,4 +433,4 @@ def test_the_table_shows_the_metrics(config: dict[str, Any], tmp_path: Path, cli
     answer = cli("infer", tmp_path / "c.yaml")
     assert answer.code == 0
     assert f"{accuracy_score(LABELS, CHOSEN):.4f}" in answer.out
-    assert "over 2,500 samples" in answer.out
+    assert f"over {SAMPLES} samples" in answer.out

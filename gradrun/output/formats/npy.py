@@ -305,7 +305,7 @@ def has_numpy_dtype(tensor: torch.Tensor) -> bool:
     if not tensor.dtype.is_floating_point:
         return True
     try:
-        tensor[:0].numpy()
+        tensor.new_empty(0).numpy()
     except TypeError:
         return False
     return True
