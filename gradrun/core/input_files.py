@@ -265,10 +265,47 @@ def _open_zstd(file: IO[bytes]) -> Any:
     return zstd.open(file, "rb")
 
 
+class _Streams(io.RawIOBase):
+    """A reader of compressed streams, one after another, with zeros between them or at the end.
+
+    Those of Python take a second stream that is damaged for the end of the file.
+    """
+
+    def __init__(self, file: IO[bytes], create: Callable[[], Any]) -> None:
+        super().__init__()
+        self._file, self._create = file, create
+        self._decoder = create()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            packed = b""
+            if self._decoder.eof:
+                if not (packed := self._next_stream()):
+                    return 0
+                self._decoder = self._create()
+            elif self._decoder.needs_input and not (packed := self._file.read(_BUFFER)):
+                raise EOFError
+            data = self._decoder.decompress(packed, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _next_stream(self) -> bytes:
+        """Return the first bytes after a stream that are not 0; empty at the end of the file."""
+        packed: bytes = self._decoder.unused_data
+        while not (rest := packed.lstrip(b"\0")):
+            if not (packed := self._file.read(_BUFFER)):
+                return b""
+        return rest
+
+
 _COMPRESSIONS = {
     ".gz": _Compression("gzip", b"\x1f\x8b", lambda file: gzip.open(file, "rb")),  # noqa: SIM115
-    ".bz2": _Compression("bzip2", b"BZh", lambda file: bz2.open(file, "rb")),  # noqa: SIM115
-    ".xz": _Compression("xz", b"\xfd7zXZ\x00", lambda file: lzma.open(file, "rb")),  # noqa: SIM115
+    ".bz2": _Compression("bzip2", b"BZh", lambda file: _Streams(file, bz2.BZ2Decompressor)),
+    ".xz": _Compression("xz", b"\xfd7zXZ\x00", lambda file: _Streams(file, lzma.LZMADecompressor)),
     ".zst": _Compression("zstd", b"\x28\xb5\x2f\xfd", _open_zstd),
 }
 """Suffix in lower case -> the compression."""

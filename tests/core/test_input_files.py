@@ -167,6 +167,30 @@ def test_a_file_of_several_compressed_parts_is_read_to_its_end(tmp_path: Path, s
         assert file.read() == TEXT
 
 
+@pytest.mark.parametrize("suffix", [".bz2", ".xz", ".gz"])
+def test_zeros_behind_compressed_data_are_ignored(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.txt{suffix}"
+    padding = bytes(400_000)
+    for content in (TEXT, b""):
+        path.write_bytes(COMPRESS[suffix](content) + padding + COMPRESS[suffix](TEXT) + padding)
+        with open_input(path) as file:
+            assert file.read() == content + TEXT
+
+
+@pytest.mark.parametrize("suffix", [*COMPRESS])
+@pytest.mark.parametrize("rest", ["damaged", "cut", "no stream"])
+def test_a_damaged_second_part_is_an_error(tmp_path: Path, suffix: str, rest: str) -> None:
+    path, packed = tmp_path / f"t.txt{suffix}", COMPRESS[suffix](os.urandom(40_000))
+    second = {
+        "damaged": b"\xff" + packed[1:],
+        "cut": packed[:20_000],
+        "no stream": b"other data",
+    }[rest]
+    path.write_bytes(packed + second)
+    with open_input(path) as file, pytest.raises(OSError, match="the compressed data"):
+        file.read()
+
+
 @pytest.mark.parametrize("suffix", [*COMPRESS])
 def test_damaged_compressed_files_are_errors_with_a_reason(tmp_path: Path, suffix: str) -> None:
     path, packed = tmp_path / f"t.txt{suffix}", COMPRESS[suffix](os.urandom(40_000))
