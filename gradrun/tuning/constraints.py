@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import median
 
 from gradrun.comparison.lanes import Deviation
 from gradrun.config.run import MeasureSection
@@ -99,14 +100,10 @@ class Constraints:
         limit = self.tune.p99_limit
         if limit is None or not batch_seconds:
             return ""
-        few = len(batch_seconds) < P99_BATCHES
-        estimate = stats.quantile(batch_seconds, 0.5 if few else 0.99)
-        assert estimate
-        value = estimate.value if few else estimate.high
-        if value <= limit:
-            return ""
-        name = "median batch" if few else "99th percentile up to"
-        return f"{name} {format_seconds(value)}"
+        name, value = "median batch", median(batch_seconds)
+        if len(batch_seconds) >= P99_BATCHES and (p99 := stats.quantile(batch_seconds, 0.99)):
+            name, value = "99th percentile up to", p99.high
+        return f"{name} {format_seconds(value)}" if value > limit else ""
 
     def describe(self) -> str:
         """Return the constraints as text."""

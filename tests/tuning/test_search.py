@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
+from gradrun.config.tune import TuneSection
 from gradrun.results.trials import describe_changes
+from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import apply
 from gradrun.tuning.moves import MOVES, Move
 from tests.support.lanes import Planted
@@ -418,3 +421,19 @@ def test_threads_and_workers_share_the_cpus() -> None:
 
 def test_every_move_has_a_name_and_changes_valid_keys() -> None:
     assert all(move.name and move.settings for move in MOVES)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "found"),
+    [
+        ([7.0], "median batch 7.00 ms"),
+        ([5.0], ""),
+        ([5.0] * 60 + [90.0] * 40, ""),
+        ([5.0] * 370 + [90.0] * 30, "99th percentile up to 90.0 ms"),
+    ],
+)
+def test_a_limit_of_latency_needs_many_batches_for_the_percentile(
+    milliseconds: list[float], found: str
+) -> None:
+    limits = Constraints(TuneSection(p99="6 ms"), MeasureSection())
+    assert limits.latency_violation([t / 1000 for t in milliseconds]) == found
