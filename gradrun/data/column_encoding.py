@@ -11,6 +11,7 @@ import numpy as np
 
 from gradrun.config.columns import ColumnSection
 from gradrun.core.errors import ConfigError
+from gradrun.core.units import list_names
 from gradrun.data.rows import parse_number
 
 _BOOLEANS = {"true": True, "false": False}
@@ -115,10 +116,9 @@ class ColumnEncoding:
             return ""
         if isinstance(value, list | dict):
             return "a list or an object; categories need one value per row"
-        listed = ", ".join(str(value) for value in (self.spec.categories or ())[:_LISTED])
-        more = ", ..." if len(self._indices) > _LISTED else ""
+        listed = list_names([*map(str, self.spec.categories or ())], _LISTED)
         return (
-            f"{value!r:.60}, not one of the categories {listed}{more}; set unknown in "
+            f"{value!r:.60}, not one of the categories {listed}; set unknown in "
             f"data.columns.{self.column} to accept others"
         )
 

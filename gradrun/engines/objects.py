@@ -384,7 +384,9 @@ def _read(folder: Path, form: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     if form == "parquet":  # columns of values, which are not arrays
         for row in parquet.records(folder):
-            for name in row.keys() - parts.keys() - {"id"}:
+            if not (names := row.keys() - parts.keys() - {"id"}):
+                break
+            for name in names:
                 found.setdefault(name, []).append(row[name])
     return found
 

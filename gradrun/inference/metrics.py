@@ -122,12 +122,12 @@ class Evaluation:
         names, exchanged = scorer.class_names, scorer.exchanged
         pairs = [
             f"{names[true]} as {names[other]} ({share:.0%})"
-            for true, (other, share) in list(exchanged.items())[:_MAX_PAIRS]
+            for true, (other, share) in exchanged.items()
         ]
-        more = ", ..." if len(exchanged) > _MAX_PAIRS else ""
+        listed = list_names(pairs, _MAX_PAIRS)
         text = (
-            f"{len(exchanged):,} classes are predicted as one another: {', '.join(pairs)}{more}; "
-            "the class names or labels probably have another order than the model's classes: set "
+            f"{len(exchanged):,} classes are predicted as one another: {listed}; the class "
+            "names or labels probably have another order than the model's classes: set "
             "data.classes to the names in the model's order"
         )
         return (Warning(code=CLASS_ORDER, text=text),)
