@@ -37,6 +37,8 @@ class Multiplies(nn.Module):
 class Streams(nn.Module):
     """Reads and writes 64 MiB, which no cache keeps."""
 
+    memory: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("memory", torch.zeros(16 * 1024 * 1024))

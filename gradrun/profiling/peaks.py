@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from math import inf
 
 import torch
 
@@ -27,13 +28,18 @@ _GPU_SIZES = (1024, 2048, 4096, 8192, 16384)
 _GAIN = 1.02
 """A larger matrix is tried while it is this much faster than the one before."""
 
-_SECONDS = 0.6
-"""Per type, after the size is found."""
+_ROUNDS = 5
+"""All peaks are measured in turn this often: a machine may be slow for some seconds."""
+_SECONDS = 0.25
+"""Per peak and round."""
 _TRIAL_SECONDS = 0.05
 _SLOWEST = 0.3
 """Seconds of one product above which no larger size is tried."""
 _COPY_BYTES = 256 * 1024 * 1024
 _LEAST_REPEATS = 3
+_COPY = "copy"
+
+Call = Callable[[], object]
 
 
 def measure_peaks(
@@ -46,21 +52,29 @@ def measure_peaks(
     """
     now = host_clock(device)
     names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    products: list[Peak] = []
+    sizes: dict[str, int] = {}
+    calls: dict[str, Call] = {}
+    steps = len(DTYPES) + _ROUNDS
     with _threads(threads), torch.inference_mode(), SystemLoadMeter() as load:
         for step, (name, dtype) in enumerate(zip(names, DTYPES, strict=True)):
-            progress(Progress(f"measuring the {name} peak", step, len(DTYPES) + 1))
-            try:
-                products.append(_fastest_product(name, dtype, device, now))
-            except (RuntimeError, TypeError):  # the device lacks the type
-                continue
-        progress(Progress("measuring the copy bandwidth", len(DTYPES), len(DTYPES) + 1))
-        copy = _fastest_copy(device, now)
+            progress(Progress(f"finding a size for {name}", step, steps))
+            with suppress(RuntimeError, TypeError):  # the device lacks the type
+                sizes[name], calls[name] = _fastest_size(dtype, device, now)
+        calls[_COPY] = _copy(device)
+        shortest = dict.fromkeys(calls, inf)
+        for number in range(_ROUNDS):
+            progress(Progress("measuring the peaks", len(DTYPES) + number, steps))
+            for name, call in calls.items():
+                shortest[name] = min(shortest[name], _shortest(call, now, _SECONDS))
+    products = [
+        Peak(dtype=name, rate=2 * size**3 / shortest[name], size=size)
+        for name, size in sizes.items()
+    ]
     peaks = MachinePeaks(
         device=device.type,
         threads=threads,
         products=tuple(products),
-        copy=copy,
+        copy=2 * _COPY_BYTES / shortest[_COPY],
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return peaks, load.noise()
@@ -129,35 +143,35 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _fastest_product(name: str, dtype: torch.dtype, device: torch.device, now: Clock) -> Peak:
-    """Find the size from which the rate does not rise, then the fastest of several products."""
-    best, best_size = 0.0, 0
+def _fastest_size(dtype: torch.dtype, device: torch.device, now: Clock) -> tuple[int, Call]:
+    """Return the size of matrices from which the rate does not rise, and their product."""
+    best = 0.0
     for size in _SIZES if device.type == "cpu" else _GPU_SIZES:
-        seconds = _shortest(_product(size, dtype, device), now, _TRIAL_SECONDS)
+        call = _product(size, dtype, device)
+        seconds = _shortest(call, now, _TRIAL_SECONDS)
         rate = 2 * size**3 / seconds
         if rate < best * _GAIN:
             break
-        best, best_size = rate, size
+        best, found = rate, (size, call)
         if seconds > _SLOWEST / 8:  # twice the size takes eight times as long
             break
-    seconds = _shortest(_product(best_size, dtype, device), now, _SECONDS)
-    return Peak(dtype=name, rate=max(best, 2 * best_size**3 / seconds), size=best_size)
+    return found
 
 
-def _product(size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> Call:
     generator = torch.Generator().manual_seed(0)
     one, two = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
     result = torch.empty_like(one)
     return lambda: torch.mm(one, two, out=result)
 
 
-def _fastest_copy(device: torch.device, now: Clock) -> float:
+def _copy(device: torch.device) -> Call:
     source = torch.ones(_COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * _COPY_BYTES / _shortest(lambda: target.copy_(source), now, _SECONDS)
+    return lambda: target.copy_(source)
 
 
-def _shortest(call: Callable[[], object], now: Clock, seconds: float) -> float:
+def _shortest(call: Call, now: Clock, seconds: float) -> float:
     """Return the shortest time of a call, of as many as fit in `seconds`, but at least three."""
     call()
     times: list[int] = []
