@@ -6,11 +6,13 @@ import itertools
 import math
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ _MEASURE_SECONDS = 0.3
 
 _LEAST_GAIN = 1.1
 """Workers must be this much faster than one process, or they only cost memory."""
+
+_PAIRS = 3
+"""Measurements of one process and of the workers, in turn; the median decides."""
+_PAIRS_SECONDS = 3.0
+"""Time after which no further pair is measured: batches may be slow."""
 
 
 class _Worker:
@@ -188,7 +195,7 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
     request.progress(Progress(f"measuring whether {engine.name} pay", 0, 1))
     try:
         ready = await_ready(engine, started.workers)
-        one, all_workers = _rates(engine, ready, cpus)
+        gain = _gain(engine, ready, cpus)
     except RunFailed as error:  # a single process predicts what precedes it, and reports it
         engine.close()
         text = f"one process, because {engine.name} could not be measured: {first_line(error)}"
@@ -196,7 +203,6 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
     except BaseException:
         engine.close()
         raise
-    gain = all_workers / one
     name = started.statements[0].text
     if gain < _LEAST_GAIN:
         engine.close()
@@ -206,8 +212,8 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
     return replace(started, statements=(_statement(text),), ready=tuple(ready.items()))
 
 
-def _rates(engine: Engine, ready: Mapping[int, Ready], cpus: int) -> tuple[float, float]:
-    """Return the samples per second of one worker with all CPUs, and of all workers together."""
+def _gain(engine: Engine, ready: Mapping[int, Ready], cpus: int) -> float:
+    """Return how many times as fast all workers are as one of them with all CPUs."""
     first = min(ready)
     worker = ready[first]
     batches = max(1, round(_MEASURE_SECONDS / max(worker.batch_seconds, 1e-6)))
@@ -215,7 +221,12 @@ def _rates(engine: Engine, ready: Mapping[int, Ready], cpus: int) -> tuple[float
     stop = min(math.ceil(batches * worker.batch_size / step) * step, worker.samples)
     one, own = Task(start=0, stop=stop, threads=cpus), Task(start=0, stop=stop)
     _run_tasks(engine, [first], one)  # starts the threads, and fills the page cache
-    return _run_tasks(engine, [first], one), _run_tasks(engine, list(ready), own)
+    gains: list[float] = []
+    deadline = time.monotonic() + _PAIRS_SECONDS
+    while len(gains) < _PAIRS and (not gains or time.monotonic() < deadline):
+        rate = _run_tasks(engine, [first], one)
+        gains.append(_run_tasks(engine, list(ready), own) / rate)
+    return median(gains)
 
 
 def await_ready(engine: Engine, workers: int) -> dict[int, Ready]:
