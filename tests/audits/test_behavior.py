@@ -19,6 +19,8 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
 from gradrun.modes import assert_restored
 from gradrun.results.result import Fact, ModeFacts
+from tests.conftest import Answer
+from tests.support.forked import ForkedCommand
 from tests.support.run_results import MACHINE
 from tests.support.torch_version import IS_OLD, needs_torch_2_13
 
@@ -28,9 +30,18 @@ COMPILED = tuple(question for question in QUESTIONS if question.topic == "torch.
 
 
 @pytest.fixture(scope="module")
-def facts() -> tuple[Fact, ...]:
+def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    """Output of the command in a process of its own."""
+    folder = tmp_path_factory.mktemp("modes")
+    command = ForkedCommand("modes", "--json", "-", cwd=folder, env={"COLUMNS": "120"})
+    out, err = command.communicate()
+    return Answer(command.wait(), out, err)
+
+
+@pytest.fixture(scope="module")
+def facts(answer: Answer) -> tuple[Fact, ...]:
     """All answers, measured once."""
-    return measure_facts(CPU)
+    return ModeFacts.from_json(answer.out).facts
 
 
 @pytest.fixture
@@ -61,6 +72,19 @@ def test_an_expected_answer_is_observed_on_this_torch(
         f.mode: f.observed for f in facts if (f.topic, f.question) == (asked.topic, asked.text)
     }
     assert observed == dict(asked.cells())
+
+
+@needs_torch_2_13
+def test_the_command_prints_json_and_the_page_without_warnings_of_torch(answer: Answer) -> None:
+    assert answer.code == 0, answer.text
+    proven = ModeFacts.from_json(answer.out)
+    assert {fact.topic for fact in proven.facts} == {question.topic for question in QUESTIONS}
+    assert not proven.differing
+    # The page goes to stderr, and what torch warns of goes nowhere.
+    assert answer.err.lstrip().startswith(f"torch {torch.__version__}")
+    assert f"{len(proven.facts)} behaviors verified on torch" in answer.err
+    assert "Warning" not in answer.err
+    assert "Traceback" not in answer.err
 
 
 @pytest.mark.cuda

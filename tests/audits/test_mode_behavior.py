@@ -7,12 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from gradrun.audits.behavior import questions
-from gradrun.results.result import ModeFacts
 from tests.conftest import Command
-from tests.support.torch_version import needs_torch_2_13
 
 TOPIC = "r after the block"
 ROWS = tuple(question for question in questions.QUESTIONS if question.topic == TOPIC)
@@ -29,22 +26,6 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Expect a wrong answer to one question in inference mode."""
     first = dataclasses.replace(ROWS[0], expected=("works",) * 3)
     monkeypatch.setattr(questions, "QUESTIONS", (first, *ROWS[1:]))
-
-
-@needs_torch_2_13
-def test_the_table_is_as_expected_in_a_subprocess(process: Command) -> None:
-    answer = process("modes", "--json", "-")
-    assert answer.code == 0, answer.text
-    proven = ModeFacts.from_json(answer.out)
-    assert {fact.topic for fact in proven.facts} == {
-        question.topic for question in questions.QUESTIONS
-    }
-    assert not proven.differing
-    # The page goes to stderr, and what torch warns of goes nowhere.
-    assert answer.err.lstrip().startswith(f"torch {torch.__version__}")
-    assert f"{len(proven.facts)} behaviors verified on torch" in answer.err
-    assert "Warning" not in answer.err
-    assert "Traceback" not in answer.err
 
 
 def test_the_page_goes_to_stdout(cli: Command, one_topic: None) -> None:

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from gradrun.core.progress import Progress
 from gradrun.data import open_data
 from gradrun.results.result import RunResult
 from tests.conftest import ROOT
+from tests.support.forked import forked_children
 from tests.support.workers import in_process_workers
 
 CONFIG = """\
@@ -80,6 +80,8 @@ def in_process():
 
 
 in_this_process = pytest.mark.usefixtures("in_process")
+in_processes = pytest.mark.usefixtures("forked_children")
+"""In processes that end, but start faster than new ones."""
 
 
 def statuses(result: RunResult) -> dict[str, str]:
@@ -313,11 +315,13 @@ needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="requires git
 
 
 @needs_git
+@in_processes
 def test_a_revision_uses_its_own_helper_modules(project):
     commit()
-    # 64 times the work in a helper module: the model's file is the same on both sides.
-    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 132, 64\n")
-    result = gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False})
+    # 8 times the work in a helper module: the model's file is the same on both sides.
+    Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 132, 8\n")
+    processes = {"measure.processes": 3}  # the interval of two is wide
+    result = gradrun.check("gradrun.yaml", against="HEAD", check={"smoke": False}, **processes)
     found = statuses(result)
     assert found["time vs HEAD"] == "fail"
     assert found["forward peak vs HEAD"] == "fail", "3 % more, exact to the byte"
@@ -356,6 +360,7 @@ def test_a_revision_without_the_config_gives_a_check_without_a_reference(
 
 
 @needs_git
+@in_processes
 def test_a_change_that_does_not_affect_outputs_passes(project):
     commit()
     Path("nets/sizes.py").write_text("HIDDEN, ROUNDS = 128, 2\n")
@@ -367,6 +372,7 @@ def test_a_change_that_does_not_affect_outputs_passes(project):
 
 
 @needs_git
+@in_processes
 def test_a_package_is_imported_from_the_revision(project):
     Path("nets/__init__.py").touch()
     Path("nets/mine.py").write_text(NET.replace("import sizes", "from nets import sizes"))
@@ -395,6 +401,7 @@ LATE = {
 
 
 @needs_git
+@in_processes
 @pytest.mark.parametrize("late", LATE)
 def test_late_imports_come_from_the_same_revision(project, late, monkeypatch):
     monkeypatch.syspath_prepend(str(project))  # as for a command in the current folder
@@ -465,7 +472,7 @@ def test_a_model_that_fails_in_a_worker_fails_the_check(project, body, failed, r
         "import sizes", f"import sizes\nPARENT = {os.getppid()}"
     )
     Path("nets/mine.py").write_text(source + body + "\n")
-    with nullcontext() if real else in_process_workers():
+    with forked_children() if real else in_process_workers():
         result = gradrun.check("gradrun.yaml")
     assert statuses(result)[failed] == "fail"
     assert statuses(result)["model runs"] == "pass"

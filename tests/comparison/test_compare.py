@@ -24,7 +24,8 @@ from gradrun.core.errors import ConfigError
 from gradrun.report.document import describe
 from gradrun.results.ratios import compare_measured
 from gradrun.results.result import RunResult
-from tests.conftest import ROOT, Answer, Command
+from tests.conftest import ROOT, Answer, Command, run_cli
+from tests.support.forked import forked_children
 from tests.support.run_results import MACHINE, measurement
 from tests.support.workers import in_process_workers
 
@@ -366,20 +367,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Answer, RunResult]
         "measure: {processes: 2, budget: 5}\n"
         "output: {path: out}\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "gradrun", "compare", "c.yaml", "--trust-code", "--modes",
-         "grad,no_grad,inference_mode,inference_mode"],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )  # fmt: skip
-    return (
-        Answer(done.returncode, done.stdout, done.stderr),
-        RunResult.load(folder / "out-compare"),
-    )
+    modes = "grad,no_grad,inference_mode,inference_mode"
+    with forked_children():
+        answer = run_cli("compare", folder / "c.yaml", "--trust-code", "--modes", modes)
+    return answer, RunResult.load(folder / "out-compare")
 
 
 def test_each_failed_mode_is_reported_in_one_line_with_its_batch(
@@ -416,14 +407,12 @@ def test_a_missing_device_is_reported(cli: Command, folder: Path) -> None:
 def test_ctrl_c_shows_and_saves_the_data_so_far(
     cli: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    is_done = session.Session._is_done
-
-    def stop(session: Any, cost: float) -> bool:
-        if len(session.process_medians) == 2:
+    def stop(data: Any, measure: Any, done: int, *_: float) -> bool:
+        if done == 2:
             raise KeyboardInterrupt
-        return is_done(session, cost)
+        return False
 
-    monkeypatch.setattr(session.Session, "_is_done", stop)
+    monkeypatch.setattr(session.SessionData, "is_enough", stop)
     with in_process_workers():
         answer = cli("compare", "c.yaml", "--modes", "grad,no_grad")
     assert answer.code == 130, answer.text

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch.nn.functional import cosine_similarity
 
 import gradrun
+from gradrun.comparison import turns
 from gradrun.comparison.lanes import _divide, deviation, lane_workers, open_lane
 from gradrun.comparison.turns import common_samples, take_turns
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, RunFailed
+from tests.support.engines import InlineEngine
 from tests.support.lanes import Clock, Planted, PlantedLane, inline_lanes, planted_ready
 
 BASE: dict[str, Any] = {
@@ -134,12 +136,12 @@ def test_lanes_of_other_batch_sizes_run_whole_batches(one: int, two: int, varies
         for size, seconds in ((one, 0.001), (two, 0.0001))
     ]
     window = common_samples(lanes, 40, start=10)
-    turns = take_turns(lanes, window, rounds=3, seconds=0.02)
-    ratio = turns[0].seconds_per_sample[0] / turns[1].seconds_per_sample[0]
+    taken = take_turns(lanes, window, rounds=3, seconds=0.02)
+    ratio = taken[0].seconds_per_sample[0] / taken[1].seconds_per_sample[0]
     assert ratio == pytest.approx(10)
-    assert all(len(turn.blocks) == 3 for turn in turns)
+    assert all(len(turn.blocks) == 3 for turn in taken)
     if varies:
-        assert len({block.samples for turn in turns for block in turn.blocks}) <= 2
+        assert len({block.samples for turn in taken for block in turn.blocks}) <= 2
 
 
 def test_a_lane_gives_the_rows_of_a_plain_run(
@@ -185,10 +187,16 @@ def test_a_cluster_is_refused() -> None:
         lane_workers(_config(engine={"source": "ray"}))
 
 
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[InlineEngine]:
+    """The engines of lanes in this process, which run short blocks."""
+    monkeypatch.setattr(turns, "BLOCK_SECONDS", 0.01)
+    return inline_lanes(monkeypatch)
+
+
 def test_a_setting_of_the_process_is_compared_in_processes_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: list[InlineEngine]
 ) -> None:
-    engines = inline_lanes(monkeypatch)
     config = _config(**{"output.path": str(tmp_path / "out"), "measure.processes": 2})
     found = gradrun.compare(
         config, over=("run.allocator", ["system", "retain"]), **{"measure.budget": 0.01}
@@ -211,9 +219,8 @@ def test_a_variant_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_configs_are_compared_by_their_file_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engines: list[InlineEngine]
 ) -> None:
-    engines = inline_lanes(monkeypatch)
     (tmp_path / "base.yaml").write_text(_yaml("batch_size: 8"))
     (tmp_path / "fast.yaml").write_text(_yaml("batch_size: 32"))
     found = gradrun.compare(
@@ -230,9 +237,8 @@ def test_two_configs_are_compared_by_their_file_names(
 
 
 def test_a_config_is_compared_with_itself_under_two_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[InlineEngine]
 ) -> None:
-    inline_lanes(monkeypatch)
     (tmp_path / "mine.yaml").write_text(_yaml("batch_size: 8"))
     monkeypatch.chdir(tmp_path)
     path = Path("mine.yaml")

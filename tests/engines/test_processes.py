@@ -79,7 +79,10 @@ EXPECTED = np.arange(COUNT, dtype=np.float32)[:, None] * 3 + 1
 
 
 def test_samples_that_exit_crash_or_hang_are_quarantined_alone(
-    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    forked_children: None,
 ) -> None:
     # One sample per range, so that each bad sample ends two workers only.
     monkeypatch.setattr("gradrun.engines.dispatch.SPAN_SECONDS", 0.0)
@@ -184,7 +187,7 @@ def test_a_replacement_that_finds_other_weights_is_refused_by_name(eventful: Eve
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_output(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
+    run: Callable[..., dict[str, Any]], tmp_path: Path, forked_children: None
 ) -> None:
     config = run()
     net = tmp_path / "net.py"
@@ -243,7 +246,7 @@ class Net(torch.nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 4 and os.getppid() == {driver}:
+        if self.calls == 4 and os.getpid() != {driver}:
             threading.Timer(random.uniform(0.02, 0.15), kill).start()
         time.sleep(0.002)
         return x * 3 + 1
@@ -251,7 +254,7 @@ class Net(torch.nn.Module):
 
 
 def test_17_kills_of_workers_at_random_moments_change_no_byte(
-    run: Callable[..., dict[str, Any]], tmp_path: Path
+    run: Callable[..., dict[str, Any]], tmp_path: Path, forked_children: None
 ) -> None:
     config = run()
     (tmp_path / "net.py").write_text(KILLED.format(driver=os.getpid()))

@@ -131,7 +131,7 @@ CONFIG: dict[str, Any] = {
         "batch_size": 32,
     },
     "run": {"threads": 1},
-    "measure": {"budget": 4, "processes": 2, "precision": 0.5},
+    "measure": {"budget": 0.4, "processes": 2, "precision": 0.5},
 }
 
 

@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.modes import assert_restored
 from tests.conftest import ROOT, Command
 from tests.support.actionlint import actionlint, needs_actionlint
+from tests.support.forked import forked_children
 from tests.support.workers import in_process_workers
 from tools.docs_examples import Block, blocks_of, clean, pages, prepare
 
@@ -185,8 +185,8 @@ def test_the_code_blocks_of_a_page_have_the_shown_results(
         prepare("examples", folder, text)
         write_model()
     names: dict[str, Any] = {"__name__": name}
-    # The comparison of one page starts real processes.
-    with nullcontext() if name == "README.md" else in_process_workers():
+    # The comparison of one page starts processes.
+    with forked_children() if name == "README.md" else in_process_workers():
         for block in blocks:
             run_block(block, names, text, cli)
 

@@ -6,21 +6,27 @@ start, the imports or the environment of the interpreter matter.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import reduction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = multiprocessing.get_context("forkserver")
-_MODULES = ["torch", "gradrun.cli.app", "gradrun.inference.infer", "rich.table"]
+_MODULES = [
+    "torch", "gradrun.cli.app", "gradrun.inference.infer", "rich.table",
+    "gradrun.comparison.benchmark", "gradrun.engines.range_runner",
+]  # fmt: skip
 
 
 @contextmanager
@@ -100,6 +106,78 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
+class ForkedChild:
+    """A child as of `start_child` in a forked process, with the parts of Popen that are used.
+
+    It is not a child of this process, and OpenMP and MKL have no setting for its threads.
+    """
+
+    stderr: BinaryIO | None = None
+
+    def __init__(self, module: str, threads: int, args: Sequence[str] = (), *, stderr: int) -> None:
+        """Start the process; `stderr` is PIPE or DEVNULL of subprocess."""
+        stdin, self.stdin = _pipe()
+        self.stdout, stdout = _pipe()
+        if stderr == subprocess.PIPE:
+            self.stderr, errors = _pipe()
+        else:
+            errors = open(os.devnull, "wb")  # noqa: PTH123, SIM115
+        ends = (stdin, stdout, errors)
+        setup = (Path.cwd(), dict(os.environ), None)
+        streams = [_Descriptor(end.fileno()) for end in ends]
+        self._process = PROCESSES.Process(target=_serve, args=(setup, streams, module, [*args]))
+        self._lock = threading.Lock()
+        with preloaded():
+            self._process.start()
+        for end in ends:
+            end.close()
+        self.stdout.read(1)  # the process has a group of its own, which kill() ends
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        with self._lock:  # two threads may wait
+            self._process.join()
+        assert self._process.exitcode is not None
+        return self._process.exitcode
+
+    def communicate(self, message: bytes, timeout: float | None = None) -> tuple[bytes, None]:
+        """Send a message, and return what the process writes until its end."""
+        with suppress(BrokenPipeError), self.stdin:
+            self.stdin.write(message)
+        read: list[bytes] = []
+        reader = threading.Thread(target=lambda: read.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if not read:
+            raise subprocess.TimeoutExpired("gradrun", timeout or 0.0)
+        self.wait()
+        return read[0], None
+
+
+def _pipe() -> tuple[BinaryIO, BinaryIO]:
+    """Return the ends of a pipe to read and to write."""
+    reads, writes = os.pipe()
+    return os.fdopen(reads, "rb"), os.fdopen(writes, "wb")
+
+
+@contextmanager
+def forked_children() -> Iterator[None]:
+    """Fork the workers of engines, comparisons, checks and tunings from a preloaded process."""
+    with (
+        mock.patch("gradrun.engines.processes.start_child", ForkedChild),
+        mock.patch("gradrun.comparison.worker.start_child", ForkedChild),
+    ):
+        yield
+
+
 class _Descriptor:
     """A file descriptor, which is sent to the new process."""
 
@@ -115,18 +193,33 @@ def _received(sent: Any) -> int:
 
 
 def _run(setup: Any, streams: list[int], words: list[str]) -> None:
-    folder, environment, before = setup
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, stream in enumerate(streams, 1):
-        os.dup2(stream, number)
-        os.close(stream)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if before:
-        before()
+    _take(setup, dict(enumerate(streams, 1)))
     from gradrun.cli import app
 
     sys.argv = ["gradrun", *words]
     app.main()
+
+
+def _serve(setup: Any, streams: list[int], module: str, args: list[str]) -> None:
+    os.setsid()
+    os.write(streams[1], b"\0")
+    _take(setup, dict(enumerate(streams)))
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.argv = [module, str(os.getppid()), *args]
+    importlib.import_module(module).main()
+
+
+def _take(setup: Any, streams: dict[int, int]) -> None:
+    """Take over a folder, environment variables and standard streams."""
+    folder, environment, before = setup
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, stream in streams.items():
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if before:
+        before()
