@@ -23,9 +23,8 @@ def across(
 ) -> tuple[Equivalence, Iterable[Finding]]:
     """Compare another mode's outputs with the baseline's.
 
-    Args:
-        steady: whether repeated runs of the baseline give equal outputs; otherwise a difference
-            is not a finding.
+    A difference is a finding only if the baseline is `steady`: its outputs do not change if it is
+    run again.
     """
     found = equivalence(base, other)
     if found.bitwise or not steady:

@@ -39,7 +39,8 @@ def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Findin
         try:
             for mode in modes:
                 counter.graphs = 0
-                in_mode = replace(_in_mode(subject, mode), model=traced)
+                config = subject.config.replace({"run.mode": mode})
+                in_mode = replace(subject, config=config, model=traced)
                 # Each mode starts from the same state: grad cannot use tensors that
                 # inference_mode left behind.
                 with preserve_module_state(subject.model):
@@ -61,10 +62,6 @@ def compiled(subject: AuditTarget, modes: Sequence[GradMode]) -> Iterable[Findin
             text=f"torch.compile compiles separate graphs for each mode: {listed}",
             advice="Use one mode per process to compile once",
         )
-
-
-def _in_mode(subject: AuditTarget, mode: GradMode) -> AuditTarget:
-    return replace(subject, config=subject.config.replace({"run.mode": mode}))
 
 
 @contextmanager

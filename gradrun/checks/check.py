@@ -107,8 +107,11 @@ def check(
                 run = CheckRun(checked, predicted, present, is_trusted(trust_code), progress)
                 result = run.result(timed=bool(save_baseline), update_expected=update_expected)
             outcomes = (o.replace(source=loaded.location(o.key)) for o in result.outcomes)
-            notes = (_no_reference(missing),) if missing else ()
-            result = result.replace(outcomes=tuple(outcomes), warnings=(*result.warnings, *notes))
+            warnings = [*result.warnings]
+            if missing:
+                text = f"checked without a reference: {missing}, so no regression can be detected"
+                warnings.append(Warning(code="no_reference", text=text))
+            result = result.replace(outcomes=tuple(outcomes), warnings=tuple(warnings))
             folder = RunFolder(checked.output.path, overwrite=True)
             with folder.locked():
                 folder.save(result)
@@ -159,11 +162,6 @@ def _predict(
             raise ConfigError(_NO_GOLDEN, "check.expected") from error
     lines = config.replace({"output.format": "jsonl"})
     return lines, run(lines)
-
-
-def _no_reference(missing: str) -> Warning:
-    text = f"checked without a reference: {missing}, so no regression can be detected"
-    return Warning(code="no_reference", text=text)
 
 
 def _failed_result(config: RunConfig, error: GradrunError) -> CheckResult:

@@ -130,7 +130,9 @@ def timed_modes(section: CheckSection) -> list[GradMode]:
 
 def memory_limits(section: CheckSection, memory: Memory) -> Iterator[Outcome]:
     """Evaluate the limits on memory, exact to the byte."""
-    for name, text in _memory_limits(section).items():
+    for name, text in _fields(section.limits):
+        if name.startswith(_SPEEDUP):
+            continue
         limit, value = byte_limit(text), getattr(memory, name)
         if value is None:
             verdict = _inconclusive("not measured: no such device, or measure.memory is off")
@@ -167,10 +169,6 @@ def metric_limits(section: CheckSection, metrics: Sequence[Metric]) -> Iterator[
             reason = "the metric is outside the limit" if status == "fail" else ""
             verdict = _Verdict(format_score(value), status, reason)
         yield _outcome(_label(name), text, f"limits.{name}", verdict)
-
-
-def _memory_limits(section: CheckSection) -> dict[str, str]:
-    return {n: limit for n, limit in _fields(section.limits) if not n.startswith(_SPEEDUP)}
 
 
 def _speedup_limits(section: CheckSection) -> dict[str, str]:

@@ -33,8 +33,6 @@ def git_worktree(
     """Check out a revision to a temporary worktree, removed when the block ends.
 
     Args:
-        revision: a branch, a tag or a commit.
-        folder: a folder of the repository.
         untracked_files: files that the revision may lack, such as data that git does not track; the
             worktree gets symbolic links to them.
 

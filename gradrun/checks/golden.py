@@ -95,14 +95,7 @@ def compare_with_file(
 def compare_runs(
     reference: Path, folder: Path, files: Iterable[str], rtol: float, atol: float
 ) -> dict[str, str]:
-    """Compare the predictions of two runs.
-
-    Args:
-        reference: folder of the reference run.
-        folder: folder of the checked run.
-        files: prediction files of the checked run.
-        rtol: allowed difference relative to the reference's values.
-        atol: allowed absolute difference in addition.
+    """Compare the prediction files of a run in `folder` with those of a reference run.
 
     Returns:
         Output name -> how it differs; empty if all are equal.

@@ -45,11 +45,7 @@ def open_reference(
 ) -> Iterator[Reference | None]:
     """Open the reference, if any; a revision is checked out until the block ends.
 
-    Args:
-        loaded: the config of the check.
-        baseline: path of an earlier result.
-        against: path of another config, or a git revision.
-        overrides: changes to apply to the reference's config too.
+    `overrides` are applied to the reference's config too.
 
     Raises:
         ConfigError: the reference does not exist or is invalid.

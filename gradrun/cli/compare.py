@@ -23,13 +23,13 @@ class BareModesCommand(typer.core.TyperCommand):
         words: list[str] = []
         for word, following in zip(args, [*args[1:], "--"], strict=False):
             words.append(word)
-            if word == "--modes" and (following.startswith("-") or _is_config(following)):
+            if word == "--modes" and (
+                following.startswith("-")
+                or following.endswith((".yaml", ".yml"))
+                or Path(following).is_file()
+            ):
                 words.append(_ALL_MODES)
         return super().parse_args(ctx, words)
-
-
-def _is_config(word: str) -> bool:
-    return word.endswith((".yaml", ".yml")) or Path(word).is_file()
 
 
 def compare(

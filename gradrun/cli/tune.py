@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,20 +71,13 @@ def tune(
             "within": _parse_within(within) if within else None,
         }
         given = {f"tune.{key}": value for key, value in changes.items() if value is not None}
-        loaded = load_config(config, [*(sets or []), *map(_as_override, given.items())])
+        limits = [f"{key}={json.dumps(value)}" for key, value in given.items()]  # as for --set
+        loaded = load_config(config, [*(sets or []), *limits])
         with out.progress() as progress:
             result = run(loaded, output, trust_code=trust_code, progress=progress)
         out.show_result(result)
         if result.status == "inconclusive":
             raise typer.Exit(EXIT_INCONCLUSIVE)
-
-
-def _as_override(item: tuple[str, Any]) -> str:
-    """Return a key and its value as --set would have them."""
-    import json
-
-    key, value = item
-    return f"{key}={json.dumps(value)}"
 
 
 def _parse_within(words: list[str]) -> Any:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gradrun.comparison.session import Session, Variant, need_own_processes
+from gradrun.comparison.session import RoundSession, Session, Variant, need_own_processes
 from gradrun.config.load import (
     ConfigSource,
     LoadedConfig,
@@ -25,17 +25,7 @@ from gradrun.core.suggest import suggest
 from gradrun.output.run_folder import RunFolder
 from gradrun.report.notebook import progress_display
 from gradrun.results.ratios import metric_changes
-from gradrun.results.result import (
-    CompareResult,
-    Comparison,
-    InferResult,
-    MetricChange,
-    RunInfo,
-)
-
-if TYPE_CHECKING:
-    from gradrun.comparison.turns import TurnSession
-    from gradrun.comparison.whole_runs import WholeRuns
+from gradrun.results.result import CompareResult, Comparison, InferResult, MetricChange, RunInfo
 
 
 class Comparisons(list[Comparison]):
@@ -189,7 +179,7 @@ def _metric_changes(
 
 def _session(
     key: str, variants: list[Variant], config: RunConfig, trust_code: bool, *, own_processes: bool
-) -> Session | WholeRuns | TurnSession:
+) -> Session | RoundSession:
     """Return the session that can measure values of a config key."""
     if own_processes or (key.partition(".")[0] != "engine" and need_own_processes(variants)):
         from gradrun.comparison.turns import turn_session

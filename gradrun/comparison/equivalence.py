@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from gradrun.comparison.predictions import distances, same_values
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
@@ -66,7 +67,8 @@ def equivalence(base: ComparableModel, candidate: ComparableModel) -> Equivalenc
         for (_, one), (_, other) in zip(base_outputs, outputs, strict=True):
             bitwise &= one.dtype == other.dtype and _bitwise_equal(one, other)
             wide_one, wide_other = _widen(one, other), _widen(other, one)
-            max_diff = max(max_diff, _max_difference(wide_one, wide_other))
+            if one.numel():
+                max_diff = max(max_diff, float(distances(wide_one, wide_other).max()))
             rtol, atol = _tolerance((base.config, candidate.config), wide_one)
             equal &= torch.allclose(wide_one, wide_other, rtol=rtol, atol=atol, equal_nan=True)
     bitwise &= compared
@@ -239,24 +241,11 @@ def _tolerance(configs: Sequence[RunConfig], outputs: torch.Tensor) -> tuple[flo
 
 def _bitwise_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and (
-        torch.equal(one, other) or bool(_same_value(one, other).all())
+        torch.equal(one, other) or bool(same_values(one, other).all())
     )
-
-
-def _same_value(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Compare elementwise; NaN equals NaN."""
-    return (one == other) | (one.isnan() & other.isnan())
 
 
 def _widen(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Convert to float64, or to complex128 if either tensor is complex."""
     either = tensor.is_complex() or other.is_complex()
     return tensor.to(torch.complex128 if either else torch.float64)
-
-
-def _max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    if not one.numel():
-        return 0.0
-    # Equal infinities do not differ, although inf - inf is NaN.
-    difference = (one - other).abs().masked_fill(_same_value(one, other), 0.0)
-    return float(difference.nan_to_num(nan=math.inf, posinf=math.inf).max())

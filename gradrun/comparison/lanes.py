@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from gradrun.comparison.predictions import distances, same_values
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus, thread_count
 from gradrun.core.errors import ConfigError, RunFailed
@@ -238,9 +239,7 @@ def deviation(
             if not one.numel():
                 continue
             one, two = _numbers(one), _numbers(two)
-            same = (one == two) | (one.isnan() & two.isnan())
-            gap = (one - two).abs().masked_fill(same, 0.0)
-            gap = gap.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            same, gap = same_values(one, two), distances(one, two)
             difference = max(difference, float(gap.max()))
             # Scores of impossible classes are -inf, which must not hide the others' differences.
             greatest = max(greatest, float(one.nan_to_num(0.0, 0.0, 0.0).abs().max()))

@@ -32,14 +32,23 @@ def compare_predictions(
     for one, other in zip_longest(*(_rows(folder, form) for folder in folders)):
         if one is None or other is None or one.other != other.other:
             return False, math.inf, False
-        same = (one.numbers == other.numbers) | (one.numbers.isnan() & other.numbers.isnan())
-        if not same.all():
-            gap = (one.numbers - other.numbers).abs().masked_fill(same, 0.0)
-            greatest = max(greatest, float(gap.nan_to_num(nan=math.inf, posinf=math.inf).max()))
-            equal &= torch.allclose(
-                one.numbers, other.numbers, rtol=rtol, atol=atol, equal_nan=True
-            )
+        if not same_values(one.numbers, other.numbers).all():
+            greatest = max(greatest, float(distances(one.numbers, other.numbers).max()))
+            close = torch.allclose(one.numbers, other.numbers, rtol=rtol, atol=atol, equal_nan=True)
+            equal &= close
     return not greatest, greatest, equal
+
+
+def same_values(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Compare elementwise; NaN equals NaN."""
+    return (one == other) | (one.isnan() & other.isnan())
+
+
+def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the absolute differences of values; infinite where one of them is NaN."""
+    # Equal infinities do not differ, although inf - inf is NaN.
+    gaps = (one - other).abs().masked_fill(same_values(one, other), 0.0)
+    return gaps.nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 class _Rows(NamedTuple):
@@ -56,8 +65,10 @@ def _rows(folder: Path, form: str) -> Iterator[_Rows]:
     if records is None:
         for positions, columns in FORMATS[form].read(folder, ()):
             shapes = [(name, rows.shape, rows.dtype) for name, rows in columns.items()]
-            numbers = [_flat(torch.from_numpy(rows)) for rows in columns.values()]
-            yield _Rows(torch.cat(numbers), [positions.tolist(), shapes])
+            tensors = map(torch.from_numpy, columns.values())
+            real = (torch.view_as_real(t) if t.is_complex() else t for t in tensors)
+            numbers = torch.cat([tensor.flatten().double() for tensor in real])
+            yield _Rows(numbers, [positions.tolist(), shapes])
         return
     rows = records(folder)
     while chunk := [*islice(rows, _CHUNK)]:
@@ -66,17 +77,10 @@ def _rows(folder: Path, form: str) -> Iterator[_Rows]:
         yield _Rows(torch.tensor(leaves, dtype=torch.float64), other)
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real.flatten().double()
-
-
 def take_numbers(value: Any, numbers: list[float], kinds: tuple[type, ...] = (float, int)) -> Any:
     """Move the numbers of a value to a list; returns the value with a mark in their place.
 
     Args:
-        value: a record or list of JSON.
-        numbers: receives the numbers.
         kinds: types of numbers; others stay.
     """
     if isinstance(value, dict):

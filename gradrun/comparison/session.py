@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from gradrun.config.check import CheckSection
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
-from gradrun.core.errors import ConfigError, RunFailed
+from gradrun.core.errors import ConfigError, GradrunError, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
 from gradrun.results.ratios import compare_measured
@@ -138,7 +139,9 @@ class Session:
             progress(Progress("timing processes", done, max(done + 1, self.measure.processes)))
             began = time.monotonic()
             self._time_process()
-            if self._is_done(time.monotonic() - began):
+            ended = time.monotonic()
+            left, done = self.deadline - ended, len(self.process_medians)
+            if self.data.is_enough(self.measure, done, left, ended - began):
                 break
         return self.finalize()
 
@@ -159,10 +162,6 @@ class Session:
 
     def predict(self, folder: Path, changes: Mapping[str, Any]) -> InferResult:
         """Predict all data with the only variant in a worker, without a timeout.
-
-        Args:
-            folder: for the predictions.
-            changes: to the variant's config.
 
         Raises:
             RunFailed: the variant fails.
@@ -190,7 +189,8 @@ class Session:
         data = self.data
         data.conclude(self.measure, len(self.process_medians), interrupted=interrupted)
         if self.discarded:
-            self._warn("noisy_machine", _describe_noise(self.discarded))
+            text = _describe_noise(self.discarded)
+            data.warnings.append(Warning(code="noisy_machine", text=text))
         for variant in dict.fromkeys(m.variant for m in data.measurements):
             memories = {
                 (m.memory.forward_peak, m.memory.retained)
@@ -198,11 +198,9 @@ class Session:
                 if m.variant == variant
             }
             if len(memories) > 1:
-                self._warn(
-                    "memory_differs",
-                    f"{variant}: tensor memory differs between processes because the model's "
-                    "allocations are not deterministic; the reported values are examples",
-                )
+                text = f"{variant}: tensor memory differs between processes because the model's "
+                text += "allocations are not deterministic; the reported values are examples"
+                data.warnings.append(Warning(code="memory_differs", text=text))
         return data
 
     # --- jobs ------------------------------------------------------------------------------------
@@ -250,14 +248,19 @@ class Session:
         if not report.measurements:
             return
         cost = time.monotonic() - began
-        if self._is_noisy(report.noise) and self._can_repeat(cost):
-            self.discarded.append(report.noise)
+        noise = report.noise
+        noisy = noise.steal > MAX_STEAL or noise.others > MAX_OTHERS
+        noisy = noisy or noise.preemptions > MAX_PREEMPTIONS * self.threads
+        if noisy and self._can_repeat(cost):
+            self.discarded.append(noise)
             return
         self.data.environment = self.data.environment or report.environment
         self.data.interpretation = self.data.interpretation or report.interpretation
         self.data.equivalence = self.data.equivalence or list(report.equivalence)
         self._add_measurements(process, report)
-        for slow in self._slow_processes():
+        # The machine is the cause when all variants slow down, whatever its counters show.
+        fastest = min(seconds for seconds, _ in self.process_medians.values())
+        for slow in [p for p, (s, _) in self.process_medians.items() if s > SLOW * fastest]:
             if self._can_repeat(cost):
                 self._discard(slow)
 
@@ -283,21 +286,9 @@ class Session:
             device_reserved=alone.device_reserved,
         )
 
-    def _slow_processes(self) -> list[int]:
-        """Return the processes in which all variants together were slow.
-
-        The machine is the cause when all variants slow down, whatever its counters show.
-        """
-        fastest = min(seconds for seconds, _ in self.process_medians.values())
-        return [p for p, (s, _) in self.process_medians.items() if s > SLOW * fastest]
-
     def _discard(self, process: int) -> None:
         self.data.measurements = [m for m in self.data.measurements if m.process != process]
         self.discarded.append(self.process_medians.pop(process)[1])
-
-    def _is_noisy(self, noise: SystemNoise) -> bool:
-        preempted = noise.preemptions > MAX_PREEMPTIONS * self.threads
-        return noise.steal > MAX_STEAL or noise.others > MAX_OTHERS or preempted
 
     def _can_repeat(self, cost: float) -> bool:
         """Check that the budget allows a repetition and the minimum number of processes."""
@@ -316,14 +307,60 @@ class Session:
             failed = {variant.name for variant in self.variants}
         self.variants = [variant for variant in self.variants if variant.name not in failed]
 
-    # --- stopping --------------------------------------------------------------------------------
 
-    def _is_done(self, cost: float) -> bool:
-        left = self.deadline - time.monotonic()
-        return self.data.is_enough(self.measure, len(self.process_medians), left, cost)
+class RoundSession(ABC):
+    """A comparison in rounds, each of which starts all variants; as Session otherwise."""
 
-    def _warn(self, code: str, text: str) -> None:
-        self.data.warnings.append(Warning(code=code, text=text))
+    stage: str
+    """Name of the rounds in the progress."""
+    noun: str
+    """Name of a round in warnings."""
+
+    def __init__(self, variants: Sequence[Variant], measure: MeasureSection) -> None:
+        self.variants, self.measure = list(variants), measure
+        self.data, self.rounds = SessionData(), 0
+        self.deadline = time.monotonic() + measure.budget
+
+    def run(self, progress: ProgressCallback = ignore) -> SessionData:
+        """Run rounds until the intervals are narrow or the budget is spent."""
+        while len(self.variants) > 1:
+            total = max(self.rounds + 1, self.measure.processes)
+            progress(Progress(self.stage, self.rounds, total))
+            began = time.monotonic()
+            self.run_round()
+            ended = time.monotonic()
+            left, cost = self.deadline - ended, ended - began
+            if self.rounds and self.data.is_enough(self.measure, self.rounds, left, cost):
+                break
+        return self.finalize()
+
+    @abstractmethod
+    def run_round(self) -> None:
+        """Run all variants, and count the round if its times are kept."""
+
+    def drop(self, variant: Variant, error: GradrunError) -> None:
+        """Record a failure, and leave the variant out of further rounds."""
+        self.data.failures.append(Failure(variant=variant.name, batch=0, error=str(error)))
+        self.variants.remove(variant)
+
+    def add_equivalence(
+        self, variant: Variant, *, bitwise: bool, max_abs_diff: float, equal: bool
+    ) -> None:
+        """Record the difference of a variant's outputs from those of the first."""
+        self.data.equivalence.append(
+            Equivalence(
+                baseline=self.variants[0].name,
+                candidate=variant.name,
+                bitwise=bitwise,
+                max_abs_diff=max_abs_diff,
+                equal=equal,
+            )
+        )
+
+    def finalize(self, *, interrupted: bool = False) -> SessionData:
+        """Return the collected data with comparisons and warnings."""
+        self.data.conclude(self.measure, self.rounds, self.noun, interrupted=interrupted)
+        return self.data
 
 
 def need_own_processes(variants: Sequence[Variant]) -> str:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from gradrun.comparison.lanes import Block, Lane, deviation, open_lane
-from gradrun.comparison.protocol import Failure
-from gradrun.comparison.session import SessionData, Variant
+from gradrun.comparison.session import RoundSession, SessionData, Variant
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError
-from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.inference.meters import process_memory
-from gradrun.results.result import Equivalence, Measurement, Phases, Warning
+from gradrun.results.result import Measurement, Phases, Warning
 
 BLOCK_SECONDS = 0.2
 """Duration of a block; switching to another process costs a few milliseconds of cold caches."""
@@ -57,7 +55,11 @@ class Turn:
 
     def run(self, number: int) -> Block:
         """Run the tasks of block `number`, each from its own place in the window."""
-        parts = [self._run_task(number * self.tasks + i) for i in range(self.tasks)]
+        first, last = self.window
+        places = max(1, (last - first) // self.count)
+        tasks = range(number * self.tasks, (number + 1) * self.tasks)
+        starts = [first + task % places * self.count for task in tasks]
+        parts = [self.lane.run(start, min(last, start + self.count)) for start in starts]
         self.peak = parts[-1].process_peak
         if len(parts) == 1:
             return parts[0]
@@ -68,12 +70,6 @@ class Turn:
             batch_seconds=tuple(s for part in parts for s in part.batch_seconds),
             process_peak=self.peak,
         )
-
-    def _run_task(self, number: int) -> Block:
-        first, last = self.window
-        places = max(1, (last - first) // self.count)
-        start = first + number % places * self.count
-        return self.lane.run(start, min(last, start + self.count))
 
     def plan(self, count: int, seconds: float, per_sample: float) -> None:
         """Set the samples of a task, rounded up to the unit, and the tasks of a block."""
@@ -97,11 +93,7 @@ def take_turns(
     Texts of unequal length: all lanes run the same samples. Others: each as many as fill a block.
 
     Args:
-        lanes: the variants.
         window: the first sample and the end of the samples to use; every lane can start there.
-        rounds: blocks of each lane.
-        seed: of the order.
-        seconds: duration of a block; default: BLOCK_SECONDS.
         enough: whether the blocks so far decide, asked after each round.
     """
     seconds = BLOCK_SECONDS if seconds is None else seconds
@@ -157,31 +149,24 @@ def common_samples(lanes: Sequence[Lane], wanted: int, start: int = 0) -> tuple[
     return first, min(samples, first + -(-wanted // unit) * unit)
 
 
-class TurnSession:
-    """A comparison of variants that need processes of their own; as Session otherwise."""
+class TurnSession(RoundSession):
+    """Starts all variants again in each round, and times them alternately."""
+
+    stage, noun = "timing processes alternately", "process"
 
     def __init__(
         self, variants: Sequence[Variant], measure: MeasureSection, open_variant: OpenLane
     ) -> None:
-        self.variants, self.measure, self.open_variant = list(variants), measure, open_variant
-        self.data = SessionData()
-        self.processes = 0
-        self.deadline = time.monotonic() + measure.budget
+        super().__init__(variants, measure)
+        self.open_variant = open_variant
         self.waited: list[float] = []
         self.repeated = 0
 
-    def run(self, progress: ProgressCallback = ignore) -> SessionData:
-        """Start all variants again and time them alternately, until the intervals are narrow."""
-        while len(self.variants) > 1:
-            total = max(self.processes + 1, self.measure.processes)
-            progress(Progress("timing processes alternately", self.processes, total))
-            began, count = time.monotonic(), len(self.variants)
-            with self._lanes() as lanes:
-                if len(lanes) == count:
-                    self._measure(lanes)
-            if self.processes and self._is_done(time.monotonic() - began):
-                break
-        return self.finalize()
+    def run_round(self) -> None:
+        count = len(self.variants)
+        with self._lanes() as lanes:
+            if len(lanes) == count:
+                self._measure(lanes)
 
     @contextmanager
     def _lanes(self) -> Iterator[list[Lane]]:
@@ -192,25 +177,21 @@ class TurnSession:
                 try:
                     lanes.append(self.open_variant(variant.config, self.measure.timeout))
                 except GradrunError as error:
-                    self._drop(variant, error)
+                    self.drop(variant, error)
             yield lanes
         finally:
             for lane in lanes:
                 lane.close()
 
-    def _drop(self, variant: Variant, error: GradrunError) -> None:
-        self.data.failures.append(Failure(variant=variant.name, batch=0, error=str(error)))
-        self.variants.remove(variant)
-
     def _measure(self, lanes: Sequence[Lane]) -> None:
         window = common_samples(lanes, lanes[0].ready.samples)
         try:
-            if not self.processes:
+            if not self.rounds:
                 self._compare_outputs(lanes)
-            turns = take_turns(lanes, window, seed=self.processes)
+            turns = take_turns(lanes, window, seed=self.rounds)
         except GradrunError as error:  # the model failed on a later batch, in every variant
             for variant in self.variants[1:]:
-                self._drop(variant, error)
+                self.drop(variant, error)
             return
         in_time = time.monotonic() < self.deadline
         if in_time and is_disturbed(turns) and self.repeated < self.measure.processes:
@@ -219,40 +200,25 @@ class TurnSession:
         self.data.environment = self.data.environment or lanes[0].ready.environment
         self.waited += (block.waited for turn in turns for block in turn.blocks)
         for variant, turn in zip(self.variants, turns, strict=True):
-            self.data.measurements.append(lane_measurement(variant.name, self.processes, turn))
-        self.processes += 1
+            self.data.measurements.append(lane_measurement(variant.name, self.rounds, turn))
+        self.rounds += 1
 
     def _compare_outputs(self, lanes: Sequence[Lane]) -> None:
         start, stop = common_samples(lanes, min(_MAX_COMPARED, lanes[0].ready.samples))
         base, *others = (lane.run(start, stop, rows=True).rows for lane in lanes)
         for variant, rows in zip(self.variants[1:], others, strict=True):
             found = deviation(base, rows, rtol=self.measure.rtol, atol=self.measure.atol)
-            self.data.equivalence.append(
-                Equivalence(
-                    baseline=self.variants[0].name,
-                    candidate=variant.name,
-                    bitwise=found.bitwise,
-                    max_abs_diff=found.max_abs,
-                    equal=found.bitwise or found.close,
-                )
+            equal = found.bitwise or found.close
+            self.add_equivalence(
+                variant, bitwise=found.bitwise, max_abs_diff=found.max_abs, equal=equal
             )
-
-    def _is_done(self, cost: float) -> bool:
-        left = self.deadline - time.monotonic()
-        return self.data.is_enough(self.measure, self.processes, left, cost)
 
     def finalize(self, *, interrupted: bool = False) -> SessionData:
-        """Return the collected data with comparisons and warnings."""
-        data = self.data
-        data.conclude(self.measure, self.processes, interrupted=interrupted)
+        data = super().finalize(interrupted=interrupted)
         if self.waited and median(self.waited) > MAX_WAITED:
-            data.warnings.append(
-                Warning(
-                    code="noisy_machine",
-                    text=f"threads waited for a CPU for {median(self.waited):.0%} of half of the "
-                    "blocks or more; close other programs",
-                )
-            )
+            text = f"threads waited for a CPU for {median(self.waited):.0%} of half of the blocks "
+            text += "or more; close other programs"
+            data.warnings.append(Warning(code="noisy_machine", text=text))
         return data
 
 
@@ -282,8 +248,8 @@ def turn_session(
     variants: Sequence[Variant], config: RunConfig, *, trust_code: bool
 ) -> TurnSession:
     """Return a session whose lanes are processes."""
-
-    def open_variant(variant: RunConfig, timeout: float) -> Lane:
-        return open_lane(variant, trust_code=trust_code, timeout=timeout)
-
-    return TurnSession(variants, config.measure, open_variant)
+    return TurnSession(
+        variants,
+        config.measure,
+        lambda variant, timeout: open_lane(variant, trust_code=trust_code, timeout=timeout),
+    )

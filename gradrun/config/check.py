@@ -22,7 +22,7 @@ def _check_golden_path(path: Path) -> Path:
     return path
 
 
-def _parsed_by(parse: Callable[[str], object]) -> AfterValidator:
+def parsed_by(parse: Callable[[str], object]) -> AfterValidator:
     """Return a validator that calls `parse` for its ValueError and keeps the text."""
 
     def validate(text: str) -> str:
@@ -38,9 +38,9 @@ def _number_to_text(value: object) -> object:
 
 
 _Text = Annotated[str, BeforeValidator(_number_to_text, json_schema_input_type=str | int | float)]
-ByteLimit = Annotated[_Text, _parsed_by(limits.byte_limit)]
-NumberLimit = Annotated[_Text, _parsed_by(limits.number_limit)]
-Percentage = Annotated[_Text, _parsed_by(limits.percentage)]
+ByteLimit = Annotated[_Text, parsed_by(limits.byte_limit)]
+NumberLimit = Annotated[_Text, parsed_by(limits.number_limit)]
+Percentage = Annotated[_Text, parsed_by(limits.percentage)]
 Tolerance = Annotated[float, Field(ge=0)]
 
 

@@ -243,14 +243,9 @@ class HuggingFaceModel(EagerModel):
 
 
 _WEIGHT_ARGUMENTS = {
-    "cache_dir",
-    "checkpoint_path",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "weights",
-    "weights_backbone",
-}
+    "cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay",
+    "weights", "weights_backbone",
+}  # fmt: skip
 """Arguments that make the libraries download or unpickle files, which could run code."""
 
 

@@ -40,10 +40,6 @@ Channel = Annotated[int, Field(ge=0, le=255)]
 Color = tuple[Channel, Channel, Channel]
 
 
-def _schema_of(kind: Any) -> dict[str, Any]:
-    return TypeAdapter(kind).json_schema()
-
-
 def _unwrap_single(
     transforms: tuple[str, ...] | dict[str, tuple[str, ...]],
 ) -> str | list[str] | dict[str, Any]:
@@ -53,22 +49,9 @@ def _unwrap_single(
 
 
 BuiltinTransform = Literal[
-    "auto",
-    "none",
-    "softmax",
-    "sigmoid",
-    "argmax",
-    "classify",
-    "topk",
-    "threshold",
-    "uint8",
-    "mean_pool",
-    "cls",
-    "last_token",
-    "sentence_embedding",
-    "normalize",
-    "perplexity",
-]
+    "auto", "none", "softmax", "sigmoid", "argmax", "classify", "topk", "threshold", "uint8",
+    "mean_pool", "cls", "last_token", "sentence_embedding", "normalize", "perplexity",
+]  # fmt: skip
 
 
 def _check_transform(name: str, info: ValidationInfo) -> str:
@@ -83,7 +66,9 @@ def _check_transform(name: str, info: ValidationInfo) -> str:
 
 Target = Annotated[str, Field(pattern=".:[^:]+$")]
 Transform = Annotated[
-    str, AfterValidator(_check_transform), WithJsonSchema(_schema_of(BuiltinTransform | Target))
+    str,
+    AfterValidator(_check_transform),
+    WithJsonSchema(TypeAdapter[Any](BuiltinTransform | Target).json_schema()),
 ]
 """A transform of gradrun, or FILE.py:FUNCTION."""
 

@@ -30,10 +30,8 @@ def apply_overrides(document: Document, overrides: Overrides, source_name: str) 
     """Set keys in `document`, and add the problems found to it.
 
     Args:
-        document: the config's data.
         overrides: "key.path=value" texts and options, or dotted keys (or sections) and values. A
             mapping as value is merged into its section.
-        source_name: the name of the texts' source in error locations.
     """
     if isinstance(overrides, Mapping):
         for name, value in overrides.items():

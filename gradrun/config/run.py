@@ -119,20 +119,9 @@ class MetricSection(Section):
     """A measure of how well the model's outputs agree with data.labels."""
 
     name: Literal[
-        "accuracy",
-        "precision",
-        "recall",
-        "f1",
-        "iou",
-        "dice",
-        "exact_match",
-        "confusion_matrix",
-        "auroc",
-        "calibration_error",
-        "mse",
-        "mae",
-        "r2",
-    ]
+        "accuracy", "precision", "recall", "f1", "iou", "dice", "exact_match", "confusion_matrix",
+        "auroc", "calibration_error", "mse", "mae", "r2",
+    ]  # fmt: skip
     alias: Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")] | None = Field(
         None, description="its name in tables and in result.json; default: name"
     )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gradrun.config import limits
 from gradrun.config.base import Section, Size
-from gradrun.config.check import ByteLimit
+from gradrun.config.check import ByteLimit, parsed_by
 
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(us|µs|ms|s|min)")
 _UNITS = {"us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -25,11 +25,6 @@ def parse_duration(text: str) -> float:
     if not match or not float(match[1]):
         raise ValueError(f"{text!r} is not a duration; write 50ms or 1.5 s")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def _check_duration(text: str) -> str:
-    parse_duration(text)
-    return text
 
 
 class WithinSection(Section):
@@ -87,7 +82,7 @@ class TuneSection(Section):
     memory: ByteLimit | None = Field(
         None, description="limit of the process peak of all workers, such as 600 MiB"
     )
-    p99: Annotated[str, AfterValidator(_check_duration)] | None = Field(
+    p99: Annotated[str, parsed_by(parse_duration)] | None = Field(
         None, description="limit of the 99th percentile of the batch times, such as 50ms"
     )
     budget: Annotated[float, Field(gt=0, le=86_400)] = Field(

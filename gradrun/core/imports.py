@@ -23,7 +23,6 @@ def target_root(target: str, root: Path | None) -> Path:
     """Return the absolute path of the folder that a target is imported from.
 
     Args:
-        target: file.py:name or package.module:name.
         root: the folder in the config, if any; default: the file's, or the current one.
     """
     location = target.rpartition(":")[0]
@@ -37,9 +36,6 @@ def import_target(
     """Import the object that a target names; the caller has checked the trust in it.
 
     Args:
-        target: file.py:name or package.module:name.
-        root: the folder to import from, as for `target_root`.
-        key: the config key of the target, for errors.
         beside: root folders of other code in use, which is neither forgotten nor read again.
 
     Raises:
@@ -85,9 +81,7 @@ def require_trust(trust_code: bool, source: str, key: str) -> None:
     """Raise a ConfigError about `key` unless the user allows the config to run code.
 
     Args:
-        trust_code: whether the user does.
         source: subject and verb of the message, for example "net.py:Net is Python code".
-        key: the config key that names the code.
     """
     if not trust_code:
         raise ConfigError(
@@ -145,7 +139,6 @@ def imports_from(
     the other. Modules that are in use stay alive in their users.
 
     Args:
-        root: an absolute path.
         reload: also forget modules from `root`, so that they are read again.
         first: put the folder before installed packages instead of after them.
         beside: other roots whose modules stay.
@@ -175,9 +168,6 @@ def imports_from(
 
 def imported_files(root: Path) -> dict[str, Path]:
     """Return the files of the user's modules below a folder, or imported for a target there.
-
-    Args:
-        root: an absolute path.
 
     Returns:
         Path relative to `root` (or the module's name, if the file is elsewhere) to the file.

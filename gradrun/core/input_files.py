@@ -64,8 +64,6 @@ def list_files(
     A list keeps its order. Hidden files of a folder, and those with other suffixes, are left out.
 
     Args:
-        paths: absolute paths.
-        key: the config key of the paths, for errors.
         suffixes: formats that are read, in lower case and without compression; default: all.
         one_format: refuse files of several formats.
 

@@ -44,8 +44,6 @@ def import_optional(name: str, key: str, submodule: str = "") -> Any:
     """Import a library of EXTRAS or one of its submodules.
 
     Args:
-        name: the library's import name.
-        key: the config key that needs it.
         submodule: such as "classification" of torchmetrics; default: the library itself.
 
     Raises:
@@ -117,8 +115,6 @@ def hub_errors(source: Path | str, key: str, advice: str = "") -> Iterator[None]
     """Convert errors of transformers to a ConfigError for `key`.
 
     Args:
-        source: the folder or hub name that is loaded.
-        key: the config key at fault.
         advice: the end of the message if the source contains Python code.
     """
     try:

@@ -68,11 +68,6 @@ def read_sentence_folder(
 ) -> SentenceFolder | None:
     """Read modules.json and the files it names; None if the folder has no modules.json.
 
-    Args:
-        source: a folder or a hub name.
-        revision: the hub's branch, tag or commit.
-        key: the config key at fault.
-
     Raises:
         ConfigError: a file is damaged, or a path leaves the folder.
     """
@@ -169,11 +164,6 @@ def load_tokenizer(
     source: Path | str, revision: str | None, folder: SentenceFolder | None = None
 ) -> Any:
     """Load a tokenizer, with the end token for padding if it has no pad token.
-
-    Args:
-        source: a folder or a hub name.
-        revision: the hub's branch, tag or commit.
-        folder: its sentence-transformers settings, if any.
 
     Raises:
         ConfigError: the folder has no tokenizer, or one without a vocabulary or a pad token.

@@ -42,7 +42,6 @@ def open_data(
     """Open a data source; read headers and count samples, not the data.
 
     Args:
-        config: the data section.
         seed: of synthetic data.
         model: the model section, which may provide the tokenizer or the preprocessing.
         model_classes: the class names of the model, which labels may use without data.classes.

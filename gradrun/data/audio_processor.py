@@ -26,8 +26,6 @@ class AudioProcessor:
         """Load the extractor and try it on a second of silence.
 
         Args:
-            source: a folder or a hub name.
-            revision: the hub's branch, tag or commit.
             seconds: cut or pad every file to this length; default: the processor's, or the longest.
 
         Raises:

@@ -28,10 +28,7 @@ class ColumnEncoding:
         """Prepare the categories.
 
         Args:
-            column: the name of the column.
-            spec: its section.
             parse: converts a value to a number of the input's dtype, or raises ValueError.
-            dtype: the dtype of the input.
 
         Raises:
             ConfigError: the section does not match the dtype.

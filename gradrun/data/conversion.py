@@ -32,10 +32,7 @@ class Conversion:
         """Check an input's section against the stored rows.
 
         Args:
-            spec: the section.
             stored: shape of a stored row.
-            dtype: dtype of the stored rows.
-            key: config key of the section.
 
         Raises:
             ConfigError: the section does not match the stored shape, or shape would mix the axes.

@@ -27,7 +27,6 @@ def open_table(
     Args:
         config: the data section; its transform is trusted.
         readers: format -> reader of files.
-        model: the model section.
 
     Raises:
         ConfigError: it cannot be opened, or the transform cannot be imported.
@@ -119,7 +118,6 @@ def open_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
     """Find the images or audio files of a config: in a dataset, a folder or a list.
 
     Args:
-        config: the data section.
         suffixes: the lower-case suffixes of such files.
         kind: the plural noun of the files.
 

@@ -229,7 +229,6 @@ def trait_statements(traits: np.ndarray[Any, Any], config: ImagesData) -> Iterat
 
     Args:
         traits: the traits of each sample that was decoded, 0 for the others.
-        config: the data section.
     """
     read = int(np.count_nonzero(traits))
     stored = config.background == "stored"

@@ -127,10 +127,6 @@ A std of 1 or 2 is a scale of its own, as some models use it.
 def check_pixel_range(config: ImagesData, scale: float) -> None:
     """Reject a mean or std of the config for pixels from 0 to 255 if they are scaled to 0 to 1.
 
-    Args:
-        config: the section with `mean` and `std`.
-        scale: the factor of pixels from 0 to 255.
-
     Raises:
         ConfigError: a value is too large for the range of the pixels.
     """

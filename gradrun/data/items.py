@@ -94,7 +94,6 @@ def find_layout(first: Collated, item: Any, config: PythonData) -> Layout:
     Args:
         first: the first batch, with all elements.
         item: one of its items.
-        config: the data section.
 
     Raises:
         ConfigError: an element is missing or cannot be used, or there are several choices.
@@ -463,9 +462,6 @@ def worker_batches(
 
     Args:
         dataset: yields whole batches, or returns those of `spans`.
-        workers: number of processes.
-        start_worker: the user's worker_init_fn.
-        seed: of the random generators in the workers.
         spans: the batches to read; None for a dataset that yields them.
     """
     # Forked, whatever the default: another process could not import a module that was read from a

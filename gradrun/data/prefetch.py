@@ -93,7 +93,6 @@ def decode_ahead(
     Args:
         start: submits the files of the batch with this first sample to the pool.
         firsts: the first samples of the batches, in order.
-        threads: how many decode; auto: one per CPU.
 
     Yields:
         What `start` returned for each batch.

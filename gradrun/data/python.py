@@ -80,10 +80,6 @@ def open_items(
     """Read the first batch of a Dataset, DataLoader, iterable or sequence.
 
     Args:
-        config: how its items become batches.
-        items: the data.
-        seed: of the random generators in workers.
-        model_classes: the class names of the model.
         beside: folders that the import of data.collate keeps importable.
 
     Raises:

@@ -149,7 +149,6 @@ def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> Sam
     """Find the files that a config names; open none of them.
 
     Args:
-        config: the data section.
         suffixes: the lower-case suffixes of such files, used below a folder without `data.pattern`.
         kind: the plural noun of the files.
 

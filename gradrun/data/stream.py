@@ -27,8 +27,6 @@ class StreamedBatches:
 
         Args:
             batches: batches of `batch_size` samples; only the last may be shorter.
-            batch_size: samples per batch.
-            key: the config key of the data, for errors.
         """
         self._iterator, self.batch_size, self._key = batches, batch_size, key
         self.samples: int | None = None

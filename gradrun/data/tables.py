@@ -411,12 +411,6 @@ class IndexedRows:
     ) -> None:
         """Check the kinds of the columns; `_observe` takes the rows into account.
 
-        Args:
-            config: the data section.
-            table: its rows.
-            model_classes: the class names of the model.
-            keep: columns that are written beside the predictions.
-
         Raises:
             ConfigError: the files have columns of several kinds, or cannot be read.
         """

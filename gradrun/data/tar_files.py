@@ -54,8 +54,6 @@ def list_members(
     Nothing is extracted, and links are not followed.
 
     Args:
-        archives: files whose names end with .tar.
-        suffixes: in lower case.
         kind: the plural noun of the members.
         labels: the suffix of members with the label of the member of the same name, as text.
 

@@ -64,10 +64,6 @@ def read_texts(
     """Yield the texts of a table from `start` on, with ids from a column if there is one.
 
     Args:
-        config: the section.
-        table: its files, whose columns are checked.
-        ids: the column of ids, if any.
-        start: where to begin.
         kept: returns the values of a row that are written beside the predictions.
 
     Raises:

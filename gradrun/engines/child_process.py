@@ -25,8 +25,6 @@ def start_child(module: str, threads: int, args: Sequence[str] = (), **pipes: An
     Args:
         module: a module whose main() calls `end_with_parent` first.
         threads: threads of OpenMP and MKL, which must be set before torch is imported.
-        args: more arguments.
-        pipes: arguments of Popen, such as stderr.
     """
     child = subprocess.Popen(  # noqa: S603 - no argument comes from the user
         [sys.executable, "-m", module, str(os.getpid()), *args],

@@ -91,11 +91,8 @@ def open_config(
     """Return a config with the objects.
 
     Args:
-        config: the config whose sections the objects replace, if any.
         model: a module, or a section; None for that of the config.
         data: the data, or a section; None for that of the config.
-        labels: of data in memory.
-        overrides: as in `gradrun.infer`.
         folder: a temporary folder, for lists of texts or files, and for predictions if no
             output.path is set.
         as_files: save the objects in the folder, for other processes.

@@ -88,7 +88,6 @@ class ProcessesEngine:
 
         Args:
             opens: the first message to the worker in each slot.
-            threads: CPU threads of each worker.
             pin: give each worker CPUs of its own, if there are enough.
         """
         self.name = pluralize(len(opens), "process")

@@ -50,7 +50,6 @@ class RangeRunner:
         """Store the request.
 
         Args:
-            message: the run to open.
             all_cpus: those of the driver, if this process is pinned to some of them.
         """
         self._all_cpus = all_cpus

@@ -47,9 +47,7 @@ class Schedule:
 
         Args:
             start: a multiple of `unit`.
-            stop: the number of samples of the run.
             unit: samples after which a span may end; a multiple of the batch size.
-            batch_size: samples per batch.
             workers: those that are expected; the first one that is ready leaves samples for
                 the others.
         """
@@ -95,7 +93,6 @@ class Schedule:
         """Return the next span for a worker, or None if it should wait.
 
         Args:
-            worker: a worker that was added.
             size: samples of a new span, which has whole units, and at least one.
         """
         mine = self._running[worker]

@@ -55,8 +55,6 @@ def load_model(
     Weights that no file provides are drawn from torch's default generator; the caller seeds it.
 
     Args:
-        config: the model section.
-        device: where the model runs.
         data: the data section: a model of texts gets the pad token of their tokenizer, and
             `classes` names the model's classes.
         trust_code: allow code of the config to run.

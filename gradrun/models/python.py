@@ -40,8 +40,6 @@ def build_module(target: Any, args: Mapping[str, Any], name: str) -> nn.Module:
     """Return `target` if it is a module, else its result when called with `args`.
 
     Args:
-        target: a module, class or function.
-        args: keyword arguments.
         name: the target in error messages.
 
     Raises:

@@ -151,11 +151,6 @@ def build_embedding(
 ) -> SentenceEmbedding | UnsupportedEmbedding:
     """Build the modules after the transformer, with their weights, in float32.
 
-    Args:
-        folder: the settings.
-        source: the folder or hub name, for the weights.
-        revision: the hub's branch, tag or commit.
-
     Raises:
         ConfigError: the weights of a module are missing or do not fit.
     """

@@ -54,7 +54,6 @@ def load_weights(
         module: the module; tensors that it shares need only one of their names in the file.
         path: a .safetensors file or a checkpoint of torch.save.
         nested_key: key of the state dict in the checkpoint; default: the usual keys.
-        trust_code: whether unpickling the checkpoint may run code.
 
     Returns:
         The changes that were made to the keys.

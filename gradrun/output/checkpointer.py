@@ -25,15 +25,7 @@ class Checkpointer:
         row_bytes: int,
         input_checksum: InputChecksum = no_checksum,
     ) -> None:
-        """Commit multiples of `batch_size` samples.
-
-        Args:
-            writer: an open writer.
-            journal: an open journal.
-            batch_size: samples that are committed together.
-            row_bytes: size of a prediction.
-            input_checksum: returns the checksum of the input before a sample.
-        """
+        """Commit multiples of `batch_size` samples, each of `row_bytes` bytes."""
         self.writer, self.journal = writer, journal
         self._input_checksum = input_checksum
         self.batch_size = batch_size
@@ -70,10 +62,7 @@ class Checkpointer:
         self._due = time.monotonic() + max(SECONDS, (time.monotonic() - started) / _TIME_SHARE)
 
     def close(self, *, finished: bool = False) -> None:
-        """Close the writer, and commit its last rows.
-
-        Args:
-            finished: all samples of the run are written.
+        """Close the writer, and commit its last rows; `finished`: no sample of the run is missing.
 
         Raises:
             OSError: the files are incomplete; ranges in the journal are valid nevertheless.

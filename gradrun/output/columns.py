@@ -25,12 +25,7 @@ class ValueColumn:
     """
 
     def __init__(self, values: Iterable[Any], declared: ValueType | None = None) -> None:
-        """Store the values.
-
-        Args:
-            values: one per sample.
-            declared: a type that covers them and those of other batches; default: their own.
-        """
+        """Store one value per sample; `declared` is a type that covers other batches too."""
         self.values = list(values)
         self._declared = declared
 

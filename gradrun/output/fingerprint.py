@@ -63,16 +63,12 @@ def fingerprint(
     copied or moved.
 
     Args:
-        config: config of the run.
-        samples: number of samples; None if unknown.
-        version: version of gradrun.
         listed: input files that no config key names, for example the images of a folder.
         by_rows: whether the committed ranges have checksums of the rows in data.path instead.
         classes: class names, which some formats write.
         id_type: type of the ids in data.id, which may change with a row behind the committed ones.
         identity: properties of the data source that the config and files do not determine.
         kept_types: types of the columns of output.keep, which may change in the same way.
-        code: name and path of each file of the user's code.
         resolved: values of the section `run` that replace "auto".
         versions: versions of libraries, and of weights that are not in a file.
 
@@ -125,10 +121,7 @@ def fingerprint(
 
 
 def describe_code(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Describe files of the user's code for JournalHeader.files.
-
-    Args:
-        files: name, such as the path below the imported folder, to the file.
+    """Describe files of the user's code, by name, for JournalHeader.files.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -235,12 +228,7 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _describe_list(files: Sequence[Path], path: Path) -> dict[str, Any]:
-    """Number of files, and checksums of their names and sizes, their times and their content.
-
-    Args:
-        files: a list of files.
-        path: their folder, or a file in it.
-    """
+    """Number of files in or beside `path`, and checksums of their names, sizes and content."""
     folder = str(path if path.is_dir() else path.parent)
     step = -(-len(files) // _LISTED_FILES)
     blocks = max(_LISTED_BLOCKS, _LISTED_BLOCKS * _LISTED_FILES // len(files))

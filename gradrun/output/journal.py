@@ -97,11 +97,8 @@ class JournalState:
         """Store the parsed lines.
 
         Args:
-            header: first line.
-            ranges: the lines of ranges.
             ends: offset of the end of the header and of each range, in bytes.
             torn: the file ends with an incomplete line.
-            end: the line after them, if any.
         """
         self.header, self.ranges, self.torn = header, list(ranges), torn
         self._ends, self._end = list(ends), end
@@ -230,31 +227,24 @@ class Journal:
         try:
             os.ftruncate(self._descriptor, self._size)
             if previous is None:
-                self._append(header)
+                self.append(header)
                 target.replace(path)
                 files.sync_folder(path.parent)
         except BaseException:
             self.close()
             raise
 
-    def append(self, committed: CommittedRange) -> None:
-        """Append a range whose samples are synced.
+    def end(self, samples: int) -> None:
+        """Append the number of samples of the finished run, if the header lacks it."""
+        if self._header.samples is None:
+            self.append(JournalEnd(samples=samples))
+
+    def append(self, line: _Line) -> None:
+        """Append a range whose samples are synced, or another line.
 
         Raises:
             OSError: the line was not written; append nothing more.
         """
-        self._append(committed)
-
-    def end(self, samples: int) -> None:
-        """Append the number of samples of the finished run, if the header lacks it.
-
-        Raises:
-            OSError: the line was not written.
-        """
-        if self._header.samples is None:
-            self._append(JournalEnd(samples=samples))
-
-    def _append(self, line: _Line) -> None:
         # pydantic's JSON writer rejects file names that are not UTF-8.
         data = json.dumps(line.model_dump(mode="python", exclude_none=True), default=str)
         encoded = data.encode() + b"\n"

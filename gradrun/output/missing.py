@@ -21,9 +21,7 @@ MISSING_CLASS = -(2**63)
 def fill_missing(outputs: Outputs, valid: torch.Tensor | None) -> Outputs:
     """Set the rows of invalid samples to the missing value of each output's type, or to None.
 
-    Args:
-        outputs: columns of n samples; not changed in place.
-        valid: mask [n], false for samples without a prediction; None if all have one.
+    The columns are not changed in place. `valid` is a mask [n]; None if all samples are valid.
     """
     if valid is None:
         return outputs

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -141,7 +142,9 @@ class RemoteFolder:
                 self._version = ours[journal.FILE_NAME].stat().version
             else:
                 self._stale = [*ours.values()]
-            self._check_writable()
+            probe = self.url / lock.FILE_NAME
+            remote.put_bytes(b"", probe)
+            remote.remove(probe)
             if overwrite:
                 shutil.rmtree(self.local, ignore_errors=True)
             elif self._journal and not self._is_ahead(Path(name)):
@@ -170,11 +173,6 @@ class RemoteFolder:
             return False
         theirs, ours = journal.read(folder / journal.FILE_NAME), journal.read(path)
         return theirs.header == ours.header and ours.committed >= theirs.committed
-
-    def _check_writable(self) -> None:
-        probe = self.url / lock.FILE_NAME
-        remote.put_bytes(b"", probe)
-        remote.remove(probe)
 
     @contextmanager
     def _key_errors(self) -> Iterator[None]:
@@ -314,7 +312,7 @@ def verify(folder: str | Path) -> Verification:
             found = verification.verify(name)
         except GradrunError as error:
             raise error.reworded(str(error).replace(name, str(url)), None) from error
-        return found.moved(url)
+        return replace(found, folder=url)
 
 
 def _files_of(url: RemotePath) -> dict[str, RemotePath]:

@@ -182,11 +182,7 @@ class RunFolder:
     def check_resumable(
         self, header: JournalHeader, input_checksum: InputChecksum = no_checksum
     ) -> None:
-        """Check that the earlier run, if any, is the same as this one.
-
-        Args:
-            header: identity of this run.
-            input_checksum: returns the checksum of the input before a sample.
+        """Check that the earlier run, if any, is the same as this one, which `header` identifies.
 
         Raises:
             ConfigError: it is not; the message lists the differences.

@@ -41,7 +41,8 @@ class OutputReader:
         if isinstance(value, ValueColumn) or _is_dense(value):
             return value
         if isinstance(value, torch.Tensor):
-            return self._unbound(name, value)
+            # A nested tensor is split into samples; other layouts are refused later.
+            return ValueColumn(map(_own, value.unbind())) if value.is_nested else value
         if fields := fields_of(value):
             items = list(fields)
         elif isinstance(value, list | tuple):
@@ -53,10 +54,6 @@ class OutputReader:
         read = {key: self._read(_join(name, key), item, size) for key, item in items}
         columns = {key: item for key, item in read.items() if _has_columns(item)}
         return columns or value
-
-    def _unbound(self, name: str, tensor: torch.Tensor) -> Any:
-        """Split a nested tensor into samples; leave other layouts, which are refused later."""
-        return ValueColumn(map(_own, tensor.unbind())) if tensor.is_nested else tensor
 
     def _is_per_sample(self, name: str, items: Sequence[Any], size: int) -> bool:
         if name not in self._per_sample:
@@ -172,12 +169,9 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
         yield value
         return
     pairs = fields_of(value)
-    for item in [item for _, item in pairs] if pairs else value if _is_list(value) else ():
+    listed = value if isinstance(value, list | tuple) else ()
+    for item in [item for _, item in pairs] if pairs else listed:
         yield from _tensors_in(item)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _has_columns(read: Any) -> bool:

@@ -166,11 +166,7 @@ def scored_outputs(
     """Return outputs as metrics read them: after pooling, before softmax, argmax and the like.
 
     Args:
-        returned: the model's output for a batch.
-        config: the output section.
-        inputs: keyword inputs of the batch.
         sources: the model's names of the outputs; default: all, the written ones first.
-        model: the facts of the model, if any.
 
     Raises:
         ConfigError: the config does not match the model's output.
@@ -284,9 +280,9 @@ def is_safe_name(name: str) -> bool:
     return _SAFE_NAME.fullmatch(name) is not None
 
 
-def iter_tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def iter_tensors(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every tensor in a nested structure with its path: "0", "logits", "states.1"."""
-    for path, column in iter_columns(value, name):
+    for path, column in iter_columns(value):
         if isinstance(column, torch.Tensor):
             yield path, column
 
@@ -318,14 +314,8 @@ def check_rows(
 ) -> None:
     """Check that an output is dense and has one row per sample.
 
-    Args:
-        name: of the output.
-        tensor: the output.
-        size: the number of samples.
-        returned: everything that the model returned, for a hint.
-
     Raises:
-        ConfigError: it is not, or has not.
+        ConfigError: it is not, or has not; `returned`, the whole output of the model, gives a hint.
     """
     if isinstance(tensor, ValueColumn):
         if len(tensor) != size:
@@ -382,10 +372,7 @@ def statements(
     """Yield the interpretations of the model's outputs.
 
     Args:
-        config: the output section, resolved.
         returned: outputs of the model for a batch, to state shapes; None if there are none yet.
-        inputs: keyword inputs of the same batch.
-        model: the facts of the model, if any.
     """
     if text := _describe_embedding(config, model):
         yield Statement(topic="embedding", text=text)
@@ -494,13 +481,6 @@ def misplaced_classes(
     model: ModelFacts | None = None,
 ) -> Iterator[tuple[str, int, int, int]]:
     """Yield outputs whose classes seem to be in another dimension than a transform uses.
-
-    Args:
-        classes: the number of classes of the model.
-        config: the output section, resolved.
-        returned: outputs of the model for a batch.
-        inputs: keyword inputs of the same batch.
-        model: the facts of the model, if any.
 
     Yields:
         The output, the dimension in use, its size, and the one dimension of size `classes`.

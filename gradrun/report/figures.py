@@ -60,11 +60,14 @@ class Figure:
 
 def figures(result: AnyResult) -> list[Figure]:
     """Compute all figures of a result, in the order of its variants."""
+    found: list[Figure] = []
     if isinstance(result, ProfileResult):
-        return list(_of_profiles(result))
+        for profile, timed in zip(result.profiles, result.measurements, strict=True):
+            mode = profile.variant or timed.mode.value
+            found += [*_of_profile(mode, profile), *_memory(mode, timed)]
+        return found
     comparisons: dict[str, Comparison] = {}
     equivalence: dict[str, Equivalence] = {}
-    found: list[Figure] = []
     if isinstance(result, CompareResult | CheckResult | TuneResult):
         comparisons = {c.candidate: c for c in result.comparisons}
     if isinstance(result, CompareResult | AuditResult | CheckResult):
@@ -176,13 +179,6 @@ def _of_trials(result: TuneResult) -> Iterator[Figure]:
         yield replace(figure, status=trial.outcome, text=trial.reason)
         if trial.max_abs is not None:
             yield Figure(trial.name, "trial_max_abs", "absolute", _finite(trial.max_abs))
-
-
-def _of_profiles(result: ProfileResult) -> Iterator[Figure]:
-    for profile, measured in zip(result.profiles, result.measurements, strict=True):
-        mode = profile.variant or measured.mode.value
-        yield from _of_profile(mode, profile)
-        yield from _memory(mode, measured)
 
 
 def _of_profile(mode: str, profile: Profile) -> Iterator[Figure]:

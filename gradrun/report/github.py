@@ -7,28 +7,26 @@ import re
 from collections.abc import Iterator
 
 from gradrun.report.escaping import escape_control_chars
-from gradrun.results.result import CheckResult, Outcome
+from gradrun.results.result import CheckResult
 
 
 def annotate(result: CheckResult) -> Iterator[str]:
     """Yield one workflow command per outcome that is not a pass."""
     for outcome in result.outcomes:
-        if outcome.status != "pass":
-            yield _annotation(outcome)
+        if outcome.status == "pass":
+            continue
+        level = "error" if outcome.status == "fail" else "warning"
+        # A value set on the command line has no location in a file.
+        location = re.fullmatch(r"(?!--)(.+):(\d+):\d+", outcome.source or "")
+        message = f"{outcome.reason} (limit: {outcome.limit}; value: {outcome.value})"
+        title = f"gradrun: {outcome.check}"
+        yield _command(level, title, location and location.groups(), message)
 
 
 def annotate_error(message: str) -> str:
     """Return the workflow command for a check that could not start, at the location it names."""
     location = re.match(r"(.+?):(\d+):\d+  ", message)
     return _command("error", "gradrun", location and location.groups(), message)
-
-
-def _annotation(outcome: Outcome) -> str:
-    level = "error" if outcome.status == "fail" else "warning"
-    # A value set on the command line has no location in a file.
-    location = re.fullmatch(r"(?!--)(.+):(\d+):\d+", outcome.source or "")
-    message = f"{outcome.reason} (limit: {outcome.limit}; value: {outcome.value})"
-    return _command(level, f"gradrun: {outcome.check}", location and location.groups(), message)
 
 
 def _command(level: str, title: str, location: tuple[str, ...] | None, message: str) -> str:

@@ -152,7 +152,8 @@ def distribution(result: AnyResult, prefix: str) -> Plot | None:
         return None
     everything = sorted(seconds for series in times.values() for seconds in series)
     # A few slow batches would squeeze all others into one bar; the note counts them instead.
-    low, high = everything[0], 1.25 * max(_percentile_95(series) for series in times.values())
+    percentiles_95 = (sorted(s)[int(0.95 * (len(s) - 1))] for s in times.values())
+    low, high = everything[0], 1.25 * max(percentiles_95)
     scale, unit = _unit(median(everything), SECOND_UNITS)
     colours = _colours(result)
 
@@ -352,10 +353,6 @@ def _times(result: AnyResult) -> dict[str, list[float]]:
         for name, measured in _variants(result).items()
     }
     return {name: series for name, series in times.items() if series}
-
-
-def _percentile_95(times: Sequence[float]) -> float:
-    return sorted(times)[int(0.95 * (len(times) - 1))]
 
 
 def _work_unit(result: AnyResult) -> str:

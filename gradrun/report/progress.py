@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, ProgressColumn, TaskID, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.table import Table
@@ -26,23 +26,16 @@ _LINE_SECONDS = 30.0
 """Between two lines of a log."""
 
 
-class _Rate(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
+class _Rate(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.speed or 0.0
         return Text(f"{format_number(speed)} /s" if speed >= 1 else "")
 
 
-class _TimeLeft(TextColumn):
-    def __init__(self) -> None:
-        super().__init__("")
-
+class _TimeLeft(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        if task.time_remaining is None:
-            return Text("")
-        return Text(_format_left(task.time_remaining))
+        left = task.time_remaining
+        return Text("" if left is None else _format_left(left))
 
 
 class _Stages(RichProgress):

@@ -31,7 +31,6 @@ from gradrun.results.result import (
     Equivalence,
     Example,
     Fact,
-    FirstBatch,
     Generation,
     InferResult,
     Measurement,
@@ -337,24 +336,17 @@ def peak_memory(memory: Memory, allocator: str = "") -> Table:
         _bytes("inputs", memory.inputs, batch),
         _bytes("forward peak", memory.forward_peak, peak_in),
         _bytes("retained", memory.retained, "outputs and, in grad mode, their graph"),
-        *_first_batch(memory.first_batch),
-        _bytes("process peak", memory.process_peak, process),
     ]
+    if first := memory.first_batch:
+        details = f"its peak, for {_shape(first.shape)}"
+        rows.append(_bytes("first batch", first.forward_peak, details))
+    rows.append(_bytes("process peak", memory.process_peak, process))
     if memory.device_allocated is None and memory.device_reserved is None:
         rows.append(("device peak", DASH, "no accelerator in use"))
     else:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
         rows.append(_bytes("device pool", memory.device_reserved, "reserved"))
     return _figures("Peak memory", rows)
-
-
-def _first_batch(first: FirstBatch | None) -> list[tuple[str, str, str]]:
-    """The peak of the first batch, if another one is larger."""
-    return (
-        [_bytes("first batch", first.forward_peak, f"its peak, for {_shape(first.shape)}")]
-        if first
-        else []
-    )
 
 
 def _shape(shape: Sequence[int]) -> str:

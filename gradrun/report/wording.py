@@ -58,16 +58,13 @@ def subject(result: AnyResult) -> str:
         case ProfileResult():
             rounds = pluralize(len(result.measurements[0].batch_seconds), "round")
             size = f"batches of {max(result.batch_sizes)}"
-            parts = ["profile", *_mode(result), device, threads, size, rounds]
+            mode = "" if result.key == "run.mode" else result.info.mode.value
+            parts = ["profile", mode, device, threads, size, rounds]
         case CheckResult():
             parts = [result.info.mode.value, "check", device, threads, f"torch {machine.torch}"]
         case TuneResult():
             parts = ["tune", device, threads, *tune_tables.subject(result)]
     return ", ".join(filter(None, parts))
-
-
-def _mode(result: ProfileResult) -> list[str]:
-    return [] if result.key == "run.mode" else [result.info.mode.value]
 
 
 def _rounds(result: CompareResult, threads: str) -> list[str]:

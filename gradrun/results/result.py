@@ -6,10 +6,10 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from statistics import median
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta
@@ -320,13 +320,9 @@ class Measurement(Record, frozen=True, kw_only=True):
         if self.work is None or self.peaks is None:
             return ""
         elements = self.batch_elements or (self.work.elements,) * len(self.batch_sizes)
-        alike = [
-            seconds
-            for seconds, size, count in zip(
-                self.batch_seconds, self.batch_sizes, elements, strict=True
-            )
-            if (size, count) == (self.work.batch_size, self.work.elements)
-        ]
+        counted = (self.work.batch_size, self.work.elements)
+        timed = zip(self.batch_seconds, self.batch_sizes, elements, strict=True)
+        alike = [seconds for seconds, *batch in timed if tuple(batch) == counted]
         return describe_reach(self.work, median(alike), self.peaks) if alike else ""
 
     @property
@@ -825,17 +821,6 @@ AnyResult = InferResult | CompareResult | AuditResult | CheckResult | ProfileRes
 
 # --- format 1 ----------------------------------------------------------------------------------
 
-Coded = TypeVar("Coded", Warning, Finding)
-
-_NEW_CODES = {
-    "disturbed": "noisy_machine",
-    "unsteady": "high_variance",
-    "tracks": "enables_grad",
-    "tracks_in_vain": "redundant_enable_grad",
-    "not_looked_at": "pass_failed",
-    "fails": "model_fails",
-}
-
 
 def _from_format_1(data: dict[str, Any]) -> AnyResult:
     """Upgrade a result in format 1, which development versions of 0.1.0 wrote."""
@@ -843,20 +828,8 @@ def _from_format_1(data: dict[str, Any]) -> AnyResult:
         info = RunInfo.from_config(data["config"]).as_dict()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"invalid config: {type(error).__name__}: {error}") from error
-    upgraded = data | {
-        "format": 2,
-        "info": info,
-        "quarantined": data.get("apart", 0),
-        "saved_for_backward": data.get("kept", ()),
-    }
-    result: AnyResult = msgspec.convert(upgraded, AnyResult, strict=False)
-    if isinstance(result, AuditResult):
-        result = result.replace(findings=tuple(map(_with_new_code, result.findings)))
-    return result.replace(warnings=tuple(map(_with_new_code, result.warnings)))
-
-
-def _with_new_code(coded: Coded) -> Coded:
-    return coded.replace(code=_NEW_CODES.get(coded.code, coded.code))
+    upgraded = data | {"format": 2, "info": info, "quarantined": data.get("apart", 0)}
+    return msgspec.convert(upgraded, AnyResult, strict=False)  # type: ignore[no-any-return]
 
 
 # --- other records -----------------------------------------------------------------------------
@@ -923,10 +896,6 @@ class Verification:
     """The last line of the journal is incomplete and was ignored."""
     resumable: bool = True
     """This version of gradrun can continue the run."""
-
-    def moved(self, folder: Path) -> Verification:
-        """Return the same verification for a run in another folder."""
-        return replace(self, folder=folder)
 
     @property
     def complete(self) -> bool:

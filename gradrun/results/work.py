@@ -128,14 +128,9 @@ class Reach:
     @property
     def share(self) -> float:
         """Share of the nearest roof; of the compute peak if caches provide the tensors."""
-        bound = self.bound
-        return (
-            self.memory
-            if bound == "memory"
-            else self.compute
-            if bound != "overhead"
-            else max(self.compute, self.memory)
-        )
+        if self.bound == "overhead":
+            return max(self.compute, self.memory)
+        return self.memory if self.bound == "memory" else self.compute
 
 
 def reach(work: Work, seconds: float, peaks: MachinePeaks) -> Reach | None:

@@ -86,8 +86,6 @@ def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Co
     If the budget ends before, fewer processes are enough for an interval that excludes small gains.
 
     Args:
-        search: the finished search.
-        candidate: the setting.
         strict: use half the error rate, for a second attempt.
     """
     found = Confirmation(candidate)

@@ -23,10 +23,8 @@ def rewrite(
     """Set dotted keys in the text of a config, in place; new keys follow those of their section.
 
     Args:
-        text: YAML.
         changes: dotted keys to values; None removes nothing, it is written as null.
         comments: a comment for each key, on the line above it.
-        header: comment lines for the top of the file.
     """
     for key, value in changes.items():
         text = _set(text, key.split("."), value, comments.get(key, ""))

@@ -31,7 +31,7 @@ COMPILED = tuple(question for question in QUESTIONS if question.topic == "torch.
 
 @pytest.fixture(scope="module")
 def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """Output of the command in a process of its own."""
+    """Output of the command in a separate process."""
     folder = tmp_path_factory.mktemp("modes")
     command = ForkedCommand("modes", "--json", "-", cwd=folder, env={"COLUMNS": "120"})
     out, err = command.communicate()

@@ -259,10 +259,8 @@ def open_writer(
     """The writer for a config; it creates no files before `open`.
 
     Args:
-        config: the output section.
         samples: number of samples of the run; None if unknown, which makes the files grow.
         batch_size: samples between two points at which a run can be resumed.
-        classes: class names of the model, which text and table formats write.
         has_ids: whether samples have ids of their own, not row numbers.
         class_counts: number of classes of outputs, which get names only if they have as many.
     """

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 FOLDER = SUBFOLDER
-"""Folder of the shards in the run folder; earlier versions wrote them beside the journal."""
+"""Folder of the shards in the run folder; runs of journal format 1 have them beside the journal."""
 
 _VALUES = "values."
 """Starts the metadata with the title of a column of values."""
@@ -155,8 +155,7 @@ def records(folder: Path) -> Iterator[Any]:
 
 
 def _batches(folder: Path) -> Iterator[Any]:
-    shards = "predictions-*.parquet"
-    for path in sorted((folder / FOLDER).glob(shards)) or sorted(folder.glob(shards)):
+    for path in sorted((folder / FOLDER).glob("predictions-*.parquet")):
         with _pyarrow("parquet").ParquetFile(path) as shard:
             yield from shard.iter_batches(_ROWS)
 

@@ -38,14 +38,7 @@ class SampleEncoder:
     text: str
     """What the files contain, in a few words."""
     encode: Callable[[Any], bytes]
-
-    def __call__(self, value: Any) -> bytes:
-        """Return the content of the file.
-
-        Raises:
-            ValueError: the value does not fit the kind of file.
-        """
-        return self.encode(value)
+    """Return the content of a file; raise ValueError if the value does not fit the kind of file."""
 
 
 def open_encoder(labels: ClassLabels, name: str, column: Column) -> SampleEncoder:

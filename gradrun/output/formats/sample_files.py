@@ -92,7 +92,7 @@ class FilesWriter(JsonlWriter):
         """
         try:
             return sum(
-                len(encoder(value))
+                len(encoder.encode(value))
                 for name, encoder in self._encoders.items()
                 for value in values_of(outputs[name])
                 if value is not None
@@ -144,7 +144,7 @@ class FilesWriter(JsonlWriter):
                 several = len(self._encoders) > 1
                 title = f"{name}.{output.replace('.', '@')}" if several else name
                 path = self.folder / f"{title}{encoder.suffix}"
-                content = encoder(value) if write else b""
+                content = encoder.encode(value) if write else b""
                 if write:
                     self._write_file(path, content)
                 file = f"{SUBFOLDER}/{path.name}"
