@@ -300,7 +300,7 @@ def _load(
             open_seconds = time.perf_counter() - began
         if not twin:
             compile_without_gradients(model.module, batches[0])
-            model = compile_model(model, config.model.compile, data)
+            model = compile_model(model, config.model.compile, data, device)
     threads = thread_count(config.run.threads)
     ready = LoadedVariant(
         variant.index, variant.name, config, imports, marker, device, threads, model, data,

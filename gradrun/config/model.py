@@ -44,10 +44,18 @@ class CompileSection(Section):
 
     example: ClassVar[str] = "{backend: inductor, freezing: true}"
 
-    backend: str = Field("inductor", description="a backend that is registered with torch")
+    backend: str = Field(
+        "inductor",
+        description="a backend that is registered with torch; cudagraphs: the model's own kernels "
+        "as one CUDA graph, for inputs of one shape on a CUDA device",
+    )
     mode: (
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
-    ) = Field(None, description="optimization mode of inductor; default: torch's")
+    ) = Field(
+        None,
+        description="optimization mode of inductor; reduce-overhead: with CUDA graphs, for inputs "
+        "of one shape on a CUDA device; default: torch's",
+    )
     freezing: bool = Field(
         False,
         description="inductor: make the weights constants of the program; needs run.mode no_grad "
@@ -59,8 +67,20 @@ class CompileSection(Section):
         "default: true if batches differ in shape",
     )
 
+    @property
+    def cuda_graphs(self) -> str:
+        """The option that asks for CUDA graphs, which need inputs of one shape; "" if none does."""
+        if self.backend == "cudagraphs":
+            return "backend: cudagraphs"
+        return "mode: reduce-overhead" if self.mode == "reduce-overhead" else ""
+
     @model_validator(mode="after")
     def _check_backend_options(self) -> CompileSection:
+        if self.cuda_graphs and self.dynamic:
+            raise ValueError(
+                f"dynamic: true cannot be combined with {self.cuda_graphs}, because a CUDA graph "
+                "has one shape; remove dynamic"
+            )
         set_keys = [key for key in ("mode", "freezing") if getattr(self, key)]
         if set_keys and self.backend != "inductor":
             raise ValueError(

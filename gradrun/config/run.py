@@ -30,6 +30,13 @@ class RunSection(Section):
         description="on CPUs with glibc: retain keeps freed memory for the next batch, which is "
         "faster and needs a little more; system: as the system's malloc",
     )
+    in_flight: int = Field(
+        1,
+        ge=1,
+        le=4,
+        description="batches on the device at once; with 2 to 4, the copies to and from a CUDA "
+        "device and the writing overlap with the forward passes",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of random weights, data and dropout")
     float32_precision: Literal["ieee", "bf16", "tf32"] | None = Field(
         None,

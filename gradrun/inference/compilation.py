@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from gradrun.config.model import CompileSection
 from gradrun.core.errors import ConfigError, first_line
@@ -34,7 +36,13 @@ class CompiledModel(nn.Module):
     """
 
     def __init__(
-        self, module: nn.Module, section: CompileSection, batch_size: int, *, varying: bool
+        self,
+        module: nn.Module,
+        section: CompileSection,
+        batch_size: int,
+        *,
+        varying: bool,
+        cuda: bool = False,
     ) -> None:
         """Prepare to compile a module; its first forward compiles it.
 
@@ -43,6 +51,7 @@ class CompiledModel(nn.Module):
             section: the options.
             batch_size: samples per batch.
             varying: whether batches of this size differ in shape.
+            cuda: whether the model is on a CUDA device.
 
         Raises:
             ConfigError: the backend is unknown.
@@ -51,6 +60,8 @@ class CompiledModel(nn.Module):
         _check_backend(section.backend)
         self.dynamic = varying if section.dynamic is None else section.dynamic
         self.backend, self.batch_size = section.backend, batch_size
+        graphs = bool(section.cuda_graphs) or section.mode == "max-autotune"
+        self._cuda_graphs = cuda and graphs
         options: dict[str, Any] = {"mode": section.mode}
         if section.freezing:  # torch accepts mode or options
             options = {"options": _inductor_options(section.mode) | {"freezing": True}}
@@ -76,25 +87,33 @@ class CompiledModel(nn.Module):
         if torch.is_inference_mode_enabled():
             args = tuple(map(_for_inference, args))
             kwargs = {name: _for_inference(value) for name, value in kwargs.items()}
-        return self.compiled(*args, **kwargs)
+        if not self._cuda_graphs:
+            return self.compiled(*args, **kwargs)
+        # A forward in mode grad without a backward is complete too.
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        # The graph writes its outputs to the same memory in the next forward.
+        return tree_map(_own, self.compiled(*args, **kwargs))
 
 
 def compile_model(
-    model: LoadedModel, section: CompileSection | None, data: BatchSource
+    model: LoadedModel, section: CompileSection | None, data: BatchSource, device: torch.device
 ) -> LoadedModel:
     """Return the model with a CompiledModel as its module, if the config has the section.
 
     Raises:
-        ConfigError: the backend is unknown.
+        ConfigError: the backend is unknown, or CUDA graphs are not possible.
     """
     if section is None:
         return model
     varying = isinstance(data, LengthGrouped) and data.varying
+    if section.cuda_graphs:
+        _check_cuda_graphs(section.cuda_graphs, device, varying=varying)
     compiled = CompiledModel(
         model.module,
         section,
         min(data.batch_size, data.samples or data.batch_size),
         varying=varying,
+        cuda=device.type == "cuda",
     )
     text = "one program for all shapes; a single sample runs eagerly"
     if not compiled.dynamic:
@@ -210,6 +229,33 @@ def _check_backend(name: str) -> None:
         usual = torch.compiler.list_backends()  # without those for debugging
         hint = f"{did_you_mean(name, registered)} (registered: {', '.join(usual)})".strip()
         raise ConfigError(f"unknown backend {name!r}; {hint}", "model.compile.backend")
+
+
+def _check_cuda_graphs(option: str, device: torch.device, *, varying: bool) -> None:
+    key = f"model.compile.{option.partition(':')[0]}"
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{option} needs a CUDA device for its CUDA graphs, and the model runs on the "
+            f"{device.type}; allowed here: backend: inductor, with mode: default, max-autotune or "
+            "max-autotune-no-cudagraphs",
+            key,
+        )
+    if varying:
+        raise ConfigError(
+            f"{option} needs batches of one shape for its CUDA graph, and batches of these texts "
+            "differ in length; set data.padding: max_length, or use mode: default",
+            key,
+        )
+
+
+def _own(value: Any) -> Any:
+    """Copy the tensors of an output; torch splits other containers than dataclasses itself."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        return dataclasses.replace(value, **tree_map(_own, fields))
+    return value
 
 
 def _inductor_options(mode: str | None) -> dict[str, Any]:

@@ -25,6 +25,9 @@ _NO_GRAPH = "does not require grad and does not have a grad_fn"
 _SIGNS_OF_DICT = ("keyword argument", "invalid data type 'str'", "no attribute 'items'", "'keys'")
 """Parts of errors of a model that expects its inputs in a dict."""
 
+_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
+"""Messages of CUDA for memory that torch does not allocate itself; the device stays usable."""
+
 _TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
@@ -100,7 +103,16 @@ def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in first_line(error)
+    text = first_line(error)
+    return isinstance(error, RuntimeError) and (
+        "allocate memory" in text or text.startswith(_OUT_OF_MEMORY)
+    )
+
+
+def device_failed(error: BaseException) -> bool:
+    """Whether a CUDA device reported an error, after which this process cannot use it."""
+    cuda = isinstance(error, RuntimeError) and first_line(error).startswith("CUDA error:")
+    return cuda and not ran_out_of_memory(error)
 
 
 def describe_allocation(error: BaseException) -> str:

@@ -250,7 +250,7 @@ def open_run(
     if target := config.output.decoder:
         roots = _code_roots(config)
         decode = open_decoder(target, beside=roots, trust_code=is_trusted(trust_code))
-    model = compile_model(model, config.model.compile, data)
+    model = compile_model(model, config.model.compile, data, device)
     compiled = time.perf_counter()
     check_order(label_names(data), model.classes)
     file_list = data.files if isinstance(data, HasFileList) else ()

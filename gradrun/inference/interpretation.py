@@ -87,7 +87,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
             model_classes=model.classes,
             trust_code=is_trusted(trust_code),
         )
-        model = compile_model(model, config.model.compile, data)
+        model = compile_model(model, config.model.compile, data, device)
         read_one(data, 0)  # counts the texts of the first chunk
         texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
         statements = describe(config, model, data, texts)

@@ -30,6 +30,7 @@ from gradrun.output.tensor_transforms import Inputs
 from gradrun.output.transforms import (
     SelectedOutput,
     Tensors,
+    ToHost,
     check_rows,
     is_safe_name,
     scored_outputs,
@@ -132,15 +133,15 @@ class Evaluation:
         )
         return (Warning(code=CLASS_ORDER, text=text),)
 
-    def collect(self, returned: Any, inputs: Inputs) -> Tensors:
-        """Return the evidence of a batch, by the names for a writer."""
+    def collect(self, returned: Any, inputs: Inputs, to_host: ToHost = to_cpu) -> Tensors:
+        """Return the evidence of a batch, copied by `to_host`, by the names for a writer."""
         sources = {item.target.source for item in self.evidence}
         outputs = {
             output.source: output.tensor
             for output in scored_outputs(returned, self.config.output, inputs, sources, self.model)
         }
         return {
-            evidence_key(item.name): to_cpu(item.of(outputs[item.target.source]))
+            evidence_key(item.name): to_host(item.of(outputs[item.target.source]))
             for item in self.evidence
         }
 

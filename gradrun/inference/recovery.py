@@ -13,7 +13,7 @@ from gradrun.config.run import RunSection
 from gradrun.core.errors import GradrunError, RunFailed, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
-from gradrun.inference.diagnosis import describe_allocation, ran_out_of_memory
+from gradrun.inference.diagnosis import describe_allocation, device_failed, ran_out_of_memory
 from gradrun.output.columns import ValueColumn, blank, layout, values_of
 from gradrun.output.evidence_writer import is_evidence
 from gradrun.output.missing import finite_rows
@@ -67,6 +67,17 @@ class BatchRecovery:
             Exception: the run must stop, with `error` or with a RunFailed.
         """
         return self._assemble(start, size, *self._bisect(start, size, error))
+
+    def repeat(self, start: int, size: int, error: Exception) -> Recovered:
+        """Predict a batch that ran out of memory while others were in flight again, alone.
+
+        Raises:
+            Exception: the run must stop, as in `recover`.
+        """
+        error.__traceback__ = None  # its frames reference tensors that occupy memory
+        _empty_cache()
+        outputs, failure = _attempt(self._predict_again, start, size)
+        return self.recover(start, size, failure) if failure else (outputs, None)
 
     def recover_unreadable(self, start: int, batch: Batch) -> Recovered:
         """Predict the readable samples of a batch together, and quarantine the others.
@@ -162,8 +173,7 @@ class BatchRecovery:
 
     def _limit_batches(self, start: int, size: int) -> None:
         self.limit_batches(size, self.input_position(start))
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.empty_cache()
+        _empty_cache()
 
     def _assemble(
         self,
@@ -250,7 +260,12 @@ def _attempt(predict: Callable[..., Outputs], *args: Any) -> tuple[Outputs, Exce
         return {}, error
 
 
+def _empty_cache() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
 def _is_recoverable(error: Exception, run: RunSection) -> bool:
-    if isinstance(error, GradrunError):
+    if isinstance(error, GradrunError) or device_failed(error):
         return False
     return ran_out_of_memory(error) or run.on_error == "quarantine"

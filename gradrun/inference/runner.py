@@ -55,7 +55,11 @@ from gradrun.inference.compilation import (
 )
 from gradrun.inference.decoding import Decoder
 from gradrun.inference.device import seed_generators
-from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
+from gradrun.inference.diagnosis import (
+    describe_model_error,
+    explain_first_batch_failure,
+    ran_out_of_memory,
+)
 from gradrun.inference.meters import (
     FORWARD_MEMORY,
     device_memory,
@@ -67,7 +71,9 @@ from gradrun.inference.meters.clock import Clock, clock_for
 from gradrun.inference.meters.work import UNKNOWN, KnownWork, known_work
 from gradrun.inference.metrics import Evaluation
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.recovery import BatchRecovery, runnable_subset
+from gradrun.inference.recovery import BatchRecovery, Recovered, runnable_subset
+from gradrun.inference.ring import InFlight, Ring
+from gradrun.inference.transfers import TRANSFERS, SynchronousTransfers
 from gradrun.models.generation import take_times
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
@@ -81,8 +87,10 @@ from gradrun.output.transforms import (
     Outputs,
     OutputSelector,
     SelectedOutput,
+    ToHost,
     iter_tensors,
     scored_outputs,
+    to_cpu,
 )
 from gradrun.results import stats
 from gradrun.results.result import (
@@ -219,8 +227,8 @@ class Runner:
         self._facts, self._selector = facts, OutputSelector(config.output, facts, decode)
         self._select: Callable[..., Outputs] = self._selector
         self._plan_metrics, self._saves_labels = plan_metrics, False
-        dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
-        self._transfer = transfer_to(device, dtype)
+        self._dtype = config.model.dtype if isinstance(config.model, EagerModel) else None
+        self._transfer = transfer_to(device, self._dtype)
 
     def prepare(self, quarantine: SampleLog | None = None) -> PreparedRun:
         """Run the first batch, then warm up; writes no predictions.
@@ -353,14 +361,18 @@ class Runner:
         clock = clock_for(self.device)
         take_times(self._eager)  # those of the warm-up
         timed = TimedPass(writer.written, clock.seconds)
+        in_flight = self._in_flight()
         batches = self._batches(writer.written, stop, ahead=prepared.prefetch)
+        if (move := self._transfer) and in_flight == 1:
+            batches = (move(batch) for batch in batches)
+        loop = self._loop if in_flight == 1 else partial(self._overlapped_loop, in_flight)
         hits: list[str] = []
         try:
             with (
                 execution_context(self.config.run, self.device),
                 recompilation_limit_hits() as hits,
             ):
-                self._loop(batches, writer, timed, clock, prepared.recovery, commit, progress)
+                loop(batches, writer, timed, clock, prepared.recovery, commit, progress)
         except KeyboardInterrupt:
             timed.stop(Interrupted())
         except BaseException as error:  # a model may raise anything, also SystemExit
@@ -417,16 +429,11 @@ class Runner:
                 except Exception as error:  # a model may raise anything
                     at = timed.start + timed.done
                     if errors:
-                        outputs, valid = recovery.recover_unreadable(at, batch)
+                        recovered = recovery.recover_unreadable(at, batch)
                     else:
-                        outputs, valid = recovery.recover(at, size, error)
-                    if check_finite:
-                        outputs, valid = recovery.check_finite(at, batch, outputs, valid)
-                    if kept:
-                        outputs = self.kept_columns(batch) | outputs
-                    write(outputs, ids, valid)
+                        recovered = recovery.recover(at, size, error)
+                    self._write(batch, recovered, writer, timed, recovery)
                     timed.recovered += size
-                    timed.done += size
                     began += now() - mark  # recovery is not part of the measured time
                     mark = now()
                     continue
@@ -469,6 +476,152 @@ class Runner:
                     next_callback = mark + _CALLBACK_NS
         finally:
             timed.total_ns = mark - began
+
+    def _overlapped_loop(
+        self,
+        in_flight: int,
+        batches: Iterator[Batch],
+        writer: RowWriter,
+        timed: TimedPass,
+        clock: Clock,
+        recovery: BatchRecovery,
+        commit: CommitCallback,
+        progress: ProgressCallback,
+    ) -> None:
+        """Do the same as `_loop`, with the next forwards started before outputs are written.
+
+        An error belongs to the batch whose forward raised it. It is handled once the batches before
+        are written, so that files and journal are the same as those of `_loop`.
+        """
+        transfers = TRANSFERS[self.device.type](self.device, self._dtype)
+        now, total, largest = time.perf_counter_ns, self.data.samples or 0, 0
+        began = mark = now()
+        next_callback = began + _CALLBACK_NS
+
+        def finish(entry: InFlight) -> None:
+            nonlocal began, mark, next_callback, largest
+            batch = entry.batch
+            try:
+                entry.copied.wait()
+            except Exception as error:
+                raise self._device_error(error, timed, len(ring)) from error
+            elements = batch.elements
+            if elements > largest:
+                largest = elements
+                timed.largest = LargestBatch(elements, timed.start + timed.done, batch.size)
+            timed.sizes.append(batch.size)  # before writing, as in _loop
+            timed.elements.append(elements)
+            self._write(batch, (entry.outputs, None), writer, timed, recovery)
+            mark = now()
+            if mark > next_callback:
+                commit()
+                committed = now()
+                progress(Progress("predicting", timed.start + timed.done, total))
+                mark = now()
+                began += mark - committed
+                next_callback = mark + _CALLBACK_NS
+
+        ring = Ring(in_flight, finish)
+        parts = recovery.split_to_fit(batches)
+        moved = returned = outputs = None
+        try:
+            while True:
+                reading = now()
+                try:
+                    batch = next(parts, None)
+                except (Exception, SystemExit):
+                    ring.drain()
+                    raise
+                if batch is None:
+                    break
+                if not ring.busy():  # otherwise the device did not wait for the data
+                    timed.data_ns += now() - reading
+                ring.make_room()
+                forwarded = False
+                try:
+                    batch.raise_errors()
+                    moved = transfers.to_device(batch)
+                    clock.start()
+                    returned = self.model(*moved.args, **moved.kwargs)
+                    clock.stop()
+                    forwarded = True
+                    outputs = self._select(
+                        returned, batch.size, moved.kwargs, to_host=transfers.to_host
+                    )
+                    outputs = self._with_labels(outputs, batch.labels)
+                    ring.add(InFlight(batch, outputs, transfers.mark()))
+                    failure = None
+                except Exception as error:  # a model or a user's function may raise anything
+                    failure = error
+                except SystemExit:
+                    ring.drain()
+                    raise
+                # In grad mode, the graph must be freed before the next forward.
+                moved = returned = outputs = None
+                if failure is None:
+                    continue
+                with suppress(Exception):
+                    transfers.mark().wait()  # the memory of its copies is free then
+                alone = not len(ring)
+                ring.drain()
+                at, recovering = timed.start + timed.done, now()
+                if batch.errors:
+                    on_device = self._transfer(batch) if self._transfer else batch
+                    recovered = recovery.recover_unreadable(at, on_device)
+                elif alone or not ran_out_of_memory(failure):
+                    recovered = recovery.recover(at, batch.size, failure)
+                else:
+                    recovered = recovery.repeat(at, batch.size, failure)
+                    ring.size, transfers = 1, SynchronousTransfers(self.device, self._dtype)
+                if forwarded:
+                    timed.sizes.append(batch.size)
+                    timed.elements.append(batch.elements)
+                else:
+                    timed.recovered += batch.size
+                self._write(batch, recovered, writer, timed, recovery)
+                mark = now()
+                if not forwarded:
+                    began += mark - recovering  # recovery is not part of the measured time
+            ring.drain()
+        finally:
+            ring.discard()
+            timed.total_ns = mark - began
+
+    def _write(
+        self,
+        batch: Batch,
+        recovered: Recovered,
+        writer: RowWriter,
+        timed: TimedPass,
+        recovery: BatchRecovery,
+    ) -> None:
+        """Write the outputs of a batch, after the checks of `run.on_nonfinite`."""
+        outputs, valid = recovered
+        if self.config.run.on_nonfinite != "warn":
+            at = timed.start + timed.done
+            outputs, valid = recovery.check_finite(at, batch, outputs, valid)
+        if batch.kept:
+            outputs = self.kept_columns(batch) | outputs
+        writer.write(outputs, batch.ids, valid)
+        timed.done += batch.size
+
+    def _in_flight(self) -> int:
+        """Return how many batches may be on the device at once."""
+        # Data of unknown length may come slowly, and outputs are not to wait for later inputs.
+        if self.device.type not in TRANSFERS or self.data.samples is None:
+            return 1
+        return self.config.run.in_flight
+
+    def _device_error(self, error: Exception, timed: TimedPass, later: int) -> RunFailed:
+        """Return the error to raise if the device failed while batches were in flight."""
+        sample = input_position(self.data, timed.start + timed.done)
+        after = f", or in one of the {later} after it" if later > 1 else ""
+        after = ", or in the one after it" if later == 1 else after
+        return RunFailed(
+            f"the device failed in the batch that starts at sample {sample:,}{after}: "
+            f"{first_line(error)}; run.in_flight: 1 with CUDA_LAUNCH_BLOCKING=1 in the environment "
+            "finds the operation"
+        )
 
     def measure_memory(self, prepared: PreparedRun, timed: TimedPass) -> Memory:
         """Read the memory meters, then measure forwards of the first and the largest batch.
@@ -754,11 +907,9 @@ class Runner:
         size = whole_batches(self.data)
         samples = self.data.samples or 0
         if stop is not None and (start % size or (stop % size and stop < samples)):
-            return (self.read_batch(*part) for part in [(start, stop - start)])
+            return (self._part(*part) for part in [(start, stop - start)])
         batches: Iterator[Batch] = self.data.batches(start, stop)
-        if ahead:
-            batches = prefetch(batches)
-        return (self._transfer(batch) for batch in batches) if self._transfer else batches
+        return prefetch(batches) if ahead else batches
 
     def kept_columns(self, batch: Batch) -> Outputs:
         """Return the columns of the input that are written beside the predictions of a batch."""
@@ -769,10 +920,16 @@ class Runner:
         }
 
     def read_batch(self, start: int, size: int) -> Batch:
-        """Read the batch with this first sample and size again."""
+        """Read the batch with this first sample and size again, on the device."""
+        batch = self._part(start, size)
+        return self._transfer(batch) if self._transfer else batch
+
+    def _part(self, start: int, size: int) -> Batch:
         # Read the full batch and slice it, so that texts are padded to the same length.
-        batch, offset = self._batch_with(start), start - batch_start(self.data, start)
-        return batch if batch.size == size else batch.slice(offset, offset + size)
+        first = batch_start(self.data, start)
+        batch = read_one(self.data, first)
+        assert batch
+        return batch if batch.size == size else batch.slice(start - first, start - first + size)
 
     def _batch_with(self, index: int) -> Batch:
         """Read the batch that has the sample run as number `index`."""
@@ -894,10 +1051,12 @@ def _last_layer(model: nn.Module) -> tuple[str, int] | None:
 def _with_evidence(selector: OutputSelector, evaluation: Evaluation) -> Callable[..., Outputs]:
     """Add what the metrics need to the selected outputs."""
 
-    def select_with_evidence(returned: Any, size: int, inputs: Inputs) -> Outputs:
+    def select_with_evidence(
+        returned: Any, size: int, inputs: Inputs, to_host: ToHost = to_cpu
+    ) -> Outputs:
         structured = selector.structured(returned, size)
-        outputs = selector.select(structured, size, inputs, returned)
-        return outputs | evaluation.collect(structured, inputs)
+        outputs = selector.select(structured, size, inputs, returned, to_host)
+        return outputs | evaluation.collect(structured, inputs, to_host)
 
     return select_with_evidence
 

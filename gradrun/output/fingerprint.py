@@ -87,9 +87,9 @@ def fingerprint(
     if target := config.output.decoder:  # the content of the file is compared
         steps = config.output.transforms_of("")
         dumped["output"]["transform"] = [Path(target).name, *steps]
-    # Error handling may change: samples after the last commit run again. The allocator changes no
-    # prediction.
-    for key in ("allocator", "warmup", "on_error", "max_errors"):
+    # Error handling may change: samples after the last commit run again. The allocator and the
+    # number of batches in flight change no prediction.
+    for key in ("allocator", "in_flight", "warmup", "on_error", "max_errors"):
         dumped["run"].pop(key)
     if classes and writes_names(config.output):
         dumped[_CLASS_NAMES] = zlib.crc32("\n".join(classes).encode())

@@ -41,6 +41,9 @@ Outputs = dict[str, torch.Tensor | ValueColumn]
 Tensors = dict[str, torch.Tensor]
 """Name to a tensor [n, ...]: outputs read back from files, or evidence of metrics."""
 
+ToHost = Callable[[torch.Tensor], torch.Tensor]
+"""Copies a tensor to host memory, as `to_cpu` does; the copy may complete later."""
+
 _NO_INPUTS: Mapping[str, torch.Tensor] = MappingProxyType({})
 _SAFE_NAME = re.compile(r"\w[\w.-]*")
 
@@ -78,6 +81,15 @@ def resolve_output(config: OutputSection, model: ModelFacts) -> OutputSection:
     if "sentence_embedding" in config.transforms_of("") and not config.select:
         config = config.model_copy(update={"select": ("last_hidden_state",)})
     return config
+
+
+def to_cpu(value: torch.Tensor) -> torch.Tensor:
+    """A detached CPU tensor whose memory contains its values, as numpy needs it."""
+    if value.is_conj() or value.is_neg():
+        value = value.resolve_conj().resolve_neg()
+    if value.requires_grad:
+        value = value.detach()
+    return value if value.is_cpu else value.cpu()
 
 
 class OutputSelector:
@@ -119,20 +131,31 @@ class OutputSelector:
         """Return the model's output before the user's function, if any, else `structured`."""
         return returned if self._decode else self._reader(returned, size)
 
-    def __call__(self, returned: Any, size: int, inputs: Inputs = _NO_INPUTS) -> Outputs:
-        """Return the selected and transformed outputs of a batch.
+    def __call__(
+        self,
+        returned: Any,
+        size: int,
+        inputs: Inputs = _NO_INPUTS,
+        to_host: ToHost = to_cpu,
+    ) -> Outputs:
+        """Return the selected and transformed outputs of a batch, copied by `to_host`.
 
         Raises:
             ConfigError: a selected output is missing or lacks one row per sample.
         """
         # The most common case first: the general one would add noticeable time per batch.
         if self._changed or not isinstance(returned, torch.Tensor) or returned.is_nested:
-            return self.select(self.structured(returned, size), size, inputs, returned)
+            return self.select(self.structured(returned, size), size, inputs, returned, to_host)
         check_rows(DEFAULT_OUTPUT, returned, size)
-        return {DEFAULT_OUTPUT: to_cpu(returned)}
+        return {DEFAULT_OUTPUT: to_host(returned)}
 
     def select(
-        self, structured: Any, size: int, inputs: Inputs = _NO_INPUTS, returned: Any = None
+        self,
+        structured: Any,
+        size: int,
+        inputs: Inputs = _NO_INPUTS,
+        returned: Any = None,
+        to_host: ToHost = to_cpu,
     ) -> Outputs:
         """Return the outputs of what `structured` returned; `returned` serves error messages."""
         outputs: Outputs = {}
@@ -141,19 +164,10 @@ class OutputSelector:
             steps = self._config.transforms_of(output.source)
             written = _apply(self._functions, steps, output, self._config, inputs)
             outputs |= {
-                name: column if isinstance(column, ValueColumn) else to_cpu(column)
+                name: column if isinstance(column, ValueColumn) else to_host(column)
                 for name, column in written
             }
         return outputs
-
-
-def to_cpu(value: torch.Tensor) -> torch.Tensor:
-    """A detached CPU tensor whose memory contains its values, as numpy needs it."""
-    if value.is_conj() or value.is_neg():
-        value = value.resolve_conj().resolve_neg()
-    if value.requires_grad:
-        value = value.detach()
-    return value if value.is_cpu else value.cpu()
 
 
 def scored_outputs(

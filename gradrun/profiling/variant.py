@@ -176,7 +176,7 @@ def load_variant(
         batches = of_different_shapes(first_batches(config, device, data))
         if not twin:
             compile_without_gradients(model.module, batches[0])
-            model = compile_model(model, config.model.compile, data)
+            model = compile_model(model, config.model.compile, data, device)
     opened = time.perf_counter()
     return ProfiledVariant(
         name=name,

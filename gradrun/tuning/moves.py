@@ -126,6 +126,16 @@ def _compiled(facts: Facts) -> Sequence[Changes]:
     return found
 
 
+def _cuda_graphs(facts: Facts) -> Sequence[Changes]:
+    compiled = value_of(facts.config, "model.compile") or {}
+    if compiled.get("backend") == "cudagraphs" or compiled.get("mode") == "reduce-overhead":
+        return []
+    found: list[Changes] = [{"model.compile": {"backend": "cudagraphs"}}]
+    if compiled.get("backend") == "inductor":
+        return [{"model.compile.mode": "reduce-overhead"}, *found]
+    return [*found, {"model.compile": {"mode": "reduce-overhead"}}] if facts.has_compiler else found
+
+
 def _autotuned(facts: Facts) -> Sequence[Changes]:
     compiled = value_of(facts.config, "model.compile") or {}
     if compiled.get("backend") != "inductor" or compiled.get("mode"):
@@ -201,6 +211,16 @@ def _no_compiler(facts: Facts) -> str:
     return "" if facts.has_compiler else "no C++ compiler (g++ or clang++) was found"
 
 
+def _no_cuda(facts: Facts) -> str:
+    return "" if facts.device.startswith("cuda") else "the model does not run on a CUDA device"
+
+
+def _no_cuda_graphs(facts: Facts) -> str:
+    if reason := _no_cuda(facts):
+        return reason
+    return "batches of these texts differ in length" if facts.varies else ""
+
+
 def _no_fast_path(facts: Facts) -> str:
     found = facts.has("TransformerEncoderLayer", "MultiheadAttention")
     return "" if found else "the model has no nn.TransformerEncoderLayer"
@@ -227,6 +247,7 @@ def _not_compiled(facts: Facts) -> str:
 
 MOVES = (
     Move("allocator", "process", "none", _other_values("run.allocator", "retain"), _no_retain),
+    Move("batches in flight", "process", "none", _other_values("run.in_flight", 3), _no_cuda),
     Move("gradient mode", "process", "rounding", _modes),
     Move(
         "length order", "batches", "rounding",
@@ -262,6 +283,7 @@ MOVES = (
     Move(
         "smaller batches", "batches again", "rounding", _halve_batch, _fixed_batches, climbs=True,
     ),
+    Move("CUDA graphs", "last", "rounding", _cuda_graphs, _no_cuda_graphs),
     Move("autotuned kernels", "last", "rounding", _autotuned, _not_compiled),
 )  # fmt: skip
 

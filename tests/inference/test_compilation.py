@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 import gradrun
 from gradrun.config.model import CompileSection
 from gradrun.core.errors import ConfigError
+from gradrun.inference import compilation
 from gradrun.inference.compilation import (
     CompiledModel,
     compiled_graphs,
@@ -331,3 +333,55 @@ def test_a_run_that_reaches_the_limit_of_compilations_warns_of_its_eager_batches
     )
     (warning,) = [w for w in result.warnings if w.code == "recompilation_limit"]
     assert "batches of further shapes ran eagerly" in warning.text
+
+
+# --- CUDA graphs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("compiled", "key"),
+    [({"backend": "cudagraphs"}, "backend"), ({"mode": "reduce-overhead"}, "mode")],
+)
+def test_cuda_graphs_on_the_cpu_are_an_error_that_names_what_is_allowed(
+    tmp_path: Path, compiled: dict[str, str], key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        infer(tmp_path, compiled, run={"device": "cpu"})
+    assert str(caught.value).startswith(f"model.compile.{key}: {key}: {compiled[key]} needs a CUDA")
+    assert "allowed here: backend: inductor, with mode: default, max-autotune" in str(caught.value)
+
+
+def test_a_cuda_graph_has_one_shape(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dynamic: true cannot be combined with backend: cudag"):
+        infer(tmp_path, {"backend": "cudagraphs", "dynamic": True})
+    section = CompileSection(mode="reduce-overhead")
+    with pytest.raises(ConfigError, match=r"one shape.*set data\.padding: max_length"):
+        compilation._check_cuda_graphs(section.cuda_graphs, torch.device("cuda"), varying=True)
+    compilation._check_cuda_graphs(section.cuda_graphs, torch.device("cuda"), varying=False)
+    assert not CompileSection(mode="max-autotune").cuda_graphs
+
+
+@dataclasses.dataclass
+class Pair:
+    """An output whose class torch does not split into tensors."""
+
+    double: torch.Tensor
+    more: dict[str, torch.Tensor]
+
+
+def test_outputs_of_a_cuda_graph_are_copied_because_it_writes_to_the_same_memory() -> None:
+    memory = torch.zeros(2, 3)
+
+    class Replay(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            torch.mul(x, 2, out=memory)
+            return memory, [memory], Pair(memory, {"third": memory})
+
+    section = CompileSection(backend="cudagraphs")
+    for cuda in (False, True):
+        model = CompiledModel(nn.Identity(), section, batch_size=2, varying=False, cuda=cuda)
+        model.compiled = Replay()
+        tensor, (item,), pair = model(torch.ones(2, 3))
+        model(torch.zeros(2, 3))
+        found = [tensor, item, pair.double, pair.more["third"]]
+        assert [rows[0, 0].item() for rows in found] == [2.0 if cuda else 0.0] * 4

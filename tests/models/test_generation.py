@@ -113,6 +113,24 @@ def new_tokens(folder: Path, texts: list[str], **settings: Any) -> list[list[int
     return found
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_the_texts_do_not_depend_on_the_batches_in_flight(
+    gpt: Path, tmp_path: Path, device: str
+) -> None:
+    one, three = (
+        infer(
+            gpt,
+            tmp_path / str(in_flight),
+            {"max_new_tokens": NEW},
+            data={"batch_size": 2},
+            run={"device": device, "in_flight": in_flight},
+        )[0]
+        for in_flight in (1, 3)
+    )
+    assert three == one
+    assert len(one) == len(PROMPTS)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [

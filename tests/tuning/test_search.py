@@ -14,7 +14,7 @@ from gradrun.config.tune import TuneSection
 from gradrun.results.trials import describe_changes
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import apply
-from gradrun.tuning.moves import MOVES, Move
+from gradrun.tuning.moves import MOVES, Move, applicable
 from tests.support.lanes import Planted
 from tests.support.planted_search import PlantedSearch, move, planted_facts
 
@@ -417,6 +417,29 @@ def test_threads_and_workers_share_the_cpus() -> None:
     facts = planted_facts(cpus=8)
     two = facts.config.replace({"engine": {"source": "processes", "workers": 2}, "run.threads": 4})
     assert row.settings(replace(facts, config=two)) == [{"run.threads": 2}, {"run.threads": 1}]
+
+
+def test_cuda_moves_are_tried_on_cuda_devices_only() -> None:
+    rows = [move for move in MOVES if move.name in {"batches in flight", "CUDA graphs"}]
+    cpu = [(move.name, reason) for move, reason in applicable(rows, planted_facts())]
+    assert cpu == [
+        ("batches in flight", "the model does not run on a CUDA device"),
+        ("CUDA graphs", "the model does not run on a CUDA device"),
+    ]
+    facts = planted_facts(device="cuda:0")
+    assert [reason for _, reason in applicable(rows, facts)] == ["", ""]
+    flight, graphs = (row.settings(facts) for row in rows)
+    assert flight == [{"run.in_flight": 3}]
+    assert graphs[0] == {"model.compile": {"backend": "cudagraphs"}}
+    compiled = facts.config.replace({"model.compile": {"freezing": True}})
+    assert rows[1].settings(replace(facts, config=compiled))[0] == {
+        "model.compile.mode": "reduce-overhead"
+    }
+    texts = replace(facts, varies=True)
+    assert [reason for _, reason in applicable(rows, texts)] == [
+        "",
+        "batches of these texts differ in length",
+    ]
 
 
 def test_every_move_has_a_name_and_changes_valid_keys() -> None:

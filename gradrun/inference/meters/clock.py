@@ -40,7 +40,7 @@ class MpsClock(Clock):
 
 
 class CudaClock(Clock):
-    """CUDA events on the current stream, read in groups to synchronize rarely."""
+    """CUDA events on the current stream; those of the last batches are read later, without wait."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +53,16 @@ class CudaClock(Clock):
     def stop(self) -> None:
         self._pairs.append((self._begin, _record_event()))
         if len(self._pairs) >= _MAX_PENDING_EVENTS:
-            self.finish()
+            self._read(_MAX_PENDING_EVENTS // 2)  # the device has passed these long ago
 
     def finish(self) -> None:
-        if self._pairs:
-            self._pairs[-1][1].synchronize()
-        self.seconds.extend(begin.elapsed_time(end) * 1e-3 for begin, end in self._pairs)
-        self._pairs.clear()
+        self._read(len(self._pairs))
+
+    def _read(self, count: int) -> None:
+        if count:
+            self._pairs[count - 1][1].synchronize()
+        self.seconds.extend(begin.elapsed_time(end) * 1e-3 for begin, end in self._pairs[:count])
+        del self._pairs[:count]
 
 
 def _record_event() -> Any:
