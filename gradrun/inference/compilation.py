@@ -232,19 +232,19 @@ def _check_backend(name: str) -> None:
 
 
 def _check_cuda_graphs(option: str, device: torch.device, *, varying: bool) -> None:
-    key = f"model.compile.{option.partition(':')[0]}"
+    name, _, value = option.partition(": ")
     if device.type != "cuda":
         raise ConfigError(
-            f"{option} needs a CUDA device for its CUDA graphs, and the model runs on the "
-            f"{device.type}; allowed here: backend: inductor, with mode: default, max-autotune or "
+            f"{value} uses CUDA graphs and needs a CUDA device, and the model runs on {device}; "
+            "allowed here: backend: inductor, with mode: default, max-autotune or "
             "max-autotune-no-cudagraphs",
-            key,
+            f"model.compile.{name}",
         )
     if varying:
         raise ConfigError(
-            f"{option} needs batches of one shape for its CUDA graph, and batches of these texts "
+            f"{value} needs batches of one shape for its CUDA graph, and batches of these texts "
             "differ in length; set data.padding: max_length, or use mode: default",
-            key,
+            f"model.compile.{name}",
         )
 
 
