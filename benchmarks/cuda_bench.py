@@ -242,7 +242,7 @@ def memory(setting: Setting) -> Iterator[Row]:
             yield Row(
                 "memory",
                 f"{mode}: {what}",
-                -1 if found is None else found,
+                "not measured" if found is None else found,
                 "B",
                 f"{wanted} B",
                 found == wanted,
@@ -251,7 +251,9 @@ def memory(setting: Setting) -> Iterator[Row]:
             ("allocated", measured.device_allocated),
             ("reserved", measured.device_reserved),
         ):
-            yield Row("memory", f"{mode}: peak {what}", -1 if value is None else value, "B")
+            yield Row(
+                "memory", f"{mode}: peak {what}", "not measured" if value is None else value, "B"
+            )
 
 
 def graphs(setting: Setting) -> Iterator[Row]:

@@ -98,14 +98,20 @@ class CudaTransfers:
         self._memory: list[torch.Tensor] = []
 
     def to_device(self, batch: Batch) -> Batch:
-        forward = torch.cuda.current_stream(self._device)
-        pinned = batch.map(self._pin)
+        moved = batch.map(self._send)
+        torch.cuda.current_stream(self._device).wait_stream(self._inward)
+        return moved
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        dtype = self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
+        if not tensor.is_cpu or tensor.layout != torch.strided:
+            return tensor.to(self._device, dtype)
+        pinned = torch.empty_like(tensor, dtype=dtype, pin_memory=True).copy_(tensor)
         with torch.cuda.stream(self._inward):
-            moved = pinned.map(lambda tensor: tensor.to(self._device, non_blocking=True))
-        forward.wait_stream(self._inward)
-        for tensor in moved.tensors():  # the model may keep its input for longer than this batch
-            tensor.record_stream(forward)
-        self._memory += [*pinned.tensors(), *moved.tensors()]
+            moved = pinned.to(self._device, non_blocking=True)
+        # The model may keep its input for longer than this batch.
+        moved.record_stream(torch.cuda.current_stream(self._device))
+        self._memory += [pinned, moved]
         return moved
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +120,7 @@ class CudaTransfers:
         # A copy on the device first: the next forward may write to the memory of its outputs.
         own = tensor.detach().resolve_conj().resolve_neg()
         own = own.clone(memory_format=torch.contiguous_format)
-        host = torch.empty(own.shape, dtype=own.dtype, pin_memory=True)
+        host = torch.empty(own.shape, dtype=own.dtype, device="cpu", pin_memory=True)
         self._outward.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._outward):
             host.copy_(own, non_blocking=True)
@@ -129,10 +135,6 @@ class CudaTransfers:
         event.record(self._outward)
         memory, self._memory = self._memory, []
         return _CudaCopied(event, memory)
-
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        dtype = self._dtype if self._dtype and tensor.is_floating_point() else tensor.dtype
-        return torch.empty_like(tensor, dtype=dtype, pin_memory=True).copy_(tensor)
 
 
 TRANSFERS: dict[str, Callable[[torch.device, str | None], Transfers]] = {

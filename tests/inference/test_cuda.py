@@ -16,8 +16,10 @@ from torch import nn
 import gradrun
 from gradrun.core.errors import ConfigError
 from gradrun.core.grad_mode import GradMode
+from gradrun.core.imports import import_file
 from gradrun.inference.transfers import CudaTransfers
 from gradrun.results.result import InferResult
+from tests.conftest import ROOT
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 SAMPLES, BATCH = 50, 8
@@ -353,6 +355,15 @@ def test_inputs_and_weights_are_cast_to_half_precision(
 ) -> None:
     runs(device, **{"model.dtype": "bfloat16", "run.in_flight": in_flight})
     assert runs.rows()[:, 0].tolist() == [2.0 * i for i in range(SAMPLES)]
+
+
+def test_the_benchmark_counts_the_bytes_of_a_forward(tmp_path: Path) -> None:
+    """One section in small; `cuda_bench.py --device cpu --small` runs all of them."""
+    bench = import_file(ROOT / "benchmarks" / "cuda_bench.py")
+    rows = [*bench.memory(bench.Setting("cpu", True, tmp_path))]
+    exact = [row for row in rows if row.target]
+    assert [(row.target, row.met) for row in exact] == [(f"{row.value} B", True) for row in exact]
+    assert len(exact) == 6
 
 
 # --- CUDA graphs ---------------------------------------------------------------------------------

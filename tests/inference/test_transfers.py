@@ -28,10 +28,12 @@ def run(order: Order, patch: pytest.MonkeyPatch, in_flight: int = 3) -> tuple[An
 
     with order, torch.inference_mode():
         for number in range(6):
-            batch = Batch((torch.full((4, 2), number), torch.ones(4, 2)), {}, 4, range(4))
+            there = torch.ones(4, 2, device=DEVICE)  # an input that is on the device already
+            inputs = (torch.full((4, 2), number), torch.ones(4, 2), there)
+            batch = Batch(inputs, {}, 4, range(4))
             if len(ring) == in_flight:
                 finish()
-            numbers, ones = copies.to_device(batch).args
+            numbers, ones, _ = copies.to_device(batch).args
             assert (numbers.dtype, ones.dtype) == (torch.int64, torch.bfloat16)
             torch.add(numbers, ones, out=same)
             ones.zero_()  # the model may write to its input
