@@ -1,6 +1,6 @@
 """Run gradrun's commands on malicious files in a monitored process.
 
-Run as a script, this module is the process; `Victim` starts it and survives its crashes.
+main() is the process; `Victim` starts it and survives its crashes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +18,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from gradrun.engines.child_process import kill
+from tests.support.forked import ForkedChild
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 2**31
@@ -55,15 +57,13 @@ class Victim:
     """Runs jobs in a separate process, which is restarted when a job ends it."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ForkedChild | None = None
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the handle
 
     def run(self, folder: Path, commands: list[list[str]], seconds: float = SECONDS) -> Ending:
         """Run the commands one after the other in `folder`; they may write below folder/out."""
         process = self._start()
-        assert process.stdin
-        assert process.stdout
-        process.stdin.write(json.dumps([str(folder), commands]) + "\n")
+        process.stdin.write(json.dumps([str(folder), commands]).encode() + b"\n")
         process.stdin.flush()
         timer = threading.Timer(seconds, process.send_signal, [signal.SIGABRT])
         timer.start()
@@ -80,27 +80,13 @@ class Victim:
     def close(self) -> None:
         """End the process."""
         if self._process:
-            self._process.kill()
-            self._process.communicate()
+            kill(self._process)  # type: ignore[arg-type]
             self._process = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self) -> ForkedChild:
         if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.soak.victim"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                cwd=ROOT,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": str(ROOT),
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONDONTWRITEBYTECODE": "1",  # all opened files are checked
-                },
-            )
-            assert self._process.stdout
+            errors = self._errors.fileno()
+            self._process = ForkedChild("tests.soak.victim", 1, stderr=errors)
             self._process.stdout.readline()  # ready: imports do not count towards the timeout
         return self._process
 
@@ -109,7 +95,7 @@ class Victim:
         output = self._errors.read()
         self._errors.seek(0)
         self._errors.truncate()
-        return output[-3000:]
+        return output[-9000:]
 
 
 # --- the process -------------------------------------------------------------------------------
@@ -211,6 +197,10 @@ def _warm_up() -> None:
 def main() -> None:
     import resource
 
+    import torch
+
+    torch.set_num_threads(1)
+    sys.dont_write_bytecode = True  # all opened files are checked
     faulthandler.enable()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -231,7 +221,3 @@ def main() -> None:
         ending.wrong += watch.wrong
         answers.write(json.dumps(ending.__dict__) + "\n")
         answers.flush()
-
-
-if __name__ == "__main__":
-    main()

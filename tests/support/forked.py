@@ -27,21 +27,23 @@ _MODULES = [
     "torch", "gradrun.cli.app", "gradrun.inference.infer", "rich.table",
     "gradrun.comparison.benchmark", "gradrun.engines.range_runner",
 ]  # fmt: skip
+_STARTS = threading.Lock()
 
 
 @contextmanager
 def preloaded() -> Iterator[None]:
     """Start processes from one that has imported `gradrun`."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
     PROCESSES.set_forkserver_preload(_MODULES)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    with _STARTS:  # threads start children
+        before = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))
+        try:
+            yield
+        finally:
+            if before:
+                os.environ["PYTHONPATH"] = before
+            else:
+                del os.environ["PYTHONPATH"]
 
 
 class ForkedCommand:
@@ -120,8 +122,10 @@ class ForkedChild:
         self.stdout, stdout = _pipe()
         if stderr == subprocess.PIPE:
             self.stderr, errors = _pipe()
-        else:
+        elif stderr == subprocess.DEVNULL:
             errors = open(os.devnull, "wb")  # noqa: PTH123, SIM115
+        else:
+            errors = os.fdopen(os.dup(stderr), "wb")
         ends = (stdin, stdout, errors)
         setup = (Path.cwd(), dict(os.environ), None)
         streams = [_Descriptor(end.fileno()) for end in ends]
@@ -147,6 +151,10 @@ class ForkedChild:
             self._process.join()
         assert self._process.exitcode is not None
         return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def communicate(self, message: bytes, timeout: float | None = None) -> tuple[bytes, None]:
         """Send a message, and return what the process writes until its end."""
