@@ -60,7 +60,7 @@ def check_order(names: Sequence[str], own: Sequence[str]) -> None:
     if len(names) != len(own):
         return
     given, known = _comparable(names, own)
-    moved = [i for i, name in enumerate(given) if name in known and known.index(name) != i]
+    moved = [i for i, name in enumerate(given) if name in known and known[i] != name]
     if not moved:
         return
     if sorted(given) == sorted(known):

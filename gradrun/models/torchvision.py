@@ -23,7 +23,8 @@ def open_model(config: TorchvisionModel, *, trust_code: bool) -> LoadedModel:
         with downloading("torchvision", config.name):
             module = models.get_model(config.name, weights="DEFAULT", **config.args)
             default = models.get_model_weights(config.name).DEFAULT
-            return LoadedModel(module, weights=f"torchvision {default}")
+            classes = tuple(default.meta.get("categories") or ())
+            return LoadedModel(module, weights=f"torchvision {default}", classes=classes)
     builder = models.get_model_builder(config.name)
     # Without weights=None a model may download weights of its backbone.
     known = inspect.signature(builder).parameters

@@ -176,18 +176,13 @@ def values_of(column: Column) -> Sequence[Any]:
     return column.values if isinstance(column, ValueColumn) else column.unbind()
 
 
-def check_layout(subject: str, first: Column, column: Column) -> None:
-    """Check that a batch of an output can follow the first one in a file of one layout.
-
-    Raises:
-        ValueError: it has another dtype or shape of rows, or values of any shape.
-    """
-    if layout(column) != layout(first):
-        raise ValueError(
-            f"{subject} has {describe(first)}, but the next batch has {describe(column)}; use "
-            "format: jsonl for rows of any shape, or output.transform: mean_pool or cls for one "
-            "row per sequence"
-        )
+def layout_error(subject: str, first: Column, column: Column) -> ValueError:
+    """Return the error for a batch of an output that cannot follow the first one in a file."""
+    return ValueError(
+        f"{subject} has {describe(first)}, but the next batch has {describe(column)}; use "
+        "format: jsonl for rows of any shape, or output.transform: mean_pool or cls for one "
+        "row per sequence"
+    )
 
 
 def describe(column: Column) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -273,16 +276,34 @@ def test_an_unusable_argument_is_one_sentence_without_flags(
     assert "--" not in text
 
 
-def test_ten_calls_leave_no_tensors_behind(net: nn.Module) -> None:
-    def count() -> int:
-        gc.collect()
-        return sum(type(found) is torch.Tensor for found in gc.get_objects())
+def test_ten_calls_leave_nothing_behind(
+    net: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    run(model=net, data=ROWS)
-    before = count()
-    for _ in range(10):
-        run(model=net, data=ROWS)
-    assert count() <= before
+    def left() -> dict[str, int]:
+        gc.collect()
+        found = gc.get_objects()
+        return {
+            "tensors": sum(type(one) is torch.Tensor for one in found),
+            "objects": len(found),
+            "threads": threading.active_count(),
+            "open files": len(psutil.Process().open_files()),
+            "temporary files": len([*tmp_path.iterdir()]),
+        }
+
+    def calls(count: int) -> None:
+        for _ in range(count):
+            run(model=net, data=ROWS)
+            with pytest.raises(gradrun.GradrunError):
+                run(model=net, data=ROWS[:, :3])
+
+    calls(2)
+    before = left()
+    calls(10)
+    after = left()
+    assert after.pop("objects") - before.pop("objects") < 10, "less than one per call"
+    assert after == before
 
 
 def test_modes_of_a_module_in_memory_are_compared(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import gradrun
 from gradrun.core.errors import ConfigError, Interrupted
 from gradrun.core.progress import Progress
+from gradrun.models.class_names import check_order
 from gradrun.output.formats import FORMATS
 
 TABLES = [form for form in FORMATS if form != "files"]
@@ -358,3 +359,10 @@ def test_listed_classes_settle_the_names_of_the_labels(tmp_path: Path) -> None:
 def test_listed_classes_with_other_spelling_in_another_order_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"another order; set data.classes: \[white, black\]"):
         run_on_folders(tmp_path, ["White", "Black"], classes=["black", "white"])
+
+
+def test_lists_with_a_repeated_name_are_in_the_same_order() -> None:
+    birds_and_machines = ["crane", "heron", "crane"]  # as in the classes of ImageNet
+    check_order(birds_and_machines, birds_and_machines)
+    with pytest.raises(ConfigError, match="another order"):
+        check_order(["heron", "crane", "crane"], birds_and_machines)

@@ -2,7 +2,7 @@
 
 Both libraries run in subprocesses: torchvision's public build is for CUDA, and beside a CPU-only
 torch it breaks whatever imports it. `make install` therefore installs the two in a separate
-folder, and the subprocesses define two operators that torchvision expects and no test uses.
+folder, and the subprocesses define the operators that torchvision expects.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas
 import pytest
 
 from tests.conftest import ROOT
@@ -24,9 +26,35 @@ import torch
 operators = torch.library.Library("torchvision", "DEF")
 for name in ("nms", "qnms"):
     operators.define(name + "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+
+
+def nms(boxes, scores, threshold):
+    order, kept = scores.argsort(descending=True, stable=True), []
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    while len(order):
+        best, order = order[0], order[1:]
+        kept.append(best)
+        low = torch.maximum(boxes[best, :2], boxes[order, :2])
+        high = torch.minimum(boxes[best, 2:], boxes[order, 2:])
+        shared = (high - low).clamp(min=0).prod(1)
+        order = order[shared <= threshold * (areas[best] + areas[order] - shared)]
+    return torch.stack(kept) if kept else order
+
+
+operators.impl("nms", nms, "CPU")
 """
 
 Environment = dict[str, str]
+
+
+class Compared(NamedTuple):
+    """A folder of runs, and what a process reported about them."""
+
+    folder: Path
+    report: dict[str, Any]
+    """Case -> greatest difference between gradrun and a library, or a message."""
+    detections: dict[str, Any]
+    """What the detector returns in a loop, the names of its classes, and a message."""
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +201,42 @@ for case, (model, data) in errors.items():
         gradrun.infer(config | changes, overwrite=True)
     except gradrun.ConfigError as error:
         report[case] = str(error)
+
+# A detector: a list of photos of several sizes. Its weights are where a download would be.
+torchvision.extension._has_ops = lambda: True
+name, thresholds = "ssdlite320_mobilenet_v3_large", {"score_thresh": 0.001, "topk_candidates": 2}
+weights = torchvision.models.get_model_weights(name).DEFAULT
+detector = torchvision.models.get_model(
+    name, weights=None, weights_backbone=None, num_classes=91, **thresholds
+).eval()
+downloads = folder / "hub/checkpoints"
+downloads.mkdir(parents=True)
+torch.save(detector.state_dict(), downloads / weights.url.rpartition("/")[2])
+photos = folder / "photos"
+photos.mkdir()
+pixels, chance = [], np.random.default_rng(1)
+for number, size in enumerate([(40, 64), (64, 48), (50, 50), (24, 80), (64, 48)]):
+    noise = Image.fromarray(chance.integers(0, 256, (*size, 3), np.uint8))
+    noise.save(photos / f"{number}.jpg")
+    array = np.asarray(Image.open(photos / f"{number}.jpg")) * np.float32(1 / 255)
+    pixels.append(torch.from_numpy(array).permute(2, 0, 1).contiguous())
+with torch.inference_mode():
+    boxes = [found for start in (0, 2, 4) for found in detector(pixels[start : start + 2])]
+report["boxes"] = [{key: value.tolist() for key, value in found.items()} for found in boxes]
+report["categories"] = weights.meta["categories"]
+config = {
+    "model": {"source": "torchvision", "name": name, "pretrained": True, "args": thresholds},
+    "data": {"source": "images", "path": str(photos), "batch_size": 2},
+    "run": {"warmup": 0},
+    "measure": {"memory": False, "batch_independence": False},
+}
+for form in ("jsonl", "parquet"):
+    output = {"path": str(folder / form), "format": form}
+    gradrun.infer(config | {"output": output}, data={"call": "list"})
+try:
+    gradrun.infer(config | {"output": output}, overwrite=True)
+except gradrun.ConfigError as error:
+    report["a tensor"] = str(error)
 print(json.dumps(report))
 """
 
@@ -188,14 +252,21 @@ ERRORS = {
 }
 
 
-def test_predictions_and_transforms_equal_those_of_the_libraries(
-    libraries: Environment, tmp_path: Path
-) -> None:
-    lay_out(tmp_path, 20, {})
-    empty_caches = {"HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    done = run(["-c", _COMPARE_WITH_LIBRARIES, tmp_path], libraries | empty_caches)
+@pytest.fixture(scope="module")
+def compared(libraries: Environment, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """Run gradrun and the libraries on the same pictures."""
+    folder = tmp_path_factory.mktemp("compared")
+    lay_out(folder, 20, {})
+    empty_caches = {"HF_HOME": str(folder), "TORCH_HOME": str(folder)}
+    done = run(["-c", _COMPARE_WITH_LIBRARIES, folder], libraries | empty_caches)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
+    detections = {key: report.pop(key) for key in ("boxes", "categories", "a tensor")}
+    return Compared(folder, report, detections)
+
+
+def test_predictions_and_transforms_equal_those_of_the_libraries(compared: Compared) -> None:
+    report = dict(compared.report)
     assert report.pop("shape") == [20, 7]
     statements = report.pop("statements")
     assert statements["preprocess"] == (
@@ -207,6 +278,26 @@ def test_predictions_and_transforms_equal_those_of_the_libraries(
         assert message in report.pop(case)
     assert len(report) == 16
     assert max(report.values()) < 1e-5, report
+
+
+def test_a_detector_of_torchvision_finds_the_boxes_of_a_plain_loop_with_their_names(
+    compared: Compared,
+) -> None:
+    boxes, categories, error = compared.detections.values()
+    assert len(categories) == 91
+    lines = [json.loads(line) for line in (compared.folder / "jsonl/predictions.jsonl").open()]
+    rows = pandas.read_parquet(compared.folder / "parquet/predictions").to_dict("records")
+    assert [line["id"] for line in lines] == [f"{number}.jpg" for number in range(5)]
+    for line, row, expected in zip(lines, rows, boxes, strict=True):
+        assert len(expected["labels"]) > 3
+        for found in (line, row):
+            assert [*found["labels"]] == expected["labels"]
+            assert [*found["label_names"]] == [categories[n] for n in expected["labels"]]
+            for name in ("boxes", "scores"):
+                values = np.array([*map(np.asarray, found[name])], np.float32)
+                np.testing.assert_array_equal(values, np.array(expected[name], np.float32))
+    assert "64 x 48 pixels, but the first image is 40 x 64" in error
+    assert "data.call: list for a model that takes a list of images" in error
 
 
 _COMMANDS = """\

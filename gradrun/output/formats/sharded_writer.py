@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradrun.core import files
 from gradrun.output.class_labels import ClassLabels
-from gradrun.output.columns import blank, check_layout, row_bytes
+from gradrun.output.columns import blank, layout, layout_error, row_bytes
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import count_nonfinite, fill_missing
 
@@ -178,7 +178,8 @@ class ShardedWriter(ABC):
             raise ValueError(f"the outputs were {[*self._buffers]} and now are {[*outputs]}")
         outputs = self.convert(fill_missing(outputs, valid))
         for name, column in outputs.items():
-            check_layout(f"output {name!r}", self._buffers[name], column)
+            if layout(column) != layout(first := self._buffers[name]):
+                raise layout_error(f"output {name!r}", first, column)
         done = 0
         while done < len(ids):
             shard = self._layout.locate(self.written)
