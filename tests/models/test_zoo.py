@@ -129,7 +129,7 @@ def test_the_trained_network_is_correct_on_97_percent_of_the_test_images() -> No
     assert (found.numpy() == held["labels"]).mean() >= 0.97
 
 
-@pytest.mark.parametrize("script", ["train_digits.py", "export_digits.py"])
+@pytest.mark.parametrize("script", ["train_digits.py", "export_digits.py", "train_answers.py"])
 def test_the_scripts_that_created_the_files_are_included_and_seeded(script: str) -> None:
     source = (MODELS / script).read_text(encoding="utf-8")
     calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source))
