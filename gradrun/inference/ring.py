@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from gradrun.data.batch import Batch
@@ -51,6 +51,15 @@ class Ring:
         """Finish all batches."""
         while self._batches:
             self._finish_first()
+
+    @contextmanager
+    def drained_on_error(self) -> Iterator[None]:
+        """Finish all batches before an error of the block is raised."""
+        try:
+            yield
+        except (Exception, SystemExit):
+            self.drain()
+            raise
 
     def discard(self) -> None:
         """Wait for the copies of all batches and drop their outputs."""

@@ -73,7 +73,7 @@ from gradrun.inference.metrics import Evaluation
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, Recovered, runnable_subset
 from gradrun.inference.ring import InFlight, Ring
-from gradrun.inference.transfers import TRANSFERS, SynchronousTransfers
+from gradrun.inference.transfers import TRANSFERS, SynchronousTransfers, Transfers
 from gradrun.models.generation import take_times
 from gradrun.modes import grad_mode
 from gradrun.output import transforms
@@ -168,6 +168,14 @@ class LargestBatch(NamedTuple):
 NO_BATCH = LargestBatch(0, 0, 0)
 
 
+class _Failed(NamedTuple):
+    """A batch that could not be started."""
+
+    error: Exception
+    timed: bool
+    """Whether its forward pass was complete."""
+
+
 @dataclass
 class TimedPass:
     """The measurements of the timed pass, complete or not."""
@@ -195,6 +203,14 @@ class TimedPass:
     largest: LargestBatch = NO_BATCH
     workers: tuple[WorkerStats, ...] = ()
     """The workers of an engine that ran the samples; empty if this process did."""
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch whose forward was timed, before it is written."""
+        elements = batch.elements
+        if elements > self.largest.elements:
+            self.largest = LargestBatch(elements, self.start + self.done, batch.size)
+        self.sizes.append(batch.size)
+        self.elements.append(elements)
 
     def stop(self, error: GradrunError) -> None:
         """Record why the pass ended early; the first error counts."""
@@ -494,24 +510,18 @@ class Runner:
         are written, so that files and journal are the same as those of `_loop`.
         """
         transfers = TRANSFERS[self.device.type](self.device, self._dtype)
-        now, total, largest = time.perf_counter_ns, self.data.samples or 0, 0
+        now, total = time.perf_counter_ns, self.data.samples or 0
         began = mark = now()
         next_callback = began + _CALLBACK_NS
 
         def finish(entry: InFlight) -> None:
-            nonlocal began, mark, next_callback, largest
-            batch = entry.batch
+            nonlocal began, mark, next_callback
             try:
                 entry.copied.wait()
             except Exception as error:
                 raise self._device_error(error, timed, len(ring)) from error
-            elements = batch.elements
-            if elements > largest:
-                largest = elements
-                timed.largest = LargestBatch(elements, timed.start + timed.done, batch.size)
-            timed.sizes.append(batch.size)  # before writing, as in _loop
-            timed.elements.append(elements)
-            self._write(batch, (entry.outputs, None), writer, timed, recovery)
+            timed.add(entry.batch)  # before writing, as in _loop
+            self._write(entry.batch, (entry.outputs, None), writer, timed, recovery)
             mark = now()
             if mark > next_callback:
                 commit()
@@ -523,69 +533,69 @@ class Runner:
 
         ring = Ring(in_flight, finish)
         parts = recovery.split_to_fit(batches)
-        moved = returned = outputs = None
         try:
             while True:
                 reading = now()
-                try:
+                with ring.drained_on_error():
                     batch = next(parts, None)
-                except (Exception, SystemExit):
-                    ring.drain()
-                    raise
                 if batch is None:
                     break
                 if not ring.busy():  # otherwise the device did not wait for the data
                     timed.data_ns += now() - reading
                 ring.make_room()
-                forwarded = False
-                try:
-                    batch.raise_errors()
-                    moved = transfers.to_device(batch)
-                    clock.start()
-                    returned = self.model(*moved.args, **moved.kwargs)
-                    clock.stop()
-                    forwarded = True
-                    outputs = self._select(
-                        returned, batch.size, moved.kwargs, to_host=transfers.to_host
-                    )
-                    outputs = self._with_labels(outputs, batch.labels)
-                    ring.add(InFlight(batch, outputs, transfers.mark()))
-                    failure = None
-                except Exception as error:  # a model or a user's function may raise anything
-                    failure = error
-                except SystemExit:
-                    ring.drain()
-                    raise
-                # In grad mode, the graph must be freed before the next forward.
-                moved = returned = outputs = None
-                if failure is None:
+                with ring.drained_on_error():
+                    started = self._start(batch, transfers, clock)
+                if isinstance(started, InFlight):
+                    ring.add(started)
                     continue
-                with suppress(Exception):
-                    transfers.mark().wait()  # the memory of its copies is free then
                 alone = not len(ring)
                 ring.drain()
-                at, recovering = timed.start + timed.done, now()
-                if batch.errors:
-                    on_device = self._transfer(batch) if self._transfer else batch
-                    recovered = recovery.recover_unreadable(at, on_device)
-                elif alone or not ran_out_of_memory(failure):
-                    recovered = recovery.recover(at, batch.size, failure)
+                recovering = now()
+                if alone or not ran_out_of_memory(started.error):
+                    recovered = self._recover(batch, started.error, timed, recovery)
                 else:
-                    recovered = recovery.repeat(at, batch.size, failure)
+                    at = timed.start + timed.done
+                    recovered = recovery.repeat(at, batch.size, started.error)
                     ring.size, transfers = 1, SynchronousTransfers(self.device, self._dtype)
-                if forwarded:
-                    timed.sizes.append(batch.size)
-                    timed.elements.append(batch.elements)
+                if started.timed:
+                    timed.add(batch)
                 else:
                     timed.recovered += batch.size
                 self._write(batch, recovered, writer, timed, recovery)
                 mark = now()
-                if not forwarded:
+                if not started.timed:
                     began += mark - recovering  # recovery is not part of the measured time
             ring.drain()
         finally:
             ring.discard()
             timed.total_ns = mark - began
+
+    def _start(self, batch: Batch, transfers: Transfers, clock: Clock) -> InFlight | _Failed:
+        """Start the forward pass of a batch, and the copies of its inputs and outputs."""
+        forwarded = False
+        try:
+            batch.raise_errors()
+            moved = transfers.to_device(batch)
+            clock.start()
+            returned = self.model(*moved.args, **moved.kwargs)
+            clock.stop()
+            forwarded = True
+            outputs = self._select(returned, batch.size, moved.kwargs, to_host=transfers.to_host)
+            outputs = self._with_labels(outputs, batch.labels)
+            return InFlight(batch, outputs, transfers.mark())
+        except Exception as error:  # a model or a user's function may raise anything
+            with suppress(Exception):
+                transfers.mark().wait()  # then the memory of its copies is free
+            return _Failed(error, forwarded)
+
+    def _recover(
+        self, batch: Batch, error: Exception, timed: TimedPass, recovery: BatchRecovery
+    ) -> Recovered:
+        """Predict what is possible of a batch that failed on its way to the device or there."""
+        at = timed.start + timed.done
+        if not batch.errors:
+            return recovery.recover(at, batch.size, error)
+        return recovery.recover_unreadable(at, self._transfer(batch) if self._transfer else batch)
 
     def _write(
         self,

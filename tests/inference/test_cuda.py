@@ -134,22 +134,25 @@ def runs(tmp_path: Path) -> Runs:
 # --- several batches in flight -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", DEVICES)
+FORMS = {
+    "plain": "npy", "tuple": "safetensors", "same memory": "npy", "input": "npy", "wide": "npy",
+    "texts": "jsonl", "ragged": "jsonl",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("kind", "form"),
+    ("device", "kind"),
     [
-        ("plain", "npy"), ("same memory", "npy"), ("input", "npy"), ("wide", "npy"),
-        ("tuple", "safetensors"), ("texts", "jsonl"), ("ragged", "jsonl"),
+        ("cpu", "plain"),  # test_ring.py has the others
+        *(pytest.param("cuda", kind, marks=pytest.mark.cuda) for kind in FORMS),
     ],
-)  # fmt: skip
+)
 def test_the_files_with_three_batches_in_flight_are_those_of_one(
-    runs: Runs, device: str, kind: str, form: str
+    runs: Runs, device: str, kind: str
 ) -> None:
     for in_flight in (1, 3):
-        runs(
-            device, kind, f"run-{in_flight}",
-            **{"run.in_flight": in_flight, "output.format": form},
-        )  # fmt: skip
+        changes = {"run.in_flight": in_flight, "output.format": FORMS[kind]}
+        runs(device, kind, f"run-{in_flight}", **changes)
     assert runs.files("run-3") == runs.files("run-1")
     if kind in {"plain", "same memory", "input"}:
         assert runs.rows("run-3")[:, 0].tolist() == [2.0 * i for i in range(SAMPLES)]
