@@ -181,11 +181,13 @@ def _session(
     key: str, variants: list[Variant], config: RunConfig, trust_code: bool, *, own_processes: bool
 ) -> Session | RoundSession:
     """Return the session that can measure values of a config key."""
-    if own_processes or (key.partition(".")[0] != "engine" and need_own_processes(variants)):
+    # These change a run, and not the forward pass of a batch.
+    whole = key.partition(".")[0] == "engine" or key == "run.in_flight"
+    if own_processes or (not whole and need_own_processes(variants)):
         from gradrun.comparison.turns import turn_session
 
         return turn_session(variants, config, trust_code=trust_code)
-    if key.partition(".")[0] != "engine":
+    if not whole:
         return Session(variants, config, trust_code=trust_code)
     from gradrun.comparison.whole_runs import WholeRuns  # needs torch in this process
 

@@ -712,6 +712,8 @@ class Runner:
         workers = sum(bool(worker.samples) for worker in timed.workers) or 1
         data, forward = timed.data_ns * 1e-9 / workers, float(sum(seconds)) / workers
         total = timed.total_ns * 1e-9
+        if not timed.workers:  # with several batches in flight, a part of the reading overlaps
+            data = min(data, max(0.0, total - forward))
         return Measurement(
             mode=self.mode,
             batch_limit=prepared.recovery.batch_limit,

@@ -476,3 +476,19 @@ def test_a_variant_that_reads_its_data_otherwise_states_it(
     assert [t for t in topics if t.startswith("input x (")] == [
         "input x (data.inputs.x.permute=[1, 0])"
     ]
+
+
+def test_batches_in_flight_are_compared_by_whole_runs(tmp_path: Path) -> None:
+    result = gradrun.compare(
+        {
+            "model": {"source": "zoo", "name": "mlp", "args": {"width": 4, "depth": 1}},
+            "data": {"source": "synthetic", "inputs": {"x": {"shape": [4]}}, "samples": 64},
+            "run": {"threads": 1, "warmup": 0, "device": "cpu"},
+            "measure": {"processes": 2, "budget": 0.1, "precision": 0.5},
+            "output": {"path": str(tmp_path / "out")},
+        },
+        over=("run.in_flight", [1, 3]),
+    ).result
+    assert {m.batch_sizes for m in result.measurements} == {(64,)}
+    (equal,) = result.equivalence
+    assert equal.bitwise

@@ -17,9 +17,11 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data.batch import Batch
 from gradrun.inference import runner as the_runner
+from gradrun.inference import transfers
 from gradrun.inference.meters import clock as the_clock
 from gradrun.inference.runner import PreparedRun, Runner, TimedPass
 from gradrun.results.result import Measurement
+from tests.support.delayed_transfers import DelayedTransfers
 
 CPU = torch.device("cpu")
 MODES = {"grad": (True, False), "no_grad": (False, False), "inference_mode": (False, True)}
@@ -183,6 +185,25 @@ def test_data_forward_and_output_add_up_to_the_total(time: FakeTime) -> None:
     assert measured.phases.data == pytest.approx(5 * 0.0005)
     assert measured.phases.forward == pytest.approx(5 * 0.25)
     assert measured.phases.output == pytest.approx(5 * 0.125)
+    assert measured.seconds == pytest.approx(total)
+
+
+def test_reading_beside_work_of_the_device_is_not_counted(
+    time: FakeTime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three batches are in flight, with copies that are complete once they are waited for."""
+    monkeypatch.setitem(transfers.TRANSFERS, "cpu", DelayedTransfers)
+    data = Numbers(reading=lambda: time.passes(0.0005))
+    writer = ListWriter(writing=lambda: time.passes(0.125))
+    runner = make(Model(lambda: time.passes(0.25)), data, in_flight=3)
+    prepared = runner.prepare()
+    began = time.now
+    timed = runner.run_timed_pass(prepared, writer)
+    total = (time.now - began) * 1e-9
+    measured = measure(runner, prepared, timed)
+    assert writer.rows == [float(i) for i in range(9)]
+    assert measured.batch_seconds == pytest.approx((0.25,) * 5)
+    assert measured.phases.data == pytest.approx(0.0005)  # that of the first batch
     assert measured.seconds == pytest.approx(total)
 
 
