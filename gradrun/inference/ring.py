@@ -54,10 +54,10 @@ class Ring:
 
     @contextmanager
     def drained_on_error(self) -> Iterator[None]:
-        """Finish all batches before an error of the block is raised."""
+        """Finish all batches before an error of the block, or Ctrl-C in it, is raised."""
         try:
             yield
-        except (Exception, SystemExit):
+        except BaseException:
             self.drain()
             raise
 
