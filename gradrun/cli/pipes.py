@@ -114,7 +114,9 @@ class PredictionStream:
         try:
             while chunk := self._file.read(_CHUNK):
                 lines, newline, self._rest = (self._rest + chunk).rpartition(b"\n")
-                self._output.write(lines + newline)
+                rest = memoryview(lines + newline)
+                while rest:  # with PYTHONUNBUFFERED, a write may end before the last byte
+                    rest = rest[self._output.write(rest) :]
             self._output.flush()
         except BrokenPipeError:
             self.closed = True

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gradrun.cli.pipes import PredictionStream
 from tests.conftest import ROOT, Command
 
 NET = """\
@@ -79,6 +82,22 @@ def test_a_reader_that_ends_early_ends_the_run_quietly(folder: Path) -> None:
     assert done.returncode == 141
     assert "error" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_short_write_loses_no_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unbuffered(io.BytesIO):
+        """As the standard output with PYTHONUNBUFFERED, into a full pipe."""
+
+        def write(self, data: Any) -> int:
+            return super().write(data[:7])
+
+    stdout = Unbuffered()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stdout))
+    (tmp_path / "predictions.jsonl").write_text(rows(10) + "an incomplete line")
+    PredictionStream(tmp_path).copy()
+    assert stdout.getvalue().decode() == rows(10)
 
 
 def test_csv_is_written_if_the_config_says_so(folder: Path) -> None:
