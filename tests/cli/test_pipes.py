@@ -84,9 +84,7 @@ def test_a_reader_that_ends_early_ends_the_run_quietly(folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_short_write_loses_no_prediction(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_short_write_loses_no_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Unbuffered(io.BytesIO):
         """As the standard output with PYTHONUNBUFFERED, into a full pipe."""
 
