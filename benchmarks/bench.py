@@ -7,6 +7,7 @@ with 1 if a median exceeds its limit.
 
 from __future__ import annotations
 
+import argparse
 import compileall
 import json
 import os
@@ -46,38 +47,18 @@ ROUNDS = 21
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="measure only lines with one of these words")
+    words = parser.parse_args().words
     # Installed packages have compiled files, so the commands below should start from them too.
     compileall.compile_dir(ROOT / "gradrun", quiet=1)
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for title, limit, measure in (
-            ("loop: time per batch against a hand-written loop", 1.05, loop),
-            ("start: gradrun --help against import typer", 2.0, start_up),
-            ("report: gradrun report against import typer, rich", 2.5, saved_report),
-            ("whole command: digits against a plain script", 1.15, whole_command),
-            ("memory: tensor bytes against the bytes counted by hand", 1.0, tensor_bytes),
-            ("memory: process peak with 10 x the samples", 1.05, memory_growth),
-            ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
-            ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
-            (
-                "memory: resident set at 100 % and 10 % of 1 million Parquet rows",
-                1.05,
-                flat_parquet,
-            ),
-            (
-                "memory: resident set at 100 % and 10 % of an iterable of 5 million",
-                1.05,
-                flat_iterable,
-            ),
-            ("data: a Dataset with 2 workers against a DataLoader loop", 1.03, user_dataset),
-            ("images: whole run against the longer of decode and compute", 1.15, overlap),
-        ):
-            ratios = measure(folder)
-            rows.append((title, limit, ratios))
     table = Table("benchmark", "median", "95 % interval", "at most", "")
     failed = False
-    for title, limit, ratios in rows:
+    for title, limit, measure in LINES:
+        if words and not any(word in title for word in words):
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            ratios = measure(Path(name))
         value = median(ratios)
         over = value > limit
         failed |= over
@@ -92,6 +73,7 @@ def main() -> None:
             f"{limit:.2f}",
             ("[red]over[/]" if over else "ok") + sure,
         )
+        print(f"{title}: {value:.3f} ({low:.3f} to {high:.3f})", file=sys.stderr, flush=True)
     Console().print(table)
     sys.exit(failed)
 
@@ -454,6 +436,30 @@ def _output(*words: str) -> str:
         [sys.executable, *words], capture_output=True, text=True, check=True, env=environment
     )
     return done.stdout
+
+
+LINES = (
+    ("loop: time per batch against a hand-written loop", 1.05, loop),
+    ("start: gradrun --help against import typer", 2.0, start_up),
+    ("report: gradrun report against import typer, rich", 2.5, saved_report),
+    ("whole command: digits against a plain script", 1.15, whole_command),
+    ("memory: tensor bytes against the bytes counted by hand", 1.0, tensor_bytes),
+    ("memory: process peak with 10 x the samples", 1.05, memory_growth),
+    ("memory: resident set at 100 % and 10 % of 10 million", 1.05, flat),
+    ("texts: grouped by length against the order of the input", 1 / 1.3, grouping),
+    (
+        "memory: resident set at 100 % and 10 % of 1 million Parquet rows",
+        1.05,
+        flat_parquet,
+    ),
+    (
+        "memory: resident set at 100 % and 10 % of an iterable of 5 million",
+        1.05,
+        flat_iterable,
+    ),
+    ("data: a Dataset with 2 workers against a DataLoader loop", 1.03, user_dataset),
+    ("images: whole run against the longer of decode and compute", 1.15, overlap),
+)
 
 
 if __name__ == "__main__":
