@@ -31,6 +31,13 @@ _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Defaults for environment variables that Ray reads when it is imported."""
 
 
+_REASONS = {
+    "ActorUnavailableError": "its node or process does not answer",
+    "NodeDiedError": "its node ended",
+}
+"""Errors of Ray whose texts name internal numbers only."""
+
+
 class RayWorker:
     """The code of an actor; requests and replies are encoded messages."""
 
@@ -105,7 +112,7 @@ class RayEngine:
             reply = decode_reply(bytearray(self._ray.get(ready[0])))
         except self._ray.exceptions.RayError as error:
             self.stop(number)
-            return number, Lost(f"was lost ({type(error).__name__}: {_reason(error)})")
+            return number, Lost(f"was lost ({_reason(error)})")
         if isinstance(reply, Failed):
             self.stop(number)  # for its CPUs
         else:
@@ -288,4 +295,5 @@ def _offer(ray: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    name = type(error).__name__
+    return _REASONS.get(name) or f"{name}: {' '.join(str(error).split()):.200}"

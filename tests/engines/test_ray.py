@@ -125,6 +125,13 @@ def test_an_error_of_ray_is_the_loss_of_the_worker_and_its_actor_is_killed() -> 
     assert ray.killed == 1
 
 
+def test_a_node_that_does_not_answer_is_reported_without_internal_numbers() -> None:
+    ray = FakeRay()
+    engine = _engine(ray, 2)
+    ray.error = type("ActorUnavailableError", (LostActor,), {})("The actor 64b82e is unavailable")
+    assert engine.next(0) == (1, Lost("was lost (its node or process does not answer)"))
+
+
 def test_superfluous_workers_are_killed() -> None:
     ray = FakeRay()
     assert set(_engine(ray, 5).keep(2)) == {1, 2}
