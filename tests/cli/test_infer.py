@@ -76,6 +76,7 @@ def test_an_empty_folder_is_accepted(cli):
     assert cli("infer", "c.yaml").code == 0
 
 
+@pytest.mark.slow
 def test_example_runs_in_an_empty_folder(process, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()

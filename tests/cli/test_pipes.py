@@ -15,6 +15,7 @@ import pytest
 from gradrun.cli.pipes import PredictionStream
 from tests.conftest import ROOT, Command
 
+pytestmark = pytest.mark.slow
 NET = """\
 from torch import nn
 

@@ -322,6 +322,7 @@ def watched(path: Path, field: str, start: int) -> tuple[float, float, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_reading_the_last_batch_of_two_gigabytes_is_fast_and_needs_little_memory(
     tmp_path: Path,
 ) -> None:
@@ -334,6 +335,7 @@ def test_reading_the_last_batch_of_two_gigabytes_is_fast_and_needs_little_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_reading_400_megabytes_needs_little_memory(tmp_path: Path) -> None:
     path = sparse(tmp_path / "big.npy", samples=400_000, width=256)
     _, grown, last = watched(path, "VmHWM:", 0)

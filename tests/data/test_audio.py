@@ -320,6 +320,7 @@ def config_for(model: Path, clips: Path, output: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_hundred_files_through_a_classifier_two_workers_and_a_resume(
     tmp_path: Path, classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def test_labels_may_be_a_column(file: Path, tmp_path: Path) -> None:
     assert [(metric.value, metric.samples) for metric in result.metrics] == [(0.0, ROWS)]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     # The benchmark does this with a million rows.
     script = ROOT / "benchmarks" / "parquet_rows.py"

@@ -70,6 +70,7 @@ def pixels(png: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (1280, True)])
 @pytest.mark.parametrize("name", PAGES)
+@pytest.mark.slow
 def test_the_page_is_rendered_without_requests_and_fits(
     browser: Browser, tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:
