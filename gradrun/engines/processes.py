@@ -40,12 +40,9 @@ _POLL_SECONDS = 0.2
 _MEASURE_SECONDS = 0.3
 """Duration of each measurement for `workers: auto`."""
 
-_LEAST_GAIN = 1.1
-"""Workers must be this much faster than one process, or they only cost memory."""
-
-_PAIRS = 3
+_PAIRS = 5
 """Measurements of one process and of the workers, in turn; the median decides."""
-_PAIRS_SECONDS = 3.0
+_PAIRS_SECONDS = 5.0
 """Time after which no further pair is measured: batches may be slow."""
 
 
@@ -203,7 +200,7 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
         engine.close()
         raise
     name = started.statements[0].text
-    if gain < _LEAST_GAIN:
+    if gain < 1:
         engine.close()
         text = f"one process of {pluralize(cpus, 'thread')}; {name} ran {gain:.2f} x as fast"
         return StartedEngine(None, request.config, statements=(_statement(text),))
