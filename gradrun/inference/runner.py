@@ -429,7 +429,7 @@ class Runner:
         start, stop, now = clock.start, clock.stop, time.perf_counter_ns
         check_finite = self.config.run.on_nonfinite != "warn"
         largest, add_elements = 0, timed.elements.append
-        total = self.data.samples or 0
+        total = self.data.samples or 0  # an iterable finds its length at the end
         began = mark = now()
         next_callback = began + _CALLBACK_NS
         try:
@@ -443,11 +443,7 @@ class Runner:
                     returned = model(*args, **kwargs)
                     stop()
                 except Exception as error:  # a model may raise anything
-                    at = timed.start + timed.done
-                    if errors:
-                        recovered = recovery.recover_unreadable(at, batch)
-                    else:
-                        recovered = recovery.recover(at, size, error)
+                    recovered = self._recover(batch, error, timed, recovery)
                     self._write(batch, recovered, writer, timed, recovery)
                     timed.recovered += size
                     began += now() - mark  # recovery is not part of the measured time
@@ -484,11 +480,8 @@ class Runner:
                 timed.done += size
                 mark = now()
                 if mark > next_callback:
-                    commit()
-                    committed = now()
-                    progress(Progress("predicting", timed.start + timed.done, total))
+                    began += self._commit(timed, total, commit, progress)
                     mark = now()
-                    began += mark - committed  # progress display is not part of the measured time
                     next_callback = mark + _CALLBACK_NS
         finally:
             timed.total_ns = mark - began
@@ -524,11 +517,8 @@ class Runner:
             self._write(entry.batch, (entry.outputs, None), writer, timed, recovery)
             mark = now()
             if mark > next_callback:
-                commit()
-                committed = now()
-                progress(Progress("predicting", timed.start + timed.done, total))
+                began += self._commit(timed, total, commit, progress)
                 mark = now()
-                began += mark - committed
                 next_callback = mark + _CALLBACK_NS
 
         ring = Ring(in_flight, finish)
@@ -595,7 +585,7 @@ class Runner:
         at = timed.start + timed.done
         if not batch.errors:
             return recovery.recover(at, batch.size, error)
-        return recovery.recover_unreadable(at, self._transfer(batch) if self._transfer else batch)
+        return recovery.recover_unreadable(at, self._to_device(batch))
 
     def _write(
         self,
@@ -614,6 +604,16 @@ class Runner:
             outputs = self.kept_columns(batch) | outputs
         writer.write(outputs, batch.ids, valid)
         timed.done += batch.size
+
+    @staticmethod
+    def _commit(
+        timed: TimedPass, total: int, commit: CommitCallback, progress: ProgressCallback
+    ) -> int:
+        """Commit and report progress; return the nanoseconds of the display, which do not count."""
+        commit()
+        committed = time.perf_counter_ns()
+        progress(Progress("predicting", timed.start + timed.done, total))
+        return time.perf_counter_ns() - committed
 
     def _in_flight(self) -> int:
         """Return how many batches may be on the device at once."""
@@ -758,7 +758,7 @@ class Runner:
         batch = batch.select(rows) if error else batch
         try:
             # A copy, so that the source can release the chunk of the batch.
-            return (self._transfer(batch) if self._transfer else batch).map(torch.clone)
+            return self._to_device(batch).map(torch.clone)
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
                 f"the first batch cannot be moved to {self.device}: {first_line(error)}",
@@ -886,7 +886,7 @@ class Runner:
         size, batch = self.data.batch_size, first
         samples = self.data.samples or 0
         if isinstance(self.data, LengthGrouped) and samples >= 2 * size:
-            batch = self._batch_with(size)
+            batch = self._to_device(self._batch_with(size))
             self._forward(batch, clock)
         last = samples % size
         if 0 < last < min(first.size, batch.size):
@@ -933,20 +933,20 @@ class Runner:
 
     def read_batch(self, start: int, size: int) -> Batch:
         """Read the batch with this first sample and size again, on the device."""
-        batch = self._part(start, size)
-        return self._transfer(batch) if self._transfer else batch
+        return self._to_device(self._part(start, size))
 
     def _part(self, start: int, size: int) -> Batch:
         # Read the full batch and slice it, so that texts are padded to the same length.
-        first = batch_start(self.data, start)
-        batch = read_one(self.data, first)
-        assert batch
-        return batch if batch.size == size else batch.slice(start - first, start - first + size)
+        batch, offset = self._batch_with(start), start - batch_start(self.data, start)
+        return batch if batch.size == size else batch.slice(offset, offset + size)
 
     def _batch_with(self, index: int) -> Batch:
-        """Read the batch that has the sample run as number `index`."""
+        """Read the batch that has the sample run as number `index`, on the host."""
         batch = read_one(self.data, batch_start(self.data, index))
         assert batch
+        return batch
+
+    def _to_device(self, batch: Batch) -> Batch:
         return self._transfer(batch) if self._transfer else batch
 
     def _check_class_dimension(self, first: Batch, returned: Any) -> None:
@@ -972,7 +972,7 @@ class Runner:
         start = size if samples is None else (samples // size - 1) * size
         if found and start > 0:
             with suppress(Exception, SystemExit):  # then the first batch decides
-                last = self._batch_with(start)
+                last = self._to_device(self._batch_with(start))
                 last.raise_errors()
                 again = self._selector.structured(self.model(*last.args, **last.kwargs), last.size)
                 also = [*transforms.double_activations(config, again, last.kwargs, facts)]

@@ -283,13 +283,18 @@ def test_nonfinite_outputs_are_handled_in_the_order_of_the_batches(
     same_as_one_by_one(infer, tmp_path, "nan", **{"run.on_nonfinite": policy})
 
 
+def records(path: Path, unreadable: int) -> dict[str, Any]:
+    """Write a table with one row that is not a number; return its data section."""
+    lines = [f"{i},{i if i != unreadable else 'x'}" for i in range(SAMPLES)]
+    path.write_text("\n".join(["a,b", *lines]) + "\n")
+    inputs = {"x": {"columns": ["a", "b"]}}
+    return {"source": "records", "path": str(path), "batch_size": BATCH, "inputs": inputs}
+
+
 def test_unreadable_samples_are_quarantined_in_order(
     delayed: Any, infer: Infer, tmp_path: Path
 ) -> None:
-    lines = [f"{i},{i if i != 21 else 'x'}" for i in range(SAMPLES)]
-    (tmp_path / "x.csv").write_text("\n".join(["a,b", *lines]) + "\n")
-    data = {"source": "records", "path": str(tmp_path / "x.csv"), "batch_size": BATCH}
-    data["inputs"] = {"x": {"columns": ["a", "b"]}}
+    data = records(tmp_path / "x.csv", unreadable=21)
     same_as_one_by_one(infer, tmp_path, "plain", data=data, **QUARANTINE)
     (line,) = content(tmp_path / "run-3")["quarantine"]
     assert line["id"] == 21
@@ -298,10 +303,7 @@ def test_unreadable_samples_are_quarantined_in_order(
 def test_a_failed_read_stops_the_run_after_the_batches_before_it(
     delayed: Any, infer: Infer, tmp_path: Path
 ) -> None:
-    lines = [f"{i},{i if i != 30 else 'x'}" for i in range(SAMPLES)]
-    (tmp_path / "x.csv").write_text("\n".join(["a,b", *lines]) + "\n")
-    data = {"source": "records", "path": str(tmp_path / "x.csv"), "batch_size": BATCH}
-    data["inputs"] = {"x": {"columns": ["a", "b"]}}
+    data = records(tmp_path / "x.csv", unreadable=30)
     error = same_as_one_by_one(infer, tmp_path, "plain", data=data)
     assert "24 of 50 predictions are saved" in str(error)
 

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
 from unittest import mock
@@ -46,7 +47,22 @@ def preloaded() -> Iterator[None]:
                 del os.environ["PYTHONPATH"]
 
 
-class ForkedCommand:
+class _Forked:
+    """A forked process, with the properties of `subprocess.Popen`."""
+
+    _process: BaseProcess
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+
+class ForkedCommand(_Forked):
     """A `gradrun` command in a forked process, with the methods of `subprocess.Popen`."""
 
     def __init__(
@@ -70,15 +86,6 @@ class ForkedCommand:
         self._process = PROCESSES.Process(target=_run, args=(setup, streams, [*map(str, words)]))
         with preloaded():
             self._process.start()
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid
-        return self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -108,7 +115,7 @@ class ForkedCommand:
         self.send_signal(signal.SIGKILL)
 
 
-class ForkedChild:
+class ForkedChild(_Forked):
     """A child as of `start_child` in a forked process, with the parts of Popen that are used.
 
     It is not a child of this process, and OpenMP and MKL have no setting for its threads.
@@ -136,15 +143,6 @@ class ForkedChild:
         for end in ends:
             end.close()
         self.stdout.read(1)  # the process has a group of its own, which kill() ends
-
-    @property
-    def pid(self) -> int:
-        assert self._process.pid
-        return self._process.pid
-
-    @property
-    def returncode(self) -> int | None:
-        return self._process.exitcode
 
     def wait(self) -> int:
         with self._lock:  # two threads may wait
