@@ -37,10 +37,13 @@ from torch import nn
 
 import gradrun
 from gradrun.config.load import load_config
+from gradrun.config.load import load_config
 from gradrun.core.imports import import_file
 from gradrun.core.resources import bundled
 from gradrun.inference.device import device_context
-from gradrun.inference.infer import infer, run_in_this_process
+from gradrun.inference.execution import run_in_this_process
+from gradrun.inference.infer import infer
+from gradrun.inference.run_plan import RunOptions
 from gradrun.models import load_model
 from gradrun.results.profile import ProfileFigures
 from gradrun.results.result import InferResult
@@ -208,7 +211,8 @@ def _timed_pass(config: dict[str, Any], changes: dict[str, Any]) -> tuple[InferR
         seconds.append(timed.total_ns * 1e-9)
         return timed
 
-    result = infer(config, trust_code=True, overwrite=True, run_pass=run_pass, **changes)
+    options = RunOptions(trust_code=True, overwrite=True)
+    result = infer(load_config(config, changes), options, run_pass)
     return result, seconds[0]
 
 
@@ -234,7 +238,7 @@ def memory(setting: Setting) -> Iterator[Row]:
             "run": {"device": setting.device, "mode": mode},
             "output": {"path": str(setting.folder / mode), "examples": 0},
         }  # fmt: skip
-        measured = infer(config, overwrite=True).measurements[0].memory
+        measured = infer(load_config(config), RunOptions(overwrite=True)).measurements[0].memory
         for what, found, wanted in (
             ("forward peak", measured.forward_peak, peak),
             ("retained", measured.retained, retained),

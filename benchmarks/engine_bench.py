@@ -61,10 +61,10 @@ ALONE = """
 import sys, torch
 from gradrun.config.load import load_config
 from gradrun.inference.device import device_context
-from gradrun.inference.infer import open_run
+from gradrun.inference.run_plan import RunOptions, open_run
 config = load_config(sys.argv[1]).config
 with device_context(config.run) as device:
-    open_run(config, device, trust_code=False)
+    open_run(config, device, RunOptions())
 """
 
 

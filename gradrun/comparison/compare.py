@@ -90,10 +90,10 @@ def compare(
         else:
             from gradrun.engines.objects import open_config  # needs torch in this process
 
-            opened = open_config(
+            loaded, trusted = open_config(
                 config, model, data, labels, overrides, Path(folder), as_files=True
             )
-            loaded, trust_code = opened.loaded, trust_code or opened.trusted
+            trust_code = trust_code or trusted
         return _compare(loaded, modes, over, against, is_trusted(trust_code), shown)
 
 

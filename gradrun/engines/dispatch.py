@@ -22,7 +22,7 @@ from gradrun.data.source import (
     require_length,
     whole_batches,
 )
-from gradrun.engines.engine import Lost, StartedEngine, start_error
+from gradrun.engines.engine import Engine, Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
     Done,
     Failed,
@@ -36,8 +36,8 @@ from gradrun.engines.messages import (
 from gradrun.engines.range_runner import outputs_checksum
 from gradrun.engines.schedule import RANGES_AHEAD, Schedule, Span
 from gradrun.inference.environment import current_environment
-from gradrun.inference.infer import RunPlan
 from gradrun.inference.reordering import ReorderBuffer, commit_unit
+from gradrun.inference.run_plan import RunPlan
 from gradrun.inference.runner import (
     QUARANTINE_HINT,
     SKIP_SAMPLES,
@@ -94,52 +94,54 @@ class _Worker:
     rejected: bool = False
 
 
-class Dispatcher:
-    """One pass over the samples of a run by the workers of an engine."""
+def run_pass(
+    started: StartedEngine,
+    section: EngineConfig,
+    plan: RunPlan,
+    prepared: PreparedRun,
+    writer: RowWriter,
+    commit: CommitCallback,
+    progress: ProgressCallback,
+) -> TimedPass:
+    """Predict every sample that the writer does not have yet, by the workers of an engine.
 
-    def __init__(self, started: StartedEngine, section: EngineConfig) -> None:
-        """Use workers that were requested for the run of the plan that run_pass() gets."""
-        assert started.engine
-        self.engine, self.count, self._ready = started.engine, started.workers, started.ready
-        self.section = section
-
-    def run_pass(
-        self,
-        plan: RunPlan,
-        prepared: PreparedRun,
-        writer: RowWriter,
-        commit: CommitCallback,
-        progress: ProgressCallback,
-    ) -> TimedPass:
-        """Predict every sample that the writer does not have yet; a RunPass."""
-        current = _Pass(self, plan, prepared, writer)
-        timed = current.timed
-        try:
-            current.begin(self._ready)
-            next_progress = 0.0
-            while not current.schedule.finished:
-                current.step()
-                commit()
-                if (now := time.perf_counter()) >= next_progress:
-                    progress(current.progress())
-                    next_progress = now + _PROGRESS_SECONDS
-        except KeyboardInterrupt:
-            timed.stop(Interrupted())
-        except BaseException as error:
-            timed.stop(plan.runner.stop_error(error, timed))
-        finally:
-            current.finish()
-            self.engine.close()  # kills processes, which is not part of the pass
-        return timed
+    A RunPass, given the workers that were requested for the run of the plan.
+    """
+    assert started.engine
+    current = _Pass(started.engine, started.workers, section, plan, prepared, writer)
+    timed = current.timed
+    try:
+        current.begin(started.ready)
+        next_progress = 0.0
+        while not current.schedule.finished:
+            current.step()
+            commit()
+            if (now := time.perf_counter()) >= next_progress:
+                progress(current.progress())
+                next_progress = now + _PROGRESS_SECONDS
+    except KeyboardInterrupt:
+        timed.stop(Interrupted())
+    except BaseException as error:
+        timed.stop(plan.runner.stop_error(error, timed))
+    finally:
+        current.finish()
+        started.engine.close()  # kills processes, which is not part of the pass
+    return timed
 
 
 class _Pass:
-    """The state of one pass."""
+    """The state of one pass over the samples of a run."""
 
     def __init__(
-        self, dispatcher: Dispatcher, plan: RunPlan, prepared: PreparedRun, writer: RowWriter
+        self,
+        engine: Engine,
+        requested: int,
+        section: EngineConfig,
+        plan: RunPlan,
+        prepared: PreparedRun,
+        writer: RowWriter,
     ) -> None:
-        self.dispatcher, self.engine = dispatcher, dispatcher.engine
+        self.engine, self.requested, self.section = engine, requested, section
         self.plan, self.prepared = plan, prepared
         data = plan.runner.data
         self.samples = require_length(data)
@@ -148,7 +150,7 @@ class _Pass:
             self.samples,
             unit=commit_unit(data),
             batch_size=whole_batches(data),
-            workers=dispatcher.count,
+            workers=requested,
         )
         self.timed = TimedPass(writer.written, array("d"))
         self.workers: dict[int, _Worker] = {}
@@ -163,13 +165,12 @@ class _Pass:
         self._failed_starts = self._starting = 0
         self._first_ready = 0.0
         self._checksum = outputs_checksum(prepared.outputs)
-        held = _HELD_BYTES // (RANGES_AHEAD * dispatcher.count)
-        self._max_bytes = min(_SPAN_BYTES, held)
+        self._max_bytes = min(_SPAN_BYTES, _HELD_BYTES // (RANGES_AHEAD * requested))
         self._row_bytes = row_bytes(prepared.outputs)
 
     def begin(self, ready: Iterable[tuple[int, Ready]]) -> None:
         """Use the workers that are ready, and end those for which there is nothing to do."""
-        schedule, requested = self.schedule, self.dispatcher.count
+        schedule, requested = self.schedule, self.requested
         units = -(-(schedule.stop - schedule.written) // schedule.unit)
         self._starting = min(requested, units)
         kept = self.engine.keep(self._starting)
@@ -281,7 +282,7 @@ class _Pass:
             raise start_error(number, event)
 
     def _stop_hanging_workers(self) -> None:
-        limit = self.dispatcher.section.timeout
+        limit = self.section.timeout
         if limit is None:
             usual = median(self._durations) if self._durations else 0.0
             limit = max(_LEAST_TIMEOUT, _TIMEOUT_FACTOR * usual)
@@ -309,7 +310,7 @@ class _Pass:
             # A worker has not imported all modules yet.
             if changed_properties(ready.files.get(path, described), described):
                 return f"its {path} differs from that of the driver"
-        if self.dispatcher.section.mixed == "allow":
+        if self.section.mixed == "allow":
             return ""
         here = current_environment(self.plan.runner.device)
         for name in _PROPERTIES:

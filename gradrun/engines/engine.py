@@ -11,7 +11,6 @@ from gradrun.core.cpu import thread_count, thread_variable
 from gradrun.core.errors import RunFailed
 from gradrun.core.progress import ProgressCallback
 from gradrun.engines.messages import Failed, Ready, Reply, Task
-from gradrun.results.result import Statement
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class StartedEngine:
     """None if a single process is faster."""
     config: RunConfig
     """The config of driver and workers, with the resolved number of threads."""
+    text: str
+    """Which workers run the samples, for the statement about the engine."""
     workers: int = 1
-    statements: tuple[Statement, ...] = ()
     ready: tuple[tuple[int, Ready], ...] = ()
     """Workers that are ready already."""
 

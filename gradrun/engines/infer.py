@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, overload
@@ -13,10 +15,10 @@ from gradrun.config.objects import is_object
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError
 from gradrun.core.grad_mode import GradMode
-from gradrun.core.progress import ProgressCallback, ignore
+from gradrun.core.progress import ProgressCallback
 from gradrun.core.remote import RemotePath
 from gradrun.engines import processes, ray
-from gradrun.engines.dispatch import Dispatcher
+from gradrun.engines.dispatch import run_pass
 from gradrun.engines.engine import EngineRequest, StartedEngine
 from gradrun.engines.objects import (
     Inference,
@@ -31,8 +33,9 @@ from gradrun.engines.objects import (
 from gradrun.inference.infer import infer as infer_here
 from gradrun.inference.interpretation import Explanation
 from gradrun.inference.interpretation import explain as explain_run
+from gradrun.inference.run_plan import RunOptions
 from gradrun.output import journal
-from gradrun.output.remote_folder import RemoteFolder, run_in_store
+from gradrun.output.remote_folder import RemoteFolder
 from gradrun.report.notebook import progress_display
 from gradrun.results.result import InferResult, Statement
 
@@ -141,95 +144,74 @@ def infer(
     if output is not None:
         overrides |= {"output": output} if isinstance(output, Mapping) else {"output.path": output}
     with progress_display(progress) as shown:
+        options = RunOptions(is_trusted(trust_code), overwrite, resume, shown)
         if config is None or is_object(model) or is_object(data):
-            if resume:
-                raise ConfigError("a run with a model or data in memory cannot be resumed")
-            with TemporaryDirectory(prefix="gradrun-") as folder:
-                opened = open_config(
-                    config,
-                    model,
-                    data,
-                    labels,
-                    overrides,
-                    Path(folder),
-                    as_files=any(key.partition(".")[0] == "engine" for key in overrides),
-                )
-                options = {"trust_code": trust_code or opened.trusted, "overwrite": overwrite}
-                loaded = opened.loaded
-                if isinstance(loaded.config.output.path, RemotePath):
-                    raise ConfigError(
-                        "a model or data in memory need a local output folder; to write to a "
-                        "store, name both in a config"
-                    )
-                with restored(model), without_folder(Path(folder)):
-                    try:
-                        result = infer_config(loaded, progress=shown, **options)
-                    except ConfigError as error:
-                        fixed = format_is_set(loaded.config) or is_consumed(data)
-                        if error.key != "output.format" or fixed:
-                            raise
-                        # The first outputs are not rows of one shape, which only some formats hold.
-                        loaded = LoadedConfig(in_lines(loaded.config))
-                        result = infer_config(loaded, progress=shown, **options)
-                return collect(result, loaded.config, data, Path(folder))
+            return _infer_objects(config, model, data, labels, overrides, options)
         overrides |= {"model": model} if model is not None else {}
         overrides |= {"data": data} if data is not None else {}
-        loaded = resolve_config(config, overrides)
-        return infer_config(
-            loaded, trust_code=trust_code, overwrite=overwrite, resume=resume, progress=shown
+        return infer_config(resolve_config(config, overrides), options)
+
+
+def _infer_objects(
+    config: ConfigSource | None,
+    model: Any,
+    data: Any,
+    labels: Any,
+    overrides: Mapping[str, Any],
+    options: RunOptions,
+) -> Inference:
+    """Run a model or data in memory."""
+    if options.resume:
+        raise ConfigError("a run with a model or data in memory cannot be resumed")
+    with TemporaryDirectory(prefix="gradrun-") as name:
+        folder = Path(name)
+        as_files = any(key.partition(".")[0] == "engine" for key in overrides)
+        loaded, trusted = open_config(
+            config, model, data, labels, overrides, folder, as_files=as_files
         )
+        options = replace(options, trust_code=options.trust_code or trusted)
+        if isinstance(loaded.config.output.path, RemotePath):
+            raise ConfigError(
+                "a model or data in memory need a local output folder; to write to a store, name "
+                "both in a config"
+            )
+        with restored(model), without_folder(folder):
+            try:
+                result = infer_config(loaded, options)
+            except ConfigError as error:
+                fixed = format_is_set(loaded.config) or is_consumed(data)
+                if error.key != "output.format" or fixed:
+                    raise
+                # The first outputs are not rows of one shape, which only some formats hold.
+                loaded = LoadedConfig(in_lines(loaded.config))
+                result = infer_config(loaded, options)
+        return collect(result, loaded.config, data, folder)
 
 
-def infer_config(
-    loaded: LoadedConfig,
-    *,
-    trust_code: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    progress: ProgressCallback = ignore,
-) -> InferResult:
+def infer_config(loaded: LoadedConfig, options: RunOptions) -> InferResult:
     """Run a config in this process or by its engine, as `infer` does."""
-    path = loaded.config.output.path
+    path, section = loaded.config.output.path, loaded.config.engine
     if isinstance(path, RemotePath):
+        overwrite, resume = options.overwrite, options.resume
         with loaded.error_locations():
             inputs = loaded.config.input_files() if overwrite else ()
             store = RemoteFolder(path, overwrite=overwrite, resume=resume, inputs=inputs)
-
-        def run(folder: Path) -> InferResult:
-            config = loaded.config.replace({"output.path": folder})
-            return infer_config(
-                LoadedConfig(config, loaded.locations),
-                trust_code=trust_code,
-                overwrite=overwrite,
-                resume=resume,
-                progress=progress,
-            )
-
-        return run_in_store(store, run)
-    options: dict[str, Any] = {
-        "trust_code": is_trusted(trust_code),
-        "overwrite": overwrite,
-        "resume": resume,
-        "progress": progress,
-    }
-    section = loaded.config.engine
+        with store.mirrored():
+            local = loaded.config.replace({"output.path": store.local})
+            return store.save(infer_config(LoadedConfig(local, loaded.locations), options))
     if section is None:
-        return infer_here(loaded, **options)
+        return infer_here(loaded, options)
     with loaded.error_locations():
         loaded.config.check_importable()
-        threads = _threads_of(loaded.config) if resume else None
-        request = EngineRequest(loaded.config, threads, options["trust_code"], progress)
+        threads = _threads_of(loaded.config) if options.resume else None
+        request = EngineRequest(loaded.config, threads, options.trust_code, options.progress)
         started = ENGINES[section.source].start(request)
+    statements = [Statement(topic="engine", text=started.text)]
     if started.engine is None:
-        return infer_here(loaded, statements=started.statements, **options)
+        return infer_here(loaded, options, statements=statements)
     with closing(started.engine):
-        dispatcher = Dispatcher(started, section)
-        return infer_here(
-            LoadedConfig(started.config, loaded.locations),
-            run_pass=dispatcher.run_pass,
-            statements=started.statements,
-            **options,
-        )
+        resolved = LoadedConfig(started.config, loaded.locations)
+        return infer_here(resolved, options, partial(run_pass, started, section), statements)
 
 
 def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:

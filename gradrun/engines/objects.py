@@ -70,14 +70,6 @@ def _describe(rows: Any) -> str:
     return f"list of {len(rows)}"
 
 
-@dataclass(frozen=True)
-class OpenedObjects:
-    """A config of objects, and whether the code that it names may run."""
-
-    loaded: LoadedConfig
-    trusted: bool
-
-
 def open_config(
     config: ConfigSource | None,
     model: Any,
@@ -87,8 +79,8 @@ def open_config(
     folder: Path,
     *,
     as_files: bool,
-) -> OpenedObjects:
-    """Return a config with the objects.
+) -> tuple[LoadedConfig, bool]:
+    """Return a config with the objects, and whether the code that it names may run.
 
     Args:
         model: a module, or a section; None for that of the config.
@@ -149,7 +141,7 @@ def open_config(
             replaced = replaced.replace({"output": ObjectOutput.model_validate(keys)})
         run = replaced
     others = [sections[name] for name, own in (("model", own_model), ("data", own_data)) if not own]
-    return OpenedObjects(LoadedConfig(run), trusted=not any("target" in other for other in others))
+    return LoadedConfig(run), not any("target" in other for other in others)
 
 
 def _check_data(data: Any) -> None:

@@ -32,7 +32,6 @@ from gradrun.engines.child_process import (
 from gradrun.engines.engine import Engine, EngineRequest, Event, Lost, StartedEngine, start_error
 from gradrun.engines.messages import Done, Failed, Open, Ready, Task, decode_reply, encode
 from gradrun.inference.device import resolve_device
-from gradrun.results.result import Statement
 
 _LAST_LINES = 20
 _POLL_SECONDS = 0.2
@@ -151,7 +150,7 @@ def start(request: EngineRequest) -> StartedEngine:
     threads = request.threads(1)
     if device.type != "cpu" or threads >= cpus:
         text = f"one process: {'one device' if device.type != 'cpu' else 'it uses all CPUs'}"
-        return StartedEngine(None, request.config, statements=(_statement(text),))
+        return StartedEngine(None, request.config, text)
     return _measure(request, _request(request, cpus // threads, threads), cpus)
 
 
@@ -177,11 +176,7 @@ def _request(request: EngineRequest, workers: int, threads: int) -> StartedEngin
     engine = ProcessesEngine(opens, threads)
     engine.start(workers)
     text = f"{engine.name} of {pluralize(threads, 'thread')}"
-    return StartedEngine(engine, config, workers, (_statement(text),))
-
-
-def _statement(text: str) -> Statement:
-    return Statement(topic="engine", text=text)
+    return StartedEngine(engine, config, text, workers)
 
 
 def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> StartedEngine:
@@ -195,17 +190,17 @@ def _measure(request: EngineRequest, started: StartedEngine, cpus: int) -> Start
     except RunFailed as error:  # a single process predicts what precedes it, and reports it
         engine.close()
         text = f"one process, because {engine.name} could not be measured: {first_line(error)}"
-        return StartedEngine(None, request.config, statements=(_statement(text),))
+        return StartedEngine(None, request.config, text)
     except BaseException:
         engine.close()
         raise
-    name = started.statements[0].text
+    one = f"one process of {pluralize(cpus, 'thread')}"
     if gain < 1:
         engine.close()
-        text = f"one process of {pluralize(cpus, 'thread')}; {name} ran {gain:.2f} x as fast"
-        return StartedEngine(None, request.config, statements=(_statement(text),))
-    text = f"{name}, {gain:.2f} x as fast as one process of {pluralize(cpus, 'thread')}"
-    return replace(started, statements=(_statement(text),), ready=tuple(ready.items()))
+        text = f"{one}; {started.text} ran {gain:.2f} x as fast"
+        return StartedEngine(None, request.config, text)
+    text = f"{started.text}, {gain:.2f} x as fast as {one}"
+    return replace(started, text=text, ready=tuple(ready.items()))
 
 
 def _gain(engine: Engine, ready: Mapping[int, Ready], cpus: int) -> float:

@@ -32,9 +32,9 @@ from gradrun.engines.messages import (
 )
 from gradrun.inference.device import device_context
 from gradrun.inference.environment import current_environment
-from gradrun.inference.infer import open_run
 from gradrun.inference.meters import model_memory, process_memory, system_load
 from gradrun.inference.reordering import commit_unit
+from gradrun.inference.run_plan import RunOptions, open_run
 from gradrun.inference.runner import PreparedRun, Runner
 from gradrun.output.columns import ValueColumn, blank, layout
 from gradrun.output.transforms import Outputs
@@ -76,7 +76,7 @@ class RangeRunner:
             RunFailed: the model fails on its first batch.
         """
         device = self._stack.enter_context(device_context(self.config.run))
-        opened = open_run(self.config, device, trust_code=self._trust_code)
+        opened = open_run(self.config, device, RunOptions(trust_code=self._trust_code))
         self._runner, data = opened.runner, opened.runner.data
         samples = require_length(data)
         grouped = data.input_positions if isinstance(data, LengthGrouped) and data.grouped else None

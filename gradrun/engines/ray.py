@@ -20,7 +20,6 @@ from gradrun.core.units import pluralize
 from gradrun.engines import processes
 from gradrun.engines.engine import EngineRequest, Event, Lost, StartedEngine
 from gradrun.engines.messages import Failed, Open, Task, decode_reply, decode_request, encode
-from gradrun.results.result import Statement
 
 _ROOM_SECONDS = 300.0
 """How long a run without any worker waits for room in the cluster."""
@@ -172,9 +171,7 @@ def start(request: EngineRequest) -> StartedEngine:
             }
         )
         started = processes.start(replace(request, config=local))
-        (statement,) = started.statements
-        text = f"{statement.text}; no Ray address is set"
-        return replace(started, statements=(Statement(topic="engine", text=text),))
+        return replace(started, text=f"{started.text}; no Ray address is set")
     request.progress(Progress(f"connecting to Ray at {address}"))
     ray = connect(address)
     try:
@@ -193,7 +190,7 @@ def start(request: EngineRequest) -> StartedEngine:
         ray.shutdown()
         raise
     text = f"{engine.name} of {_needs(section)} at {address}"
-    return StartedEngine(engine, config, workers, (Statement(topic="engine", text=text),))
+    return StartedEngine(engine, config, text, workers)
 
 
 def offer(section: Any) -> str:

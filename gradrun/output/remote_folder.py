@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -361,9 +361,3 @@ def _join(parts: list[tuple[int, RemotePath]], target: Path) -> None:
 def _signature(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_mtime_ns, status.st_size
-
-
-def run_in_store(folder: RemoteFolder, run: Callable[[Path], InferResult]) -> InferResult:
-    """Call `run` with the local folder, and return its result with the name of the remote one."""
-    with folder.mirrored():
-        return folder.save(run(folder.local))

@@ -328,10 +328,7 @@ def test_auto_uses_one_process_if_the_measurement_fails(monkeypatch: pytest.Monk
     run = {"model": model, "data": data, "output": {"path": "out"}, "engine": section}
     config = load_config(run).config
     request = EngineRequest(config, None, False, lambda _: None)
-    started = processes._measure(request, StartedEngine(engine, config, 2), 2)
+    started = processes._measure(request, StartedEngine(engine, config, "2 processes", 2), 2)
     assert started.engine is None
     assert engine.closed
-    (statement,) = started.statements
-    assert (
-        statement.text == "one process, because 2 processes could not be measured: sample 9 failed"
-    )
+    assert started.text == "one process, because 2 processes could not be measured: sample 9 failed"

@@ -225,7 +225,7 @@ def _process(folder: Path, arguments: list[str], phases: Connection) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     from gradrun.cli import app
-    from gradrun.inference import infer
+    from gradrun.inference import execution, run_plan
     from gradrun.output import checkpointer
     from gradrun.output.formats import sharded_writer
 
@@ -247,8 +247,8 @@ def _process(folder: Path, arguments: list[str], phases: Connection) -> None:
 
     sync, os.fsync = os.fsync, slow
     hurry()
-    report(infer, "load_model", "load", "load")
-    report(infer, "_open_files", "open", "run")
+    report(run_plan, "load_model", "load", "load")
+    report(execution, "_open_files", "open", "run")
     report(checkpointer.Checkpointer, "commit", "commit", "run")
     report(sharded_writer.ShardedWriter, "_seal", "commit", "run")
     report(checkpointer.Checkpointer, "close", "close", "end")

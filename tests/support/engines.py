@@ -107,4 +107,4 @@ class InlineEngines:
         )
         engine.start(section.workers)
         self.engines.append(engine)
-        return StartedEngine(engine, config, section.workers)
+        return StartedEngine(engine, config, "inline", section.workers)
