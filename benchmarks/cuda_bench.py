@@ -37,7 +37,6 @@ from torch import nn
 
 import gradrun
 from gradrun.config.load import load_config
-from gradrun.config.load import load_config
 from gradrun.core.imports import import_file
 from gradrun.core.resources import bundled
 from gradrun.inference.device import device_context
