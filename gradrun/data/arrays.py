@@ -55,6 +55,8 @@ def open_data(
 
 
 class _Arrays(ChunkedSource):
+    has_previews = True
+
     def __init__(
         self,
         readers: Mapping[str, _ConvertedReader],
@@ -63,7 +65,11 @@ class _Arrays(ChunkedSource):
         labels: _ConvertedReader | None,
     ) -> None:
         super().__init__(readers, batch_size, call, labels)
-        self.files = [file for reader in readers.values() for file in reader.listed]
+        self._files = [file for reader in readers.values() for file in reader.listed]
+
+    @property
+    def files(self) -> list[Path]:
+        return self._files
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         reader = next(iter(self.readers.values()))

@@ -45,8 +45,9 @@ class _Decoding(NamedTuple):
     files: list[Future[Samples | SampleError]]
 
 
-class _Audio:
-    has_ids = True
+class _Audio(BatchSource):
+    has_ids = has_previews = True
+    samples: int
 
     def __init__(
         self,

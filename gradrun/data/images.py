@@ -60,8 +60,9 @@ class _Decoding(NamedTuple):
     tasks: list[Future[dict[int, SampleError]]]
 
 
-class _Images:
-    has_ids = True
+class _Images(BatchSource):
+    has_ids = has_previews = True
+    samples: int
 
     def __init__(
         self,

@@ -70,7 +70,7 @@ class _Arrays(ChunkedSource):
         classes: Sequence[str] | None,
     ) -> None:
         super().__init__(readers, batch_size, call, labels)
-        self.classes: Sequence[str] | None = classes  # type: ignore[assignment]
+        self.classes = classes or ()
 
 
 class _TensorReader:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import GradrunError
 from gradrun.data.batch import Batch
-from gradrun.data.source import BatchSource, ReadByMainThread
+from gradrun.data.source import BatchSource
 
 Decoding = TypeVar("Decoding")
 
@@ -35,7 +35,7 @@ def should_prefetch(data: BatchSource, forward_seconds: float) -> bool:
     Data of unknown length are read in one thread, because they are read once; so are those that
     run the user's code.
     """
-    once = data.samples is None or isinstance(data, ReadByMainThread)
+    once = data.samples is None or data.main_thread_only
     if forward_seconds < MIN_SECONDS or once:
         return False
     start = time.perf_counter()

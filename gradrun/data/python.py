@@ -198,7 +198,7 @@ def _examine_loader(loader: DataLoader[Any], name: str) -> UserData:
     )
 
 
-class _UserSource:
+class _UserSource(BatchSource):
     """What both kinds of data share: inputs, labels and ids of collated batches."""
 
     main_thread_only = True
@@ -212,7 +212,7 @@ class _UserSource:
         self._collation = Collation(data.collate)
         self._layout: Layout
         self._classes = classes
-        self.classes: Sequence[str] | None = config.classes
+        self.classes = config.classes or ()
         self.sample_bytes = 0
         self._checksum = 0
         self._labels: torch.Tensor | None = None
@@ -344,6 +344,8 @@ class _UserSource:
 class _MapStyle(_UserSource):
     """A map-style Dataset or a sequence, of which any range can be read."""
 
+    samples: int
+
     def __init__(
         self, config: PythonData, data: UserData, seed: int, classes: Sequence[str]
     ) -> None:
@@ -448,7 +450,7 @@ class _Streamed(_UserSource):
         return first
 
     @property
-    def samples(self) -> int | None:
+    def samples(self) -> int | None:  # type: ignore[override]  # unknown before the end
         return self._stream.samples
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:

@@ -42,6 +42,7 @@ def open_data(
 
 class _Records(IndexedRows):
     config: RecordsData
+    has_previews = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,21 +23,85 @@ CHUNK_BYTES = 1024 * 1024
 """Bytes of a file that are read and converted at once; bounds the growth of the resident set."""
 
 
-class BatchSource(Protocol):
+class Preview(NamedTuple):
+    """What a person sees of an input."""
+
+    text: str
+    picture: bytes = b""
+    """A small JPEG; empty if the input is not a picture."""
+
+
+class BatchSource:
     """A lazy sequence of batches of which any range can be read again.
 
-    If the number of samples is unknown, only recent batches can be read again: see StreamedBatches.
+    A source implements `batches` and `statements`, and overrides what else applies to its data. If
+    the number of samples is unknown, only recent batches can be read again: see StreamedBatches.
     """
 
+    samples: int | None
+    """The number of samples; None if unknown, until the last batch was read."""
     batch_size: int
     sample_bytes: int
     """Size of one sample in memory, over all inputs."""
-    has_ids: bool
+    has_ids = False
     """Whether samples have ids of their own; otherwise their ids are row numbers."""
+    has_previews = False
+    """Whether people can recognize inputs by their `previews`."""
+    classes: Sequence[str] = ()
+    """The names of the classes, in order, if labels are names."""
+    labels_in_batches = False
+    """Whether labels are read with the inputs, once, and saved by the run.
+
+    `labels()` then yields those of the first batch only.
+    """
+    main_thread_only = False
+    """Whether only the main thread may read the data, because that runs the user's code."""
+    flags: np.ndarray[Any, np.dtype[Any]] = np.zeros(0, np.uint8)
+    """Unsigned numbers, [samples], that note what reading met in each sample, for the statements.
+
+    Empty if nothing is noted. Only the source interprets their bits; 0 for unread samples. A worker
+    that read some samples sends their flags to the process that states them.
+    """
+    of_texts = False
+    """Whether samples are texts, of which `padding` counts the tokens."""
+    grouped = False
+    """Whether samples are run in another order than that of the input, by length.
+
+    The order changes only within chunks of `chunk_size` samples, a multiple of the batch size.
+    """
+    chunk_size: int
+    varying = False
+    """Whether batches differ in the length of their samples."""
+    variable = False
+    """Whether batches differ in their number of samples, of which batch_size is the greatest."""
 
     @property
-    def samples(self) -> int | None:
-        """The number of samples; None if unknown, until the last batch was read."""
+    def files(self) -> Sequence[Path]:
+        """The files that are read and that the config need not name, in the order of samples."""
+        return ()
+
+    @property
+    def repeated_ids(self) -> int:
+        """Number of samples with the id of an earlier sample."""
+        return 0
+
+    @property
+    def id_type(self) -> str:
+        """The type of ids in a column: "whole numbers" or "text"; empty without such a column."""
+        return ""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Further properties, by name, that a resume compares; they go to JSON."""
+        return {}
+
+    @property
+    def kept_types(self) -> Mapping[str, ValueType | None]:
+        """The type of each column that is written beside the predictions, over all rows.
+
+        None if its values have no common type.
+        """
+        return {}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Yield the batches of samples `start` to `stop`, in order; the last may be shorter.
@@ -47,18 +111,11 @@ class BatchSource(Protocol):
             stop: the end of the last batch: a whole number of batches after `start`, or the number
                 of samples; default: the number of samples.
         """
+        raise NotImplementedError
 
     def statements(self) -> Iterator[Statement]:
         """Yield the interpretations of the data, with the counts of the batches read so far."""
-
-
-@runtime_checkable
-class HasLabels(Protocol):
-    """A data source whose config may name labels."""
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        """The names of the classes, in order, if labels are names."""
+        raise NotImplementedError
 
     def labels(self) -> Iterator[torch.Tensor]:
         """Yield the true class or value of every sample, in order, in chunks [n] or [n, ...].
@@ -66,149 +123,40 @@ class HasLabels(Protocol):
         Raises:
             ConfigError: the labels cannot be read, or the config names none.
         """
-
-
-@runtime_checkable
-class HasBatchLabels(Protocol):
-    """A data source whose labels are read with the inputs, once, and saved by the run.
-
-    Its `labels()` yields those of the first batch only.
-    """
-
-    labels_in_batches: bool
-
-
-class Preview(NamedTuple):
-    """What a person sees of an input."""
-
-    text: str
-    picture: bytes = b""
-    """A small JPEG; empty if the input is not a picture."""
-
-
-@runtime_checkable
-class HasRepeatedIds(Protocol):
-    """A data source whose ids come from the user, who may give several samples the same one."""
-
-    @property
-    def repeated_ids(self) -> int:
-        """Number of samples with the id of an earlier sample."""
-
-
-@runtime_checkable
-class HasPreviews(Protocol):
-    """A data source with inputs that a person can recognize."""
+        raise missing_labels()
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         """Yield a preview of the inputs at these positions, which increase."""
-
-
-@runtime_checkable
-class HasFileList(Protocol):
-    """A data source that reads files which the config need not name."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files, in the order of their samples."""
-
-
-@runtime_checkable
-class HasRowChecksums(Protocol):
-    """A data source that can compare its first rows with those of an earlier run.
-
-    Such a run can be resumed after rows behind the committed ones changed.
-    """
+        raise NotImplementedError
 
     def checksum(self, stop: int) -> int | None:
-        """Return a checksum of the rows before `stop` as they are stored.
+        """Return a checksum of the rows before `stop` as they are stored; None without checksums.
 
-        `stop` is a multiple of the batch size or the number of samples. None if the format of the
-        files provides no checksums of rows.
+        A run can be resumed after rows behind the committed ones changed if its data have
+        checksums. `stop` is a multiple of the batch size or the number of samples.
         """
-
-
-@runtime_checkable
-class HasIdColumn(Protocol):
-    """A data source whose config may name a column of ids."""
-
-    @property
-    def id_type(self) -> str:
-        """The type of all ids, "whole numbers" or "text"; empty if they are row numbers."""
-
-
-@runtime_checkable
-class HasIdentity(Protocol):
-    """A data source that is not identified by its config and files alone."""
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Name -> value of the properties that a resume compares; they go to JSON."""
-
-
-@runtime_checkable
-class HasKeptColumns(Protocol):
-    """A data source that may carry columns through to the predictions."""
-
-    @property
-    def kept_types(self) -> Mapping[str, ValueType | None]:
-        """The type of each column over all rows; None if its values have no common type."""
-
-
-@runtime_checkable
-class ReadByMainThread(Protocol):
-    """A data source that only the main thread may read, because it runs the user's code."""
-
-    main_thread_only: bool
-
-
-@runtime_checkable
-class HasFlags(Protocol):
-    """A data source that notes what it meets while it reads samples, for its statements.
-
-    A worker that read some samples sends their flags to the process that states them.
-    """
-
-    flags: np.ndarray[Any, np.dtype[Any]]
-    """Unsigned numbers, [samples], whose bits only the source interprets; 0 for unread samples."""
-
-
-@runtime_checkable
-class LengthGrouped(Protocol):
-    """A data source that may batch samples of similar length, so that batches need less padding.
-
-    If `grouped`, samples are run in another order than that of the input. The order changes only
-    within chunks of `chunk_size` samples, a multiple of the batch size.
-    """
-
-    grouped: bool
-    chunk_size: int
-    varying: bool
-    """Whether batches differ in the length of their samples."""
-    variable: bool
-    """Whether batches differ in their number of samples, of which batch_size is the greatest."""
+        return None
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         """Return the input positions of samples that are run as start to stop, within a chunk."""
+        return range(start, stop)
+
+    def input_position(self, index: int) -> int:
+        """Return the input position of the sample that is run as number `index`."""
+        return self.input_positions(index, index + 1)[0] if self.grouped else index
 
     def batch_start(self, index: int) -> int:
         """Return the first sample of the batch that has the sample run as number `index`."""
+        return index - index % self.batch_size
 
-    def padding(self, start: int, stop: int) -> Padding:
+    def padding(self, start: int, stop: int) -> Padding | None:
         """Count the texts of samples start to stop, which must be whole batches read before."""
-
-
-def batch_start(data: BatchSource, index: int) -> int:
-    """Return the first sample of the batch that has the sample run as number `index`."""
-    if isinstance(data, LengthGrouped):
-        return data.batch_start(index)
-    return index - index % data.batch_size
+        return None
 
 
 def whole_batches(data: BatchSource) -> int:
     """Return the number of samples of which every multiple is the start of a batch."""
-    if isinstance(data, LengthGrouped) and data.variable:
-        return data.chunk_size
-    return data.batch_size
+    return data.chunk_size if data.variable else data.batch_size
 
 
 def read_one(data: BatchSource, start: int) -> Batch | None:
@@ -239,14 +187,7 @@ def require_length(data: BatchSource) -> int:
 
 def has_row_checksums(data: BatchSource) -> bool:
     """Return whether the data have checksums of their rows, so that later rows may change."""
-    return isinstance(data, HasRowChecksums) and data.checksum(require_length(data)) is not None
-
-
-def input_position(data: BatchSource, index: int) -> int:
-    """Return the input position of the sample that is run as number `index`."""
-    if isinstance(data, LengthGrouped) and data.grouped:
-        return data.input_positions(index, index + 1)[0]
-    return index
+    return data.samples is not None and data.checksum(data.samples) is not None
 
 
 class InputBatcher:
@@ -296,15 +237,14 @@ class RowReader(Protocol):
         """Describe dtype, shape and conversion of the rows in a few words."""
 
 
-class ChunkedSource:
+class ChunkedSource(BatchSource):
     """A data source over RowReaders that reads about CHUNK_BYTES at once.
 
     Splitting a chunk costs a hundredth of reading each batch on its own, and freeing it keeps the
     resident set flat for files of any size.
     """
 
-    classes = None
-    has_ids = False
+    samples: int
 
     def __init__(
         self,

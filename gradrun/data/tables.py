@@ -45,7 +45,7 @@ from gradrun.data.rows import (
     describe_absence,
     parse_boolean,
 )
-from gradrun.data.source import class_number, missing_labels
+from gradrun.data.source import BatchSource, class_number, missing_labels
 from gradrun.results.result import Statement
 
 _LABELS_CHUNK = 4096
@@ -370,26 +370,26 @@ _Row = TypeVar("_Row", bound=_HasEnd)
 
 def classes_of_labels(
     table: Table, column: str | None, model_classes: Sequence[str]
-) -> tuple[str, ...] | None:
+) -> tuple[str, ...]:
     """Return the class names of a column of labels, in the order of the model if it has them all.
 
     They are the names in the table, or those of the model if the first label is one of them. Class
     names that are numbers do not count, because such labels may also be numbers of classes.
     """
     if column is None or not table.has_columns:
-        return None
+        return ()
     if own := table.class_names(column):
         return tuple(model_classes) if {*own} <= {*model_classes} else own
     if all(map(_is_number, model_classes)):
-        return None
+        return ()
     with closing(table.read()) as records:
         for record in itertools.islice(records, _LABELS_CHUNK):
             value = record.fields.get(column)
             label = value[0] if isinstance(value, list | tuple) and value else value
             if not record.error and label not in (None, "", []):
                 named = not _is_number(label) and str(label) in model_classes
-                return tuple(model_classes) if named else None
-    return None
+                return tuple(model_classes) if named else ()
+    return ()
 
 
 def _is_number(value: Any) -> bool:
@@ -400,7 +400,7 @@ def _is_number(value: Any) -> bool:
     return True
 
 
-class IndexedRows:
+class IndexedRows(BatchSource):
     """What sources of rows share: ids, labels, kept columns, checksums and files of a table."""
 
     config: TableData
@@ -491,7 +491,7 @@ class IndexedRows:
 
 
 def read_labels(
-    records: Iterator[Record], column: str | None, classes: Sequence[str] | None
+    records: Iterator[Record], column: str | None, classes: Sequence[str]
 ) -> Iterator[torch.Tensor]:
     """Yield the class numbers or values of a column, in order, in float64 chunks [n, ...].
 
@@ -520,7 +520,7 @@ def read_labels(
         yield torch.tensor(rows, dtype=torch.float64)
 
 
-def _label(record: Record, column: str, classes: Sequence[str] | None) -> float | list[float]:
+def _label(record: Record, column: str, classes: Sequence[str]) -> float | list[float]:
     if record.error:
         return 0.0
     value = record.fields.get(column)
@@ -541,7 +541,7 @@ def _label(record: Record, column: str, classes: Sequence[str] | None) -> float 
         raise ConfigError(f"{record.place}  {text}", key) from None
 
 
-def _label_list(values: Sequence[Any], classes: Sequence[str] | None) -> list[float]:
+def _label_list(values: Sequence[Any], classes: Sequence[str]) -> list[float]:
     if not classes:
         return [parse_boolean(value) for value in values]
     present = {class_number(str(value), classes) for value in values}

@@ -88,9 +88,10 @@ def open_data(
 
 
 class Texts(IndexedRows):
-    """A LengthGrouped source of texts."""
+    """Tokenized texts; those of similar length may be batched together."""
 
     config: TextData
+    has_previews = of_texts = True
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class Texts(IndexedRows):
 
     def batch_start(self, index: int) -> int:
         if not self.variable:
-            return index - index % self.batch_size
+            return super().batch_start(index)
         first = index - index % self.chunk_size
         starts = self._layout(first).starts
         return first + starts[bisect_right(starts, index - first) - 1]

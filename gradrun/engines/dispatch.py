@@ -15,13 +15,7 @@ from gradrun.config.engine import EngineConfig
 from gradrun.core.errors import Interrupted, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback, WorkerProgress
 from gradrun.core.units import pluralize
-from gradrun.data.source import (
-    HasFlags,
-    LengthGrouped,
-    input_position,
-    require_length,
-    whole_batches,
-)
+from gradrun.data.source import require_length, whole_batches
 from gradrun.engines.engine import Engine, Lost, StartedEngine, start_error
 from gradrun.engines.messages import (
     Done,
@@ -156,7 +150,7 @@ class _Pass:
         self.workers: dict[int, _Worker] = {}
         self._positions: dict[int, int] = {}
         self._writer = writer
-        if isinstance(data, LengthGrouped) and data.grouped:
+        if data.grouped:
             self._writer = ReorderBuffer(
                 writer, self._take_positions, data.chunk_size, self.samples
             )
@@ -176,9 +170,9 @@ class _Pass:
         kept = self.engine.keep(self._starting)
         if 0 < units < requested:
             noun, key, data = "batch", "data.batch_size", self.plan.runner.data
-            if isinstance(data, LengthGrouped) and data.grouped:
+            if data.grouped:
                 noun, key = "length group", "data.group_by_length"
-            if isinstance(data, LengthGrouped) and data.variable:
+            if data.variable:
                 key = "data.batch_size"
             text = (
                 f"{units:,} of {requested:,} workers used: {pluralize(units, noun)} ({key}) to "
@@ -344,7 +338,7 @@ class _Pass:
     def _isolate(self, sample: Span, cause: str) -> Done:
         """Return the result of a sample that ended its second worker."""
         runner, index = self.plan.runner, sample.start
-        position = input_position(runner.data, index)
+        position = runner.data.input_position(index)
         text = f"its worker process {cause}"
         if runner.config.run.on_error != "quarantine":
             return Done(
@@ -388,7 +382,7 @@ class _Pass:
         if done.largest[0] > timed.largest.elements:
             timed.largest = LargestBatch(*done.largest)
         data = self.plan.runner.data
-        if done.flags is not None and isinstance(data, HasFlags):
+        if done.flags:
             data.flags[done.start : done.stop] = np.frombuffer(done.flags, data.flags.dtype)
         if done.interrupted:
             raise KeyboardInterrupt

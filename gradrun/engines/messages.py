@@ -127,8 +127,8 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done"):
     """Wall time of the task."""
     padding: Padding | None = None
     generation: Generation | None = None
-    flags: bytes | None = None
-    """What the data source noted about each sample, in the dtype of HasFlags.flags."""
+    flags: bytes = b""
+    """What the data source noted about each sample, in the dtype of BatchSource.flags."""
     batch_limit: int | None = None
     limited_from: int = 0
     process_peak: int | None = None

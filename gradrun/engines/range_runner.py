@@ -16,7 +16,7 @@ from torch import nn
 
 from gradrun.config.load import load_config
 from gradrun.core.errors import GradrunError, Interrupted, first_line
-from gradrun.data.source import HasFlags, LengthGrouped, require_length, whole_batches
+from gradrun.data.source import require_length, whole_batches
 from gradrun.engines.messages import (
     Done,
     Failed,
@@ -79,7 +79,7 @@ class RangeRunner:
         opened = open_run(self.config, device, RunOptions(trust_code=self._trust_code))
         self._runner, data = opened.runner, opened.runner.data
         samples = require_length(data)
-        grouped = data.input_positions if isinstance(data, LengthGrouped) and data.grouped else None
+        grouped = data.input_positions if data.grouped else None
         self._events = EventLog(grouped)
         self._prepared = self._runner.prepare(self._events)
         return Ready(
@@ -95,7 +95,7 @@ class RangeRunner:
             batch_size=data.batch_size,
             whole_batches=whole_batches(data),
             unit=commit_unit(data),
-            varies=isinstance(data, LengthGrouped),
+            varies=data.of_texts,
             memory=model_memory(self._runner.model, self._prepared.first),
             modules=_count_types(opened.model.module),
         )
@@ -121,16 +121,12 @@ class RangeRunner:
             recovered=timed.recovered,
             data_seconds=timed.data_ns * 1e-9,
             seconds=timed.total_ns * 1e-9,
-            padding=data.padding(task.start, task.stop)
-            if isinstance(data, LengthGrouped)
-            else None,
+            padding=data.padding(task.start, task.stop),
             generation=timed.generation,
             waited=waited,
             batch_elements=timed.elements[:batches].tobytes(),
             largest=timed.largest,
-            flags=data.flags[task.start : task.stop].tobytes()
-            if isinstance(data, HasFlags)
-            else None,
+            flags=data.flags[task.start : task.stop].tobytes(),
             batch_limit=recovery.batch_limit,
             limited_from=recovery.limited_from,
             process_peak=process_memory.peak_resident()[0],

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from gradrun.config.model import CompileSection
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.suggest import did_you_mean
-from gradrun.data.source import BatchSource, LengthGrouped
+from gradrun.data.source import BatchSource
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Statement
@@ -105,14 +105,13 @@ def compile_model(
     """
     if section is None:
         return model
-    varying = isinstance(data, LengthGrouped) and data.varying
     if section.cuda_graphs:
-        _check_cuda_graphs(section.cuda_graphs, device, varying=varying)
+        _check_cuda_graphs(section.cuda_graphs, device, varying=data.varying)
     compiled = CompiledModel(
         model.module,
         section,
         min(data.batch_size, data.samples or data.batch_size),
-        varying=varying,
+        varying=data.varying,
         cuda=device.type == "cuda",
     )
     text = "one program for all shapes; a single sample runs eagerly"

@@ -8,7 +8,7 @@ from gradrun.config.data import SyntheticData
 from gradrun.config.model import WeightedModel
 from gradrun.config.schema import RunConfig
 from gradrun.data.image_presets import NOT_APPLIED
-from gradrun.data.source import BatchSource, HasLabels
+from gradrun.data.source import BatchSource
 from gradrun.models.class_names import same_names, shorten
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.transforms import other_pooling
@@ -28,14 +28,9 @@ def config_warnings(
     """
     return [
         *_model_warnings(model, config),
-        *label_name_warnings(label_names(data), model.classes),
+        *label_name_warnings(data.classes, model.classes),
         *_preprocessing_warnings(statements),
     ]
-
-
-def label_names(data: BatchSource) -> Sequence[str]:
-    """Return the names of the labels, in the order of their numbers; () if they have none."""
-    return (data.classes if isinstance(data, HasLabels) else None) or ()
 
 
 def _model_warnings(model: LoadedModel, config: RunConfig) -> Iterator[Warning]:

@@ -12,7 +12,7 @@ import numpy as np
 from gradrun.config.output import OutputSection
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import pluralize
-from gradrun.data.source import BatchSource, HasLabels, HasPreviews, at_positions, require_length
+from gradrun.data.source import BatchSource, at_positions, require_length
 from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
 from gradrun.output.columns import ValueColumn, row_bytes
 from gradrun.output.formats import read_rows
@@ -56,10 +56,10 @@ def describe_predictions(
         outputs: those of a batch, for the size of one prediction.
         class_counts: number of classes of outputs, which get names only if they have as many.
     """
-    if not output.examples or not isinstance(data, HasPreviews):
+    if not output.examples or not data.has_previews:
         return (), ()
     # Metrics compare the numbers of a model without names with those of the labels.
-    label_names = (data.classes if isinstance(data, HasLabels) else None) or model_classes
+    label_names = data.classes or model_classes
     names = model_classes or label_names
     reader = _Reader(output, names, class_counts)
     most = _EXAMPLE_BYTES // max(1, row_bytes(outputs))
@@ -113,8 +113,6 @@ def _spread(samples: int, count: int) -> list[int]:
 
 def _labels(data: BatchSource, positions: Sequence[int]) -> list[float | None]:
     """Return the labels of some samples: None without labels, and for those of several numbers."""
-    if not isinstance(data, HasLabels):
-        return [None] * len(positions)
     chunks = (label for chunk in data.labels() for label in chunk)
     try:
         return [float(x) if x.numel() == 1 else None for x in at_positions(chunks, positions)]

@@ -14,7 +14,7 @@ from gradrun.core.progress import Progress, ProgressCallback
 from gradrun.core.units import count_of
 from gradrun.inference.meters.work import KnownWork
 from gradrun.inference.reordering import commit_unit, restore_input_order
-from gradrun.inference.run_plan import RunPlan, input_checksum
+from gradrun.inference.run_plan import RunPlan
 from gradrun.inference.runner import CommitCallback, PreparedRun, TimedPass
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output import class_labels
@@ -119,7 +119,7 @@ def execute(
 def _open_files(plan: RunPlan, prepared: PreparedRun, writer: PredictionWriter) -> Checkpointer:
     """Open the journal, the predictions and the quarantine, after the last committed sample."""
     folder, unit = plan.folder, commit_unit(plan.runner.data)
-    checksum = input_checksum(plan.runner.data)
+    checksum = plan.runner.data.checksum
     try:
         journal, committed = folder.open_journal(plan.header, unit, checksum)
         try:

@@ -13,7 +13,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_variable
 from gradrun.core.units import list_names, pluralize
 from gradrun.data import open_data
-from gradrun.data.source import BatchSource, HasLabels, LengthGrouped, read_one
+from gradrun.data.source import BatchSource, read_one
 from gradrun.inference.compilation import compile_model
 from gradrun.inference.config_warnings import config_warnings
 from gradrun.inference.device import device_context
@@ -63,7 +63,7 @@ def interpret(
 
 def _numbers_as_labels(model: LoadedModel, data: BatchSource) -> Iterator[Statement]:
     """State that a model without class names is compared with the labels by number."""
-    if not model.classes and isinstance(data, HasLabels) and data.classes:
+    if not model.classes and data.classes:
         numbered = list_names([f"{i} is {name}" for i, name in enumerate(data.classes)])
         text = f"the model names none; numbered as the labels: {numbered}"
         yield Statement(topic="classes", text=text)
@@ -89,7 +89,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
         )
         model = compile_model(model, config.model.compile, data, device)
         read_one(data, 0)  # counts the texts of the first chunk
-        texts = data.padding(0, data.chunk_size) if isinstance(data, LengthGrouped) else None
+        texts = data.padding(0, data.chunk_size) if data.of_texts else None
         statements = describe(config, model, data, texts)
         return Explanation(statements, tuple(config_warnings(config, model, data, statements)))
 

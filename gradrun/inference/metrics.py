@@ -17,7 +17,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.options import option
 from gradrun.core.units import list_names, pluralize
-from gradrun.data.source import CHUNK_BYTES, BatchSource, HasBatchLabels, HasLabels
+from gradrun.data.source import CHUNK_BYTES, BatchSource
 from gradrun.inference.evidence import Evidence, Target, find_target
 from gradrun.inference.scorers import Scorer
 from gradrun.models.loaded import LoadedModel
@@ -48,7 +48,7 @@ class Evaluation:
 
     config: RunConfig
     model: LoadedModel
-    data: HasLabels
+    data: BatchSource
     scorers: tuple[Scorer, ...]
     unread: frozenset[str]
     """Columns of the predictions that are not tensors."""
@@ -56,7 +56,7 @@ class Evaluation:
     @property
     def saves_labels(self) -> bool:
         """Whether the run saves the labels, which are read with the inputs."""
-        return isinstance(self.data, HasBatchLabels)
+        return self.data.labels_in_batches
 
     @cached_property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -229,9 +229,7 @@ def plan_metrics(
     if not config.metrics:
         return None
     import_optional("torchmetrics", "metrics")
-    if not isinstance(data, HasLabels):
-        raise ConfigError(f"data of source {config.data.source} have no labels", "metrics")
-    names = tuple(model.classes or data.classes or ())
+    names = tuple(model.classes or data.classes)
     first = next(data.labels())
     scorers = []
     for i, spec in enumerate(config.metrics):
@@ -239,7 +237,7 @@ def plan_metrics(
         label = _label_shape(spec, first, key)
         output = _find_output(spec, key, outputs)
         target = find_target(output, label, config.output, model, values=spec.name in _VALUES)
-        _check_class_count(data.classes or (), target, model.classes)
+        _check_class_count(data.classes, target, model.classes)
         scorers.append(Scorer(spec, key, target, names))
         scorers[-1].check_scores(output.tensor)
     unread = {output.name for output in outputs if isinstance(output.column, ValueColumn)}

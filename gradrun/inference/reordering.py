@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from gradrun.data.source import BatchSource, LengthGrouped, require_length
+from gradrun.data.source import BatchSource, require_length
 from gradrun.output.columns import join, layout
 from gradrun.output.formats import RowWriter
 from gradrun.output.transforms import Outputs
@@ -17,12 +17,12 @@ def commit_unit(data: BatchSource) -> int:
 
     A resume starts at a multiple of it, so that batches are cut at the same samples.
     """
-    return data.chunk_size if isinstance(data, LengthGrouped) and data.grouped else data.batch_size
+    return data.chunk_size if data.grouped else data.batch_size
 
 
 def restore_input_order(writer: RowWriter, data: BatchSource) -> RowWriter:
     """Put a buffer that restores the input order before the writer, if batches are grouped."""
-    if isinstance(data, LengthGrouped) and data.grouped:
+    if data.grouped:
         return ReorderBuffer(writer, data.input_positions, data.chunk_size, require_length(data))
     return writer
 

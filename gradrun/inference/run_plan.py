@@ -15,17 +15,8 @@ from gradrun.core.imports import imported_files, target_root
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.version import __version__
 from gradrun.data import open_data
-from gradrun.data.source import (
-    BatchSource,
-    HasFileList,
-    HasIdColumn,
-    HasIdentity,
-    HasKeptColumns,
-    HasRowChecksums,
-    has_row_checksums,
-)
+from gradrun.data.source import has_row_checksums
 from gradrun.inference.compilation import compile_model
-from gradrun.inference.config_warnings import label_names
 from gradrun.inference.decoding import open_decoder
 from gradrun.inference.metrics import plan_metrics
 from gradrun.inference.runner import Runner
@@ -33,7 +24,7 @@ from gradrun.models import load_model
 from gradrun.models.class_names import check_order
 from gradrun.models.loaded import LoadedModel
 from gradrun.output.fingerprint import fingerprint
-from gradrun.output.journal import InputChecksum, JournalHeader, no_checksum
+from gradrun.output.journal import JournalHeader
 from gradrun.output.quarantine import Quarantine
 from gradrun.output.run_folder import RunFolder
 from gradrun.output.transforms import resolve_output
@@ -90,7 +81,7 @@ def plan_run(config: RunConfig, device: torch.device, options: RunOptions) -> Ru
         inputs=config.input_files(),
     )
     opened = open_run(config, device, options)
-    folder.check_resumable(opened.header, input_checksum(opened.runner.data))
+    folder.check_resumable(opened.header, opened.runner.data.checksum)
     return RunPlan(
         **vars(opened),
         folder=folder,
@@ -128,20 +119,18 @@ def open_run(config: RunConfig, device: torch.device, options: RunOptions) -> Op
         decode = open_decoder(target, beside=_code_roots(config), trust_code=trusted)
     model = compile_model(model, config.model.compile, data, device)
     compiled = time.perf_counter()
-    check_order(label_names(data), model.classes)
+    check_order(data.classes, model.classes)
     metrics = partial(plan_metrics, config, data, model=model)
     header = fingerprint(
         config,
         data.samples,
         __version__,
-        listed=data.files if isinstance(data, HasFileList) else (),
+        listed=data.files,
         by_rows=has_row_checksums(data),
         classes=model.classes,
-        id_type=data.id_type if isinstance(data, HasIdColumn) else "",
-        kept_types={name: str(kind) for name, kind in data.kept_types.items()}
-        if isinstance(data, HasKeptColumns)
-        else {},
-        identity=data.identity if isinstance(data, HasIdentity) else {},
+        id_type=data.id_type,
+        kept_types={name: str(kind) for name, kind in data.kept_types.items()},
+        identity=data.identity,
         code=code_files(config),
         resolved={"device": device.type, "threads": torch.get_num_threads()},
         versions={
@@ -178,8 +167,3 @@ def code_files(config: RunConfig) -> dict[str, Path]:
         for root, prefix in roots.items()
         for name, path in imported_files(root).items()
     }
-
-
-def input_checksum(data: BatchSource) -> InputChecksum:
-    """Return the function that computes checksums of the rows of a data source."""
-    return data.checksum if isinstance(data, HasRowChecksums) else no_checksum

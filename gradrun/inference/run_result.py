@@ -8,8 +8,8 @@ from typing import Any
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import first_line
 from gradrun.core.units import count_of, pluralize
-from gradrun.data.source import BatchSource, HasRepeatedIds
-from gradrun.inference.config_warnings import config_warnings, label_name_warnings, label_names
+from gradrun.data.source import BatchSource
+from gradrun.inference.config_warnings import config_warnings, label_name_warnings
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
 from gradrun.inference.execution import Execution
@@ -156,7 +156,7 @@ def _class_warnings(names: Sequence[str], counts: Mapping[str, int]) -> list[War
 
 
 def _id_warnings(data: BatchSource) -> Iterator[Warning]:
-    if isinstance(data, HasRepeatedIds) and (repeated := data.repeated_ids):
+    if repeated := data.repeated_ids:
         text = (
             f"{count_of(repeated, data.samples)} "
             f"{'has' if repeated == 1 else 'have'} the id of an earlier sample; match predictions "
@@ -213,7 +213,7 @@ def replace_metrics(
         metrics=(),
         warnings=(
             *(w for w in finished.warnings if w.code not in _METRIC_WARNINGS),
-            *label_name_warnings(label_names(plan.runner.data), plan.model.classes),
+            *label_name_warnings(plan.runner.data.classes, plan.model.classes),
         ),
     )
     with plan.folder.locked():

@@ -34,11 +34,7 @@ from gradrun.data.batch import Batch, transfer_to
 from gradrun.data.prefetch import prefetch, should_prefetch
 from gradrun.data.source import (
     BatchSource,
-    HasKeptColumns,
-    LengthGrouped,
-    batch_start,
     has_row_checksums,
-    input_position,
     read_one,
     whole_batches,
 )
@@ -307,7 +303,7 @@ class Runner:
             template=outputs,
             predict=self._predict,
             read_batch=self.read_batch,
-            input_position=partial(input_position, self.data),
+            input_position=self.data.input_position,
             batch_limit=limit,
         )
         return PreparedRun(
@@ -400,8 +396,7 @@ class Runner:
         except Exception as error:  # errors of a device appear at the next synchronization
             timed.stop(self.stop_error(error, timed))
         timed.generation = take_times(self._eager)
-        if isinstance(self.data, LengthGrouped):
-            timed.padding = self.data.padding(timed.start, timed.start + timed.done)
+        timed.padding = self.data.padding(timed.start, timed.start + timed.done)
         if compiled := compiled_graphs() - graphs:
             self._warn_of_compilation(compiled)
         if hits:
@@ -624,7 +619,7 @@ class Runner:
 
     def _device_error(self, error: Exception, timed: TimedPass, later: int) -> RunFailed:
         """Return the error to raise if the device failed while batches were in flight."""
-        sample = input_position(self.data, timed.start + timed.done)
+        sample = self.data.input_position(timed.start + timed.done)
         after = f", or in one of the {later} after it" if later > 1 else ""
         after = ", or in the one after it" if later == 1 else after
         return RunFailed(
@@ -885,7 +880,7 @@ class Runner:
         """
         size, batch = self.data.batch_size, first
         samples = self.data.samples or 0
-        if isinstance(self.data, LengthGrouped) and samples >= 2 * size:
+        if self.data.of_texts and samples >= 2 * size:
             batch = self._to_device(self._batch_with(size))
             self._forward(batch, clock)
         last = samples % size
@@ -925,9 +920,8 @@ class Runner:
 
     def kept_columns(self, batch: Batch) -> Outputs:
         """Return the columns of the input that are written beside the predictions of a batch."""
-        types = self.data.kept_types if isinstance(self.data, HasKeptColumns) else {}
         return {
-            kept_key(name): ValueColumn(values, types.get(name))
+            kept_key(name): ValueColumn(values, self.data.kept_types.get(name))
             for name, values in batch.kept.items()
         }
 
@@ -937,12 +931,12 @@ class Runner:
 
     def _part(self, start: int, size: int) -> Batch:
         # Read the full batch and slice it, so that texts are padded to the same length.
-        batch, offset = self._batch_with(start), start - batch_start(self.data, start)
+        batch, offset = self._batch_with(start), start - self.data.batch_start(start)
         return batch if batch.size == size else batch.slice(offset, offset + size)
 
     def _batch_with(self, index: int) -> Batch:
         """Read the batch that has the sample run as number `index`, on the host."""
-        batch = read_one(self.data, batch_start(self.data, index))
+        batch = read_one(self.data, self.data.batch_start(index))
         assert batch
         return batch
 
@@ -1016,7 +1010,7 @@ class Runner:
             number = f"batch {sample // self.data.batch_size}, which"
             text = (
                 f"{'the batch that' if _variable(self.data) else number} starts at sample "
-                f"{input_position(self.data, sample):,}, failed: "
+                f"{self.data.input_position(sample):,}, failed: "
                 f"{describe_model_error(error, self.mode)}"
             )
         of_sample = not isinstance(error, GradrunError | OSError)
@@ -1030,7 +1024,7 @@ class Runner:
     def _warn_of_compilation(self, graphs: int) -> None:
         remedy = (
             "data.padding: max_length gives all texts one length, or set model.compile: false"
-            if isinstance(self.data, LengthGrouped)
+            if self.data.of_texts
             else "keep the shapes of the inputs the same, or set model.compile.dynamic: true, or "
             "model.compile: false"
         )

@@ -20,7 +20,6 @@ import gradrun
 from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_transformers
-from gradrun.data.source import HasLabels
 from tests.conftest import Command
 from tests.support.engines import InlineEngines
 from tests.support.small_models import save_bert, save_tokenizer, skewed
@@ -183,7 +182,6 @@ def test_pictures_are_decoded_upright_with_the_classes_of_the_features(folder: P
     ]
     expected[2] = np.rot90(expected[2], -1, (1, 2)) if expected[2].shape[1] == 5 else expected[2]
     np.testing.assert_array_equal(joined(source.batches()), np.stack(expected).astype(np.float32))
-    assert isinstance(source, HasLabels)
     assert source.classes == ("cat", "dog")
     assert torch.cat(list(source.labels())).tolist() == [0, 1, 1, 0, 1, 0]
     texts = {statement.topic: statement.text for statement in source.statements()}
@@ -213,7 +211,6 @@ def test_numbers_of_any_range_of_rows_are_those_of_the_dataset(
     expected = torch.tensor(stored["x"][:])
     assert torch.equal(joined(source.batches()), expected)
     assert torch.equal(joined(source.batches(8, 20)), expected[8:20])
-    assert isinstance(source, HasLabels)
     assert torch.cat(list(source.labels()))[:2].tolist() == [[0, 0, 0], [1, 0, 1]]
 
 
@@ -236,7 +233,6 @@ def test_a_missing_class_is_an_error_of_the_metrics(tmp_path: Path) -> None:
     source = data(
         "records", dataset={"path": tmp_path / "d"}, inputs={"x": {"columns": ["x"]}}, labels="y"
     )
-    assert isinstance(source, HasLabels)
     with pytest.raises(ConfigError, match="d:2  the label 'y' is missing"):
         list(source.labels())
 

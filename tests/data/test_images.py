@@ -24,7 +24,7 @@ from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.core.progress import Progress
 from gradrun.data import open_data, prefetch
-from gradrun.data.source import BatchSource, HasRepeatedIds
+from gradrun.data.source import BatchSource
 from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
@@ -226,7 +226,6 @@ def test_images_that_a_list_repeats_are_counted(tmp_path: Path, suffix: str) -> 
     path = tmp_path / f"list.{suffix}"
     path.write_text("\n".join([*(["file"] if suffix == "csv" else []), *listed]) + "\n")
     data = opened(path)
-    assert isinstance(data, HasRepeatedIds)
     assert data.repeated_ids == 1
     first = next(iter(data.statements()))
     assert first.text == f"3 images (2 distinct), in the order of list.{suffix}"

@@ -12,13 +12,14 @@ import torch
 from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
 from gradrun.data.prefetch import _TRIAL_SECONDS, prefetch, should_prefetch
+from gradrun.data.source import BatchSource
 
 
 def batch(value: int) -> Batch:
     return Batch((torch.full((2,), float(value)),), {}, 2, range(2))
 
 
-class Source:
+class Source(BatchSource):
     """A source of slow batches that counts reads and records the reading threads."""
 
     def __init__(self, count: int = 8, seconds: float = 0.0, fails_at: int | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from gradrun.core.errors import ConfigError, SampleError
-from gradrun.data.source import BatchSource, HasPreviews, HasRepeatedIds
+from gradrun.data.source import BatchSource
 from tests.support.sources import data, data_problem, joined, read_all
 
 
@@ -385,7 +385,6 @@ def test_distinct_and_repeated_ids_are_counted(
     }
     write[suffix]()
     source = data("records", path=path, inputs={"x": {"columns": ["a"]}}, id="k")
-    assert isinstance(source, HasRepeatedIds)
     distinct = table["k"].nunique()
     assert source.repeated_ids == table["k"].duplicated().sum() == 4 - distinct
     (order,) = [one.text for one in source.statements() if one.topic == "order"]
@@ -422,7 +421,6 @@ def test_the_error_names_another_separator_of_a_csv_file(
 def test_examples_of_rows_show_four_digits(tmp_path: Path) -> None:
     lines = '{"a": 0.123456789, "b": [20261128, 1.5], "c": "2.00004"}\n'
     source = records(tmp_path / "t.jsonl", lines, ["a", "b", "c"])
-    assert isinstance(source, HasPreviews)
     assert [one.text for one in source.previews([0])] == ["a 0.1235, b [20261128, 1.5], c 2"]
 
 

@@ -17,7 +17,6 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
-from gradrun.data.source import input_position
 from gradrun.data.text import CHUNK_BATCHES, Texts
 from tests.support.small_models import save_bert, save_tokenizer, sentences, skewed
 from tests.support.sources import read_all
@@ -218,7 +217,7 @@ def test_a_chunk_that_is_no_longer_cached_is_read_again(folder: Path) -> None:
     assert data.grouped
     assert data.samples > 9 * data.chunk_size, "more chunks than are cached"
     expected = [name for batch in data.batches() for name in batch.ids]
-    assert [input_position(data, at) for at in range(data.samples)] == expected
+    assert [data.input_position(at) for at in range(data.samples)] == expected
 
 
 def test_padding_max_length_needs_data_max_length(folder: Path) -> None:
@@ -244,7 +243,7 @@ def test_grouping_permutes_the_texts_within_chunks_and_reports_their_positions(
     data, expected = opened(folder), tokenize(LINES, folder)
     assert data.samples > data.chunk_size, "more than one chunk, and the last is incomplete"
     found = tokens(data.batches())
-    positions = [input_position(data, at) for at in range(data.samples)]
+    positions = [data.input_position(at) for at in range(data.samples)]
     assert sorted(positions) == list(range(data.samples))
     assert [expected[position] for position in positions] == found
     assert positions != sorted(positions)
@@ -328,7 +327,7 @@ def test_batches_have_at_most_the_tokens_and_the_texts_that_are_allowed(
 ) -> None:
     data, expected = opened(folder, batch_tokens=limit, batch_size=size), tokenize(LINES, folder)
     batches = list(data.batches())
-    positions = [input_position(data, at) for at in range(data.samples)]
+    positions = [data.input_position(at) for at in range(data.samples)]
     assert [name for batch in batches for name in batch.ids] == positions
     assert [expected[position] for position in positions] == tokens(batches)
     computed = [batch.kwargs["input_ids"].numel() for batch in batches]

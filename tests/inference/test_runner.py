@@ -16,6 +16,7 @@ from torch import nn
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data.batch import Batch
+from gradrun.data.source import BatchSource
 from gradrun.inference import runner as the_runner
 from gradrun.inference import transfers
 from gradrun.inference.meters import clock as the_clock
@@ -57,7 +58,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 @dataclass
-class Numbers:
+class Numbers(BatchSource):
     """A source of the numbers 0, 1, 2, ...: one float per sample, in batches of two."""
 
     samples: int = 9
