@@ -8,9 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from queue import Full, Queue
-from threading import Event, Thread
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import GradrunError
@@ -24,9 +22,7 @@ MIN_SECONDS = 0.001
 
 _TRIAL_SECONDS = 0.05
 _TRIAL_BATCHES = 4096
-_DEPTH = 2
 _BATCHES_AHEAD = 2
-_POLL_SECONDS = 0.05
 
 
 def should_prefetch(data: BatchSource, forward_seconds: float) -> bool:
@@ -52,35 +48,14 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
 
     Errors from reading are raised here, after the batches before them. Closing ends the thread.
     """
-    ready: Queue[Any] = Queue(maxsize=_DEPTH)
-    closed = Event()
-
-    def put(item: Any) -> None:
-        while not closed.is_set():
-            with suppress(Full):
-                ready.put(item, timeout=_POLL_SECONDS)
-                return
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                put(batch)
-                if closed.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised again by the consumer
-            put(error)
-
-    thread = Thread(target=read, name="gradrun-prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, "gradrun-prefetch")
     try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ahead = deque(pool.submit(next, batches, None) for _ in range(1 + _BATCHES_AHEAD))
+        while (batch := ahead.popleft().result()) is not None:
+            ahead.append(pool.submit(next, batches, None))
+            yield batch
     finally:
-        closed.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def decode_ahead(
@@ -112,4 +87,4 @@ def decode_ahead(
             yield ahead.popleft()
             wanted = 1 + _BATCHES_AHEAD
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)

@@ -38,7 +38,7 @@ class Source(BatchSource):
 
 
 def running() -> bool:
-    return any(thread.name == "gradrun-prefetch" for thread in threading.enumerate())
+    return any(thread.name.startswith("gradrun-prefetch") for thread in threading.enumerate())
 
 
 def values(batches: Iterator[Batch]) -> list[int]:
@@ -49,14 +49,14 @@ def values(batches: Iterator[Batch]) -> list[int]:
 def test_batches_are_in_order_and_the_thread_ends(count: int) -> None:
     source = Source(count)
     assert values(prefetch(source.batches())) == list(range(count))
-    assert source.readers <= {"gradrun-prefetch"}
+    assert source.readers <= {"gradrun-prefetch_0"}
     assert not running()
 
 
 def test_batches_are_read_in_the_thread() -> None:
     source = Source(3)
     assert values(prefetch(source.batches())) == [0, 1, 2]
-    assert source.readers == {"gradrun-prefetch"}
+    assert source.readers == {"gradrun-prefetch_0"}
 
 
 def test_only_a_few_batches_are_read_ahead() -> None:
