@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import psutil
 
@@ -12,9 +13,9 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.imports import require_trust
 from gradrun.core.units import format_bytes
 from gradrun.data import arrays, audio, images, objects, python, records, synthetic, text
-from gradrun.data.source import BatchSource
+from gradrun.data.source import BatchSource, OpeningFacts
 
-SOURCES: dict[str, Callable[..., BatchSource]] = {
+SOURCES: dict[str, Callable[[Any, OpeningFacts], BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
     "records": records.open_data,
@@ -24,10 +25,7 @@ SOURCES: dict[str, Callable[..., BatchSource]] = {
     "object": objects.open_data,
     "python": python.open_data,
 }
-"""data.source -> opener of (data section, seed, model section, class names of the model).
-
-Those of rows with columns take the names of the columns to keep, too.
-"""
+"""data.source -> opener of its data section."""
 
 
 def open_data(
@@ -54,8 +52,8 @@ def open_data(
     """
     for key, target in config.targets().items():
         require_trust(trust_code, f"{target} is Python code", f"data.{key}")
-    columns = (keep,) if keep else ()
-    data = SOURCES[config.source](config, seed, model, model_classes, *columns)
+    facts = OpeningFacts(seed, model, model_classes, keep)
+    data = SOURCES[config.source](config, facts)
     if data.samples == 0:
         raise ConfigError("the data contains no samples", config.location)
     batch = min(data.batch_size, data.samples or data.batch_size) * data.sample_bytes

@@ -17,7 +17,6 @@ import safetensors
 import torch
 
 from gradrun.config.data import ArrayInput, ArraysData
-from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
 from gradrun.core.input_files import (
     InputPaths,
@@ -30,7 +29,7 @@ from gradrun.core.input_files import (
 from gradrun.core.remote import local_copy
 from gradrun.core.suggest import suggest
 from gradrun.data.conversion import Conversion, Problems
-from gradrun.data.source import BatchSource, ChunkedSource, Preview
+from gradrun.data.source import BatchSource, ChunkedSource, OpeningFacts, Preview
 from gradrun.data.thumbnails import thumbnail_of_array
 
 _MAX_HEADER = 64 * 1024
@@ -39,9 +38,7 @@ _MAX_EMPTY_ROWS = 1_000_000
 """Limit of rows without values, whose number the size of the file does not bound."""
 
 
-def open_data(
-    config: ArraysData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
+def open_data(config: ArraysData, facts: OpeningFacts) -> BatchSource:
     """Open the arrays that a config names as inputs of the model."""
     inputs = config.inputs or {"input": ArrayInput()}
     readers = {

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gradrun.config.data import AudioData
-from gradrun.config.model import HuggingFaceModel, ModelConfig
+from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.audio_decoding import SUFFIXES, AudioDecoder, Samples, Trait
@@ -22,20 +22,18 @@ from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
 from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import BatchSource, InputBatcher, Preview
+from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
 from gradrun.results.result import Statement
 
 
-def open_data(
-    config: AudioData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
+def open_data(config: AudioData, facts: OpeningFacts) -> BatchSource:
     """List the files of a config, and decode the first one."""
-    decoder, processor = AudioDecoder(config), None
+    decoder, processor, model = AudioDecoder(config), None, facts.model
     if (source := config.processor_source(model)) is not None:
         own = config.processor is None and isinstance(model, HuggingFaceModel)
         processor = AudioProcessor(source, model.revision if own else None, config.seconds)  # type: ignore[union-attr]
     listed = open_samples(config, SUFFIXES, "audio files")
-    return _Audio(config, listed, decoder, processor, model_classes)
+    return _Audio(config, listed, decoder, processor, facts.classes)
 
 
 class _Decoding(NamedTuple):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from gradrun.config.data import ImagesData
-from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
@@ -24,21 +23,19 @@ from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
 from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import BatchSource, InputBatcher, Preview
+from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
 from gradrun.data.thumbnails import thumbnail_of_image
 from gradrun.results.result import Statement
 
 _IMAGES_PER_TASK = 8
 
 
-def open_data(
-    config: ImagesData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
+def open_data(config: ImagesData, facts: OpeningFacts) -> BatchSource:
     """List the images that a config names, and decode the first one to get their shape."""
-    preprocessing = preprocessing_of(config, model)
+    preprocessing = preprocessing_of(config, facts.model)
     decoder = ImageDecoder(config, preprocessing.mode)
     listed = open_samples(config, decoder.suffixes(), "images")
-    return _Images(config, listed, decoder, preprocessing, model_classes)
+    return _Images(config, listed, decoder, preprocessing, facts.classes)
 
 
 class _Page(NamedTuple):

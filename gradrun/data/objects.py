@@ -8,18 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradrun.config.model import ModelConfig
 from gradrun.config.objects import ObjectArrays
 from gradrun.core.errors import ConfigError
 from gradrun.core.units import pluralize
-from gradrun.data.source import BatchSource, ChunkedSource
+from gradrun.data.source import BatchSource, ChunkedSource, OpeningFacts
 
 _KEY = "data"
 
 
-def open_data(
-    config: ObjectArrays, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
+def open_data(config: ObjectArrays, facts: OpeningFacts) -> BatchSource:
     """Open arrays as inputs of the model: one, several by position, or several by name."""
     inputs, positional = read_inputs(config)
     readers = {name: _TensorReader(rows, config.name) for name, rows in inputs.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from gradrun.config.data import PythonData
-from gradrun.config.model import ModelConfig, PythonModel
+from gradrun.config.model import PythonModel
 from gradrun.config.objects import ObjectItems
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.imports import describe_user_error, import_target, target_root
@@ -35,7 +35,7 @@ from gradrun.data.items import (
     worker_batches,
 )
 from gradrun.data.objects import is_frame
-from gradrun.data.source import BatchSource, class_number, missing_labels
+from gradrun.data.source import BatchSource, OpeningFacts, class_number, missing_labels
 from gradrun.data.stream import StreamedBatches
 from gradrun.results.result import Statement
 
@@ -58,33 +58,23 @@ class UserData(NamedTuple):
     """The settings of a DataLoader that have no effect."""
 
 
-def open_data(
-    config: PythonData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
-    """Call the target, which the user trusts, and read the first batch."""
-    if isinstance(config, ObjectItems):
-        return open_items(config, config.value, seed, model_classes)
-    own = {target_root(config.target, config.root)}
-    beside = {target_root(model.target, model.root)} if isinstance(model, PythonModel) else set()
-    target = import_target(config.target, config.root, _KEY, beside=beside)
-    return open_items(config, _call(target, config), seed, model_classes, beside | own)
-
-
-def open_items(
-    config: PythonData,
-    items: Any,
-    seed: int,
-    model_classes: Sequence[str] = (),
-    beside: Collection[Path] = (),
-) -> BatchSource:
-    """Read the first batch of a Dataset, DataLoader, iterable or sequence.
-
-    Args:
-        beside: folders that the import of data.collate keeps importable.
+def open_data(config: PythonData, facts: OpeningFacts) -> BatchSource:
+    """Call the target, which the user trusts, and read the first batch.
 
     Raises:
-        ConfigError: the items cannot be used.
+        ConfigError: the target cannot be called, or its items cannot be used.
     """
+    beside: set[Path] = set()
+    """Folders that the import of data.collate keeps importable."""
+    if isinstance(config, ObjectItems):
+        items = config.value
+    else:
+        model = facts.model
+        if isinstance(model, PythonModel):
+            beside.add(target_root(model.target, model.root))
+        target = import_target(config.target, config.root, _KEY, beside=beside)
+        items = _call(target, config)
+        beside.add(target_root(config.target, config.root))
     data = examine(items, config.target)
     collate = data.collate
     if config.collate:
@@ -103,7 +93,7 @@ def open_items(
             )
         data = data._replace(workers=1)
     source = _Streamed if data.streamed else _MapStyle
-    return source(config, data, seed, config.classes or model_classes)
+    return source(config, data, facts)
 
 
 def _call(target: Any, config: PythonData) -> Any:
@@ -204,14 +194,12 @@ class _UserSource(BatchSource):
     main_thread_only = True
     labels_in_batches = True
 
-    def __init__(
-        self, config: PythonData, data: UserData, seed: int, classes: Sequence[str]
-    ) -> None:
+    def __init__(self, config: PythonData, data: UserData, facts: OpeningFacts) -> None:
         self.config, self.data = config, data
         self.batch_size, self.has_ids = data.batch_size, config.id is not None
         self._collation = Collation(data.collate)
         self._layout: Layout
-        self._classes = classes
+        self._classes = config.classes or facts.classes
         self.classes = config.classes or ()
         self.sample_bytes = 0
         self._checksum = 0
@@ -220,7 +208,7 @@ class _UserSource(BatchSource):
         """Names that were replaced by their positions; () if the labels are numbers."""
         """Labels of the first batch."""
         self._id_type = ""
-        self._worker_settings = (data.workers, data.start_worker, seed)
+        self._worker_settings = (data.workers, data.start_worker, facts.seed)
 
     def _decide_layout(self, first: Collated, item: Any) -> None:
         """Decide on the inputs by the first batch; `item` is one of its samples."""
@@ -346,10 +334,8 @@ class _MapStyle(_UserSource):
 
     samples: int
 
-    def __init__(
-        self, config: PythonData, data: UserData, seed: int, classes: Sequence[str]
-    ) -> None:
-        super().__init__(config, data, seed, classes)
+    def __init__(self, config: PythonData, data: UserData, facts: OpeningFacts) -> None:
+        super().__init__(config, data, facts)
         self.samples = len(data.items)
         self._repeats = True
         self._spans = Spans()
@@ -422,10 +408,8 @@ class _MapStyle(_UserSource):
 class _Streamed(_UserSource):
     """An iterable, whose items are read once, in order."""
 
-    def __init__(
-        self, config: PythonData, data: UserData, seed: int, classes: Sequence[str]
-    ) -> None:
-        super().__init__(config, data, seed, classes)
+    def __init__(self, config: PythonData, data: UserData, facts: OpeningFacts) -> None:
+        super().__init__(config, data, facts)
         stream = ItemStream(data.items, data.batch_size, config.target)
         items, problem = stream.next_items()
         if problem:

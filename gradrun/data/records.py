@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from gradrun.config.data import RecordsData
-from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
 from gradrun.data.record_inputs import Columns, open_parser, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
-from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
+from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview, at_positions
 from gradrun.data.tables import IndexedRows
 from gradrun.results.result import Statement
 
@@ -29,29 +28,17 @@ _MAX_NOTED = 63
 """Filled columns, and columns with unknown categories, whose rows are counted."""
 
 
-def open_data(
-    config: RecordsData,
-    seed: int,
-    model: ModelConfig | None,
-    model_classes: Sequence[str] = (),
-    keep: Sequence[str] = (),
-) -> BatchSource:
+def open_data(config: RecordsData, facts: OpeningFacts) -> BatchSource:
     """Open a file of records and count its rows."""
-    return _Records(config, model, model_classes, keep)
+    return _Records(config, facts)
 
 
 class _Records(IndexedRows):
     config: RecordsData
     has_previews = True
 
-    def __init__(
-        self,
-        config: RecordsData,
-        model: ModelConfig | None,
-        model_classes: Sequence[str],
-        keep: Sequence[str],
-    ) -> None:
-        super().__init__(config, open_table(config, TABLE_READERS, model), model_classes, keep)
+    def __init__(self, config: RecordsData, facts: OpeningFacts) -> None:
+        super().__init__(config, open_table(config, TABLE_READERS, facts.model), facts)
         self._columns: dict[str, Columns] = {}
         with closing(self._table.read()) as records:
             self._scan(records)

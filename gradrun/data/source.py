@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 
+from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import list_names
 from gradrun.core.value_types import ValueType
@@ -29,6 +30,19 @@ class Preview(NamedTuple):
     text: str
     picture: bytes = b""
     """A small JPEG; empty if the input is not a picture."""
+
+
+class OpeningFacts(NamedTuple):
+    """The facts outside of the data section that decide how data are opened."""
+
+    seed: int = 0
+    """Of synthetic data, and of the workers of a DataLoader."""
+    model: ModelConfig | None = None
+    """The model section, which may provide the tokenizer or the preprocessing."""
+    classes: Sequence[str] = ()
+    """The class names of the model, which labels may use without data.classes."""
+    keep: Sequence[str] = ()
+    """Columns that are written beside the predictions; for records and texts only."""
 
 
 class BatchSource:

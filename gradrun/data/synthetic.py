@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
 from gradrun.config.data import SyntheticData, SyntheticInput
-from gradrun.config.model import ModelConfig
 from gradrun.core.errors import ConfigError
-from gradrun.data.source import BatchSource, ChunkedSource
+from gradrun.data.source import BatchSource, ChunkedSource, OpeningFacts
 
 _BLOCK_BYTES = 256 * 1024
 
 
-def open_data(
-    config: SyntheticData, seed: int, model: ModelConfig | None, model_classes: Sequence[str] = ()
-) -> BatchSource:
+def open_data(config: SyntheticData, facts: OpeningFacts) -> BatchSource:
     """Return a source that draws random rows when they are read."""
     readers = {
-        name: _SyntheticReader(spec, config.samples, f"data.inputs.{name}", (seed, i))
+        name: _SyntheticReader(spec, config.samples, f"data.inputs.{name}", (facts.seed, i))
         for i, (name, spec) in enumerate(config.inputs.items())
     }
     return ChunkedSource(readers, config.batch_size, config.call)

@@ -45,7 +45,7 @@ from gradrun.data.rows import (
     describe_absence,
     parse_boolean,
 )
-from gradrun.data.source import BatchSource, class_number, missing_labels
+from gradrun.data.source import BatchSource, OpeningFacts, class_number, missing_labels
 from gradrun.results.result import Statement
 
 _LABELS_CHUNK = 4096
@@ -406,19 +406,17 @@ class IndexedRows(BatchSource):
     config: TableData
     samples: int
 
-    def __init__(
-        self, config: TableData, table: Table, model_classes: Sequence[str], keep: Sequence[str]
-    ) -> None:
+    def __init__(self, config: TableData, table: Table, facts: OpeningFacts) -> None:
         """Check the kinds of the columns; `_observe` takes the rows into account.
 
         Raises:
             ConfigError: the files have columns of several kinds, or cannot be read.
         """
         self.config, self._table = config, table
-        self.classes = config.classes or classes_of_labels(table, config.labels, model_classes)
+        self.classes = config.classes or classes_of_labels(table, config.labels, facts.classes)
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self._ids = IdColumn(table, config.id) if config.id is not None else None
-        self._kept, self._index = KeptColumns(keep), RowIndex(config.batch_size)
+        self._kept, self._index = KeptColumns(facts.keep), RowIndex(config.batch_size)
         table.check_kinds(config.column_keys())
 
     def _observe(self, record: Record) -> None:

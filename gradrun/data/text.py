@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gradrun.config.data import TextData
-from gradrun.config.model import ModelConfig
 from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
 from gradrun.data.rows import BEGINNING, READERS, Position
-from gradrun.data.source import BatchSource, InputBatcher, Preview, at_positions
+from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview, at_positions
 from gradrun.data.tables import IndexedRows, Table
 from gradrun.data.text_files import Text, checked_rows, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
@@ -75,16 +74,10 @@ class _Chunk(NamedTuple):
         return [len(row) for row in self.tokens["input_ids"]]
 
 
-def open_data(
-    config: TextData,
-    seed: int,
-    model: ModelConfig | None,
-    model_classes: Sequence[str] = (),
-    keep: Sequence[str] = (),
-) -> BatchSource:
+def open_data(config: TextData, facts: OpeningFacts) -> BatchSource:
     """Count the texts of a file and tokenize the first chunk, which decides on grouping."""
-    table = open_table(config, READERS, model)
-    return Texts(config, table, Tokenization(config, model), model_classes, keep)
+    table = open_table(config, READERS, facts.model)
+    return Texts(config, table, Tokenization(config, facts.model), facts)
 
 
 class Texts(IndexedRows):
@@ -98,10 +91,9 @@ class Texts(IndexedRows):
         config: TextData,
         table: Table,
         tokenization: Tokenization,
-        model_classes: Sequence[str],
-        keep: Sequence[str] = (),
+        facts: OpeningFacts,
     ) -> None:
-        super().__init__(config, table, model_classes, keep)
+        super().__init__(config, table, facts)
         self.grouped = self.variable = config.batch_tokens is not None
         self.varying = config.padding == "longest"
         self._tokenization = tokenization
