@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +17,7 @@ from gradrun.data.audio_decoding import SUFFIXES, AudioDecoder, Samples, Trait
 from gradrun.data.audio_processor import AudioProcessor
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
-from gradrun.data.prefetch import decode_ahead
+from gradrun.data.decoded_files import DecodedFiles
 from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
 from gradrun.results.result import Statement
@@ -36,16 +33,12 @@ def open_data(config: AudioData, facts: OpeningFacts) -> BatchSource:
     return _Audio(config, listed, decoder, processor, facts.classes)
 
 
-class _Decoding(NamedTuple):
-    """A batch that is being decoded."""
-
-    numbers: range
-    files: list[Future[Samples | SampleError]]
+_File = Samples | SampleError
 
 
-class _Audio(BatchSource):
-    has_ids = has_previews = True
-    samples: int
+class _Audio(DecodedFiles[list[Future[_File]]]):
+    config: AudioData
+    noun = "audio file"
 
     def __init__(
         self,
@@ -55,11 +48,8 @@ class _Audio(BatchSource):
         processor: AudioProcessor | None,
         model_classes: Sequence[str],
     ) -> None:
-        self.config, self._listed, self._decoder = config, listed, decoder
-        self._processor = processor
-        self.classes = config.classes or listed.class_names(model_classes)
-        self.batch_size, self.samples = config.batch_size, len(listed.names)
-        self.flags = np.zeros(self.samples, np.uint8)
+        super().__init__(config, listed, len(listed.names), model_classes)
+        self._decoder, self._processor = decoder, processor
         self._rate = self._choose_rate()
         self._length = None if config.seconds is None else round(config.seconds * self._rate)
         call = "keyword" if processor and config.call == "auto" else config.call
@@ -70,34 +60,8 @@ class _Audio(BatchSource):
         inputs, _ = self._inputs([first])
         self.sample_bytes = sum(tensor.nbytes for tensor in inputs.values())
 
-    @property
-    def files(self) -> list[Path]:
-        return self._listed.paths
-
-    @property
-    def repeated_ids(self) -> int:
-        return self._listed.repeated
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        firsts = range(start, self.samples if stop is None else stop, self.batch_size)
-        threads = self.config.decode_threads
-        with closing(decode_ahead(self._decode, firsts, threads)) as decoding:
-            for numbers, files in decoding:
-                read = [file.result() for file in files]
-                inputs, errors = self._inputs(read)
-                lengths = self._lengths(read)
-                ids = [self._listed.names[number] for number in numbers]
-                yield self._new_batch(inputs, ids, errors, lengths=lengths)
-
-    def _decode(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
-        numbers = range(first, min(first + self.batch_size, self.samples))
-        return _Decoding(numbers, [pool.submit(self._try_read, number) for number in numbers])
-
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         yield from (Preview(self._listed.names[position]) for position in positions)
-
-    def labels(self) -> Iterator[torch.Tensor]:
-        return self._listed.label_numbers(range(self.samples), self.classes)
 
     def statements(self) -> Iterator[Statement]:
         config = self.config
@@ -164,19 +128,19 @@ class _Audio(BatchSource):
                     "data.path",
                 )
         if not found:
-            raise _unreadable(problem) from problem
+            raise self._unreadable(problem) from problem
         return next(iter(found))
 
-    def _first(self) -> Samples:
-        problem: SampleError | None = None
-        for number in range(self.samples):
-            try:
-                return self._read(number)
-            except SampleError as error:
-                problem = error
-        raise _unreadable(problem) from problem
+    def _decode(self, pool: ThreadPoolExecutor, numbers: range) -> list[Future[_File]]:
+        return [pool.submit(self._try_read, number) for number in numbers]
 
-    def _try_read(self, number: int) -> Samples | SampleError:
+    def _collate(self, numbers: range, decoding: list[Future[_File]]) -> Batch:
+        read = [file.result() for file in decoding]
+        inputs, errors = self._inputs(read)
+        ids = [self._listed.names[number] for number in numbers]
+        return self._new_batch(inputs, ids, errors, lengths=self._lengths(read))
+
+    def _try_read(self, number: int) -> _File:
         try:
             return self._read(number)
         except SampleError as error:
@@ -202,7 +166,7 @@ class _Audio(BatchSource):
         return samples[:, : self._length]
 
     def _inputs(
-        self, files: Sequence[Samples | SampleError]
+        self, files: Sequence[_File]
     ) -> tuple[dict[str, torch.Tensor], dict[int, SampleError]]:
         """Return the inputs of some files, each [n, ...], and the errors by row."""
         errors = {row: file for row, file in enumerate(files) if isinstance(file, SampleError)}
@@ -217,7 +181,7 @@ class _Audio(BatchSource):
                 tensor[list(errors)] = 0
         return inputs, errors
 
-    def _lengths(self, files: Sequence[Samples | SampleError]) -> dict[str, torch.Tensor]:
+    def _lengths(self, files: Sequence[_File]) -> dict[str, torch.Tensor]:
         """Return the lengths of files that are padded to the longest of the batch, by input."""
         if self._processor or self._length is not None:
             return {}
@@ -245,7 +209,3 @@ class _Audio(BatchSource):
         if config.lengths:
             inputs[config.lengths] = torch.tensor([file.shape[1] for file in samples])
         return inputs
-
-
-def _unreadable(problem: SampleError | None) -> ConfigError:
-    return ConfigError(f"no audio file can be read; the last error: {problem}", "data.path")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from gradrun.config.data import ImagesData
-from gradrun.core.errors import ConfigError, SampleError, first_line
+from gradrun.core.errors import SampleError, first_line
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
+from gradrun.data.decoded_files import DecodedFiles
 from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
 from gradrun.data.image_presets import preprocessing_of
 from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
-from gradrun.data.prefetch import decode_ahead
 from gradrun.data.sample_files import SampleFiles
 from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
 from gradrun.data.thumbnails import thumbnail_of_image
@@ -48,18 +46,15 @@ class _Page(NamedTuple):
     id: str
 
 
-class _Decoding(NamedTuple):
-    """A batch that is being decoded."""
-
-    numbers: range
-    rows: torch.Tensor | list[Pixels]
-    """The images [n, channels, height, width], or one by one if their sizes may differ."""
-    tasks: list[Future[dict[int, SampleError]]]
+_Rows = torch.Tensor | list[Pixels]
+"""The images [n, channels, height, width], or one by one if their sizes may differ."""
+_Errors = dict[int, SampleError]
+_Decoding = tuple[_Rows, list[Future[_Errors]]]
 
 
-class _Images(BatchSource):
-    has_ids = has_previews = True
-    samples: int
+class _Images(DecodedFiles[_Decoding]):
+    config: ImagesData
+    noun = "image"
 
     def __init__(
         self,
@@ -72,21 +67,11 @@ class _Images(BatchSource):
         self.config, self._listed, self._decoder = config, listed, decoder
         self._preprocessing = preprocessing
         self._pages = self._list_pages() if config.page == "all" else None
-        self.classes = config.classes or listed.class_names(model_classes)
-        self.batch_size = config.batch_size
-        self.samples = len(listed.names if self._pages is None else self._pages)
+        samples = len(listed.names if self._pages is None else self._pages)
+        super().__init__(config, listed, samples, model_classes)
         self._new_batch = InputBatcher(config.call, 1)
-        self.flags = np.zeros(self.samples, np.uint8)
-        self._shape = self._first_shape()
+        self._shape = self._first().shape
         self.sample_bytes = 4 * math.prod(self._shape)
-
-    @property
-    def files(self) -> list[Path]:
-        return self._listed.paths
-
-    @property
-    def repeated_ids(self) -> int:
-        return self._listed.repeated
 
     def _list_pages(self) -> list[_Page]:
         """Open all files, and return their pages."""
@@ -105,27 +90,6 @@ class _Images(BatchSource):
             return self._pages[number]
         page = self.config.page
         return _Page(number, 1 if page == "all" else page, self._listed.names[number])
-
-    def _first_shape(self) -> tuple[int, ...]:
-        last: SampleError | None = None
-        for number in range(self.samples):
-            try:
-                channels, height, width = self._read(number).shape
-                return channels, height, width
-            except SampleError as error:
-                last = error
-        raise ConfigError(f"no image can be read; the last error: {last}", "data.path") from last
-
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-        firsts = range(start, self.samples if stop is None else stop, self.batch_size)
-        threads = self.config.decode_threads
-        with closing(decode_ahead(self._decode, firsts, threads)) as decoding:
-            for numbers, rows, tasks in decoding:
-                errors = {row: error for task in tasks for row, error in task.result().items()}
-                ids = [self._page(number).id for number in numbers]
-                inputs = _padded(rows) if isinstance(rows, list) else (rows,)
-                names = (self.config.input, "sizes")
-                yield self._new_batch(dict(zip(names, inputs, strict=False)), ids, errors)
 
     def statements(self) -> Iterator[Statement]:
         files = len(self._listed.names)
@@ -160,9 +124,8 @@ class _Images(BatchSource):
 
     # --- decoding ------------------------------------------------------------------------------
 
-    def _decode(self, pool: ThreadPoolExecutor, first: int) -> _Decoding:
-        numbers = range(first, min(first + self.batch_size, self.samples))
-        rows: torch.Tensor | list[Pixels]
+    def _decode(self, pool: ThreadPoolExecutor, numbers: range) -> _Decoding:
+        rows: _Rows
         if self.config.call == "list":
             rows = [np.zeros((self._shape[0], 1, 1), np.float32)] * len(numbers)
         else:
@@ -171,11 +134,17 @@ class _Images(BatchSource):
             pool.submit(self._fill, rows, numbers, start, start + _IMAGES_PER_TASK)
             for start in range(0, len(numbers), _IMAGES_PER_TASK)
         ]
-        return _Decoding(numbers, rows, tasks)
+        return rows, tasks
 
-    def _fill(
-        self, rows: torch.Tensor | list[Pixels], numbers: range, start: int, stop: int
-    ) -> dict[int, SampleError]:
+    def _collate(self, numbers: range, decoding: _Decoding) -> Batch:
+        rows, tasks = decoding
+        errors = {row: error for task in tasks for row, error in task.result().items()}
+        ids = [self._page(number).id for number in numbers]
+        inputs = _padded(rows) if isinstance(rows, list) else (rows,)
+        names = (self.config.input, "sizes")
+        return self._new_batch(dict(zip(names, inputs, strict=False)), ids, errors)
+
+    def _fill(self, rows: _Rows, numbers: range, start: int, stop: int) -> _Errors:
         """Decode images into rows start to stop of a batch; return the errors by row."""
         errors = {}
         for row in range(start, min(stop, len(numbers))):

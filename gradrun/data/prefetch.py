@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Literal, TypeVar
 
-from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import GradrunError
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
-
-Decoding = TypeVar("Decoding")
 
 MIN_SECONDS = 0.001
 """Passing a batch between threads costs about a tenth of this."""
@@ -54,37 +49,5 @@ def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := ahead.popleft().result()) is not None:
             ahead.append(pool.submit(next, batches, None))
             yield batch
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def decode_ahead(
-    start: Callable[[ThreadPoolExecutor, int], Decoding],
-    firsts: Iterable[int],
-    threads: int | Literal["auto"],
-) -> Generator[Decoding, None, None]:
-    """Decode the files of batches in threads, some batches ahead of the one that is yielded.
-
-    Args:
-        start: submits the files of the batch with this first sample to the pool.
-        firsts: the first samples of the batches, in order.
-
-    Yields:
-        What `start` returned for each batch.
-    """
-    left = iter(firsts)
-    ahead: deque[Decoding] = deque()
-    wanted = 1  # often only the first batch is read, for example after an error
-    count = available_cpus() if threads == "auto" else threads
-    pool = ThreadPoolExecutor(count, "gradrun-decode")
-    try:
-        while True:
-            ahead.extend(
-                start(pool, first) for first in itertools.islice(left, wanted - len(ahead))
-            )
-            if not ahead:
-                return
-            yield ahead.popleft()
-            wanted = 1 + _BATCHES_AHEAD
     finally:
         pool.shutdown(cancel_futures=True)
