@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -107,7 +106,8 @@ class TextGenerator(nn.Module):
         # Those of transformers may begin in the prompt, and not all tokenizers can use them.
         for own in (settings, model.generation_config):
             own.update(stop_strings=None)
-        self._times = _Times()
+        self._batches: list[tuple[float, float, int, int]] = []
+        """Seconds until the first token and until the end, tokens, and steps of each batch."""
 
     def forward(
         self, sample_numbers: torch.Tensor | None = None, **inputs: torch.Tensor
@@ -135,19 +135,28 @@ class TextGenerator(nn.Module):
         sequences = self.model.generate(
             **inputs,
             generation_config=self._settings,
-            logits_processor=[_Step(step) for step in steps],
+            logits_processor=steps,
             stopping_criteria=self._criteria(watch, inputs),
         )
         watch.finish()
         rows = [self._until_end(row) for row in self._new_tokens(sequences, inputs).tolist()]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
-        self._times.add(watch, [len(row) for row in rows])
+        lengths = [len(row) for row in rows]
+        self._batches.append((watch.first, watch.total, sum(lengths), max(lengths)))
         return [self._before_stop(text) for text in texts]
 
     def take_times(self) -> Generation:
         """Return the times of the batches since the last call, and forget them."""
-        times, self._times = self._times, _Times()
-        return times.record()
+        first, total, tokens, steps = (
+            zip(*self._batches, strict=True) if self._batches else [()] * 4
+        )
+        self._batches = []
+        return Generation(
+            first_token_seconds=first,
+            batch_seconds=total,
+            batch_tokens=tokens,
+            batch_steps=steps,
+        )
 
     def _criteria(self, watch: _Watch, inputs: Mapping[str, torch.Tensor]) -> Any:
         found: list[Any] = [watch]
@@ -327,16 +336,6 @@ def _statements(
 # --- the steps of a token ------------------------------------------------------------------------
 
 
-class _Step:
-    """A function of (tokens, scores) as a logits processor."""
-
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
-        self._function = function
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return self._function(input_ids, scores)
-
-
 class _Sampler:
     """Chooses the next token of each row by the row's own random number."""
 
@@ -410,30 +409,6 @@ class _Watch:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter() - self._began
-
-
-class _Times:
-    """The times of all batches."""
-
-    def __init__(self) -> None:
-        self._first, self._total = array("d"), array("d")
-        self._tokens, self._steps = array("q"), array("q")
-
-    def add(self, watch: _Watch, lengths: Sequence[int]) -> None:
-        """Append a batch with texts of these lengths in tokens."""
-        self._first.append(watch.first)
-        self._total.append(watch.total)
-        self._tokens.append(sum(lengths))
-        self._steps.append(max(lengths, default=0))
-
-    def record(self) -> Generation:
-        """Return them as a record."""
-        return Generation(
-            first_token_seconds=tuple(self._first),
-            batch_seconds=tuple(self._total),
-            batch_tokens=tuple(self._tokens),
-            batch_steps=tuple(self._steps),
-        )
 
 
 def _without_padding(

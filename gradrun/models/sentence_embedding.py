@@ -163,10 +163,10 @@ def build_embedding(
     words: list[str] = []
     steps: list[nn.Module] = []
     for module in modules[1:]:
-        if module.kind not in _STEPS or _reads_tokens(module):
+        if module.kind not in {"Normalize", "Dense", "LayerNorm"} or _reads_tokens(module):
             return UnsupportedEmbedding(module.kind, source)
         try:
-            step, word = _STEPS[module.kind](module, source, revision)
+            step, word = _step(module, source, revision)
         except (KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
             text = f"{module.kind} in {module.path} of {source} cannot be loaded: "
             raise ConfigError(text + first_line(error), _KEY) from error
@@ -216,34 +216,20 @@ def _activation(name: str) -> nn.Module:
     return kind()
 
 
-def _normalize(
+def _step(
     module: SentenceModule, source: Path | str, revision: str | None
 ) -> tuple[nn.Module, str]:
-    return _Normalize(), "normalized"
-
-
-def _dense(
-    module: SentenceModule, source: Path | str, revision: str | None
-) -> tuple[nn.Module, str]:
-    dense = _Dense(module.settings)
-    dense.load_state_dict(_weights(module, source, revision))
-    return dense.float(), f"Dense to {dense.linear.out_features}"
-
-
-def _layer_norm(
-    module: SentenceModule, source: Path | str, revision: str | None
-) -> tuple[nn.Module, str]:
-    norm = nn.LayerNorm(module.settings["dimension"])
+    """Return a module after the pooling, with its weights, and its description."""
+    if module.kind == "Normalize":
+        return _Normalize(), "normalized"
     state = _weights(module, source, revision)
+    if module.kind == "Dense":
+        dense = _Dense(module.settings)
+        dense.load_state_dict(state)
+        return dense.float(), f"Dense to {dense.linear.out_features}"
+    norm = nn.LayerNorm(module.settings["dimension"])
     norm.load_state_dict({name.removeprefix("norm."): tensor for name, tensor in state.items()})
     return norm.float(), "LayerNorm"
-
-
-_STEPS: dict[str, Callable[..., tuple[nn.Module, str]]] = {
-    "Normalize": _normalize,
-    "Dense": _dense,
-    "LayerNorm": _layer_norm,
-}
 
 
 def _weights(
