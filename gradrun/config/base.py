@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,9 +50,7 @@ class PathResolver:
 
         A remote file is downloaded to the cache.
         """
-        if is_remote(path := as_path(path)):
-            path = _download(path)
-        resolved = _join(self._base, path)
+        resolved = self._local(path)
         if not resolved.exists():
             raise ValueError(f"file {resolved} does not exist")
         if not resolved.is_file():
@@ -64,9 +63,7 @@ class PathResolver:
 
         A remote folder is downloaded to the cache.
         """
-        if is_remote(path := as_path(path)):
-            path = _download(path)
-        resolved = _join(self._base, path)
+        resolved = self._local(path)
         if not resolved.is_dir():
             problem = "is a file, not a folder" if resolved.exists() else "does not exist"
             raise ValueError(f"{resolved} {problem}")
@@ -74,9 +71,8 @@ class PathResolver:
 
     def input_path(self, path: Path) -> Path:
         """Return the absolute path of an existing file or folder; raise ValueError otherwise."""
-        if is_remote(path := as_path(path)):
-            path = _download(path)
-        return resolved if (resolved := _join(self._base, path)).is_dir() else self.input_file(path)
+        resolved = self._local(path)
+        return resolved if resolved.is_dir() else self.input_file(resolved)
 
     def input_files(self, paths: Path | tuple[Path, ...]) -> Path | tuple[Path, ...]:
         """Return the absolute paths of existing files, folders and glob patterns.
@@ -84,17 +80,27 @@ class PathResolver:
         Raises:
             ValueError: one of them names no file.
         """
-        if not isinstance(paths, Path):
-            return tuple(self._input_files(path) for path in paths)
+        if isinstance(paths, tuple):
+            return tuple(map(self._input_files, paths))
         return self._input_files(paths)
 
     def _input_files(self, path: Path) -> Path:
         if path == Path("-"):  # standard input
             return path
         if is_remote(path := as_path(path)):
-            return _existing(path)
+            with _remote_errors(path):
+                if is_pattern(path) or path.exists():
+                    return path
+            raise ValueError(f"{path} does not exist")
         resolved = _join(self._base, path)
         return resolved if is_pattern(resolved) else self.input_path(path)
+
+    def _local(self, path: Path) -> Path:
+        """Return the absolute path of a file or folder; a remote one is downloaded."""
+        if is_remote(path := as_path(path)):
+            with _remote_errors(path):
+                path = local_copy(path)
+        return _join(self._base, path)
 
     def output_path(self, path: Path) -> Path:
         """Return the absolute path of an output; raise ValueError if it contains `..`."""
@@ -129,24 +135,13 @@ Target = Annotated[str, AfterValidator(resolve_target)]
 """Python code: file.py:name or package.module:name."""
 
 
-def _download(path: Path) -> Path:
+@contextmanager
+def _remote_errors(path: Path) -> Iterator[None]:
     try:
-        return local_copy(path)
+        yield
     except (OSError, ConfigError) as error:
-        raise ValueError(_remote_problem(path, error)) from error
-
-
-def _existing(path: Path) -> Path:
-    try:
-        if is_pattern(path) or path.exists():
-            return path
-    except (OSError, ConfigError) as error:
-        raise ValueError(_remote_problem(path, error)) from error
-    raise ValueError(f"{path} does not exist")
-
-
-def _remote_problem(path: Path, error: Exception) -> str:
-    return f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _join(base: Path, path: Path) -> Path:
@@ -168,10 +163,7 @@ def resolved_by(resolve: Callable[[PathResolver, Any], Any]) -> AfterValidator:
     """Return a validator that applies a PathResolver method if the validation has a resolver."""
 
     def validate(path: Any, info: ValidationInfo) -> Any:
-        if isinstance(path, Path):
-            path = as_path(path)
-        elif isinstance(path, tuple):
-            path = tuple(map(as_path, path))
+        path = tuple(map(as_path, path)) if isinstance(path, tuple) else as_path(path)
         return resolve(info.context, path) if info.context else path
 
     return AfterValidator(validate)

@@ -91,6 +91,12 @@ def list_names(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def first_names(names: Sequence[str], most: int) -> str:
+    """Format the first `most` names, and how many more there are: "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
+
+
 def count_of(done: int, samples: int | None) -> str:
     """Format (2, 1250) as "2 of 1,250 samples", and (2, None) as "2 samples"."""
     if samples is None:

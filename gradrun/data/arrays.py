@@ -28,6 +28,7 @@ from gradrun.core.input_files import (
 )
 from gradrun.core.remote import local_copy
 from gradrun.core.suggest import suggest
+from gradrun.core.units import first_names
 from gradrun.data.conversion import Conversion, Problems
 from gradrun.data.source import BatchSource, ChunkedSource, OpeningFacts, Preview
 from gradrun.data.thumbnails import thumbnail_of_array
@@ -400,12 +401,10 @@ def _choose(name: str | None, names: list[str], path: Path, key: str) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
-        more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-        listed = ", ".join(names[:_MAX_LISTED]) + more
         example = ", ".join(f"{one}: {{key: {one}}}" for one in names[:2])
         raise ConfigError(
-            f"{path.name} contains {len(names)} arrays ({listed}); select one, for example "
-            f"data.inputs: {{{example}}}",
+            f"{path.name} contains {len(names)} arrays ({first_names(names, _MAX_LISTED)}); select "
+            f"one, for example data.inputs: {{{example}}}",
             "data.inputs" if key == "data.inputs.input" else f"{key}.key",
         )
     if name not in names:

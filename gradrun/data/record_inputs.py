@@ -14,11 +14,13 @@ import torch
 from gradrun.config.columns import ColumnSection
 from gradrun.config.data import RecordInput
 from gradrun.core.errors import ConfigError, SampleError
+from gradrun.core.units import first_names
 from gradrun.data.column_encoding import ColumnEncoding
 from gradrun.data.conversion import Conversion, Problems
 from gradrun.data.rows import Record, describe_absence, parse_boolean, parse_number
 
 _DIGITS = re.compile(r"\s*[+-]?[0-9]+\s*")
+_LISTED = 6
 _EXACT = 2**53
 """Greatest whole number below which float64 has every whole number."""
 
@@ -199,12 +201,9 @@ class Columns:
         return Converted({self.name: tensor}, problems, nans)
 
     def describe(self) -> str:
-        return f"{self._listed()}, {self._conversion.describe(origin=False)}"
-
-    def _listed(self) -> str:
-        columns = ", ".join(self.spec.columns[:6])
-        more = f" and {len(self.spec.columns) - 6} more" if len(self.spec.columns) > 6 else ""
-        return f"{columns}{more}"
+        return (
+            f"{first_names(self.spec.columns, _LISTED)}, {self._conversion.describe(origin=False)}"
+        )
 
     def row(self, record: Record) -> Any:
         """Return the columns of a record as one row of numbers.
@@ -286,9 +285,9 @@ class ListColumns(Columns):
         axes = f", axes {list(spec.permute)}" if spec.permute else ""
         lengths = f"input {spec.lengths}" if spec.lengths is not None else "not passed to the model"
         return (
-            f"{self._listed()}, {dtype} [{item}]{scale}{axes}, lists of {lists.shortest:,} to "
-            f"{lists.longest:,} items, padded at the end with {spec.pad:g} to the longest of each "
-            f"batch; lengths: {lengths}"
+            f"{first_names(spec.columns, _LISTED)}, {dtype} [{item}]{scale}{axes}, lists of "
+            f"{lists.shortest:,} to {lists.longest:,} items, padded at the end with {spec.pad:g} to "
+            f"the longest of each batch; lengths: {lengths}"
         )
 
     def _converter(self, length: int) -> Conversion:

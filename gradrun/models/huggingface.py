@@ -12,6 +12,7 @@ from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import hub_errors, import_transformers, needs_trust
 from gradrun.core.pretrained import SentenceFolder, read_sentence_folder
+from gradrun.core.units import first_names
 from gradrun.models.initialization import describe_random
 from gradrun.models.loaded import LoadedModel
 from gradrun.models.sentence_embedding import build_embedding
@@ -64,8 +65,13 @@ def open_model(config: HuggingFaceModel, *, trust_code: bool) -> LoadedModel:
             output_loading_info=True,
         )
     missing = sorted(report["missing_keys"])
-    if not config.random_weights:
-        _check_weights(config, missing)
+    if missing and not config.random_weights:
+        raise ConfigError(
+            f"{config.path} has no weights for {first_names(missing, _MAX_LISTED)}; set "
+            "model.auto_class to the class that was saved, or set model.random_weights: true to "
+            "draw them from run.seed",
+            "model.auto_class",
+        )
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a single forward pass does not reuse a cache
     classes = _class_names(model.config) if "Classification" in config.auto_class else ()
@@ -153,14 +159,3 @@ def _attention_names(raw: Any) -> Iterator[str]:
         if "attn_implementation" in str(key):
             yield str(value)
         yield from _attention_names(value)
-
-
-def _check_weights(config: HuggingFaceModel, missing: list[str]) -> None:
-    if missing:
-        more = len(missing) - _MAX_LISTED
-        listed = ", ".join(missing[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-        raise ConfigError(
-            f"{config.path} has no weights for {listed}; set model.auto_class to the class that "
-            "was saved, or set model.random_weights: true to draw them from run.seed",
-            "model.auto_class",
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Any
@@ -12,6 +11,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from gradrun.core.units import first_names
 
 _MAX_LISTED = 3
 _OVERWRITING = {"copy_", "fill_", "zero_"}
@@ -88,9 +89,7 @@ def describe_random(names: Sequence[str], module: nn.Module) -> str:
     total = sum(1 for _ in module.parameters())
     if len(names) >= total:
         return seed
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    listed = ", ".join(itertools.islice(names, _MAX_LISTED))
-    return f"{len(names)} of {total} tensors {seed}: {listed}{more}"
+    return f"{len(names)} of {total} tensors {seed}: {first_names(names, _MAX_LISTED)}"
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

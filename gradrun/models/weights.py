@@ -23,6 +23,7 @@ from torch import nn
 
 from gradrun.core.errors import ConfigError, first_line
 from gradrun.core.options import option
+from gradrun.core.units import first_names
 from gradrun.results.result import Statement
 
 State = dict[str, Any]
@@ -119,7 +120,7 @@ def _partial_prefix(state: State, expected: State) -> list[str]:
             others = [key for key in state if key not in fitting]
             return [
                 f"{len(fitting)} of {len(state)} keys fit without their prefix {prefix!r}; save "
-                f"the file without {_shortened(others)}"
+                f"the file without {first_names(others, _MAX_LISTED)}"
             ]
     return []
 
@@ -191,12 +192,7 @@ def downloading(library: str, name: str) -> Iterator[None]:
 
 
 def _listed(problem: str, keys: list[str]) -> list[str]:
-    return [f"{problem}: {_shortened(keys)}"] if keys else []
-
-
-def _shortened(keys: list[str]) -> str:
-    more = f" and {len(keys) - _MAX_LISTED} more" if len(keys) > _MAX_LISTED else ""
-    return f"{', '.join(map(str, keys[:_MAX_LISTED]))}{more}"
+    return [f"{problem}: {first_names(keys, _MAX_LISTED)}"] if keys else []
 
 
 def _read(path: Path, nested_key: str | None, trust_code: bool) -> State:
