@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -15,7 +15,7 @@ from gradrun.data.hf_dataset import HFDataset
 from gradrun.data.row_transform import TransformedTable
 from gradrun.data.rows import BEGINNING, Position, Reader, Record
 from gradrun.data.sample_files import SampleFiles, list_samples
-from gradrun.data.tables import FileTable, IdColumn, RowIndex, Table
+from gradrun.data.tables import FileTable, Table
 from gradrun.results.result import Statement
 
 
@@ -39,7 +39,7 @@ def open_table(
     return TransformedTable(table, config.transform, model) if config.transform else table
 
 
-class _DatasetTable:
+class _DatasetTable(Table):
     """The rows of a dataset, with names in place of the numbers of classes."""
 
     suffix, has_columns = "", True
@@ -64,16 +64,9 @@ class _DatasetTable:
                 fields[labels] = self._dataset.names_of_classes(labels, fields[labels])
             yield Record(path, number, fields, Position(lines=number, checksum=None))
 
-    def describe(self, index: RowIndex) -> Iterator[Statement]:
-        yield from ()
-
-    def describe_order(self, ids: IdColumn | None) -> Statement:
-        described = ids.describe() if ids else "row numbers, from 0"
-        text = f"rows as in the dataset {self._dataset.name}; ids: {described}"
+    def describe_order(self, ids: str) -> Statement:
+        text = f"rows as in the dataset {self._dataset.name}; ids: {ids}"
         return Statement(topic="order", text=text)
-
-    def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
-        pass  # a dataset has one schema
 
     def check_columns(self, record: Record, columns: Iterable[tuple[str, str]]) -> None:
         named = [*columns]

@@ -286,8 +286,8 @@ class ListColumns(Columns):
         lengths = f"input {spec.lengths}" if spec.lengths is not None else "not passed to the model"
         return (
             f"{first_names(spec.columns, _LISTED)}, {dtype} [{item}]{scale}{axes}, lists of "
-            f"{lists.shortest:,} to {lists.longest:,} items, padded at the end with {spec.pad:g} to "
-            f"the longest of each batch; lengths: {lengths}"
+            f"{lists.shortest:,} to {lists.longest:,} items, padded at the end with {spec.pad:g} "
+            f"to the longest of each batch; lengths: {lengths}"
         )
 
     def _converter(self, length: int) -> Conversion:

@@ -125,7 +125,7 @@ class _Records(IndexedRows):
         with closing(self._table.read()) as records:
             for record in at_positions(records, positions):
                 values = (f"{column} {_shorten(record.fields.get(column))}" for column in shown)
-                name = f"{self._row_ids([record], 0, {})[0]}: " if self._ids else ""
+                name = f"{self._ids.of(record, 0)[0]}: " if self._ids else ""
                 yield Preview(f"{name}{', '.join(values)}{more}")
 
     def statements(self) -> Iterator[Statement]:
@@ -195,10 +195,9 @@ class _Records(IndexedRows):
             return range(first, first + len(records))
         ids: list[int | str] = []
         for row, record in enumerate(records):
-            try:
-                ids.append(self._ids.of(record))
-            except SampleError as error:
-                ids.append(f"row {first + row}")
+            name, error = self._ids.of(record, first + row)
+            ids.append(name)
+            if error:
                 errors.setdefault(row, error)
         return ids
 

@@ -11,13 +11,13 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.imports import describe_user_error, import_target, target_root
 from gradrun.core.suggest import suggest
 from gradrun.data.rows import BEGINNING, Position, Record
-from gradrun.data.tables import IdColumn, RowIndex, Table
+from gradrun.data.tables import RowIndex, Table
 from gradrun.results.result import Statement
 
 _KEY = "data.transform"
 
 
-class TransformedTable:
+class TransformedTable(Table):
     """A table whose rows are the results of a function of rows.
 
     The function gets a row as a dict, and returns a dict. It runs at least twice for each row: when
@@ -57,11 +57,8 @@ class TransformedTable:
             topic="transform", text=f"every row by {self._name}, before all other steps"
         )
 
-    def describe_order(self, ids: IdColumn | None) -> Statement:
+    def describe_order(self, ids: str) -> Statement:
         return self._table.describe_order(ids)
-
-    def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
-        pass  # the function decides on the kinds
 
     def check_columns(self, record: Record, columns: Iterable[tuple[str, str]]) -> None:
         for key, column in columns:

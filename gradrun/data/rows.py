@@ -287,6 +287,26 @@ def _read_lines(files: LineFiles, path: Path, start: Position, _: str) -> Genera
 
 
 def _read_parquet(_: LineFiles, path: Path, start: Position, __: str) -> Generator[Record]:
+    with _parquet_file(path) as file:
+        _check_unique(file.schema_arrow.names, str(path))
+        groups, first = list(range(file.num_row_groups)), 0
+        while groups and first + (rows := file.metadata.row_group(groups[0]).num_rows) <= (
+            start.lines
+        ):
+            groups, first = groups[1:], first + rows
+        numbers = itertools.count(start.lines + 1)
+        for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups):
+            skipped = min(max(0, start.lines - first), batch.num_rows)
+            first += batch.num_rows
+            columns = [column.to_pylist() for column in batch.slice(skipped).columns]
+            for row in zip(*columns, strict=True):
+                number = next(numbers)
+                end = Position(file=start.file, lines=number, checksum=None)
+                yield Record(path, number, dict(zip(batch.schema.names, row, strict=True)), end)
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     parquet = import_optional("pyarrow", "data.path", "parquet")
     try:
         # Pre-buffering would load a whole row group, which may be the whole file.
@@ -294,21 +314,7 @@ def _read_parquet(_: LineFiles, path: Path, start: Position, __: str) -> Generat
             open_input(path) as opened,
             parquet.ParquetFile(opened, pre_buffer=False, buffer_size=_PARQUET_BUFFER) as file,
         ):
-            _check_unique(file.schema_arrow.names, str(path))
-            groups, first = list(range(file.num_row_groups)), 0
-            while groups and first + (rows := file.metadata.row_group(groups[0]).num_rows) <= (
-                start.lines
-            ):
-                groups, first = groups[1:], first + rows
-            numbers = itertools.count(start.lines + 1)
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups):
-                skipped = min(max(0, start.lines - first), batch.num_rows)
-                first += batch.num_rows
-                columns = [column.to_pylist() for column in batch.slice(skipped).columns]
-                for row in zip(*columns, strict=True):
-                    number = next(numbers)
-                    end = Position(file=start.file, lines=number, checksum=None)
-                    yield Record(path, number, dict(zip(batch.schema.names, row, strict=True)), end)
+            yield file
     except ConfigError:
         raise
     except Exception as error:  # pyarrow raises many types of error for a damaged file
@@ -323,12 +329,8 @@ def column_kinds(path: Path, columns: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: the file cannot be read.
     """
-    parquet = import_optional("pyarrow", "data.path", "parquet")
-    try:
-        with open_input(path) as opened, parquet.ParquetFile(opened) as file:
-            schema = file.schema_arrow
-    except Exception as error:  # pyarrow raises many types of error for a damaged file
-        raise ConfigError(f"{path} cannot be read as Parquet: {error}", "data.path") from error
+    with _parquet_file(path) as file:
+        schema = file.schema_arrow
     return {name: _kind(schema.field(name).type) for name in columns if name in schema.names}
 
 

@@ -52,7 +52,7 @@ _LABELS_CHUNK = 4096
 _INT64 = range(-(2**63), 2**63)
 
 
-class Table(Protocol):
+class Table:
     """Rows that can be read from any position on."""
 
     suffix: str
@@ -63,9 +63,11 @@ class Table(Protocol):
     @property
     def files(self) -> Sequence[Path]:
         """The files with the rows."""
+        raise NotImplementedError
 
     def class_names(self, column: str) -> tuple[str, ...]:
         """Return the names of the classes in a column of labels, if the table has them."""
+        return ()
 
     def read(self, start: Position = BEGINNING) -> Generator[Record]:
         """Yield the rows from `start` on, one at a time.
@@ -73,12 +75,15 @@ class Table(Protocol):
         Raises:
             ConfigError: they cannot be read, or the columns have no unique names.
         """
+        raise NotImplementedError
 
     def describe(self, index: RowIndex) -> Iterator[Statement]:
         """Yield the statements of the files: how many, of which format, and those left out."""
+        return iter(())
 
-    def describe_order(self, ids: IdColumn | None) -> Statement:
-        """Return the statement of the order of the samples and of their ids."""
+    def describe_order(self, ids: str) -> Statement:
+        """Return the statement of the order of the samples and of their ids, as described."""
+        raise NotImplementedError
 
     def check_kinds(self, columns: Iterable[tuple[str, str]]) -> None:
         """Check that the columns of a config have one kind in all Parquet files.
@@ -99,9 +104,10 @@ class Table(Protocol):
         Raises:
             ConfigError: it lacks one of them.
         """
+        raise NotImplementedError
 
 
-class FileTable:
+class FileTable(Table):
     """The rows of one or several files of one format."""
 
     def __init__(self, config: TableData, readers: Mapping[str, Reader]) -> None:
@@ -140,9 +146,6 @@ class FileTable:
     @property
     def files(self) -> tuple[Path, ...]:
         return self._listed.files
-
-    def class_names(self, column: str) -> tuple[str, ...]:
-        return ()
 
     def read(self, start: Position = BEGINNING) -> Generator[Record]:
         at = start
@@ -195,11 +198,10 @@ class FileTable:
             yield Statement(topic="files", text=f"{self._listed.left_out} not read")
         yield from self._mixed
 
-    def describe_order(self, ids: IdColumn | None) -> Statement:
+    def describe_order(self, ids: str) -> Statement:
         rows = "rows" if self.has_columns else "lines"
         files = self.files[0].name if len(self.files) == 1 else f"the files, {self._listed.order}"
-        described = ids.describe() if ids else "row numbers, from 0"
-        return Statement(topic="order", text=f"{rows} as in {files}; ids: {described}")
+        return Statement(topic="order", text=f"{rows} as in {files}; ids: {ids}")
 
     def check_columns(self, record: Record, columns: Iterable[tuple[str, str]]) -> None:
         for key, column in columns:
@@ -250,21 +252,18 @@ class IdColumn:
             self._hashes.append(hash(str(value)))
         self.whole = self.whole and value is not None and self._is_whole(value)
 
-    def of(self, record: Record) -> int | str:
-        """Return the id of a row.
-
-        Raises:
-            SampleError: the id is missing.
-        """
+    def of(self, record: Record, number: int) -> tuple[int | str, SampleError | None]:
+        """Return the id of a row, or one made of its number and the error if it is missing."""
         value: Any = record.fields.get(self.column)
         if _is_missing(value):
             absence = describe_absence(record, self.column)
-            raise SampleError(f"{record.place}  the id {self.column!r} is {absence}")
+            text = f"{record.place}  the id {self.column!r} is {absence}"
+            return f"row {number}", SampleError(text)
         if self.whole:
-            return int(value)
+            return int(value), None
         text = str(value)
         # JSON can contain one half of a surrogate pair, which no file of predictions can.
-        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+        return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode(), None
 
     @property
     def type(self) -> str:
@@ -432,7 +431,8 @@ class IndexedRows(BatchSource):
 
     def statements(self) -> Iterator[Statement]:
         yield from self._table.describe(self._index)
-        yield self._table.describe_order(self._ids)
+        ids = self._ids.describe() if self._ids else "row numbers, from 0"
+        yield self._table.describe_order(ids)
         yield from self._kept.statements()
         if self.config.labels is not None:
             yield Statement(topic="labels", text=self._describe_labels(self.config.labels))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from gradrun.config.data import TextData
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.suggest import suggest
-from gradrun.data.rows import BEGINNING, Position, Record, describe_absence, has_fixed_columns
+from gradrun.data.rows import Position, Record, describe_absence, has_fixed_columns
 from gradrun.data.tables import IdColumn, Table
 
 
@@ -58,8 +58,8 @@ def read_texts(
     config: TextData,
     table: Table,
     ids: IdColumn | None,
-    start: Position = BEGINNING,
-    kept: Callable[[Record], tuple[Any, ...]] = lambda _: (),
+    start: Position,
+    kept: Callable[[Record], tuple[Any, ...]],
 ) -> Generator[Text]:
     """Yield the texts of a table from `start` on, with ids from a column if there is one.
 
@@ -71,13 +71,7 @@ def read_texts(
     """
     columns = config.fields if table.has_columns else ("text",)
     for number, record in enumerate(table.read(start), start.rows):
-        sample: int | str = number
-        missing: SampleError | None = None
-        if ids:
-            try:
-                sample = ids.of(record)
-            except SampleError as error:
-                sample, missing = f"row {number}", error
+        sample, missing = ids.of(record, number) if ids else (number, None)
         text = _text(record, columns, sample, chat=config.chat)
         yield text._replace(error=text.error or missing, kept=kept(record))
 
