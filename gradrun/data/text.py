@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -56,18 +56,13 @@ class _Chunk(NamedTuple):
     """The tokens of some texts, in the order in which they are run."""
 
     tokens: Tokens
-    numbers: Sequence[int]
-    """Position of each text in the data."""
-    ids: Sequence[int | str]
-    kept: list[tuple[Any, ...]]
-    """The values of the columns that are written beside the predictions."""
+    texts: list[Text]
+    """The texts without their content."""
     layout: _Layout
     errors: dict[int, SampleError]
     """Row -> why its text cannot be run."""
     full_lengths: list[int]
     """Tokens of each text before it was truncated."""
-    repaired: list[str]
-    """File and line of each text with replaced halves of surrogate pairs, "" for others."""
 
     @property
     def lengths(self) -> list[int]:
@@ -107,7 +102,7 @@ class Texts(IndexedRows):
         self.samples = self._index.rows
         with closing(self._texts()) as texts:
             first = list(itertools.islice(texts, CHUNK_BATCHES * config.batch_size))
-        chunk = self._tokenize(0, first)
+        chunk = self._tokenize(first)
         in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
         fits = min(CHUNK_TEXTS, in_memory) // config.batch_size
         # Rounded up, so that no short chunk is left: its texts would be padded more.
@@ -131,7 +126,7 @@ class Texts(IndexedRows):
         for first, chunk in self._chunks(start, end):
             for begin, behind in chunk.layout.batches():
                 if start - first <= begin < end - first:
-                    yield self._batch(chunk, begin, behind)
+                    yield self._batch(first, chunk, begin, behind)
 
     def input_positions(self, start: int, stop: int) -> Sequence[int]:
         first = start - start % self.chunk_size
@@ -176,7 +171,7 @@ class Texts(IndexedRows):
             yield recent
             return
         for begin, rows in self._groups(self._texts, first, end, self.chunk_size):
-            chunk = self._tokenize(begin, rows)
+            chunk = self._tokenize(rows)
             self._remember(begin, chunk)
             yield begin, chunk
 
@@ -186,7 +181,7 @@ class Texts(IndexedRows):
             next(self._chunks(first, min(first + self.chunk_size, self.samples)))
         return self._layouts[first]
 
-    def _tokenize(self, first: int, texts: list[Text]) -> _Chunk:
+    def _tokenize(self, texts: list[Text]) -> _Chunk:
         tokens, full_lengths, errors = self._tokenization.tokenize(texts)
         order: Sequence[int] = range(len(texts))
         starts: Sequence[int] = range(0, len(texts), self.batch_size)
@@ -198,13 +193,10 @@ class Texts(IndexedRows):
         errors = {row: errors[i] for row, i in enumerate(order) if i in errors}
         return _Chunk(
             tokens=tokens,
-            numbers=[first + i for i in order],
-            ids=[texts[i].id for i in order],
-            kept=[texts[i].kept for i in order],
+            texts=[texts[i]._replace(parts=(), messages=()) for i in order],
             layout=_Layout(order, starts),
             errors=errors,
             full_lengths=[full_lengths[i] for i in order],
-            repaired=[Path(texts[i].place).name if texts[i].repaired else "" for i in order],
         )
 
     def _by_length(self, lengths: list[int]) -> list[list[int]]:
@@ -236,14 +228,16 @@ class Texts(IndexedRows):
         limit = self.config.batch_tokens
         return min(self.batch_size, max(1, limit // max(1, length))) if limit else self.batch_size
 
-    def _batch(self, chunk: _Chunk, start: int, stop: int) -> Batch:
+    def _batch(self, first: int, chunk: _Chunk, start: int, stop: int) -> Batch:
         rows = {name: rows[start:stop] for name, rows in chunk.tokens.items()}
         errors = {row - start: e for row, e in chunk.errors.items() if start <= row < stop}
         inputs = self._tokenization.pad(rows)
         if self._numbered:
-            inputs["sample_numbers"] = torch.tensor(chunk.numbers[start:stop])
-        kept = self._kept.batch(chunk.kept[start:stop])
-        return self._new_batch(inputs, chunk.ids[start:stop], errors, kept)
+            order = chunk.layout.order[start:stop]
+            inputs["sample_numbers"] = torch.tensor([first + i for i in order])
+        texts = chunk.texts[start:stop]
+        kept = self._kept.batch(text.kept for text in texts)
+        return self._new_batch(inputs, [text.id for text in texts], errors, kept)
 
     def _remember(self, first: int, chunk: _Chunk) -> None:
         self._recent = first, chunk
@@ -261,7 +255,7 @@ class Texts(IndexedRows):
         for start, stop in chunk.layout.batches():
             rows = slice(start, stop)
             full = chunk.full_lengths[rows]
-            repaired = [place for place in chunk.repaired[rows] if place]
+            repaired = [Path(text.place).name for text in chunk.texts[rows] if text.repaired]
             self._padding[first + start] = Padding(
                 texts=len(full),
                 truncated=sum(length > limit > 0 for length in full),
