@@ -57,8 +57,8 @@ class Converted(NamedTuple):
     """The length of each row, if rows are padded to the longest."""
 
 
-def open_parser(name: str, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> Parser:
-    """Return the parser of an input, for rows of one shape or for lists.
+def open_columns(name: str, spec: RecordInput, encoded: Mapping[str, ColumnSection]) -> Columns:
+    """Return the columns of an input, as rows of one shape or as lists.
 
     Raises:
         ConfigError: keys of the input exclude each other.
@@ -67,31 +67,36 @@ def open_parser(name: str, spec: RecordInput, columns: Mapping[str, ColumnSectio
     if spec.pad is None:
         if spec.lengths is not None:
             raise ConfigError("lengths needs pad, the value that fills shorter lists", key)
-        return Parser(spec, columns)
+        return Columns(name, spec, encoded)
     if spec.shape and spec.permute:
         raise ConfigError("with pad, set either shape (of one item) or permute", f"{key}.shape")
-    return ListParser(spec, columns)
+    return ListColumns(name, spec, encoded)
 
 
-class Parser:
-    """Reads the columns of one input as numbers."""
+class Columns:
+    """The columns of one input, as rows of one shape, which `expect` decides."""
 
-    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
-        self.spec = spec
+    def __init__(self, name: str, spec: RecordInput, encoded: Mapping[str, ColumnSection]) -> None:
+        self.name, self.spec, self._key = name, spec, f"data.inputs.{name}"
         self.kind = np.int64 if "int" in spec.dtype else np.float64
         self._parse = _number_parser(spec.dtype)
         self.encodings = {
-            name: ColumnEncoding(name, columns[name], self._parse, spec.dtype)
+            name: ColumnEncoding(name, encoded[name], self._parse, spec.dtype)
             for name in spec.columns
-            if name in columns
+            if name in encoded
         }
-
-    def columns(self, name: str, form: Any) -> Columns:
-        """Return the columns as rows of a form that `values` returned."""
-        return Columns(name, self, form)
+        self.sample_bytes = 0
 
     def observe(self, record: Record) -> None:
-        """Take a row into account that is not parsed yet."""
+        """Take a row into account; call it for every row before `expect`."""
+
+    def expect(self, form: Any) -> None:
+        """Expect rows of a form that `values` returned."""
+        self._form: Form = form
+        axes_matter = len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute)
+        stored = form.lists[0][1] if axes_matter and form.lists else (form.width,)
+        self._conversion = Conversion(self.spec, stored, torch.float64, self._key)
+        self.sample_bytes = self._conversion.sample_bytes
 
     def values(self, record: Record) -> tuple[list[float], Any]:
         """Return the columns of a record as one row of numbers, with lists flattened, and its form.
@@ -132,23 +137,75 @@ class Parser:
             return "a list of lists of different lengths, or contains more than numbers"
         return f"{value!r:.60}, not a number of type {self.spec.dtype}"
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors."""
+        return [self.name]
 
-class ListParser(Parser):
-    """Reads columns of lists, whose lengths differ from row to row."""
+    def buffer(self, rows: int) -> Any:
+        """Return a sequence whose items are set to `row(...)`, for `convert`."""
+        return np.zeros((rows, self._form.width), self.kind)
 
-    def __init__(self, spec: RecordInput, columns: Mapping[str, ColumnSection]) -> None:
-        super().__init__(spec, columns)
-        self.shortest, self.longest = 0, 0
+    def convert(self, rows: Any) -> Converted:
+        """Return the tensors of a buffer; rows that were not set are zero."""
+        nans = _rows_with_nan(rows)
+        tensor, problems = self._conversion(torch.from_numpy(rows))
+        return Converted({self.name: tensor}, problems, nans)
+
+    def describe(self) -> str:
+        return (
+            f"{first_names(self.spec.columns, _LISTED)}, {self._conversion.describe(origin=False)}"
+        )
+
+    def row(self, record: Record) -> Any:
+        """Return the columns of a record as one row of numbers.
+
+        Raises:
+            SampleError: a value is missing or not a number, or the row has another shape.
+        """
+        row, form = self.values(record)
+        usual = self._form
+        if form.width != usual.width:
+            raise SampleError(
+                f"{record.place}  {form.width} values for input {self.name!r}, but most rows have "
+                f"{usual.width}; set data.inputs.{self.name}.pad to pad lists of different "
+                "length"
+            )
+        if form != usual and (self.spec.permute or not form.fits(usual)):
+            found, most = (
+                ", ".join(f"{self.spec.columns[at]} {list(shape)}" for at, shape in lists) or "none"
+                for lists in (form.lists, usual.lists)
+            )
+            raise SampleError(
+                f"{record.place}  input {self.name!r} has lists of the shapes {found}, but most "
+                f"rows {most}"
+            )
+        return row
+
+
+class ListColumns(Columns):
+    """Columns of lists, padded at their end to the longest list of each batch."""
+
+    def __init__(self, name: str, spec: RecordInput, encoded: Mapping[str, ColumnSection]) -> None:
+        super().__init__(name, spec, encoded)
+        self._shortest, self._longest = 0, 0
         """Numbers of items of all lists that were observed, except empty ones."""
-
-    def columns(self, name: str, form: Any) -> Columns:
-        return ListColumns(name, self, form)
+        try:
+            self._parse(spec.pad)
+        except ValueError:
+            raise ConfigError(
+                f"{spec.pad:g} is not a number of type {spec.dtype}", f"{self._key}.pad"
+            ) from None
 
     def observe(self, record: Record) -> None:
         value = record.fields.get(self.spec.columns[0])
         if isinstance(value, list) and value:
-            self.shortest = min(self.shortest or len(value), len(value))
-            self.longest = max(self.longest, len(value))
+            self._shortest = min(self._shortest or len(value), len(value))
+            self._longest = max(self._longest, len(value))
+
+    def expect(self, form: Any) -> None:
+        self._item: tuple[int, ...] = form
+        self.sample_bytes = self._converter(self._longest).sample_bytes
 
     def values(self, record: Record) -> tuple[list[float], Any]:
         """Return the numbers of a record, and the shape of one item as their form."""
@@ -173,74 +230,6 @@ class ListParser(Parser):
         problem = "an empty list" if value == [] else problem
         raise SampleError(f"{record.place}  column {column!r} is {problem}")
 
-
-class Columns:
-    """The columns of one input, as rows of one shape."""
-
-    def __init__(self, name: str, parser: Parser, form: Form) -> None:
-        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
-        self._parser, self._form = parser, form
-        axes_matter = len(self.spec.columns) == 1 and (self.spec.shape or self.spec.permute)
-        stored = form.lists[0][1] if axes_matter and form.lists else (form.width,)
-        self._conversion = Conversion(parser.spec, stored, torch.float64, f"data.inputs.{name}")
-        self.sample_bytes = self._conversion.sample_bytes
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the tensors."""
-        return [self.name]
-
-    def buffer(self, rows: int) -> Any:
-        """Return a sequence whose items are set to `row(...)`, for `convert`."""
-        return np.zeros((rows, self._form.width), self._parser.kind)
-
-    def convert(self, rows: Any) -> Converted:
-        """Return the tensors of a buffer; rows that were not set are zero."""
-        nans = _rows_with_nan(rows)
-        tensor, problems = self._conversion(torch.from_numpy(rows))
-        return Converted({self.name: tensor}, problems, nans)
-
-    def describe(self) -> str:
-        return (
-            f"{first_names(self.spec.columns, _LISTED)}, {self._conversion.describe(origin=False)}"
-        )
-
-    def row(self, record: Record) -> Any:
-        """Return the columns of a record as one row of numbers.
-
-        Raises:
-            SampleError: a value is missing or not a number, or the row has another shape.
-        """
-        row, form = self._parser.values(record)
-        usual = self._form
-        if form.width != usual.width:
-            raise SampleError(
-                f"{record.place}  {form.width} values for input {self.name!r}, but most rows have "
-                f"{usual.width}; set data.inputs.{self.name}.pad to pad lists of different "
-                "length"
-            )
-        if form != usual and (self.spec.permute or not form.fits(usual)):
-            found, most = (
-                ", ".join(f"{self.spec.columns[at]} {list(shape)}" for at, shape in lists) or "none"
-                for lists in (form.lists, usual.lists)
-            )
-            raise SampleError(
-                f"{record.place}  input {self.name!r} has lists of the shapes {found}, but most "
-                f"rows {most}"
-            )
-        return row
-
-
-class ListColumns(Columns):
-    """Columns of lists, padded at their end to the longest list of each batch."""
-
-    def __init__(self, name: str, parser: ListParser, item: tuple[int, ...]) -> None:
-        self.name, self.spec, self.encodings = name, parser.spec, parser.encodings
-        self._parser, self._item, self._lists = parser, item, parser
-        self._key = f"data.inputs.{name}"
-        self.sample_bytes = self._converter(parser.longest).sample_bytes
-        self._check_pad()
-
     @property
     def names(self) -> list[str]:
         return [self.name] if self.spec.lengths is None else [self.name, self.spec.lengths]
@@ -254,13 +243,13 @@ class ListColumns(Columns):
         Raises:
             SampleError: a column has no list of numbers, or its items have another shape.
         """
-        values, item = self._parser.values(record)
+        values, item = self.values(record)
         if item != self._item:
             raise SampleError(
                 f"{record.place}  an item of input {self.name!r} has the shape {list(item)}, but "
                 f"those of most rows {list(self._item)}"
             )
-        array = np.array(values, self._parser.kind)
+        array = np.array(values, self.kind)
         if len(self.spec.columns) > 1:  # one column after the other
             return array.reshape(len(self.spec.columns), -1).T
         return array.reshape(-1, *item)
@@ -268,7 +257,7 @@ class ListColumns(Columns):
     def convert(self, rows: Any) -> Converted:
         lengths = [0 if row is None else len(row) for row in rows]
         shape = (len(rows), max(lengths), *self._item)
-        padded = np.full(shape, self.spec.pad, self._parser.kind)
+        padded = np.full(shape, self.spec.pad, self.kind)
         for target, row in zip(padded, rows, strict=True):
             if row is not None:
                 target[: len(row)] = row
@@ -279,14 +268,14 @@ class ListColumns(Columns):
         return Converted(tensors, problems, _rows_with_nan(padded), counts)
 
     def describe(self) -> str:
-        spec, lists = self.spec, self._lists
+        spec = self.spec
         dtype, item = spec.dtype, ", ".join(map(str, ("length", *(spec.shape or self._item))))
         scale = f", x {spec.scale:g}" if spec.scale is not None else ""
         axes = f", axes {list(spec.permute)}" if spec.permute else ""
         lengths = f"input {spec.lengths}" if spec.lengths is not None else "not passed to the model"
         return (
             f"{first_names(spec.columns, _LISTED)}, {dtype} [{item}]{scale}{axes}, lists of "
-            f"{lists.shortest:,} to {lists.longest:,} items, padded at the end with {spec.pad:g} "
+            f"{self._shortest:,} to {self._longest:,} items, padded at the end with {spec.pad:g} "
             f"to the longest of each batch; lengths: {lengths}"
         )
 
@@ -295,14 +284,6 @@ class ListColumns(Columns):
         shape = None if self.spec.shape is None else (length, *self.spec.shape)
         spec = self.spec.model_copy(update={"shape": shape})
         return Conversion(spec, (length, *self._item), torch.float64, self._key)
-
-    def _check_pad(self) -> None:
-        try:
-            _number_parser(self.spec.dtype)(self.spec.pad)
-        except ValueError:
-            raise ConfigError(
-                f"{self.spec.pad:g} is not a number of type {self.spec.dtype}", f"{self._key}.pad"
-            ) from None
 
 
 def _rows_with_nan(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:

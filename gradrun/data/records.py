@@ -15,7 +15,7 @@ from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.units import pluralize
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
-from gradrun.data.record_inputs import Columns, open_parser, short_number
+from gradrun.data.record_inputs import Columns, open_columns, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
 from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview, at_positions
 from gradrun.data.tables import IndexedRows
@@ -63,10 +63,10 @@ class _Records(IndexedRows):
         first: Record | None = None
         checked = -1
         problem: SampleError | None = None
-        parsers = {
-            name: open_parser(name, spec, self.config.columns)
+        inputs = [
+            open_columns(name, spec, self.config.columns)
             for name, spec in self.config.inputs.items()
-        }
+        ]
         absent = self._filled_columns() if not has_fixed_columns(self._table.files[0]) else set()
         forms: Counter[tuple[Any, ...]] = Counter()
         for record in records:
@@ -77,13 +77,13 @@ class _Records(IndexedRows):
                 first, checked = first or record, record.end.file
                 if has_fixed_columns(record.path):
                     self._table.check_columns(record, self.config.column_keys())
-            for parser in parsers.values():
-                parser.observe(record)
+            for columns in inputs:
+                columns.observe(record)
             if forms.total() == _DECIDING_ROWS:
                 continue
             try:
                 self._check(record)
-                forms[tuple(parser.values(record)[1] for parser in parsers.values())] += 1
+                forms[tuple(columns.values(record)[1] for columns in inputs)] += 1
             except SampleError as error:
                 problem = problem or error
         if absent and first:  # otherwise a wrong name would be filled in every row
@@ -91,8 +91,9 @@ class _Records(IndexedRows):
             self._table.check_columns(first, missing)
         if forms:
             ((usual, _),) = forms.most_common(1)  # the first rows may be the bad ones
-            for (name, parser), form in zip(parsers.items(), usual, strict=True):
-                self._columns[name] = parser.columns(name, form)
+            for columns, form in zip(inputs, usual, strict=True):
+                columns.expect(form)
+                self._columns[columns.name] = columns
             return
         if first:
             self._table.check_columns(first, self.config.column_keys())
