@@ -23,7 +23,7 @@ from gradrun.config.load import load_config
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.core.progress import Progress
-from gradrun.data import open_data, prefetch
+from gradrun.data import decoded_files, open_data
 from gradrun.data.source import BatchSource
 from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import FORMATS
@@ -258,7 +258,7 @@ def test_as_many_threads_decode_as_the_config_says(
             used.append(count)
             super().__init__(count, name)
 
-    monkeypatch.setattr(prefetch, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(decoded_files, "ThreadPoolExecutor", Pool)
     one, other = (
         opened(digits, mode="L", pattern="0/*.png", decode_threads=count)
         for count in ("auto", threads)
