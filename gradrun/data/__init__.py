@@ -18,10 +18,10 @@ from gradrun.data.source import BatchSource, OpeningFacts
 SOURCES: dict[str, Callable[[Any, OpeningFacts], BatchSource]] = {
     "arrays": arrays.open_data,
     "synthetic": synthetic.open_data,
-    "records": records.open_data,
-    "text": text.open_data,
-    "images": images.open_data,
-    "audio": audio.open_data,
+    "records": records.Records,
+    "text": text.Texts,
+    "images": images.Images,
+    "audio": audio.Audio,
     "object": objects.open_data,
     "python": python.open_data,
 }

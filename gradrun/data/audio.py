@@ -18,41 +18,29 @@ from gradrun.data.audio_processor import AudioProcessor
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_samples
 from gradrun.data.decoded_files import DecodedFiles
-from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
+from gradrun.data.source import InputBatcher, OpeningFacts, Preview
 from gradrun.results.result import Statement
-
-
-def open_data(config: AudioData, facts: OpeningFacts) -> BatchSource:
-    """List the files of a config, and decode the first one."""
-    decoder, processor, model = AudioDecoder(config), None, facts.model
-    if (source := config.processor_source(model)) is not None:
-        own = config.processor is None and isinstance(model, HuggingFaceModel)
-        processor = AudioProcessor(source, model.revision if own else None, config.seconds)  # type: ignore[union-attr]
-    listed = open_samples(config, SUFFIXES, "audio files")
-    return _Audio(config, listed, decoder, processor, facts.classes)
-
 
 _File = Samples | SampleError
 
 
-class _Audio(DecodedFiles[list[Future[_File]]]):
+class Audio(DecodedFiles[list[Future[_File]]]):
+    """The audio files that a config names, of which the first is decoded."""
+
     config: AudioData
     noun = "audio file"
 
-    def __init__(
-        self,
-        config: AudioData,
-        listed: SampleFiles,
-        decoder: AudioDecoder,
-        processor: AudioProcessor | None,
-        model_classes: Sequence[str],
-    ) -> None:
-        super().__init__(config, listed, len(listed.names), model_classes)
-        self._decoder, self._processor = decoder, processor
+    def __init__(self, config: AudioData, facts: OpeningFacts) -> None:
+        self._decoder, self._processor, model = AudioDecoder(config), None, facts.model
+        if (source := config.processor_source(model)) is not None:
+            own = config.processor is None and isinstance(model, HuggingFaceModel)
+            revision = model.revision if own else None  # type: ignore[union-attr]
+            self._processor = AudioProcessor(source, revision, config.seconds)
+        listed = open_samples(config, SUFFIXES, "audio files")
+        super().__init__(config, listed, len(listed.names), facts.classes)
         self._rate = self._choose_rate()
         self._length = None if config.seconds is None else round(config.seconds * self._rate)
-        call = "keyword" if processor and config.call == "auto" else config.call
+        call = "keyword" if self._processor and config.call == "auto" else config.call
         self._new_batch = InputBatcher(call, 2 if config.lengths else 1)
         self._channels = 0
         first = self._first()

@@ -19,21 +19,12 @@ from gradrun.data.dataset_rows import open_samples
 from gradrun.data.decoded_files import DecodedFiles
 from gradrun.data.image_decoding import ImageDecoder, Trait, trait_statements
 from gradrun.data.image_presets import preprocessing_of
-from gradrun.data.image_transforms import Pixels, Preprocessing, eight_bit
-from gradrun.data.sample_files import SampleFiles
-from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview
+from gradrun.data.image_transforms import Pixels, eight_bit
+from gradrun.data.source import InputBatcher, OpeningFacts, Preview
 from gradrun.data.thumbnails import thumbnail_of_image
 from gradrun.results.result import Statement
 
 _IMAGES_PER_TASK = 8
-
-
-def open_data(config: ImagesData, facts: OpeningFacts) -> BatchSource:
-    """List the images that a config names, and decode the first one to get their shape."""
-    preprocessing = preprocessing_of(config, facts.model)
-    decoder = ImageDecoder(config, preprocessing.mode)
-    listed = open_samples(config, decoder.suffixes(), "images")
-    return _Images(config, listed, decoder, preprocessing, facts.classes)
 
 
 class _Page(NamedTuple):
@@ -52,23 +43,19 @@ _Errors = dict[int, SampleError]
 _Decoding = tuple[_Rows, list[Future[_Errors]]]
 
 
-class _Images(DecodedFiles[_Decoding]):
+class Images(DecodedFiles[_Decoding]):
+    """The images that a config names, of which the first is decoded to get their shape."""
+
     config: ImagesData
     noun = "image"
 
-    def __init__(
-        self,
-        config: ImagesData,
-        listed: SampleFiles,
-        decoder: ImageDecoder,
-        preprocessing: Preprocessing,
-        model_classes: Sequence[str],
-    ) -> None:
-        self.config, self._listed, self._decoder = config, listed, decoder
-        self._preprocessing = preprocessing
+    def __init__(self, config: ImagesData, facts: OpeningFacts) -> None:
+        self._preprocessing = preprocessing_of(config, facts.model)
+        self._decoder = ImageDecoder(config, self._preprocessing.mode)
+        self._listed = open_samples(config, self._decoder.suffixes(), "images")
         self._pages = self._list_pages() if config.page == "all" else None
-        samples = len(listed.names if self._pages is None else self._pages)
-        super().__init__(config, listed, samples, model_classes)
+        samples = len(self._listed.names if self._pages is None else self._pages)
+        super().__init__(config, self._listed, samples, facts.classes)
         self._new_batch = InputBatcher(config.call, 1)
         self._shape = self._first().shape
         self.sample_bytes = 4 * math.prod(self._shape)

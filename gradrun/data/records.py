@@ -17,7 +17,7 @@ from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
 from gradrun.data.record_inputs import Columns, open_columns, short_number
 from gradrun.data.rows import TABLE_READERS, Record, has_fixed_columns
-from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview, at_positions
+from gradrun.data.source import InputBatcher, OpeningFacts, Preview, at_positions
 from gradrun.data.tables import IndexedRows
 from gradrun.results.result import Statement
 
@@ -28,12 +28,9 @@ _MAX_NOTED = 63
 """Filled columns, and columns with unknown categories, whose rows are counted."""
 
 
-def open_data(config: RecordsData, facts: OpeningFacts) -> BatchSource:
-    """Open a file of records and count its rows."""
-    return _Records(config, facts)
+class Records(IndexedRows):
+    """Rows with numeric columns, which are counted when the source is opened."""
 
-
-class _Records(IndexedRows):
     config: RecordsData
     has_previews = True
 

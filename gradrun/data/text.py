@@ -18,8 +18,8 @@ from gradrun.core.errors import SampleError
 from gradrun.data.batch import Batch
 from gradrun.data.dataset_rows import open_table
 from gradrun.data.rows import BEGINNING, READERS, Position
-from gradrun.data.source import BatchSource, InputBatcher, OpeningFacts, Preview, at_positions
-from gradrun.data.tables import IndexedRows, Table
+from gradrun.data.source import InputBatcher, OpeningFacts, Preview, at_positions
+from gradrun.data.tables import IndexedRows
 from gradrun.data.text_files import Text, checked_rows, read_texts
 from gradrun.data.tokenization import Tokenization, Tokens
 from gradrun.results.result import Padding, Statement
@@ -69,29 +69,19 @@ class _Chunk(NamedTuple):
         return [len(row) for row in self.tokens["input_ids"]]
 
 
-def open_data(config: TextData, facts: OpeningFacts) -> BatchSource:
-    """Count the texts of a file and tokenize the first chunk, which decides on grouping."""
-    table = open_table(config, READERS, facts.model)
-    return Texts(config, table, Tokenization(config, facts.model), facts)
-
-
 class Texts(IndexedRows):
     """Tokenized texts; those of similar length may be batched together."""
 
     config: TextData
     has_previews = of_texts = True
 
-    def __init__(
-        self,
-        config: TextData,
-        table: Table,
-        tokenization: Tokenization,
-        facts: OpeningFacts,
-    ) -> None:
+    def __init__(self, config: TextData, facts: OpeningFacts) -> None:
+        """Count the texts and tokenize the first chunk, which decides on grouping."""
+        table = open_table(config, READERS, facts.model)
+        self._tokenization = tokenization = Tokenization(config, facts.model)
         super().__init__(config, table, facts)
         self.grouped = self.variable = config.batch_tokens is not None
         self.varying = config.padding == "longest"
-        self._tokenization = tokenization
         self._layouts: dict[int, _Layout] = {}
         self._recent: tuple[int, _Chunk] | None = None
         """The first text of the chunk that was read last, and the chunk."""
