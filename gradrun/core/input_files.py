@@ -45,14 +45,6 @@ class FileList:
     """A description of the files of a folder that are not read."""
 
 
-class FileVersion(NamedTuple):
-    """What identifies a state of a file: if it is the same, so is the content."""
-
-    size: int
-    modified: int
-    """Nanoseconds."""
-
-
 # --- which files -------------------------------------------------------------------------------
 
 
@@ -348,16 +340,6 @@ def open_input(path: Path) -> IO[bytes]:
         file.close()
         raise
     return io.BufferedReader(_Decompressed(_COMPRESSIONS[suffix].open(file), file), _BUFFER)
-
-
-def file_version(path: Path) -> FileVersion:
-    """Return the state of a file, to find out later whether it changed.
-
-    Raises:
-        OSError: it does not exist.
-    """
-    status = path.stat()
-    return FileVersion(status.st_size, status.st_mtime_ns)
 
 
 def _check_suffix(path: Path, suffix: str, head: bytes) -> None:

@@ -103,8 +103,7 @@ class Audio(DecodedFiles[list[Future[_File]]]):
         problem: SampleError | None = None
         for number, name in enumerate(self._listed.names):
             try:
-                header = self._decoder.header(partial(self._listed.open, number), name)
-                found.setdefault(header.rate, name)
+                found.setdefault(self._decoder.rate(partial(self._listed.open, number), name), name)
             except SampleError as error:
                 problem = error
                 continue

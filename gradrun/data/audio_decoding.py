@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntFlag
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,13 +41,6 @@ class Trait(IntFlag):
     """Samples are beyond [-1, 1]."""
 
 
-class Header(NamedTuple):
-    """The header of a file."""
-
-    rate: int
-    channels: int
-
-
 class AudioDecoder:
     """Decodes files to [channels, samples], with one channel unless all are requested."""
 
@@ -61,14 +54,14 @@ class AudioDecoder:
         self._soundfile = import_optional("soundfile", "data.source")
         self._soxr = import_optional("soxr", "data.source")
 
-    def header(self, open_file: OpenFile, name: str) -> Header:
-        """Read the header of a file.
+    def rate(self, open_file: OpenFile, name: str) -> int:
+        """Return the sample rate in the header of a file.
 
         Raises:
             SampleError: the file is not an audio file.
         """
         with self._open(open_file, name) as file:
-            return Header(file.samplerate, file.channels)
+            return int(file.samplerate)
 
     def decode(self, open_file: OpenFile, name: str, rate: int) -> tuple[Samples, Trait]:
         """Return the samples of a file at `rate`, and its traits.

@@ -425,17 +425,15 @@ class ItemStream:
                 return
             yield collation(items, {})
 
-    def dataset(self, collation: Collation) -> IterableDataset[Collated]:
-        """Return the next batches as a dataset for a DataLoader with one worker."""
-        return _StreamDataset(self, collation)
 
+class StreamDataset(IterableDataset[Collated]):
+    """The batches of a stream, for a DataLoader with one worker."""
 
-class _StreamDataset(IterableDataset[Collated]):
-    def __init__(self, stream: ItemStream, collation: Collation) -> None:
-        self._stream, self._collation = stream, collation
+    def __init__(self, batches: Iterator[Collated]) -> None:
+        self._batches = batches
 
     def __iter__(self) -> Iterator[Collated]:
-        return self._stream.batches(self._collation)
+        return self._batches
 
 
 class Spans:

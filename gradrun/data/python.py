@@ -31,6 +31,7 @@ from gradrun.data.items import (
     ItemStream,
     Layout,
     Spans,
+    StreamDataset,
     find_layout,
     worker_batches,
 )
@@ -362,8 +363,8 @@ class _MapStyle(_UserSource):
         self._reader = Batches(self.data.items, self._collation)
         self._describe_first(self._batch(first, self._reader[span]))
         one = (first + readable, first + readable + 1)
-        once, twice = (self._layout.arguments(self._reader[one].elements) for _ in range(2))
-        self._repeats = checksum(_tensors(once)) == checksum(_tensors(twice))
+        once, twice = (self._batch(first, self._reader[one]).tensors() for _ in range(2))
+        self._repeats = checksum(once) == checksum(twice)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -443,9 +444,10 @@ class _Streamed(_UserSource):
     def _all(self, first: Batch, stream: ItemStream) -> Iterator[Batch]:
         yield first
         start = first.size
-        others: Iterable[Collated] = stream.batches(self._collation)
+        left = stream.batches(self._collation)
+        others: Iterable[Collated] = left
         if self.data.workers:
-            others = worker_batches(stream.dataset(self._collation), *self._worker_settings)
+            others = worker_batches(StreamDataset(left), *self._worker_settings)
         for collated in others:
             batch = self._batch(start, collated)
             start += batch.size
@@ -460,12 +462,6 @@ class _Streamed(_UserSource):
             "calls the target again, and reads and skips the samples before; code, arguments and "
             "first batch are compared; other changes of the data or of their order are not detected"
         )
-
-
-def _tensors(
-    arguments: tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]],
-) -> list[torch.Tensor]:
-    return [*arguments[0], *arguments[1].values()]
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> int:
