@@ -213,8 +213,8 @@ def generating(
     given = config.generate or {}
     folder = module.generation_config.to_diff_dict()
     own = {name: folder[name] for name in folder if name in _SUPPORTED and folder[name]}
-    _check_names(given, module)
-    _check_values(config, own, module)
+    for name, problem in _problems(config, own, module):
+        raise ConfigError(problem, f"{_KEY}.{name}")
     try:
         settings = copy.deepcopy(module.generation_config)
         settings.update(**given, pad_token_id=given.get("pad_token_id", tokenizer.pad_token_id))
@@ -238,70 +238,64 @@ def generating(
     return model.replace(module=generator.train(module.training), notes=(*model.notes, *notes))
 
 
-def _check_names(given: Mapping[str, Any], module: Any) -> None:
+def _problems(
+    config: HuggingFaceModel, own: Mapping[str, Any], module: Any
+) -> Iterator[tuple[str, str]]:
+    """Yield the settings that cannot be used, each with the reason."""
+    given = config.generate or {}
     known = {*_SUPPORTED}
     if "language" in type(module).generate.__annotations__:
         known |= {*_OF_SPEECH}
     others = import_transformers(_KEY).GenerationConfig().to_dict().keys() - known
     for name in given:
-        if name in known:
-            continue
         if name in others:
             reason = _REASONS.get(name, "it is not one of the settings that gradrun supports")
-            raise ConfigError(f"{name} cannot be set: {reason}", f"{_KEY}.{name}")
-        raise ConfigError(f"unknown setting {name!r}; {suggest(name, known)}", f"{_KEY}.{name}")
-
-
-def _check_values(config: HuggingFaceModel, own: Mapping[str, Any], module: Any) -> None:
-    given = config.generate or {}
+            yield name, f"{name} cannot be set: {reason}"
+        elif name not in known:
+            yield name, f"unknown setting {name!r}; {suggest(name, known)}"
     for name, low in _COUNTS.items():
         value = given.get(name)
         if value is not None and (type(value) is not int or value < low):
-            raise ConfigError(f"{value!r} is not a whole number from {low} on", f"{_KEY}.{name}")
+            yield name, f"{value!r} is not a whole number from {low} on"
     together = {**own, **given}
-    if not isinstance(together.get("do_sample", False), bool):
-        text = f"{together['do_sample']!r} is not true or false"
-        raise ConfigError(text, f"{_KEY}.do_sample")
+    sampled = together.get("do_sample", False)
+    if not isinstance(sampled, bool):
+        yield "do_sample", f"{sampled!r} is not true or false"
     stops = given.get("stop_strings") or []
     for stop in stops if isinstance(stops, list) else [stops]:
         if not isinstance(stop, str) or not stop:
-            raise ConfigError(f"{stop!r} is not a text", f"{_KEY}.stop_strings")
-    sampled = together.get("do_sample")
+            yield "stop_strings", f"{stop!r} is not a text"
     for name in _SAMPLING:
         if name in given and not sampled:
-            text = f"{name} has no effect without sampling; add do_sample: true"
-            raise ConfigError(text, f"{_KEY}.{name}")
+            yield name, f"{name} has no effect without sampling; add do_sample: true"
     if sampled and (together.get("num_beams") or 1) > 1:
-        text = "beam search and sampling cannot be combined; set num_beams: 1 or do_sample: false"
-        raise ConfigError(text, f"{_KEY}.num_beams")
+        yield (
+            "num_beams",
+            "beam search and sampling cannot be combined; set num_beams: 1 or do_sample: false",
+        )
     if sampled and config.auto_class == "AutoModelForSpeechSeq2Seq":
-        text = "models of speech choose the most likely token; set do_sample: false"
-        raise ConfigError(text, f"{_KEY}.do_sample")
-    _check_lengths(given, together, module)
-
-
-def _check_lengths(given: Mapping[str, Any], together: Mapping[str, Any], module: Any) -> None:
+        yield "do_sample", "models of speech choose the most likely token; set do_sample: false"
     encodes = module.config.is_encoder_decoder
     for end in ("max", "min"):
         name, new = f"{end}_length", f"{end}_new_tokens"
         if not encodes and together.get(name) and not together.get(new):
             where = "" if name in given else " of the model's generation_config.json"
-            raise ConfigError(
+            yield (
+                new,
                 f"{name}{where} counts the prompt and its padding, so that texts would depend on "
                 f"their batch; set {new}",
-                f"{_KEY}.{new}",
             )
     limit = together.get("max_new_tokens") or together.get("max_length")
     if limit is None:
         text = "set the greatest number of tokens of a text, such as max_new_tokens: 64"
-        raise ConfigError(f"max_new_tokens is missing; {text}", f"{_KEY}.max_new_tokens")
+        yield "max_new_tokens", f"max_new_tokens is missing; {text}"
     if encodes:
-        config = module.config.get_text_config(decoder=True)
+        decoder = module.config.get_text_config(decoder=True)
         names = ("max_target_positions", "max_position_embeddings")
-        positions = next((p for name in names if (p := getattr(config, name, None))), None)
+        positions = next((p for name in names if (p := getattr(decoder, name, None))), None)
         if positions and limit > positions:
             text = f"the decoder has positions for {positions} tokens; set at most {positions - 1}"
-            raise ConfigError(text, f"{_KEY}.max_new_tokens")
+            yield "max_new_tokens", text
 
 
 def _statements(
