@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 import numpy as np
@@ -173,6 +174,8 @@ class _ConvertedReader:
         self.array, self.samples = array, array.samples
         self.listed = files if len(files) > 1 else ()
         """The files, if there are several."""
+        # A failed batch is read again while a thread may be prefetching from the same stream.
+        self._lock = Lock()
         self.convert = Conversion(spec, array.shape, array.dtype, key)
         self.sample_bytes = self.convert.sample_bytes
         named = f" {spec.key}" if spec.key else ""
@@ -184,7 +187,9 @@ class _ConvertedReader:
             )
 
     def chunk(self, start: int, stop: int) -> tuple[torch.Tensor, Problems]:
-        return self.convert(self.array.chunk(start, stop))
+        with self._lock:
+            rows = self.array.chunk(start, stop)
+        return self.convert(rows)
 
     def describe(self) -> str:
         return f"{self._origin}, {self.convert.describe()}"

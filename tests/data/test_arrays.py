@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,19 @@ def test_two_iterations_at_once_are_independent(tmp_path: Path, form: str) -> No
     pairs = list(zip(source.batches(), source.batches(20), strict=False))
     assert torch.equal(torch.cat([ahead.args[0] for _, ahead in pairs]), torch.tensor(ROWS[20:]))
     assert torch.equal(torch.cat([b.args[0] for b, _ in pairs]), torch.tensor(ROWS[:100]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_threads_read_the_same_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    # As when a failed batch is read again while a thread prefetches.
+    monkeypatch.setattr("gradrun.data.source.CHUNK_BYTES", 1)
+    rows = np.arange(40_000, dtype=np.float32).reshape(400, 100)
+    source = opened(stored(tmp_path, form, rows), batch_size=4)
+    with ThreadPoolExecutor(2) as pool:
+        read = [pool.submit(lambda: joined(list(source.batches()))) for _ in range(2)]
+    assert all(torch.equal(future.result(), torch.from_numpy(rows)) for future in read)
 
 
 @pytest.mark.parametrize("form", FORMS)
