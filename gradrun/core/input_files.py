@@ -123,7 +123,11 @@ def describe_left_out(suffixes: Counter[str]) -> str:
 
 def natural_order(path: Path) -> tuple[list[list[str | int]], Path]:
     """Return a sort key by which shard2 comes before shard10."""
-    return [_natural(part) for part in path.parts], path
+    numbered = [
+        [int(text) if at % 2 else text for at, text in enumerate(_DIGITS.split(part))]
+        for part in path.parts
+    ]
+    return numbered, path
 
 
 def is_pattern(path: Path) -> bool:
@@ -140,7 +144,12 @@ def files_below(folder: Path) -> Iterator[Path]:
         ConfigError: a folder cannot be read, so that its files would be missing.
     """
     if isinstance(folder, RemotePath):
-        yield from (file for file in _remote_files(folder) if _is_visible(file, folder))
+        try:
+            for file in folder.files():
+                if not any(part.startswith(".") for part in file.relative_to(folder).parts):
+                    yield file
+        except OSError as error:
+            _refuse_folder(error)
         return
     for parent, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
         here = Path(parent)
@@ -150,23 +159,8 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (here / name for name in files if not name.startswith("."))
 
 
-def _remote_files(path: RemotePath) -> Iterator[Path]:
-    try:
-        yield from path.files()
-    except OSError as error:
-        _refuse_folder(error)
-
-
-def _is_visible(file: Path, folder: Path) -> bool:
-    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
 def _refuse_folder(error: OSError) -> None:
     raise ConfigError(f"{error.filename} cannot be read: {error.strerror}", "data.path") from error
-
-
-def _natural(text: str) -> list[str | int]:
-    return [int(part) if at % 2 else part for at, part in enumerate(_DIGITS.split(text))]
 
 
 def _is_loop(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from gradrun.core.units import list_names
 from gradrun.data.rows import parse_number
 
 _BOOLEANS = {"true": True, "false": False}
+_NANS = {"nan", "+nan", "-nan"}
 _LISTED = 6
 _DIGITS = re.compile(r"[+-]?[0-9]{1,20}")
 
@@ -89,7 +90,9 @@ class ColumnEncoding:
             return True
         if self._gaps and self._plain(value) in self._gaps:
             return True
-        return isinstance(value, str) and (value == "" or (not self._indices and _is_nan(value)))
+        return isinstance(value, str) and (
+            value == "" or (not self._indices and value.strip().lower() in _NANS)
+        )
 
     def is_unknown(self, value: Any) -> bool:
         """Return whether `unknown` applies to a value that can be encoded."""
@@ -191,7 +194,3 @@ def _plain(value: Any) -> str:
     except ValueError:
         return str(value)
     return str(int(number)) if number.is_integer() else str(number)
-
-
-def _is_nan(text: str) -> bool:
-    return text.strip().lower() in {"nan", "+nan", "-nan"}

@@ -177,12 +177,13 @@ class ImageDecoder:
         """
         low, high = self._config.value_range or _value_range(image)
         stored = np.asarray(image)
-        if image.format == "TIFF" and _is_unsigned(image.tag_v2):
-            stored = stored.view(np.uint32)
+        tags = image.tag_v2 if image.format == "TIFF" else {}
+        if tags.get(_BITS_PER_SAMPLE) == (32,) and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1:
+            stored = stored.view(np.uint32)  # Pillow reads unsigned integers as signed ones
         if not np.isfinite(stored).all():
             raise SampleError("has pixels that are NaN or infinite; replace them")
         values = (stored - np.float64(low)) * (255 / (high - low))
-        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:  # 0 is white
+        if tags.get(_PHOTOMETRIC) == 0:  # 0 is white
             values = 255 - values
         clear = stored == image.info.get("transparency")
         if self._background is not None:
@@ -265,11 +266,6 @@ def _may_be_transparent(image: Any) -> bool:
         or "transparency" in image.info
         or (image.mode == "P" and getattr(image.palette, "mode", "").endswith("A"))
     )
-
-
-def _is_unsigned(tags: Any) -> bool:
-    """Whether a TIFF has unsigned integers of 32 bits, which Pillow reads as signed ones."""
-    return bool(tags.get(_BITS_PER_SAMPLE) == (32,) and tags.get(_SAMPLE_FORMAT, (1,))[0] == 1)
 
 
 def _value_range(image: Any) -> tuple[float, float]:

@@ -18,7 +18,6 @@ from gradrun.data.image_transforms import (
     RESAMPLE,
     Pixels,
     Preprocessing,
-    Sizes,
     check_pixel_range,
     describe_steps,
     eight_bit,
@@ -157,11 +156,12 @@ def _torchvision(config: ImagesData, architecture: str, model: ModelConfig | Non
         config.interpolation or getattr(steps, "interpolation", modes.BILINEAR).value
     )
     mode = config.mode or "RGB"
+    sides = [size] if isinstance(size, int) else [*size]  # one number is the shorter side
 
     def geometry(image: Any) -> Any:
         image = eight_bit(image, mode)
         if size:
-            image = functional.resize(image, _as_list(size), interpolation)
+            image = functional.resize(image, sides, interpolation)
         if crop:
             image = functional.center_crop(image, crop if isinstance(crop, int) else [*crop])
         return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
@@ -171,11 +171,6 @@ def _torchvision(config: ImagesData, architecture: str, model: ModelConfig | Non
     text = f"torchvision's {weights}: " + ", ".join([*parts, mode])
     mean, std = getattr(steps, "mean", None), getattr(steps, "std", None)
     return normalized(config, geometry, mode, text, mean, std)
-
-
-def _as_list(size: Sizes) -> list[int]:
-    """Return a size as torchvision takes it: one number is the shorter side."""
-    return [size] if isinstance(size, int) else [*size]
 
 
 def _torchvision_weights(architecture: str, model: ModelConfig | None) -> Any:

@@ -205,7 +205,13 @@ def _in_folder(config: FilesData, path: Path, suffixes: Collection[str], kind: s
                 "data.path",
             )
     else:
-        names = [*_matches(path, config.pattern)]
+        try:
+            found = [file for file in path.glob(config.pattern) if file.is_file()]
+        except (ValueError, NotImplementedError, IndexError) as error:
+            raise ConfigError(
+                f"invalid pattern {config.pattern!r:.60}: {error}", "data.pattern"
+            ) from error
+        names = [file.relative_to(path).as_posix() for file in found]
     names.sort()
     labels = _folder_labels(config, names, PurePosixPath())
     if not names:
@@ -253,14 +259,6 @@ def _in_archives(
     if listed.order:
         order += f", {listed.order}, first {listed.files[0].name}, last {listed.files[-1].name}"
     return SampleFiles(listed.files[0].parent, names, order, labels, left_out, members)
-
-
-def _matches(folder: Path, pattern: str) -> Iterator[str]:
-    try:
-        found = [path for path in folder.glob(pattern) if path.is_file()]
-    except (ValueError, NotImplementedError, IndexError) as error:
-        raise ConfigError(f"invalid pattern {pattern!r:.60}: {error}", "data.pattern") from error
-    yield from (path.relative_to(folder).as_posix() for path in found)
 
 
 # --- labels ------------------------------------------------------------------------------------

@@ -152,8 +152,11 @@ class FileTable(Table):
             if number > start.file:  # checksums continue over the files
                 at = Position(file=number, checksum=at.checksum)
             try:
-                if self.suffix == PARQUET:
-                    self._check_version(number)
+                if self.suffix == PARQUET:  # the checksums of other rows show a change
+                    status = path.stat()
+                    version = status.st_size, status.st_mtime_ns
+                    if self._versions.setdefault(number, version) != version:
+                        raise changed_file(path)
                 for record in self._reader(self._open_files, path, at, self._separator):
                     yield record
                     at = record.end
@@ -215,14 +218,6 @@ class FileTable(Table):
                 header = "; every file needs the header" if self.suffix in SEPARATORS else ""
                 unlike = f", unlike {self.files[0].name}{header}"
             raise ConfigError(f"{record.path.name} has no column {column!r}{unlike}; {hint}", key)
-
-    def _check_version(self, number: int) -> None:
-        """Refuse a Parquet file that changed; the checksums of other rows show a change."""
-        path = self.files[number]
-        status = path.stat()
-        version = status.st_size, status.st_mtime_ns
-        if self._versions.setdefault(number, version) != version:
-            raise changed_file(path)
 
 
 def changed_file(path: Path) -> ConfigError:

@@ -199,11 +199,12 @@ class Texts(IndexedRows):
             The numbers of the texts of each batch.
         """
         batches: list[list[int]] = []
-        fits = 0
+        tokens, fits = self.config.batch_tokens, self.batch_size
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             if not batches or len(batches[-1]) >= fits:
                 batches.append([])
-                fits = self._fitting(lengths[i])
+                if tokens:
+                    fits = min(self.batch_size, max(1, tokens // max(1, lengths[i])))
             batches[-1].append(i)
         if not batches:
             return []
@@ -212,11 +213,6 @@ class Texts(IndexedRows):
         last = [] if self.variable or not others or len(others[-1]) == fits else [others.pop()]
         random.Random(0).shuffle(others)  # noqa: S311
         return [longest, *others, *last]
-
-    def _fitting(self, length: int) -> int:
-        """Return the number of texts of at most this length in a batch."""
-        limit = self.config.batch_tokens
-        return min(self.batch_size, max(1, limit // max(1, length))) if limit else self.batch_size
 
     def _batch(self, first: int, chunk: _Chunk, start: int, stop: int) -> Batch:
         rows = {name: rows[start:stop] for name, rows in chunk.tokens.items()}

@@ -17,7 +17,13 @@ _CHANNELS = {1, 3}
 
 def thumbnail_of_image(image: Any) -> bytes:
     """Return a thumbnail of a decoded Pillow image."""
-    return _encode(image.convert("RGB"))
+    picture = image.convert("RGB")
+    picture.thumbnail((_SIDE, _SIDE))
+    if (factor := -(-_MIN_SIDE // max(picture.size))) > 1:
+        picture = picture.resize([side * factor for side in picture.size], resample=0)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def thumbnail_of_array(values: torch.Tensor) -> bytes:
@@ -39,13 +45,4 @@ def thumbnail_of_array(values: torch.Tensor) -> bytes:
     values = values.float().nan_to_num()
     low, high = values.min(), values.max()
     pixels = ((values - low) / (high - low).clamp(min=1e-30) * 255).round().to(torch.uint8)
-    return _encode(image.fromarray(pixels.expand(-1, -1, 3).contiguous().numpy()))
-
-
-def _encode(picture: Any) -> bytes:
-    picture.thumbnail((_SIDE, _SIDE))
-    if (factor := -(-_MIN_SIDE // max(picture.size))) > 1:
-        picture = picture.resize([side * factor for side in picture.size], resample=0)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    return file.getvalue()
+    return thumbnail_of_image(image.fromarray(pixels.expand(-1, -1, 3).contiguous().numpy()))

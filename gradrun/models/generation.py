@@ -123,6 +123,7 @@ class TextGenerator(nn.Module):
             SampleError: the model computes NaN.
         """
         device = next(iter(inputs.values())).device
+        stopping = import_optional("transformers", _KEY, "generation.stopping_criteria")
         watch = _Watch(device)
         steps: list[Callable[..., torch.Tensor]] = [watch.check]
         if self._penalize:
@@ -132,18 +133,25 @@ class TextGenerator(nn.Module):
         if self._warpers is not None and sample_numbers is not None:
             numbers = _random_numbers(self._seed, sample_numbers.tolist(), self._steps)
             steps.append(_Sampler(self._warpers, numbers.to(device)))
+        criteria: list[Any] = [watch]
+        if self._stops:
+            start = inputs["input_ids"].shape[1] if self._causal else 1
+            criteria.append(_StopStrings(self._stops, self._tokenizer, start))
         sequences = self.model.generate(
             **inputs,
             generation_config=self._settings,
             logits_processor=steps,
-            stopping_criteria=self._criteria(watch, inputs),
+            stopping_criteria=stopping.StoppingCriteriaList(criteria),
         )
         watch.finish()
         rows = [self._until_end(row) for row in self._new_tokens(sequences, inputs).tolist()]
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
         lengths = [len(row) for row in rows]
         self._batches.append((watch.first, watch.total, sum(lengths), max(lengths)))
-        return [self._before_stop(text) for text in texts]
+        return [
+            text[: min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)]
+            for text in texts
+        ]
 
     def take_times(self) -> Generation:
         """Return the times of the batches since the last call, and forget them."""
@@ -157,14 +165,6 @@ class TextGenerator(nn.Module):
             batch_tokens=tokens,
             batch_steps=steps,
         )
-
-    def _criteria(self, watch: _Watch, inputs: Mapping[str, torch.Tensor]) -> Any:
-        found: list[Any] = [watch]
-        if self._stops:
-            start = inputs["input_ids"].shape[1] if self._causal else 1
-            found.append(_StopStrings(self._stops, self._tokenizer, start))
-        kind = import_optional("transformers", _KEY, "generation.stopping_criteria")
-        return kind.StoppingCriteriaList(found)
 
     def _new_tokens(
         self, sequences: torch.Tensor, inputs: Mapping[str, torch.Tensor]
@@ -184,10 +184,6 @@ class TextGenerator(nn.Module):
         while row and row[-1] == self._settings.pad_token_id:
             row = row[:-1]
         return row
-
-    def _before_stop(self, text: str) -> str:
-        places = [text.find(stop) for stop in self._stops]
-        return text[: min((place for place in places if place >= 0), default=None)]
 
 
 def take_times(module: nn.Module) -> Generation | None:

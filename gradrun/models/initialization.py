@@ -55,7 +55,7 @@ class RandomOrigins(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             whole = tensor.numel() * tensor.element_size() == storage.nbytes()
-            if whole or origin is _Origin.RANDOM or not self._knows(storage):
+            if whole or origin is _Origin.RANDOM or storage._cdata not in self._origins:
                 # The weak reference keeps the key from being used for another storage.
                 self._origins[storage._cdata] = StorageWeakRef(storage), origin  # type: ignore[no-untyped-call]
         return result
@@ -73,9 +73,6 @@ class RandomOrigins(TorchDispatchMode):
             return []
         wanted = {_Origin.RANDOM} if None in origins.values() else {*_Origin}
         return [name for name, origin in origins.items() if origin in wanted]
-
-    def _knows(self, storage: torch.UntypedStorage) -> bool:
-        return storage._cdata in self._origins
 
     def _origin(self, tensor: torch.Tensor) -> _Origin | None:
         return self._origins.get(tensor.untyped_storage()._cdata, (None, None))[1]

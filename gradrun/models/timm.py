@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from gradrun.config.model import TimmModel
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
@@ -22,16 +20,12 @@ def open_model(config: TimmModel, *, trust_code: bool) -> LoadedModel:
     if config.pretrained and not config.weights:
         with downloading("timm", config.name):
             module = timm.create_model(config.name, pretrained=True, **config.args)
-            return LoadedModel(module, weights=f"timm {_tagged_name(module, config.name)}")
+            tag = (getattr(module, "pretrained_cfg", None) or {}).get("tag")
+            name = f"{config.name}.{tag}" if tag and "." not in config.name else config.name
+            return LoadedModel(module, weights=f"timm {name}")
     module = build_module(
         lambda **args: timm.create_model(config.name, pretrained=False, **args),
         config.args,
         f"timm's {config.name}",
     )
     return LoadedModel(module)
-
-
-def _tagged_name(module: nn.Module, name: str) -> str:
-    """Return the name of the architecture with the tag of its weights: resnet18.a1_in1k."""
-    tag = (getattr(module, "pretrained_cfg", None) or {}).get("tag")
-    return f"{name}.{tag}" if tag and "." not in name else name
