@@ -85,16 +85,8 @@ class RunFailed(GradrunError):
 class Interrupted(GradrunError):
     """The user stopped the run; predictions committed before stay valid."""
 
-    def __init__(
-        self,
-        message: str = "interrupted",
-        *,
-        exit_code: int = 130,
-        result: Any = None,
-        resumable: bool = False,
-        resume_options: str = "",
-    ) -> None:
-        super().__init__(message, result=result, resumable=resumable, resume_options=resume_options)
+    def __init__(self, message: str = "interrupted", *, exit_code: int = 130, **facts: Any) -> None:
+        super().__init__(message, **facts)
         self.exit_code = exit_code
 
 
