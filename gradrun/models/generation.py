@@ -271,6 +271,12 @@ def _problems(
         )
     if sampled and config.auto_class == "AutoModelForSpeechSeq2Seq":
         yield "do_sample", "models of speech choose the most likely token; set do_sample: false"
+    yield from _length_problems(given, together, module)
+
+
+def _length_problems(
+    given: Mapping[str, Any], together: Mapping[str, Any], module: Any
+) -> Iterator[tuple[str, str]]:
     encodes = module.config.is_encoder_decoder
     for end in ("max", "min"):
         name, new = f"{end}_length", f"{end}_new_tokens"
