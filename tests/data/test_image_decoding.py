@@ -13,12 +13,10 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 import gradrun
-from gradrun.config.data import ImagesData
 from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.core.optional import library_settings
-from gradrun.data import open_data
 from gradrun.data.source import BatchSource
-from tests.support.pictures import save_noise
+from tests.support.pictures import opened, save_noise
 
 Image.init()
 HAS_AVIF = "AVIF" in Image.SAVE  # since Pillow 11.3
@@ -33,14 +31,9 @@ def _settings() -> Iterator[None]:
         yield
 
 
-def opened(path: Path, **changes: Any) -> BatchSource:
-    section = {"source": "images", "path": path, "batch_size": 64} | changes
-    return open_data(ImagesData.model_validate(section), seed=0)
-
-
 def pixels_of(path: Path, **changes: Any) -> torch.Tensor:
     """The model's input for a folder of images, [n, channels, height, width]."""
-    (batch,) = opened(path, **changes).batches()
+    (batch,) = opened(path, batch_size=64, **changes).batches()
     batch.raise_errors()
     return batch.args[0]
 
@@ -385,7 +378,7 @@ def test_every_suffix_of_an_image_is_read_in_capitals_too_and_other_files_are_co
         image.save(tmp_path / name, form, **({"sizes": [(8, 8)]} if form == "ICO" else {}))
     for name in ("x.heic", "y.txt", "z.txt", "none"):
         (tmp_path / name).touch()
-    data = opened(tmp_path, resize=(8, 8))
+    data = opened(tmp_path, resize=(8, 8), batch_size=64)
     (batch,) = data.batches()
     assert batch.ids == sorted(formats)
     assert torch.allclose(batch.args[0], torch.tensor(99 / 255), atol=2 / 255)

@@ -22,17 +22,8 @@ from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
 from gradrun.data.image_presets import preprocessing_of
-from gradrun.data.source import BatchSource
-from tests.support.pictures import lay_out, save_noise
+from tests.support.pictures import lay_out, opened, save_noise, section
 from tests.support.small_models import save_tokenizer
-
-
-def section(path: Path, **changes: Any) -> ImagesData:
-    return ImagesData.model_validate({"source": "images", "path": path, "batch_size": 8} | changes)
-
-
-def opened(path: Path, **changes: Any) -> BatchSource:
-    return open_data(section(path, **changes), seed=0)
 
 
 def test_pixels_are_scaled_and_normalized_per_channel(tmp_path: Path) -> None:

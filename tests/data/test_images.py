@@ -18,26 +18,16 @@ import torch
 from PIL import Image
 
 import gradrun
-from gradrun.config.data import ImagesData
 from gradrun.config.load import load_config
 from gradrun.core.cpu import available_cpus
 from gradrun.core.errors import ConfigError, Interrupted, RunFailed, SampleError
 from gradrun.core.progress import Progress
-from gradrun.data import decoded_files, open_data
+from gradrun.data import decoded_files
 from gradrun.data.source import BatchSource
 from gradrun.inference.sampling import first_batches
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
-from tests.support.pictures import BROKEN, DIGITS, LABELS, lay_out, save_noise
-
-
-def section(path: Path, **changes: Any) -> ImagesData:
-    return ImagesData.model_validate({"source": "images", "path": path, "batch_size": 8} | changes)
-
-
-def opened(path: Path, **changes: Any) -> BatchSource:
-    return open_data(section(path, **changes), seed=0)
-
+from tests.support.pictures import BROKEN, DIGITS, LABELS, lay_out, opened, save_noise
 
 # --- runs over digits ---------------------------------------------------------------------------
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from gradrun.config.data import ImagesData
+from gradrun.data import open_data
+from gradrun.data.source import BatchSource
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = np.load(CONFIGS / "digits.npz")
@@ -44,3 +49,11 @@ def save_noise(file: Path, height: int, width: int, mode: str = "RGB") -> Path:
     pixels = np.random.default_rng(len(str(file))).integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).convert(mode).save(file)
     return file
+
+
+def section(path: Path, **changes: Any) -> ImagesData:
+    return ImagesData.model_validate({"source": "images", "path": path, "batch_size": 8} | changes)
+
+
+def opened(path: Path, **changes: Any) -> BatchSource:
+    return open_data(section(path, **changes), seed=0)
