@@ -79,11 +79,7 @@ class ColumnSection(Section):
 
 
 def _read_columns(value: object, info: ValidationInfo) -> object:
-    """Replace files by their content, and join the parts of a list column by column.
-
-    Raises:
-        ValueError: a file cannot be read, or two parts set the same key of a column.
-    """
+    """Replace files by their content, and join the parts of a list column by column."""
     parts = value if isinstance(value, list) else [value]
     joined: dict[str, Any] = {}
     for part in parts:
@@ -140,9 +136,6 @@ def _read_file(path: Path) -> dict[str, Any]:
 
     A file has the columns of the config, or lists in the order of `feature_names_in_`, which are
     the attributes of fitted scikit-learn transformers.
-
-    Raises:
-        ValueError: the file cannot be read, or its lists do not match.
     """
     try:
         if path.suffix.lower() == ".npz":

@@ -75,11 +75,7 @@ class _Input(Section):
 
 
 def _read_class_names(value: object, info: ValidationInfo) -> object:
-    """Replace the name of a text file by its lines, and a map by its names.
-
-    Raises:
-        ValueError: the file cannot be read, or a map has no names for 0, 1, 2, ...
-    """
+    """Replace the name of a text file by its lines, and a map by its names."""
     if isinstance(value, dict):
         return _names_in_map(value)
     if not isinstance(value, str | Path):
@@ -99,11 +95,7 @@ def _read_class_names(value: object, info: ValidationInfo) -> object:
 
 
 def _names_in_map(value: dict[object, object]) -> tuple[object, ...]:
-    """Return the names of a map {0: cat, 1: dog} or {cat: 0, dog: 1} in the order of the numbers.
-
-    Raises:
-        ValueError: the numbers are not 0, 1, 2, ..., or keys and values are numbers.
-    """
+    """Return the names of a map {0: cat, 1: dog} or {cat: 0, dog: 1} by their numbers."""
     pairs = [*value.items()]
     if pairs and all(type(number) is int for number in value.values()):
         if all(str(key).isdecimal() for key in value):

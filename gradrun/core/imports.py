@@ -53,11 +53,7 @@ def import_target(
 
 
 def _import_module(location: str, key: str, *, again: bool) -> ModuleType:
-    """Import a file or a module; a file also if it was imported before, if `again` is set.
-
-    Raises:
-        ConfigError: its code fails.
-    """
+    """Import a file or a module; a file also if it was imported before, if `again` is set."""
     try:
         if not location.endswith(".py"):
             return importlib.import_module(location)

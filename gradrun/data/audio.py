@@ -84,11 +84,7 @@ class Audio(DecodedFiles[list[Future[_File]]]):
     # --- reading -------------------------------------------------------------------------------
 
     def _choose_rate(self) -> int:
-        """Return the sample rate of the inputs.
-
-        Raises:
-            ConfigError: no rate is set and the files have several, or the processor needs another.
-        """
+        """Return the sample rate of the inputs."""
         config, processor = self.config, self._processor
         if processor:
             if config.sample_rate not in {None, processor.rate}:
@@ -134,11 +130,7 @@ class Audio(DecodedFiles[list[Future[_File]]]):
             return error
 
     def _read(self, number: int) -> Samples:
-        """Return the samples of one file [channels, samples], cut to `seconds`.
-
-        Raises:
-            SampleError: the file cannot be decoded, or has another number of channels.
-        """
+        """Return the samples of one file [channels, samples], cut to `seconds`."""
         name = self._listed.names[number]
         samples, traits = self._decoder.decode(partial(self._listed.open, number), name, self._rate)
         limit = self._processor.limit if self._processor else self._length

@@ -125,11 +125,7 @@ def _load(section: DatasetSection, library: Any) -> Any:
 
 
 def _check_hub(name: str, revision: str | None) -> None:
-    """Ask the hub for a dataset once, because the library repeats requests for half a minute.
-
-    Raises:
-        Exception: the hub cannot be reached, or has no such dataset.
-    """
+    """Ask the hub for a dataset once, because the library repeats requests for half a minute."""
     hub: Any = importlib.import_module("huggingface_hub")  # datasets requires it
     if not hub.constants.HF_HUB_OFFLINE:
         try:
@@ -143,11 +139,7 @@ def _check_hub(name: str, revision: str | None) -> None:
 
 
 def _choose_split(section: DatasetSection, splits: Sequence[str]) -> str:
-    """Return the split of a folder with several ones, or the only one.
-
-    Raises:
-        ConfigError: there are several and none is chosen, or the chosen one does not exist.
-    """
+    """Return the split of a folder with several ones, or the only one."""
     if section.split in splits or (len(splits) == 1 and section.split is None):
         return section.split or splits[0]
     wrong = f"no split {section.split!r}" if section.split else "several splits; choose one"

@@ -234,11 +234,7 @@ def _scale_of(settings: dict[str, Any]) -> float:
 
 
 def _pixel_values(outputs: Any) -> Pixels:
-    """Return the only image of a processor's outputs, float32 [channels, height, width].
-
-    Raises:
-        ValueError: the model needs more than that.
-    """
+    """Return the only image of a processor's outputs, float32 [channels, height, width]."""
     others = set(outputs) - {"pixel_values"}
     if "pixel_mask" in others and np.all(outputs["pixel_mask"]):  # the default of every model
         others.remove("pixel_mask")

@@ -159,11 +159,7 @@ class Images(DecodedFiles[_Decoding]):
         return self._decoder.decode(partial(self._listed.open, file), name, page)
 
     def _read(self, number: int) -> Pixels:
-        """Return one image, float32 [channels, height, width].
-
-        Raises:
-            SampleError: the file cannot be decoded.
-        """
+        """Return one image, float32 [channels, height, width]."""
         image, self.flags[number] = self._open(number)
         try:
             return self._preprocessing.transform(image)
