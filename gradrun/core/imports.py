@@ -88,15 +88,11 @@ def require_trust(trust_code: bool, source: str, key: str) -> None:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Import a Python file, again if it was imported before.
-
-    Raises:
-        ImportError: the file is not a Python file. Other errors come from its code.
-    """
+    """Import a .py file, again if it was imported before; errors of its code are not changed."""
     name = f"{_FILE_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     # Dataclasses, pickles and torch.compile look up a class's module by its name.
     sys.modules[name] = module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -311,7 +312,7 @@ class Collation(NamedTuple):
         return dict(counted.most_common(1)[0][0])
 
     def _describe(self, error: Exception) -> str:
-        if isinstance(error, ValueError) and error.__traceback__ and self.layout:
+        if isinstance(error, ValueError) and self.layout:
             return str(error)
         if self.function is default_collate:
             text = f"{type(error).__name__}: {first_line(error)}"
@@ -360,16 +361,13 @@ class Batches(Dataset[Collated]):
 
     def items(self, start: int, stop: int) -> tuple[list[Any], dict[int, str]]:
         """Return the items, with None for those that cannot be read, and the errors by row."""
+        if hasattr(self._items, "__getitems__"):  # as torch's DataLoader does
+            with suppress(Exception):  # one of them is at fault: see below
+                found = [*self._items.__getitems__([*range(start, stop)])]
+                if len(found) == stop - start:
+                    return found, {}
         items: list[Any] = []
         errors: dict[int, str] = {}
-        if hasattr(self._items, "__getitems__"):  # as torch's DataLoader does
-            try:
-                items = [*self._items.__getitems__([*range(start, stop)])]
-            except Exception:  # one of them is at fault: see below
-                items = []
-            if len(items) == stop - start:
-                return items, errors
-            items = []
         for number in range(start, stop):
             try:
                 items.append(self._items[number])

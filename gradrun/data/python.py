@@ -351,8 +351,6 @@ class _MapStyle(_UserSource):
             span = (first, min(first + self.batch_size, self.samples))
             items, errors = reader.items(*span)
             collated = self._collation(items, errors)
-            if collated.problem:
-                raise ConfigError(collated.problem, "data.collate")
             if len(collated.errors) < collated.size:
                 break
         else:

@@ -49,7 +49,13 @@ def checked_rows(config: TextData, table: Table) -> Iterator[Record]:
             and not record.error
             and (checked < 0 or (record.end.file != checked and has_fixed_columns(record.path)))
         ):
-            _check_columns(config, table, record)
+            if not config.field:
+                raise ConfigError(
+                    f"{record.path.name} has columns; set the column of the text; "
+                    f"{suggest('', record.fields)}",
+                    "data.field",
+                )
+            table.check_columns(record, config.column_keys())
             checked = record.end.file
         yield record
 
@@ -116,13 +122,3 @@ def _without_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
-
-
-def _check_columns(config: TextData, table: Table, record: Record) -> None:
-    if not config.field:
-        raise ConfigError(
-            f"{record.path.name} has columns; set the column of the text; "
-            f"{suggest('', record.fields)}",
-            "data.field",
-        )
-    table.check_columns(record, config.column_keys())
