@@ -113,8 +113,8 @@ def _spread(samples: int, count: int) -> list[int]:
 
 def _labels(data: BatchSource, positions: Sequence[int]) -> list[float | None]:
     """Return the labels of some samples: None without labels, and for those of several numbers."""
-    chunks = (label for chunk in data.labels() for label in chunk)
     try:
+        chunks = (label for chunk in data.labels() for label in chunk)
         return [float(x) if x.numel() == 1 else None for x in at_positions(chunks, positions)]
     except ConfigError:  # the config names no labels
         return [None] * len(positions)
