@@ -1,4 +1,4 @@
-"""The BatchSource protocol, and sources that read rows in chunks."""
+"""The base class of data sources, and sources that read rows in chunks."""
 
 from __future__ import annotations
 
