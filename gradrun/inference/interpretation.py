@@ -86,6 +86,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
             model=config.model,
             model_classes=model.classes,
             trust_code=is_trusted(trust_code),
+            keep=config.kept_columns,
         )
         model = compile_model(model, config.model.compile, data, device)
         read_one(data, 0)  # counts the texts of the first chunk

@@ -14,7 +14,9 @@ from PIL import Image
 
 import gradrun
 from gradrun.comparison.predictions import compare_predictions
+from gradrun.config.load import load_config
 from gradrun.core.errors import ConfigError, Interrupted
+from gradrun.inference.interpretation import explain
 from gradrun.output.formats import sample_files
 from tests.support.engines import InlineEngines
 from tests.support.workers import in_process_workers
@@ -412,8 +414,9 @@ def test_columns_are_carried_through_with_their_types(
     assert written == expected
     assert [*written[0]] == [*expected[0]], "kept columns come before the outputs"
     kind = "text" if suffix == "csv" else "integer"
-    stated = {one.topic: one.text for one in result.interpretation}
-    assert f"title (text), year ({kind})" in stated["kept columns"]
+    for statements in (result.interpretation, explain(load_config(config)).statements):
+        stated = {one.topic: one.text for one in statements}
+        assert f"title (text), year ({kind})" in stated["kept columns"]
     assert gradrun.verify(out).damaged == ()
 
 
