@@ -205,9 +205,9 @@ class _UserSource(BatchSource):
         self.sample_bytes = 0
         self._checksum = 0
         self._labels: torch.Tensor | None = None
+        """Labels of the first batch."""
         self._label_names: Sequence[str] = ()
         """Names that were replaced by their positions; () if the labels are numbers."""
-        """Labels of the first batch."""
         self._id_type = ""
         self._worker_settings = (data.workers, data.start_worker, facts.seed)
 
