@@ -345,7 +345,7 @@ def test_the_first_page_is_used_and_the_others_are_counted(paged: Path) -> None:
 
 
 def test_every_page_becomes_a_sample_with_page_all(paged: Path) -> None:
-    data = opened(paged, page="all")
+    data = opened(paged, page="all", batch_size=64)
     expected = {
         f"{file}#{page}": level
         for file in ("a.tif", "b.gif", "c.png", "d.webp")
