@@ -50,6 +50,10 @@ def tune(
         list[str] | None,
         typer.Option(metavar="KEY", help="A key not to change: data.batch_size (repeatable)."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue an earlier search that ended before its end."),
+    ] = False,
     sets: Sets = None,
     trust_code: Trust = False,
     json_file: JsonFile = None,
@@ -74,7 +78,7 @@ def tune(
         limits = [f"{key}={json.dumps(value)}" for key, value in given.items()]  # as for --set
         loaded = load_config(config, [*(sets or []), *limits])
         with out.progress() as progress:
-            result = run(loaded, output, trust_code=trust_code, progress=progress)
+            result = run(loaded, output, trust_code=trust_code, resume=resume, progress=progress)
         out.show_result(result)
         if result.status == "inconclusive":
             raise typer.Exit(EXIT_INCONCLUSIVE)

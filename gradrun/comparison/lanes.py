@@ -117,12 +117,17 @@ class ProcessLane:
         self.engine.close()
 
 
+class NotReady(RunFailed):
+    """The processes of a lane did not start in time."""
+
+
 def open_lane(config: RunConfig, *, trust_code: bool, timeout: float) -> ProcessLane:
     """Start the processes of a variant and wait until they are warm.
 
     Raises:
         ConfigError: the config cannot run on lanes.
-        RunFailed: the model or the data cannot be opened, or `timeout` seconds have passed.
+        NotReady: `timeout` seconds have passed.
+        RunFailed: the model or the data cannot be opened.
     """
     config.check_importable()
     count = lane_workers(config)
@@ -139,7 +144,7 @@ def open_lane(config: RunConfig, *, trust_code: bool, timeout: float) -> Process
         while len(ready) < count:
             left = timeout - (time.perf_counter() - began)
             if left <= 0:
-                raise RunFailed(f"not ready within {timeout:.0f} s")
+                raise NotReady(f"not ready within {timeout:.0f} s")
             if event := engine.next(min(left, _POLL_SECONDS)):
                 number, message = event
                 if not isinstance(message, Ready):

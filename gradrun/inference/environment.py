@@ -24,7 +24,7 @@ def current_environment(device: torch.device) -> Environment:
         numpy=numpy.__version__,
         python=platform.python_version(),
         platform=platform.platform(terse=True),
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=psutil.cpu_count(logical=False) or available_cpus(),
         cpus=available_cpus(),
         threads=torch.get_num_threads(),
@@ -48,7 +48,8 @@ def current_machine(device: torch.device) -> Machine:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Return the name of the CPU model, or the machine type where the system gives none."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -124,14 +124,14 @@ def verdict(result: TuneResult) -> str:
     best = result.unconfirmed
     if best is None:
         return (
-            f"Inconclusive after {tried}{reason}. Keep the config, or raise --budget "
-            f"({result.budget:g} s)."
+            f"Inconclusive after {tried}{reason}. Keep the config, or continue with --resume and a "
+            f"larger --budget ({result.budget:g} s)."
         )
     written = f" Written to {result.file}, for a comparison." if result.file else ""
     return (
         f"Inconclusive after {tried}{reason}. The best so far was {best.ratio:.2f} x as fast in "
-        f"the search and is not confirmed: {best.name}.{written} Raise --budget "
-        f"({result.budget:g} s)."
+        f"the search and is not confirmed: {best.name}.{written} Continue with --resume and a "
+        f"larger --budget ({result.budget:g} s)."
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -15,7 +15,7 @@ from statistics import median
 
 import torch
 
-from gradrun.comparison.lanes import Deviation, Lane, deviation, lane_workers
+from gradrun.comparison.lanes import Deviation, Lane, NotReady, deviation, lane_workers
 from gradrun.comparison.turns import (
     MAX_WAITED,
     OpenLane,
@@ -52,8 +52,8 @@ CALIBRATION_SECONDS = 2.0
 
 _MAX_CALIBRATION = 4096
 _SLOW = 3.0
-_START_SHARE = 0.3
-"""Share of the remaining time that a start may take."""
+_START_SHARE = 0.5
+"""Share of the remaining time that a start may take; later starts find compiled code in caches."""
 _CONFIRM_BLOCKS_SECONDS = 4.0
 _CONFIRM_SHARE = 0.5
 """Greatest share of the budget that is kept for the confirmation."""
@@ -67,6 +67,9 @@ _FRESH_SHARE = 0.1
 
 Gate = Callable[[RunConfig], str]
 """Another check of a config, such as its metrics: how it fails, or ""."""
+
+SaveTrials = Callable[[Mapping[str, Trial]], None]
+"""Saves the trials so far, by the identity of their configs."""
 
 
 @dataclass
@@ -97,6 +100,10 @@ class Search:
     gate: Gate = lambda _: ""
     now: Callable[[], float] = time.monotonic
     progress: ProgressCallback = ignore
+    known: dict[str, Trial] = field(default_factory=dict)
+    """Trials of an earlier run, by the identity of their configs. Those that failed or gained
+    nothing are not repeated, but by the backward elimination, which has another rival."""
+    save: SaveTrials = lambda _: None
     trials: list[Trial] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Moves that were not tried, with the reason."""
@@ -254,6 +261,12 @@ class Search:
 
     def _try(self, step: Step, changes: Changes) -> Outcome:
         """Race a setting against the leader; if it is faster, it becomes the leader."""
+        try:
+            return self._race_leader(step, changes)
+        finally:
+            self.save({name: self.trials[n] for name, n in self.seen.items() if n >= 0})
+
+    def _race_leader(self, step: Step, changes: Changes) -> Outcome:
         count = len(self.trials)
         candidate = self._admit(step, changes)
         if candidate is None:
@@ -283,6 +296,10 @@ class Search:
         if identity in self.seen:
             return None
         self.seen[identity] = len(self.trials)
+        known = self.known.get(identity)
+        if known and known.outcome not in {"faster", "not_tried"}:
+            self.trials.append(known.replace(step=step))
+            return None
         if self.left < self.baseline.start:
             self.out_of_time = True
             self._add(step, changes, "not_tried", "the budget was spent")
@@ -290,6 +307,9 @@ class Search:
         self._report(describe_changes(changes))
         try:
             lane = self._open(config, max(10.0, _START_SHARE * self.left))
+        except NotReady as error:
+            self._add(step, changes, "not_tried", f"{error}; a larger budget allows more")
+            return None
         except GradrunError as error:
             self._add(step, changes, "failed", first_line(error))
             return None
@@ -461,6 +481,7 @@ class Search:
         """Open a setting that may have been tried before."""
         if identity := _identity_or_none(self.base, changes):
             self.seen.pop(identity, None)
+            self.known.pop(identity, None)
         return self._admit("backward", changes)
 
     # --- bookkeeping ---------------------------------------------------------------------------

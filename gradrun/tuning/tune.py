@@ -25,6 +25,7 @@ from gradrun.results.trials import TunedKey, describe_value
 from gradrun.tuning.confirm import BASELINE, TUNED, Confirmation, confirm
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import apply, value_of
+from gradrun.tuning.journal import TuneJournal
 from gradrun.tuning.rewrite import write_tuned
 from gradrun.tuning.search import MIN_GAIN, Candidate, Gate, Search
 
@@ -36,6 +37,7 @@ def tune(
     output: str | Path | None = None,
     *,
     trust_code: bool = False,
+    resume: bool = False,
     progress: ProgressCallback = ignore,
     now: Callable[[], float] = time.monotonic,
     **overrides: Any,
@@ -50,6 +52,8 @@ def tune(
         output: the file for the tuned config; default: the name of the config with -tuned. A config
             that does not come from a file is written without comments, if `output` is given.
         trust_code: as for `infer`.
+        resume: continue an earlier run that was interrupted or had too small a budget: settings
+            that failed or gained nothing in it are not tried again.
         progress: called before each setting.
         now: the clock of the budget.
         overrides: config values to change, as for `infer`: `tune={"within": {"max_rel": 0.01}}`.
@@ -60,7 +64,8 @@ def tune(
         "inconclusive".
 
     Raises:
-        ConfigError: the config, model or data is invalid.
+        ConfigError: the config, model or data is invalid, or differs from that of the run to
+            resume.
         RunFailed: the config fails without changes.
         Interrupted: Ctrl-C or SIGTERM. The error has the result so far.
     """
@@ -78,9 +83,10 @@ def tune(
 
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     constraints = Constraints(base.tune, base.measure)
+    journal = TuneJournal(folder.path, base, resume=resume)
     search = Search(
         base, constraints, open_variant, now=now, progress=progress,
-        gate=_metric_gate(base, trusted),
+        gate=_metric_gate(base, trusted), known=journal.known, save=journal.write,
     )  # fmt: skip
     with GracefulShutdown():
         with loaded.error_locations():

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradrun.comparison.lanes import Lane
+from gradrun.comparison.lanes import Lane, NotReady
 from gradrun.config.load import load_config
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import RunFailed
+from gradrun.results.trials import Trial
 from gradrun.tuning.confirm import Confirmation, confirm
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import Facts
@@ -40,6 +41,9 @@ class PlantedSearch:
     seed: int = 0
     clock: Clock = field(default_factory=Clock)
     opened: list[PlantedLane] = field(default_factory=list)
+    known: dict[str, Trial] = field(default_factory=dict)
+    """Trials of an earlier search."""
+    saved: dict[str, Trial] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base = load_config(BASE, {f"tune.{key}": value for key, value in self.tune.items()}).config
@@ -50,13 +54,15 @@ class PlantedSearch:
             self._open,
             moves=self.moves,
             now=self.clock,
+            known=self.known,
+            save=self.saved.update,
         )
 
     def _open(self, config: RunConfig, timeout: float) -> Lane:
         planted = self.plan(config)
         if planted.start > timeout:
             self.clock.now += timeout
-            raise RunFailed(f"not ready within {timeout:.0f} s")
+            raise NotReady(f"not ready within {timeout:.0f} s")
         self.clock.now += planted.start
         if planted.fails:
             raise RunFailed(planted.fails)

@@ -308,7 +308,9 @@ def test_a_start_that_takes_too_long_ends_the_candidate() -> None:
     found = PlantedSearch(plan, (SEED,))
     best, _ = found.run()
     assert not best.changes
-    assert "not ready within" in found.search.trials[0].reason
+    (trial,) = found.search.trials
+    assert trial.outcome == "not_tried"
+    assert "not ready within" in trial.reason
 
 
 def test_a_spent_budget_leaves_the_rest_untried_and_is_kept_roughly() -> None:
@@ -320,6 +322,32 @@ def test_a_spent_budget_leaves_the_rest_untried_and_is_kept_roughly() -> None:
     assert found.search.out_of_time
     assert any(trial.outcome == "not_tried" for trial in found.search.trials)
     assert found.clock.now < 1.3 * 200
+
+
+def test_a_second_search_continues_where_the_first_ran_out_of_time() -> None:
+    def plan(config: RunConfig) -> Planted:
+        if config.run.mode == "grad":
+            return Planted(0.001, start=20.0, fails="no gradients")
+        return Planted(0.001 / (1 + config.run.seed), start=20.0)
+
+    moves = (move("fails", "process", {"run.mode": "grad"}), SEED, THREADS, MODE, WARMUP)
+    first = PlantedSearch(plan, moves, {"budget": 200})
+    first.run()
+    untried = [t.changes for t in first.saved.values() if t.outcome == "not_tried"]
+    failed = [t for t in first.saved.values() if t.outcome == "failed"]
+    assert untried
+    assert [trial.reason for trial in failed] == ["no gradients"]
+
+    second = PlantedSearch(plan, moves, {"budget": 2000}, known=dict(first.saved))
+    best, confirmation = second.run()
+    assert "run.seed" in best.changes
+    assert confirmation
+    assert confirmation.accepted
+    repeated = [lane.config.run.mode for lane in second.opened]
+    assert "grad" not in repeated
+    found = {str(trial.changes): trial.outcome for trial in second.search.trials}
+    assert found[str(failed[0].changes)] == "failed"
+    assert all(found.get(str(changes)) != "not_tried" for changes in untried)
 
 
 def test_a_longer_start_must_pay_within_the_job() -> None:

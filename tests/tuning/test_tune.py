@@ -16,6 +16,7 @@ from gradrun.config.load import load_config
 from gradrun.report import render
 from gradrun.results.result import RunResult, TuneResult
 from gradrun.tuning import moves, search
+from gradrun.tuning import tune as tune_module
 from tests.support.lanes import inline_lanes
 
 SAMPLES = 256
@@ -184,6 +185,44 @@ def test_ctrl_c_writes_the_best_so_far_as_unconfirmed(
     text = " ".join(render([("r", result)], "table").split())
     assert "(interrupted). The best so far was" in text
     assert "not confirmed: data.batch_size" in text
+
+
+def test_a_tuning_that_was_killed_continues_with_what_it_tried(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(facts: Any) -> list[dict[str, Any]]:
+        changes = {"model.dtype": "bfloat16"}
+        return [] if facts.config.model.dtype else [changes]
+
+    def kill(facts: Any) -> list[dict[str, Any]]:
+        raise SystemExit  # as a SIGKILL: nothing is written after it
+
+    fails = moves.Move("wrong", "process", "none", wrong)
+    batches = search.MOVES
+    stop = moves.Move("kill", "last", "none", kill)
+    monkeypatch.setattr(search, "MOVES", (fails, *batches, stop))
+    with pytest.raises(SystemExit):
+        _tune(config)
+    assert not (config.with_name("out-tune") / "result.json").exists()
+
+    monkeypatch.setattr(search, "MOVES", (fails, *batches))
+    opened: list[str | None] = []
+    open_lane = tune_module.open_lane
+    monkeypatch.setattr(
+        tune_module, "open_lane",
+        lambda c, **keys: (opened.append(c.model.dtype), open_lane(c, **keys))[1],
+    )  # fmt: skip
+    limits = {"budget": 500, "steady": True}
+    with pytest.raises(gradrun.ConfigError, match=r"config changed since.*resume=True"):
+        gradrun.tune(config, trust_code=True, resume=True, tune=limits, run={"seed": 3})
+    result = gradrun.tune(config, trust_code=True, resume=True, tune=limits)
+    assert result.status == "faster"
+    assert result.trials[0].outcome == "differs"
+    assert "bfloat16" not in opened
+
+    (config.with_name("out-tune") / "tune-journal.json").write_text("{")
+    with pytest.raises(gradrun.ConfigError, match=r"tune-journal.json cannot be read"):
+        gradrun.tune(config, trust_code=True, resume=True, tune=limits)
 
 
 def test_a_metric_may_not_drop(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
