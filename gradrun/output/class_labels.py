@@ -19,7 +19,6 @@ FILE_NAME = "classes.txt"
 DEFAULT_OUTPUT = "prediction"
 """Name of the output of a model with one output."""
 
-
 _CLASS_NUMBERS = {"argmax", "classify", "topk"}
 _TYPED_ARRAYS = {"npy", "safetensors"}
 
@@ -36,7 +35,7 @@ class ClassLabels:
 
     def __init__(
         self,
-        config: OutputSection | None = None,
+        config: OutputSection,
         classes: Sequence[str] = (),
         counts: Mapping[str, int] | None = None,
     ) -> None:
@@ -61,8 +60,6 @@ class ClassLabels:
         return bool(self._label_of(name))
 
     def _label_of(self, name: str) -> str:
-        if self.config is None:
-            return ""
         output, _, suffix = name.rpartition(".")
         for step, ending, label in (("topk", "indices", "labels"), ("classify", "class", "label")):
             if suffix == ending and step in self.config.transforms_as(output or DEFAULT_OUTPUT):

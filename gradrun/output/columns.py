@@ -151,9 +151,16 @@ def as_tensors(outputs: Mapping[str, Column]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def is_complex(column: Column) -> bool:
-    """Report whether a column is a tensor of complex numbers."""
-    return not isinstance(column, ValueColumn) and column.is_complex()
+def check_storable(outputs: Mapping[str, Column], form: str) -> None:
+    """Check that a format with a column of ids and without complex numbers can store outputs.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if "id" in outputs:
+        raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
+    if any(tensor.is_complex() for tensor in tensors_of(outputs).values()):
+        raise ValueError(f"{form} has no complex numbers; use format: npy")
 
 
 def layout(column: Column) -> Hashable:

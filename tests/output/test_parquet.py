@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas
 import torch
 
-from gradrun.output.formats.parquet import ParquetWriter
+from gradrun.config.output import OutputSection
+from gradrun.output.formats import open_writer
 from gradrun.output.journal import CommittedRange
 from tests.conftest import Command
 
@@ -19,7 +20,7 @@ def test_ids_and_rows_of_an_incomplete_shard_are_continued(tmp_path: Path) -> No
 
     def written(folder: Path, stop: int, before: list[CommittedRange]) -> list[CommittedRange]:
         folder.mkdir(exist_ok=True)
-        writer = ParquetWriter(folder, 20)
+        writer = open_writer(OutputSection(path=folder, format="parquet"), 20)
         writer.open({"prediction": rows[:1]}, before)
         for at in range(writer.written, stop, 4):
             writer.write({"prediction": rows[at : at + 4]}, ids[at : at + 4])

@@ -24,6 +24,7 @@ from gradrun.output.formats import (
     sample_files,
     text_writer,
 )
+from gradrun.output.formats.target import WriterTarget
 from gradrun.output.journal import CommittedRange
 from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.results.result import Statement
@@ -98,8 +99,7 @@ Rows = tuple[npy.Array, dict[str, npy.Array]]
 class Format(NamedTuple):
     """Functions of an output format, and the names of its files."""
 
-    writer: Callable[[Path, int | None, int, ClassLabels], PredictionWriter]
-    """Called with folder, samples (None if unknown), batch size and class labels."""
+    writer: Callable[[WriterTarget], PredictionWriter]
     read: Callable[[Path, Container[str]], Iterator[Rows]]
     """Yield the rows of a run folder, in chunks of about a MiB, without some columns.
 
@@ -132,7 +132,7 @@ _SHARD = f"predictions-{'[0-9]' * 5}"
 
 FORMATS = {
     "npy": Format(
-        npy.NpyWriter,
+        lambda target: npy.NpyWriter(target.folder, target.samples),
         npy.read,
         npy.checksum,
         ("predictions.npy", "predictions.*.npy"),
@@ -268,7 +268,7 @@ def open_writer(
         return memory.MemoryWriter(config.arrays, samples)
     form = FORMATS[config.format]
     labels = ClassLabels(config, classes, class_counts)
-    writer = form.writer(config.path, samples, batch_size, labels)
+    writer = form.writer(WriterTarget(config.path, samples, batch_size, labels))
     if has_ids and not form.stores_ids:
         return ids_file.IdsWriter(writer, config.path)
     return writer

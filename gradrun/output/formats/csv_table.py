@@ -51,7 +51,7 @@ class CsvWriter(TextWriter):
                 f"the columns of the outputs {listed} are ambiguous; use format: jsonl, or another "
                 "name"
             )
-        return _to_csv([["id", *(title for titles in self._cells.values() for title in titles)]])
+        return _to_csv([["id", *titles]])
 
     def lines(self, columns: Columns, ids: Sequence[int | str]) -> str:
         return _to_csv([name, *self._row(columns, row)] for row, name in enumerate(ids))

@@ -20,7 +20,7 @@ import numpy as np
 
 from gradrun.core import files
 from gradrun.core.units import format_bytes
-from gradrun.output.class_labels import DEFAULT_OUTPUT, ClassLabels
+from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.columns import ValueColumn, layout_error, tensors_of
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import MISSING_CLASS, fill_missing
@@ -40,34 +40,16 @@ _CHUNK_BYTES = 1024 * 1024
 _STEM = "predictions"
 
 
-class NpyWriter:
-    """Writes each output to predictions.npy or predictions.NAME.npy, or to another stem."""
+class ArraysWriter:
+    """Stores the rows of each output in an array: the common part of .npy files and memory."""
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-        stem: str = _STEM,
-    ) -> None:
-        self.stem = stem
-        self.folder, self.samples, self.written = folder, samples, 0
-        self.nonfinite = self._committed = 0
-        self._arrays: dict[str, _NpyFile] = {}
+    def __init__(self, samples: int | None) -> None:
+        self.samples = samples
+        self.written = self.nonfinite = self._committed = 0
+        self._arrays: dict[str, Any] = {}
+        """Output name to a `_NpyFile`, or to the same in memory."""
         self._invalid: list[int] = []
         """Rows without a prediction since the last commit."""
-
-    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
-        self.written = self._committed = committed[-1].stop if committed else 0
-        self.nonfinite = sum(part.nonfinite for part in committed)
-        for name, tensor in tensors_of(outputs).items():
-            file = f"{self.stem}{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
-            array = _NpyFile(self.folder / file, self.samples, tensor)
-            self._arrays[name] = array
-            array.open(self.written)
-        if not committed:
-            files.sync_folder(self.folder)
 
     def write(
         self, outputs: Outputs, ids: Sequence[int | str], valid: torch.Tensor | None = None
@@ -88,11 +70,34 @@ class NpyWriter:
         for array in self._arrays.values():
             array.sync(stop)
         bad = np.zeros(stop - start, bool)
-        checksums = {a.path.name: a.checksum(start, stop, bad) for a in self._arrays.values()}
+        checksums = [array.checksum(start, stop, bad) for array in self._arrays.values()]
         bad[[row - start for row in self._invalid if row < stop]] = False
         nonfinite = int(bad.sum())
         self._committed, self.nonfinite, self._invalid = stop, self.nonfinite + nonfinite, []
-        return [CommittedRange(start=start, stop=stop, files=checksums, nonfinite=nonfinite)]
+        names = dict(zip(self.files(), checksums, strict=False))  # memory has no files
+        return [CommittedRange(start=start, stop=stop, files=names, nonfinite=nonfinite)]
+
+    def files(self) -> list[str]:
+        return []
+
+
+class NpyWriter(ArraysWriter):
+    """Writes each output to predictions.npy or predictions.NAME.npy, or to another stem."""
+
+    def __init__(self, folder: Path, samples: int | None, stem: str = _STEM) -> None:
+        super().__init__(samples)
+        self.folder, self.stem = folder, stem
+
+    def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
+        self.written = self._committed = committed[-1].stop if committed else 0
+        self.nonfinite = sum(part.nonfinite for part in committed)
+        for name, tensor in tensors_of(outputs).items():
+            file = f"{self.stem}{'' if name == DEFAULT_OUTPUT else f'.{name}'}.npy"
+            array = _NpyFile(self.folder / file, self.samples, tensor)
+            self._arrays[name] = array
+            array.open(self.written)
+        if not committed:
+            files.sync_folder(self.folder)
 
     def close(self) -> list[CommittedRange]:
         try:

@@ -19,8 +19,7 @@ from gradrun.core import files
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
 from gradrun.core.value_types import TypeMismatch, ValueType
-from gradrun.output.class_labels import ClassLabels
-from gradrun.output.columns import ValueColumn, is_complex, tensors_of
+from gradrun.output.columns import ValueColumn, check_storable, tensors_of
 from gradrun.output.formats.arrow_values import (
     as_utf8,
     content_of,
@@ -29,6 +28,7 @@ from gradrun.output.formats.arrow_values import (
 )
 from gradrun.output.formats.npy import with_numpy_dtype
 from gradrun.output.formats.sharded_writer import Shard, ShardedWriter, row_checksum
+from gradrun.output.formats.target import WriterTarget
 from gradrun.output.journal import SUBFOLDER, CommittedRange
 from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.output.missing import MISSING_CLASS
@@ -58,15 +58,9 @@ class ParquetWriter(ShardedWriter):
     subfolder = FOLDER
     stores_ids = True
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-    ) -> None:
+    def __init__(self, target: WriterTarget) -> None:
         _pyarrow("parquet")  # fails before anything is written if pyarrow is missing
-        super().__init__(folder, samples, batch_size, labels)
+        super().__init__(target)
         self._labelled: dict[str, str] = {}
         """Output of class numbers to the column with their names."""
         self._kept: list[str] = []
@@ -75,10 +69,7 @@ class ParquetWriter(ShardedWriter):
         """The types of the columns of values."""
 
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
-        if "id" in outputs:
-            raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
-        if any(is_complex(column) for column in outputs.values()):
-            raise ValueError("Parquet has no complex numbers; use format: npy")
+        check_storable(outputs, "Parquet")
         outputs = self.convert(outputs)
         self._types = {
             name: _known_type(name, column)

@@ -47,11 +47,9 @@ def open_encoder(labels: ClassLabels, name: str, column: Column) -> SampleEncode
     Raises:
         ConfigError: the kind of file in the config cannot contain the output.
     """
-    config = labels.config
-    wanted: str = config.file_type if config else "auto"
+    wanted: str = labels.config.file_type
     kind = _kind(column)
-    steps = {*config.transforms_as(_source(name))} if config else set()
-    classes = _has_classes(kind, steps)
+    classes = _has_classes(kind, {*labels.config.transforms_as(_source(name))})
     if wanted == "auto":
         image = _is_plane(column) and (classes or kind.dtype == "uint8")
         texts = {"text": "txt", "tensor": "png" if image else "npy"}
@@ -104,7 +102,7 @@ def _has_classes(kind: ValueType, steps: set[str]) -> bool:
 
 def _png_encoder(labels: ClassLabels, name: str, kind: ValueType, classes: bool) -> SampleEncoder:
     pillow = import_optional("PIL", "output.file_type", "Image")
-    chosen = labels.config.palette if labels.config else "auto"
+    chosen = labels.config.palette
     if not classes:
         if isinstance(chosen, tuple):
             raise ConfigError(

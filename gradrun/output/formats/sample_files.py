@@ -24,6 +24,7 @@ from gradrun.output.columns import ValueColumn, values_of
 from gradrun.output.formats import text_writer
 from gradrun.output.formats.jsonl import JsonlWriter
 from gradrun.output.formats.sample_encoders import SampleEncoder, open_encoder
+from gradrun.output.formats.target import WriterTarget
 from gradrun.output.journal import SUBFOLDER, CommittedRange
 from gradrun.output.kept_columns import is_kept
 from gradrun.output.missing import count_nonfinite
@@ -52,16 +53,9 @@ _WIDTH = 9
 class FilesWriter(JsonlWriter):
     """Writes predictions/ID.SUFFIX, or predictions/ID.OUTPUT.SUFFIX for several outputs."""
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-    ) -> None:
-        super().__init__(folder, samples, batch_size)
-        self._classes = labels or ClassLabels()
-        self.path, self.folder = folder / INDEX, folder / SUBFOLDER
+    def __init__(self, target: WriterTarget) -> None:
+        super().__init__(target)
+        self.path, self.folder = target.folder / INDEX, target.folder / SUBFOLDER
         self._encoders: dict[str, SampleEncoder] = {}
         self._names: set[str] = set()
         """Names in use, in lower case, because some file systems ignore it."""
@@ -70,7 +64,7 @@ class FilesWriter(JsonlWriter):
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         predicted = {name: column for name, column in outputs.items() if not is_kept(name)}
         self._encoders = {
-            name: open_encoder(self._classes, name, column) for name, column in predicted.items()
+            name: open_encoder(self.labels, name, column) for name, column in predicted.items()
         }
         rows = max(map(len, predicted.values()), default=0)
         size = self._encoded_size(predicted, rows)

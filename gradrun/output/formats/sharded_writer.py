@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradrun.core import files
-from gradrun.output.class_labels import ClassLabels
 from gradrun.output.columns import blank, layout, layout_error, row_bytes
+from gradrun.output.formats.target import WriterTarget
 from gradrun.output.journal import CommittedRange
 from gradrun.output.missing import count_nonfinite, fill_missing
 
@@ -99,15 +99,9 @@ class ShardedWriter(ABC):
     """Folder of the shards in the run folder; empty for the run folder itself."""
     stores_ids = False
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-    ) -> None:
-        self.folder, self.samples, self.batch_size = folder / self.subfolder, samples, batch_size
-        self.labels = labels or ClassLabels()
+    def __init__(self, target: WriterTarget) -> None:
+        self.folder = target.folder / self.subfolder
+        self.samples, self.batch_size, self.labels = target[1:]
         self.written = 0
         self._layout = ShardLayout(1)
         self._buffers: Outputs = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradrun.core import files
-from gradrun.output.class_labels import ClassLabels
-from gradrun.output.columns import ValueColumn, is_complex
+from gradrun.output.columns import ValueColumn, check_storable
+from gradrun.output.formats.target import WriterTarget
 from gradrun.output.journal import CommittedRange
 from gradrun.output.kept_columns import is_kept, title_of
 from gradrun.output.missing import MISSING_CLASS, count_nonfinite, finite_rows
@@ -34,15 +34,9 @@ class TextWriter:
 
     suffix = ""
 
-    def __init__(
-        self,
-        folder: Path,
-        samples: int | None,
-        batch_size: int = 1,
-        labels: ClassLabels | None = None,
-    ) -> None:
-        self.path, self.samples = folder / f"predictions.{self.suffix}", samples
-        self.labels = labels or ClassLabels()
+    def __init__(self, target: WriterTarget) -> None:
+        self.path = target.folder / f"predictions.{self.suffix}"
+        self.samples, self.labels = target.samples, target.labels
         self.written = 0
         self.nonfinite = self._nonfinite_written = 0
         self._labelled: dict[str, str] = {}
@@ -52,10 +46,7 @@ class TextWriter:
         self._committed, self._checksum = 0, 0
 
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
-        if "id" in outputs:
-            raise ValueError("the output name 'id' is reserved for sample ids; use format: npy")
-        if any(is_complex(column) for column in outputs.values()):
-            raise ValueError(f"{self.suffix} has no complex numbers; use format: npy")
+        check_storable(outputs, self.suffix)
         self._labelled = self.labels.columns(outputs)
         columns = self._columns(outputs, None)
         header = self.header(columns).encode()
