@@ -33,6 +33,14 @@ _UNREAD = (
 )
 """Keys of files that do not affect predictions, or of folders that contain other files."""
 
+_IRRELEVANT_SECTIONS = {"engine", "measure", "check", "metrics", "tune"}
+_IRRELEVANT = {
+    "data": ("labels", "classes", "workers"),
+    "output": ("path", "examples"),
+    "run": ("allocator", "in_flight", "warmup", "on_error", "max_errors"),
+}
+"""Keys that change no committed prediction; a folder may be moved."""
+
 _IDS, _CLASS_NAMES = "the type of the ids", "class names"
 _KEPT_TYPES = "the type of the kept column"
 
@@ -77,20 +85,14 @@ def fingerprint(
     """
     paths: dict[str, Path] = {}
     dumped = _take_paths(config.model_dump(mode="json"), config.model_dump(), "", paths)
-    for key in ("engine", "measure", "check", "metrics", "tune"):  # do not affect predictions
-        dumped.pop(key)
-    for key in ("labels", "classes", "workers"):
-        dumped["data"].pop(key, None)
+    dumped = {name: value for name, value in dumped.items() if name not in _IRRELEVANT_SECTIONS}
+    for section, keys in _IRRELEVANT.items():
+        for key in keys:
+            dumped[section].pop(key, None)
     dumped["data"].update(identity or {})
-    dumped["output"].pop("path")  # a folder may be moved
-    dumped["output"].pop("examples")
     if target := config.output.decoder:  # the content of the file is compared
         steps = config.output.transforms_of("")
         dumped["output"]["transform"] = [Path(target).name, *steps]
-    # Error handling may change: samples after the last commit run again. The allocator and the
-    # number of batches in flight change no prediction.
-    for key in ("allocator", "in_flight", "warmup", "on_error", "max_errors"):
-        dumped["run"].pop(key)
     if classes and writes_names(config.output):
         dumped[_CLASS_NAMES] = zlib.crc32("\n".join(classes).encode())
     if id_type and FORMATS[config.output.format].typed_ids:
@@ -103,6 +105,14 @@ def fingerprint(
         section, _, name = key.partition(".")
         dumped[section].pop("root", None)
         dumped[section][name] = Path(target).name
+    files = _describe_inputs(paths, listed, by_rows=by_rows) | describe_code(code or {})
+    return JournalHeader(gradrun=version, samples=samples, config=dumped, files=files)
+
+
+def _describe_inputs(
+    paths: Mapping[str, Path], listed: Sequence[Path], *, by_rows: bool
+) -> dict[str, dict[str, Any]]:
+    """Describe the files of config keys and the listed ones, by key or file name."""
     folders = {file.parent for file in listed}
     files = {
         name: _describe(file)
@@ -113,11 +123,10 @@ def fingerprint(
         if not any(folder.is_relative_to(path) for folder in folders)
         for name, file in _files_in(key, path)
     }
-    files |= describe_code(code or {})
     if listed and not by_rows and [*listed] != [paths.get("data.path")]:
         folder = paths.get("data.path") or Path(os.path.commonpath([f.parent for f in listed]))
         files["the files in data.path"] = _describe_list(listed, folder)
-    return JournalHeader(gradrun=version, samples=samples, config=dumped, files=files)
+    return files
 
 
 def describe_code(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
