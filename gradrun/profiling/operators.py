@@ -17,14 +17,13 @@ from torch.autograd import profiler as torch_profiler
 from gradrun.inference.meters.cpu_memory import quiet_stderr
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.profiling.call_tree import CallNode
-from gradrun.profiling.trace import Span, Trace
+from gradrun.profiling.trace import BATCH, Span, Trace
 from gradrun.profiling.variant import ProfiledVariant
 from gradrun.results.profile import OperatorTime
 
 TRACED_BATCHES = 3
 
 _MARK = "gradrun module "
-_BATCH = "gradrun batch"
 _SHOWN = 10
 
 
@@ -64,17 +63,18 @@ def profile_operators(variant: ProfiledVariant) -> OperatorPass:
     ):
         for batch in batches:
             hooks = tree.tracked(begin, end) if variant.hooks else nullcontext()
-            with torch_profiler.record_function(_BATCH), hooks:
+            with torch_profiler.record_function(BATCH), hooks:
                 variant.run(batch)
     events = sorted(
         profiler.kineto_results.events(), key=lambda e: (e.start_ns(), -e.duration_ns())
     )
     _measure_peaks(events, tree.nodes, variant.device.type)
-    spans = list(_spans(events, tree.nodes))
+    start = [event.start_ns() for event in events if event.name() == BATCH][1]
+    spans = tuple(_spans(events, start))
     labels = [f"{tree.path(n) or '(the model)'} ({type(n.module).__name__})" for n in tree.nodes]
     return OperatorPass(
         *_longest(spans, labels),
-        trace=Trace(spans=tuple(spans), labels=tuple(labels), memory=tuple(_memory(events))),
+        trace=Trace(spans=spans, labels=tuple(labels), memory=tuple(_memory(events, start))),
     )
 
 
@@ -91,11 +91,9 @@ class _Open:
     peak: int = 0
 
 
-def _spans(events: Sequence[Any], nodes: Sequence[CallNode]) -> Iterator[Span]:
-    """Yield the ranges of all batches but the first, with the time that is their own."""
-    main = next((e.start_thread_id() for e in events if e.name() == _BATCH), 0)
-    starts = [e.start_ns() for e in events if e.name() == _BATCH]
-    begin = starts[1] if len(starts) > 1 else 0
+def _spans(events: Sequence[Any], begin: int) -> Iterator[Span]:
+    """Yield the ranges from a time on, with the time that is their own."""
+    main = next((e.start_thread_id() for e in events if e.name() == BATCH), 0)
     stack: list[_Open] = []
 
     def close(one: _Open) -> Span:
@@ -163,13 +161,16 @@ def _measure_peaks(events: Sequence[Any], nodes: Sequence[CallNode], device: str
     if kind is None:
         return
     live, stack = 0, list[_Open]()
+
+    def close(ended: _Open) -> None:
+        node = nodes[ended.node]
+        node.peak = max(node.peak or 0, ended.peak - ended.level)
+        if stack:
+            stack[-1].peak = max(stack[-1].peak, ended.peak)
+
     for event in events:
         while stack and stack[-1].end <= event.start_ns():
-            ended = stack.pop()
-            node = nodes[ended.node]
-            node.peak = max(node.peak or 0, ended.peak - ended.level)
-            if stack:
-                stack[-1].peak = max(stack[-1].peak, ended.peak)
+            close(stack.pop())
         if event.name().startswith(_MARK):
             node_index = int(event.name().removeprefix(_MARK))
             end = event.start_ns() + event.duration_ns()
@@ -178,14 +179,13 @@ def _measure_peaks(events: Sequence[Any], nodes: Sequence[CallNode], device: str
             live += event.nbytes()
             if stack:
                 stack[-1].peak = max(stack[-1].peak, live)
-    for ended in reversed(stack):
-        nodes[ended.node].peak = max(nodes[ended.node].peak or 0, ended.peak - ended.level)
+    while stack:
+        close(stack.pop())
 
 
-def _memory(events: Sequence[Any]) -> Iterator[tuple[int, int]]:
-    """Yield the time and the live bytes after each allocation of all batches but the first."""
-    starts = [e.start_ns() for e in events if e.name() == _BATCH]
-    begin, live = starts[1] if len(starts) > 1 else 0, 0
+def _memory(events: Sequence[Any], begin: int) -> Iterator[tuple[int, int]]:
+    """Yield the time and the live bytes after each allocation from a time on."""
+    live = 0
     for event in events:
         if event.name() == "[memory]":
             live += event.nbytes()

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+BATCH = "gradrun batch"
+"""Name of the range of a batch."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -51,13 +54,10 @@ class Trace:
             if span.is_operator:
                 details = {"module": label, "shapes": span.shapes}
                 yield {"name": span.name, "cat": "operator", **times, "args": details}
-            elif span.name == _BATCH:
+            elif span.name == BATCH:
                 yield {"name": "batch", "cat": "batch", **times}
             else:
                 yield {"name": label, "cat": "module", **times}
         for at, live in self.memory:
             sizes = {"name": "tensor memory", "ph": "C", "ts": at / 1e3, **place}
             yield {**sizes, "args": {"bytes": live}}
-
-
-_BATCH = "gradrun batch"

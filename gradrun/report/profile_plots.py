@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,11 +41,8 @@ def plots(result: ProfileResult, prefix: str = "") -> list[Plot]:
 
 def _colours(figures: ProfileFigures) -> dict[str, int]:
     """Number the types of modules by their self time, from 1; the others share the grey 0."""
-    seconds: dict[str, float] = defaultdict(float)
-    for module in figures.modules:
-        seconds[module.calls.type] += module.self_time.value
-    ordered = sorted(seconds, key=lambda name: -seconds[name])
-    return {name: i + 1 if i + 1 < SERIES else 0 for i, name in enumerate(ordered)}
+    names = enumerate(figures.self_seconds_by_type, 1)
+    return {name: number if number < SERIES else 0 for number, name in names}
 
 
 def flame(figures: ProfileFigures) -> Plot:
@@ -62,11 +58,10 @@ def flame(figures: ProfileFigures) -> Plot:
         ),
         "</svg>",
     ]
-    shares: dict[str, float] = defaultdict(float)
-    whole = figures.modules[0].time.value or 1.0
-    for module in figures.modules:
-        shares[module.calls.type] += max(0.0, module.self_time.value) / whole
-    key = tuple((number, name, f"{shares[name]:.0%}") for name, number in colours.items() if number)
+    seconds, whole = figures.self_seconds_by_type, figures.modules[0].time.value or 1.0
+    key = tuple(
+        (number, name, f"{seconds[name] / whole:.0%}") for name, number in colours.items() if number
+    )
     hidden = len(figures.modules) - len(boxes)
     note = "Callers above, as wide as their time. Space below a module is its self time."
     note += f" {hidden} modules are too narrow to be drawn." if hidden else ""

@@ -6,7 +6,7 @@ call that is timed, and the part outside of it, which the module around it would
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -202,6 +202,14 @@ class ProfileFigures:
         Far from 1 if modules are disturbed in different rounds, by other programs.
         """
         return sum(module.self_time.value for module in self.modules) / self.forward.value
+
+    @property
+    def self_seconds_by_type(self) -> dict[str, float]:
+        """Self times per batch by type of module, longest first."""
+        seconds: dict[str, float] = defaultdict(float)
+        for module in self.modules:
+            seconds[module.calls.type] += max(0.0, module.self_time.value)
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
     def chain(self, module: ModuleFigures) -> list[str]:
         """Return the label of a module, and of its callers if another entry has the same label."""

@@ -123,16 +123,12 @@ class Padding(Record, frozen=True, kw_only=True):
     """That would have been computed in the order of the input, with padding."""
 
     def __add__(self, other: Padding) -> Padding:
+        sums = ("texts", "truncated", "repaired", "tokens", "run", "ungrouped")
         return Padding(
-            texts=self.texts + other.texts,
-            truncated=self.truncated + other.truncated,
             limit=max(self.limit, other.limit),
             longest=max(self.longest, other.longest),
-            repaired=self.repaired + other.repaired,
             first_repaired=self.first_repaired or other.first_repaired,
-            tokens=self.tokens + other.tokens,
-            run=self.run + other.run,
-            ungrouped=self.ungrouped + other.ungrouped,
+            **{name: getattr(self, name) + getattr(other, name) for name in sums},
         )
 
     def statements(self) -> Iterator[Statement]:
@@ -158,12 +154,8 @@ class Generation(Record, frozen=True, kw_only=True):
     """New tokens of the longest text of the batch."""
 
     def __add__(self, other: Generation) -> Generation:
-        return Generation(
-            first_token_seconds=self.first_token_seconds + other.first_token_seconds,
-            batch_seconds=self.batch_seconds + other.batch_seconds,
-            batch_tokens=self.batch_tokens + other.batch_tokens,
-            batch_steps=self.batch_steps + other.batch_steps,
-        )
+        names = self.__struct_fields__
+        return Generation(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @property
     def tokens(self) -> int:
