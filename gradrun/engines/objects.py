@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,13 +101,15 @@ def open_config(
     _check_data(data)
     if own_model:
         _check_module(model)
-        sections["model"] = save_module(model, folder) if as_files else _PLACEHOLDER_MODEL
+        sections["model"] = _PLACEHOLDER_MODEL
+        if as_files:
+            sections["model"] = {"source": "python", "target": _save(model, folder, "model")}
     elif model is not None:
         sections["model"] = model
     if (listed := _as_files(data, folder)) is not None:
         sections["data"], own_data = listed, False
     elif own_data and _are_items(data):
-        saved = save_items(data, folder) if as_files else f"memory:{type(data).__name__}"
+        saved = _save(data, folder, "data") if as_files else f"memory:{type(data).__name__}"
         sections["data"] = {"source": "python", "target": saved}
     elif own_data:
         arrays = ObjectArrays(
@@ -116,7 +119,7 @@ def open_config(
             floats="float64" if _is_double(model) else "float32",
             labels=labels,
         )
-        sections["data"] = save_arrays(arrays, folder) if as_files else _PLACEHOLDER_DATA
+        sections["data"] = _save_arrays(arrays, folder) if as_files else _PLACEHOLDER_DATA
     elif data is not None:
         sections["data"] = data
     if labels is not None and (not own_data or _are_items(data)):
@@ -169,25 +172,12 @@ def is_consumed(data: Any) -> bool:
     return hasattr(data, "__next__")
 
 
-def save_module(module: nn.Module, folder: Path) -> dict[str, Any]:
-    """Save a module for other processes; return the section that loads it.
-
-    Raises:
-        ConfigError: the module cannot be pickled.
-    """
-    return {"source": "python", "target": _save(module, folder, "model")}
-
-
-def save_items(data: Any, folder: Path) -> str:
-    """Save a Dataset or DataLoader for other processes; return the target that loads it.
+def _save(value: Any, folder: Path, section: str) -> str:
+    """Save the object of a section for other processes; return the target that loads it.
 
     Raises:
         ConfigError: the object cannot be pickled.
     """
-    return _save(data, folder, "data")
-
-
-def _save(value: Any, folder: Path, section: str) -> str:
     cloudpickle = import_optional("cloudpickle", section)
     try:
         saved = cloudpickle.dumps(value)
@@ -214,7 +204,7 @@ def {name}():
 """
 
 
-def save_arrays(given: ObjectArrays, folder: Path) -> dict[str, Any]:
+def _save_arrays(given: ObjectArrays, folder: Path) -> dict[str, Any]:
     """Save arrays for other processes; return the section that loads them."""
     inputs, positional = read_inputs(given)
     section: dict[str, Any] = {"source": "arrays", "inputs": {}}
@@ -277,8 +267,9 @@ def _as_files(data: Any, folder: Path) -> dict[str, Any] | None:
     kinds = {_kind(item) for item in data} if paths or _are_texts(data) else {""}
     if kinds <= {"image"} or kinds <= {"audio"}:
         listed = folder / "files.csv"
-        rows = "\n".join(_quoted(str(Path(item).resolve())) for item in data)
-        listed.write_text(f"path\n{rows}\n")
+        with listed.open("w", newline="") as file:
+            rows = ([str(Path(item).resolve())] for item in data)
+            csv.writer(file, quoting=csv.QUOTE_ALL).writerows([["path"], *rows])
         source = "images" if kinds == {"image"} else "audio"
         return {"source": source, "path": str(listed), "column": "path"}
     if paths:
@@ -302,11 +293,6 @@ def _kind(file: str | Path) -> str:
 
 def _are_texts(items: Sequence[Any]) -> bool:
     return all(isinstance(item, str) for item in items)
-
-
-def _quoted(text: str) -> str:
-    doubled = text.replace('"', '""')
-    return f'"{doubled}"'
 
 
 # --- predictions ---------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ kernels and dropout masks are the same then, and only the neighbors can cause a 
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.data.batch import Batch
-from gradrun.inference.compilation import eager_model
+from gradrun.inference.compilation import eager_model, without_compilation
 from gradrun.inference.device import seed_generators
 from gradrun.inference.module_calls import track_module_calls
 from gradrun.inference.module_state import preserve_module_state
@@ -161,19 +160,13 @@ def batch_dependence(
     if not reference or not _is_tested(batch, config):
         return None
     # A model may raise anything, and its warnings about small batches do not concern the run.
-    with suppress(Exception), warnings.catch_warnings(action="ignore"), _without_compilation():
+    with suppress(Exception), warnings.catch_warnings(action="ignore"), without_compilation():
         return _BatchTest(eager_model(model), batch, config, device, read).run(reference)
     return None
 
 
 def _is_tested(batch: Batch, config: RunConfig) -> bool:
     return batch.size > 1 and config.measure.batch_independence
-
-
-def _without_compilation() -> AbstractContextManager[Any]:
-    """Return a context in which torch.compile is off: another batch size would recompile."""
-    compiler_loaded = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiler_loaded else nullcontext()
 
 
 # --- the samples under test ----------------------------------------------------------------------

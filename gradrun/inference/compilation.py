@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -135,6 +135,12 @@ def is_compiled(model: nn.Module) -> bool:
         type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
         for module in model.modules()
     )
+
+
+def without_compilation() -> AbstractContextManager[Any]:
+    """Return a context in which compiled models run eagerly: other shapes would recompile."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def compiled_graphs() -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from gradrun.core.units import pluralize
+from gradrun.core.units import first_names, pluralize
 from gradrun.inference.compilation import is_compiled
 from gradrun.profiling.variant import ProfiledVariant
 from gradrun.results.result import Statement, Warning
@@ -61,12 +61,9 @@ def limitations(variant: ProfiledVariant) -> Iterator[Warning]:
 def statements_of(variant: ProfiledVariant) -> Iterator[Statement]:
     """Yield the choices of a profile: its batches, and modules that are not called."""
     shapes = dict.fromkeys(" x ".join(map(str, batch.shape)) for batch in variant.batches)
-    listed = ", ".join(list(shapes)[:_MAX_LISTED])
-    more = f" and {len(shapes) - _MAX_LISTED} more" if len(shapes) > _MAX_LISTED else ""
+    listed = first_names(list(shapes), _MAX_LISTED)
     noun = "batch" if len(variant.batches) == 1 else f"{len(variant.batches)} batches"
-    yield Statement(
-        topic="batches", text=f"every round runs the same {noun}, of shape {listed}{more}"
-    )
+    yield Statement(topic="batches", text=f"every round runs the same {noun}, of shape {listed}")
     if not variant.hooks:
         return
     prefix = f"{variant.name}: " if variant.name else ""
@@ -104,6 +101,4 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def _list(names: list[str]) -> str:
-    shown = ", ".join(name or "(the model)" for name in sorted(names)[:_MAX_LISTED])
-    more = len(names) - _MAX_LISTED
-    return f"{shown} and {more} more" if more > 0 else shown
+    return first_names([name or "(the model)" for name in sorted(names)], _MAX_LISTED)

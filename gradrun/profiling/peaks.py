@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from math import inf
 
@@ -14,7 +14,7 @@ from gradrun.comparison.session import MAX_OTHERS, MAX_STEAL
 from gradrun.core.cpu import available_cpus
 from gradrun.core.progress import Progress, ProgressCallback, ignore
 from gradrun.core.units import pluralize
-from gradrun.inference.device import resolve_device
+from gradrun.inference.device import resolve_device, torch_threads
 from gradrun.inference.environment import current_machine
 from gradrun.inference.meters.system_load import SystemLoadMeter
 from gradrun.profiling.call_tree import Clock, host_clock
@@ -55,7 +55,7 @@ def measure_peaks(
     sizes: dict[str, int] = {}
     calls: dict[str, Call] = {}
     steps = len(DTYPES) + _ROUNDS
-    with _threads(threads), torch.inference_mode(), SystemLoadMeter() as load:
+    with torch_threads(threads), torch.inference_mode(), SystemLoadMeter() as load:
         for step, (name, dtype) in enumerate(zip(names, DTYPES, strict=True)):
             progress(Progress(f"finding a size for {name}", step, steps))
             with suppress(RuntimeError, TypeError):  # the device lacks the type
@@ -131,16 +131,6 @@ def thread_counts() -> list[int]:
     """Return the powers of two up to the available CPUs, and their number."""
     cpus = available_cpus()
     return sorted({cpus, *(2**power for power in range(cpus.bit_length()) if 2**power <= cpus)})
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _fastest_size(dtype: torch.dtype, device: torch.device, now: Clock) -> tuple[int, Call]:

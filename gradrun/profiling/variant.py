@@ -17,10 +17,9 @@ from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.inference.compilation import compile_model, is_compiled
-from gradrun.inference.device import seed_generators
+from gradrun.inference.device import execution_context, seed_generators
 from gradrun.inference.diagnosis import explain_first_batch_failure
 from gradrun.inference.module_state import preserve_module_state
-from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model

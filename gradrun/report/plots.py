@@ -121,7 +121,7 @@ def ratios(result: AnyResult, prefix: str) -> Plot | None:
                 axes.plot([row.low, row.high], [y, y], color=colour, linewidth=3)
             axes.plot([row.value], [y], "o", color=colour, markersize=7)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        _label_rows(axes, range(len(rows)), [row.name for row in rows])
+        _label_rows(axes, [row.name for row in rows])
         axes.margins(x=0.15)
         axes.set_xlabel(axis)
 
@@ -170,7 +170,7 @@ def distribution(result: AnyResult, prefix: str) -> Plot | None:
             )
             axes.plot([median(series) / scale] * 2, [row, row + 0.8], color=INK, linewidth=1)
         axes.set_ylim(-0.05, len(times))
-        _label_rows(axes, range(len(times)), [*reversed(times)])
+        _label_rows(axes, [*reversed(times)])
         axes.set_xlabel(f"{unit} per {_work_unit(result)}")
 
     note = "Lines are medians."
@@ -319,7 +319,7 @@ def workers(result: AnyResult, prefix: str) -> Plot | None:
             if worker.lost_at is not None:
                 axes.plot([worker.lost_at], [y], "x", color=INK, markersize=9)
         axes.set_ylim(len(lanes) - 0.4, -0.6)
-        _label_rows(axes, range(len(lanes)), [f"worker {worker.worker}" for worker in lanes])
+        _label_rows(axes, [f"worker {worker.worker}" for worker in lanes])
         axes.set_xlabel("seconds since the first worker was ready")
 
     lost = " × marks the loss of a worker." if any(worker.lost for worker in lanes) else ""
@@ -382,8 +382,8 @@ def _unit(value: float, units: Sequence[tuple[float, str]]) -> tuple[float, str]
     return next(((scale, unit) for scale, unit in units if value >= scale), (1, "B"))
 
 
-def _label_rows(axes: Any, positions: Sequence[float], names: Sequence[str]) -> None:
-    axes.set_yticks(positions, [shorten(name) for name in names])
+def _label_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [shorten(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 

@@ -11,6 +11,7 @@ from gradrun.core.units import (
     format_number,
     format_seconds,
     format_seconds_range,
+    first_names,
     pluralize,
     seconds_within,
 )
@@ -166,11 +167,9 @@ def by_type(figures: ProfileFigures) -> Table:
 
 def _shares_by_type(figures: ProfileFigures) -> list[tuple[str, float]]:
     """Return the types of modules with the shares of their self times, longest first."""
-    seconds: dict[str, float] = defaultdict(float)
-    for module in figures.modules:
-        seconds[module.calls.type] += max(0.0, module.self_time.value)
+    seconds = figures.self_seconds_by_type
     total = sum(seconds.values()) or 1.0
-    return [(name, seconds[name] / total) for name in sorted(seconds, key=lambda n: -seconds[n])]
+    return [(name, own / total) for name, own in seconds.items()]
 
 
 def _count(calls: float) -> str:
@@ -216,12 +215,8 @@ def work(figures: ProfileFigures, shown: Sequence[ModuleFigures]) -> Table:
             f"Peaks of {pluralize(peaks.threads, 'thread')}, measured: {', '.join(rates)}."
         )
     if whole and whole.uncounted:
-        names = ", ".join(sorted(whole.uncounted)[:_MAX_NAMED])
-        more = len(whole.uncounted) - _MAX_NAMED
-        parts.append(
-            f"FLOP: products, convolutions, attention; not counted: {names}"
-            f"{f' and {more} more' if more > 0 else ''}."
-        )
+        names = first_names(sorted(whole.uncounted), _MAX_NAMED)
+        parts.append(f"FLOP: products, convolutions, attention; not counted: {names}.")
     return Table("Work", columns, tuple(rows), note=" ".join(parts), brief=len(rows))
 
 

@@ -21,23 +21,14 @@ from gradrun.results.summary import decimals
 Named = tuple[str, AnyResult]
 """A result and its name, such as the path of its folder."""
 
-_LABELS = {
-    "cold_start": "cold start",
-    "forward_pass": "forward pass",
-    "batch_median": "batch median",
-    "batch_p90": "batch p90",
-    "batch_p95": "batch p95",
-    "batch_p99": "batch p99",
-    "throughput": "throughput",
-    "bound_by": "bound by",
+_SHOWN = {
+    "cold_start", "forward_pass", "batch_median", "batch_p90", "batch_p95", "batch_p99",
+    "throughput", "bound_by", "first_token", "ratio", "weights", "forward_peak", "retained",
+    "process_peak",
+}  # fmt: skip
+_LABELS = {name: name.replace("_", " ") for name in _SHOWN} | {
     "tokens_per_second": "tokens",
-    "first_token": "first token",
     "later_token": "later tokens",
-    "ratio": "ratio",
-    "weights": "weights",
-    "forward_peak": "forward peak",
-    "retained": "retained",
-    "process_peak": "process peak",
     "device_allocated": "device peak",
     "max_abs_diff": "outputs",
 }

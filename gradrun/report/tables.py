@@ -176,7 +176,8 @@ def _with_rows(*tables: Table) -> tuple[Table, ...]:
 # --- infer -------------------------------------------------------------------------------------
 
 
-def _figures(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
+def figure_table(title: str, rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Build a table of names, figures and details; such tables are aligned in a terminal."""
     columns = (Column(emphasis="strong", min_width=11), Column(kind="text", emphasis="quiet"))
     return Table(title, columns, tuple(rows), full_width=True)
 
@@ -208,7 +209,7 @@ def timing(measured: Measurement) -> Table:
         )
         rows.append(("bound by", bound, split))
     rows += _generation(measured.generation)
-    return replace(_figures("Time", rows), note=_sentence(measured.reach))
+    return replace(figure_table("Time", rows), note=_sentence(measured.reach))
 
 
 def _sentence(text: str) -> str:
@@ -346,7 +347,7 @@ def peak_memory(memory: Memory, allocator: str = "") -> Table:
     else:
         rows.append(_bytes("device peak", memory.device_allocated, "allocated"))
         rows.append(_bytes("device pool", memory.device_reserved, "reserved"))
-    return _figures("Peak memory", rows)
+    return figure_table("Peak memory", rows)
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -369,7 +370,7 @@ def metrics(values: Sequence[Metric]) -> Table:
         rows += [(f"  {value.name}", format_score(value.value), "") for value in shown]
         if more := len(metric.per_class) - len(shown):
             rows.append((f"  {more} more", "", "classes; result.json has all"))
-    return _figures("Metrics", rows)
+    return figure_table("Metrics", rows)
 
 
 def metric_changes(changes: Sequence[MetricChange]) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradrun.core.units import format_bytes, format_seconds, pluralize
-from gradrun.report.tables import DASH, Cell, Column, Status, Table, Tone
+from gradrun.report.tables import DASH, Cell, Column, Status, Table, Tone, figure_table
 from gradrun.results.result import TuneResult
 from gradrun.results.summary import ratio_digits
 from gradrun.results.trials import Outcome, Trial, describe_value
@@ -59,8 +59,7 @@ def _starts(result: TuneResult) -> Table:
         rows.append(("tuned, first time", format_seconds(cold), "compiles"))
     if result.break_even:
         rows.append(("pays after", f"{result.break_even:,}", "samples"))
-    columns = (Column(emphasis="strong", min_width=11), Column(kind="text", emphasis="quiet"))
-    return Table("Start", columns, tuple(rows), full_width=True)
+    return figure_table("Start", rows)
 
 
 def _trials(result: TuneResult) -> Table:

@@ -181,9 +181,7 @@ def test_the_plot_of_a_check_has_the_names_and_values_of_its_table(
     )
     assert [o.value.split(" ")[0] for o in outcomes] == ["1.25", "+25.0%"]
     rows: list[tuple[str, float]] = []
-    monkeypatch.setattr(
-        "gradrun.report.plots._label_rows", lambda axes, positions, names: rows.extend(names)
-    )
+    monkeypatch.setattr("gradrun.report.plots._label_rows", lambda axes, names: rows.extend(names))
     checked = check(*outcomes, measurements=measured, comparisons=comparisons)
     plot = next(plot for plot in plots(checked) if plot.title == "Ratios of times")
     assert rows[:2] == [outcome.check for outcome in outcomes]

@@ -6,9 +6,8 @@ forward down, so it never runs in a timed pass.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from gradrun.data.batch import Batch
+from gradrun.inference.compilation import without_compilation
 from gradrun.inference.environment import current_machine
 from gradrun.inference.meters.cpu_memory import storages
 from gradrun.inference.module_state import preserve_module_state
@@ -36,13 +36,9 @@ _FEEDFORWARD = 12
 _QUERIES = {"is_contiguous", "size", "stride", "numel", "dim", "storage_offset", "device", "layout"}
 
 
-def _attention(query: Any, key: Any, value: Any) -> int:
+def _sdpa_for_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     *_, rows, width = query.shape
     return 2 * int(prod(query.shape[:-2]) * rows * key.shape[-2] * (width + value.shape[-1]))
-
-
-def _sdpa_for_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return _attention(query, key, value)
 
 
 def _self_attention(source: Any, width: int) -> int:
@@ -169,10 +165,7 @@ def counting(record: Callable[[Work], None]) -> Iterator[None]:
 
     Compiled models run eagerly in the block.
     """
-    eager: Any = nullcontext()
-    if hasattr(torch.compiler, "set_stance") and "torch._dynamo" in sys.modules:
-        eager = torch.compiler.set_stance("force_eager")
-    with eager, _Counter(record):
+    with without_compilation(), _Counter(record):
         yield
 
 
