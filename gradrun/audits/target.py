@@ -15,8 +15,7 @@ from torch import nn
 from gradrun.config.schema import RunConfig
 from gradrun.core.grad_mode import GradMode
 from gradrun.data.batch import Batch
-from gradrun.inference.device import seed_generators
-from gradrun.inference.runner import execution_context
+from gradrun.inference.device import execution_context, seed_generators
 
 _TORCH = Path(torch.__file__).parent
 

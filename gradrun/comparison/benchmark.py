@@ -31,7 +31,7 @@ from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
 from gradrun.engines.infer import infer
 from gradrun.inference.compilation import compile_model
-from gradrun.inference.device import resolve_device
+from gradrun.inference.device import execution_context, resolve_device
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.inference.environment import current_environment
 from gradrun.inference.interpretation import describe
@@ -45,7 +45,6 @@ from gradrun.inference.meters import (
 from gradrun.inference.meters.work import UNKNOWN, KnownWork, known_work
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.process_settings import process_settings
-from gradrun.inference.runner import execution_context
 from gradrun.inference.sampling import batch_number, first_batches
 from gradrun.inference.torchscript import compile_without_gradients
 from gradrun.models import load_model

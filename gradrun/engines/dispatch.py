@@ -30,16 +30,11 @@ from gradrun.engines.messages import (
 from gradrun.engines.range_runner import outputs_checksum
 from gradrun.engines.schedule import RANGES_AHEAD, Schedule, Span
 from gradrun.inference.environment import current_environment
+from gradrun.inference.first_batch import QUARANTINE_HINT, PreparedRun
 from gradrun.inference.reordering import ReorderBuffer, commit_unit
 from gradrun.inference.run_plan import RunPlan
-from gradrun.inference.runner import (
-    QUARANTINE_HINT,
-    SKIP_SAMPLES,
-    CommitCallback,
-    LargestBatch,
-    PreparedRun,
-    TimedPass,
-)
+from gradrun.inference.runner import SKIP_SAMPLES
+from gradrun.inference.timed_loop import CommitCallback, LargestBatch, TimedPass
 from gradrun.output.columns import blank, row_bytes
 from gradrun.output.fingerprint import changed_properties
 from gradrun.output.formats import RowWriter

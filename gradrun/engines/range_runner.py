@@ -30,12 +30,13 @@ from gradrun.engines.messages import (
     pack_rows,
     tensor_bytes,
 )
-from gradrun.inference.device import device_context
+from gradrun.inference.device import device_context, torch_threads
 from gradrun.inference.environment import current_environment
+from gradrun.inference.first_batch import PreparedRun
 from gradrun.inference.meters import model_memory, process_memory, system_load
 from gradrun.inference.reordering import commit_unit
 from gradrun.inference.run_plan import RunOptions, open_run
-from gradrun.inference.runner import PreparedRun, Runner
+from gradrun.inference.runner import Runner
 from gradrun.output.columns import ValueColumn, blank, layout
 from gradrun.output.transforms import Outputs
 
@@ -141,15 +142,13 @@ class RangeRunner:
         if count is None:
             yield
             return
-        threads = torch.get_num_threads()
         pinned = os.sched_getaffinity(0) if self._all_cpus else None
         if pinned:
             os.sched_setaffinity(0, self._all_cpus)
-        torch.set_num_threads(count)
         try:
-            yield
+            with torch_threads(count):
+                yield
         finally:
-            torch.set_num_threads(threads)
             if pinned:
                 os.sched_setaffinity(0, pinned)
 

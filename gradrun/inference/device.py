@@ -1,4 +1,4 @@
-"""Set up the device, threads, determinism and seed of a run."""
+"""Set up the device, threads, determinism, seed and gradient mode of a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gradrun.core.cpu import thread_count
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import library_settings
 from gradrun.inference.process_settings import process_settings
+from gradrun.modes import grad_mode
 
 
 def resolve_device(name: str) -> torch.device:
@@ -50,6 +51,17 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 @contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Use a number of CPU threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def device_context(run: RunSection) -> Iterator[torch.device]:
     """Apply process settings, threads, determinism and seed of a config; restore them at the end.
 
@@ -63,19 +75,15 @@ def device_context(run: RunSection) -> Iterator[torch.device]:
     """
     device = resolve_device(run.device)
     settings = process_settings(run)  # before the first large allocation
-    threads = torch.get_num_threads()
     cuda = device.type == "cuda"
     # Events and new tensors use the current device, which is the first one by default.
     current = torch.cuda.device(device) if cuda else nullcontext()
     random_state = torch.random.fork_rng(devices=[device] if cuda else [])
     deterministic = _deterministic_algorithms(run.deterministic)
-    with settings, library_settings(), current, random_state, deterministic:
-        try:
-            torch.set_num_threads(thread_count(run.threads))
-            seed_generators(run.seed, device)
-            yield device
-        finally:
-            torch.set_num_threads(threads)
+    threads = torch_threads(thread_count(run.threads))
+    with settings, library_settings(), current, random_state, deterministic, threads:
+        seed_generators(run.seed, device)
+        yield device
 
 
 @contextmanager
@@ -90,3 +98,12 @@ def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def execution_context(run: RunSection, device: torch.device) -> Iterator[None]:
+    """Apply the gradient mode and autocast of a config."""
+    dtype = getattr(torch, run.autocast) if run.autocast else None
+    autocast = torch.autocast(device.type, dtype=dtype) if dtype else nullcontext()
+    with grad_mode(run.mode), autocast:
+        yield

@@ -12,11 +12,13 @@ from gradrun.core import files
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.progress import Progress, ProgressCallback
 from gradrun.core.units import count_of
+from gradrun.inference.first_batch import PreparedRun
 from gradrun.inference.meters.work import KnownWork
+from gradrun.inference.model_warnings import training_mode_warnings
 from gradrun.inference.reordering import commit_unit, restore_input_order
 from gradrun.inference.run_plan import RunPlan
-from gradrun.inference.runner import CommitCallback, PreparedRun, TimedPass
 from gradrun.inference.signals import GracefulShutdown
+from gradrun.inference.timed_loop import CommitCallback, TimedPass
 from gradrun.output import class_labels
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.class_labels import ClassLabels
@@ -100,7 +102,7 @@ def execute(
 
     progress(Progress("predicting", writer.written, runner.data.samples or 0))
     timed = run_pass(plan, prepared, writer, commit, progress)
-    runner.check_training_mode()
+    runner.warnings += training_mode_warnings(runner)
     started = time.perf_counter_ns()
     try:
         with shutdown.deferred():

@@ -12,10 +12,10 @@ from gradrun.core.progress import Progress
 from gradrun.data.source import require_length
 from gradrun.inference.device import device_context
 from gradrun.inference.execution import RunPass, create_writer, execute, run_in_this_process, save
+from gradrun.inference.first_batch import PreparedRun
 from gradrun.inference.reordering import commit_unit
 from gradrun.inference.run_plan import RunOptions, RunPlan, code_files, plan_run
 from gradrun.inference.run_result import build_result, has_same_metrics, replace_metrics
-from gradrun.inference.runner import PreparedRun
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.fingerprint import describe_code
 from gradrun.results.result import InferResult, Statement, Warning

@@ -13,11 +13,11 @@ from gradrun.inference.config_warnings import config_warnings, label_name_warnin
 from gradrun.inference.environment import current_environment
 from gradrun.inference.examples import describe_predictions
 from gradrun.inference.execution import Execution
+from gradrun.inference.first_batch import PreparedRun
 from gradrun.inference.interpretation import interpret
 from gradrun.inference.metrics import CLASS_ORDER, Evaluation
 from gradrun.inference.recovery import BatchRecovery
 from gradrun.inference.run_plan import RunPlan
-from gradrun.inference.runner import PreparedRun
 from gradrun.output import formats
 from gradrun.output.fingerprint import assumed_unchanged
 from gradrun.output.formats import PredictionWriter

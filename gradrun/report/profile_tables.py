@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from gradrun.core.units import (
+    first_names,
     format_bytes,
     format_count,
     format_number,
     format_seconds,
     format_seconds_range,
-    first_names,
     pluralize,
     seconds_within,
 )

@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(
             raise KeyboardInterrupt
 
     infer(digits, tmp_path / "whole")
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         infer(digits, tmp_path / "out", progress=stop)
     result = infer(digits, tmp_path / "out", resume=True)
@@ -109,7 +109,7 @@ def test_a_resume_is_refused_if_images_changed(
             raise KeyboardInterrupt
 
     files = lay_out(tmp_path / "few", 150, {})
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         infer(tmp_path / "few", tmp_path / "out", progress=stop)
     files[40].write_bytes(files[40].read_bytes() + b"\0")

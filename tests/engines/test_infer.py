@@ -253,7 +253,7 @@ def test_an_interrupted_run_is_resumed_by_another_number_of_workers_and_by_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """0 workers: in one process, without an engine."""
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     gradrun.infer(config_for("texts", inputs, tmp_path / "one", form))
     config = config_for("texts", inputs, tmp_path / "two", form)
     rows: list[int] = []

@@ -15,7 +15,7 @@ from gradrun.engines.messages import (
     pack_rows,
     unpack_rows,
 )
-from gradrun.inference.runner import LargestBatch
+from gradrun.inference.timed_loop import LargestBatch
 from gradrun.output.columns import ValueColumn
 
 NOT_UTF8 = "a\udcff.png"

@@ -22,7 +22,6 @@ from torch import nn
 
 import gradrun
 from gradrun.data import prefetch
-from gradrun.inference import runner
 
 # torch.jit is deprecated, but its files are still in use.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -409,7 +408,8 @@ def test_prefetching_changes_no_bit(
     }
     threads = []
     monkeypatch.setattr(
-        runner, "prefetch", lambda *given: threads.append(1) or prefetch.prefetch(*given)
+        "gradrun.inference.runner.prefetch",
+        lambda *given: threads.append(1) or prefetch.prefetch(*given),
     )
     expected = loop(files.by_hand("layers"), files.batches(), "inference_mode")
     for worth, used in ((float("inf"), 0), (0.0, 1)):

@@ -325,7 +325,7 @@ def test_a_resumed_run_has_metrics_over_all_samples(
         if progress.done > 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     with pytest.raises(Interrupted):
         gradrun.infer(config, progress=stop)
     result = gradrun.infer(config, resume=True)

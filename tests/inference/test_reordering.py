@@ -17,7 +17,7 @@ import gradrun
 from gradrun.core.errors import RunFailed
 from gradrun.core.optional import import_transformers
 from gradrun.data.text import CHUNK_BATCHES
-from gradrun.inference import runner
+from gradrun.inference import timed_loop
 from gradrun.output import checkpointer, journal
 from gradrun.output.formats import sharded_writer
 from gradrun.results.result import RunResult
@@ -32,7 +32,7 @@ SAMPLES = 3 * WINDOW + 10
 NET = '''
 import os
 import torch
-from gradrun.inference import runner
+from gradrun.inference import timed_loop
 from gradrun.data import text
 from gradrun.output import checkpointer
 from gradrun.output.formats import sharded_writer
@@ -42,7 +42,7 @@ from torch import nn
 if "EAGER" in os.environ:  # commit as often as possible
     text.CHUNK_TEXTS = 0
     sharded_writer.SHARD_BYTES = 0
-    checkpointer.SECONDS, checkpointer._TIME_SHARE, runner._CALLBACK_NS = 0, 1e9, 0
+    checkpointer.SECONDS, checkpointer._TIME_SHARE, timed_loop._CALLBACK_NS = 0, 1e9, 0
 HERE = Path(__file__).parent
 BAD, FITS, KILL = {bad}, {fits}, {kill}
 calls = 0
@@ -319,7 +319,7 @@ def test_commits_end_with_chunks(
 ) -> None:
     monkeypatch.setattr(checkpointer, "SECONDS", 0)
     monkeypatch.setattr(checkpointer, "_TIME_SHARE", 1e9)
-    monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
+    monkeypatch.setattr(timed_loop, "_CALLBACK_NS", 0)
     infer(config())
     state = journal.read(tmp_path / "out/journal.jsonl")
     assert len(state.ranges) > 2

@@ -19,7 +19,7 @@ import pytest
 import gradrun
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.core.progress import Progress
-from gradrun.inference import runner
+from gradrun.inference import timed_loop
 from gradrun.output import journal
 from gradrun.output.formats import FORMATS
 from gradrun.results.result import RunResult
@@ -403,7 +403,7 @@ def test_missing_prediction_files_are_an_error(tmp_path: Path, stopped: dict[str
 def test_a_folder_deleted_during_the_run_is_an_error_for_every_format(
     tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_CALLBACK_NS", 0)
+    monkeypatch.setattr(timed_loop, "_CALLBACK_NS", 0)
     out = tmp_path / "run"
     config = {
         "model": {"source": "layers", "layers": ["Identity"]},

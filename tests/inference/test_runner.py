@@ -17,10 +17,12 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.errors import ConfigError, GradrunError, Interrupted, RunFailed
 from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
+from gradrun.inference import first_batch, timed_loop, transfers
 from gradrun.inference import runner as the_runner
-from gradrun.inference import transfers
+from gradrun.inference.first_batch import PreparedRun
 from gradrun.inference.meters import clock as the_clock
-from gradrun.inference.runner import PreparedRun, Runner, TimedPass
+from gradrun.inference.runner import Runner
+from gradrun.inference.timed_loop import TimedPass
 from gradrun.results.result import Measurement
 from tests.support.delayed_transfers import DelayedTransfers
 
@@ -52,8 +54,8 @@ class FakeTime:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
     fake = FakeTime()
-    monkeypatch.setattr(the_runner, "time", fake)
-    monkeypatch.setattr(the_clock, "time", fake)
+    for module in (first_batch, timed_loop, the_clock):
+        monkeypatch.setattr(module, "time", fake)
     return fake
 
 

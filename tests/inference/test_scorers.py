@@ -628,7 +628,7 @@ def test_metrics_of_several_forms_come_from_one_run_that_was_resumed(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+        patched.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
         with pytest.raises(Interrupted):
             infer(tmp_path, SCORES, CLASSES, progress=stop, **changes)
     result = infer(tmp_path, SCORES, CLASSES, resume=True, **changes)
@@ -659,7 +659,7 @@ def test_a_resume_with_a_metric_that_earlier_samples_lack_is_refused(
         if progress.done > 0:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     changes: dict[str, Any] = {"output": {"transform": "argmax"}, "data.batch_size": 8}
     with pytest.raises(Interrupted):
         infer(tmp_path, SCORES, CLASSES, progress=stop, **changes)

@@ -114,7 +114,7 @@ def test_overrides_change_only_their_keys(
 def test_progress_receives_each_stage_and_the_samples_done(
     written: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", -1)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", -1)
     calls: list[tuple[str, int, int]] = []
     gradrun.infer(written, progress=lambda p: calls.append((p.stage, p.done, p.total)))
     unknown = ["loading the model", "opening the data", "running the first batch"]

@@ -158,7 +158,7 @@ def test_a_wrong_file_of_classes_is_an_error(tmp_path: Path, text: str | None, w
 def test_other_class_names_are_another_run_only_where_they_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
 
     def stop(progress: Progress) -> None:
         if progress.stage == "predicting" and progress.done >= 8:

@@ -165,7 +165,7 @@ def test_an_iterable_gives_the_same_files_as_a_map_style_dataset(folder: Path, f
 def test_progress_over_an_iterable_has_a_count_without_a_total(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
     seen: list[Progress] = []
     run(folder, "Stream", progress=seen.append)
     counts = [(step.done, step.total) for step in seen if step.stage == "predicting"]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import gradrun
 from gradrun.core import remote
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.inference import runner
+from gradrun.inference import timed_loop
 from gradrun.output import checkpointer, remote_folder
 from gradrun.output.checkpointer import Checkpointer
 from gradrun.output.remote_folder import RemoteFolder
@@ -134,7 +134,7 @@ def test_a_run_of_a_lost_machine_is_resumed_on_another_one(
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer, "SECONDS", 0)
         patch.setattr(checkpointer, "_TIME_SHARE", 1e9)
-        patch.setattr(runner, "_CALLBACK_NS", 0)
+        patch.setattr(timed_loop, "_CALLBACK_NS", 0)
         patch.setattr(remote_folder, "SECONDS", 100)
         patch.setattr(Checkpointer, "commit", commit)
         patch.setattr(RemoteFolder, "_prepare", remember)

@@ -196,7 +196,7 @@ def test_a_run_that_is_interrupted_and_resumed_keeps_the_ids(
 ) -> None:
     lines = [f"key {i},{i}" for i in range(ROWS)]
     (tmp_path / "t.csv").write_text("k,a\n" + "\n".join(lines) + "\n")
-    monkeypatch.setattr("gradrun.inference.runner._CALLBACK_NS", 0)
+    monkeypatch.setattr("gradrun.inference.timed_loop._CALLBACK_NS", 0)
 
     def stop(progress: Progress) -> None:
         if progress.done >= 120:

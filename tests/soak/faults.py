@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import gradrun
 from gradrun.core.errors import GradrunError
-from gradrun.inference import runner
+from gradrun.inference import timed_loop
 from gradrun.output import checkpointer, journal
 from gradrun.output.formats import FORMATS as ALL_FORMATS
 from gradrun.output.formats import npy, sharded_writer
@@ -208,7 +208,7 @@ def commits_at_every_batch() -> Iterator[None]:
         for owner, name, value in (
             (checkpointer, "SECONDS", 0.0),
             (checkpointer, "_TIME_SHARE", float("inf")),
-            (runner, "_CALLBACK_NS", 0),
+            (timed_loop, "_CALLBACK_NS", 0),
             (sharded_writer, "SHARD_BYTES", 11 * ROW_BYTES),
             (sharded_writer, "ID_BYTES", 0),
             (npy, "BUFFER_BYTES", 5 * 8),

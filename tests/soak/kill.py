@@ -147,12 +147,12 @@ def _save_generator(path: Path) -> None:
 
 def hurry() -> None:
     """Make commits frequent and shards small, so that a short run has many."""
-    from gradrun.inference import runner
+    from gradrun.inference import first_batch, timed_loop
     from gradrun.output import checkpointer
     from gradrun.output.formats import npy, sharded_writer
 
     checkpointer.SECONDS, checkpointer._TIME_SHARE = 0.02, 1.0
-    runner._CALLBACK_NS, runner.WARM_UP_SECONDS = 5_000_000, 0.01
+    timed_loop._CALLBACK_NS, first_batch.WARM_UP_SECONDS = 5_000_000, 0.01
     sharded_writer.SHARD_BYTES, sharded_writer.ID_BYTES, npy.BUFFER_BYTES = 50 * 12, 0, 40 * 12
 
 
