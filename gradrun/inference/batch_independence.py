@@ -120,12 +120,10 @@ class BatchDependence:
 def reference_rows(returned: Any, batch: Batch, config: RunConfig) -> Rows:
     """Copy the rows of a batch's outputs that `batch_dependence` compares with.
 
-    Args:
-        returned: the model's output for the batch, after the ReadOutput.
-        batch: the batch.
-        config: names the outputs.
+    `returned` is the model's output for the batch, after the ReadOutput. Without a test, there are
+    no rows: the batch has one sample, or the config turns the test off.
     """
-    if not _is_tested(batch, config):
+    if batch.size < 2 or not config.measure.batch_independence:
         return {}
     outputs = _outputs_of(returned, config)
     return {
@@ -146,27 +144,23 @@ def batch_dependence(
     """Find a sample whose outputs depend on its batch; call this inside the execution context.
 
     Args:
-        model: the model; its state is restored.
+        model: its state is restored.
         batch: a batch that the model can run.
         reference: `reference_rows` of the outputs for this batch, from the present state.
         config: names the outputs, the seed and the precision.
-        device: the device of the model.
+        device: that of the model.
         read: finds lists of samples in the model's output.
 
     Returns:
         The sample with the greatest difference; None if no sample depends on its batch, or if that
-        cannot be tested: the batch has one sample, or the model's results are not repeatable.
+        cannot be tested: there are no reference rows, or the model's results are not repeatable.
     """
-    if not reference or not _is_tested(batch, config):
+    if not reference:
         return None
     # A model may raise anything, and its warnings about small batches do not concern the run.
     with suppress(Exception), warnings.catch_warnings(action="ignore"), without_compilation():
         return _BatchTest(eager_model(model), batch, config, device, read).run(reference)
     return None
-
-
-def _is_tested(batch: Batch, config: RunConfig) -> bool:
-    return batch.size > 1 and config.measure.batch_independence
 
 
 # --- the samples under test ----------------------------------------------------------------------

@@ -47,8 +47,6 @@ class CompiledModel(nn.Module):
         """Prepare to compile a module; its first forward compiles it.
 
         Args:
-            module: the model.
-            section: the options.
             batch_size: samples per batch.
             varying: whether batches of this size differ in shape.
             cuda: whether the model is on a CUDA device.

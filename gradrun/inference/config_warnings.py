@@ -11,21 +11,14 @@ from gradrun.data.image_presets import NOT_APPLIED
 from gradrun.data.source import BatchSource
 from gradrun.models.class_names import same_names, shorten
 from gradrun.models.loaded import LoadedModel
-from gradrun.output.transforms import other_pooling
+from gradrun.output.output_facts import other_pooling
 from gradrun.results.result import Statement, Warning
 
 
 def config_warnings(
     config: RunConfig, model: LoadedModel, data: BatchSource, statements: Iterable[Statement]
 ) -> list[Warning]:
-    """Warn about settings that run, and probably give other predictions than intended.
-
-    Args:
-        config: the config of the run.
-        model: the model.
-        data: the data source.
-        statements: the interpretations of the run.
-    """
+    """Warn about settings that run, and probably give other predictions than intended."""
     return [
         *_model_warnings(model, config),
         *label_name_warnings(data.classes, model.classes),

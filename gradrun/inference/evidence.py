@@ -79,8 +79,6 @@ def find_target(
     Args:
         output: the output for a batch, before transforms of its scores.
         label: shape of one sample's label.
-        config: the output section.
-        model: facts about the model.
         values: compare numbers instead of classes.
 
     Raises:

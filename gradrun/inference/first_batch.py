@@ -36,7 +36,7 @@ from gradrun.inference.model_warnings import (
 )
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.recovery import BatchRecovery, runnable_subset
-from gradrun.output import transforms
+from gradrun.output.output_facts import ReturnedOutputs
 from gradrun.output.quarantine import Quarantine, SampleLog
 from gradrun.output.transforms import Outputs, scored_outputs
 from gradrun.results import stats
@@ -84,7 +84,7 @@ class PreparedRun:
 def prepare(runner: Runner, quarantine: SampleLog | None) -> PreparedRun:
     """Run the first batch, then warm up; see `Runner.prepare`."""
     started = time.perf_counter()
-    config, facts = runner.config, runner.facts
+    config = runner.config
     batch, clock = _first_batch(runner), clock_for(runner.device)
     # The first batch runs without model.compile too: to show what it gains, and for errors.
     compiling = isinstance(runner.model, CompiledModel)
@@ -98,10 +98,10 @@ def prepare(runner: Runner, quarantine: SampleLog | None) -> PreparedRun:
         rows = reference_rows(runner.selector.as_returned(returned, first.size), first, config)
         returned, outputs = _first_outputs(runner, first, returned)
         first_batch_seconds = time.perf_counter() - started
-        statements = tuple(transforms.statements(config.output, returned, first.kwargs, facts))
-        runner.warnings += activation_warnings(runner, first, returned)
-        runner.warnings += class_dimension_warnings(runner, first, returned)
-        counts = transforms.class_counts(config.output, returned, first.kwargs, facts)
+        facts = ReturnedOutputs(config.output, returned, first.kwargs, runner.facts)
+        statements, counts = tuple(facts.statements()), facts.class_counts()
+        runner.warnings += activation_warnings(runner, facts)
+        runner.warnings += class_dimension_warnings(runner.model, facts)
         evaluation = _plan_metrics(runner, first, returned)
         if evaluation:
             runner.save_evidence(evaluation)

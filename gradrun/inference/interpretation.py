@@ -19,7 +19,8 @@ from gradrun.inference.config_warnings import config_warnings
 from gradrun.inference.device import device_context
 from gradrun.models import load_model
 from gradrun.models.loaded import LoadedModel
-from gradrun.output import transforms
+from gradrun.output.output_facts import planned_statements
+from gradrun.output.transforms import resolve_output
 from gradrun.results.result import Padding, Statement, Warning
 
 
@@ -40,13 +41,8 @@ def interpret(
     """Return the statements of all parts of a run, in the order of the data flow.
 
     Each part states its own interpretations; call this after the run, so that counts are complete.
-
-    Args:
-        model: the model.
-        data: the data source.
-        outputs: the statements of the transforms.
-        texts: the counts of texts, if the data consists of them.
-        run: the section `run`.
+    `outputs` are the statements of the transforms, `texts` the counts of texts if the data consists
+    of them.
     """
     threads = pluralize(torch.get_num_threads(), "thread")
     if run.threads == "auto" and (variable := thread_variable()):
@@ -103,5 +99,5 @@ def describe(
     Raises:
         ConfigError: a transform does not fit the model.
     """
-    output = transforms.resolve_output(config.output, model)
-    return interpret(model, data, transforms.statements(output, model=model), texts, config.run)
+    output = resolve_output(config.output, model)
+    return interpret(model, data, planned_statements(output, model), texts, config.run)

@@ -217,8 +217,7 @@ def plan_metrics(
     """Find what the metrics of a config need; None if it has none.
 
     Args:
-        config: the config of the run.
-        data: the data source of the run; its first labels are read.
+        data: its first labels are read.
         outputs: all outputs of the model for a batch, before transforms of their scores.
         model: the model, for its class names and the meaning of its scores.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import first_names, pluralize
-from gradrun.data.batch import Batch
 from gradrun.data.source import BatchSource
-from gradrun.output import transforms
+from gradrun.output.output_facts import ReturnedOutputs
 from gradrun.output.transforms import iter_tensors
 from gradrun.results.result import Warning
 
@@ -31,10 +31,9 @@ def graph_warnings(returned: Any, mode: GradMode) -> Iterator[Warning]:
         )
 
 
-def activation_warnings(runner: Runner, first: Batch, returned: Any) -> Iterator[Warning]:
+def activation_warnings(runner: Runner, first: ReturnedOutputs) -> Iterator[Warning]:
     """Warn if softmax or sigmoid reads probabilities, in the first and in the last batch."""
-    config, facts = runner.config.output, runner.facts
-    found = [*transforms.double_activations(config, returned, first.kwargs, facts)]
+    found = [*first.double_activations()]
     size, samples = runner.data.batch_size, runner.data.samples
     # A full batch where possible, because few logits may be within 0 to 1 by chance.
     start = size if samples is None else (samples // size - 1) * size
@@ -43,7 +42,7 @@ def activation_warnings(runner: Runner, first: Batch, returned: Any) -> Iterator
             last = runner.to_device(runner.batch_with(start))
             last.raise_errors()
             again = runner.selector.structured(runner.model(*last.args, **last.kwargs), last.size)
-            also = [*transforms.double_activations(config, again, last.kwargs, facts)]
+            also = [*replace(first, structured=again, inputs=last.kwargs).double_activations()]
             found = [item for item in found if item in also]
     for output, activation in found:
         sums, instead = ", and those of a sample add up to 1", " or argmax"
@@ -57,13 +56,12 @@ def activation_warnings(runner: Runner, first: Batch, returned: Any) -> Iterator
         )
 
 
-def class_dimension_warnings(runner: Runner, first: Batch, returned: Any) -> Iterator[Warning]:
+def class_dimension_warnings(model: nn.Module, first: ReturnedOutputs) -> Iterator[Warning]:
     """Warn if a transform uses another dimension than that of the last layer's outputs."""
-    if (head := _last_layer(runner.model)) is None:
+    if (head := _last_layer(model)) is None:
         return
     name, classes = head
-    arguments = classes, runner.config.output, returned, first.kwargs, runner.facts
-    for output, dim, size, other in transforms.misplaced_classes(*arguments):
+    for output, dim, size, other in first.misplaced_classes(classes):
         yield Warning(
             code="class_dimension",
             text=f"the transform of output {output!r} uses dimension {dim} with {size} values, but "

@@ -143,7 +143,8 @@ class BatchRecovery:
                     f"({describe_allocation(error)}); a smaller model.dtype or run.autocast needs "
                     "less"
                 )
-            self._limit_batches(start, size // 2)
+            self.limit_batches(size // 2, self.input_position(start))
+            _empty_cache()
         elif size == 1:
             message = f"{type(error).__name__}: {first_line(error)}"
             if isinstance(error, SampleError):
@@ -170,10 +171,6 @@ class BatchRecovery:
         """Lower the batch limit to `size` from the sample at this input position on."""
         if self.batch_limit is None or size < self.batch_limit:
             self.batch_limit, self.limited_from = size, position
-
-    def _limit_batches(self, start: int, size: int) -> None:
-        self.limit_batches(size, self.input_position(start))
-        _empty_cache()
 
     def _assemble(
         self,

@@ -35,10 +35,7 @@ def first_batches(
     Batches with unreadable samples are skipped. At most 8 batches are returned, and fewer if they
     exceed 64 MiB.
 
-    Args:
-        config: the config.
-        device: where the batches are needed.
-        data: the opened data of the config; default: open it.
+    `data` is the opened data of the config; default: open it.
 
     Raises:
         ConfigError: every batch has a sample that cannot be read.

@@ -61,11 +61,7 @@ class Scorer:
     ) -> None:
         """Check that the metric accepts the output.
 
-        Args:
-            spec: the metric, at `key` in the config.
-            key: see `spec`.
-            target: the output.
-            names: the names of the classes; () if they have none.
+        `spec` is at `key` in the config; `names` are those of the classes, () if they have none.
 
         Raises:
             ConfigError: it does not, or the meaning of the scores is not known.

@@ -16,7 +16,7 @@ from gradrun.inference.diagnosis import ran_out_of_memory
 from gradrun.inference.meters.clock import Clock
 from gradrun.inference.recovery import BatchRecovery, Recovered
 from gradrun.inference.ring import InFlight, Ring
-from gradrun.inference.transfers import TRANSFERS, SynchronousTransfers, Transfers
+from gradrun.inference.transfers import TRANSFERS, Transfers
 from gradrun.output.formats import RowWriter
 from gradrun.results.result import Generation, Padding, WorkerStats
 
@@ -233,7 +233,7 @@ class TimedLoop:
                 else:
                     at = timed.start + timed.done
                     recovered = recovery.repeat(at, batch.size, started.error)
-                    ring.size, transfers = 1, SynchronousTransfers(runner.device, runner.dtype)
+                    ring.size, transfers = 1, Transfers(runner.device, runner.dtype)
                 if started.timed:
                     timed.add(batch)
                 else:

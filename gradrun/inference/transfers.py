@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -11,8 +11,8 @@ from gradrun.data.batch import Batch, transfer_to
 from gradrun.output.transforms import to_cpu
 
 
-class Copied(Protocol):
-    """The end of the copies of one batch."""
+class Copied:
+    """The end of the copies of one batch; by itself, of copies that are complete."""
 
     def wait(self) -> None:
         """Wait until the outputs of the batch are complete in host memory.
@@ -23,48 +23,34 @@ class Copied(Protocol):
 
     def done(self) -> bool:
         """Return whether wait() would return, or raise, at once."""
-
-
-class Transfers(Protocol):
-    """Moves batches and outputs. Work on the current stream is the forward pass."""
-
-    def to_device(self, batch: Batch) -> Batch:
-        """Return the batch on the device, ready for work on the current stream."""
-
-    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy in host memory of its own, complete after wait() of the next mark()."""
-
-    def mark(self) -> Copied:
-        """Return the end of the copies since the last call."""
-
-
-class _Complete:
-    def wait(self) -> None:
-        pass
-
-    def done(self) -> bool:
         return True
 
 
-class SynchronousTransfers:
-    """Copies that are complete when they return; on any device."""
+class Transfers:
+    """Copies of batches and outputs that are complete when they return; on any device.
+
+    Work on the current stream is the forward pass.
+    """
 
     def __init__(self, device: torch.device, dtype: str | None) -> None:
         """Move batches to `device`, with floating-point inputs cast to `dtype`."""
         self._move = transfer_to(device, dtype)
 
     def to_device(self, batch: Batch) -> Batch:
+        """Return the batch on the device, ready for work on the current stream."""
         return self._move(batch) if self._move else batch
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy in host memory of its own, complete after wait() of the next mark()."""
         # A copy, because a model may return the same memory with every batch.
         return to_cpu(tensor).clone() if tensor.is_cpu else to_cpu(tensor)
 
     def mark(self) -> Copied:
-        return _Complete()
+        """Return the end of the copies since the last call."""
+        return Copied()
 
 
-class _CudaCopied:
+class _CudaCopied(Copied):
     """A recorded event, and the memory that copies before it use."""
 
     def __init__(self, event: Any, memory: list[torch.Tensor]) -> None:
@@ -80,7 +66,7 @@ class _CudaCopied:
             return True
 
 
-class CudaTransfers:
+class CudaTransfers(Transfers):
     """Copies through pinned memory on two streams, beside the stream of the forward pass.
 
     Every tensor that a copy uses is referenced until the host has waited for the copy. Besides,
@@ -89,7 +75,7 @@ class CudaTransfers:
     """
 
     def __init__(self, device: torch.device, dtype: str | None) -> None:
-        """Move batches to `device`, with floating-point inputs cast to `dtype`."""
+        super().__init__(device, dtype)
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._dtype: Any = getattr(torch, dtype) if dtype else None
@@ -116,7 +102,7 @@ class CudaTransfers:
 
     def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device != self._device or tensor.layout != torch.strided:
-            return to_cpu(tensor).clone() if tensor.is_cpu else to_cpu(tensor)
+            return super().to_host(tensor)
         # A copy on the device first: the next forward may write to the memory of its outputs.
         own = tensor.detach().resolve_conj().resolve_neg()
         own = own.clone(memory_format=torch.contiguous_format)
@@ -138,7 +124,7 @@ class CudaTransfers:
 
 
 TRANSFERS: dict[str, Callable[[torch.device, str | None], Transfers]] = {
-    "cpu": SynchronousTransfers,
+    "cpu": Transfers,
     "cuda": CudaTransfers,
 }
 """Device type -> copies for several batches in flight; other devices run one batch at a time."""

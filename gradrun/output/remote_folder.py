@@ -28,7 +28,7 @@ from gradrun.core.options import option
 from gradrun.core.remote import RemotePath
 from gradrun.output import journal, lock, verification
 from gradrun.output.formats import ids_file
-from gradrun.output.run_folder import RESULT, RunFolder, is_run_file
+from gradrun.output.run_folder import RESULT, RunFolder, is_run_file, removes_input
 from gradrun.results.result import InferResult, Verification
 
 SECONDS = 10.0
@@ -121,12 +121,8 @@ class RemoteFolder:
     def _prepare(self, overwrite: bool, resume: bool, inputs: set[str]) -> None:
         found = _files_of(self.url)
         ours = {name: file for name, file in found.items() if _is_run_object(name)}
-        if needed := [str(file) for file in ours.values() if str(file) in inputs]:
-            raise ConfigError(
-                f"{option('overwrite')} would remove {needed[0]}, which is an input of this run; "
-                "choose another output.path",
-                "output.path",
-            )
+        if needed := [file for file in ours.values() if str(file) in inputs]:
+            raise removes_input(needed[0])
         if found and not ours and not overwrite and not resume:
             raise ConfigError(
                 f"output folder {self.url} already exists; use {option('overwrite')} to add to it, "

@@ -66,6 +66,15 @@ def check_local(path: Path) -> None:
         raise ConfigError(text, "output.path")
 
 
+def removes_input(file: Path) -> ConfigError:
+    """Return the error for an overwrite that would remove an input file of the run."""
+    return ConfigError(
+        f"{option('overwrite')} would remove {file}, which is an input of this run; choose another "
+        "output.path",
+        "output.path",
+    )
+
+
 class RunFolder:
     """The folder of one run, inspected at construction and written inside `locked`."""
 
@@ -93,11 +102,7 @@ class RunFolder:
         folders = {file.parent for file in files} - {path}
         removed = {file.resolve() for file in (*files, *folders)}
         if needed := [file for file in inputs if file.resolve() in removed]:
-            raise ConfigError(
-                f"{option('overwrite')} would remove {needed[0]}, which is an input of this run; "
-                "choose another output.path",
-                "output.path",
-            )
+            raise removes_input(needed[0])
 
     def _check_regular(self) -> None:
         """Refuse links and pipes in place of a run's files, which lead out of the folder."""

@@ -17,23 +17,13 @@ from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.columns import ValueColumn, describe_values
 from gradrun.output.structure import OutputReader, fields_of
 from gradrun.output.tensor_transforms import (
-    ACTIVATIONS,
-    CLASS_STEPS,
-    POOLING_STEPS,
     SCORE_STEPS,
-    WORDS,
     Inputs,
     ModelFacts,
     Operand,
     Transform,
-    class_dim,
-    is_half,
-    no_classes,
-    own_transforms,
-    threshold,
     transforms_for,
 )
-from gradrun.results.result import Statement
 
 Outputs = dict[str, torch.Tensor | ValueColumn]
 """Output name to a tensor [n, ...] on the CPU without a gradient, or to n values."""
@@ -162,7 +152,7 @@ class OutputSelector:
         for output in select_outputs(structured, self._config):
             check_rows(output.source, output.column, size, returned)
             steps = self._config.transforms_of(output.source)
-            written = _apply(self._functions, steps, output, self._config, inputs)
+            written = apply_steps(self._functions, steps, output, self._config, inputs)
             outputs |= {
                 name: column if isinstance(column, ValueColumn) else to_host(column)
                 for name, column in written
@@ -195,7 +185,7 @@ def scored_outputs(
     for output in selected:
         if sources is None or output.source in sources:
             steps, _ = split_steps(config, output, model)
-            column = _apply(functions, steps, output, config, inputs)[0][1]
+            column = apply_steps(functions, steps, output, config, inputs)[0][1]
             scored.append(output._replace(column=column))
     return scored
 
@@ -216,13 +206,14 @@ def split_steps(
     return steps[:first], of_scores
 
 
-def _apply(
+def apply_steps(
     functions: Mapping[str, Transform],
     steps: Sequence[str],
     output: SelectedOutput,
     config: OutputSection,
     inputs: Inputs,
 ) -> _Columns:
+    """Return the columns of an output after some transforms, with their names."""
     if not steps:
         return [(output.name, output.column)]
     named = [(output.name, output.tensor)]
@@ -375,173 +366,3 @@ def _row_error(name: str, tensor: torch.Tensor, size: int, returned: Any) -> Con
     if size > 1 and size in tensor.shape:
         way = f"dimension {list(tensor.shape).index(size)} may be the batch: transpose the output"
     return ConfigError(f"{problem}; {way}", "model")
-
-
-def statements(
-    config: OutputSection,
-    returned: Any = None,
-    inputs: Inputs = _NO_INPUTS,
-    model: ModelFacts | None = None,
-) -> Iterator[Statement]:
-    """Yield the interpretations of the model's outputs.
-
-    Args:
-        returned: outputs of the model for a batch, to state shapes; None if there are none yet.
-    """
-    if text := _describe_embedding(config, model):
-        yield Statement(topic="embedding", text=text)
-    if returned is None:
-        every = config.transform if isinstance(config.transform, dict) else {"": config.transform}
-        for name, steps in every.items() if config.transforms else ():
-            yield Statement(topic=f"output {name}".rstrip(), text=", ".join(steps))
-        return
-    outputs = select_outputs(returned, config)
-    for output in outputs:
-        topic = "output" if len(outputs) == 1 else f"output {output.source}"
-        if isinstance(output.column, ValueColumn):
-            text = f"{describe_values(output.column)}, one per sample"
-            yield Statement(topic=topic, text=text)
-        elif config.transforms:
-            text = _describe_steps(output.source, output.tensor, config, inputs, model)
-            yield Statement(topic=topic, text=text)
-
-
-def other_pooling(config: OutputSection, model: ModelFacts) -> str:
-    """Describe the pooling of a sentence-transformers folder if the config pools in another way."""
-    embedding: Any = model.embedding
-    steps = config.transforms_of("")
-    if embedding is None or not POOLING_STEPS & {*steps} or steps == embedding.equivalent:
-        return ""
-    return str(embedding.description)
-
-
-def _describe_embedding(config: OutputSection, model: ModelFacts | None) -> str:
-    embedding: Any = model.embedding if model else None
-    if model is None or embedding is None:
-        return ""
-    steps = config.transforms_of("")
-    if "sentence_embedding" in steps or steps == embedding.equivalent:
-        return str(embedding.description)
-    return f"not the folder's own, which is: {embedding.description}"
-
-
-def _describe_steps(
-    name: str,
-    tensor: torch.Tensor,
-    config: OutputSection,
-    inputs: Inputs,
-    model: ModelFacts | None,
-) -> str:
-    """Describe the shape of an output and its transforms, with the dimension of the classes."""
-    own, functions = own_transforms(model), transforms_for(model)
-    shape, words = _row_shape(tensor), []
-    precision = ", in float32" if config.transforms_of(name) and is_half(tensor) else ""
-    for step in config.transforms_of(name):
-        of = Operand(step, name, tensor, config, inputs)
-        if step in own and step in CLASS_STEPS:
-            words.append(f"{step} by sigmoid, as the model's config asks")
-        elif step in CLASS_STEPS:
-            dim = class_dim(of)
-            words.append(f"{step} over dimension {dim} ({tensor.shape[dim]} classes)")
-        else:
-            words.append(
-                f"above {threshold(config):g}" if step == "threshold" else WORDS.get(step, step)
-            )
-        tensor = functions[step](of)[0][1]
-    pools = {*POOLING_STEPS, "sentence_embedding"}.intersection(config.transforms_of(name))
-    result = f", to {_row_shape(tensor)}" if pools else ""
-    return f"{shape}: {', then '.join(words) or 'as returned'}{precision}{result}"
-
-
-def _row_shape(tensor: torch.Tensor) -> str:
-    return f"[{', '.join(['n', *map(str, tensor.shape[1:])])}]"
-
-
-def class_counts(
-    config: OutputSection,
-    returned: Any,
-    inputs: Inputs = _NO_INPUTS,
-    model: ModelFacts | None = None,
-) -> dict[str, int]:
-    """Return the number of classes of each written output that has class numbers or scores."""
-    own = own_transforms(model)
-    counts: dict[str, int] = {}
-    for output, of, steps in _walk(config, returned, inputs, model):
-        if of.step in CLASS_STEPS and of.step not in own:
-            count = of.tensor.shape[class_dim(of)]
-            written = _apply(transforms_for(model), steps, output, config, inputs)
-            counts = {name: count for name, _ in written} | counts
-    return counts
-
-
-def _walk(
-    config: OutputSection, returned: Any, inputs: Inputs, model: ModelFacts | None
-) -> Iterator[tuple[SelectedOutput, Operand, tuple[str, ...]]]:
-    """Yield each written output before each of its transforms, with this and those that follow."""
-    functions = transforms_for(model)
-    for output in select_outputs(returned, config):
-        steps = config.transforms_of(output.source)
-        for i in range(len(steps)):
-            yield output, Operand(steps[i], output.name, output.tensor, config, inputs), steps[i:]
-            column = _apply(functions, steps[i : i + 1], output, config, inputs)[0][1]
-            output = output._replace(column=column)
-
-
-def misplaced_classes(
-    classes: int,
-    config: OutputSection,
-    returned: Any,
-    inputs: Inputs = _NO_INPUTS,
-    model: ModelFacts | None = None,
-) -> Iterator[tuple[str, int, int, int]]:
-    """Yield outputs whose classes seem to be in another dimension than a transform uses.
-
-    Yields:
-        The output, the dimension in use, its size, and the one dimension of size `classes`.
-    """
-    own = own_transforms(model)
-    for output, of, steps in _walk(config, returned, inputs, model):
-        first = steps == config.transforms_of(output.source)
-        if first and of.step in CLASS_STEPS and of.step not in own:
-            dim, shape = class_dim(of), of.tensor.shape
-            others = [other for other in range(1, len(shape)) if shape[other] == classes]
-            if len(others) == 1 and dim not in others:
-                yield output.source, dim, shape[dim], others[0]
-
-
-def double_activations(
-    config: OutputSection,
-    returned: Any,
-    inputs: Inputs = _NO_INPUTS,
-    model: ModelFacts | None = None,
-) -> Iterator[tuple[str, str]]:
-    """Yield (output, transform) where softmax or sigmoid would read probabilities.
-
-    Values are taken for probabilities if they differ and all are within 0 to 1; for softmax, those
-    of a sample must also add up to 1. The transform is the one that is applied, which is sigmoid
-    where the model's config asks for it.
-    """
-    own = own_transforms(model)
-    for output, of, _ in _walk(config, returned, inputs, model):
-        if of.step in ACTIVATIONS and own.get(of.step) is not no_classes:
-            activation = "sigmoid" if of.step == "sigmoid" or of.step in own else "softmax"
-            dim = class_dim(of) if activation == "softmax" else None
-            if _are_probabilities(of.tensor, dim):
-                yield output.source, activation
-
-
-_FEW_VALUES = 4
-"""Fewer logits than this may all be within 0 to 1 by chance."""
-
-
-def _are_probabilities(tensor: torch.Tensor, dim: int | None) -> bool:
-    """Whether values seem to be probabilities, with a sum of 1 over the dimension if given."""
-    if not tensor.is_floating_point() or tensor.numel() < _FEW_VALUES:
-        return False
-    low, high = tensor.min(), tensor.max()
-    if not (low >= 0 and high <= 1 and low < high):
-        return False
-    if dim is None:
-        return True
-    sums = tensor.float().sum(dim)
-    return bool(((sums - 1).abs() < (0.02 if is_half(tensor) else 1e-3)).all())

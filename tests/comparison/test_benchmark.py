@@ -20,6 +20,7 @@ from gradrun.comparison.protocol import Job, Marker, VariantTask, WorkerReport
 from gradrun.comparison.worker import Worker
 from gradrun.config.load import load_config
 from gradrun.models.loaded import LoadedModel
+from tests.support.fake_time import FakeTime
 from tests.support.workers import keep_gc_unfrozen
 
 MODES = ("grad", "no_grad", "inference_mode")
@@ -64,19 +65,6 @@ def job(folder: Path, *modes: str, **changes: Any) -> Job:
 
 
 # --- timing blocks, with a fake clock ------------------------------------------------------------
-
-
-@dataclass
-class FakeTime:
-    """Replaces the time module."""
-
-    now: int = 0
-
-    def perf_counter_ns(self) -> int:
-        return self.now
-
-    def perf_counter(self) -> float:
-        return self.now * 1e-9
 
 
 def current_mode() -> str:

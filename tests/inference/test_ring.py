@@ -19,7 +19,7 @@ from gradrun.engines.messages import Open, Rows, Task, unpack_rows
 from gradrun.engines.range_runner import RangeRunner
 from gradrun.inference import transfers
 from gradrun.inference.ring import InFlight, Ring
-from gradrun.inference.transfers import SynchronousTransfers
+from gradrun.inference.transfers import Transfers
 from gradrun.output.formats.npy import NpyWriter
 from gradrun.results.result import RunResult
 from tests.support.delayed_transfers import DelayedTransfers
@@ -453,7 +453,7 @@ def test_discarded_batches_are_waited_for_and_not_written(ring: Any) -> None:
 
 
 def test_synchronous_transfers_return_memory_of_their_own() -> None:
-    copies = SynchronousTransfers(torch.device("cpu"), "bfloat16")
+    copies = Transfers(torch.device("cpu"), "bfloat16")
     batch = copies.to_device(Batch((torch.ones(2),), {"n": torch.ones(2).long()}, 2, range(2)))
     assert [tensor.dtype for tensor in batch.tensors()] == [torch.bfloat16, torch.int64]
     tensor = torch.ones(2, requires_grad=True)

@@ -25,6 +25,7 @@ from gradrun.inference.runner import Runner
 from gradrun.inference.timed_loop import TimedPass
 from gradrun.results.result import Measurement
 from tests.support.delayed_transfers import DelayedTransfers
+from tests.support.fake_time import FakeTime
 
 CPU = torch.device("cpu")
 MODES = {"grad": (True, False), "no_grad": (False, False), "inference_mode": (False, True)}
@@ -33,22 +34,6 @@ MODES = {"grad": (True, False), "no_grad": (False, False), "inference_mode": (Fa
 
 def nothing() -> None:
     pass
-
-
-@dataclass
-class FakeTime:
-    """Replaces the time module; moves only in passes()."""
-
-    now: int = 0
-
-    def perf_counter_ns(self) -> int:
-        return self.now
-
-    def perf_counter(self) -> float:
-        return self.now * 1e-9
-
-    def passes(self, seconds: float) -> None:
-        self.now += round(seconds * 1e9)
 
 
 @pytest.fixture

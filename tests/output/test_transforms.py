@@ -16,10 +16,10 @@ from gradrun.core.errors import ConfigError
 from gradrun.output.class_labels import DEFAULT_OUTPUT
 from gradrun.output.columns import ValueColumn
 from gradrun.output.missing import MISSING_CLASS, count_nonfinite
+from gradrun.output.output_facts import ReturnedOutputs
 from gradrun.output.transforms import (
     Outputs,
     OutputSelector,
-    statements,
 )
 
 SIZE = 4
@@ -392,7 +392,8 @@ def test_one_output_is_written_under_the_name_of_the_config() -> None:
 def test_the_dimension_of_the_classes_and_the_precision_are_stated() -> None:
     def stated(returned: Any, **keys: Any) -> list[tuple[str, str]]:
         config = OutputSection(path=Path("x"), **keys)
-        return [(s.topic, s.text) for s in statements(config, returned)]
+        facts = ReturnedOutputs(config, returned, {}, None)
+        return [(s.topic, s.text) for s in facts.statements()]
 
     images = torch.randn(SIZE, 3, 8, 9).half()
     assert stated(images, transform=["softmax", "argmax"]) == [

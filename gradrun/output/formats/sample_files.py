@@ -54,7 +54,9 @@ class FilesWriter(JsonlWriter):
     """Writes predictions/ID.SUFFIX, or predictions/ID.OUTPUT.SUFFIX for several outputs."""
 
     def __init__(self, target: WriterTarget) -> None:
-        super().__init__(target)
+        # The lines of the index have no columns with class names.
+        super().__init__(target._replace(labels=ClassLabels(target.labels.config)))
+        self._classes = target.labels
         self.path, self.folder = target.folder / INDEX, target.folder / SUBFOLDER
         self._encoders: dict[str, SampleEncoder] = {}
         self._names: set[str] = set()
@@ -64,7 +66,7 @@ class FilesWriter(JsonlWriter):
     def open(self, outputs: Outputs, committed: Sequence[CommittedRange] = ()) -> None:
         predicted = {name: column for name, column in outputs.items() if not is_kept(name)}
         self._encoders = {
-            name: open_encoder(self.labels, name, column) for name, column in predicted.items()
+            name: open_encoder(self._classes, name, column) for name, column in predicted.items()
         }
         rows = max(map(len, predicted.values()), default=0)
         size = self._encoded_size(predicted, rows)
