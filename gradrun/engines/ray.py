@@ -233,12 +233,16 @@ def connect(address: str) -> Any:
             namespace="gradrun",
         )
     except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and others
-        raise ConfigError(
-            f"no Ray cluster answers at {address} ({first_line(error):.60}); start one with "
-            "`ray start --head`, or set engine.source: processes",
-            "engine.address",
-        ) from error
+        raise _no_answer(address, f"{first_line(error):.60}") from error
     return ray
+
+
+def _no_answer(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"no Ray cluster answers at {address} ({reason}); start one with `ray start --head`, or "
+        "set engine.source: processes",
+        "engine.address",
+    )
 
 
 def _check_reachable(address: str) -> None:
@@ -249,11 +253,7 @@ def _check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address} ({error.strerror or error}); start one with "
-            "`ray start --head`, or set engine.source: processes",
-            "engine.address",
-        ) from error
+        raise _no_answer(address, str(error.strerror or error)) from error
 
 
 def _discard(*_: Any, **__: Any) -> None:

@@ -17,7 +17,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -308,7 +307,7 @@ def verify(folder: str | Path) -> Verification:
             found = verification.verify(name)
         except GradrunError as error:
             raise error.reworded(str(error).replace(name, str(url)), None) from error
-        return replace(found, folder=url)
+        return found.replace(folder=url)
 
 
 def _files_of(url: RemotePath) -> dict[str, RemotePath]:

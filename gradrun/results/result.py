@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from statistics import median
 from typing import Annotated, Any, ClassVar, Literal
@@ -863,8 +862,7 @@ class ModeFacts(Record, frozen=True, kw_only=True):
         return tuple(fact for fact in self.facts if not fact.holds)
 
 
-@dataclass(frozen=True)
-class DamagedRange:
+class DamagedRange(Record, frozen=True):
     """A range of committed samples whose file is missing or changed."""
 
     start: int
@@ -873,8 +871,7 @@ class DamagedRange:
     problem: str
 
 
-@dataclass(frozen=True)
-class Verification:
+class Verification(Record, frozen=True):
     """Result of comparing the files of a run with the checksums in its journal."""
 
     folder: Path
@@ -896,4 +893,4 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and `complete` in JSON types."""
-        return asdict(self) | {"folder": str(self.folder), "complete": self.complete}
+        return self.as_dict() | {"complete": self.complete}

@@ -136,10 +136,13 @@ def mean_over_processes(values: Sequence[float], *, strict: bool = False) -> Est
     count = len(logs)
     middle = math.fsum(logs) / count
     if count < 2:
-        return Estimate(math.exp(middle), 0.0, math.inf)
+        return _of_logs(middle)
     variance = math.fsum((value - middle) ** 2 for value in logs) / (count - 1)
     table = _T_STRICT if strict else _T
-    width = table[min(count - 1, len(table)) - 1] * math.sqrt(variance / count)
+    return _of_logs(middle, table[min(count - 1, len(table)) - 1] * math.sqrt(variance / count))
+
+
+def _of_logs(middle: float, width: float = math.inf) -> Estimate:
     return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
 
 
@@ -154,7 +157,7 @@ def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
     middles = [math.fsum(logs) / len(logs) for logs in groups]
     middle = middles[0] - middles[1]
     if min(map(len, groups)) < 2:
-        return Estimate(math.exp(middle), 0.0, math.inf)
+        return _of_logs(middle)
     parts = [
         math.fsum((value - m) ** 2 for value in logs) / (len(logs) - 1) / len(logs)
         for logs, m in zip(groups, middles, strict=True)
@@ -162,8 +165,7 @@ def unpaired_ratio(base: Sequence[float], other: Sequence[float]) -> Estimate:
     total = math.fsum(parts)
     spread = math.fsum(part**2 / (len(g) - 1) for part, g in zip(parts, groups, strict=True))
     freedom = int(total**2 / spread) if spread else len(_T)
-    width = _T[min(max(freedom, 1), len(_T)) - 1] * math.sqrt(total)
-    return Estimate(math.exp(middle), math.exp(middle - width), math.exp(middle + width))
+    return _of_logs(middle, _T[min(max(freedom, 1), len(_T)) - 1] * math.sqrt(total))
 
 
 def verdict(ratio: Estimate, precision: float) -> Verdict:

@@ -12,6 +12,7 @@ from gradrun.core.units import (
     format_score,
     format_seconds,
     format_seconds_range,
+    list_some,
     pluralize,
 )
 
@@ -138,3 +139,10 @@ def test_scores_have_four_digits_and_nan_is_a_dash() -> None:
 )
 def test_counts_pluralize_the_noun(count: int, noun: str, text: str) -> None:
     assert pluralize(count, noun) == text
+
+
+def test_names_beyond_the_most_are_counted() -> None:
+    names = ["a", "b", "c"]
+    assert list_some(names, 3) == "a, b, c"
+    assert list_some(names, 2) == "a, b and 1 more"
+    assert list_some([], 2) == ""
