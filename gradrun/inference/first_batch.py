@@ -107,7 +107,7 @@ def prepare(runner: Runner, quarantine: SampleLog | None) -> PreparedRun:
             runner.save_evidence(evaluation)
             outputs |= evaluation.collect(returned, first.kwargs)
         outputs = runner.with_labels(outputs, first.labels)
-        del returned
+        del returned, facts
         warm_up_started = time.perf_counter()
         compile_seconds = _warm_up(runner, first, clock)
         ahead = should_prefetch(runner.data, forward_seconds=clock.seconds[-1])
