@@ -124,8 +124,8 @@ class RayEngine:
         if self._opened & self._handles.keys():
             self._without_worker_since = now
         elif now - self._without_worker_since > _ROOM_SECONDS and self._handles:
-            text = f"no room for a worker in {_ROOM_SECONDS:g} s: {self._capacity()}"
-            return min(self._handles), Failed(error=text)
+            text = f"no room for a worker in {_ROOM_SECONDS:g} s: 0 of {self._count} workers"
+            return min(self._handles), Failed(error=f"{text}; {_offer(self._ray)}")
         return None
 
     def stop(self, worker: int) -> None:
@@ -139,10 +139,6 @@ class RayEngine:
             self.stop(number)
         self._count = min(count, self._count)
         return self._handles.keys()
-
-    def _capacity(self) -> str:
-        running = len(self._opened & self._handles.keys())
-        return f"{running} of {self._count} workers; {_offer(self._ray)}"
 
     def close(self) -> None:
         for number in list(self._handles):

@@ -115,13 +115,15 @@ def _png_encoder(labels: ClassLabels, name: str, kind: ValueType, classes: bool)
     count = labels.counts.get(name) or len(labels.classes)
     if count > _NO_CLASS + 1:
         text = "class numbers as gray levels of 16 bits"
-        return SampleEncoder(".png", text, lambda value: _wide(pillow, name, value))
+        return SampleEncoder(".png", text, lambda value: _classes(pillow, name, value, np.uint16))
     if chosen is False:
         text = "class numbers as gray levels, 255: no class"
-        return SampleEncoder(".png", text, lambda value: _indexed(pillow, name, value, None))
+        return SampleEncoder(".png", text, lambda value: _classes(pillow, name, value, np.uint8))
     colors = palette(chosen if isinstance(chosen, tuple) else ())
     text = "class numbers with a palette, 255: no class"
-    return SampleEncoder(".png", text, lambda value: _indexed(pillow, name, value, colors))
+    return SampleEncoder(
+        ".png", text, lambda value: _classes(pillow, name, value, np.uint8, colors)
+    )
 
 
 def palette(first: Sequence[tuple[int, int, int]] = ()) -> bytes:
@@ -150,26 +152,21 @@ def _plane(name: str, value: Any) -> Array:
     return array
 
 
-def _classes_of(name: str, value: Any, most: int) -> Array:
-    array = _plane(name, value).astype(np.int64)
+def _classes(
+    pillow: Any, name: str, value: Any, dtype: type[np.unsignedinteger[Any]], colors: bytes = b""
+) -> bytes:
+    """Return class numbers as pixels of a type; its greatest number is for those without a class."""
+    most, array = int(np.iinfo(dtype).max), _plane(name, value).astype(np.int64)
     array = np.where(array == MISSING_CLASS, most, array)
     if array.min() < 0 or array.max() > most:
         raise ValueError(
             f"output {name!r} has class numbers from {array.min()} to {array.max()}, and a pixel "
             f"has 0 to {most}; set output.file_type: npy"
         )
-    return array
-
-
-def _indexed(pillow: Any, name: str, value: Any, colors: bytes | None) -> bytes:
-    image = pillow.fromarray(_classes_of(name, value, _NO_CLASS).astype(np.uint8))
-    if colors is not None:
+    image = pillow.fromarray(array.astype(dtype))
+    if colors:
         image.putpalette(colors)
     return _to_png(image)
-
-
-def _wide(pillow: Any, name: str, value: Any) -> bytes:
-    return _to_png(pillow.fromarray(_classes_of(name, value, 65535).astype(np.uint16)))
 
 
 def _gray(pillow: Any, name: str, value: Any) -> bytes:
