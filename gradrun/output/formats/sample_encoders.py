@@ -155,7 +155,7 @@ def _plane(name: str, value: Any) -> Array:
 def _classes(
     pillow: Any, name: str, value: Any, dtype: type[np.unsignedinteger[Any]], colors: bytes = b""
 ) -> bytes:
-    """Return class numbers as pixels of a type; its greatest number is for those without a class."""
+    """Return class numbers as pixels of a type; its greatest value stands for no class."""
     most, array = int(np.iinfo(dtype).max), _plane(name, value).astype(np.int64)
     array = np.where(array == MISSING_CLASS, most, array)
     if array.min() < 0 or array.max() > most:
