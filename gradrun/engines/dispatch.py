@@ -68,19 +68,13 @@ class _Worker:
     """What the driver knows about a worker that is ready."""
 
     ready: Ready
+    stats: WorkerStats
+    """Without its ranges."""
+    ranges: list[WorkerRange] = field(default_factory=list)
     span_size: int = 1
     """Samples that it predicts in about SPAN_SECONDS."""
     busy_since: float = 0.0
     """When it began its current range; 0 if it has none."""
-    samples: int = 0
-    data: float = 0.0
-    forward: float = 0.0
-    busy: float = 0.0
-    process_peak: int | None = None
-    ranges: list[WorkerRange] = field(default_factory=list)
-    lost: str = ""
-    lost_at: float | None = None
-    rejected: bool = False
 
 
 def run_pass(
@@ -204,7 +198,9 @@ class _Pass:
         self._failed_starts = 0
         self._starting -= 1
         self._first_ready = self._first_ready or time.perf_counter()
-        self.workers[number] = _Worker(ready)
+        cold_start = ready.load_seconds + ready.open_seconds + ready.first_batch_seconds
+        stats = WorkerStats(worker=number, node=ready.node, cold_start=cold_start)
+        self.workers[number] = _Worker(ready, stats)
         if difference := self._difference(ready):
             self.engine.stop(number)
             self._record_loss(number, difference, rejected=True)
@@ -224,13 +220,17 @@ class _Pass:
         needed = self.schedule.complete(number, span)
         if self.schedule.running(number):
             worker.busy_since = now
-        worker.busy += now - began
-        worker.process_peak = done.process_peak
+        stats = worker.stats
+        worker.stats = stats = stats.replace(
+            busy=stats.busy + now - began, process_peak=done.process_peak
+        )
         if not needed:
             return
-        worker.samples += span.size
-        worker.data += done.data_seconds
-        worker.forward += sum(array("d", done.batch_seconds))
+        worker.stats = stats.replace(
+            samples=stats.samples + span.size,
+            data=stats.data + done.data_seconds,
+            forward=stats.forward + sum(array("d", done.batch_seconds)),
+        )
         worker.ranges.append(
             WorkerRange(
                 start=span.start,
@@ -282,7 +282,9 @@ class _Pass:
                 self._lose(number, Lost(f"did not finish a range in {limit:g} s (engine.timeout)"))
 
     def _alive(self) -> list[tuple[int, _Worker]]:
-        return [(number, worker) for number, worker in self.workers.items() if not worker.lost]
+        return [
+            (number, worker) for number, worker in self.workers.items() if not worker.stats.lost
+        ]
 
     def _remaining(self) -> bool:
         """Whether a worker is ready or may become so."""
@@ -290,8 +292,8 @@ class _Pass:
 
     def _record_loss(self, number: int, cause: str, *, rejected: bool = False) -> None:
         worker = self.workers[number]
-        worker.lost, worker.lost_at = cause, time.perf_counter() - self._first_ready
-        worker.rejected = rejected
+        lost_at = time.perf_counter() - self._first_ready
+        worker.stats = worker.stats.replace(lost=cause, lost_at=lost_at, rejected=rejected)
 
     def _difference(self, ready: Ready) -> str:
         """Say how a worker differs from the driver in what changes predictions."""
@@ -391,7 +393,7 @@ class _Pass:
             return Progress(f"starting {name}")
         alive = sorted(self._alive())
         several = len({worker.ready.node for _, worker in alive}) > 1
-        rejected = sum(worker.rejected for worker in self.workers.values())
+        rejected = sum(worker.stats.rejected for worker in self.workers.values())
         lost = len(self.workers) - len(alive) - rejected
         others = {"lost": lost, "rejected": rejected, "starting": self._starting}
         return Progress(
@@ -401,8 +403,8 @@ class _Pass:
             workers=tuple(
                 WorkerProgress(
                     f"worker {number}{f' on {worker.ready.node}' if several else ''}",
-                    worker.samples,
-                    worker.samples / worker.busy if worker.busy else 0.0,
+                    worker.stats.samples,
+                    worker.stats.samples / worker.stats.busy if worker.stats.busy else 0.0,
                     now - worker.busy_since if worker.busy_since else None,
                 )
                 for number, worker in alive
@@ -418,22 +420,8 @@ class _Pass:
         if self._first_ready:
             self.timed.total_ns = round((time.perf_counter() - self._first_ready) * 1e9)
         self.timed.workers = tuple(
-            WorkerStats(
-                worker=number,
-                node=worker.ready.node,
-                cold_start=worker.ready.load_seconds
-                + worker.ready.open_seconds
-                + worker.ready.first_batch_seconds,
-                samples=worker.samples,
-                data=worker.data,
-                forward=worker.forward,
-                busy=worker.busy,
-                process_peak=worker.process_peak,
-                ranges=tuple(worker.ranges),
-                lost=worker.lost,
-                lost_at=worker.lost_at,
-                rejected=worker.rejected,
-                repeated=self.schedule.repeated[number],
+            worker.stats.replace(
+                ranges=tuple(worker.ranges), repeated=self.schedule.repeated[number]
             )
             for number, worker in self.workers.items()
         )

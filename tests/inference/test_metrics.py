@@ -144,7 +144,8 @@ def test_samples_with_nonfinite_scores_count_as_wrong_for_every_transform(
     right = CHOSEN == LABELS
     right[lost] = False
     config["model"] = {"source": "python", "target": f"{__file__}:Scores"}
-    for transform in TRANSFORMS:
+    # The files of single samples are never read back, whatever the transform.
+    for transform in TRANSFORMS if form != "files" else ("argmax",):
         output = {"format": form, "transform": transform, "k": 1}
         found = gradrun.infer(config, output=output, overwrite=True, trust_code=True)
         assert values(found) == {"accuracy": pytest.approx(right.mean())}, transform
