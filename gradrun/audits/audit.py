@@ -161,7 +161,7 @@ def _run_passes(subject: AuditTarget, found: _Audited, load_seconds: float, *, l
             batch = subject.copy()
             with subject.execution_context():
                 raise explain_first_batch_failure(
-                    subject.model, batch.args, batch.kwargs, error, subject.mode
+                    subject.model, batch, error, subject.mode
                 ) from error
         reason = describe_model_error(error, subject.mode)
         found.findings.append(

@@ -32,7 +32,7 @@ from gradrun.data.source import BatchSource
 from gradrun.engines.infer import infer
 from gradrun.inference.compilation import compile_model
 from gradrun.inference.device import execution_context, resolve_device
-from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
+from gradrun.inference.diagnosis import describe_model_error, first_batch_errors
 from gradrun.inference.environment import current_environment
 from gradrun.inference.interpretation import describe
 from gradrun.inference.meters import (
@@ -125,15 +125,8 @@ class LoadedVariant(PlannedVariant):
         began = time.perf_counter()
         seconds: list[float] = []
         with self.execution_context(), preserve_module_state(self.model):
-            try:
+            with first_batch_errors(self.model, self.batches[0], self.config.run.mode):
                 self.run_batch(0)
-            except GradrunError:
-                raise
-            except Exception as error:  # user code can raise anything
-                first = self.batches[0]
-                raise explain_first_batch_failure(
-                    self.model, first.args, first.kwargs, error, self.config.run.mode
-                ) from error
             self.first_seconds = time.perf_counter() - began
             while not stats.is_steady(seconds) and time.perf_counter() - began < _WARM_UP_SECONDS:
                 seconds.append(self.time_block(1, len(seconds)))

@@ -6,7 +6,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import psutil
 import torch
 from torch import nn
 
-from gradrun.core.errors import ModelInputError, first_line
+from gradrun.core.errors import GradrunError, ModelInputError, first_line
 from gradrun.core.grad_mode import GradMode
 from gradrun.core.units import format_bytes
+from gradrun.data.batch import Batch
 from gradrun.inference.module_calls import track_module_calls
 
 _NO_GRAPH = "does not require grad and does not have a grad_fn"
@@ -31,17 +32,29 @@ _OUT_OF_MEMORY = ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_
 _TORCH, _GRADRUN = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
+@contextmanager
+def first_batch_errors(model: nn.Module, batch: Batch, mode: GradMode) -> Iterator[None]:
+    """Explain an error of the model, which runs its first batch in the block.
+
+    Raises:
+        ModelInputError: the model failed.
+    """
+    try:
+        yield
+    except GradrunError:
+        raise
+    except Exception as error:  # user code can raise anything
+        raise explain_first_batch_failure(model, batch, error, mode) from error
+
+
 def explain_first_batch_failure(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    error: BaseException,
-    mode: GradMode,
+    model: nn.Module, batch: Batch, error: BaseException, mode: GradMode
 ) -> ModelInputError:
-    """Return the error to raise after `model(*args, **kwargs)` raised `error` on the first batch.
+    """Return the error to raise after a model raised `error` on its first batch.
 
     Runs the model again to find the module that failed.
     """
+    args, kwargs = batch.args, batch.kwargs
     if ran_out_of_memory(error):
         return ModelInputError(
             f"the first batch does not fit in memory ({describe_allocation(error)}); "

@@ -194,9 +194,7 @@ def _first_forward(runner: Runner, batch: Batch, clock: Clock) -> tuple[Batch, A
             text = f"{error}{QUARANTINE_HINT}"
             raise ConfigError(text, runner.selector.key) from error
         if subset is None:
-            raise explain_first_batch_failure(
-                model, batch.args, batch.kwargs, error, runner.mode
-            ) from error
+            raise explain_first_batch_failure(model, batch, error, runner.mode) from error
     return subset, _forward(runner, subset, clock, model), limit
 
 

@@ -13,12 +13,11 @@ from torch import nn
 
 from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import thread_count
-from gradrun.core.errors import GradrunError
 from gradrun.data import open_data
 from gradrun.data.batch import Batch
 from gradrun.inference.compilation import compile_model, is_compiled
 from gradrun.inference.device import execution_context, seed_generators
-from gradrun.inference.diagnosis import explain_first_batch_failure
+from gradrun.inference.diagnosis import first_batch_errors
 from gradrun.inference.module_state import preserve_module_state
 from gradrun.inference.sampling import first_batches
 from gradrun.inference.torchscript import compile_without_gradients
@@ -92,14 +91,8 @@ class ProfiledVariant:
         first = self.batches[0].map(torch.clone)
         with self.execution_context(), preserve_module_state(self.model):
             began = time.perf_counter()
-            try:
+            with first_batch_errors(self.model, first, self.config.run.mode):
                 self.run(first)
-            except GradrunError:
-                raise
-            except Exception as error:  # user code can raise anything
-                raise explain_first_batch_failure(
-                    self.model, first.args, first.kwargs, error, self.config.run.mode
-                ) from error
             self.first_seconds = time.perf_counter() - began
 
     def warm_up(self) -> None:

@@ -8,9 +8,12 @@ from torch import nn
 
 from gradrun.core.errors import first_line
 from gradrun.core.grad_mode import GradMode
+from gradrun.data.batch import Batch
 from gradrun.inference.diagnosis import describe_model_error, explain_first_batch_failure
 from gradrun.modes import grad_mode
 from tests.support.loading import X
+
+BATCH = Batch((X,), {}, len(X), range(len(X)))
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 
@@ -18,7 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def explain(module: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> str:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         module(*args, **kwargs)
-    return str(explain_first_batch_failure(module, args, kwargs, caught.value, GradMode.GRAD))
+    batch = Batch(args, kwargs, 1, [0])
+    return str(explain_first_batch_failure(module, batch, caught.value, GradMode.GRAD))
 
 
 def test_the_explanation_names_both_shapes_and_the_module() -> None:
@@ -59,7 +63,7 @@ def test_the_explanation_of_a_program_names_the_given_and_the_expected_shape(sou
 
 def test_out_of_memory_asks_for_a_smaller_batch() -> None:
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nmore")
-    found = explain_first_batch_failure(nn.ReLU(), (X,), {}, error, GradMode.NO_GRAD)
+    found = explain_first_batch_failure(nn.ReLU(), BATCH, error, GradMode.NO_GRAD)
     assert found.key == "data.batch_size"
     assert "choose a smaller batch" in str(found)
     assert "more" not in str(found).split("(")[1]
@@ -108,7 +112,7 @@ def test_a_backward_inside_the_model_is_reported_with_mode_line_and_solution(
     assert text.startswith(f"{call}() at {__file__}:{line} needs a graph, but ")
     assert f"the model ran in {mode}, which records none" in text
     assert f"set run.mode=grad, {alternative} that part of the model" in text
-    explained = explain_first_batch_failure(module, (X,), {}, error, mode)
+    explained = explain_first_batch_failure(module, BATCH, error, mode)
     assert (str(explained), explained.key) == (text, "run.mode")
 
 
@@ -137,7 +141,7 @@ def test_a_backward_that_fails_in_grad_mode_is_not_explained_by_the_mode() -> No
         describe_model_error(error, GradMode.GRAD) == f"RuntimeError: {error} ({__file__}:{line})"
     )
     assert "failed on the input" in str(
-        explain_first_batch_failure(Frozen("grad"), (X,), {}, error, GradMode.GRAD)
+        explain_first_batch_failure(Frozen("grad"), BATCH, error, GradMode.GRAD)
     )
 
 
