@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,35 +84,27 @@ class JournalEnd(_Line):
     samples: NonNegativeInt
 
 
+@dataclass(frozen=True)
 class JournalState:
     """The content of a journal."""
 
-    def __init__(
-        self,
-        header: JournalHeader,
-        ranges: Sequence[CommittedRange],
-        ends: Sequence[int],
-        torn: bool,
-        end: JournalEnd | None = None,
-    ) -> None:
-        """Store the parsed lines.
-
-        Args:
-            ends: offset of the end of the header and of each range, in bytes.
-            torn: the file ends with an incomplete line.
-        """
-        self.header, self.ranges, self.torn = header, list(ranges), torn
-        self._ends, self._end = list(ends), end
+    header: JournalHeader
+    ranges: list[CommittedRange]
+    ends: list[int]
+    """Offset of the end of the header and of each range, in bytes."""
+    torn: bool
+    """Whether the file ends with an incomplete line."""
+    end: JournalEnd | None = None
 
     @property
     def samples(self) -> int | None:
         """Number of samples of the run; None if it is unknown, because the run is unfinished."""
-        return self._end.samples if self._end else self.header.samples
+        return self.end.samples if self.end else self.header.samples
 
     @property
     def size(self) -> int:
         """Bytes up to the end of the last range."""
-        return self._ends[-1]
+        return self.ends[-1]
 
     @property
     def committed(self) -> int:
@@ -131,9 +124,7 @@ class JournalState:
         count = len(self.ranges)
         while count and self.ranges[count - 1].stop % batch_size and not self.complete:
             count -= 1
-        return JournalState(
-            self.header, self.ranges[:count], self._ends[: count + 1], self.torn, self._end
-        )
+        return replace(self, ranges=self.ranges[:count], ends=self.ends[: count + 1])
 
 
 def read(path: Path) -> JournalState:
