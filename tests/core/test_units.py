@@ -7,12 +7,12 @@ import math
 import pytest
 
 from gradrun.core.units import (
+    first_names,
     format_bytes,
     format_number,
     format_score,
     format_seconds,
     format_seconds_range,
-    list_some,
     pluralize,
 )
 
@@ -143,6 +143,6 @@ def test_counts_pluralize_the_noun(count: int, noun: str, text: str) -> None:
 
 def test_names_beyond_the_most_are_counted() -> None:
     names = ["a", "b", "c"]
-    assert list_some(names, 3) == "a, b, c"
-    assert list_some(names, 2) == "a, b and 1 more"
-    assert list_some([], 2) == ""
+    assert first_names(names, 3) == "a, b, c"
+    assert first_names(names, 2) == "a, b and 1 more"
+    assert first_names([], 2) == ""
