@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def open_data(config: ObjectArrays, facts: OpeningFacts) -> BatchSource:
     readers = {name: _TensorReader(rows, config.name) for name, rows in inputs.items()}
     labels = None if config.labels is None else _TensorReader(read_labels(config), "labels")
     call = "positional" if positional else config.call
-    return _Arrays(readers, config.batch_size, call, labels, config.classes)
+    return ChunkedSource(readers, config.batch_size, call, labels, config.classes or ())
 
 
 def read_inputs(config: ObjectArrays) -> tuple[dict[str, torch.Tensor], bool]:
@@ -55,19 +55,6 @@ def read_labels(config: ObjectArrays) -> torch.Tensor:
 def is_frame(value: Any) -> bool:
     """Return whether a value is a DataFrame of pandas, without importing pandas."""
     return type(value).__name__ == "DataFrame" and hasattr(value, "iloc")
-
-
-class _Arrays(ChunkedSource):
-    def __init__(
-        self,
-        readers: Mapping[str, _TensorReader],
-        batch_size: int,
-        call: str,
-        labels: _TensorReader | None,
-        classes: Sequence[str] | None,
-    ) -> None:
-        super().__init__(readers, batch_size, call, labels)
-        self.classes = classes or ()
 
 
 class _TensorReader:

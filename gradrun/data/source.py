@@ -266,12 +266,13 @@ class ChunkedSource(BatchSource):
         batch_size: int,
         call: str,
         labels: RowReader | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         counts = {name: reader.samples for name, reader in readers.items()}
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ConfigError(f"the inputs have different numbers of samples: {listed}", "data")
-        self.readers, self.batch_size = readers, batch_size
+        self.readers, self.batch_size, self.classes = readers, batch_size, classes
         self.samples = next(iter(counts.values()))
         self.sample_bytes = sum(reader.sample_bytes for reader in readers.values())
         self._batcher = InputBatcher(call, len(readers))
