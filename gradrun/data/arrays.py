@@ -55,20 +55,11 @@ def open_data(config: ArraysData, facts: OpeningFacts) -> BatchSource:
 
 class _Arrays(ChunkedSource):
     has_previews = True
-
-    def __init__(
-        self,
-        readers: Mapping[str, _ConvertedReader],
-        batch_size: int,
-        call: str,
-        labels: _ConvertedReader | None,
-    ) -> None:
-        super().__init__(readers, batch_size, call, labels)
-        self._files = [file for reader in readers.values() for file in reader.listed]
+    readers: Mapping[str, _ConvertedReader]
 
     @property
     def files(self) -> list[Path]:
-        return self._files
+        return [file for reader in self.readers.values() for file in reader.listed]
 
     def previews(self, positions: Sequence[int]) -> Iterator[Preview]:
         reader = next(iter(self.readers.values()))
