@@ -41,6 +41,7 @@ class HFDataset:
             )
         self._rows = loaded.with_format("arrow")
         self._features: Mapping[str, Any] = loaded.features
+        self.columns = tuple(loaded.features)
         self._media = (library.Image, library.Audio)
         self._class_label = library.ClassLabel
         self.files = tuple(Path(file["filename"]) for file in loaded.cache_files)
@@ -54,10 +55,6 @@ class HFDataset:
         """The folder or hub name with the split, for messages."""
         name = getattr(self.section.path, "name", self.section.path)
         return f"{name}/{self.split}" if self.split else str(name)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(self._features)
 
     def class_names(self, column: str | None) -> tuple[str, ...]:
         """Return the names of the classes of a ClassLabel column, also of lists of them."""

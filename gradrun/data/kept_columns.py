@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
@@ -21,8 +21,8 @@ class KeptColumns:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
-        self._types: dict[str, ValueType | None] = dict.fromkeys(names, ValueType())
-        """None for a column whose values have no common type."""
+        self.types: dict[str, ValueType | None] = dict.fromkeys(names, ValueType())
+        """The type of each column over the rows; None if its values have no common type."""
         self._known: set[str] = set()
 
     def observe(self, record: Record) -> None:
@@ -35,12 +35,12 @@ class KeptColumns:
             return
         self._known |= record.fields.keys()
         for name, value in zip(self.names, self.of(record), strict=True):
-            kind = self._types[name]
+            kind = self.types[name]
             if kind is not None:
                 try:
-                    self._types[name] = kind.merge(type_of(value))
+                    self.types[name] = kind.merge(type_of(value))
                 except TypeMismatch:
-                    self._types[name] = None
+                    self.types[name] = None
 
     def check(self) -> None:
         """Check that the rows have all columns.
@@ -67,14 +67,9 @@ class KeptColumns:
             return {}
         return dict(zip(self.names, map(list, zip(*rows, strict=True)), strict=True))
 
-    @property
-    def types(self) -> Mapping[str, ValueType | None]:
-        """The type of each column; None if its values have no common type."""
-        return self._types
-
     def statements(self) -> Iterable[Statement]:
         """Yield the statement of the columns and their types."""
-        kinds = (f"{name} ({kind or 'several types'})" for name, kind in self._types.items())
+        kinds = (f"{name} ({kind or 'several types'})" for name, kind in self.types.items())
         if self.names:
             yield Statement(topic="kept columns", text=", ".join(kinds))
 
