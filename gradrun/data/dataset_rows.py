@@ -48,10 +48,7 @@ class _DatasetTable(Table):
         self._dataset, self._labels = HFDataset(section), labels
         columns = self._dataset.columns
         self._columns = [name for name in columns if not self._dataset.has_media(name)]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._dataset.files
+        self.files = self._dataset.files
 
     def class_names(self, column: str) -> tuple[str, ...]:
         return self._dataset.class_names(column)

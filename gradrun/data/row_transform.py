@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,7 @@ class TransformedTable(Table):
             raise ConfigError(f"{target} is not a function of a row", _KEY)
         self._table, self._function = table, function
         self._name = f"{Path(target.rpartition(':')[0]).name}:{target.rpartition(':')[2]}"
-        self.suffix, self.has_columns = table.suffix, True
-
-    @property
-    def files(self) -> Sequence[Path]:
-        return self._table.files
+        self.suffix, self.has_columns, self.files = table.suffix, True, table.files
 
     def class_names(self, column: str) -> tuple[str, ...]:
         return self._table.class_names(column)

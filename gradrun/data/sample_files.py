@@ -142,7 +142,14 @@ class SampleFiles:
 
     def describe_labels(self, classes: Sequence[str]) -> Statement:
         """Return the statement of the classes or of the numbers."""
-        return Statement(topic="labels", text=_describe_labels(self.labels, classes))
+        found = {*self.labels}
+        if classes:
+            missing = f" ({len(found)} found)" if len(found) != len(classes) else ""
+            text = f"{len(classes):,} classes{missing}: {list_names(classes)}"
+        else:
+            numbers = {*map(float, found)}
+            text = f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
+        return Statement(topic="labels", text=text)
 
 
 def list_samples(config: FilesData, suffixes: Collection[str], kind: str) -> SampleFiles:
@@ -336,12 +343,3 @@ def _filled(record: Record, column: str, key: str) -> str:
         absence = describe_absence(record, column)
         raise ConfigError(f"{record.place}  the column {column!r} is {absence}", key)
     return value
-
-
-def _describe_labels(labels: list[str], classes: Sequence[str]) -> str:
-    if not classes:
-        numbers = {float(label) for label in labels}
-        return f"{pluralize(len(numbers), 'number')} from {min(numbers):g} to {max(numbers):g}"
-    found = len(set(labels))
-    missing = f" ({found} found)" if found != len(classes) else ""
-    return f"{len(classes):,} classes{missing}: {list_names(classes)}"

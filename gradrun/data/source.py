@@ -76,6 +76,8 @@ class BatchSource:
     Empty if nothing is noted. Only the source interprets their bits; 0 for unread samples. A worker
     that read some samples sends their flags to the process that states them.
     """
+    kept_types: Mapping[str, ValueType | None] = MappingProxyType({})
+    """The type of each column that is written beside the predictions; None for a mix of types."""
     of_texts = False
     """Whether samples are texts, of which `padding` counts the tokens."""
     grouped = False
@@ -107,14 +109,6 @@ class BatchSource:
     @property
     def identity(self) -> Mapping[str, Any]:
         """Further properties, by name, that a resume compares; they go to JSON."""
-        return {}
-
-    @property
-    def kept_types(self) -> Mapping[str, ValueType | None]:
-        """The type of each column that is written beside the predictions, over all rows.
-
-        None if its values have no common type.
-        """
         return {}
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:

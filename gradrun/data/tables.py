@@ -26,7 +26,6 @@ from gradrun.core.input_files import (
 )
 from gradrun.core.suggest import suggest
 from gradrun.core.units import list_names, pluralize
-from gradrun.core.value_types import ValueType
 from gradrun.data.kept_columns import KeptColumns
 from gradrun.data.rows import (
     BEGINNING,
@@ -57,11 +56,8 @@ class Table:
     """The format of the files, as a suffix in lower case; "" without one."""
     has_columns: bool
     """Whether the rows have columns with names, unlike lines of text."""
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """The files with the rows."""
-        raise NotImplementedError
+    files: Sequence[Path]
+    """The files with the rows."""
 
     def class_names(self, column: str) -> tuple[str, ...]:
         """Return the names of the classes in a column of labels, if the table has them."""
@@ -116,6 +112,7 @@ class FileTable(Table):
         """
         assert config.path
         self._listed = list_files(config.path, "data.path", readers)
+        self.files = self._listed.files
         first = self.files[0]
         self.suffix = format_suffix(first)
         if self.suffix not in readers:
@@ -140,10 +137,6 @@ class FileTable(Table):
             )
         self._versions: dict[int, tuple[int, int]] = {}
         self._mixed: list[Statement] = []
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._listed.files
 
     def read(self, start: Position = BEGINNING) -> Generator[Record]:
         at = start
@@ -410,6 +403,7 @@ class IndexedRows(BatchSource):
         self.batch_size, self.has_ids = config.batch_size, config.id is not None
         self._ids = IdColumn(table, config.id) if config.id is not None else None
         self._kept, self._index = KeptColumns(facts.keep), RowIndex(config.batch_size)
+        self.kept_types = self._kept.types
         table.check_kinds(config.column_keys())
 
     def _observe(self, record: Record) -> None:
@@ -440,10 +434,6 @@ class IndexedRows(BatchSource):
         origin = "data.classes" if self.config.classes else others
         names = list_names(classes)
         return f"column {column}, by name: {names} ({len(classes)} classes, from {origin})"
-
-    @property
-    def kept_types(self) -> Mapping[str, ValueType | None]:
-        return self._kept.types
 
     @property
     def files(self) -> Sequence[Path]:
