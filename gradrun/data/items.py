@@ -434,31 +434,19 @@ class StreamDataset(IterableDataset[Collated]):
         return self._batches
 
 
-class Spans:
-    """A sampler of batches, which can be changed between two passes of a DataLoader."""
-
-    def __init__(self) -> None:
-        self.spans: Sequence[tuple[int, int]] = ()
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(self.spans)
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-
 def worker_batches(
     dataset: Batches | IterableDataset[Collated],
     workers: int,
     start_worker: Callable[[int], None] | None,
     seed: int,
-    spans: Spans | None = None,
+    spans: list[tuple[int, int]] | None = None,
 ) -> Iterable[Collated]:
     """Return the batches of a dataset, read ahead by worker processes.
 
     Args:
         dataset: yields whole batches, or returns those of `spans`.
-        spans: the batches to read; None for a dataset that yields them.
+        spans: the batches to read, a list that can be changed between two passes; None for a
+            dataset that yields them.
     """
     # Forked, whatever the default: another process could not import a module that was read from a
     # file by its name, and an iterator keeps its position.

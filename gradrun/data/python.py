@@ -30,7 +30,6 @@ from gradrun.data.items import (
     Collation,
     ItemStream,
     Layout,
-    Spans,
     StreamDataset,
     find_layout,
     worker_batches,
@@ -339,7 +338,7 @@ class _MapStyle(_UserSource):
         super().__init__(config, data, facts)
         self.samples = len(data.items)
         self._repeats = True
-        self._spans = Spans()
+        self._spans: list[tuple[int, int]] = []
         self._workers: Iterable[Collated] | None = None
         if self.samples:
             self._open()
@@ -378,7 +377,7 @@ class _MapStyle(_UserSource):
         if self.data.workers == 0 or len(spans) < 2:
             collated: Iterable[Collated] = map(self._reader.__getitem__, spans)
         else:
-            self._spans.spans = spans
+            self._spans[:] = spans
             if self._workers is None:
                 self._workers = worker_batches(
                     self._reader, *self._worker_settings, spans=self._spans
