@@ -41,7 +41,7 @@ class HFDataset:
             )
         self._rows = loaded.with_format("arrow")
         self._features: Mapping[str, Any] = loaded.features
-        self.columns = tuple(loaded.features)
+        self.columns: tuple[str, ...] = tuple(loaded.features)
         self._media = (library.Image, library.Audio)
         self._class_label = library.ClassLabel
         self.files = tuple(Path(file["filename"]) for file in loaded.cache_files)
