@@ -52,7 +52,9 @@ class Work(NamedTuple):
     def config(self, folder: Path, output: Path) -> dict[str, Any]:
         """Return the config of gradrun: everything that can be left out is left out."""
         sections = _SECTIONS[self.kind]
-        data = {"batch_size": self.batch, **sections["data"]}
+        # Without a size, gradrun limits the tokens of a batch of texts.
+        size = {} if self.kind in {"embeddings", "classes"} else {"batch_size": self.batch}
+        data = {**size, **sections["data"]}
         data["path"] = str(folder / data["path"])
         files = {key: str(folder / self.model[key]) for key in _FILES if key in self.model}
         written = {"path": str(output), **sections.get("output", {})}

@@ -92,6 +92,7 @@ def audit(
             whole.data,
             seed=whole.run.seed,
             model=whole.model,
+            device=device,
             trust_code=is_trusted(trust_code),
         )
         batches = first_batches(whole, device, data)

@@ -286,6 +286,7 @@ def _load(
                 seed=seed,
                 model=config.model,
                 model_classes=model.classes,
+                device=device,
                 trust_code=trust_code,
             )
             batches = first_batches(config, device, data)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import psutil
+import torch
 
 from gradrun.config.data import DataConfig
 from gradrun.config.model import ModelConfig
@@ -27,6 +28,8 @@ SOURCES: dict[str, Callable[[Any, OpeningFacts], BatchSource]] = {
 }
 """data.source -> opener of its data section."""
 
+_CPU = torch.device("cpu")
+
 
 def open_data(
     config: DataConfig,
@@ -34,6 +37,7 @@ def open_data(
     seed: int,
     model: ModelConfig | None = None,
     model_classes: Sequence[str] = (),
+    device: torch.device = _CPU,
     trust_code: bool = False,
     keep: Sequence[str] = (),
 ) -> BatchSource:
@@ -43,6 +47,7 @@ def open_data(
         seed: of synthetic data.
         model: the model section, which may provide the tokenizer or the preprocessing.
         model_classes: the class names of the model, which labels may use without data.classes.
+        device: of the model; defaults of some keys depend on it.
         trust_code: allow code of the config to run.
         keep: columns that are written beside the predictions; for records and texts only.
 
@@ -52,6 +57,7 @@ def open_data(
     """
     for key, target in config.targets().items():
         require_trust(trust_code, f"{target} is Python code", f"data.{key}")
+    config = config.with_defaults(model, device.type)
     facts = OpeningFacts(seed, model, model_classes, keep)
     data = SOURCES[config.source](config, facts)
     if data.samples == 0:

@@ -91,13 +91,13 @@ class Texts(IndexedRows):
         self._kept.check()
         self.samples = self._index.rows
         with closing(self._texts()) as texts:
-            first = list(itertools.islice(texts, CHUNK_BATCHES * config.batch_size))
+            first = list(itertools.islice(texts, CHUNK_BATCHES * self.batch_size))
         chunk = self._tokenize(first)
         in_memory = _CHUNK_TOKENS * len(first) // max(1, sum(chunk.lengths))
-        fits = min(CHUNK_TEXTS, in_memory) // config.batch_size
+        fits = min(CHUNK_TEXTS, in_memory) // self.batch_size
         # Rounded up, so that no short chunk is left: its texts would be padded more.
-        share = math.ceil(self.samples / LEAST_CHUNKS / config.batch_size)
-        self.chunk_size = max(CHUNK_BATCHES, min(fits, share)) * config.batch_size
+        share = math.ceil(self.samples / LEAST_CHUNKS / self.batch_size)
+        self.chunk_size = max(CHUNK_BATCHES, min(fits, share)) * self.batch_size
         self._numbered = tokenization.generates
         lengths = chunk.lengths
         inputs = len(tokenization.inputs(chunk.tokens)) + self._numbered

@@ -81,6 +81,7 @@ def explain(loaded: LoadedConfig, *, trust_code: bool = False) -> Explanation:
             seed=config.run.seed,
             model=config.model,
             model_classes=model.classes,
+            device=device,
             trust_code=is_trusted(trust_code),
             keep=config.kept_columns,
         )

@@ -110,6 +110,7 @@ def open_run(config: RunConfig, device: torch.device, options: RunOptions) -> Op
         seed=config.run.seed,
         model=config.model,
         model_classes=model.classes,
+        device=device,
         trust_code=trusted,
         keep=config.kept_columns,
     )

@@ -19,7 +19,9 @@ def batch_number(
     config: RunConfig, device: torch.device, number: int, *, trust_code: bool = False
 ) -> Batch | None:
     """Return a copy of one batch, on `device`; None if the data have no such batch."""
-    data = open_data(config.data, seed=config.run.seed, model=config.model, trust_code=trust_code)
+    data = open_data(
+        config.data, seed=config.run.seed, model=config.model, device=device, trust_code=trust_code
+    )
     batch = read_one(data, number * data.batch_size)
     if batch is None or batch.errors:
         return None
@@ -41,7 +43,7 @@ def first_batches(
         ConfigError: every batch has a sample that cannot be read.
     """
     if data is None:
-        data = open_data(config.data, seed=config.run.seed, model=config.model)
+        data = open_data(config.data, seed=config.run.seed, model=config.model, device=device)
     move = transfer_to(device, getattr(config.model, "dtype", None))
     batches: list[Batch] = []
     size, error = 0, ""

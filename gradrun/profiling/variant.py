@@ -163,6 +163,7 @@ def load_variant(
             seed=config.run.seed,
             model=config.model,
             model_classes=model.classes,
+            device=device,
             trust_code=trust_code,
         )
         batches = of_different_shapes(first_batches(config, device, data))

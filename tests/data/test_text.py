@@ -11,8 +11,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from gradrun.config.data import DataConfig
+from gradrun.config.data import DataConfig, TextData
 from gradrun.config.load import load_config
+from gradrun.config.model import HuggingFaceModel
 from gradrun.core.errors import ConfigError, SampleError
 from gradrun.core.optional import import_transformers
 from gradrun.data import open_data
@@ -319,6 +320,39 @@ def test_a_short_input_has_several_chunks_for_workers(
 
 
 # --- batches of tokens -------------------------------------------------------------------------
+
+
+def test_batches_on_a_cpu_have_at_most_2048_tokens_if_no_size_is_set(folder: Path) -> None:
+    (folder / "uneven.txt").write_text("\n".join([*LINES, *["model " * 300] * 20]) + "\n")
+    data = opened(folder, path="uneven.txt", batch_size=None, max_length=512)
+    shapes = [batch.kwargs["input_ids"].shape for batch in data.batches()]
+    assert sum(texts for texts, _ in shapes) == data.samples
+    assert all(texts <= 64 and texts * length <= 2048 for texts, length in shapes)
+    assert len({texts for texts, _ in shapes}) > 1
+    (statement,) = (one for one in data.statements() if one.topic == "batches")
+    assert statement.text.startswith("at most 2,048 tokens with padding and 64 texts")
+
+
+@pytest.mark.parametrize(
+    ("keys", "model", "device"),
+    [
+        ({}, {}, "cuda"),
+        ({"batch_size": 64}, {}, "cpu"),
+        ({"group_by_length": False}, {}, "cpu"),
+        ({"padding": "max_length", "max_length": 8}, {}, "cpu"),
+        ({}, {"compile": True}, "cpu"),
+        ({}, {"generate": {"max_new_tokens": 2}, "auto_class": "AutoModelForCausalLM"}, "cpu"),
+    ],
+)
+def test_other_batches_of_texts_have_64_texts(
+    keys: dict[str, Any], model: dict[str, Any], device: str
+) -> None:
+    section = {"source": "text", "path": "t.txt", "tokenizer": "tok", **keys}
+    config = TypeAdapter(DataConfig).validate_json(json.dumps(section))
+    network = HuggingFaceModel(source="huggingface", path="m", **model)
+    resolved = config.with_defaults(network, device)
+    assert isinstance(resolved, TextData)
+    assert (resolved.batch_size, resolved.batch_tokens) == (64, None)
 
 
 @pytest.mark.parametrize(("limit", "size"), [(64, 8), (64, 64), (200, 16), (5, 8)])
