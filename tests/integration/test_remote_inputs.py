@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -214,8 +215,7 @@ def test_predictions_stay_if_the_store_fails_for_good(
         ("ftp://host/x.npy", "ftp:// is not supported; addresses start with s3://, gs://"),
         ("https://user:HUSH@host/x.npy", "credentials come from the environment"),
         ("https://host/x.npy?X-Amz-Signature=HUSH", "contains a query, which may be a credential"),
-        ("gs://bucket/x.npy", "gs:// needs gcsfs; pip install gcsfs"),
-        ("az://bucket/x.npy", "az:// needs adlfs; pip install adlfs"),
+        ("abfs://container@account/x.npy", "a credential or an account"),
     ],
 )
 def test_addresses_that_cannot_be_read_are_errors_in_a_sentence(
@@ -228,6 +228,48 @@ def test_addresses_that_cannot_be_read_are_errors_in_a_sentence(
     assert message in text
     assert "HUSH" not in text
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package", "install"),
+    [
+        ("s3", "s3fs", "'gradrun[remote]'"),
+        ("gs", "gcsfs", "'gradrun[gcs]'"),
+        ("az", "adlfs", "'gradrun[azure]'"),
+        ("abfs", "adlfs", "'gradrun[azure]'"),
+        ("hf", "huggingface_hub", "huggingface_hub"),
+        ("https", "aiohttp", "'gradrun[remote]'"),
+    ],
+)
+def test_a_missing_package_is_an_error_that_names_its_extra(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    scheme: str, package: str, install: str,
+) -> None:  # fmt: skip
+    remote._filesystem.cache_clear()
+    module = {"https": "fsspec.implementations.http"}.get(scheme, package)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    data = {"source": "arrays", "path": f"{scheme}://datasets/user/name/x.npy"}
+    Path("c.yaml").write_text(yaml.safe_dump(config(data, weights=None)))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    message = f"{scheme}:// needs {package}; pip install {install}"
+    assert message in " ".join(answer.text.split())
+    assert not Path("out").exists()
+
+
+def test_settings_that_a_package_rejects_are_an_error_without_their_text(
+    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote._filesystem.cache_clear()
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "HUSH")
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(yaml.safe_dump(config(arrays("az://c/x.npy"), weights=None)))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    text = " ".join(answer.text.split())
+    assert "adlfs cannot connect to az:// with the settings in the environment" in text
+    assert "HUSH" not in text
 
 
 def test_an_absent_server_is_an_error_in_a_sentence(store: ObjectStore, cli: Command) -> None:

@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 import gradrun
 from gradrun.core import remote
 from gradrun.core.errors import ConfigError, RunFailed
-from gradrun.inference import timed_loop
-from gradrun.output import checkpointer, remote_folder
-from gradrun.output.checkpointer import Checkpointer
+from gradrun.output import remote_folder
 from gradrun.output.remote_folder import RemoteFolder
 from tests.conftest import Command
+from tests.support.lost_machine import lost_machine
 from tests.support.object_store import ObjectStore, object_store
 
 FORMATS = ("jsonl", "parquet")  # csv and safetensors take the same ways: tests/soak
@@ -108,39 +107,8 @@ def test_a_run_of_a_lost_machine_is_resumed_on_another_one(
     store: ObjectStore, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = local_files(form)
-    folder: list[RemoteFolder] = []
-    commits = 0
-
-    def remember(self: RemoteFolder, *words: Any) -> None:
-        prepare(self, *words)
-        folder.append(self)
-
-    def commit(self: Checkpointer) -> None:
-        nonlocal commits
-        checkpoint(self)
-        commits += 1
-        if commits % 20 == 0:
-            folder[0]._upload()
-        if commits == 67:
-            raise RuntimeError
-
-    def upload(self: RemoteFolder, *, finished: bool = False) -> None:
-        if commits >= 67:
-            raise OSError(5, "the network is lost")
-        original(self)
-
-    prepare, checkpoint = RemoteFolder._prepare, Checkpointer.commit
-    original = RemoteFolder._upload
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpointer, "SECONDS", 0)
-        patch.setattr(checkpointer, "_TIME_SHARE", 1e9)
-        patch.setattr(timed_loop, "_CALLBACK_NS", 0)
-        patch.setattr(remote_folder, "SECONDS", 100)
-        patch.setattr(Checkpointer, "commit", commit)
-        patch.setattr(RemoteFolder, "_prepare", remember)
-        patch.setattr(RemoteFolder, "_upload", upload)
-        with pytest.raises(RunFailed, match="the network is lost"):
-            gradrun.infer(config(form))
+    with lost_machine(monkeypatch), pytest.raises(RunFailed, match="the network is lost"):
+        gradrun.infer(config(form))
     shutil.rmtree("cache")
     names = {name.partition(".parts")[0] for name in remote_files(store)}
     shards = {f"predictions/predictions-0000{number}.parquet" for number in range(3)}

@@ -1,9 +1,10 @@
-"""Kill runs that read from an S3 server and write to it, resume them, and compare every byte.
+"""Kill runs that read from an object store and write to it, resume them, and compare every byte.
 
-`object_store.py [--kills N] [--seed S] [--memory MIB]`: real processes, SIGKILL at random moments,
-a server that answers some requests with 503, a reset or late. After every second kill the local
-files of the run are removed too, as on a lost machine; every third run has two workers. With
-`--memory`, measures the resident memory of a run over an input of so many MiB instead.
+`object_store.py [--scheme s3|gs|az] [--kills N] [--seed S] [--memory MIB]`: real processes, SIGKILL
+at random moments, a server that answers some requests with 503, a reset or late. After every second
+kill the local files of the run are removed too, as on a lost machine; every third run has two
+workers. With `--memory`, measures the resident memory of a run over an input of so many MiB in S3
+instead.
 Ends with exit code 1 if a byte differs, or the memory grows by more than 5 % and 16 MiB between the
 second and the last tenth of the run.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ import yaml
 
 import gradrun
 from gradrun.core.progress import Progress
-from tests.support.object_store import ObjectStore, object_store
+from tests.support.cloud_stores import CloudStore, FaultyProxy, cloud_store
+from tests.support.object_store import BUCKET, ObjectStore, object_store
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ("parquet", "jsonl", "safetensors", "csv")
@@ -78,8 +81,28 @@ if __name__ == "__main__":
 """
 
 
+class RandomProxy(FaultyProxy):
+    """A proxy that fails at random."""
+
+    def __init__(self, chance: random.Random, share: float, target: str) -> None:
+        self._chance, self._share, self._quiet = chance, share, True
+        super().__init__(target)
+
+    def fail(self, active: bool) -> None:
+        """Begin or stop to fail."""
+        self._quiet = not active
+
+    def fault(self, method: str, path: str, span: str) -> str:
+        self.requests.clear()
+        if not self._quiet and self._chance.random() < self._share:
+            self.faults[:] = [self._chance.choice(FAULTS)]
+        return super().fault(method, path, span)
+
+
 class FaultyStore(ObjectStore):
-    """A server that fails at random."""
+    """A server of S3 that fails at random."""
+
+    root = f"s3://{BUCKET}"
 
     def __init__(self, chance: random.Random, share: float) -> None:
         self._chance, self._share, self._quiet = chance, share, True
@@ -101,20 +124,35 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     parser.add_argument("--memory", type=int, default=0)
+    parser.add_argument("--scheme", choices=["s3", "gs", "az"], default="s3")
     arguments = parser.parse_args()
     print(f"seed {arguments.seed}")
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="gradrun-soak-") as name:
         os.chdir(name)
         os.environ["GRADRUN_CACHE"] = f"{name}/cache"
-        store = FaultyStore(chance, 0.02)
-        with object_store(os.environ.__setitem__, store):
-            if arguments.memory:
-                return _measure_memory(store, arguments.memory)
-            return _kill(store, arguments.kills, chance)
+        setenv = os.environ.__setitem__
+        if arguments.scheme == "s3":
+            with object_store(setenv, FaultyStore(chance, 0.02)) as store:
+                if arguments.memory:
+                    return _measure_memory(store, arguments.memory)
+                return _kill(store, store.fail, arguments.kills, chance)
+        proxies: list[RandomProxy] = []
+
+        def proxy(target: str) -> RandomProxy:
+            proxies.append(RandomProxy(chance, 0.02, target))
+            return proxies[0]
+
+        with cloud_store(arguments.scheme, Path(name), setenv, proxy) as cloud:
+            return _kill(cloud, proxies[0].fail, arguments.kills, chance)
 
 
-def _kill(store: FaultyStore, wanted: int, chance: random.Random) -> int:
+def _kill(
+    store: FaultyStore | CloudStore,
+    fail: Callable[[bool], None],
+    wanted: int,
+    chance: random.Random,
+) -> int:
     Path("net.py").write_text(_MODEL)
     Path("driver.py").write_text(_DRIVER)
     rows = np.random.default_rng(0).normal(size=(ROWS, 8)).round(4).tolist()
@@ -126,14 +164,14 @@ def _kill(store: FaultyStore, wanted: int, chance: random.Random) -> int:
     while kills < wanted:
         form = FORMATS[runs % len(FORMATS)]
         workers = ["--workers", "2"] if runs % 3 == 2 else []
-        _write_config("expected.yaml", form, f"expected-{form}")
-        store.fail(False)
+        _write_config("expected.yaml", store.root, form, f"expected-{form}")
+        fail(False)
         if not Path(f"expected-{form}").exists():
             _start("expected.yaml").wait()
         expected = _local(Path(f"expected-{form}"))
         folder = f"out/{runs}"
-        _write_config("run.yaml", form, f"s3://bucket/{folder}")
-        store.fail(True)
+        _write_config("run.yaml", store.root, form, f"{store.root}/{folder}")
+        fail(True)
         killed = lost = 0
         while killed < min(5, wanted - kills):
             process = _start("run.yaml", *workers, "--resume")
@@ -146,13 +184,15 @@ def _kill(store: FaultyStore, wanted: int, chance: random.Random) -> int:
                 lost += 1
         kills, runs = kills + killed, runs + 1
         code = _start("run.yaml", *workers, "--resume").wait()
-        store.fail(False)
+        fail(False)
         found = {
             key.removeprefix(f"{folder}/"): store.get(key)
             for key in store.keys(f"{folder}/")
             if not key.endswith(("result.json", "journal.jsonl"))
         }
-        equal = code == 0 and found == expected and gradrun.verify(f"s3://bucket/{folder}").complete
+        equal = (
+            code == 0 and found == expected and gradrun.verify(f"{store.root}/{folder}").complete
+        )
         print(
             f"run {runs}: {form}, {'2 workers' if workers else 'no workers'}, {killed} kills, "
             f"{lost} lost machines, exit code {code}, {'equal' if equal else 'DIFFERENT'}",
@@ -165,12 +205,12 @@ def _kill(store: FaultyStore, wanted: int, chance: random.Random) -> int:
     return 0
 
 
-def _write_config(path: str, form: str, output: str) -> None:
+def _write_config(path: str, root: str, form: str, output: str) -> None:
     config = {
         "model": {"source": "python", "target": "net.py:Net"},
         "data": {
             "source": "records",
-            "path": "s3://bucket/in",
+            "path": f"{root}/in",
             "inputs": {"x": {"columns": ["x"]}},
             "batch_size": 100,
         },
@@ -220,7 +260,7 @@ def _local(folder: Path) -> dict[str, bytes]:
     }
 
 
-def _measure_memory(store: FaultyStore, size: int) -> int:
+def _measure_memory(store: ObjectStore, size: int) -> int:
     process = psutil.Process()
     # The server is in this process, so the run is in another one.
     block = np.random.default_rng(0).normal(size=(MIB // 256, 64)).astype(np.float32)
