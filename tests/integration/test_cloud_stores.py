@@ -288,3 +288,14 @@ def test_outputs_are_not_written_to_the_hub(store: CloudStore, cli: Command) -> 
 def test_both_schemes_of_azure_name_the_same_files(store: CloudStore) -> None:
     path = store.put("in/x.npy", npy())
     assert remote.RemotePath(path.replace("az:", "abfs:")).open("rb").read() == npy()
+
+
+@in_stores(["hf"])
+def test_a_revision_of_the_hub_is_part_of_the_address(store: CloudStore, cli: Command) -> None:
+    path = store.put("in/x.npy", npy())
+    at_main = path.replace("user/name", "user/name@main")
+    gradrun.infer(config({"source": "arrays", "path": at_main}))
+    np.testing.assert_allclose(np.load("out/predictions.npy"), EXPECTED, rtol=1e-5)
+    shutil.rmtree("out")
+    absent = path.replace("user/name", "user/name@v9")
+    assert f"{absent} does not exist" in problem(cli, absent)
