@@ -272,9 +272,9 @@ def _reason(error: Exception) -> Exception:
 def _status(error: BaseException) -> int | None:
     """Return the status of HTTP in an error of any library."""
     response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+    if isinstance(response, dict):
+        found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     found.append(getattr(response, "status_code", None))
     return next((status for status in found if isinstance(status, int)), None)
 
