@@ -102,8 +102,8 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/engines.py --kills 20 --shards
 	$(BIN)/python tests/soak/shard_memory.py
 	$(BIN)/python tests/soak/object_store.py --kills 20
-	$(BIN)/python tests/soak/object_store.py --kills 10 --scheme gs
-	$(BIN)/python tests/soak/object_store.py --kills 10 --scheme az
+	$(BIN)/python tests/soak/object_store.py --kills 15 --scheme gs
+	$(BIN)/python tests/soak/object_store.py --kills 15 --scheme az
 	$(BIN)/python tests/soak/object_store.py --memory 2048
 	$(BIN)/python tests/soak/engine_matrix.py
 	$(BIN)/python tests/soak/engine_memory.py
