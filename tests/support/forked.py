@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import reduction
+from multiprocessing import connection, reduction
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,7 @@ _MODULES = [
     "gradrun.comparison.benchmark", "gradrun.engines.range_runner",
 ]  # fmt: skip
 _STARTS = threading.Lock()
+"""Starting a process reads the exit codes of those that ended, each of which is read only once."""
 
 
 @contextmanager
@@ -59,7 +60,8 @@ class _Forked:
 
     @property
     def returncode(self) -> int | None:
-        return self._process.exitcode
+        with _STARTS:
+            return self._process.exitcode
 
 
 class ForkedCommand(_Forked):
@@ -88,14 +90,15 @@ class ForkedCommand(_Forked):
             self._process.start()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float = 120) -> int:
         """Wait for the end; return the exit code, or the number of the signal times -1."""
-        self._process.join(timeout)
-        if self._process.exitcode is None:
+        connection.wait([self._process.sentinel], timeout)
+        code = self.returncode
+        if code is None:
             raise subprocess.TimeoutExpired("gradrun", timeout)
-        return self._process.exitcode
+        return code
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
         """Wait for the end; return the text on stdout and stderr."""
@@ -137,7 +140,6 @@ class ForkedChild(_Forked):
         setup = (Path.cwd(), dict(os.environ), None)
         streams = [_Descriptor(end.fileno()) for end in ends]
         self._process = PROCESSES.Process(target=_serve, args=(setup, streams, module, [*args]))
-        self._lock = threading.Lock()
         with preloaded():
             self._process.start()
         for end in ends:
@@ -145,10 +147,10 @@ class ForkedChild(_Forked):
         self.stdout.read(1)  # the process has a group of its own, which kill() ends
 
     def wait(self) -> int:
-        with self._lock:  # two threads may wait
-            self._process.join()
-        assert self._process.exitcode is not None
-        return self._process.exitcode
+        connection.wait([self._process.sentinel])
+        code = self.returncode
+        assert code is not None
+        return code
 
     def send_signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
