@@ -18,6 +18,7 @@ from gradrun.config.schema import RunConfig
 from gradrun.config.validation_errors import config_issues
 from gradrun.config.yaml_reader import Document, SourceMap, dotted, read_yaml
 from gradrun.core.errors import ConfigError
+from gradrun.core.remote import forget_versions
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def load_config(
     Raises:
         ConfigError: lists every problem with its location.
     """
+    forget_versions()
     if isinstance(source, Mapping):
         base = Path.cwd()
         document = Document("config", json.loads(json.dumps(source, default=str)))

@@ -21,7 +21,7 @@ from typing import IO, Any, NamedTuple
 
 from gradrun.core.errors import ConfigError
 from gradrun.core.optional import import_optional
-from gradrun.core.remote import RemotePath
+from gradrun.core.remote import RemoteError, RemotePath
 from gradrun.core.units import pluralize
 
 InputPaths = Path | Sequence[Path]
@@ -184,6 +184,8 @@ def _expand(path: Path, key: str, suffixes: Collection[str], others: Counter[str
             raise ConfigError("only the command `gradrun infer` reads standard input (-)", key)
         if not path.exists():
             raise ConfigError(f"file {path} does not exist", key)
+        if isinstance(path, RemotePath):
+            path.note_version()
         return [path]
     if isinstance(path, RemotePath):
         matches: list[Path] = [*path.matches()]
@@ -360,7 +362,7 @@ class _Decompressed(io.RawIOBase):
             return self._stream.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
         except EOFError as error:
             raise OSError("the compressed data end too early; the file is truncated") from error
-        except MemoryError:
+        except (MemoryError, RemoteError):
             raise
         except Exception as error:  # each compression has its own types of error
             raise OSError(f"the compressed data are damaged: {error}") from error

@@ -112,6 +112,10 @@ class RemotePath(PosixPath):
         """Return what identifies the content: size and entity tag, or time of modification."""
         return (_listed.get(str(self)) or self.stat()).version
 
+    def note_version(self) -> None:
+        """Look at the file; later reads must find this version."""
+        _listed[str(self)] = self.stat()
+
     def _found(self, key: str, info: dict[str, Any]) -> RemotePath:
         scheme = self.parts[0]
         path = RemotePath(key if scheme.startswith("http") else f"{scheme}/{key}")
@@ -152,7 +156,15 @@ class _Info(NamedTuple):
 
 
 _listed: dict[str, _Info] = {}
-"""Files that were found below a folder or by a pattern, which need no request of their own."""
+"""Files that were found below a folder, by a pattern or by their names, at their first look.
+
+They need no request of their own, and reads must find the same version.
+"""
+
+
+def forget_versions() -> None:
+    """Look at files again: a new run may read new versions."""
+    _listed.clear()
 
 
 def is_remote(path: Path) -> bool:
@@ -250,6 +262,8 @@ def _call(path: RemotePath, request: Callable[[Any], Any]) -> Any:
     for attempt in range(_TRIES):
         try:
             return request(fs)
+        except RemoteError:
+            raise
         except Exception as caught:  # each store has its own types of error
             error = _reason(caught)
             if isinstance(error, FileNotFoundError) or _status(error) in {404, 410}:
@@ -278,6 +292,8 @@ def _status(error: BaseException) -> int | None:
     found.append(getattr(response, "status_code", None))
     return next((status for status in found if isinstance(status, int)), None)
 
+
+_CHANGED = "its content changed during the run"
 
 _UNREACHABLE = {
     "ClientConnectorDNSError", "ClientConnectorError", "ConnectError", "ConnectTimeout",
@@ -315,6 +331,8 @@ def _describe(path: RemotePath, error: Exception) -> tuple[str, bool]:
         return (
             f"{place} is not a valid address, or its server does not report sizes ({kind})"
         ), False
+    if status == 416:  # its end is before the requested range
+        return _CHANGED, False
     if status and 400 <= status < 500 and status not in {408, 429}:
         return f"the server answered {status}", False
     busy = status or "SlowDown" in text or "reduce" in text.lower()
@@ -360,6 +378,9 @@ def _read_block(path: RemotePath, info: _Info, number: int) -> bytes:
 
     def request(fs: Any) -> bytes:
         data: bytes = fs.cat_file(path.key, start=begin, end=end)
+        # After the read: a check before it would miss a change in between.
+        if path.stat().version != info.version:
+            raise RemoteError(_CHANGED)
         if len(data) < end - begin:
             raise ConnectionError("the answer is incomplete")
         return data
@@ -379,13 +400,11 @@ class _RangeReader(io.RawIOBase):
     def __init__(self, path: RemotePath) -> None:
         super().__init__()
         self._path, self._at = path, 0
-        self._info = path.stat()
+        self._info = _listed.get(str(path)) or path.stat()
         if self._info.folder:
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
         if self._info.st_size < 0:
             raise RemoteError("its server does not report its size; download it first")
-        if str(path) in _listed:
-            _listed[str(path)] = self._info
 
     def readable(self) -> bool:
         return True
@@ -465,7 +484,11 @@ def local_copy(path: Path) -> Path:
     """
     if not isinstance(path, RemotePath):
         return path
-    sources = [path] if path.is_file() else _visible_files(path)
+    if path.is_file():
+        path.note_version()
+        sources = [path]
+    else:
+        sources = _visible_files(path)
     if not sources:
         raise FileNotFoundError(errno.ENOENT, "it does not exist", str(path))
     identity = hashlib.sha256(str(path).encode())

@@ -27,7 +27,7 @@ from gradrun.core.input_files import (
     list_files,
     open_input,
 )
-from gradrun.core.remote import local_copy
+from gradrun.core.remote import RemoteError, local_copy
 from gradrun.core.suggest import suggest
 from gradrun.core.units import first_names
 from gradrun.data.conversion import Conversion, Problems
@@ -252,7 +252,7 @@ class _StreamReader(_ArrayReader):
                 self._position += skipped
             read = self._file.readinto(rows.data.cast("B")) if rows.size else 0  # type: ignore[attr-defined]
         except Exception as error:  # each compression has its own types of error
-            raise ConfigError(f"{self._name} is damaged: {error}", "data.path") from error
+            raise _unreadable(self._name, error) from error
         if read != rows.nbytes:
             raise ConfigError(f"{self._name} is truncated", "data.path")
         self._position += read
@@ -276,6 +276,11 @@ class _SafetensorsReader(_ArrayReader):
         return rows
 
 
+def _unreadable(name: str, error: Exception) -> ConfigError:
+    problem = "cannot be read" if isinstance(error, RemoteError) else "is damaged"
+    return ConfigError(f"{name} {problem}: {error}", "data.path")
+
+
 class _NpyHeader:
     """The header of a .npy file: shape, dtype and the offset of the first row."""
 
@@ -284,7 +289,7 @@ class _NpyHeader:
         try:
             head = io.BytesIO(file.read(_MAX_HEADER))
         except Exception as error:  # each compression has its own types of error
-            raise ConfigError(f"{path} is damaged: {error}", "data.path") from error
+            raise _unreadable(str(path), error) from error
         try:
             version = np.lib.format.read_magic(head)
             read_header = (

@@ -106,7 +106,7 @@ class ImageDecoder:
             raise SampleError(f"{name} {self._describe_unknown(open_file, name)}") from error
         except self._pillow.DecompressionBombError as error:
             raise SampleError(f"{name} {self._too_large()}") from error
-        except MemoryError:
+        except (MemoryError, ConfigError):
             raise
         except SampleError as error:
             raise SampleError(f"{name} {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 from collections import Counter
@@ -27,6 +28,7 @@ from gradrun.core.input_files import (
     list_files,
     open_input,
 )
+from gradrun.core.remote import RemoteError, is_remote
 from gradrun.core.suggest import suggest
 from gradrun.core.units import list_names, pluralize
 from gradrun.data import tar_files
@@ -75,14 +77,23 @@ class SampleFiles:
         return [self.root / name for name in self.names]
 
     def open(self, number: int) -> IO[bytes]:
-        """Open a file for reading.
+        """Open a file for reading; a remote one is read whole, before a decoder gets it.
 
         Raises:
             OSError: it cannot be opened.
+            ConfigError: the store or the web server fails, which is not the fault of the sample.
         """
-        if self.members:
-            return self.members.open(number)
-        return open_input(self.root / self.names[number])
+        name = self.names[number]
+        path = self.root / name
+        try:
+            if self.members:
+                return self.members.open(number)
+            if is_remote(path):
+                with open_input(path) as file:
+                    return io.BytesIO(file.read())
+            return open_input(path)
+        except RemoteError as error:
+            raise ConfigError(f"{name} cannot be read: {error}", "data.path") from error
 
     def class_names(self, model_classes: Sequence[str]) -> tuple[str, ...]:
         """Return the model's class names if they contain all labels, else the labels, sorted.

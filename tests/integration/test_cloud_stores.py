@@ -8,6 +8,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from gradrun.output import remote_folder
 from tests.conftest import Command
 from tests.support.cloud_stores import NO_AZURITE, SECRET, CloudStore, cloud_store
 from tests.support.lost_machine import lost_machine
+from tests.support.replaced_objects import check_replacement
 
 ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
 WEIGHT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
@@ -167,6 +169,15 @@ def test_data_that_changed_cannot_be_resumed(store: CloudStore, cli: Command) ->
     answer = cli("infer", "c.yaml", "--resume")
     assert answer.code == 2
     assert "y.npy changed (version)" in " ".join(answer.text.split())
+
+
+@in_stores(READ)
+def test_a_file_that_is_replaced_during_a_run_ends_it(
+    store: CloudStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config({"source": "arrays", "path": f"{store.root}/in/z.npy"})
+    put = partial(store.put, "in/z.npy")
+    check_replacement(cli, made, put, WEIGHT.numpy(), monkeypatch)
 
 
 @in_stores(WRITTEN)

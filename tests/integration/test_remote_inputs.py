@@ -8,6 +8,7 @@ import json
 import socket
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import gradrun
 from gradrun.core import remote
 from tests.conftest import Command
 from tests.support.object_store import ObjectStore, object_store
+from tests.support.replaced_objects import check_replacement
 from tests.support.small_models import save_bert, skewed
 
 ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
@@ -182,6 +184,46 @@ def test_data_that_changed_cannot_be_resumed(store: ObjectStore, cli: Command) -
     answer = cli("infer", "c.yaml", "--resume")
     assert answer.code == 2
     assert "x.npy changed (version)" in answer.text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+def test_a_file_that_is_replaced_during_a_run_ends_it(
+    scheme: str, store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = store.endpoint if scheme == "http" else "s3:/"
+    made = config(arrays(f"{root}/bucket/in/z.npy"))
+    put = partial(store.put, "in/z.npy", public=True)
+    check_replacement(cli, made, put, WEIGHT.numpy(), monkeypatch)
+
+
+def test_images_are_not_at_fault_if_the_credentials_expire_during_a_run(
+    store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        file = io.BytesIO()
+        PIL.Image.new("L", (2, 2), number).save(file, "PNG")
+        store.put(f"gray/{number:02}.png", file.getvalue())
+    data = {"source": "images", "path": "s3://bucket/gray", "mode": "L", "batch_size": 1}
+    made = config(data, layers=["Flatten"], weights=None) | {"run": {"on_error": "quarantine"}}
+    Path("c.yaml").write_text(yaml.safe_dump(made))
+    read = remote._read_block
+
+    def read_block(path: remote.RemotePath, *words: Any) -> bytes:
+        store.forbidden |= path.name == "11.png"
+        return read(path, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_read_block", read_block)
+        answer = cli("infer", "c.yaml")
+    store.forbidden = False
+    text = " ".join(answer.text.split())
+    assert answer.code == 1, text
+    assert "11.png cannot be read: the store denies access to s3://bucket" in text
+    assert "predictions are saved in" in text
+    assert not Path("out/quarantine.jsonl").exists()
+    assert cli("infer", "c.yaml", "--resume").code == 0
+    expected = np.repeat(np.arange(12)[:, None], 4, 1) / 255
+    np.testing.assert_allclose(np.load("out/predictions.npy"), expected, atol=1e-6)
 
 
 def test_predictions_stay_if_the_store_fails_for_good(
