@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from gradrun.comparison.lanes import Block, Lane, deviation, open_lane
+from gradrun.comparison.lanes import Block, Lane, deviation, lane_workers, open_lane
 from gradrun.comparison.session import RoundSession, SessionData, Variant
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
@@ -26,6 +26,9 @@ MAX_WAITED = 0.04
 
 ROUNDS = 7
 """Blocks of each variant in one process."""
+
+_WORKER_UNITS = 4
+"""Least units of a task for each of several workers, which then end at about the same time."""
 
 _MAX_REPEATED = 2
 _MAX_TASKS = 50
@@ -71,11 +74,16 @@ class Turn:
             process_peak=self.peak,
         )
 
+    @property
+    def least(self) -> int:
+        """The least samples of a task, of which it has a multiple: work for all workers."""
+        workers = lane_workers(self.lane.config)
+        return self.lane.ready.unit * (workers * _WORKER_UNITS if workers > 1 else 1)
+
     def plan(self, count: int, seconds: float, per_sample: float) -> None:
-        """Set the samples of a task, rounded up to the unit, and the tasks of a block."""
+        """Set the samples of a task, rounded up to a multiple of `least`, and those of a block."""
         first, last = self.window
-        unit = self.lane.ready.unit
-        self.count = min(last - first, -(-count // unit) * unit)
+        self.count = min(last - first, -(-count // self.least) * self.least)
         self.tasks = min(_MAX_TASKS, max(1, math.ceil(seconds / (self.count * per_sample) - 0.5)))
 
 
@@ -99,13 +107,13 @@ def take_turns(
     seconds = BLOCK_SECONDS if seconds is None else seconds
     turns = [Turn(lane, window) for lane in lanes]
     for turn in turns:
-        turn.count = min(window[1] - window[0], turn.lane.ready.unit)
+        turn.count = min(window[1] - window[0], turn.least)
         # The first run after another process finds cold caches and sleeping threads.
         turn.run(0)
     speeds = [max(turn.run(0).seconds_per_sample, 1e-9) for turn in turns]
     counts = [math.ceil(seconds / speed) for speed in speeds]
     if any(lane.ready.varies for lane in lanes):
-        unit = math.lcm(*(lane.ready.unit for lane in lanes))
+        unit = math.lcm(*(turn.least for turn in turns))
         counts = [-(-min(counts) // unit) * unit] * len(lanes)
         seconds = 0.0
     for turn, count, speed in zip(turns, counts, speeds, strict=True):

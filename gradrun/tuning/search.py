@@ -272,7 +272,7 @@ class Search:
         if candidate is None:
             return self.trials[-1].outcome if len(self.trials) > count else "no_gain"
         ratio = self._compare(self.leader, candidate)
-        if ratio.value > 1 + MIN_GAIN:
+        if ratio.value > 1 + MIN_GAIN and ratio.low > 1 - MIN_GAIN:
             self._replace_leader(candidate)
             return "faster"
         self._close(candidate.lane)
@@ -360,23 +360,18 @@ class Search:
 
     # --- times ---------------------------------------------------------------------------------
 
-    def _compare(
-        self,
-        one: Candidate,
-        two: Candidate,
-        close: tuple[float, float] = (1 + MIN_GAIN, 1 + CLOSE),
-    ) -> Estimate:
+    def _compare(self, one: Candidate, two: Candidate) -> Estimate:
         """Estimate time of `one` / time of `two`, with the start if it counts.
 
-        A ratio in the range `close`, or one that is not clearly a gain, is measured again in fresh
-        processes, whose memory layout differs. The ratio of a disturbed process is not used then.
+        A ratio close to 1, or one that is not clearly a gain, is measured again in fresh processes,
+        whose memory layout differs. The ratio of a disturbed process is not used then.
         """
         began = self.now()
         ratio, disturbed = self._ratio(one, two)
         cost = one.start + two.start + self.now() - began
         values = [ratio.value]
         for _ in range(_FRESH):
-            small = close[0] < ratio.value < close[1]
+            small = 1 - CLOSE < ratio.value < 1 + CLOSE
             unclear = ratio.low < 1 and ratio.value > 1 + MIN_GAIN
             costly = self.left * _FRESH_SHARE < cost
             if not (small or unclear or disturbed) or costly:
@@ -449,7 +444,7 @@ class Search:
             without = self._readmit(rest)
             if without is None:
                 continue
-            ratio = self._compare(self.leader, without, close=(1 - CLOSE, 1 + CLOSE))
+            ratio = self._compare(self.leader, without)
             gain = Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else inf)
             if gain.value <= 1 + MIN_GAIN:
                 self._drop(self.leader, f"{key} gains {gain.value - 1:.1%}, too little to change")

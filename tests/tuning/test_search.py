@@ -37,7 +37,7 @@ BATCH = Move("batch", "batches", "rounding", _doubled, climbs=True)
 
 def test_a_faster_setting_is_found_and_confirmed_with_its_ratio() -> None:
     def plan(config: RunConfig) -> Planted:
-        return Planted(0.001 if config.run.seed == 0 else 0.0005, noise=0.02, process_noise=0.02)
+        return Planted(0.001 if config.run.seed == 0 else 0.0005, noise=0.02, process_noise=0.005)
 
     best, confirmed = PlantedSearch(plan, (SEED, MODE)).run()
     assert best.changes == {"run.seed": 1}
