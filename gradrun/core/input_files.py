@@ -297,6 +297,7 @@ _COMPRESSIONS = {
 """Suffix in lower case -> the compression."""
 
 _MAGIC_BYTES = 6
+_HTML = (b"<!doct", b"<html")
 
 
 def compression(path: Path) -> str:
@@ -330,6 +331,9 @@ def open_input(path: Path) -> IO[bytes]:
         file.seek(0)
         suffix = compression(path)
         _check_suffix(path, suffix, head)
+        web = isinstance(path, RemotePath) and path.parts[0].startswith("http")
+        if web and head.lower().startswith(_HTML):
+            raise OSError("its server sent an HTML page, not a file; check the address")
         if not suffix:
             return file
     except BaseException:

@@ -205,6 +205,8 @@ def as_path(path: Path) -> Path:
             "use an address without one, or s3://, gs:// or az:// with credentials from the "
             "environment"
         )
+    if ".." in path.parts:
+        raise ValueError(f"{place} contains '..', which stores do not resolve; write it without")
     return RemotePath(path)
 
 
@@ -283,14 +285,17 @@ def _reason(error: Exception) -> Exception:
     return cause if hides and isinstance(cause, Exception) else error
 
 
-def _status(error: BaseException) -> int | None:
-    """Return the status of HTTP in an error of any library."""
+def _status(error: BaseException | None) -> int | None:
+    """Return the status of HTTP in an error of any library, or in its cause."""
+    if error is None:
+        return None
     response = getattr(error, "response", None)
     found = [getattr(error, name, None) for name in ("status", "status_code", "code")]
     if isinstance(response, dict):
         found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
     found.append(getattr(response, "status_code", None))
-    return next((status for status in found if isinstance(status, int)), None)
+    known = next((status for status in found if isinstance(status, int)), None)
+    return known or _status(error.__cause__)
 
 
 _CHANGED = "its content changed during the run"
@@ -300,6 +305,12 @@ _UNREACHABLE = {
     "ConnectTimeoutError", "EndpointConnectionError", "ServiceRequestError",
 }  # fmt: skip
 """Types of errors of servers without an answer."""
+
+_SETTINGS = {
+    "AzureSigningError", "EndpointResolutionError", "InvalidRegionError", "ProfileNotFound",
+    "UnsupportedProtocol",
+}  # fmt: skip
+"""Types of errors of keys, addresses and names in the environment that libraries reject."""
 
 
 def _place(path: RemotePath) -> str:
@@ -327,14 +338,20 @@ def _describe(path: RemotePath, error: Exception) -> tuple[str, bool]:
         return f"HF_HUB_OFFLINE is set, so {place} cannot be read", False
     if kind in _UNREACHABLE:
         return f"the server of {place} does not answer", True
-    if isinstance(error, ValueError | TypeError | NotImplementedError):
+    if kind in _SETTINGS:
         return (
-            f"{place} is not a valid address, or its server does not report sizes ({kind})"
+            f"the settings for {place} in the environment are not valid ({kind}): check "
+            f"{variables} and, if set, the address of the server"
         ), False
     if status == 416:  # its end is before the requested range
         return _CHANGED, False
     if status and 400 <= status < 500 and status not in {408, 429}:
         return f"the server answered {status}", False
+    if not status and isinstance(error, ValueError | TypeError | NotImplementedError):
+        return (
+            f"{place} is not a valid address, its server does not report sizes, or a proxy "
+            f"answered in its place ({kind})"
+        ), False
     busy = status or "SlowDown" in text or "reduce" in text.lower()
     return f"the store is busy or broken ({status or kind})" if busy else (
         f"the connection to {place} failed ({kind})"

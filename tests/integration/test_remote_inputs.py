@@ -19,6 +19,7 @@ import pytest
 import s3fs
 import torch
 import yaml
+from botocore.exceptions import ClientError
 from safetensors.torch import save_file
 
 import gradrun
@@ -168,6 +169,41 @@ def test_a_model_folder_and_its_tokenizer_are_downloaded_for_texts_in_a_bucket(
     np.testing.assert_array_equal(*predictions)
 
 
+def test_a_page_in_place_of_a_file_is_an_error(store: ObjectStore, cli: Command) -> None:
+    store.put("in/page.csv", b"<!DOCTYPE html>\n<p>Log in</p>\n", public=True)
+    path = f"{store.endpoint}/bucket/in/page.csv"
+    data = {"source": "records", "path": path, "inputs": {"x": {"columns": ["a"]}}}
+    Path("c.yaml").write_text(yaml.safe_dump(config(data)))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    text = " ".join(answer.text.split())
+    assert f"{path} cannot be read: its server sent an HTML page, not a file" in text
+
+
+def test_a_profile_that_does_not_exist_is_an_error_of_the_settings(
+    store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    remote._filesystem.cache_clear()
+    Path("c.yaml").write_text(yaml.safe_dump(config(arrays("s3://bucket/x.npy"))))
+    answer = cli("infer", "c.yaml")
+    remote._filesystem.cache_clear()
+    assert answer.code == 2
+    text = " ".join(answer.text.split())
+    assert "the settings for s3://bucket in the environment are not valid (ProfileNotFound)" in text
+    assert "check AWS_ACCESS_KEY_ID or AWS_PROFILE" in text
+
+
+def test_a_rejected_token_is_found_in_the_cause_of_an_error(store: ObjectStore) -> None:
+    answer = {"Error": {"Code": "401"}, "ResponseMetadata": {"HTTPStatusCode": 401}}
+
+    def request(_: object) -> None:
+        raise OSError("An error occurred (401)") from ClientError(answer, "HeadObject")
+
+    with pytest.raises(remote.RemoteError, match="the store denies access to s3://bucket"):
+        remote._call(remote.RemotePath("s3://bucket/x.npy"), request)
+
+
 def test_a_web_server_is_read_by_range(store: ObjectStore) -> None:
     store.put("in/x.npy", npy(), public=True)
     gradrun.infer(config(arrays(f"{store.endpoint}/bucket/in/x.npy")))
@@ -218,7 +254,7 @@ def test_images_are_not_at_fault_if_the_credentials_expire_during_a_run(
     store.forbidden = False
     text = " ".join(answer.text.split())
     assert answer.code == 1, text
-    assert "11.png cannot be read: the store denies access to s3://bucket" in text
+    assert ".png cannot be read: the store denies access to s3://bucket" in text
     assert "predictions are saved in" in text
     assert not Path("out/quarantine.jsonl").exists()
     assert cli("infer", "c.yaml", "--resume").code == 0
@@ -254,6 +290,7 @@ def test_predictions_stay_if_the_store_fails_for_good(
         ("s3://bucket/absent.npy", "s3://bucket/absent.npy does not exist"),
         ("s3://nobucket/x.npy", "s3://nobucket/x.npy does not exist"),
         ("s3:", "s3:// names no bucket"),
+        ("s3://bucket/in/../x.npy", "s3://bucket contains '..'"),
         ("ftp://host/x.npy", "ftp:// is not supported; addresses start with s3://, gs://"),
         ("https://user:HUSH@host/x.npy", "credentials come from the environment"),
         ("https://host/x.npy?X-Amz-Signature=HUSH", "contains a query, which may be a credential"),
