@@ -112,6 +112,11 @@ class RemotePath(PosixPath):
         """Return what identifies the content: size and entity tag, or time of modification."""
         return (_listed.get(str(self)) or self.stat()).version
 
+    def size(self) -> int:
+        """Return the number of bytes, without a request if the file was listed."""
+        size: int = (_listed.get(str(self)) or self.stat()).st_size
+        return size
+
     def note_version(self) -> None:
         """Look at the file; later reads must find this version."""
         _listed[str(self)] = self.stat()

@@ -15,7 +15,7 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -268,12 +268,21 @@ class RemoteFolder:
     def _finish(self) -> None:
         try:
             self._upload(finished=True)
-            for name, file in _files_of(self.url).items():
+            stored = _files_of(self.url)
+            self._check_stored(stored)
+            for name, file in stored.items():
                 if _PART.fullmatch(name):
                     remote.remove(file)
         except OSError as error:
             raise RunFailed(self._problem(error), resumable=True) from error
         shutil.rmtree(self.local, ignore_errors=True)
+
+    def _check_stored(self, stored: Mapping[str, RemotePath]) -> None:
+        """Raise OSError if a file is not in the store, although an upload reported success."""
+        for file in [*self._files(), *self.local.glob(journal.FILE_NAME), *self.local.glob(RESULT)]:
+            name = self._name(file)
+            if name not in stored or stored[name].size() != file.stat().st_size:
+                raise OSError(None, f"its server accepted {name}, but does not have it")
 
     def _problem(self, error: OSError) -> str:
         reason = error.strerror or error

@@ -137,6 +137,28 @@ def test_predictions_that_cannot_be_uploaded_stay_and_are_uploaded_by_a_resume(
     assert remote_files(store) == local_files("jsonl")
 
 
+def test_an_upload_that_a_proxy_only_pretends_to_accept_is_repeated_by_a_resume(
+    store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("c.yaml").write_text(yaml.safe_dump(config("jsonl")))
+    put_file = remote.put_file
+
+    def pretend(file: Path, path: remote.RemotePath) -> None:
+        if path.name != "predictions.jsonl":
+            put_file(file, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "put_file", pretend)
+        answer = cli("infer", "c.yaml")
+    text = " ".join(answer.text.split())
+    assert answer.code == 1, answer.text
+    assert "its server accepted predictions.jsonl, but does not have it" in text
+    assert "gradrun infer c.yaml --resume" in text
+    answer = cli("infer", "c.yaml", "--resume")
+    assert answer.code == 0, answer.text
+    assert remote_files(store) == local_files("jsonl")
+
+
 def test_an_overwrite_removes_the_objects_of_the_run_only(store: ObjectStore) -> None:
     gradrun.infer(config("parquet"))
     store.put("runs/one/notes.txt", b"mine")
