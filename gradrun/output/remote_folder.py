@@ -55,10 +55,16 @@ class RemoteFolder:
 
         Raises:
             ConfigError: the store cannot be written, the folder may not be overwritten or cannot
-                be resumed, or an overwrite would remove one of `inputs`.
+                be resumed, an overwrite would remove one of `inputs`, or the cache cannot be
+                written.
         """
         self.url = url
         self.local = cache_folder() / "runs" / hashlib.sha256(str(url).encode()).hexdigest()[:16]
+        try:
+            self.local.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"the cache {cache_folder()} cannot be written: {error.strerror}"
+            raise ConfigError(f"{text}; set GRADRUN_CACHE to another folder") from error
         lock.check_unlocked(self.local)
         self._signatures: dict[str, tuple[int, int]] = {}
         self._sent: dict[str, int] = {}

@@ -223,6 +223,18 @@ def test_folders_that_cannot_be_written_are_errors_in_a_sentence(
     assert message in " ".join(answer.text.split())
 
 
+def test_a_cache_that_cannot_be_written_is_an_error_before_the_run(
+    store: ObjectStore, cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADRUN_CACHE", str(Path("w.safetensors").absolute() / "cache"))
+    Path("c.yaml").write_text(yaml.safe_dump(config("jsonl")))
+    answer = cli("infer", "c.yaml")
+    assert answer.code == 2
+    text = " ".join(answer.text.split())
+    assert "w.safetensors/cache cannot be written: Not a directory; set GRADRUN_CACHE" in text
+    assert not store.keys("runs/one")
+
+
 def test_a_bucket_without_permission_is_an_error_before_the_run(
     store: ObjectStore, cli: Command
 ) -> None:
