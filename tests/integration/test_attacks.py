@@ -36,7 +36,7 @@ from tests.support.attack_files import KINDS_OF_ATTACK, Attack, npy
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 
 SECONDS = 30.0
-FUZZED = 132
+FUZZED = 88
 
 
 @pytest.fixture(scope="module")

@@ -181,10 +181,10 @@ def test_a_file_that_is_replaced_during_a_run_ends_it(
 
 
 @in_stores(WRITTEN)
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_a_run_of_a_lost_machine_is_resumed_on_another_one(
-    store: CloudStore, form: str, monkeypatch: pytest.MonkeyPatch
+    store: CloudStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    form = "parquet"
     monkeypatch.setattr(remote_folder, "SECONDS", 0.1)
     np.save("x.npy", np.tile(ROWS, (100, 1)))
     local = config({"source": "arrays", "path": "x.npy", "batch_size": 50})
