@@ -17,6 +17,7 @@ from gradrun.report import render
 from gradrun.results.result import RunResult, TuneResult
 from gradrun.tuning import moves, search
 from gradrun.tuning import tune as tune_module
+from tests.conftest import Command
 from tests.support.lanes import inline_lanes
 
 SAMPLES = 256
@@ -116,6 +117,20 @@ def test_larger_batches_are_found_written_and_run(tuned: TuneResult) -> None:
     one = np.load(config.with_name("out") / "predictions.npy")
     gradrun.infer(written, overwrite=True, trust_code=True)
     assert np.allclose(one, np.load(config.with_name("out") / "predictions.npy"), atol=1e-5)
+
+
+def test_the_command_takes_the_limits_and_writes_the_named_file(config: Path, cli: Command) -> None:
+    target = config.with_name("fast.yaml")
+    words = ["--output", target, "--within", "max_abs=0.001", "--budget", "400", "--steady"]
+    answer = cli("tune", config, "--trust-code", *words, "--keep", "run.threads")
+    assert answer.code == 0, answer.err
+    assert "times as fast" in answer.out
+    assert load_config(target).config.data.batch_size >= 8
+    section = load_config(target).config.tune
+    assert section.machine
+    answer = cli("tune", config, "--trust-code", "--budget", "0.01")
+    assert answer.code == 4
+    assert "Inconclusive" in answer.out
 
 
 def test_the_result_is_saved_and_reported(tuned: TuneResult) -> None:
