@@ -286,8 +286,9 @@ def _call(path: RemotePath, request: Callable[[Any], Any]) -> Any:
 def _reason(error: Exception) -> Exception:
     """Return the cause of an error that only states that a file was not found."""
     cause = error.__cause__
-    hides = isinstance(error, FileNotFoundError) and isinstance(cause, Exception)
-    return cause if hides and isinstance(cause, Exception) else error
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return cause
+    return error
 
 
 def _status(error: BaseException | None) -> int | None:

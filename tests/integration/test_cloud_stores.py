@@ -16,9 +16,7 @@ import numpy as np
 import pandas
 import PIL.Image
 import pytest
-import torch
 import yaml
-from safetensors.torch import save_file
 
 import gradrun
 from gradrun.core import remote
@@ -27,11 +25,8 @@ from gradrun.output import remote_folder
 from tests.conftest import Command
 from tests.support.cloud_stores import NO_AZURITE, SECRET, CloudStore, cloud_store
 from tests.support.lost_machine import lost_machine
+from tests.support.remote_data import EXPECTED, ROWS, WEIGHT, config, enter_folder, npy
 from tests.support.replaced_objects import check_replacement
-
-ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-WEIGHT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-EXPECTED = ROWS @ WEIGHT.numpy().T
 
 READ = [
     "gs",
@@ -62,11 +57,7 @@ def server(
 def store(
     server: CloudStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[CloudStore]:
-    monkeypatch.setenv("GRADRUN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "_blocks", remote._Blocks())
-    save_file({"0.weight": WEIGHT, "0.bias": torch.zeros(3)}, "w.safetensors")
+    enter_folder(tmp_path, monkeypatch)
     server.proxy.requests.clear()
     yield server
     assert not server.proxy.faults
@@ -74,22 +65,6 @@ def store(
 
 def in_stores(schemes: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("server", schemes, indirect=True)
-
-
-def config(data: dict[str, Any], **model: Any) -> dict[str, Any]:
-    return {
-        "model": {"source": "layers", "layers": [{"Linear": [4, 3]}], "weights": "w.safetensors"}
-        | model,
-        "data": {"batch_size": 16} | data,
-        "output": {"path": "out"},
-        "measure": {"memory": False},
-    }
-
-
-def npy(array: np.ndarray[Any, Any] = ROWS) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def scheme(store: CloudStore) -> str:

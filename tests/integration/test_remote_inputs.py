@@ -17,21 +17,16 @@ import pandas
 import PIL.Image
 import pytest
 import s3fs
-import torch
 import yaml
 from botocore.exceptions import ClientError
-from safetensors.torch import save_file
 
 import gradrun
 from gradrun.core import remote
 from tests.conftest import Command
 from tests.support.object_store import ObjectStore, object_store
+from tests.support.remote_data import EXPECTED, ROWS, WEIGHT, config, enter_folder, npy
 from tests.support.replaced_objects import check_replacement
 from tests.support.small_models import save_bert, skewed
-
-ROWS = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-WEIGHT = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-EXPECTED = ROWS @ WEIGHT.numpy().T
 
 
 @pytest.fixture(scope="module")
@@ -44,36 +39,16 @@ def server() -> Iterator[ObjectStore]:
 def store(
     server: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ObjectStore]:
-    monkeypatch.setenv("GRADRUN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "_blocks", remote._Blocks())
+    enter_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    save_file({"0.weight": WEIGHT, "0.bias": torch.zeros(3)}, "w.safetensors")
     server.faults.clear()
     server.requests.clear()
     yield server
     server.broken_from = None
 
 
-def config(data: dict[str, Any], **model: Any) -> dict[str, Any]:
-    return {
-        "model": {"source": "layers", "layers": [{"Linear": [4, 3]}], "weights": "w.safetensors"}
-        | model,
-        "data": {"batch_size": 16} | data,
-        "output": {"path": "out"},
-        "measure": {"memory": False},
-    }
-
-
 def arrays(path: str) -> dict[str, Any]:
     return {"source": "arrays", "path": path}
-
-
-def npy(array: np.ndarray[Any, Any] = ROWS) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def put_shards(store: ObjectStore, form: str) -> None:

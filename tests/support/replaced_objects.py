@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from gradrun.core import remote
 from gradrun.data import source
 from tests.conftest import Command
+from tests.support.remote_data import npy
 
 
 def check_replacement(
@@ -54,10 +54,3 @@ def check_replacement(
     answer = cli(*command, "--resume")
     assert answer.code == 2
     assert "changed (version)" in " ".join(answer.text.split())
-
-
-def npy(array: np.ndarray[Any, Any]) -> bytes:
-    """Return the content of a .npy file."""
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
