@@ -210,18 +210,24 @@ class _UserSource(BatchSource):
         self._id_type = ""
         self._worker_settings = (data.workers, data.start_worker, facts.seed)
 
-    def _decide_layout(self, first: Collated, item: Any) -> None:
-        """Decide on the inputs by the first batch; `item` is one of its samples."""
-        self._layout = find_layout(first, item, self.config)
+    def _decide_layout(self, items: Sequence[Any], first: Collated) -> int:
+        """Decide on the inputs by the usable samples of the first batch; return the first row."""
+        rows = [row for row in range(first.size) if row not in first.errors]
+        usable = [items[row] for row in rows]
+        if first.errors:  # labels and ids of these samples are missing
+            first = self._collation(usable, {})
+        self._layout = find_layout(first, usable[0], self.config)
         self._collation = self._collation._replace(layout=self._layout)
+        if self.config.id is not None:
+            name = self._layout.select(first.elements, first.size)[self.config.id][0]
+            self._id_type = "text" if isinstance(name, str) else "whole numbers"
+        return rows[0]
 
     def _describe_first(self, batch: Batch) -> None:
         tensors = batch.tensors()
         self.sample_bytes = sum(tensor.nbytes for tensor in tensors) // batch.size
         self._checksum = checksum(tensors)
         self._labels = batch.labels
-        if self.has_ids:
-            self._id_type = "text" if isinstance(batch.ids[0], str) else "whole numbers"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -290,7 +296,7 @@ class _UserSource(BatchSource):
         given = collated.elements.get(self.config.id) if self.config.id is not None else None
         for row, name in enumerate(given or [None] * collated.size):
             usable = isinstance(name, int | str) and row not in errors
-            if usable and self._id_type and isinstance(name, str) != (self._id_type == "text"):
+            if usable and isinstance(name, str) != (self._id_type == "text"):
                 errors[row] = SampleError(
                     f"sample {first + row}: its id {name!r:.60} is not {self._id_type}, as the "
                     "first"
@@ -355,8 +361,7 @@ class _MapStyle(_UserSource):
         else:
             problem = next(iter(collated.errors.values()))
             raise ConfigError(f"no item can be used, for example sample {first}: {problem}", _KEY)
-        readable = next(row for row in range(collated.size) if row not in collated.errors)
-        self._decide_layout(collated, items[readable])
+        readable = self._decide_layout(items, collated)
         self._reader = Batches(self.data.items, self._collation)
         self._describe_first(self._batch(first, self._reader[span]))
         one = (first + readable, first + readable + 1)
@@ -425,8 +430,7 @@ class _Streamed(_UserSource):
         if len(collated.errors) == collated.size:
             problem = next(iter(collated.errors.values()))
             raise ConfigError(f"no item of the first batch can be used, such as: {problem}", _KEY)
-        readable = next(row for row in range(collated.size) if row not in collated.errors)
-        self._decide_layout(collated, items[readable])
+        self._decide_layout(items, collated)
         first = self._batch(0, self._collation(items, {}))
         self._describe_first(first)
         return first

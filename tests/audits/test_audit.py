@@ -79,6 +79,8 @@ FAULTS: list[tuple[str, str, str, str, tuple[GradMode, ...]]] = [
     ("TracksByGuard", "enables_grad", "warning", "block.1 (TracksByGuard)", (NO_GRAD,)),
     ("Tracks", "redundant_enable_grad", "info", "block.1 (Tracks)", (INFERENCE,)),
     ("StopsGradients", "stops_gradients", "info", "block.1 (StopsGradients)", (GRAD,)),
+    ("EntersInference", "stops_gradients", "info", "block.1 (EntersInference)", (GRAD,)),
+    ("EntersInference", "switches", "info", "block.1 (EntersInference)", (NO_GRAD,)),
     ("StaysInTraining", "training_mode", "error", "block.1 (StaysInTraining)", ALL),
     ("NormStaysInTraining", "training_mode", "error", "block.1 (NormStaysInTraining)", ALL),
     (
@@ -129,6 +131,7 @@ def test_a_planted_fault_is_found_and_its_module_named(
         ("TracksByDecorator", "enables_grad"),
         ("TracksByGuard", "enables_grad"),
         ("StopsGradients", "stops_gradients"),
+        ("EntersInference", "switches"),
         ("TracksWithoutNeed", "enables_grad"),
         ("CallsTrain", "training_mode"),
     ],

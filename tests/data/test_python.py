@@ -129,7 +129,78 @@ def dict_of_lists(items):
     return {"x": [x for x, _ in items]}
 
 
+def counts(items):
+    return len(items)
+
+
+def numpy_batch(items):
+    x = np.stack([x.numpy() for x, _ in items])
+    return {"x": x, "y": np.array([y for _, y in items]), "n": x[:, 0].astype(int)}
+
+
+def changes_later(items):
+    later = any(x[0] >= 8 for x, _ in items)
+    x = torch.stack([x for x, _ in items])
+    return {"other" if later else "x": x}
+
+
+def widens_later(items):
+    x = torch.stack([x for x, _ in items])
+    return x.double() if x[0, 0] >= 8 else x
+
+
+def with_total(items):
+    if any(y == 2 for _, y in items):
+        raise KeyError("no such class")
+    x = torch.stack([x for x, _ in items])
+    return {"x": x, "names": [f"n{y}" for _, y in items], "total": x.sum(), "size": len(items)}
+
+
+def refuses_pairs(items):
+    if len(items) > 1 or items[0][1] == 1:
+        raise ValueError("one at a time")
+    return items[0][0][None]
+
+
+class Together(Pairs):
+    # Reads the items of a batch in one call, as the DataLoader of torch supports.
+
+    def __getitems__(self, numbers):
+        if self.short:  # a list of another length is not used
+            return []
+        return [self[i] for i in numbers] if max(numbers) < 20 else 1 / 0
+
+
+class Fails:
+    def __iter__(self):
+        raise OSError("no disk")
+
+
+def parts():
+    return [{"x": item(i)[0], "y": {"class": i}, "n": i / 2} for i in range(COUNT)]
+
+
+def pets():
+    names = ["cat", "dog", "bird"]
+    return [{"x": item(i)[0], "y": names[min(2, i % 7)], "id": i} for i in range(COUNT)]
+
+
+class Ids(Pairs):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return {"x": x, "number": i, "name": f"é{i}", "y": ["cat", "dog", "bird"][y]}
+
+
+def mixed_ids(items):
+    return torch.stack([x for x, _ in items]), [y if y < 2 else "two" for _, y in items]
+
+
+def renamed():
+    return [{"x": item(i)[0], "id": f"é{i}" if i > 7 else i} for i in range(COUNT)]
+
+
 rows = torch.arange(COUNT * 2.0).reshape(COUNT, 2)
+lists = rows.tolist()
 array = rows.numpy().astype(np.float64)
 empty = []
 pair = (rows, rows)
@@ -333,6 +404,12 @@ def test_numbers_keep_their_dtype_as_arrays_do_and_it_is_stated(opened: Opened) 
         ("Pairs", {"collate": "time_first", "inputs": [0]},
          "collated, input 0 have 2 rows for 4 samples"),
         ("Pairs", {"collate": "dict_of_lists"}, "input x is a list, not a tensor"),
+        ("Pairs", {"collate": "counts"}, "the batch is a int, not a tensor, list, tuple or dict"),
+        ("lists", {}, "set data.inputs: [0], and data.labels: 1 for metrics; if an item is one row "
+         "of numbers, make it a tensor or an array"),
+        ("parts", {"inputs": ["x"], "labels": "y"}, "the labels are a dict, not numbers or names"),
+        ("parts", {"inputs": ["x"], "id": "n"}, "the ids are neither whole numbers nor texts"),
+        ("Fails", {}, "cannot be iterated: OSError: no disk"),
         ("pair", {}, "returns a tuple, which may be one sample or several arrays"),
         ("number", {}, "returns a int, from which no samples can be read"),
         ("NoLength", {}, "returns a NoLength without a length"),
@@ -392,6 +469,105 @@ def test_an_item_that_a_collate_function_refuses_is_found(opened: Opened) -> Non
     bad = {i for i in range(COUNT) if i % 3 == 2}
     assert {4 * n + row for n, batch in enumerate(batches) for row in batch.errors} == bad
     assert "KeyError: 'no such class'" in str(batches[0].errors[2])
+
+
+def test_arrays_of_a_collate_function_are_inputs_labels_and_ids(opened: Opened) -> None:
+    one, two, *_ = opened(
+        "Pairs", collate="numpy_batch", inputs=["x"], labels="y", id="n"
+    ).batches()
+    assert torch.equal(torch.cat([one.args[0], two.args[0]]), expected()[:8])
+    assert [*one.ids, *two.ids] == [*range(8)]
+    assert two.labels is not None
+    assert two.labels.tolist() == [1, 2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("collate", "problem"),
+    [
+        ("changes_later", "the item has no element 'x'"),
+        ("widens_later", "input 0 is float64, and in the first batch it is float32"),
+    ],
+)
+def test_a_batch_that_differs_from_the_first_has_no_predictions(
+    opened: Opened, collate: str, problem: str
+) -> None:
+    one, two, three, *_ = opened("Pairs", collate=collate).batches()
+    assert not one.errors
+    assert torch.equal(two.args[0], expected()[4:8])
+    assert [str(three.errors[row]) for row in range(4)] == [
+        f"sample {8 + row}: {problem}" for row in range(4)
+    ]
+
+
+def test_rows_of_failing_items_are_filled_in_tensors_and_lists(opened: Opened) -> None:
+    """Not in a total, which belongs to no sample."""
+    data = opened("Pairs", collate="with_total", inputs=["x"], id="names")
+    one, *_ = data.batches()
+    assert [*one.errors] == [2]
+    wanted = expected()[:4]
+    wanted[2] = 0
+    assert torch.equal(one.args[0], wanted)
+    assert [*one.ids] == ["n0", "n1", "row 2", "n0"]
+
+
+def test_items_that_can_be_collated_alone_but_not_together_are_errors(opened: Opened) -> None:
+    batches = [*opened("Pairs", collate="refuses_pairs", batch_size=1).batches()]
+    assert [n for n, batch in enumerate(batches) if batch.errors] == [*range(1, COUNT, 3)]
+    with pytest.raises(ConfigError, match=r"no item can be used, .*ValueError: one at a time"):
+        opened("Pairs", collate="refuses_pairs")
+
+
+@pytest.mark.parametrize("short", [[], [COUNT]])
+def test_items_are_read_together_if_their_dataset_can(opened: Opened, short: list[int]) -> None:
+    """A batch that fails, or another number of items, is read item by item."""
+    data = opened("Together", inputs=[0], args={"short": short})
+    assert torch.equal(joined(data), expected())
+
+
+def test_labels_that_are_no_class_are_errors_of_their_samples(opened: Opened) -> None:
+    data = opened("pets", inputs=["x"], labels="y", id="id", classes=["cat", "dog"])
+    batches = [*data.batches()]
+    assert [[*batch.errors] for batch in batches[:3]] == [[2, 3], [0, 1, 2], [1, 2, 3]]
+    assert str(batches[0].errors[3]).startswith("sample 3: ")
+    assert "'bird'" in str(batches[0].errors[3])
+    assert batches[1].labels is not None
+    assert batches[1].labels[3].item() == 0
+    texts = {statement.topic: statement.text for statement in data.statements()}
+    assert texts["labels"] == "'y' of an item, by name: cat, dog"
+
+
+@pytest.mark.parametrize("bad", [[0], [1, 3], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("key", ["number", "name"])
+def test_a_failing_item_of_the_first_batch_decides_on_no_id_and_no_label(
+    opened: Opened, bad: list[int], key: str
+) -> None:
+    classes = ["cat", "dog", "bird"]
+    keys: dict[str, Any] = {"inputs": ["x"], "id": key, "labels": "y", "classes": classes}
+    batches = [*opened("Ids", args={"bad": bad}, **keys).batches()]
+    failed = {
+        4 * n + row: str(e) for n, batch in enumerate(batches) for row, e in batch.errors.items()
+    }
+    assert [*failed] == bad
+    assert all("is broken" in text for text in failed.values())
+    names = [i if key == "number" else f"é{i}" for i in range(COUNT)]
+    for i in bad:
+        names[i] = f"row {i}"
+    assert [name for batch in batches for name in batch.ids] == names
+    assert batches[-1].labels is not None
+    assert batches[-1].labels.tolist() == [i % 3 for i in range(20, COUNT)]
+
+
+def test_ids_of_two_types_in_the_first_batch_are_errors_too(opened: Opened) -> None:
+    one, *_ = opened("Pairs", collate="mixed_ids", inputs=[0], id=1).batches()
+    assert [*one.ids] == [0, 1, "row 2", 0]
+    assert str(one.errors[2]) == "sample 2: its id 'two' is not whole numbers, as the first"
+
+
+def test_ids_of_another_type_than_the_first_are_errors_of_their_samples(opened: Opened) -> None:
+    _, two, three, *_ = opened("renamed", inputs=["x"], id="id").batches()
+    assert [*two.ids] == [4, 5, 6, 7]
+    assert str(three.errors[1]) == "sample 9: its id 'é9' is not whole numbers, as the first"
+    assert [*three.ids] == ["row 8", "row 9", "row 10", "row 11"]
 
 
 def test_an_iterable_that_raises_ends_with_an_error_that_names_the_sample(opened: Opened) -> None:

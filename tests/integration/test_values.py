@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -418,6 +422,61 @@ def test_columns_are_carried_through_with_their_types(
         stated = {one.topic: one.text for one in statements}
         assert f"title (text), year ({kind})" in stated["kept columns"]
     assert gradrun.verify(out).damaged == ()
+
+
+def test_dates_decimals_and_records_of_parquet_are_kept_as_json_values(tmp_path: Path) -> None:
+    times = [datetime.datetime(2026, 3, n, 4, 5, tzinfo=datetime.UTC) for n in (1, 2)]
+    rows = [
+        {
+            "x": 0.5,
+            "day": time.date(),
+            "time": time,
+            "clock": time.time(),
+            "price": decimal.Decimal("1.50"),
+            "size": {"width": 3, "days": [time.date(), None]},
+        }
+        for time in times
+    ]
+    config = keeping(tmp_path, "parquet", "jsonl", [*list(rows[0])[1:]])
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    result = gradrun.infer(config)
+    assert lines(tmp_path / "out") == [
+        {
+            "id": n,
+            "day": f"2026-03-0{n + 1}",
+            "time": f"2026-03-0{n + 1}T04:05:00+00:00",
+            "clock": "04:05:00",
+            "price": "1.50",
+            "size": {"width": 3, "days": [f"2026-03-0{n + 1}", None]},
+            "prediction": [1.0],
+        }
+        for n in range(2)
+    ]
+    stated = {one.topic: one.text for one in result.interpretation}
+    assert "price (text), size ({width: integer, days: list of text})" in stated["kept columns"]
+
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"x": 0.5, "day": b"raw"}]), tmp_path / "rows.parquet"
+    )
+    config["output"] |= {"keep": ["day"], "path": f"{tmp_path}/bytes"}
+    message = r"rows.parquet:1  the column 'day' contains bytes, which predictions cannot; remove"
+    with pytest.raises(ConfigError, match=message):
+        gradrun.infer(config)
+
+
+def test_a_kept_column_of_several_types_is_stated_and_refused_by_typed_formats(
+    tmp_path: Path,
+) -> None:
+    config = keeping(tmp_path, "jsonl", "jsonl", ["year"])
+    table = tmp_path / "rows.jsonl"
+    table.write_text(table.read_text().replace('"year": 2003', '"year": "unknown"'))
+    result = gradrun.infer(config)
+    assert [row["year"] for row in lines(tmp_path / "out")][2:5] == [2002, "unknown", 2004]
+    stated = {one.topic: one.text for one in result.interpretation}
+    assert stated["kept columns"] == "year (several types)"
+    config["output"] |= {"format": "parquet", "path": f"{tmp_path}/typed"}
+    with pytest.raises(ConfigError, match="'year'"):
+        gradrun.infer(config)
 
 
 def test_kept_columns_of_failing_rows_and_with_workers(

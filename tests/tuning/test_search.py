@@ -470,10 +470,6 @@ def test_cuda_moves_are_tried_on_cuda_devices_only() -> None:
     ]
 
 
-def test_every_move_has_a_name_and_changes_valid_keys() -> None:
-    assert all(move.name and move.settings for move in MOVES)
-
-
 @pytest.mark.parametrize(
     ("milliseconds", "found"),
     [
