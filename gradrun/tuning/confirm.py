@@ -222,8 +222,9 @@ def _judge(search: Search, found: Confirmation, done: int) -> None:
         needed = found.break_even
         if needed is None or needed > samples:
             later = median(two - one for one, two in found.starts)
+            pays = f"pays after {needed:,} samples" if needed else "never pays"
             found.refused = (
                 f"{found.ratio.value:.2f} x as fast, but it starts {format_seconds(later)} later, "
-                f"which pays after {needed or 0:,} samples; the job has {samples:,} (--steady "
-                "ignores the start, --samples sets the size of a job)"
+                f"which {pays}; the job has {samples:,} (--steady ignores the start, --samples "
+                "sets the size of a job)"
             )

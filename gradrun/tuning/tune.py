@@ -127,7 +127,8 @@ def _runner_up(search: Search, best: Candidate) -> Candidate | None:
             (trial.ratio, number)
             for number, trial in enumerate(search.trials)
             if trial.outcome in {"faster", "no_gain"} and trial.ratio and trial.low
-            if trial.ratio > 1 + MIN_GAIN and trial.changes != best.changes
+            # A setting with all changes of the best would be refused for the same reason.
+            if trial.ratio > 1 + MIN_GAIN and not best.changes.items() <= trial.changes.items()
         ),
         reverse=True,
     )

@@ -22,6 +22,7 @@ import gradrun
 from gradrun.core.errors import ConfigError
 from gradrun.engines.objects import Inference
 from tests.conftest import ROOT
+from tests.support.engines import InlineEngines
 from tests.support.workers import in_process_workers
 
 
@@ -170,6 +171,7 @@ def test_outputs_of_different_length_are_lists() -> None:
     counts = np.array([[0, 5.0], [2, 0.5], [1, 7.0]])
     found = run(model=Detector(), data=counts, batch_size=2)
     assert found.predictions == {"prediction": [[], [[0.5] * 4] * 2, [[7.0] * 4]]}
+    assert repr(found).startswith("<Inference prediction list of 3; ")
 
 
 @pytest.mark.parametrize(
@@ -274,6 +276,100 @@ def test_an_unusable_argument_is_one_sentence_without_flags(
     text = str(caught.value)
     assert message in text
     assert "--" not in text
+
+
+def test_a_module_runs_on_the_data_of_a_config(net: nn.Module, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", ROWS.astype(np.float32))
+    config = {
+        "model": {"source": "layers", "layers": ["ReLU"]},
+        "data": {"source": "arrays", "path": str(tmp_path / "x.npy"), "batch_size": 32},
+        "output": {"path": str(tmp_path / "out")},
+    }
+    found = run(config=config, model=net, mode="inference_mode")
+    np.testing.assert_array_equal(found.predictions["prediction"], by_hand(net, ROWS))
+    assert (tmp_path / "out" / "predictions.npy").exists()
+    with pytest.raises(gradrun.ConfigError, match="labels belong to arrays in memory"):
+        gradrun.infer(config, model=net, labels=[0] * 100, overwrite=True)
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_a_section_of_a_model_runs_on_data_in_memory(form: str) -> None:
+    model = {"source": "layers", "layers": ["ReLU"]}
+    found = run(model=model, data=ROWS, output={"format": form})
+    rows = ROWS.astype(np.float32)
+    np.testing.assert_array_equal(found.predictions["prediction"], np.maximum(rows, 0))
+
+
+def test_a_column_or_an_array_of_texts_is_read_as_a_list(tmp_path: Path) -> None:
+    from tests.support.small_models import save_tokenizer
+
+    save_tokenizer(tmp_path / "tokens")
+    texts = ["the model runs", "data", "a mode of the time"]
+    keys = {"tokenizer": str(tmp_path / "tokens"), "inputs": ["input_ids"], "batch_size": 1}
+
+    class First(nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return input_ids[:, 1:2]
+
+    def first(data: Any) -> list[Any]:
+        found = run(model=First(), data=data, **{f"data.{key}": keys[key] for key in keys})
+        return list(found.predictions["prediction"].ravel())
+
+    expected = first(texts)
+    assert len({*expected}) == 3
+    for data in (pd.DataFrame({"any name": texts}), pd.Series(texts), np.array(texts)):
+        assert first(data) == expected
+
+
+def test_workers_get_labels_and_arrays_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics")
+    InlineEngines(monkeypatch)
+    truth = (5 * ROWS[:, :1]).astype(np.float32)
+    found = run(
+        model=Sum(), data=(3 * ROWS[:, :1], ROWS[:, :1]), labels=truth + 0.5, batch_size=32,
+        metrics=["mae"], engine={"source": "processes", "workers": 2},
+    )  # fmt: skip
+    np.testing.assert_allclose(found.predictions["prediction"], truth, rtol=1e-6)
+    assert found.result.metrics[0].value == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_module_that_cannot_be_pickled_is_not_sent_to_workers(net: nn.Module) -> None:
+    net.lock = threading.Lock()
+    with pytest.raises(gradrun.ConfigError) as caught:
+        gradrun.infer(model=net, data=ROWS, engine={"source": "processes", "workers": 2})
+    assert str(caught.value) == (
+        "the Sequential cannot be sent to another process: TypeError: cannot pickle "
+        "'_thread.lock' object; put its class in a file, and use model: {source: python}"
+    )
+
+
+def test_ctrl_c_names_the_predictions_that_are_lost() -> None:
+    class Stops(nn.Module):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return x
+
+    settings = {"run.warmup": 0, "measure.memory": False, "measure.batch_independence": False}
+    with pytest.raises(gradrun.Interrupted) as caught:
+        gradrun.infer(model=Stops(), data=ROWS, batch_size=25, **settings)
+    text = str(caught.value)
+    assert text.endswith("of 100 predictions are lost; with an output folder, output=..., they are "
+                         "kept")  # fmt: skip
+    assert caught.value.exit_code == 130
+
+
+def test_a_failure_before_the_first_prediction_is_not_changed(net: nn.Module) -> None:
+    class Fails(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError("by hand")
+
+    with pytest.raises(gradrun.GradrunError, match="ZeroDivisionError: by hand") as caught:
+        gradrun.infer(model=Fails(), data=ROWS)
+    assert "are lost" not in str(caught.value)
 
 
 def test_ten_calls_leave_nothing_behind(

@@ -9,16 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import gradrun
 from gradrun.comparison import turns
 from gradrun.config.load import load_config
+from gradrun.config.schema import RunConfig
 from gradrun.report import render
 from gradrun.results.result import RunResult, TuneResult
 from gradrun.tuning import moves, search
 from gradrun.tuning import tune as tune_module
 from tests.conftest import Command
-from tests.support.lanes import inline_lanes
+from tests.support.lanes import Planted, inline_lanes
+from tests.support.planted_search import BASE, PlantedSearch, move
+from tests.support.workers import in_process_workers
 
 SAMPLES = 256
 
@@ -272,3 +276,160 @@ def test_the_config_itself_is_not_replaced(config: Path) -> None:
         gradrun.tune(config, config)
     with pytest.raises(gradrun.ConfigError, match="does not exist"):
         gradrun.tune(config, config.parent / "none" / "t.yaml")
+
+
+# --- the second best setting ---------------------------------------------------------------------
+
+SEED = move("seed", "kernels", {"run.seed": 1})
+WARMUP = move("warmup", "kernels", {"run.warmup": 3})
+
+
+def _wrong_when_confirmed(config: RunConfig) -> Planted:
+    """Seed 1 is the fastest and wrong behind the calibration; three warm-ups are twice as fast."""
+    seed = config.run.seed == 1
+    seconds = 0.0001 if seed else 0.0005 if config.run.warmup == 3 else 0.001
+    return Planted(
+        seconds, output=lambda i: 1.0 + i % 7 + (5 if seed and i > 2000 and i % 10 == 0 else 0)
+    )
+
+
+def test_the_second_best_is_confirmed_if_the_best_is_refused(tmp_path: Path) -> None:
+    found = PlantedSearch(_wrong_when_confirmed, (SEED, WARMUP))
+    result = tune_module._search(found.search, "2026-01-01", tmp_path)
+    assert result.status == "faster"
+    assert [(key.key, key.before, key.value) for key in result.keys] == [("run.warmup", "auto", 3)]
+    (comparison,) = result.comparisons
+    assert comparison.ratio == pytest.approx(2)
+    (reason,) = result.refused
+    assert reason.startswith("outputs differ by 5, over measure.rtol")
+    best = [trial for trial in result.trials if trial.changes == {"run.seed": 1}][-1]
+    assert (best.outcome, best.reason) == ("no_gain", reason)
+    # Not one with both keys, which would be refused for the same reason.
+    assert any(trial.changes == {"run.seed": 1, "run.warmup": 3} for trial in result.trials)
+
+
+def test_without_a_second_best_nothing_helps(tmp_path: Path) -> None:
+    found = PlantedSearch(_wrong_when_confirmed, (SEED,))
+    result = tune_module._search(found.search, "2026-01-01", tmp_path)
+    assert (result.status, result.keys, result.unconfirmed) == ("nothing_helps", (), None)
+
+
+def test_ctrl_c_while_confirming_keeps_the_best_as_unconfirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_module, "confirm", interrupt)
+    found = PlantedSearch(lambda c: Planted(0.0005 if c.run.seed else 0.001), (SEED,))
+    result = tune_module._search(found.search, "2026-01-01", tmp_path)
+    assert (result.status, result.interrupted, result.comparisons) == ("inconclusive", True, ())
+    assert result.unconfirmed.changes == {"run.seed": 1}
+    assert [key.key for key in result.keys] == ["run.seed"]
+
+
+def test_ctrl_c_before_the_baseline_has_no_result(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_module, "open_lane", interrupt)
+    with pytest.raises(gradrun.Interrupted) as caught:
+        _tune(config)
+    assert caught.value.result is None
+    assert not (config.with_name("out-tune") / "result.json").exists()
+
+
+# --- the tuned file ------------------------------------------------------------------------------
+
+
+def _planted_result(tmp_path: Path) -> TuneResult:
+    """Seed 1 is twice as fast, and three warm-ups gain another quarter."""
+
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 / (1 + config.run.seed) / (1.25 if config.run.warmup == 3 else 1))
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    return tune_module._search(found.search, "2026-01-01", tmp_path)
+
+
+def test_a_config_in_code_is_written_with_the_changed_keys(tmp_path: Path) -> None:
+    result, target = _planted_result(tmp_path), tmp_path / "t.yaml"
+    written = tune_module._write(result, load_config(BASE), None, target)
+    assert written.file == str(target)
+    assert target.read_text().startswith(f"# gradrun tune {result.gradrun}: 2.50 x as fast as the")
+    machine = {"torch": result.environment.torch, "cpu": result.environment.cpu}
+    changed = {"run.seed": 1, "run.warmup": 3, "tune.machine": machine}
+    assert load_config(target).config == load_config(BASE, changed).config
+
+
+def test_values_of_set_are_written_to_the_tuned_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "c.yaml", tmp_path / "t.yaml"
+    source.write_text("# Mine.\n" + yaml.safe_dump(BASE, sort_keys=False))
+    engine = {"source": "processes", "workers": 2}
+    changed = {"data.batch_size": 16, "engine": engine, "tune.budget": 7}
+    tune_module._write(_planted_result(tmp_path), load_config(source, changed), source, target)
+    text, found = target.read_text(), load_config(target).config
+    assert "# Mine." in text
+    assert (found.data.batch_size, found.engine.workers, found.run.seed) == (16, 2, 1)
+    assert found.tune.budget == BASE["tune"]["budget"]  # of the search, not of the config
+    assert "seed: 1" in text
+    assert "tune: 0 before; 2.00 x as fast with it (2.00 to 2.00)" in text
+
+
+def test_a_file_that_cannot_be_written_keeps_the_result(tmp_path: Path) -> None:
+    result = _planted_result(tmp_path)
+    (tmp_path / "t.yaml").mkdir()
+    with pytest.raises(gradrun.GradrunError, match=r"t\.yaml cannot be written: ") as caught:
+        tune_module._write(result, load_config(BASE), None, tmp_path / "t.yaml")
+    assert caught.value.result == result
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+ERRORS = """
+from torch import nn
+
+class Plus(nn.Module):
+    def __init__(self, offset=0.0):
+        super().__init__()
+        self.offset = offset
+
+    def forward(self, x):
+        return x + self.offset
+"""
+
+
+def test_an_error_measured_over_all_data_may_not_grow(tmp_path: Path) -> None:
+    """The mean absolute error of x + offset against x is the offset."""
+    rows = np.arange(12, dtype=np.float32).reshape(12, 1)
+    np.save(tmp_path / "x.npy", rows)
+    (tmp_path / "plus.py").write_text(ERRORS)
+    base = load_config({
+        "model": {"source": "python", "target": f"{tmp_path}/plus.py:Plus"},
+        "data": {
+            "source": "arrays", "path": f"{tmp_path}/x.npy", "batch_size": 5,
+            "labels": {"path": f"{tmp_path}/x.npy"},
+        },
+        "run": {"warmup": 0},
+        "metrics": ["mae"],
+        "output": {"path": f"{tmp_path}/out"},
+        "tune": {"within": {"metric": "mae", "drop": 0.25}},
+    }).config  # fmt: skip
+    with in_process_workers():
+        gate = tune_module._metric_gate(base, trust_code=True)
+        assert gate(base.replace({"model.args": {"offset": 0.25}})) == ""
+        grown = "mae is 0.5000 instead of 0.0000"
+        assert gate(base.replace({"model.args": {"offset": 0.5}})) == grown
+        reversed_gate = tune_module._metric_gate(
+            base.replace({"model.args": {"offset": 0.5}}), trust_code=True
+        )
+        assert reversed_gate(base) == ""
+    without = base.replace({"tune.within": None})
+    assert tune_module._metric_gate(without, trust_code=True)(base) == ""
+
+
+def test_an_unknown_kept_section_names_the_sections(config: Path) -> None:
+    with pytest.raises(gradrun.ConfigError, match=r"unknown key 'dat'; did you mean data"):
+        _tune(config, keep=["dat"])
