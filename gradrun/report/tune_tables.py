@@ -114,10 +114,12 @@ def verdict(result: TuneResult) -> str:
         return f"{text} Written to {result.file}." if result.file else text
     tried = pluralize(sum(t.outcome != "not_tried" for t in result.trials), "setting")
     if result.status == "nothing_helps":
-        return (
-            f"Nothing helps: none of {tried} is faster within {result.tolerance}. A gain of "
-            f"{result.detectable:.1%} would have been seen. Keep the config."
-        )
+        text = f"Nothing helps: none of {tried} is faster within {result.tolerance}. "
+        if result.detectable:
+            text += f"A gain of {result.detectable:.1%} would have been seen. "
+        if result.baseline_over:
+            return f"{text}The config itself exceeds a limit: {result.baseline_over}."
+        return f"{text}Keep the config."
     reason = f" ({result.refused[-1]})" if result.refused else ""
     reason = " (interrupted)" if result.interrupted else reason
     best = result.unconfirmed

@@ -780,11 +780,13 @@ class TuneResult(RunResult, frozen=True, kw_only=True, tag="tune"):
     break_even: Count | None = None
     """Samples after which the longer start has paid."""
     detectable: float = 0.0
-    """Least relative gain that would have been confirmed."""
+    """Least relative gain that the measurements exclude; 0 if nothing was timed."""
     budget: Seconds
     seconds: Seconds
     """Time that the search and the confirmation took."""
     phases: TunePhases = TunePhases()
+    baseline_over: str = ""
+    """How the config exceeds a limit of memory or latency without changes, or ""."""
     out_of_time: bool = False
     interrupted: bool = False
     """Whether Ctrl-C ended it."""

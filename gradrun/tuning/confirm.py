@@ -26,17 +26,23 @@ from gradrun.results.ratios import compare_measured
 from gradrun.results.result import Measurement
 from gradrun.results.stats import Estimate
 from gradrun.tuning.constraints import P99_BATCHES
-from gradrun.tuning.search import LATER_START, Candidate, Search
+from gradrun.tuning.search import LATER_START, LEAST_ROUNDS, Candidate, Search
 
 BASELINE, TUNED = "baseline", "tuned"
 
 _CHECKED = 2000
-"""Samples whose outputs are compared, if they take at most this share of the budget."""
+"""Samples whose outputs are compared, if they take at most this share of the budget.
+
+More where the share `top1` needs them.
+"""
 _CHECKED_SHARE = 0.05
 _MIN_CHECKED_SECONDS = 5.0
 _WINDOWS = 8
 _LEAST_PROCESSES = 3
 """Fewer processes decide nothing; up to these, the budget may be exceeded a little."""
+
+_MOST_OVER = 0.5
+"""Share of the budget by which the least processes may exceed it."""
 
 _MAX_P99_BLOCKS = 200
 
@@ -95,11 +101,13 @@ def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Co
         search.progress(Progress("confirming", done, max(done + 1, measure.processes)))
         began = search.now()
         left = tune.budget - (began - search.began)
-        if done >= _LEAST_PROCESSES and left < cost:
+        missing = max(0, _LEAST_PROCESSES - done)
+        too_long = missing * cost - left > _MOST_OVER * tune.budget
+        if done and left < cost and (not missing or too_long):
             break
         try:
             with search.timed("confirmation"):
-                _measure_process(search, found, done)
+                _measure_process(search, found, done, max(0.0, left))
         except GradrunError as error:
             found.refused = f"failed in a fresh process: {error}"
             break
@@ -120,9 +128,19 @@ def confirm(search: Search, candidate: Candidate, *, strict: bool = False) -> Co
     return found
 
 
-def _measure_process(search: Search, found: Confirmation, process: int) -> None:
-    """Start both again, check the candidate's outputs once, and race them."""
-    timeout = search.constraints.measure.timeout
+def _measure_process(search: Search, found: Confirmation, process: int, left: float) -> None:
+    """Start both again, check the candidate's outputs once, and race them.
+
+    Args:
+        left: seconds for this process and those after it; long blocks are fewer.
+    """
+    measure = search.constraints.measure
+    deadline = search.now() + left / max(1, measure.processes - process)
+
+    def is_late(turns: Sequence[Turn]) -> bool:
+        return len(turns[0].blocks) >= LEAST_ROUNDS and search.now() > deadline
+
+    timeout = measure.timeout
     with ExitStack() as stack:
         base, tuned = lanes = [
             stack.enter_context(closing(search.open_lane(config, timeout)))
@@ -133,9 +151,9 @@ def _measure_process(search: Search, found: Confirmation, process: int) -> None:
             if found.refused:
                 return
         window = common_samples(lanes, base.ready.samples, search.calibration[1])
-        turns = take_turns(lanes, window, ROUNDS, seed=process)
+        turns = take_turns(lanes, window, ROUNDS, seed=process, enough=is_late)
         spent = search.now() - search.began > search.constraints.tune.budget
-        again = not spent and found.repeated < search.constraints.measure.processes
+        again = not spent and found.repeated < measure.processes
         if is_disturbed(turns) and again:
             found.repeated += 1
             return
@@ -143,12 +161,13 @@ def _measure_process(search: Search, found: Confirmation, process: int) -> None:
         for name, turn in zip((BASELINE, TUNED), turns, strict=True):
             found.measurements.append(lane_measurement(name, process, turn))
         found.batch_seconds += (s for block in turns[1].blocks for s in block.batch_seconds)
-        _check_limits(search, found, turns[1])
+        _check_limits(search, found, turns[1], deadline)
 
 
 def _check_outputs(search: Search, found: Confirmation, lanes: Sequence[Lane]) -> None:
     seconds = max(_MIN_CHECKED_SECONDS, _CHECKED_SHARE * search.constraints.tune.budget)
-    count = min(_CHECKED, max(1, int(seconds / search.per_sample)))
+    needed = 2 * search.constraints.least_samples
+    count = min(max(_CHECKED, needed), max(1, int(seconds / search.per_sample)))
     windows = _spread(lanes, count, search.calibration[1])
     base, tuned = (
         [row for window in windows for row in lane.run(*window, rows=True).rows] for lane in lanes
@@ -174,11 +193,11 @@ def _spread(lanes: Sequence[Lane], count: int, start: int) -> list[tuple[int, in
     return windows
 
 
-def _check_limits(search: Search, found: Confirmation, turn: Turn) -> None:
+def _check_limits(search: Search, found: Confirmation, turn: Turn, deadline: float) -> None:
     constraints = search.constraints
     if constraints.tune.p99_limit is not None:
         for number in range(_MAX_P99_BLOCKS):
-            if len(found.batch_seconds) >= P99_BATCHES:
+            if search.now() > deadline or len(found.batch_seconds) >= P99_BATCHES:
                 break
             found.batch_seconds += turn.run(number).batch_seconds
     found.refused = constraints.memory_violation(turn.peak)

@@ -67,6 +67,14 @@ class Constraints:
             return f"{1 - found.top1:.2%} of the samples have another greatest output"
         return ""
 
+    @property
+    def least_samples(self) -> int:
+        """Samples that bound the share `top1` if none of them has another greatest output."""
+        within = self.within
+        if within is None or within.top1 is None or within.top1 == 1:
+            return 0
+        return math.ceil(math.log(0.05) / math.log(within.top1))
+
     def undecided(self, found: Deviation) -> str:
         """Return why samples are too few to decide the share `top1`, or ""."""
         within = self.within
@@ -74,14 +82,14 @@ class Constraints:
             return ""
         changed = round((1 - found.top1) * found.samples)
         low = share_bound(changed, found.samples)
-        allowed = 1 - within.top1
-        if low <= allowed:
+        if low <= 1 - within.top1:
             return ""
-        needed = math.ceil(-math.log(0.05) / -math.log1p(-allowed))
-        return (
+        text = (
             f"{changed} of {found.samples:,} samples have another greatest output, so up to "
-            f"{low:.2%} may (95 %); at least {needed:,} samples are needed"
+            f"{low:.2%} may (95 %)"
         )
+        needed = self.least_samples
+        return f"{text}; at least {needed:,} samples are needed" if found.samples < needed else text
 
     def memory_violation(self, peak: int | None) -> str:
         """Return how a process peak exceeds the limit, or ""."""

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from gradrun.config.schema import RunConfig
-from gradrun.core.errors import ConfigError
+from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.core.files import replace_file
 from gradrun.core.options import option
 from gradrun.core.record import Record
@@ -69,11 +69,14 @@ class TuneJournal:
         """Save the trials so far.
 
         Raises:
-            OSError: the folder cannot be written.
+            RunFailed: the folder cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        known = self.known | dict(trials)
-        replace_file(self.path, msgspec.json.encode(_Content(origin=self._origin, trials=known)))
+        content = _Content(origin=self._origin, trials=self.known | dict(trials))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(self.path, msgspec.json.encode(content))
+        except OSError as error:
+            raise RunFailed(f"{self.path} cannot be written: {error.strerror}") from error
 
 
 def _origin(base: RunConfig) -> Origin:

@@ -26,7 +26,9 @@ _TEXTS = 128
 """Least limit of texts in a batch that is limited by tokens."""
 
 _MEMORY_SHARE = 0.5
-"""Share of the machine's memory that a larger batch may need, if all memory grew with it."""
+"""Share of the machine's memory that a larger batch, or more workers, may need, if all memory grew
+with it.
+"""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def _workers(facts: Facts) -> Sequence[Changes]:
     count = facts.cpus
     while count > 1:
         engine = {"source": "processes", "workers": count}
-        found.append({"engine": engine, "run.threads": facts.cpus // count})
+        if count * (facts.peak or 0) <= _MEMORY_SHARE * facts.memory:
+            found.append({"engine": engine, "run.threads": facts.cpus // count})
         count //= 2
     return found
 

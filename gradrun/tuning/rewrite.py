@@ -181,7 +181,7 @@ def _loads_as(text: str, expected: RunConfig, target: Path) -> bool:
     try:
         draft.write_text(text, encoding="utf-8")
         loaded = load_config(draft).config
-    except GradrunError:
+    except (GradrunError, OSError):
         return False
     finally:
         draft.unlink(missing_ok=True)

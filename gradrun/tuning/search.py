@@ -17,6 +17,7 @@ import torch
 
 from gradrun.comparison.lanes import Deviation, Lane, NotReady, deviation, lane_workers
 from gradrun.comparison.turns import (
+    BLOCK_SECONDS,
     MAX_WAITED,
     OpenLane,
     Turn,
@@ -27,10 +28,11 @@ from gradrun.comparison.turns import (
 from gradrun.config.schema import RunConfig
 from gradrun.core.errors import GradrunError, RunFailed, first_line
 from gradrun.core.progress import Progress, ProgressCallback, ignore
+from gradrun.core.units import format_seconds
 from gradrun.results import stats
 from gradrun.results.stats import Estimate
 from gradrun.results.trials import Outcome, Trial, TunePhases, describe_changes
-from gradrun.tuning.constraints import Constraints
+from gradrun.tuning.constraints import P99_BATCHES, Constraints
 from gradrun.tuning.facts import Facts, apply, gather_facts
 from gradrun.tuning.moves import BUNDLED, MOVES, STEPS, Changes, Move, Step, applicable, merged
 
@@ -66,7 +68,7 @@ _FRESH_SHARE = 0.1
 """Share of the remaining time that one measurement in fresh processes may take."""
 
 Gate = Callable[[RunConfig], str]
-"""Another check of a config, such as its metrics: how it fails, or ""."""
+"""Another check of a config, that runs all data, such as its metrics: how it fails, or ""."""
 
 SaveTrials = Callable[[Mapping[str, Trial]], None]
 """Saves the trials so far, by the identity of their configs."""
@@ -97,7 +99,7 @@ class Search:
     constraints: Constraints
     open_lane: OpenLane
     moves: Sequence[Move] = field(default_factory=lambda: MOVES)
-    gate: Gate = lambda _: ""
+    gate: Gate | None = None
     now: Callable[[], float] = time.monotonic
     progress: ProgressCallback = ignore
     known: dict[str, Trial] = field(default_factory=dict)
@@ -118,9 +120,13 @@ class Search:
         self.began = self.now()
         self.seen: dict[str, int] = {}
         self.lanes: list[Lane] = []
+        self.gated = False
+        """Whether `gate` ran, which runs the baseline at its first call."""
         self.facts: Facts
         self.leader: Candidate
         self.baseline: Candidate
+        self.baseline_over = ""
+        """How the baseline exceeds a limit of memory or latency, or ""."""
         self.spent = TunePhases()
 
     # --- the story -----------------------------------------------------------------------------
@@ -157,8 +163,16 @@ class Search:
     def _confirm_cost(self) -> float:
         """Return the seconds to keep for a confirmation: starts from caches, and blocks."""
         starts = self.baseline.start + min(self.leader.start, 3 * self.baseline.start)
-        cost = self.constraints.measure.processes * (starts + _CONFIRM_BLOCKS_SECONDS)
+        blocks = max(_CONFIRM_BLOCKS_SECONDS, self._least_race())
+        cost = self.constraints.measure.processes * (starts + blocks)
+        if self.constraints.tune.p99_limit is not None:
+            cost += P99_BATCHES * self.leader.lane.ready.batch_seconds
         return min(cost, _CONFIRM_SHARE * self.constraints.tune.budget)
+
+    def _least_race(self) -> float:
+        """Return the seconds of the shortest race, if a batch is as long as a block or longer."""
+        batch = self.baseline.lane.ready.unit * self.per_sample
+        return 2 * (2 + LEAST_ROUNDS) * batch if batch > BLOCK_SECONDS else 0.0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -183,6 +197,9 @@ class Search:
             block = lane.run(first, last, rows=True)
             self.reference: tuple[dict[str, torch.Tensor], ...] = block.rows
         self.per_sample = block.seconds_per_sample
+        limits = self.constraints
+        self.baseline_over = limits.memory_violation(block.process_peak)
+        self.baseline_over = self.baseline_over or limits.latency_violation([*block.batch_seconds])
         same = self._deviation(self.reference)
         self.baseline = Candidate(
             {}, self.base, lane, lane.start_seconds, same, block.process_peak, -1
@@ -271,13 +288,44 @@ class Search:
         candidate = self._admit(step, changes)
         if candidate is None:
             return self.trials[-1].outcome if len(self.trials) > count else "no_gain"
-        ratio = self._compare(self.leader, candidate)
+        ratio = self._compare_with_leader(candidate)
+        if ratio is None:
+            return "failed"
         if ratio.value > 1 + MIN_GAIN and ratio.low > 1 - MIN_GAIN:
             self._replace_leader(candidate)
             return "faster"
         self._close(candidate.lane)
         self._drop(candidate, self._no_gain(ratio))
         return "no_gain"
+
+    def _compare_with_leader(self, candidate: Candidate) -> Estimate | None:
+        """Race a setting against the leader; None if it failed on samples after the calibration.
+
+        Raises:
+            GradrunError: the baseline fails too.
+        """
+        try:
+            return self._compare(self.leader, candidate)
+        except GradrunError as error:
+            self._close(candidate.lane)
+            self._mark(candidate, "failed", first_line(error))
+        try:
+            self._restart_leader()
+        except GradrunError as error:
+            if self.leader is self.baseline:
+                raise
+            self._mark(self.leader, "failed", first_line(error))
+            self.leader = self.baseline
+            self._restart_leader()
+        return None
+
+    def _restart_leader(self) -> None:
+        """Start the leader again, which may be in the middle of a block, and check that it runs."""
+        leader = self.leader
+        self._close(leader.lane)
+        leader.lane = self._open(leader.config, self.constraints.measure.timeout)
+        with self.timed("races"):
+            take_turns([leader.lane], common_samples([leader.lane], self.facts.samples))
 
     def _no_gain(self, ratio: Estimate) -> str:
         against = "the baseline"
@@ -300,7 +348,7 @@ class Search:
         if known and known.outcome not in {"faster", "not_tried"}:
             self.trials.append(known.replace(step=step))
             return None
-        if self.left < self.baseline.start:
+        if self.left < self.baseline.start + self._least_race():
             self.out_of_time = True
             self._add(step, changes, "not_tried", "the budget was spent")
             return None
@@ -313,8 +361,12 @@ class Search:
         except GradrunError as error:
             self._add(step, changes, "failed", first_line(error))
             return None
-        with self.timed("gates"):
-            candidate = self._gate(step, changes, config, lane)
+        candidate = None
+        try:
+            with self.timed("gates"):
+                candidate = self._gate(step, changes, config, lane)
+        except RunFailed as error:
+            self._add(step, changes, "failed", first_line(error), lane.start_seconds)
         if candidate is None:
             self._close(lane)
         return candidate
@@ -333,23 +385,33 @@ class Search:
             return None
         first, last = self.calibration
         _, end = common_samples([lane], last - first, first)
-        try:
-            block = lane.run(first, end, rows=True)
-            found = self._deviation(block.rows)
-        except GradrunError as error:
-            self._add(step, changes, "failed", first_line(error), start)
-            return None
+        block = lane.run(first, end, rows=True)
+        found = self._deviation(block.rows)
         limits = self.constraints
         wrong = limits.violation(found)
         over = limits.memory_violation(block.process_peak)
         over = over or limits.latency_violation([*block.batch_seconds])
-        wrong = wrong or ("" if over else self.gate(config))
-        outcome: Outcome = "differs" if wrong else "over_limit" if over else "faster"
-        reason = wrong or over
+        late = ""
+        if self.gate and not (wrong or over):
+            late = self._late_gate()
+            wrong = "" if late else self.gate(config)
+        outcome: Outcome = "differs" if wrong else "over_limit" if over else "not_tried"
+        reason = wrong or over or late or "its race did not end"
         self._add(step, changes, outcome, reason, start, block.process_peak, found)
-        if reason:
+        if wrong or over or late:
             return None
         return Candidate(changes, config, lane, start, found, block.process_peak, place)
+
+    def _late_gate(self) -> str:
+        """Return that the budget does not allow a run over all data, or ""; the first needs two."""
+        seconds = self.facts.samples * self.per_sample * (1 if self.gated else 2)
+        self.gated = self.gated or seconds <= self.left
+        if seconds <= self.left:
+            return ""
+        self.out_of_time = True
+        return (
+            f"the metric takes {format_seconds(seconds)} over all data; a larger budget allows it"
+        )
 
     def _deviation(self, rows: Sequence[dict[str, torch.Tensor]]) -> Deviation:
         measure = self.constraints.measure
@@ -405,7 +467,7 @@ class Search:
             if len(turns[0].blocks) < LEAST_ROUNDS:
                 return False
             found = stats.mean_over_processes(ratios(turns))
-            return found.high < 1 or found.low > 1 + CLOSE
+            return found.high < 1 or found.low > 1 + CLOSE or self.left < 0
 
         with self.timed("races"):
             turns = take_turns(
@@ -439,12 +501,12 @@ class Search:
             if known and (known > 1 + CLOSE or not rest):
                 self.gains[key] = Estimate(known, 0.0, inf)
                 continue
-            if not rest or self.left < self.baseline.start:
+            if not rest or self.left < self.baseline.start + self._least_race():
                 continue
             without = self._readmit(rest)
-            if without is None:
+            ratio = self._compare_with_leader(without) if without else None
+            if without is None or ratio is None:
                 continue
-            ratio = self._compare(self.leader, without)
             gain = Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low else inf)
             if gain.value <= 1 + MIN_GAIN:
                 self._drop(self.leader, f"{key} gains {gain.value - 1:.1%}, too little to change")
@@ -489,11 +551,13 @@ class Search:
 
     def _close(self, lane: Lane) -> None:
         lane.close()
-        self.lanes.remove(lane)
+        if lane in self.lanes:
+            self.lanes.remove(lane)
 
     def _replace_leader(self, candidate: Candidate) -> None:
         self._close(self.leader.lane)
         self.leader = candidate
+        self._mark(candidate, "faster")
 
     def _add(
         self,
@@ -530,10 +594,13 @@ class Search:
             process_peak=candidate.peak,
         )
 
-    def _drop(self, candidate: Candidate, reason: str) -> None:
+    def _mark(self, candidate: Candidate, outcome: Outcome, reason: str = "") -> None:
         self.trials[candidate.trial] = self.trials[candidate.trial].replace(
-            outcome="no_gain", reason=reason
+            outcome=outcome, reason=reason
         )
+
+    def _drop(self, candidate: Candidate, reason: str) -> None:
+        self._mark(candidate, "no_gain", reason)
 
     def _report(self, stage: str) -> None:
         spent = int(self.now() - self.began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -20,7 +21,14 @@ from gradrun.core.suggest import suggest
 from gradrun.inference.signals import GracefulShutdown
 from gradrun.output.run_folder import RunFolder
 from gradrun.results.ratios import compare_measured, metric_changes
-from gradrun.results.result import Equivalence, Metric, RunInfo, TuneResult, TuneStatus
+from gradrun.results.result import (
+    Comparison,
+    Equivalence,
+    Metric,
+    RunInfo,
+    TuneResult,
+    TuneStatus,
+)
 from gradrun.results.trials import TunedKey, describe_value
 from gradrun.tuning.confirm import BASELINE, TUNED, Confirmation, confirm
 from gradrun.tuning.constraints import Constraints
@@ -96,10 +104,11 @@ def tune(
                 raise Interrupted from None
         if result.unconfirmed and target:
             target = target.with_name(f"{target.stem}-unconfirmed{target.suffix}")
-        if result.keys and target:
-            result = _write(result, loaded, source, target)
         with folder.locked():
             folder.save(result)
+            if result.keys and target:  # it may fail, or be on a full disk
+                result = _write(result, loaded, source, target)
+                folder.save(result)
         if search.interrupted:
             raise Interrupted(result=result)
     return result
@@ -160,13 +169,13 @@ def _result(
     found = shown.deviation if shown else None
     tune_section = search.constraints.tune
     environment = search.baseline.lane.ready.environment
+    detectable = _detectable(search, comparisons)
     for confirmed in tried:
         if confirmed.refused:
             place = confirmed.candidate.trial
             search.trials[place] = search.trials[place].replace(
                 outcome="no_gain", reason=confirmed.refused
             )
-    width = max((c.high / c.low - 1 for c in comparisons if c.low > 0), default=0.0)
     return TuneResult(
         gradrun=environment.gradrun,
         started_at=started_at,
@@ -202,13 +211,23 @@ def _result(
         tuned_start_cold=accepted.candidate.start if accepted else None,
         tuned_start=median(two for _, two in accepted.starts) if accepted else None,
         break_even=accepted.break_even if accepted else None,
-        detectable=max(search.constraints.measure.precision, MIN_GAIN, width / 2),
+        detectable=detectable,
         budget=tune_section.budget,
         seconds=search.now() - search.began,
+        baseline_over=search.baseline_over,
         out_of_time=search.out_of_time,
         interrupted=search.interrupted,
         phases=search.spent,
     )
+
+
+def _detectable(search: Search, comparisons: Sequence[Comparison]) -> float:
+    """Return the least gain that the intervals of all measured settings exclude; 0 without any."""
+    missed = [
+        trial.high - 1 for trial in search.trials if trial.outcome == "no_gain" and trial.high
+    ]
+    missed += [(c.high / c.low - 1) / 2 for c in comparisons if c.low > 0]
+    return max(search.constraints.measure.precision, MIN_GAIN, *missed) if missed else 0.0
 
 
 def _unconfirmed(search: Search, tried: Sequence[Confirmation]) -> Candidate | None:
@@ -224,8 +243,10 @@ def _tuned_keys(
     if chosen is None:
         return
     found = found or chosen.deviation
+    # A runner-up has other keys; the gains are those of the best.
+    gains = search.gains if chosen.changes == search.leader.changes else {}
     for key, value in chosen.changes.items():
-        gain = search.gains.get(key)
+        gain = gains.get(key)
         yield TunedKey(
             key=key,
             before=value_of(search.base, key),
@@ -244,16 +265,41 @@ def _target(source: Path | None, output: str | Path | None) -> Path | None:
     """Return the file to write; None for a config in code without an output.
 
     Raises:
-        ConfigError: it would replace the config, or its folder does not exist.
+        ConfigError: it would replace the config or a file that tune did not write, or cannot be
+            written.
     """
-    if output is None:
-        return source.with_name(f"{source.stem}-tuned{source.suffix}") if source else None
-    target = Path(output).absolute()
+    if output is not None:
+        target = Path(output).absolute()
+    elif source:
+        target = source.with_name(f"{source.stem}-tuned{source.suffix}")
+    else:
+        return None
     if source and target.resolve() == source.resolve():
         raise ConfigError(f"{output} is the config itself; choose another file for the tuned one")
     if not target.parent.is_dir():
         raise ConfigError(f"{output}: folder {target.parent} does not exist")
+    _check_replaceable(target)
     return target
+
+
+def _check_replaceable(target: Path) -> None:
+    """Check before the search that a file can be written, and replaces only a tuned config.
+
+    Raises:
+        ConfigError: it cannot, or would replace another file.
+    """
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"{target} is not a regular file; choose another file")
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"folder {target.parent} is not writable; choose another file")
+    if not target.exists():
+        return
+    with target.open("rb") as file:
+        if not file.readline(200).startswith(b"# gradrun tune "):
+            raise ConfigError(
+                f"{target} exists and was not written by gradrun tune; move it, or choose another "
+                "file"
+            )
 
 
 def _write(
@@ -333,17 +379,20 @@ def _check_kept(config: RunConfig) -> None:
             raise ConfigError(f"unknown key {key!r}; {suggest(key, known)}", "tune.keep")
 
 
-def _metric_gate(base: RunConfig, trust_code: bool) -> Gate:
+def _metric_gate(base: RunConfig, trust_code: bool) -> Gate | None:
     """Return a check that the metric of the tolerance does not become worse over all data."""
     within = base.tune.within
     if within is None or within.metric is None:
-        return lambda _: ""
+        return None
     section = next(metric for metric in base.metrics if metric.title == within.metric)
     known: dict[str, tuple[Metric, ...]] = {}
 
     def gate(config: RunConfig) -> str:
         if not known:
-            known["base"] = _metrics(base, trust_code)
+            try:
+                known["base"] = _metrics(base, trust_code)
+            except GradrunError as error:  # not a failure of the setting
+                raise ConfigError(str(error), "tune.within.metric") from error
         changes = metric_changes(BASELINE, known["base"], TUNED, _metrics(config, trust_code))
         change = next(c for c in changes if c.name == within.metric)
         drop = change.before - change.value

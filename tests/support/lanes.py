@@ -35,6 +35,9 @@ class Planted:
     """Share of the processes that take ten times as long, and whose threads wait for a CPU."""
     output: Callable[[int], float] = lambda sample: 1.0 + sample % 7
     fails: str = ""
+    """Error of its start."""
+    check: Callable[[int, int], None] = lambda start, stop: None
+    """Called with the samples of each block; may raise."""
 
 
 @dataclass
@@ -73,6 +76,7 @@ class PlantedLane:
         assert not self.closed
         assert start % self.ready.unit == 0
         assert stop % self.ready.unit == 0 or stop == self.ready.samples
+        self.planted.check(start, stop)
         factor = self.factor * self.random.lognormvariate(0, self.planted.noise)
         seconds = (stop - start) * self.planted.seconds * factor
         self.clock.now += seconds

@@ -61,6 +61,11 @@ def test_too_few_samples_cannot_decide_a_share() -> None:
     text = "0 of 1,000 samples have another greatest output, so up to 0.30% may (95 %); at least "
     assert given.undecided(few) == f"{text}1,497 samples are needed"
     assert given.undecided(deviation(top1=1.0, samples=1497)) == ""
+    assert given.least_samples == 1497
+    # The 95 % bound of 2 in 2,000 is 0.31 %: more samples than the least do not decide it.
+    some = given.undecided(deviation(top1=0.999, samples=2000))
+    assert some == "2 of 2,000 samples have another greatest output, so up to 0.31% may (95 %)"
+    assert constraints(within={"top1": 1.0}).least_samples == 0
 
 
 def test_memory_and_latency_over_the_limit_are_named() -> None:

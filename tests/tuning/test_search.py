@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pytest
 from gradrun.config.run import MeasureSection
 from gradrun.config.schema import RunConfig
 from gradrun.config.tune import TuneSection
+from gradrun.core.errors import RunFailed
 from gradrun.results.trials import describe_changes
 from gradrun.tuning.constraints import Constraints
 from gradrun.tuning.facts import apply
 from gradrun.tuning.moves import MOVES, Move, applicable
+from gradrun.tuning.tune import _result as tune_result
 from tests.support.lanes import Planted
 from tests.support.planted_search import PlantedSearch, move, planted_facts
 
@@ -301,6 +304,148 @@ def test_a_setting_that_fails_is_recorded_and_the_search_continues() -> None:
     assert "no such operator" in found.search.trials[0].reason
 
 
+def _breaks_at(sample: int, error: BaseException) -> Callable[[int, int], None]:
+    def check(start: int, stop: int) -> None:
+        if start <= sample < stop:
+            raise error
+
+    return check
+
+
+def test_a_setting_that_fails_behind_the_calibration_does_not_end_the_search() -> None:
+    def plan(config: RunConfig) -> Planted:
+        if config.run.seed:
+            return Planted(0.0001, check=_breaks_at(5000, RunFailed("sample 5000 is too long")))
+        return Planted(0.0005 if config.run.warmup == 3 else 0.001)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, confirmed = found.run()
+    assert best.changes == {"run.warmup": 3}
+    assert confirmed
+    assert confirmed.accepted
+    trial = found.search.trials[0]
+    assert (trial.outcome, trial.reason) == ("failed", "sample 5000 is too long")
+
+
+def test_a_setting_that_fails_when_it_starts_again_does_not_end_the_search() -> None:
+    """Equal settings are measured again in fresh processes."""
+    starts = 0
+
+    def plan(config: RunConfig) -> Planted:
+        nonlocal starts
+        if not config.run.seed:
+            return Planted(0.0005 if config.run.warmup == 3 else 0.001)
+        starts += 1
+        return Planted(0.001, fails="no space is left" if starts == 2 else "")
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, _ = found.run()
+    assert best.changes == {"run.warmup": 3}
+    assert (found.search.trials[0].outcome, starts) == ("failed", 2)
+
+
+def test_a_leader_that_fails_later_is_replaced_by_the_baseline() -> None:
+    starts = 0
+
+    def plan(config: RunConfig) -> Planted:
+        nonlocal starts
+        broken = _breaks_at(0, RunFailed("out of memory"))
+        if config.run.warmup == 3:
+            return Planted(0.0001, check=_breaks_at(5000, RunFailed("too long")))
+        if not config.run.seed:
+            return Planted(0.001)
+        starts += 1
+        return Planted(0.0005, check=broken) if starts > 1 else Planted(0.0005)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best, _ = found.run()
+    assert best is found.search.baseline
+    assert [(t.outcome, t.reason) for t in found.search.trials] == [
+        ("failed", "out of memory"),
+        ("failed", "too long"),
+    ]
+
+
+def test_a_baseline_that_fails_behind_the_calibration_is_the_error_of_the_search() -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.0001, check=_breaks_at(5000, RunFailed("sample 5000 has no file")))
+
+    found = PlantedSearch(plan, (SEED,))
+    with pytest.raises(RunFailed, match="sample 5000 has no file"):
+        found.search.run()
+    assert all(lane.closed for lane in found.opened)
+
+
+def test_a_race_that_ctrl_c_ends_does_not_count_as_faster() -> None:
+    def plan(config: RunConfig) -> Planted:
+        check = _breaks_at(5000, KeyboardInterrupt())
+        return Planted(0.0001, check=check) if config.run.seed else Planted(0.001)
+
+    found = PlantedSearch(plan, (SEED,))
+    best = found.search.run()
+    assert best is found.search.baseline
+    assert found.search.interrupted
+    (trial,) = found.search.trials
+    assert (trial.outcome, trial.reason) == ("not_tried", "its race did not end")
+    assert found.saved.popitem()[1].outcome == "not_tried"  # --resume tries it again
+
+
+def test_a_metric_that_cannot_be_computed_fails_the_setting() -> None:
+    def gate(config: RunConfig) -> str:
+        raise RunFailed("the process was killed")
+
+    found = PlantedSearch(lambda config: Planted(0.001 / (1 + config.run.seed)), (SEED,))
+    found.search.gate = gate
+    found.run()
+    (trial,) = found.search.trials
+    assert (trial.outcome, trial.reason) == ("failed", "the process was killed")
+
+
+def test_a_metric_that_takes_longer_than_the_budget_is_not_computed() -> None:
+    """Over 16,384 samples, of the baseline and of the setting: 33 s."""
+    calls: list[int] = []
+
+    def gate(config: RunConfig) -> str:
+        calls.append(config.run.seed)
+        return ""
+
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.001 / (1 + config.run.seed))
+
+    short = PlantedSearch(plan, (SEED,), {"budget": 60})
+    short.search.gate = gate
+    best, _ = short.run()
+    (trial,) = short.search.trials
+    assert not best.changes
+    assert not calls
+    assert short.search.out_of_time
+    assert trial.outcome == "not_tried"
+    assert trial.reason == "the metric takes 32.8 s over all data; a larger budget allows it"
+    long = PlantedSearch(plan, (SEED,), {"budget": 120})
+    long.search.gate = gate
+    best, _ = long.run()
+    assert best.changes == {"run.seed": 1}
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(("budget", "decided"), [(60, False), (300, True)])
+def test_the_budget_is_kept_roughly_with_batches_of_seconds(budget: int, decided: bool) -> None:
+    """A batch takes 1.6 s, so that a race of 7 rounds takes 30 s."""
+
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.1 if config.run.seed else 0.2)
+
+    tune = {"budget": budget, "p99": "10s"}
+    found = PlantedSearch(plan, (SEED, MODE, THREADS, WARMUP), tune)
+    _, confirmed = found.run()
+    assert found.clock.now < 1.6 * budget
+    assert confirmed
+    assert confirmed.undecided
+    assert confirmed.ratio.value == pytest.approx(2)
+    assert (len(confirmed.starts) >= 3) == decided
+    assert "batches do not bound" in confirmed.undecided or not decided
+
+
 def test_a_start_that_takes_too_long_ends_the_candidate() -> None:
     def plan(config: RunConfig) -> Planted:
         return Planted(0.0001, start=400.0) if config.run.seed else Planted(0.001)
@@ -440,6 +585,16 @@ def test_a_ranked_setting_is_tried_only_if_the_one_before_is_refused() -> None:
     assert found.search.trials[0].outcome == "differs"
 
 
+def test_workers_that_may_not_fit_the_memory_are_not_tried() -> None:
+    """Half of the machine's memory, as for larger batches."""
+    (row,) = (move for move in MOVES if move.name == "worker processes")
+    facts = planted_facts(cpus=8, memory=16 * 2**30, peak=2**30)
+    workers = [setting["engine"]["workers"] for setting in row.settings(facts)]
+    assert workers == [8, 4, 2]
+    large = replace(facts, peak=3 * 2**30)
+    assert [setting["engine"]["workers"] for setting in row.settings(large)] == [2]
+
+
 def test_threads_and_workers_share_the_cpus() -> None:
     (row,) = (move for move in MOVES if move.name == "threads")
     facts = planted_facts(cpus=8)
@@ -484,3 +639,18 @@ def test_a_limit_of_latency_needs_many_batches_for_the_percentile(
 ) -> None:
     limits = Constraints(TuneSection(p99="6 ms"), MeasureSection())
     assert limits.latency_violation([t / 1000 for t in milliseconds]) == found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_helps_names_a_gain_that_no_interval_contains(seed: int) -> None:
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.05, noise=0.02, process_noise=0.02)
+
+    found = PlantedSearch(plan, (SEED, MODE, THREADS, WARMUP), seed=seed)
+    _, confirmed = found.run()
+    tried = [confirmed] if confirmed else []
+    result = tune_result(found.search, tried, None, "2026-01-01", Path("out"))
+    assert result.status == "nothing_helps"
+    assert result.detectable > 0.01  # the noise hides one percent
+    highest = [t.high for t in result.trials if t.outcome == "no_gain" and t.high and not confirmed]
+    assert all(high <= 1 + result.detectable for high in highest)

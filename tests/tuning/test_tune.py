@@ -168,7 +168,7 @@ def test_nothing_to_change_keeps_the_config(config: Path) -> None:
     assert result.skipped == ("larger batches: data.batch_size is kept",)
     text = render([("r", result)], "table")
     assert "Nothing helps" in text
-    assert "would have been seen" in " ".join(text.split())
+    assert "would have been seen" not in " ".join(text.split())  # nothing was timed
 
 
 def test_a_budget_that_is_too_small_is_inconclusive(config: Path) -> None:
@@ -264,6 +264,48 @@ def test_a_metric_may_not_drop(config: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert result.trials[0].reason == "accuracy is 0.8900 instead of 0.9000"
     with pytest.raises(gradrun.ConfigError, match="unknown metric 'f1'; the config has accuracy"):
         _tune(config, within={"metric": "f1"})
+
+
+def test_only_a_tuned_config_is_replaced(config: Path) -> None:
+    """And that is known before the search."""
+    target = config.with_name("c-tuned.yaml")
+    target.write_text("# mine\n" + CONFIG)
+    with pytest.raises(gradrun.ConfigError, match=r"c-tuned.yaml exists and was not written by"):
+        _tune(config)
+    assert target.read_text().startswith("# mine\n")
+    target.write_text("# gradrun tune 0.1: an earlier one\n" + CONFIG)
+    assert _tune(config, keep=["data.batch_size"]).status == "nothing_helps"
+    with pytest.raises(gradrun.ConfigError, match="is not a regular file"):
+        gradrun.tune(config, config.parent)
+
+
+def test_a_target_that_cannot_be_written_keeps_the_result(
+    config: Path, tuned: TuneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is removed during the search."""
+    folder = config.with_name("away")
+    folder.mkdir()
+    found = tuned.replace(file="")
+    monkeypatch.setattr(tune_module, "_search", lambda *_: (folder.rmdir(), found)[1])
+    with pytest.raises(gradrun.GradrunError, match=r"t.yaml cannot be written: No such") as caught:
+        gradrun.tune(config, folder / "t.yaml", trust_code=True)
+    assert caught.value.result == found
+    assert RunResult.load(config.with_name("out-tune")) == found
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(config: Path) -> None:
+    config.with_name("file").write_text("")
+    with pytest.raises(gradrun.GradrunError, match=r"cannot be written: Not a directory"):
+        gradrun.tune(config, trust_code=True, **{"output.path": "file/out"})
+
+
+def test_a_config_over_the_limit_of_memory_is_named(config: Path) -> None:
+    result = _tune(config, memory="1 MiB")
+    assert (result.status, result.detectable) == ("nothing_helps", 0)
+    assert result.baseline_over.startswith("process peak ")
+    text = " ".join(render([("r", result)], "table").split())
+    assert f"The config itself exceeds a limit: {result.baseline_over}." in text
+    assert "would have been seen" not in text
 
 
 def test_an_unknown_kept_key_is_an_error(config: Path) -> None:
