@@ -232,8 +232,11 @@ def deviation(
     Raises:
         RunFailed: the outputs have other names or shapes.
     """
-    if len(base) != len(other) or base[0].keys() != other[0].keys():
-        raise RunFailed(f"{pluralize(len(other), 'output')} instead of {len(base)}")
+    if len(base) != len(other):
+        raise RunFailed(f"outputs of {pluralize(len(other), 'sample')} instead of {len(base)}")
+    if base[0].keys() != other[0].keys():
+        expected, found = (", ".join(rows[0]) for rows in (base, other))
+        raise RunFailed(f"the outputs are {found} instead of {expected}")
     bitwise = close = True
     max_abs = max_rel = 0.0
     cosine, same_top = 1.0, torch.ones(len(base), dtype=torch.bool)

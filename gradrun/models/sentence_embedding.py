@@ -168,8 +168,9 @@ def build_embedding(
         try:
             step, word = _step(module, source, revision)
         except (KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
+            missing = f"its config.json has no {error}" if isinstance(error, KeyError) else ""
             text = f"{module.kind} in {module.path} of {source} cannot be loaded: "
-            raise ConfigError(text + first_line(error), _KEY) from error
+            raise ConfigError(text + (missing or first_line(error)), _KEY) from error
         steps.append(step)
         words.append(word)
     include_prompt = modules[0].settings.get("include_prompt", True)

@@ -303,7 +303,8 @@ def _signed(one: ModuleDifference) -> str:
         near, far = sorted((abs(change.low), abs(change.high)))
         if change.low * change.high <= 0:
             return f"{sign}{format_seconds(abs(change.value), change.uncertainty)}, unclear"
-        return f"{sign}{format_seconds_range(near, far, change.uncertainty)}"
+        text = format_seconds_range(near, far, change.uncertainty)
+        return f"{sign}{text.replace(' to ', f' to {sign}')}"  # -10 to 90 would span zero
     return f"{sign}{seconds_within(abs(change.value), change.uncertainty)}"
 
 

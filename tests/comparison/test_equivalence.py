@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from gradrun.comparison.equivalence import equivalence, first_differing_module
 from gradrun.config.schema import RunConfig
+from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
 from gradrun.modes import grad_mode
 from gradrun.report.tables import outputs_status
@@ -317,6 +318,65 @@ def test_a_difference_is_found_if_batch_sizes_differ() -> None:
     found = equivalence(one, in_batches(other, 3, 5))
     assert not found.equal
     assert found.max_abs_diff == pytest.approx(1.0)
+
+
+class Boxes(nn.Module):
+    """Returns a text and as many boxes per sample as the input has numbers above 0."""
+
+    def __init__(self, shift: float = 0.0, name: str = "boxes") -> None:
+        super().__init__()
+        self.shift, self.name = shift, name
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return [
+            {self.name: row[row > 0, None] + self.shift, "text": f"{row.sum():.3f}", "none": None}
+            for row in x
+        ]
+
+
+def as_model(side: ComparableModel, model: nn.Module) -> ComparableModel:
+    return ComparableModel(side.name, model, side.config, side.batches)
+
+
+def test_values_of_any_size_are_matched_by_sample() -> None:
+    one, other = sides(Boxes(), "no_grad", "no_grad")
+    assert equivalence(one, other).bitwise
+    assert equivalence(one, in_batches(other, 3, 5)).bitwise
+    shifted = as_model(other, Boxes(0.25))
+    for side in (shifted, in_batches(shifted, 3, 5)):
+        assert equivalence(one, side).max_abs_diff == pytest.approx(0.25)
+    for side in (
+        as_model(other, Boxes(name="x")),
+        as_model(in_batches(other, 3, 5), Boxes(name="x")),
+    ):
+        found = equivalence(one, side)
+        assert not found.equal
+        assert found.max_abs_diff == torch.inf
+
+
+def test_outputs_of_other_names_or_dimensions_differ_in_batches_of_other_sizes() -> None:
+    one, other = sides(Twice(), "no_grad", "no_grad")
+    several = in_batches(other, 3, 5)
+    for change in (lambda x: {"other": 2 * x}, lambda x: 2 * x[..., None]):
+        found = equivalence(one, as_model(several, Applied(change)))
+        assert (found.equal, found.max_abs_diff) == (False, torch.inf)
+
+
+def test_a_model_without_tensors_cannot_be_compared() -> None:
+    one, other = sides(Applied(lambda x: 3), "no_grad", "no_grad")
+    with pytest.raises(ConfigError, match="the model returned int instead of one or more tensors"):
+        equivalence(one, other)
+
+
+class Applied(nn.Module):
+    """Applies a function."""
+
+    def __init__(self, change: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.change(x)
 
 
 class Twice(nn.Module):

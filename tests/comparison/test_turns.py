@@ -182,6 +182,35 @@ def test_lanes_with_workers_give_the_rows_in_order(monkeypatch: pytest.MonkeyPat
     assert deviation(one, two, rtol=1e-6, atol=1e-6).close
 
 
+def _texts(*lengths: int, width: int = 2) -> list[dict[str, torch.Tensor]]:
+    """Rows [length, width] whose numbers follow from their place."""
+    return [{"y": torch.arange(float(length * width)).reshape(length, width)} for length in lengths]
+
+
+def test_a_single_value_has_another_class_beyond_one_half() -> None:
+    found = _compare(_rows([1.0], [2.0], [3.0]), _rows([1.4], [2.6], [3.0]))
+    assert found.top1 == pytest.approx(2 / 3)
+    assert found.max_abs == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    ("other", "problem"),
+    [
+        (_texts(3, 1), "outputs of 2 samples instead of 3"),
+        ([{"z": row["y"]} for row in _texts(3, 1, 2)], "the outputs are z instead of y"),
+        ([{"y": torch.zeros(4)}] * 3, "an output has shape [4], not [3, 2]"),
+        (
+            [*_texts(3), {"y": torch.zeros(2)}, *_texts(2)],
+            "an output has shape [2], not [1, 2]",
+        ),
+    ],
+)
+def test_outputs_of_another_layout_cannot_be_compared(other: Any, problem: str) -> None:
+    with pytest.raises(RunFailed) as caught:
+        _compare(_texts(3, 1, 2), other)
+    assert str(caught.value) == problem
+
+
 def test_a_cluster_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"other machines.*engine\.source: processes"):
         lane_workers(_config(engine={"source": "ray"}))

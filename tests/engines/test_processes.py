@@ -7,10 +7,10 @@ import os
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +24,13 @@ from gradrun.config.load import load_config
 from gradrun.core.errors import RunFailed
 from gradrun.core.progress import Progress
 from gradrun.engines import processes
-from gradrun.engines.engine import EngineRequest, StartedEngine
-from gradrun.engines.messages import Done, Failed, Open, Task
+from gradrun.engines.engine import EngineRequest, Lost, StartedEngine
+from gradrun.engines.messages import Done, Failed, Open, Task, unpack_rows
+from gradrun.engines.range_runner import RangeRunner
 from gradrun.results.result import WorkerStats
 from tests.conftest import ROOT
 from tests.support.forked import ForkedCommand
+from tests.support.lanes import planted_ready
 
 COUNT, BATCH = 48, 4
 
@@ -305,30 +307,139 @@ def test_a_worker_that_cannot_start_is_reported_once_and_can_be_replaced(
         assert sorted(engine.keep(2)) == [1, 3]
 
 
-def test_auto_uses_one_process_if_the_measurement_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Engine:
-        name = "2 processes"
-        closed = False
+# --- whether workers pay, with planted speeds ----------------------------------------------------
 
-        def send(self, worker: int, task: Task) -> None:
-            self.task = task
 
-        def next(self, timeout: float) -> tuple[int, Any]:
-            return 1, Done(start=0, stop=self.task.stop, error="sample 9 failed")
+class PlantedEngine:
+    """Two workers that answer at once, with the planted speed of one and of both."""
 
-        def close(self) -> None:
-            self.closed = True
+    name = "2 processes"
 
-    engine: Any = Engine()
-    ready: Any = SimpleNamespace(batch_seconds=1.0, batch_size=4, whole_batches=4, samples=40)
-    monkeypatch.setattr(processes, "await_ready", lambda *_: {1: ready, 2: ready})
-    section = {"source": "processes"}
-    data = {"source": "synthetic", "inputs": {"x": {"shape": [2]}}, "samples": 40}
-    model = {"source": "layers", "layers": ["Identity"]}
-    run = {"model": model, "data": data, "output": {"path": "out"}, "engine": section}
-    config = load_config(run).config
+    def __init__(self, alone: float, together: float, **failing: Any) -> None:
+        self.alone, self.together, self.failing = alone, together, failing
+        self.events: deque[tuple[int, Any]] = deque()
+        self.tasks: list[tuple[int, Task]] = []
+        self.closed = 0
+
+    def start(self, count: int) -> None:
+        ready = planted_ready(load_config(LINEAR).config, batch_seconds=0.1, whole_batches=BATCH)
+        for number in range(1, count + 1):
+            self.events.append((number, self.failing.get("start", ready)))
+
+    def send(self, worker: int, task: Task) -> None:
+        self.tasks.append((worker, task))
+        speed = self.alone if task.threads else self.together
+        seconds = (task.stop - task.start) / speed
+        done = Done(start=task.start, stop=task.stop, seconds=seconds)
+        self.events.append((worker, self.failing.get("run", done)))
+
+    def next(self, timeout: float) -> tuple[int, Any] | None:
+        return self.events.popleft() if self.events else None
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+LINEAR: dict[str, Any] = {
+    "model": {"source": "layers", "layers": [{"Linear": [8, 4]}]},
+    "data": {
+        "source": "synthetic", "inputs": {"x": {"shape": [8]}}, "samples": 10_000,
+        "batch_size": BATCH,
+    },
+    "output": {"path": "out"},
+    "engine": {"source": "processes", "workers": "auto"},
+}  # fmt: skip
+
+
+def measured(engine: PlantedEngine) -> StartedEngine:
+    """Decide between the engine and one process of eight threads."""
+    config = load_config(LINEAR).config
+    engine.start(2)
     request = EngineRequest(config, None, False, lambda _: None)
-    started = processes._measure(request, StartedEngine(engine, config, "2 processes", 2), 2)
-    assert started.engine is None
-    assert engine.closed
-    assert started.text == "one process, because 2 processes could not be measured: sample 9 failed"
+    return processes._measure(request, StartedEngine(engine, config, "2 workers", 2), 8)
+
+
+def test_workers_that_are_faster_together_are_kept() -> None:
+    engine = PlantedEngine(alone=100.0, together=80.0)
+    found = measured(engine)
+    assert found.engine is engine
+    assert found.text == "2 workers, 1.60 x as fast as one process of 8 threads"
+    assert [number for number, _ in found.ready] == [1, 2]
+    assert not engine.closed
+    # The speed of one worker is that of all CPUs; the tasks start and end at batches.
+    assert {(number, task.threads) for number, task in engine.tasks} == {
+        (1, 8), (1, None), (2, None),
+    }  # fmt: skip
+    assert all(task.start == 0 and task.stop % BATCH == 0 for _, task in engine.tasks)
+
+
+def test_workers_that_are_slower_together_are_not_used() -> None:
+    engine = PlantedEngine(alone=100.0, together=45.0)
+    found = measured(engine)
+    assert found.engine is None
+    assert found.text == "one process of 8 threads; 2 workers ran 0.90 x as fast"
+    assert engine.closed == 1
+
+
+@pytest.mark.parametrize(
+    ("failing", "problem"),
+    [
+        ({"start": Failed(error="no memory")}, "no memory"),
+        ({"run": Done(start=0, stop=BATCH, error="sample 3 fails")}, "sample 3 fails"),
+        ({"run": Lost("was killed by SIGKILL")}, "was killed by SIGKILL"),
+    ],
+)
+def test_a_measurement_that_fails_leaves_the_run_to_one_process(
+    failing: dict[str, Any], problem: str
+) -> None:
+    engine = PlantedEngine(1.0, 1.0, **failing)
+    found = measured(engine)
+    assert found.engine is None
+    assert found.text.startswith("one process, because 2 processes could not be measured: ")
+    assert problem in found.text
+    assert engine.closed == 1
+
+
+def test_ctrl_c_during_the_measurement_ends_the_workers() -> None:
+    engine = PlantedEngine(1.0, 1.0)
+
+    def interrupt(timeout: float) -> None:
+        raise KeyboardInterrupt
+
+    engine.next = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        measured(engine)
+    assert engine.closed == 1
+
+
+def test_a_task_of_a_measurement_uses_the_cpus_and_threads_that_it_names(
+    tmp_path: Path,
+) -> None:
+    """And the worker has its own afterwards."""
+    (tmp_path / "net.py").write_text(
+        "import os, torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        found = [torch.get_num_threads(), len(os.sched_getaffinity(0))]\n"
+        "        return torch.tensor([found] * len(x))\n"
+    )
+    config = load_config(
+        LINEAR | {"model": {"source": "python", "target": f"{tmp_path}/net.py:Net"}},
+        {"run.threads": 1, "measure.memory": False},
+    ).config
+    cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    one = {min(cpus)}
+    opening = Open(config=config.model_dump(mode="json"), trust_code=True)
+    os.sched_setaffinity(0, one)
+    try:
+        with RangeRunner(opening, cpus) as runner:
+            runner.prepare()
+            rows: list[Any] = []
+            for task in (Task(start=0, stop=BATCH, threads=3), Task(start=0, stop=BATCH)):
+                (event,) = runner.run(task).events
+                rows.append(unpack_rows(event)[0]["prediction"][0].tolist())
+            assert os.sched_getaffinity(0) == one
+    finally:
+        os.sched_setaffinity(0, cpus)
+    assert rows == [[3, len(cpus)], [1, 1]]
+    assert torch.get_num_threads() == threads

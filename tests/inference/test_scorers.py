@@ -691,3 +691,31 @@ def test_evidence_does_not_change_which_samples_are_quarantined(tmp_path: Path) 
 def test_class_numbers_without_scores_cannot_be_ranked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="auroc needs scores, but the output contains class num"):
         infer(tmp_path, CLASSES, CLASSES, metrics=["auroc"])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "transform", "metric", "problem"),
+    [
+        (LOGITS, TRUTH, "sigmoid", {"name": "exact_match"},
+         "exact_match needs several labels per sample; use accuracy"),
+        (LOGITS, TRUTH, "sigmoid", {"name": "f1", "per_class": True},
+         "f1: per_class needs several classes; one score has a single class 1"),
+        (LABEL_LOGITS, LABELS, "sigmoid", {"name": "confusion_matrix"},
+         "confusion_matrix needs classes that exclude each other, and the labels may coincide"),
+        (SCORES, CLASSES, "softmax", {"name": "accuracy", "threshold": 0.5},
+         "accuracy: threshold needs one score per sample or several labels; there are scores of "
+         "exclusive classes"),
+        (CLASSES, CLASSES, "none", {"name": "accuracy", "threshold": 0.5}, "there are no scores"),
+        (SCORES, CLASSES, "softmax", {"name": "auroc", "average": "micro"},
+         "auroc: average: macro and weighted are defined for exclusive classes, not micro"),
+        (SCORES, CLASSES, "none", {"name": "accuracy", "top_k": 6},
+         "accuracy_top6: top_k is 6, but the output has scores of 5 classes"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_the_output_does_not_fit_is_an_error_before_the_run(
+    tmp_path: Path, x: np.ndarray, y: np.ndarray, transform: str, metric: Any, problem: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        infer(tmp_path, x, y, output={"transform": transform}, metrics=[metric])
+    assert problem in str(caught.value)
+    assert not (tmp_path / "out" / "predictions.npy").exists()

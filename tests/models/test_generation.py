@@ -265,6 +265,9 @@ def test_prompts_are_cut_at_their_start_so_that_new_tokens_have_positions(
         ({"max_new_tokens": 5, "num_return_sequences": 2}, "a prompt has one text"),
         ({"max_length": 20}, "counts the prompt and its padding.*set max_new_tokens"),
         ({"max_new_tokens": 64}, "the model has positions for 64 tokens"),
+        ({"max_new_tokens": 5, "do_sample": "yes"}, "'yes' is not true or false"),
+        ({"max_new_tokens": 5, "stop_strings": ["a", ""]}, "'' is not a text"),
+        ({"max_new_tokens": 5, "stop_strings": [3]}, "3 is not a text"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(
@@ -272,6 +275,24 @@ def test_settings_that_cannot_be_used_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         infer(gpt, tmp_path / "out", generate)
+
+
+def test_a_text_is_not_longer_than_the_positions_of_a_decoder(tmp_path: Path) -> None:
+    transformers = import_transformers("")
+    tokenizer = save_tokenizer(tmp_path / "t5")  # a name for AutoModelForSeq2SeqLM
+    config = transformers.BartConfig(
+        vocab_size=250, d_model=WIDTH, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, encoder_attention_heads=2, decoder_attention_heads=2,
+        max_position_embeddings=20, pad_token_id=0, bos_token_id=None, forced_eos_token_id=None,
+        eos_token_id=tokenizer.sep_token_id, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    prompts = PROMPTS[:3]
+    with pytest.raises(ConfigError, match="positions for 20 tokens; set at most 19"):
+        infer(tmp_path / "t5", tmp_path / "out", {"max_new_tokens": 21}, prompts)
+    texts, _ = infer(tmp_path / "t5", tmp_path / "out", {"max_new_tokens": 19}, prompts)
+    assert texts == by_transformers(tmp_path / "t5", prompts, max_new_tokens=19)
 
 
 @pytest.mark.parametrize(

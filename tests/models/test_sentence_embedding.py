@@ -76,6 +76,11 @@ def dense(size: int) -> Any:
     return parts().Dense(size, 24)
 
 
+def residual(size: int) -> Any:
+    torch.manual_seed(3)
+    return parts().Dense(WIDTH, size, activation_function=torch.nn.Identity(), use_residual=True)
+
+
 def layer_norm() -> Any:
     norm = parts().LayerNorm(WIDTH)
     torch.nn.init.normal_(norm.norm.weight)
@@ -94,6 +99,7 @@ FOLDERS: dict[str, tuple[int, Modules]] = {
         300,
         lambda _: [parts().Pooling(WIDTH, "weightedmean"), parts().Dropout(0.5), layer_norm()],
     ),
+    "residuals": (64, lambda _: [parts().Pooling(WIDTH, "mean"), residual(WIDTH), residual(8)]),
 }
 
 
@@ -262,6 +268,46 @@ def test_an_unsupported_module_is_an_error_only_if_its_output_is_needed(
     (tmp_path / "st/modules.json").write_text(json.dumps(lines))
     with pytest.raises(ConfigError, match=r"has the path '\.\./elsewhere'"):
         infer(base, tmp_path / "c", {"path": str(tmp_path / "st")})
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "2_Dense/config.json",
+            {"in_features": 64, "out_features": 8, "activation_function": "evil.run"},
+            r"Dense in 2_Dense of .*st cannot be loaded: the activation evil\.run is not a class",
+        ),
+        (
+            "2_Dense/config.json",
+            {"in_features": 64, "out_features": 8, "activation_function": "torch.nn.functional"},
+            r"the activation torch\.nn\.functional is not a class of torch\.nn",
+        ),
+        ("2_Dense/config.json", {"in_features": 64, "out_features": 9}, "Dense in 2_Dense of .*st"),
+        (
+            "2_Dense/config.json",
+            {"in_features": 64},
+            "loaded: its config.json has no 'out_features'",
+        ),
+        ("2_Dense/pytorch_model.bin", None, "it has neither model.safetensors nor pytorch_model"),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "has pooling 'median', "),
+        ("modules.json", 1, "has no Pooling, "),
+    ],
+)
+def test_modules_that_cannot_be_built_are_named(
+    base: Path, tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    save_old_folder(tmp_path / "st", base)
+    if file == "modules.json":
+        content = json.loads((tmp_path / "st/modules.json").read_text())[:content]
+    (tmp_path / "st" / file).unlink()
+    if content is not None:
+        (tmp_path / "st" / file).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=message):
+        infer(
+            base, tmp_path / "out", {"path": str(tmp_path / "st")},
+            output={"select": "last_hidden_state", "transform": "sentence_embedding"},
+        )  # fmt: skip
 
 
 def test_sentence_embedding_of_another_folder_is_an_error(base: Path, tmp_path: Path) -> None:

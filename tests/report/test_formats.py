@@ -24,7 +24,7 @@ from gradrun.core.grad_mode import GradMode
 from gradrun.report import tables
 from gradrun.report.document import describe
 from gradrun.report.escaping import escape_control_chars
-from gradrun.report.plots import plots
+from gradrun.report.plots import _draw_series, plots
 from gradrun.results.ratios import compare_measured, recompute, time_ratio
 from gradrun.results.result import Comparison, ConfusionMatrix, Metric, MetricChange, RunResult
 from tests.support.reporting import assert_golden, printed
@@ -223,6 +223,40 @@ def test_batches_outside_of_the_plot_are_mentioned() -> None:
     one, *_ = plots(run.replace(measurements=(measured,)))
     assert "Not drawn: 1 time above" in one.note
     assert "up to 500 ms" in one.note
+
+
+class Drawn:
+    """Axes that record the lines and bands that are drawn on them."""
+
+    def __init__(self) -> None:
+        self.lines: list[list[list[float]]] = []
+        self.bands: list[list[list[float]]] = []
+
+    def plot(self, x: Any, y: Any, *_: Any, **__: Any) -> None:
+        self.lines.append([[*x], [*y]])
+
+    def fill_between(self, x: Any, low: Any, high: Any, **_: Any) -> None:
+        self.bands.append([[*x], [*low], [*high]])
+
+
+def test_many_batches_are_drawn_as_medians_with_a_band_from_minimum_to_maximum() -> None:
+    times = [0.001 * (1 + number * 7 % 11) for number in range(1003)]
+    groups = [times[begin : begin + 6] for begin in range(0, 1003, 6)]  # 200 groups at most
+    first = [1 + 6 * number for number in range(168)]
+    many, few = Drawn(), Drawn()
+    _draw_series(many, times, "red")
+    assert many.lines == [[first, [median(group) for group in groups]]]
+    assert many.bands == [
+        [first, [min(group) for group in groups], [max(group) for group in groups]]
+    ]
+    _draw_series(few, times[:400], "red")
+    assert (few.lines, few.bands) == ([[[*range(1, 401)], times[:400]]], [])
+    measured = RESULTS["run"].measurements[0].replace(
+        batch_seconds=tuple(times), batch_sizes=(4,) * len(times)
+    )  # fmt: skip
+    found = plots(RESULTS["run"].replace(measurements=(measured,)))
+    note = next(plot.note for plot in found if plot.title == "Over the run")
+    assert note == "Lines: medians of neighbours. Bands: minimum to maximum."
 
 
 # --- hostile names -----------------------------------------------------------------------------
