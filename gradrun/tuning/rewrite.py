@@ -120,6 +120,7 @@ def _scalar(value: Any) -> str:
 def relocated_paths(config: RunConfig, text: str, source: Path, target: Path) -> dict[str, Any]:
     """Return the keys with relative paths, as they are from the folder of the new file."""
     old, new = source.parent.resolve(), target.parent.resolve()
+    base = source.absolute().parent
     if old == new:
         return {}
 
@@ -137,6 +138,12 @@ def relocated_paths(config: RunConfig, text: str, source: Path, target: Path) ->
         if isinstance(typed, dict) and isinstance(written, dict):
             dot = key and "."
             pending += [(f"{key}{dot}{n}", typed[n], written[n]) for n in written if n in typed]
+        elif isinstance(typed, str) and isinstance(written, str):
+            # Python code, such as nets.py:Net, whose path the config has made absolute.
+            if typed.startswith("/") and os.path.normpath(typed) == os.path.normpath(
+                base / written
+            ):
+                changes[key] = moved(key, written)
         elif isinstance(typed, Path) or (
             isinstance(typed, tuple) and any(isinstance(item, Path) for item in typed)
         ):
@@ -172,7 +179,8 @@ def write_tuned(
         pass
     dumped = expected.model_dump(mode="json", exclude_defaults=True)
     note = "The original could not be changed in place, so its comments are missing."
-    lines = "".join(f"# {line}\n" for line in (*header, note))
+    changed = (f"{key}: {comment}" for key, comment in comments.items())
+    lines = "".join(f"# {line}\n" for line in (*header, note, *changed))
     return lines + yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True)
 
 
@@ -190,9 +198,10 @@ def _loads_as(text: str, expected: RunConfig, target: Path) -> bool:
 
 
 def _normalized(value: Any) -> Any:
-    """Return plain data with paths without "..", which differ by the folder of the file."""
+    """Return plain data with absolute paths without "..", which differ by the file's folder."""
     if isinstance(value, dict):
         return {key: _normalized(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_normalized(item) for item in value]
-    return os.path.normpath(value) if isinstance(value, Path) else value
+    is_path = isinstance(value, Path) or (isinstance(value, str) and value.startswith("/"))
+    return os.path.normpath(value) if is_path else value

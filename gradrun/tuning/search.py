@@ -331,7 +331,10 @@ class Search:
         against = "the baseline"
         if self.leader.changes:
             against = describe_changes(self.leader.changes)
-        return f"{ratio.value:.2f} x as fast as {against}"
+        text = f"{ratio.value:.2f} x as fast as {against}"
+        if ratio.value <= 1 + MIN_GAIN:
+            return text
+        return f"{text}, but uncertain ({ratio.low:.2g} to {ratio.high:.2g})"
 
     def _admit(self, step: str, changes: Changes) -> Candidate | None:
         """Open a setting and check it before it is timed; None if it is dropped."""

@@ -154,17 +154,41 @@ def test_relative_paths_are_kept_valid_in_another_folder(tmp_path: Path) -> None
     assert target.read_text().startswith("# h\nmodel: {source: layers")
 
 
+def test_comments_stay_where_code_beside_the_config_is_used(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\nclass Net(nn.Identity): pass\n")
+    source = tmp_path / "c.yaml"
+    source.write_text(
+        "# mine\nmodel: {source: python, target: 'net.py:Net'}  # the code\noutput: {path: out}\n"
+        "data: {source: synthetic, inputs: {x: {shape: [8]}}, samples: 8, batch_size: 8}\n"
+    )
+    config = load_config(source).config
+    changes = {"data.batch_size": 4}
+    (tmp_path / "sub").mkdir()
+    target = tmp_path / "sub" / "t.yaml"
+    made = write_tuned(source, target, config, apply(config, changes), changes, {}, ["h"])
+    assert "model: {source: python, target: ../net.py:Net}  # the code\n" in made
+    target.write_text(made)
+    loaded = load_config(target).config
+    file = loaded.model.target.rpartition(":")[0]  # type: ignore[union-attr]
+    assert Path(file).samefile(tmp_path / "net.py")
+
+
 def test_anchors_fall_back_to_the_whole_config(tmp_path: Path) -> None:
     source = tmp_path / "c.yaml"
     source.write_text(
-        "model: {source: layers, layers: [&l {Linear: [8, 8]}, *l]}\n"
-        "data: {source: synthetic, inputs: {x: {shape: [8]}}, samples: 8, batch_size: 8}\n"
+        "model: {source: layers, layers: [{Linear: [8, 4]}]}\n"
+        "data: {source: synthetic, inputs: {x: {shape: [8]}}, samples: &n 8, batch_size: *n}\n"
         "output: {path: out}\n"
     )
     config = load_config(source).config
-    changes = {"model.layers": [{"Linear": [8, 8]}]}
+    changes = {"data.batch_size": 4}
     expected = apply(config, changes)
     target = tmp_path / "t.yaml"
-    target.write_text(write_tuned(source, target, config, expected, changes, {}, ["h"]))
+    why = {"data.batch_size": "tune: 8 before"}
+    target.write_text(write_tuned(source, target, config, expected, changes, why, ["h"]))
+    lines = target.read_text().splitlines()
+    assert lines[0] == "# h"
+    assert "could not be changed in place" in lines[1]
+    assert lines[2] == "# data.batch_size: tune: 8 before"
     assert load_config(target).config.model_dump() == expected.model_dump()
     assert not list(tmp_path.glob(".*draft"))

@@ -654,3 +654,17 @@ def test_nothing_helps_names_a_gain_that_no_interval_contains(seed: int) -> None
     assert result.detectable > 0.01  # the noise hides one percent
     highest = [t.high for t in result.trials if t.outcome == "no_gain" and t.high and not confirmed]
     assert all(high <= 1 + result.detectable for high in highest)
+
+
+def test_a_gain_that_is_dropped_is_called_uncertain() -> None:
+    """Blocks of one process differ by a factor of about ten."""
+
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.0005 if config.run.seed else 0.001, noise=2.5)
+
+    reasons: list[str] = []
+    for seed in range(5):
+        found = PlantedSearch(plan, (SEED,), seed=seed)
+        found.run()
+        reasons += [t.reason for t in found.search.trials if t.ratio and t.ratio > 1.01]
+    assert any("x as fast as the baseline, but uncertain (" in reason for reason in reasons)
