@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from gradrun.core.errors import ConfigError
-from gradrun.core.input_files import format_name, format_suffix, list_files, open_input
+from gradrun.core.input_files import (
+    common_folder,
+    format_name,
+    format_suffix,
+    list_files,
+    open_input,
+)
 
 TEXT = b"".join(b"line %d\n" % number for number in range(5000))
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -110,6 +116,27 @@ def test_a_path_without_usable_files_is_an_error(
 ) -> None:
     make(tmp_path, *files)
     assert message in error(tmp_path / path)
+
+
+def test_a_path_that_the_system_refuses_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **_: object) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert error(tmp_path) == f"{tmp_path} cannot be read: Permission denied"
+
+
+def test_the_common_folder_is_the_part_of_the_paths_before_a_wildcard(tmp_path: Path) -> None:
+    one, two = make(tmp_path, "a/b/one.csv", "a/c/two.csv")
+    assert common_folder(one, "data.path") == tmp_path / "a" / "b"
+    assert common_folder(tmp_path / "a", "data.path") == tmp_path / "a"
+    assert common_folder(tmp_path / "a" / "*" / "one.csv", "data.path") == tmp_path / "a"
+    assert common_folder([one, two], "data.path") == tmp_path / "a"
+    assert common_folder([one, Path("/")], "data.path") == Path("/")
+    with pytest.raises(ConfigError, match="have no common folder"):
+        common_folder([one, Path("relative/x.csv")], "data.path")
 
 
 def test_a_file_that_is_listed_twice_is_an_error(tmp_path: Path) -> None:

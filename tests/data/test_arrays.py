@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -209,6 +210,40 @@ def test_an_invalid_array_is_an_error_when_it_is_opened(
             archive.write(tmp_path / "bad.npy", "rows.npy")
     with pytest.raises(ConfigError, match=words):
         data("arrays", path=path)
+
+
+def test_a_file_that_changes_after_it_was_opened_is_an_error(tmp_path: Path) -> None:
+    path = stored(tmp_path, "npy")
+    source = opened(path)
+    first = next(source.batches())
+    assert torch.equal(first.args[0], torch.from_numpy(ROWS[:10]))
+    _cut(path, 600)
+    with pytest.raises(ConfigError, match=r"npy\.npy is truncated: its header declares 4,944"):
+        list(source.batches(10))
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"npy\.npy cannot be read: No such file or directory"):
+        list(source.batches())
+
+
+@pytest.mark.parametrize("start", [0, 90])
+def test_a_compressed_array_that_ends_early_is_an_error(
+    tmp_path: Path, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradrun.data.source.CHUNK_BYTES", 1000)
+    plain = _cut(_npy(tmp_path / "a.npy", ROWS), 3000)
+    path = tmp_path / "rows.npy.gz"
+    path.write_bytes(gzip.compress(plain.read_bytes()))
+    source = data("arrays", path=path, batch_size=10)
+    assert torch.equal(next(source.batches()).args[0], torch.from_numpy(ROWS[:10]))
+    with pytest.raises(ConfigError, match=r"rows\.npy\.gz is truncated"):
+        list(source.batches(start))
+
+
+def test_archives_are_not_read_from_compressed_files(tmp_path: Path) -> None:
+    (tmp_path / "rows.npz.gz").write_bytes(gzip.compress(stored(tmp_path, "stored").read_bytes()))
+    assert data_error("arrays", path=tmp_path / "rows.npz.gz") == (
+        "rows.npz.gz: .npz files cannot be read from a .gz file; decompress it"
+    )
 
 
 def test_a_pickled_array_is_an_error_and_runs_no_code(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,44 @@ def test_the_hash_in_the_description_is_that_of_sha256sum(tmp_path: Path) -> Non
     (tmp_path / "w.pt").write_bytes(b"abc" * 1000)
     expected = hashlib.sha256(b"abc" * 1000).hexdigest()[:8]
     assert describe_file(tmp_path / "w.pt") == f"w.pt (sha256 {expected})"
+
+
+def test_a_file_that_was_removed_is_described_by_its_name(tmp_path: Path) -> None:
+    assert describe_file(tmp_path / "w.pt") == "w.pt"
+
+
+def test_a_compressed_archive_is_refused_and_a_stored_one_is_loaded(
+    tmp_path: Path, trained: nn.Module
+) -> None:
+    """torch.load would allocate all that it expands to."""
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    torch.save({"zeros": torch.zeros(100_000)}, tmp_path / "zeros.pt")
+
+    def packed(name: str, kind: int) -> Path:
+        with (
+            zipfile.ZipFile(tmp_path / name) as whole,
+            zipfile.ZipFile(tmp_path / f"{kind}-{name}", "w", kind) as copied,
+        ):
+            for member in whole.namelist():
+                copied.writestr(member, whole.read(member))
+        return tmp_path / f"{kind}-{name}"
+
+    assert_loaded(loaded(packed("w.pt", zipfile.ZIP_STORED)), trained)
+    text = str(load_error(packed("zeros.pt", zipfile.ZIP_DEFLATED)))
+    assert "is a compressed archive, which torch.save does not write; save it again" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"weights", "w.pt is not a checkpoint of torch.save"),
+        (pickle.dumps(argparse.Namespace(a=1), 2), "contains Python objects besides tensors"),
+        (b"\x80\x02\x85.", "contains Python objects besides tensors"),  # takes from an empty stack
+    ],
+)
+def test_files_without_tensors_are_named(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    assert words in str(load_error(tmp_path / "w.pt"))
 
 
 def test_large_files_are_hashed_by_evenly_spaced_blocks(
