@@ -281,7 +281,9 @@ class Search:
         try:
             return self._race_leader(step, changes)
         finally:
-            self.save({name: self.trials[n] for name, n in self.seen.items() if n >= 0})
+            # Ctrl-C may have ended the start of a setting that has no trial yet.
+            tried = {name: n for name, n in self.seen.items() if 0 <= n < len(self.trials)}
+            self.save({name: self.trials[n] for name, n in tried.items()})
 
     def _race_leader(self, step: Step, changes: Changes) -> Outcome:
         count = len(self.trials)

@@ -390,6 +390,19 @@ def test_a_race_that_ctrl_c_ends_does_not_count_as_faster() -> None:
     assert found.saved.popitem()[1].outcome == "not_tried"  # --resume tries it again
 
 
+def test_ctrl_c_while_a_setting_starts_keeps_the_best_so_far() -> None:
+    def plan(config: RunConfig) -> Planted:
+        if config.run.warmup == 3:
+            raise KeyboardInterrupt
+        return Planted(0.001 if config.run.seed == 0 else 0.0005)
+
+    found = PlantedSearch(plan, (SEED, WARMUP))
+    best = found.search.run()
+    assert found.search.interrupted
+    assert best.changes == {"run.seed": 1}
+    assert [trial.changes for trial in found.saved.values()] == [{"run.seed": 1}]
+
+
 def test_a_metric_that_cannot_be_computed_fails_the_setting() -> None:
     def gate(config: RunConfig) -> str:
         raise RunFailed("the process was killed")
