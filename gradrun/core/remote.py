@@ -526,8 +526,6 @@ def local_copy(path: Path) -> Path:
         for source in sources:
             relative = source.relative_to(path) if source != path else PurePosixPath()
             copy = draft / path.name / relative
-            if ".." in copy.parts:
-                raise OSError(errno.EINVAL, "its name contains ..", str(source))
             copy.parent.mkdir(parents=True, exist_ok=True)
             with source.open("rb") as file, copy.open("wb") as opened:
                 shutil.copyfileobj(file, opened, _BLOCK)
@@ -541,5 +539,6 @@ def local_copy(path: Path) -> Path:
 
 
 def _visible_files(folder: RemotePath) -> list[RemotePath]:
+    """Return the files, without hidden ones and names with `..`, which would leave a copy."""
     files = sorted(folder.files())
     return [f for f in files if not any(p.startswith(".") for p in f.relative_to(folder).parts)]
