@@ -479,6 +479,26 @@ def test_a_model_that_fails_in_a_worker_fails_the_check(project, body, failed, r
 
 
 @in_this_process
+def test_values_of_any_size_are_checked_in_jsonl_but_have_no_golden_outputs(project):
+    Path("nets/mine.py").write_text(
+        NET.partition("for _")[0] + "return [row[: 1 + i] for i, row in enumerate(x)]\n"
+    )
+    result = gradrun.check("gradrun.yaml")
+    assert statuses(result)["model runs"] == "pass"
+    lines = Path("runs/mine-check/predictions.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["prediction"]) for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8] * 5
+    with pytest.raises(ConfigError, match=r"golden outputs require output\.format npy"):
+        gradrun.check("gradrun.yaml", check={"expected": "golden"}, update_expected=True)
+
+
+@in_this_process
+def test_a_baseline_that_cannot_be_written_is_an_error_after_the_check(project):
+    with pytest.raises(gradrun.GradrunError, match=r"none/base\.json cannot be written: No such"):
+        gradrun.check("gradrun.yaml", save_baseline="none/base.json")
+    assert RunResult.load("runs/mine-check").status == "pass"
+
+
+@in_this_process
 def test_rows_of_different_shapes_are_checked_in_jsonl(project):
     Path("nets/mine.py").write_text(
         NET.partition("for _")[0] + "return self.last(self.first(x))[:, : 1 + int(x[0, 0] > 0)]\n"
@@ -552,6 +572,15 @@ def test_another_config_can_be_the_reference(project):
         ({"against": "no-such-branch"}, "neither a file nor a git revision|git"),
         ({"against": "--output=x"}, "neither a file nor a git revision|git"),
         ({"against": "x", "baseline": "y"}, "cannot be combined"),
+        ({"baseline": "none.json"}, "the baseline none.json does not exist; save_baseline="),
+        (
+            {"check": {"expected": "golden.safetensors"}, "output": {"format": "jsonl"}},
+            "golden outputs require output.format npy: rows of jsonl can differ in shape",
+        ),
+        (
+            {"check": {"expected": "gradrun.yaml/golden.safetensors"}},
+            "a parent folder of .*golden.safetensors is a file",
+        ),
     ],
 )
 def test_an_invalid_reference_is_reported_before_anything_runs(project, options, message):

@@ -63,3 +63,27 @@ def test_a_checksum_covers_the_requested_range(file: int, begin: int, end: int) 
 def test_reading_beyond_the_end_yields_nothing(file: int) -> None:
     files.write_all(file, b"abc")
     assert b"".join(files.read_chunks(file, 1, 100)) == b"bc"
+
+
+def test_links_pipes_and_folders_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    os.close(files.open_regular(tmp_path / "file", os.O_RDONLY))
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.open_regular(tmp_path / name, os.O_RDONLY)
+    with pytest.raises(OSError, match="not a regular file"):
+        files.open_regular(tmp_path, os.O_RDONLY)
+    with pytest.raises(FileNotFoundError):
+        files.open_regular(tmp_path / "none", os.O_RDONLY)
+
+
+def test_lines_are_read_whole_and_endless_ones_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"one\n\ntwo\nthree")
+    assert [*files.read_lines(tmp_path / "file")] == [b"one\n", b"\n", b"two\n", b"three"]
+    monkeypatch.setattr(files, "_LONGEST_LINE", 4)
+    with pytest.raises(OSError, match="a line is longer than gradrun writes"):
+        [*files.read_lines(tmp_path / "file")]

@@ -96,6 +96,18 @@ def test_rows_without_a_list_of_numbers_are_errors_of_their_own(tmp_path: Path) 
     assert batch.kwargs["x"][[0, 6]].tolist() == [[1.5, 2], [2.5, 0]]
 
 
+def test_lists_of_one_row_have_one_length(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [[1], [2, 3], [4]], y=[[5], [6], [7]])
+    source = data(
+        "records", path=path, inputs={"x": {"columns": ["x", "y"], "pad": 0}}, batch_size=3
+    )
+    (batch,) = source.batches()
+    assert {row: str(error) for row, error in batch.errors.items()} == {
+        1: f"{path}:2  the lists in x, y have different lengths: 2, 1"
+    }
+    assert batch.args[0][[0, 2]].tolist() == [[[1, 5]], [[4, 7]]]
+
+
 def test_items_of_another_shape_are_an_error_of_their_row(tmp_path: Path) -> None:
     (batch,) = ragged(tmp_path / "t.jsonl", [*SERIES[:2], [[1, 2, 3]]]).batches()
     assert "has the shape [3], but those of most rows [2]" in str(batch.errors[2])

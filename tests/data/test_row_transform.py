@@ -108,3 +108,17 @@ def test_a_result_that_is_not_a_dict_is_an_error_of_its_row(
     (tmp_path / "t.csv").write_text("a,city\n1,x\nnone,x\n")
     with pytest.raises(ConfigError, match=r"t.csv:3  prep.py:prepare returned NoneType"):
         gradrun.infer(config, trust_code=True)
+
+
+def test_a_transform_needs_a_function_and_columns(tmp_path: Path, config: dict[str, Any]) -> None:
+    (tmp_path / "prep.py").write_text("number = 3\n" + PREP)
+    config["data"]["transform"] = f"{tmp_path}/prep.py:number"
+    with pytest.raises(ConfigError, match=r"prep\.py:number is not a function of a row"):
+        gradrun.infer(config, trust_code=True)
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    config["data"] = {
+        "source": "text", "path": str(tmp_path / "t.txt"), "tokenizer": "t",
+        "transform": f"{tmp_path}/prep.py:prepare",
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"a \.txt file has no columns to transform"):
+        gradrun.infer(config, trust_code=True)
