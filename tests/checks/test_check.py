@@ -488,7 +488,7 @@ def test_values_of_any_size_are_checked_in_jsonl_but_have_no_golden_outputs(proj
     lines = Path("runs/mine-check/predictions.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["prediction"]) for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8] * 5
     with pytest.raises(ConfigError, match=r"golden outputs require output\.format npy"):
-        gradrun.check("gradrun.yaml", check={"expected": "golden"}, update_expected=True)
+        gradrun.check("gradrun.yaml", check={"expected": "g.safetensors"}, update_expected=True)
 
 
 @in_this_process
