@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradrun.data.batch import Batch
-from gradrun.inference.meters.work import forward_work
+from gradrun.inference.meters.cpu_memory import storages
+from gradrun.inference.meters.work import _bytes, forward_work
 from gradrun.results.work import Work
 from models import mlp, resnet18, transformer_encoder
 
@@ -101,6 +102,51 @@ def test_operations_of_attention_are_two_products() -> None:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert work_of(Attention(), torch.ones(2, 3, 8, 16)).total_flops == 2 * 2 * 2 * 3 * 8 * 8 * 16
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_operations_of_multi_head_attention_are_equal_in_both_implementations(mode: Any) -> None:
+    """Four projections of 6 x 8 numbers with 8 x 8 weights, and two products per head."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x, x, x, need_weights=False)[0]
+
+    heads = 2 * 2 * (3 * 2 * 6 * 6 * 4)
+    counted = work_of(Attention(), torch.ones(3, 6, 8), mode=mode)
+    assert counted.total_flops == 4 * (2 * 3 * 6 * 8 * 8) + heads
+
+
+def test_products_with_vectors_are_counted() -> None:
+    class Vectors(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.mv(x, x[0]) + torch.dot(x[0], x[1]) + torch.addmv(x[:, 0], x, x[1])
+
+    counted = work_of(Vectors(), torch.ones(5, 7))
+    assert counted.total_flops == 2 * 5 * 7 + 2 * 7 + 2 * 5 * 7
+
+
+VALUES = torch.tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "numbers"),
+    [
+        (torch.sparse_coo_tensor([[0, 2, 3], [1, 3, 0]], VALUES, (4, 5)), 2 * 3),
+        # The ends of the four rows, or five columns, and the other place of each value.
+        (torch.sparse_csr_tensor([0, 1, 1, 2, 3], [1, 3, 0], VALUES, (4, 5)), 5 + 3),
+        (torch.sparse_csc_tensor([0, 1, 2, 2, 3, 3], [3, 0, 2], VALUES, (4, 5)), 6 + 3),
+    ],
+    ids=["coo", "csr", "csc"],
+)
+def test_a_sparse_matrix_has_the_bytes_of_its_indices_and_values(
+    matrix: torch.Tensor, numbers: int
+) -> None:
+    assert _bytes(matrix) == sum(storages([matrix]).values()) == 8 * numbers + 4 * 3
 
 
 def test_an_embedding_reads_the_rows_that_it_selects() -> None:

@@ -94,6 +94,20 @@ class Slow(nn.Module):
         return x
 
 
+class Alternates(nn.Module):
+    """Calls its parts in turn, and uses the weight of another without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.parts[self.calls % 5 == 0](x) @ self.unused.weight
+
+
 def scripted() -> nn.Module:
     return torch.jit.script(Block(8))
 
@@ -338,6 +352,14 @@ def test_one_batch_of_each_shape_is_profiled_in_order() -> None:
     batches = [Batch((torch.ones(2, n),), {}, 2, range(2)) for n in (3, 5, 3, 4, 5)]
     found = of_different_shapes(batches)
     assert [id(batch) for batch in found] == [id(batches[i]) for i in (0, 1, 3)]
+
+
+def test_modules_that_some_batches_skip_are_a_warning(profiled: Profiled) -> None:
+    found = profiled("Alternates")
+    (text,) = (w.text for w in found.warnings if w.code == "calls_vary")
+    assert text.startswith("the model does not call the same modules in every batch")
+    (idle,) = (s.text for s in found.interpretation if s.topic == "not called")
+    assert idle.startswith("unused: not called as modules")
 
 
 def test_the_batches_of_the_rounds_are_stated(profiled: Profiled) -> None:
