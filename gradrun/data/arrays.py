@@ -324,6 +324,8 @@ class _NpyHeader:
                 "data.path",
             )
         try:
+            if not dtype.itemsize:  # torch 2.6 divides by it, which ends the process
+                raise TypeError
             self.torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         except TypeError as error:
             raise ConfigError(

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import fsum
 from statistics import median
 
 from gradrun.core.record import Record
@@ -180,9 +181,9 @@ class ProfileFigures:
     def _self_rounds(self, index: int, children: Sequence[int]) -> list[float]:
         modules = self.profile.modules
         cost = self.inside * modules[index].calls
-        cost += sum(self.outside * modules[child].calls for child in children)
+        cost += fsum(self.outside * modules[child].calls for child in children)
         own = modules[index].seconds
-        inner = [sum(modules[c].seconds[r] for c in children) for r in range(len(own))]
+        inner = [fsum(modules[c].seconds[r] for c in children) for r in range(len(own))]
         return [a - b - cost for a, b in zip(own, inner, strict=True)]
 
     @property
@@ -201,7 +202,7 @@ class ProfileFigures:
 
         Far from 1 if modules are disturbed in different rounds, by other programs.
         """
-        return sum(module.self_time.value for module in self.modules) / self.forward.value
+        return fsum(module.self_time.value for module in self.modules) / self.forward.value
 
     @property
     def self_seconds_by_type(self) -> dict[str, float]:

@@ -391,8 +391,9 @@ def run(path: Path, kills: int, seed: int, source: str = "synthetic") -> list[Ki
                 raise SystemExit(_failure(path, timelines[form]))
         number = 0
         while len(done) < kills:
-            form = folder.workload.writers[number % len(folder.workload.writers)]
-            times = min(rng.choice([1, 1, 2]), kills - len(done))
+            formats = Counter(kill.form for kill in done)
+            form = min(folder.workload.writers, key=formats.__getitem__)
+            times = min(1 if number % 4 else 2, kills - len(done))
             moments = [timelines[form].draw(rng) for _ in range(times)]
             out = f"{form}-{number}"
             killed = enumerate(kill_and_resume(folder, form, moments, out))

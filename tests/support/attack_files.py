@@ -123,7 +123,7 @@ CONFIGS = {
     "a config of a terabyte": _yaml("larger than 1 MiB", "run: {}", holes={"c.yaml": TERABYTE}),
     "UTF-16": attack("not UTF-8", {"c.yaml": "run: {}".encode("utf-16")}, VALIDATE),
     "half a character": _yaml("half of a surrogate", r'run: {mode: "\ud800"}'),
-    "a NUL in a path": _yaml("null byte", r'model: {source: exported, path: "a\0b"}'),
+    "a NUL in a path": _yaml("embedded null", r'model: {source: exported, path: "a\0b"}'),
     "a device as a file": _yaml("not a regular file", "data: {source: arrays, path: /dev/zero}"),
     "a way out": _yaml(r"contains '\.\.'", "output: {path: out/../../evil}"),
     "a key that drives the terminal": _yaml(SHOWN, f"run: {{{json.dumps(SCREEN)}: 1}}"),

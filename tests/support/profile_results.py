@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import fsum
 from typing import Any
 
 from gradrun.core.grad_mode import GradMode
@@ -52,12 +53,12 @@ class Planted:
 
     def raw(self) -> float:
         """Seconds with children and the cost of hooks, as a hook would measure them."""
-        inner = sum(child.raw() + OUTSIDE * child.calls for child in self.children)
+        inner = fsum(child.raw() + OUTSIDE * child.calls for child in self.children)
         return self.own + INSIDE * self.calls + inner
 
     def total(self) -> float:
         """Seconds with children, without hooks."""
-        return self.own + sum(child.total() for child in self.children)
+        return self.own + fsum(child.total() for child in self.children)
 
     def entries(self, parent: int, first: int, wobble: Sequence[float]) -> list[ModuleCalls]:
         """Return the entries of this module, which gets the index `first`, and its children."""
