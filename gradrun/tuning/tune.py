@@ -312,7 +312,11 @@ def _write(
     changes = {key.key: key.value for key in result.keys} | {_MACHINE: machine}
     expected = original = apply(loaded.config, changes)
     if source:  # with the changes of --set, but not those of the section tune
-        original = load_config(source).config
+        try:
+            original = load_config(source).config
+        except ConfigError:  # it needs those changes
+            source = None
+    if source:
         changes = dict(_overridden(original, loaded.config)) | changes
         expected = apply(original, changes)
     header = [result.headline(source.name if source else "the config")]

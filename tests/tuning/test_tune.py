@@ -293,6 +293,17 @@ def test_a_target_that_cannot_be_written_keeps_the_result(
     assert RunResult.load(config.with_name("out-tune")) == found
 
 
+def test_a_config_that_needs_overrides_is_written_whole(
+    config: Path, tuned: TuneResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(config.read_text().replace("  path: x.npy\n", ""))
+    monkeypatch.setattr(tune_module, "_search", lambda *_: tuned.replace(file=""))
+    result = gradrun.tune(config, trust_code=True, **{"data.path": "x.npy"})
+    written = load_config(result.file).config
+    assert written.data.batch_size == tuned.keys[0].value
+    assert written.input_files()[0].samefile(config.with_name("x.npy"))
+
+
 def test_a_folder_that_cannot_be_written_is_an_error(config: Path) -> None:
     config.with_name("file").write_text("")
     with pytest.raises(gradrun.GradrunError, match=r"cannot be written: Not a directory"):
