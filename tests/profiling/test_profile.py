@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from gradrun.core.errors import ConfigError
 from gradrun.data.batch import Batch
 from gradrun.models.loaded import LoadedModel
 from gradrun.profiling.call_tree import CallTree
+from gradrun.profiling.coverage import limitations
 from gradrun.profiling.variant import ProfiledVariant, of_different_shapes
 from gradrun.report.document import describe
 from gradrun.results.profile import ProfileFigures, differences
@@ -92,20 +94,6 @@ class Slow(nn.Module):
         for _ in range(300 if torch.is_grad_enabled() else 1):
             x = x + 1
         return x
-
-
-class Alternates(nn.Module):
-    """Calls its parts in turn, and uses the weight of another without calling it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self.parts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
-        self.unused = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self.parts[self.calls % 5 == 0](x) @ self.unused.weight
 
 
 def scripted() -> nn.Module:
@@ -354,12 +342,29 @@ def test_one_batch_of_each_shape_is_profiled_in_order() -> None:
     assert [id(batch) for batch in found] == [id(batches[i]) for i in (0, 1, 3)]
 
 
-def test_modules_that_some_batches_skip_are_a_warning(profiled: Profiled) -> None:
-    found = profiled("Alternates")
-    (text,) = (w.text for w in found.warnings if w.code == "calls_vary")
-    assert text.startswith("the model does not call the same modules in every batch")
-    (idle,) = (s.text for s in found.interpretation if s.topic == "not called")
-    assert idle.startswith("unused: not called as modules")
+@pytest.mark.parametrize(
+    ("calls", "device", "codes"),
+    [
+        ([[2.0, 2.0, 2.0], [0.0, 0.0, 0.0]], "cpu", []),
+        ([[2.0, 2.0, 2.0], [1.0, 0.8, 1.0]], "cpu", ["calls_vary"]),
+        ([[2.0, 2.0, 2.0], [100.0, 100.5, 100.0]], "cpu", []),
+        ([[1.0, 1.0, 1.0]], "cuda:0", ["synchronized"]),
+    ],
+)
+def test_rounds_that_call_other_modules_or_wait_for_a_device_are_a_warning(
+    calls: list[list[float]], device: str, codes: list[str]
+) -> None:
+    tree = SimpleNamespace(nodes=[SimpleNamespace(calls=of_node) for of_node in calls])
+    variant: Any = SimpleNamespace(model=Net(), tree=tree, device=torch.device(device))
+    assert [warning.code for warning in limitations(variant)] == codes
+
+
+def test_the_graph_of_an_exported_model_is_timed_as_a_whole() -> None:
+    graph = torch.fx.symbolic_trace(Block(8))
+    tree = SimpleNamespace(nodes=[SimpleNamespace(calls=[1.0])])
+    variant: Any = SimpleNamespace(model=graph, tree=tree, device=torch.device("cpu"))
+    (warning,) = limitations(variant)
+    assert warning.text.startswith("an exported model is a graph of operators without modules")
 
 
 def test_the_batches_of_the_rounds_are_stated(profiled: Profiled) -> None:
