@@ -412,6 +412,7 @@ def test_ctrl_c_during_the_measurement_ends_the_workers() -> None:
     assert engine.closed == 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes cannot be pinned")
 def test_a_task_of_a_measurement_uses_the_cpus_and_threads_that_it_names(
     tmp_path: Path,
 ) -> None:
