@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from gradrun.core.units import format_bytes, format_seconds, pluralize
 from gradrun.report.tables import DASH, Cell, Column, Status, Table, Tone, figure_table
@@ -59,7 +60,18 @@ def _starts(result: TuneResult) -> Table:
         rows.append(("tuned, first time", format_seconds(cold), "compiles"))
     if result.break_even:
         rows.append(("pays after", f"{result.break_even:,}", "samples"))
+        samples = f"of {pluralize(result.job_samples, 'sample')}, with the start"
+        before = _job_seconds(result, "baseline", result.start_seconds)
+        after = _job_seconds(result, "tuned", result.tuned_start)
+        detail = f"{samples}; {format_seconds(before)} before"
+        rows.append(("job", format_seconds(after), detail))
     return figure_table("Start", rows)
+
+
+def _job_seconds(result: TuneResult, variant: str, start: float) -> float:
+    """Return the seconds of a job at the median speed of a variant, with its start."""
+    speeds = [median(m.seconds_per_sample) for m in result.measurements if m.variant == variant]
+    return start + result.job_samples * median(speeds)
 
 
 def _trials(result: TuneResult) -> Table:
@@ -76,7 +88,8 @@ def _trials(result: TuneResult) -> Table:
         Column("process peak"),
         Column("outcome", "text"),
     )
-    note = "Ratios of the search, to the baseline; they are not confirmed."
+    goal = "" if result.steady else " of jobs with their start"
+    note = f"Ratios of the search{goal}, to the baseline; they are not confirmed."
     return Table("Tried", columns, tuple(rows), note=note)
 
 

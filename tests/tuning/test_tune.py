@@ -394,6 +394,22 @@ def test_ctrl_c_before_the_baseline_has_no_result(
     assert not (config.with_name("out-tune") / "result.json").exists()
 
 
+def test_a_job_with_a_longer_start_is_shown_with_it(tmp_path: Path) -> None:
+    """200,000 samples take 2 + 200 s, and with the change 30 + 100 s."""
+
+    def plan(config: RunConfig) -> Planted:
+        return Planted(0.0005, start=30.0) if config.run.seed else Planted(0.001, start=2.0)
+
+    tune = {"steady": False, "samples": 200_000, "budget": 2000}
+    found = PlantedSearch(plan, (SEED,), tune)
+    result = tune_module._search(found.search, "2026-01-01", tmp_path)
+    text = render([("r", result)], "table")
+    assert result.comparisons[0].ratio == pytest.approx(2)
+    (line,) = (line for line in text.splitlines() if line.startswith("job "))
+    assert line.split() == "job 130 s of 200,000 samples, with the start; 202 s before".split()
+    assert "Ratios of the search of jobs with their start" in text
+
+
 # --- the tuned file ------------------------------------------------------------------------------
 
 
