@@ -24,7 +24,7 @@ from tests.support.lanes import Planted, inline_lanes
 from tests.support.planted_search import BASE, PlantedSearch, move
 from tests.support.workers import in_process_workers
 
-SAMPLES = 256
+SAMPLES = 64
 
 CONFIG = """\
 # A network that sleeps.
@@ -57,7 +57,7 @@ def _make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MOVES", chosen)
 
 
-# Two milliseconds a batch, whatever its size, so that larger batches gain on any machine.
+# Ten milliseconds a batch, whatever its size, so that larger batches gain on any machine.
 NET = """
 import time
 from torch import nn
@@ -68,7 +68,7 @@ class Net(nn.Module):
         self.layer = nn.Linear(8, 4)
 
     def forward(self, x):
-        time.sleep(0.002)
+        time.sleep(0.01)
         return self.layer(x)
 """
 
