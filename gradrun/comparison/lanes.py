@@ -21,8 +21,16 @@ from gradrun.config.schema import RunConfig
 from gradrun.core.cpu import available_cpus, thread_count
 from gradrun.core.errors import ConfigError, RunFailed
 from gradrun.core.units import pluralize
-from gradrun.engines.engine import start_error
-from gradrun.engines.messages import Done, Open, Ready, Rows, Task, unpack_rows
+from gradrun.engines.engine import Lost, start_error
+from gradrun.engines.messages import (
+    Done,
+    Failed,
+    Open,
+    Quarantined,
+    Ready,
+    Task,
+    unpack_rows,
+)
 from gradrun.engines.processes import ProcessesEngine
 from gradrun.output.columns import as_tensors
 from gradrun.output.transforms import Tensors
@@ -92,8 +100,9 @@ class ProcessLane:
         while len(done) < len(parts):
             if event := self.engine.next(_POLL_SECONDS):
                 number, message = event
-                if not isinstance(message, Done):
-                    raise start_error(number, message)
+                if isinstance(message, Lost):
+                    raise RunFailed(f"worker {number} {message.cause}")
+                assert isinstance(message, Done)
                 if message.error:
                     raise RunFailed(message.error)
                 done[number] = message
@@ -147,6 +156,8 @@ def open_lane(config: RunConfig, *, trust_code: bool, timeout: float) -> Process
                 raise NotReady(f"not ready within {timeout:.0f} s")
             if event := engine.next(min(left, _POLL_SECONDS)):
                 number, message = event
+                if isinstance(message, Failed) and message.invalid:
+                    raise ConfigError(message.error)
                 if not isinstance(message, Ready):
                     raise start_error(number, message)
                 ready[number] = message
@@ -193,7 +204,12 @@ def _rows(done: Done) -> list[Tensors]:
     """
     rows: list[Tensors] = []
     for event in done.events:
-        if not isinstance(event, Rows) or event.valid is not None:
+        if isinstance(event, Quarantined):
+            raise RunFailed(
+                f"sample {event.id!r} has no prediction, so that outputs cannot be compared: "
+                f"{event.error}"
+            )
+        if event.valid is not None:
             raise RunFailed("a sample has no prediction; see gradrun infer")
         outputs, _, _ = unpack_rows(event)
         tensors = as_tensors(outputs)

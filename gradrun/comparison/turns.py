@@ -30,6 +30,11 @@ ROUNDS = 7
 _WORKER_UNITS = 4
 """Least units of a task for each of several workers, which then end at about the same time."""
 
+_SPREAD = (math.sqrt(5) - 1) / 2
+"""Part of the window between one task and the next. Multiples of the golden ratio,
+modulo 1, leave no large gap, however many there are.
+"""
+
 _MAX_REPEATED = 2
 _MAX_TASKS = 50
 _MAX_COMPARED = 256
@@ -57,11 +62,14 @@ class Turn:
         return [block.seconds_per_sample for block in self.blocks]
 
     def run(self, number: int) -> Block:
-        """Run the tasks of block `number`, each from its own place in the window."""
+        """Run the tasks of block `number`, each from its own place in the window.
+
+        Any number of blocks is spread over the whole window: data may be sorted by length.
+        """
         first, last = self.window
         places = max(1, (last - first) // self.count)
         tasks = range(number * self.tasks, (number + 1) * self.tasks)
-        starts = [first + task % places * self.count for task in tasks]
+        starts = [first + int(task * _SPREAD % 1 * places) * self.count for task in tasks]
         parts = [self.lane.run(start, min(last, start + self.count)) for start in starts]
         self.peak = parts[-1].process_peak
         if len(parts) == 1:

@@ -150,6 +150,8 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
     """Worker to driver: the run cannot be prepared."""
 
     error: Any
+    invalid: bool = False
+    """Whether the config, the model or the data are invalid, as ConfigError says."""
 
 
 Request = Open | Task

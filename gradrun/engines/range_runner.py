@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gradrun.config.load import load_config
-from gradrun.core.errors import GradrunError, Interrupted, first_line
+from gradrun.core.errors import ConfigError, GradrunError, Interrupted, first_line
 from gradrun.data.source import require_length, whole_batches
 from gradrun.engines.messages import (
     Done,
@@ -284,4 +284,5 @@ def serve(
 def failed(error: Exception) -> Failed:
     """Describe the error that prevents a worker from starting."""
     expected = isinstance(error, GradrunError)
-    return Failed(error=str(error) if expected else f"{type(error).__name__}: {first_line(error)}")
+    text = str(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+    return Failed(error=text, invalid=isinstance(error, ConfigError))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from contextlib import closing
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -142,6 +145,65 @@ def test_lanes_of_other_batch_sizes_run_whole_batches(one: int, two: int, varies
     assert all(len(turn.blocks) == 3 for turn in taken)
     if varies:
         assert len({block.samples for turn in taken for block in turn.blocks}) <= 2
+
+
+@pytest.mark.parametrize("varies", [False, True])
+def test_the_blocks_are_spread_over_data_that_are_sorted(varies: bool) -> None:
+    """Ten times as fast in the first eighth of the samples, and as fast elsewhere."""
+    clock, runs = Clock(), list[tuple[int, int]]()
+    config = _config(**{"data.samples": 9600})
+
+    def cost(sample: int) -> float:
+        return 0.1 if sample < 1200 else 1.0
+
+    base = _lane(config, clock, Planted(0.001), varies=varies)
+    other = _lane(
+        config, clock, Planted(0.001, cost=cost, check=lambda *run: runs.append(run)), varies=varies
+    )
+    taken = take_turns([base, other], (0, 9600))
+    ratios = [a / b for a, b in zip(*(t.seconds_per_sample for t in taken), strict=True)]
+    assert median(ratios) == pytest.approx(1)
+    starts = sorted(start for start, _ in runs)
+    assert starts[0] == 0
+    assert max(b - a for a, b in itertools.pairwise([*starts, 9600])) < 9600 / 2
+
+
+def test_data_that_are_invalid_are_an_error_of_the_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_lanes(monkeypatch)
+    config = _config(**{"data.inputs": {"x": {"shape": [9]}}})
+    with pytest.raises(ConfigError, match=r"^the model failed on the input \[8, 9\]"):
+        open_lane(config, trust_code=False, timeout=60)
+
+
+def test_a_lane_whose_process_ends_in_a_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = inline_lanes(monkeypatch)
+    with closing(open_lane(_config(), trust_code=False, timeout=60)) as lane:
+        engines[0].dies = lambda worker, task: True
+        with pytest.raises(RunFailed, match=r"^worker 1 was killed by SIGKILL$"):
+            lane.run(0, 96)
+
+
+def test_a_sample_without_a_prediction_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline_lanes(monkeypatch)
+    (tmp_path / "a.jsonl").write_text('{"x": [1, 2]}\n{"x": [1, 2]}\n{"x": "no"}\n')
+    changes = {
+        "model": {"source": "layers", "layers": [{"Linear": [2, 1]}]},
+        "data": {
+            "source": "records", "path": f"{tmp_path}/a.jsonl",
+            "inputs": {"x": {"columns": ["x"]}}, "batch_size": 1,
+        },
+        "run": {"on_error": "quarantine", "warmup": 0},
+    }  # fmt: skip
+    lane = open_lane(load_config(BASE | changes).config, trust_code=False, timeout=60)
+    with (
+        closing(lane),
+        pytest.raises(RunFailed, match=r"sample 2 has no prediction, so that outputs cannot"),
+    ):
+        lane.run(0, 3, rows=True)
 
 
 def test_a_lane_gives_the_rows_of_a_plain_run(

@@ -34,6 +34,8 @@ class Planted:
     disturbed: float = 0.0
     """Share of the processes that take ten times as long, and whose threads wait for a CPU."""
     output: Callable[[int], float] = lambda sample: 1.0 + sample % 7
+    cost: Callable[[int], float] = lambda sample: 1.0
+    """Factor of the time of the block that starts at a sample."""
     fails: str = ""
     """Error of its start."""
     check: Callable[[int, int], None] = lambda start, stop: None
@@ -78,7 +80,7 @@ class PlantedLane:
         assert stop % self.ready.unit == 0 or stop == self.ready.samples
         self.planted.check(start, stop)
         factor = self.factor * self.random.lognormvariate(0, self.planted.noise)
-        seconds = (stop - start) * self.planted.seconds * factor
+        seconds = (stop - start) * self.planted.seconds * factor * self.planted.cost(start)
         self.clock.now += seconds
         batches = -(-(stop - start) // self.ready.batch_size)
         outputs = ({"y": torch.tensor([self.planted.output(i), 0.5])} for i in range(start, stop))

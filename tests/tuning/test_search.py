@@ -304,9 +304,9 @@ def test_a_setting_that_fails_is_recorded_and_the_search_continues() -> None:
     assert "no such operator" in found.search.trials[0].reason
 
 
-def _breaks_at(sample: int, error: BaseException) -> Callable[[int, int], None]:
+def _breaks_behind(sample: int, error: BaseException) -> Callable[[int, int], None]:
     def check(start: int, stop: int) -> None:
-        if start <= sample < stop:
+        if stop > sample:
             raise error
 
     return check
@@ -315,7 +315,7 @@ def _breaks_at(sample: int, error: BaseException) -> Callable[[int, int], None]:
 def test_a_setting_that_fails_behind_the_calibration_does_not_end_the_search() -> None:
     def plan(config: RunConfig) -> Planted:
         if config.run.seed:
-            return Planted(0.0001, check=_breaks_at(5000, RunFailed("sample 5000 is too long")))
+            return Planted(0.0001, check=_breaks_behind(5000, RunFailed("sample 5000 is too long")))
         return Planted(0.0005 if config.run.warmup == 3 else 0.001)
 
     found = PlantedSearch(plan, (SEED, WARMUP))
@@ -349,9 +349,9 @@ def test_a_leader_that_fails_later_is_replaced_by_the_baseline() -> None:
 
     def plan(config: RunConfig) -> Planted:
         nonlocal starts
-        broken = _breaks_at(0, RunFailed("out of memory"))
+        broken = _breaks_behind(0, RunFailed("out of memory"))
         if config.run.warmup == 3:
-            return Planted(0.0001, check=_breaks_at(5000, RunFailed("too long")))
+            return Planted(0.0001, check=_breaks_behind(5000, RunFailed("too long")))
         if not config.run.seed:
             return Planted(0.001)
         starts += 1
@@ -368,7 +368,7 @@ def test_a_leader_that_fails_later_is_replaced_by_the_baseline() -> None:
 
 def test_a_baseline_that_fails_behind_the_calibration_is_the_error_of_the_search() -> None:
     def plan(config: RunConfig) -> Planted:
-        return Planted(0.0001, check=_breaks_at(5000, RunFailed("sample 5000 has no file")))
+        return Planted(0.0001, check=_breaks_behind(5000, RunFailed("sample 5000 has no file")))
 
     found = PlantedSearch(plan, (SEED,))
     with pytest.raises(RunFailed, match="sample 5000 has no file"):
@@ -378,7 +378,7 @@ def test_a_baseline_that_fails_behind_the_calibration_is_the_error_of_the_search
 
 def test_a_race_that_ctrl_c_ends_does_not_count_as_faster() -> None:
     def plan(config: RunConfig) -> Planted:
-        check = _breaks_at(5000, KeyboardInterrupt())
+        check = _breaks_behind(5000, KeyboardInterrupt())
         return Planted(0.0001, check=check) if config.run.seed else Planted(0.001)
 
     found = PlantedSearch(plan, (SEED,))
