@@ -73,7 +73,9 @@ class Confirmation:
     @property
     def break_even(self) -> int | None:
         """Samples after which the longer start from caches has paid; None if it never does."""
-        base, tuned = (median(m.seconds_per_sample[0] for m in group) for group in self._groups())
+        base, tuned = (
+            median(median(m.seconds_per_sample) for m in group) for group in self._groups()
+        )
         later = median(two - one for one, two in self.starts)
         if later <= LATER_START * median(one for one, _ in self.starts):
             return 0

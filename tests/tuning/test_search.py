@@ -524,6 +524,24 @@ def test_a_longer_start_must_pay_within_the_job() -> None:
     assert confirmed.break_even == pytest.approx(56_000, rel=0.01)
 
 
+def test_samples_that_pay_for_a_start_are_those_of_all_blocks() -> None:
+    """The first block of a process takes ten times as long, of both settings."""
+
+    def plan(config: RunConfig) -> Planted:
+        changed = config.run.seed
+        return Planted(
+            0.0005 if changed else 0.001,
+            start=30.0 if changed else 2.0,
+            cost=lambda sample: 10 if sample == 2000 else 1,
+        )
+
+    found = PlantedSearch(plan, (SEED,), {"steady": False, "samples": 200_000, "budget": 2000})
+    _, confirmed = found.run()
+    assert found.search.calibration == (0, 2000)
+    assert confirmed
+    assert confirmed.break_even == pytest.approx(56_000, rel=0.01)
+
+
 def test_no_setting_is_opened_twice_before_backward_elimination() -> None:
     found = PlantedSearch(lambda _: Planted(0.001), (SEED, MODE, THREADS, WARMUP, BATCH))
     found.run()
