@@ -42,7 +42,7 @@ _MACHINE = "tune.machine"
 
 def tune(
     config: ConfigSource,
-    output: str | Path | None = None,
+    file: str | Path | None = None,
     *,
     trust_code: bool = False,
     resume: bool = False,
@@ -57,8 +57,8 @@ def tune(
 
     Args:
         config: the path of a YAML file, its content as a mapping, or a loaded config.
-        output: the file for the tuned config; default: the name of the config with -tuned. A config
-            that does not come from a file is written without comments, if `output` is given.
+        file: the tuned config to write; default: the name of the config with -tuned. A config
+            that does not come from a file is written without comments, if `file` is given.
         trust_code: as for `infer`.
         resume: continue an earlier run that was interrupted or had too small a budget: settings
             that failed or gained nothing in it are not tried again.
@@ -81,7 +81,7 @@ def tune(
     base, trusted = loaded.config, is_trusted(trust_code)
     source = Path(loaded.locations.name) if loaded.locations else None
     source = source if source and source.is_file() else None
-    target = _target(source, output)
+    target = _target(source, file)
     folder = RunFolder(base.output.path.with_name(f"{base.output.path.name}-tune"), overwrite=True)
     _check_metric(base)
     _check_kept(base)
@@ -261,23 +261,23 @@ def _tuned_keys(
 # --- the tuned file ----------------------------------------------------------------------------
 
 
-def _target(source: Path | None, output: str | Path | None) -> Path | None:
-    """Return the file to write; None for a config in code without an output.
+def _target(source: Path | None, file: str | Path | None) -> Path | None:
+    """Return the file to write; None for a config in code without a file.
 
     Raises:
         ConfigError: it would replace the config or a file that tune did not write, or cannot be
             written.
     """
-    if output is not None:
-        target = Path(output).absolute()
+    if file is not None:
+        target = Path(file).absolute()
     elif source:
         target = source.with_name(f"{source.stem}-tuned{source.suffix}")
     else:
         return None
     if source and target.resolve() == source.resolve():
-        raise ConfigError(f"{output} is the config itself; choose another file for the tuned one")
+        raise ConfigError(f"{file} is the config itself; choose another file for the tuned one")
     if not target.parent.is_dir():
-        raise ConfigError(f"{output}: folder {target.parent} does not exist")
+        raise ConfigError(f"{file}: folder {target.parent} does not exist")
     _check_replaceable(target)
     return target
 

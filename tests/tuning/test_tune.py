@@ -307,7 +307,7 @@ def test_a_config_that_needs_overrides_is_written_whole(
 def test_a_folder_that_cannot_be_written_is_an_error(config: Path) -> None:
     config.with_name("file").write_text("")
     with pytest.raises(gradrun.GradrunError, match=r"cannot be written: Not a directory"):
-        gradrun.tune(config, trust_code=True, **{"output.path": "file/out"})
+        gradrun.tune(config, trust_code=True, output={"path": "file/out"})
 
 
 def test_a_config_over_the_limit_of_memory_is_named(config: Path) -> None:
