@@ -221,7 +221,9 @@ def _copy_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """Copy a tensor in dense form; a nested tensor is padded with zeros."""
     tensor = tensor.detach()
     if tensor.is_nested:
-        tensor = torch.nested.to_padded_tensor(tensor, 0.0)
+        # torch 2.6 cannot pad the layout jagged in every mode
+        parts = torch.nested.nested_tensor(list(tensor.unbind()), layout=torch.strided)
+        tensor = torch.nested.to_padded_tensor(parts, 0.0)
     return (tensor if tensor.layout == torch.strided else tensor.to_dense()).clone().cpu()
 
 

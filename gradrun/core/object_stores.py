@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gradrun.core.errors import ConfigError
-from gradrun.core.optional import import_optional
+from gradrun.core.optional import check_version, import_optional
 
 _FRESH = {"skip_instance_cache": True, "use_listings_cache": False}
 
@@ -139,10 +139,11 @@ def connect(scheme: str) -> Any:
     """Return the file system for a scheme.
 
     Raises:
-        ConfigError: a library is missing, or rejects the settings in the environment.
+        ConfigError: a library is missing or too old, or rejects the settings in the environment.
     """
     how = SCHEMES[scheme]
     import_optional("fsspec", "")
+    check_version(how.package, how.install)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if not logger.handlers:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ EXTRAS = {
 }
 """import name -> package name, and the extra that installs it."""
 
+_LOWER_BOUND = re.compile(r"([\w.-]+)>=([\d.]+)")
+
 _MAX_PIXELS = 1024**3 // 4 // 3
 """Pillow's own limit of pixels."""
 
@@ -47,9 +52,10 @@ def import_optional(name: str, key: str, submodule: str = "") -> Any:
         submodule: such as "classification" of torchmetrics; default: the library itself.
 
     Raises:
-        ConfigError: the library is not installed or fails to import.
+        ConfigError: the library is not installed, is too old or fails to import.
     """
     package, extra = EXTRAS[name]
+    check_version(package, f"'gradrun[{extra}]'", key)
     try:
         return importlib.import_module(f"{name}.{submodule}" if submodule else name)
     except ImportError as error:
@@ -61,6 +67,45 @@ def import_optional(name: str, key: str, submodule: str = "") -> Any:
             f"pip install 'gradrun[{extra}]' from the index that torch was installed from",
             key,
         ) from error
+
+
+def check_version(package: str, install: str, key: str = "") -> None:
+    """Refuse a package that is older than gradrun's extras require.
+
+    pip ignores their bounds where a package was installed without the extra, and old versions may
+    give other predictions.
+
+    Args:
+        install: the argument of pip install that brings a newer one.
+
+    Raises:
+        ConfigError: the package is installed and too old.
+    """
+    if problem := _version_problem(package):
+        raise ConfigError(f"{problem}; pip install --upgrade {install}", key)
+
+
+@cache
+def _version_problem(package: str) -> str:
+    """Compare the version with the bound in the metadata of gradrun; "" if it is new enough."""
+    try:
+        installed, required = metadata.version(package), metadata.requires("gradrun") or []
+    except metadata.PackageNotFoundError:  # of the package, or of a checkout of gradrun
+        return ""
+    for bound in filter(None, map(_LOWER_BOUND.match, required)):
+        name, oldest = bound.groups()
+        if _normalized(name) == _normalized(package) and _release(installed) < _release(oldest):
+            return f"this needs {package} {oldest} or newer, and {installed} is installed"
+    return ""
+
+
+def _normalized(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def _release(version: str) -> list[int]:
+    """Return the numbers of a version: [2, 13, 0] of "2.13.0+cpu"."""
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def import_transformers(key: str) -> Any:

@@ -283,8 +283,6 @@ def _processor_size_text(size: Any) -> str:
 
 def _load_processor(source: str | Path, revision: str | None) -> Any:
     transformers = import_transformers("data.processor")
-    # The torchvision backend gives slightly different pixels, and may not be installed.
-    backend = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
     source = processor_folder(source, "data.processor")
     load = partial(
         transformers.AutoImageProcessor.from_pretrained,
@@ -296,7 +294,8 @@ def _load_processor(source: str | Path, revision: str | None) -> Any:
         source, "data.processor", "which image processors never run; choose another one"
     ):
         try:
-            return load(**backend)
+            # The torchvision backend gives slightly different pixels, and may not be installed.
+            return load(backend="pil")
         except Exception:  # some classes have only a torchvision backend
             return load()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from gradrun.core import optional, remote
 from gradrun.core.optional import EXTRAS, import_transformers, library_settings
 from tests.conftest import Command
 
@@ -67,6 +69,33 @@ def test_a_missing_library_is_one_sentence_with_the_package_to_install(
     assert answer.code == 2, answer.text
     package, extra = EXTRAS[library]
     assert f"needs {package}; pip install 'gradrun[{extra}]'" in answer.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "needs", "extra"),
+    [
+        ("transformers", "transformers 5.4 or newer, and 5.3.0", "hf"),
+        ("fsspec", "gcsfs 2025.3 or newer, and 2025.2.0", "gcs"),
+    ],
+)
+def test_a_library_older_than_the_extra_requires_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Command, case: str, needs: str, extra: str
+) -> None:
+    found = metadata.version
+    old = {"transformers": "5.3.0", "gcsfs": "2025.2.0"}
+    monkeypatch.setattr(metadata, "version", lambda name: old.get(name) or found(name))
+    bounds = ["torch>=2.6", "transformers>=5.4; extra == 'hf'", 'gcsfs>=2025.3; extra == "gcs"']
+    monkeypatch.setattr(metadata, "requires", lambda _: bounds)
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text(json.dumps(config(case, tmp_path)))
+    for function in (optional._version_problem, remote._filesystem):
+        function.cache_clear()
+    answer = cli("infer", "c.yaml")
+    optional._version_problem.cache_clear()
+    assert answer.code == 2, answer.text
+    message = f"this needs {needs} is installed; pip install --upgrade 'gradrun[{extra}]'"
+    assert message in " ".join(answer.err.split())
     assert not Path("out").exists()
 
 

@@ -138,8 +138,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 def library_processor(folder: Path) -> Any:
     """Return the processor that resizes with PIL; torchvision's, where installed, differs."""
     transformers = import_transformers("")
-    pil = {"backend": "pil"} if int(transformers.__version__[0]) >= 5 else {"use_fast": False}
-    return transformers.AutoImageProcessor.from_pretrained(folder, **pil)
+    return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

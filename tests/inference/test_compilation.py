@@ -27,6 +27,11 @@ from gradrun.inference.compilation import (
 )
 from gradrun.results.result import InferResult
 
+LIMIT = (
+    "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+)
+"""The setting of torch; 2.6 has the second name."""
+
 NET = """
 import torch
 from torch import nn
@@ -293,7 +298,7 @@ def test_the_limit_of_recompilations_is_reported_once_it_is_hit() -> None:
         for size in range(2, 12):
             double(torch.ones(size))
     assert len(hits) == 1
-    assert "hit config.recompile_limit" in hits[0]
+    assert f"hit config.{LIMIT}" in hits[0]
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
@@ -303,12 +308,13 @@ def test_freezing_reaches_inductor(
     def stop(*_: Any, **__: Any) -> None:
         raise RuntimeError("about to freeze")  # before a C++ compiler runs
 
+    torch._dynamo.reset()
     monkeypatch.setattr("torch._inductor.freezing.freeze", stop)
     with pytest.raises(ConfigError, match="backend inductor fails: RuntimeError: about to freeze"):
         infer(tmp_path, {"freezing": True}, run={"mode": mode})
 
 
-@torch._dynamo.config.patch(recompile_limit=2)  # monkeypatch would delete the setting at its end
+@torch._dynamo.config.patch({LIMIT: 2})  # monkeypatch would delete the setting at its end
 def test_a_run_that_reaches_the_limit_of_compilations_warns_of_its_eager_batches(
     tmp_path: Path,
 ) -> None:

@@ -218,8 +218,8 @@ def test_a_model_may_change_its_input_in_place(
     [
         ("x.long()", "softmax", "softmax needs floating-point scores"),
         ("x > 3", "softmax", "softmax needs floating-point scores"),
-        ("torch.complex(x, x)", "argmax", "the transforms cannot be applied to this output: max"),
-        ("torch.complex(x, x)", "topk", "the transforms cannot be applied to this output: topk"),
+        ("torch.complex(x, x)", "argmax", "the transforms cannot be applied to this output:"),
+        ("torch.complex(x, x)", "topk", "the transforms cannot be applied to this output:"),
     ],
 )
 def test_a_transform_that_does_not_support_the_output_is_an_error(

@@ -187,11 +187,15 @@ def _warm_up() -> None:
         import pyarrow.parquet  # noqa: F401 - allocates memory for its threads
 
     with tempfile.TemporaryDirectory() as folder:
-        config = str(ROOT / "configs/exported.yaml")
-        arguments = ["infer", config, "--trust-code", "-o", f"{folder}/out"]
-        for command in (arguments, ["verify", f"{folder}/out"]):
-            done = CliRunner().invoke(app, command)
-            assert done.exit_code == 0, done.output
+        for name in ("exported", "digits"):  # older torch does not read the exported program
+            config = str(ROOT / f"configs/{name}.yaml")
+            arguments = ["infer", config, "--trust-code", "-o", f"{folder}/out"]
+            done = CliRunner().invoke(app, arguments)
+            if done.exit_code == 0:
+                break
+        assert done.exit_code == 0, done.output
+        done = CliRunner().invoke(app, ["verify", f"{folder}/out"])
+        assert done.exit_code == 0, done.output
 
 
 def main() -> None:

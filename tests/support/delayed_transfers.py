@@ -121,7 +121,8 @@ class DelayedTransfers:
             self._condition.notify_all()
             assert self._condition.wait_for(lambda: self.finished >= number, timeout=20)
         if self.fails_at is not None and number >= self.fails_at:
-            raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+            kind = getattr(torch, "AcceleratorError", RuntimeError)  # from torch 2.8 on
+            raise kind("CUDA error: device-side assert triggered")
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.nbytes:
