@@ -185,6 +185,8 @@ def _warm_up() -> None:
         import matplotlib.pyplot  # noqa: F401 - creates a folder in the home directory
     with contextlib.suppress(ImportError):
         import pyarrow.parquet  # noqa: F401 - allocates memory for its threads
+    with contextlib.suppress(ImportError):
+        from transformers import BertModel  # noqa: F401 - old versions run lscpu
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("exported", "digits"):  # older torch does not read the exported program
