@@ -10,6 +10,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
@@ -202,7 +203,9 @@ def _read(path: Path, nested_key: str | None, trust_code: bool) -> State:
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError, ValueError, MemoryError) as error:
             raise ConfigError(f"{path} is not a valid safetensors file: {error}", _KEY) from error
-    return copy.copy(_state_dict(_load_checkpoint(path, trust_code), path, nested_key))
+    state = _state_dict(_load_checkpoint(path, trust_code), path, nested_key)
+    _check_storages(state, path)
+    return copy.copy(state)
 
 
 def _load_checkpoint(path: Path, trust_code: bool) -> Any:
@@ -277,6 +280,21 @@ def _expanded_bytes(reader: Any, file: IO[bytes]) -> int:
         return sum(map(reader.get_record_size, reader.get_all_records()))
     with zipfile.ZipFile(file) as archive:  # for torch 2.11 and older
         return sum(member.file_size for member in archive.infolist())
+
+
+def _check_storages(state: State, path: Path) -> None:
+    """Refuse tensors that are larger than their records; torch 2.6 reads the memory beyond them."""
+    if hasattr(torch._C.PyTorchFileReader, "get_record_size") or not zipfile.is_zipfile(path):
+        return  # newer torch compares the sizes
+    tensors = (value for value in state.values() if isinstance(value, torch.Tensor))
+    storages = (x.untyped_storage() for x in tensors if x.layout == torch.strided)
+    wanted = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+    with zipfile.ZipFile(path) as archive:
+        records = Counter(member.file_size for member in archive.infolist())
+    if Counter(wanted.values()) - records:
+        raise ConfigError(
+            f"{path} is not a checkpoint of torch.save: a tensor is larger than its record", _KEY
+        )
 
 
 def _check_tuples(file: IO[bytes], path: Path) -> None:
