@@ -13,7 +13,7 @@ from torch import nn
 def run(model: nn.Module, source: Path, target: Path, batch_size: int) -> list[float]:
     """Write predictions of all rows of `source` to `target`; return the seconds of each forward."""
     inputs = np.load(source, mmap_mode="c")
-    outputs = np.lib.format.open_memmap(target, "w+", inputs.dtype, inputs.shape)
+    outputs: np.ndarray | None = None
     seconds = []
     with torch.inference_mode():
         for begin in range(0, len(inputs), batch_size):
@@ -21,5 +21,8 @@ def run(model: nn.Module, source: Path, target: Path, batch_size: int) -> list[f
             started = time.perf_counter()
             predicted = model(batch)
             seconds.append(time.perf_counter() - started)
+            if outputs is None:
+                shape = (len(inputs), *predicted.shape[1:])
+                outputs = np.lib.format.open_memmap(target, "w+", inputs.dtype, shape)
             outputs[begin : begin + batch_size] = predicted.numpy()
     return seconds
