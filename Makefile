@@ -111,6 +111,8 @@ soak: .venv/.dev ## kill runs, inject faults and read 20,000 damaged files; take
 	$(BIN)/python tests/soak/engine_memory.py
 	$(BIN)/python tests/soak/ray_cluster.py
 	$(BIN)/python tests/soak/fuzz.py
+	GRADRUN_EXAMPLES=1000 $(BIN)/python -m pytest $(SPREAD) \
+		tests/integration/test_attacks.py tests/integration/test_properties.py tests/audits/test_modes_programs.py
 
 golden: .venv/.dev ## rewrite the golden reports; read their diff before you commit
 	GRADRUN_GOLDEN=1 $(BIN)/python -m pytest tests/report

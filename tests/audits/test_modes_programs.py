@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gradrun import modes
 from gradrun.modes import assert_restored, grad_mode
 
-EXAMPLES = int(os.environ.get("GRADRUN_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("GRADRUN_EXAMPLES", "80"))
 
 
 class State(NamedTuple):

@@ -121,7 +121,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     # The benchmark does this with a million rows.
     script = ROOT / "benchmarks" / "parquet_rows.py"
     done = subprocess.run(
-        [sys.executable, script, tmp_path, "300000"],
+        [sys.executable, script, tmp_path, "150000"],
         capture_output=True,
         text=True,
         check=True,

@@ -12,7 +12,7 @@ import pytest
 
 from tests.soak import faults
 
-STRIDE = 22
+STRIDE = 36
 """Try one of this many calls, in a random order."""
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

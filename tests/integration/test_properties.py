@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = int(os.environ.get("GRADRUN_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("GRADRUN_EXAMPLES", "80"))
 
 MODELS: list[Any] = [
     {"source": "layers", "layers": [{"Linear": [4, 3]}, "ReLU", {"Linear": {"in_features": 3}}]},
