@@ -90,6 +90,11 @@ def _tune(config: Path, **overrides: Any) -> TuneResult:
     return gradrun.tune(config, trust_code=True, tune={"budget": 400, "steady": True} | overrides)
 
 
+def _interrupt(*_: Any, **__: Any) -> Any:
+    """Do as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory, small: None) -> TuneResult:
     return _tune(_write(tmp_path_factory.mktemp("tuned")))
@@ -181,10 +186,7 @@ def test_a_budget_that_is_too_small_is_inconclusive(config: Path) -> None:
 def test_ctrl_c_writes_the_best_so_far_as_unconfirmed(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(facts: Any) -> list[dict[str, Any]]:
-        raise KeyboardInterrupt
-
-    stop = moves.Move("stop", "last", "none", interrupt)
+    stop = moves.Move("stop", "last", "none", _interrupt)
     monkeypatch.setattr(search, "MOVES", (*search.MOVES, stop))
     with pytest.raises(gradrun.Interrupted) as caught:
         _tune(config)
@@ -370,10 +372,7 @@ def test_without_a_second_best_nothing_helps(tmp_path: Path) -> None:
 def test_ctrl_c_while_confirming_keeps_the_best_as_unconfirmed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tune_module, "confirm", interrupt)
+    monkeypatch.setattr(tune_module, "confirm", _interrupt)
     found = PlantedSearch(lambda c: Planted(0.0005 if c.run.seed else 0.001), (SEED,))
     result = tune_module._search(found.search, "2026-01-01", tmp_path)
     assert (result.status, result.interrupted, result.comparisons) == ("inconclusive", True, ())
@@ -384,10 +383,7 @@ def test_ctrl_c_while_confirming_keeps_the_best_as_unconfirmed(
 def test_ctrl_c_before_the_baseline_has_no_result(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tune_module, "open_lane", interrupt)
+    monkeypatch.setattr(tune_module, "open_lane", _interrupt)
     with pytest.raises(gradrun.Interrupted) as caught:
         _tune(config)
     assert caught.value.result is None
